@@ -1,0 +1,63 @@
+# Commands for a machine with nothing but Linux, Python 3.11, pip and make.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CONFIG ?= serve/laptop.yaml
+NAME ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+# Ray switches token authentication on and off by itself where this is not said.
+RAY_AUTH_MODE ?= token
+export RAY_AUTH_MODE
+# Everything here talks to this machine; a proxy for the outside would be asked otherwise.
+export NO_PROXY := $(NO_PROXY),127.0.0.1,localhost
+export no_proxy := $(NO_PROXY)
+
+.PHONY: serve test test-slow lint format bench clean
+
+serve: $(VENV)/serve.stamp
+	$(BIN)/serve run $(CONFIG)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/test.stamp
+	@test -f tests/bench/$(NAME).py || { echo "no tests/bench/$(NAME).py: make bench NAME=x runs tests/bench/x.py"; exit 2; }
+	$(BIN)/python tests/bench/$(NAME).py
+
+clean:
+	rm -rf $(VENV)
+
+# torch first and pinned: left to the dependencies, pip may fetch another release, gigabytes of CUDA
+# libraries with it, before it settles on this one. Which build of it comes is pip's own setting
+# (PIP_EXTRA_INDEX_URL). Where Python comes without ensurepip, virtualenv makes the environment.
+$(VENV)/torch.stamp:
+	@echo "making $(VENV) with $(PYTHON), then torch: this takes a minute or two"
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV) \
+	  && $(PYTHON) -m pip install -q --target $(VENV)/virtualenv virtualenv \
+	  && PYTHONPATH=$(VENV)/virtualenv $(PYTHON) -m virtualenv -q $(VENV); }
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing flux-ray: this takes a minute or two"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing flux-ray and its test tools: this takes a minute or two"
+	$(PIP) -e '.[test]'
+	@touch $(VENV)/serve.stamp $@
