@@ -1,0 +1,94 @@
+"""The tiers: one row each, with the defaults and limits that clients and engines rely on."""
+
+from dataclasses import dataclass
+
+from flux_ray.errors import UnknownTier
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A row: what a client may ask for, and what it gets when it does not say.
+
+    `text_length` is the padded prompt length in tokens; sizes are pixels, `size_multiple` for both
+    sides; `weights` is `embedded`, or None where the operator names them in the tier's args.
+    Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
+    A reference of more than `max_reference_pixels` is scaled down by the model.
+    """
+
+    name: str
+    family: str
+    license: str
+    num_steps: int
+    guidance: float
+    max_references: int
+    text_length: int
+    default_side: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    max_steps: int = 50
+    size_multiple: int = 16
+    is_guided: bool = False
+    max_reference_pixels: int = 1024 * 1024
+    weights: str | None = None
+    owner: str = "black-forest-labs"
+
+
+TIERS = (
+    Tier(
+        name="tiny",
+        family="flux2-klein",
+        license="apache-2.0",
+        num_steps=4,
+        guidance=1.0,
+        max_references=2,
+        text_length=48,
+        default_side=128,
+        min_side=64,
+        # It has seen nothing larger; a larger reference is scaled down to that.
+        max_side=192,
+        max_pixels=192 * 192,
+        max_reference_pixels=192 * 192,
+        weights=EMBEDDED,
+        owner="flux-ray",
+    ),
+    Tier(
+        name="flux-2-klein-4b",
+        family="flux2-klein",
+        license="apache-2.0",
+        num_steps=4,
+        guidance=1.0,
+        max_references=4,
+        text_length=512,
+        default_side=1024,
+        min_side=64,
+        max_side=4096,
+        max_pixels=4 * 1024 * 1024,
+    ),
+    Tier(
+        name="flux-2-klein-9b",
+        family="flux2-klein",
+        license="flux-non-commercial",
+        num_steps=4,
+        guidance=1.0,
+        max_references=4,
+        text_length=512,
+        default_side=1024,
+        min_side=64,
+        max_side=4096,
+        max_pixels=4 * 1024 * 1024,
+    ),
+)
+_BY_NAME = {tier.name: tier for tier in TIERS}
+
+
+def tier_for(name: str) -> Tier:
+    """The row of a tier; UnknownTier names the ones there are."""
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise UnknownTier(
+            f"no tier named {name!r}; known tiers: {', '.join(_BY_NAME)}", "model"
+        ) from None

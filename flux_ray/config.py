@@ -1,0 +1,74 @@
+"""Typed configuration: what a Serve config file may say in an application's `args`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flux_ray.catalog import tier_for
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Args(BaseModel):
+    """Unknown keys are errors, and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TierArgs(Args):
+    """The application of one tier.
+
+    `weights`: a folder, or a hub id with its revision (`owner/name@sha`); else the catalogue's.
+    `num_cpus`: for each rank, whose torch uses as many threads.
+    `step_timeout_s`: a call to the ranks that takes longer ends the replica.
+    `drain_timeout_s`: longer than the longest request: a replica that is taken away waits so long.
+    """
+
+    tier: str
+    weights: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["cpu", "cuda"] = "cuda"
+    num_replicas: int = Field(1, ge=0)
+    num_cpus: float = Field(1.0, gt=0)
+    max_ongoing_requests: int = Field(8, ge=1)
+    step_timeout_s: Seconds = 60.0
+    load_timeout_s: Seconds = 600.0
+    drain_timeout_s: Seconds = 660.0
+
+    @model_validator(mode="after")
+    def check_weights(self) -> "TierArgs":
+        """A tier without weights fails here, before any GPU is taken."""
+        if self.weights is None and tier_for(self.tier).weights is None:
+            raise ValueError(f"tier {self.tier} needs `weights`: a folder or owner/name@revision")
+        return self
+
+
+class Limits(Args):
+    """What the gateway refuses before it is decoded."""
+
+    max_body_bytes: int = 64 * 2**20
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 20_000_000
+    max_prompt_chars: int = 32_000
+    max_images: int = 10
+
+
+class GatewayArgs(Args):
+    """The gateway application. A tier's application bears the tier's name."""
+
+    tiers: tuple[str, ...] = Field(min_length=1)
+    default_tier: str | None = None
+    num_replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(256, ge=1)
+    request_timeout_s: Seconds = 600.0
+    drain_timeout_s: Seconds = 660.0
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def check_tiers(self) -> "GatewayArgs":
+        """Every tier has a row, and the default one is served."""
+        for name in self.tiers:
+            tier_for(name)
+        if self.default_tier is not None and self.default_tier not in self.tiers:
+            raise ValueError(f"default_tier {self.default_tier} is not among tiers")
+        return self

@@ -1,0 +1,91 @@
+"""Every error that flux-ray raises on purpose, with its HTTP status.
+
+FluxError                 500  server_error
+  BadRequest              400  the caller's words are wrong; the message and the field are shown
+    UnknownTier           404  no such tier here
+    BadReference          400  a reference image is no image, too large, too many
+    BodyTooLarge          413  more bytes than this gateway reads
+    WrongContentType      415  a body in a format that this route does not read
+  TierUnavailable         503  the tier is configured, but no replica of it can serve now
+  ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+  DeadlinePassed          504  the request took longer than the gateway waits
+
+Arguments are positional only, so that every error survives a process border.
+"""
+
+from typing import ClassVar
+
+
+class FluxError(Exception):
+    """A failure with a message that may be shown to the caller."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "server_error"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message, field)
+        self.message = message
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BadRequest(FluxError):
+    """The caller's words are wrong; `field` names which."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class UnknownTier(BadRequest):
+    """No tier of that name is served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class BadReference(BadRequest):
+    """A reference image cannot be used."""
+
+    code = "invalid_image"
+
+
+class BodyTooLarge(BadRequest):
+    """The request has more bytes than the gateway reads."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class WrongContentType(BadRequest):
+    """The body's format is not the one that the route reads."""
+
+    status = 415
+    code = "unsupported_content_type"
+
+
+class TierUnavailable(FluxError):
+    """A configured tier has no replica that can serve now."""
+
+    status = 503
+    code = "tier_unavailable"
+    retry_after_s = 5
+
+
+class ReplicaFailed(FluxError):
+    """A rank died or its replica did; the request may be sent again with the same seed."""
+
+    status = 503
+    code = "replica_failed"
+    retry_after_s = 5
+
+
+class DeadlinePassed(FluxError):
+    """The request took longer than the gateway waits for one."""
+
+    status = 504
+    code = "deadline_passed"

@@ -1,0 +1,74 @@
+"""The values that cross process borders: a request for images, and its result."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ImageFormat = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """Decoded pixels: `rgb` is height x width x 3 bytes, row by row."""
+
+    width: int
+    height: int
+    rgb: bytes
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a picture becomes bytes; `quality` (0..100) counts for jpeg and webp."""
+
+    format: ImageFormat = "png"
+    quality: int = 95
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What a caller asked for, complete: defaults filled in, everything checked."""
+
+    request_id: str
+    tier: str
+    prompt: str
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    seed: int
+    num_images: int = 1
+    references: tuple[Raster, ...] = ()
+    encoding: Encoding = Encoding()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed an image: seed, seed + 1, ..."""
+        return tuple(range(self.seed, self.seed + self.num_images))
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One picture as encoded bytes."""
+
+    data: bytes
+    seed: int
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds that a request spent in the stages of its replica."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """The pictures of one request, and what it took."""
+
+    request_id: str
+    tier: str
+    images: tuple[GeneratedImage, ...]
+    times: StageTimes
+    warnings: tuple[str, ...] = ()

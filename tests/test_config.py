@@ -1,0 +1,48 @@
+"""What a Serve config file may say, and what is an error before anything starts."""
+
+import pickle
+
+import pytest
+from pydantic import ValidationError
+
+from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.errors import UnknownTier
+
+
+def test_unknown_keys_are_errors():
+    with pytest.raises(ValidationError, match="num_gpus_per_node"):
+        TierArgs(tier="tiny", num_gpus_per_node=8)
+    with pytest.raises(ValidationError, match="max_body"):
+        GatewayArgs.model_validate({"tiers": ["tiny"], "limits": {"max_body": 1}})
+
+
+def test_args_survive_a_process_border():
+    args = GatewayArgs(tiers=("tiny",))
+    assert pickle.loads(pickle.dumps(args)) == args
+
+
+def test_the_embedded_tier_needs_no_weights():
+    assert TierArgs(tier="tiny").weights is None
+
+
+def test_other_tiers_need_weights():
+    with pytest.raises(ValidationError, match="needs `weights`"):
+        TierArgs(tier="flux-2-klein-4b")
+
+
+def test_tiers_must_be_in_the_catalogue():
+    with pytest.raises(UnknownTier, match="flux-9"):
+        TierArgs(tier="flux-9")
+    with pytest.raises(UnknownTier, match="flux-9"):
+        GatewayArgs(tiers=("flux-9",))
+
+
+def test_the_default_tier_is_served():
+    with pytest.raises(ValidationError, match="not among tiers"):
+        GatewayArgs(tiers=("tiny",), default_tier="flux-2-klein-4b")
+
+
+@pytest.mark.parametrize("field", ["request_timeout_s", "num_replicas"])
+def test_numbers_are_positive(field):
+    with pytest.raises(ValidationError, match=field):
+        GatewayArgs.model_validate({"tiers": ["tiny"], field: 0})

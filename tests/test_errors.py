@@ -1,0 +1,36 @@
+"""Every error has a status and survives a process border."""
+
+import pickle
+
+import pytest
+
+from flux_ray import errors
+from flux_ray.errors import FluxError
+
+ALL = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FluxError)]
+
+
+@pytest.mark.parametrize("error_type", ALL)
+def test_every_error_survives_a_process_border(error_type):
+    error = pickle.loads(pickle.dumps(error_type("why", "prompt")))
+    assert type(error) is error_type
+    assert (str(error), error.message, error.field) == ("why", "why", "prompt")
+
+
+@pytest.mark.parametrize("error_type", ALL)
+def test_every_error_is_drawn_with_its_status(error_type):
+    [line] = [
+        line for line in errors.__doc__.splitlines() if line.split()[:1] == [error_type.__name__]
+    ]
+    assert line.split()[1] == str(error_type.status)
+
+
+@pytest.mark.parametrize("error_type", ALL)
+def test_status_and_type_agree(error_type):
+    is_callers = error_type.type == "invalid_request_error"
+    assert is_callers == (400 <= error_type.status < 500)
+
+
+@pytest.mark.parametrize("error_type", ALL)
+def test_503_says_when_to_come_back(error_type):
+    assert (error_type.retry_after_s is not None) == (error_type.status == 503)
