@@ -1,0 +1,155 @@
+"""Measure the embedded checkpoint by pixels: `python -m flux_ray.tiny.evaluate`."""
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from PIL import Image
+
+from flux_ray.tiny import CHECKPOINT, tasks, world
+from flux_ray.tiny.judge import Verdict, judge
+from flux_ray.tiny.pool import OTHER_CANVASES
+from flux_ray.tiny.tasks import Task
+from flux_ray.tiny.world import Pixels
+
+TEXT_LENGTH = 48
+DEFAULT_TEXT_LENGTH = 512
+# Not a seed of the recipe, so that no task is drawn from a training generator.
+SEED = 20_261_123
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """A row of the table; `target` is the share that must be all right, where one is set."""
+
+    name: str
+    draw: Callable[[random.Random], Task]
+    target: float | None = None
+    text_length: int = TEXT_LENGTH
+    num_steps: int = 4
+
+
+def draw_caption(rng: random.Random, scene: world.Scene) -> Task:
+    """A caption whose answer is the scene without jitter."""
+    return tasks.draw_caption_task(world.nominal(scene), rng)
+
+
+def draw_single(rng: random.Random) -> Task:
+    """One thing."""
+    return draw_caption(rng, world.draw_single(rng))
+
+
+def draw_combination(rng: random.Random) -> Task:
+    """Either two-reference task."""
+    draw = rng.choice((tasks.draw_color_of_task, tasks.draw_background_of_task))
+    return draw(rng)
+
+
+SETS = (
+    TaskSet("one thing", draw_single, 0.90),
+    TaskSet(
+        "one thing, pair never seen",
+        lambda rng: draw_caption(rng, world.draw_single(rng, held_out=True)),
+        0.80,
+    ),
+    TaskSet("two things", lambda rng: draw_caption(rng, world.draw_double(rng)), 0.60),
+    TaskSet("recolour", lambda rng: tasks.draw_recolor_task(rng, num_things=1), 0.85),
+    TaskSet("recolour, one of two things", lambda rng: tasks.draw_recolor_task(rng, num_things=2)),
+    TaskSet("recolour to a pair never seen", lambda r: tasks.draw_recolor_task(r, held_out=True)),
+    TaskSet("new background", lambda rng: tasks.draw_background_task(rng, num_things=1), 0.85),
+    TaskSet(
+        "new background behind two things",
+        lambda rng: tasks.draw_background_task(rng, num_things=2),
+    ),
+    TaskSet("two references", draw_combination, 0.80),
+    TaskSet("one thing, text length 512", draw_single, text_length=DEFAULT_TEXT_LENGTH),
+    TaskSet(
+        "one thing, other sizes",
+        lambda r: draw_caption(r, world.draw_single(r, canvas=r.choice(OTHER_CANVASES))),
+    ),
+    TaskSet("one thing, 1 step", draw_single, num_steps=1),
+    TaskSet("one thing, 8 steps", draw_single, num_steps=8),
+)
+
+TARGETED = tuple(task_set for task_set in SETS if task_set.target is not None)
+
+
+def load_pipeline(checkpoint: Path) -> Flux2KleinPipeline:
+    """The checkpoint through plain diffusers, in fp32."""
+    pipeline: Flux2KleinPipeline = DiffusionPipeline.from_pretrained(
+        checkpoint, dtype=torch.float32, use_safetensors=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline: Flux2KleinPipeline, task: Task, task_set: TaskSet, seed: int) -> Pixels:
+    """One picture, uint8 [height, width, 3], from diffusers' own `__call__`."""
+    references = [Image.fromarray(world.render(scene)) for scene in task.references]
+    image = pipeline(
+        prompt=task.prompt,
+        image=references or None,
+        width=task.answer.width,
+        height=task.answer.height,
+        num_inference_steps=task_set.num_steps,
+        guidance_scale=1.0,
+        max_sequence_length=task_set.text_length,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+    return np.asarray(image)
+
+
+def measure(pipeline: Flux2KleinPipeline, task_set: TaskSet, count: int) -> dict[str, float]:
+    """Shares in 0..1 of what is right, and the median seconds an image."""
+    rng = random.Random(f"{SEED} {task_set.name}")
+    verdicts, seconds = [], []
+    for index in range(count):
+        task = task_set.draw(rng)
+        start = time.perf_counter()
+        image = generate(pipeline, task, task_set, seed=index)
+        seconds.append(time.perf_counter() - start)
+        verdicts.append(judge(image, task.answer))
+    names = [field.name for field in fields(Verdict)] + ["everything"]
+    shares = {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in names}
+    return shares | {"seconds": float(np.median(seconds))}
+
+
+def format_row(task_set: TaskSet, row: dict[str, float]) -> str:
+    """A line of the model card's table, in percent."""
+    names = ("color", "shape", "place", "size", "background", "everything")
+    target = "" if task_set.target is None else f"{task_set.target:.0%}"
+    cells = [task_set.name, *(f"{100 * row[name]:.1f}" for name in names), target]
+    return f"| {' | '.join(cells)} | {row['seconds']:.3f} |"
+
+
+def main() -> None:
+    """Print the table, then everything as one JSON object on the last line."""
+    parser = argparse.ArgumentParser(description="Measure the tiny checkpoint by pixels.")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--count", type=int, default=200, help="fresh tasks a set")
+    parser.add_argument("--only", default="", help="sets whose name contains this")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(args.checkpoint)
+    print("| set | colour | shape | place | size | background | everything | target | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rows = {}
+    for task_set in SETS:
+        if args.only not in task_set.name:
+            continue
+        rows[task_set.name] = measure(pipeline, task_set, args.count)
+        print(format_row(task_set, rows[task_set.name]))
+        sys.stdout.flush()
+    print(json.dumps({"count": args.count, "sets": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The parts of the tiny model: klein's classes with small dimensions, tokenizer, assembly."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from flux_ray.tiny import tasks, world
+
+VOCABULARY_SIZE = 448
+HIDDEN_SIZE = 64
+# The hidden states that Flux2KleinPipeline joins into prompt embeddings, with its defaults.
+OUTPUT_LAYERS = (9, 18, 27)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+
+
+def build_vae() -> AutoencoderKLFlux2:
+    """0.7 M parameters: 8 x 8 pixels to 8 channels, 16 x 16 to one token of 32."""
+    return AutoencoderKLFlux2(
+        block_out_channels=(16, 16, 32, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        # One group: with groups of two channels the reconstruction stalled.
+        norm_num_groups=1,
+        sample_size=world.SIDE,
+    )
+
+
+def build_transformer() -> Flux2Transformer2DModel:
+    """2.5 M parameters, width 128."""
+    return Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=len(OUTPUT_LAYERS) * HIDDEN_SIZE,
+        timestep_guidance_channels=64,
+        mlp_ratio=3.0,
+        axes_dims_rope=(8, 8, 8, 8),
+        rope_theta=2000,
+        guidance_embeds=False,
+    )
+
+
+def build_text_encoder(num_layers: int) -> Qwen3ForCausalLM:
+    """28 layers in the checkpoint; the recipe trains a net of 9 and spreads it out."""
+    config = Qwen3Config(
+        num_hidden_layers=num_layers,
+        max_window_layers=num_layers,
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-6,
+        # 0.02 starts too flat at this width.
+        initializer_range=0.08,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """klein's own: exponential dynamic shifting."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+        time_shift_type="exponential",
+    )
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE with Qwen2's splitting, its merges learned from prompts of the world."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - 5,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tokenizer_corpus(), trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    fast = Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(merge) for merge in bpe["merges"]],  # type: ignore[misc]
+        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=32768,
+    )
+    fast.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    fast.add_tokens(["<think>", "</think>"], special_tokens=False)
+    fast.chat_template = CHAT_TEMPLATE
+    assert len(fast) <= VOCABULARY_SIZE, len(fast)
+    return fast
+
+
+def tokenizer_corpus() -> list[str]:
+    """Prompts of every kind, held-out pairs included: the tokenizer knows words, not scenes."""
+    rng = random.Random(1)
+    corpus = ["user\n", "assistant\n"] * 500
+    for _ in range(4000):
+        scenes = world.draw_single(rng, held_out=None), world.draw_double(rng, held_out=None)
+        corpus += [tasks.caption(scene, rng) for scene in scenes]
+        corpus.append(tasks.draw_recolor_task(rng, held_out=None).prompt)
+        corpus.append(tasks.draw_background_task(rng).prompt)
+        corpus.append(tasks.draw_color_of_task(rng, held_out=None).prompt)
+        corpus.append(tasks.draw_background_of_task(rng).prompt)
+    return corpus
+
+
+def tokenize(
+    tokenizer: Qwen2Tokenizer, prompts: list[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, each [len(prompts), length], through the chat template as the pipeline does."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        for prompt in prompts
+    ]
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return tokens["input_ids"], tokens["attention_mask"]
+
+
+def save_pipeline(
+    folder: Path,
+    *,
+    vae: AutoencoderKLFlux2,
+    text_encoder: Qwen3ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    transformer: Flux2Transformer2DModel,
+) -> None:
+    """Write a Flux2KleinPipeline directory in bf16."""
+    pipeline = Flux2KleinPipeline(
+        build_scheduler(), vae, text_encoder, tokenizer, transformer, is_distilled=True
+    )
+    pipeline.to(torch.bfloat16).save_pretrained(folder)

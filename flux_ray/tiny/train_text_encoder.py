@@ -1,0 +1,115 @@
+"""Train the tiny text encoder to hold a prompt's parse in its hidden states, then spread it out."""
+
+import random
+
+import torch
+from torch.nn import functional
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+from flux_ray.tiny import models, tasks, world
+from flux_ray.tiny.state import Run
+
+# Eight trained layers; the ninth only keeps the state before it free of the final norm.
+NUM_TRAINED_LAYERS = 9
+# Hidden states of the small net that become hidden states 9, 18 and 27 of the 28 layers.
+READ_OUT_LAYERS = (2, 5, 8)
+# Where the trained layers go; real ones stand on both sides of each read-out, so that a layer
+# index that is off by one changes the embeddings.
+LAYER_SLOTS = (4, 8, 9, 13, 17, 18, 22, 26)
+# (padded text length, prompts a batch, weight)
+LENGTHS = ((40, 96, 0.85), (128, 28, 0.08), (512, 8, 0.07))
+
+
+def train(run: Run, tokenizer: Qwen2Tokenizer, *, steps: int) -> None:
+    """Cross-entropy of ten parse slots, read at the last token and at one random pad."""
+    small = models.build_text_encoder(NUM_TRAINED_LAYERS)
+    small.config._attn_implementation = "sdpa"
+    sizes = [len(choices) for choices in tasks.SLOTS.values()]
+    heads = torch.nn.ModuleList(
+        [torch.nn.Linear(models.HIDDEN_SIZE, sum(sizes)) for _ in READ_OUT_LAYERS]
+    )
+    both = torch.nn.ModuleList([small, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=2.5e-3, betas=(0.9, 0.98))
+    start = run.resume("text_encoder", both, [optimizer])
+    rng = random.Random(11 + start)
+    for step in range(start, steps):
+        run.set_rate([optimizer], 2.5e-3, step, steps, warm_up=40, decay=0.5)
+        length, num_prompts, _ = rng.choices(LENGTHS, [weight for *_, weight in LENGTHS])[0]
+        batch = [draw_task(rng) for _ in range(num_prompts)]
+        ids, mask = models.tokenize(tokenizer, [task.prompt for task in batch], length)
+        parses = torch.tensor([task.parse for task in batch])
+        loss = parse_loss(small, heads, ids, mask, parses, sizes)
+        run.descend(loss, [optimizer], both.parameters())
+        run.report("text_encoder", step, steps, loss.item(), both, [optimizer])
+    run.finish("text_encoder", small)
+
+
+def draw_task(rng: random.Random) -> tasks.Task:
+    """A prompt of any kind, without held-out pairs."""
+    kind = rng.random()
+    if kind < 0.3:
+        return tasks.draw_caption_task(world.draw_single(rng), rng)
+    if kind < 0.65:
+        return tasks.draw_caption_task(world.draw_double(rng), rng)
+    if kind < 0.8:
+        return tasks.draw_recolor_task(rng)
+    if kind < 0.88:
+        return tasks.draw_background_task(rng)
+    return tasks.draw_color_of_task(rng) if kind < 0.94 else tasks.draw_background_of_task(rng)
+
+
+def parse_loss(
+    small: Qwen3ForCausalLM,
+    heads: torch.nn.ModuleList,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    parses: torch.Tensor,
+    sizes: list[int],
+) -> torch.Tensor:
+    """Sum over slots, mean over layers and the two positions; ids [n, length], parses [n, 10]."""
+    states = small.model(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    num_prompts, length = ids.shape
+    rows, last = torch.arange(num_prompts), mask.sum(1) - 1
+    pad = last + 1 + (torch.rand(num_prompts) * (length - 1 - last)).long()
+    positions = (last, pad.clamp(max=length - 1))
+    loss = torch.zeros(())
+    for head, layer in zip(heads, READ_OUT_LAYERS, strict=True):
+        for position in positions:
+            logits = head(states[layer][rows, position]).split(sizes, -1)
+            for slot, slot_logits in enumerate(logits):
+                loss = loss + functional.cross_entropy(slot_logits, parses[:, slot])
+    return loss / (len(READ_OUT_LAYERS) * len(positions))
+
+
+def spread(small: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """The 28-layer encoder with the same hidden states; the layers between are identities."""
+    big = models.build_text_encoder(28)
+    with torch.no_grad():
+        big.model.embed_tokens.weight.copy_(small.model.embed_tokens.weight)
+        for index, layer in enumerate(big.model.layers):
+            if index in LAYER_SLOTS:
+                trained = small.model.layers[LAYER_SLOTS.index(index)]
+                layer.load_state_dict(trained.state_dict())
+            elif index < models.OUTPUT_LAYERS[-1]:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+    big.eval()  # type: ignore[no-untyped-call]
+    return big
+
+
+@torch.no_grad()
+def embed(
+    encoder: Qwen3ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    prompts: list[str],
+    length: int,
+    layers: tuple[int, ...] = READ_OUT_LAYERS,
+) -> torch.Tensor:
+    """Prompt embeddings as Flux2KleinPipeline joins them, [n, length, 192]."""
+    ids, mask = models.tokenize(tokenizer, prompts, length)
+    states = encoder.model(
+        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return torch.cat([states[layer] for layer in layers], -1)
