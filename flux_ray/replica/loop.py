@@ -1,0 +1,137 @@
+"""The step loop: the one caller of the ranks, one request at a time. Knows no Ray.
+
+Batching will replace `StepLoop` and `calls_for`; `generate` is all that the leader sees of them.
+"""
+
+import asyncio
+import contextvars
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flux_ray.errors import FluxError, ReplicaFailed
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+
+Observe = Callable[[str, float], None]
+
+
+class Ranks(Protocol):
+    """The same call on every rank, answered by rank 0. Raises FluxError only."""
+
+    async def call(self, method: str, *args: object) -> object: ...
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in this replica. A client that leaves cancels `result`; nothing else does."""
+
+    number: int
+    request: ImageRequest
+    result: asyncio.Future[ImageResult]
+    queued_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nobody waits for the result any more."""
+        return self.result.done()
+
+    def finish(self, outcome: ImageResult | FluxError | None) -> None:
+        """Tell the client, if it is still there."""
+        if self.has_left or outcome is None:
+            return
+        if isinstance(outcome, FluxError):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
+
+
+def calls_for(request: ImageRequest) -> Iterator[tuple[str, *tuple[object, ...]]]:
+    """The calls that draw a request, in order; between any two of them it may be dropped."""
+    yield "encode", request
+    for seed in request.seeds:
+        yield "prepare", seed
+        for _ in range(request.num_steps):
+            yield ("denoise",)
+        yield ("decode",)
+
+
+class Stopwatch:
+    """Seconds by method, and each of them told to `observe`."""
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    async def measure(self, method: str, call: Awaitable[object]) -> object:
+        """The call's answer."""
+        began = time.perf_counter()
+        answer = await call
+        seconds = time.perf_counter() - began
+        self._seconds[method] += seconds
+        self._observe(method, seconds)
+        return answer
+
+    def total(self, queue_s: float) -> StageTimes:
+        """The times of a request; preparing noise counts as encoding."""
+        spent = self._seconds
+        return StageTimes(
+            queue_s, spent["encode"] + spent["prepare"], spent["denoise"], spent["decode"]
+        )
+
+
+class StepLoop:
+    """Takes jobs in order of arrival and advances the ranks call by call."""
+
+    def __init__(self, ranks: Ranks, observe: Observe) -> None:
+        self._ranks = ranks
+        self._observe = observe
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._numbers = itertools.count(1)
+        # In a request's context the rank calls would be its children, and Ray would cancel them
+        # with it: on one rank only, perhaps, and the ranks would run different jobs from then on.
+        self.pump = asyncio.get_running_loop().create_task(
+            self._run(), context=contextvars.Context()
+        )
+
+    async def generate(self, request: ImageRequest) -> ImageResult:
+        """The request's pictures; cancel the call to leave."""
+        if self.pump.done():
+            raise ReplicaFailed("the step loop of this replica has ended")
+        job = Job(next(self._numbers), request, asyncio.get_running_loop().create_future())
+        self._jobs.put_nowait(job)
+        return await job.result
+
+    async def _run(self) -> None:
+        while True:
+            job = await self._jobs.get()
+            if job.has_left:
+                continue
+            try:
+                job.finish(await self._draw(job))
+            except FluxError as error:
+                job.finish(error)
+
+    async def _draw(self, job: Job) -> ImageResult | None:
+        """The result, or None if the client left in between."""
+        times = Stopwatch(self._observe)
+        queue_s = time.perf_counter() - job.queued_at
+        images: list[GeneratedImage] = []
+        warnings: tuple[str, ...] = ()
+        try:
+            for method, *args in calls_for(job.request):
+                if job.has_left:
+                    return None
+                answer = await times.measure(method, self._ranks.call(method, job.number, *args))
+                if isinstance(answer, GeneratedImage):
+                    images.append(answer)
+                elif isinstance(answer, tuple):
+                    warnings = answer
+        finally:
+            await self._ranks.call("drop", job.number)
+        request = job.request
+        return ImageResult(
+            request.request_id, request.tier, tuple(images), times.total(queue_s), warnings
+        )

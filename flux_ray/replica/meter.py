@@ -1,0 +1,57 @@
+"""A replica's metrics: the rows of flux_ray.metrics as Ray's counters and histograms."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray.serve import metrics
+
+from flux_ray.metrics import IMAGES, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS, Metric
+from flux_ray.request import ImageRequest
+
+
+def counter(metric: Metric) -> metrics.Counter:
+    """Ray's counter for a row."""
+    # Ray's annotation says a tuple of one.
+    labels: Any = metric.labels
+    return metrics.Counter(metric.name, metric.description, tag_keys=labels)
+
+
+def histogram(metric: Metric) -> metrics.Histogram:
+    """Ray's histogram for a row."""
+    labels: Any = metric.labels
+    return metrics.Histogram(
+        metric.name, metric.description, boundaries=list(metric.buckets), tag_keys=labels
+    )
+
+
+class Meter:
+    """Counts what one replica of a tier does."""
+
+    def __init__(self, tier: str) -> None:
+        self._tier = {"tier": tier}
+        self._images = counter(IMAGES)
+        self._requests = counter(REQUESTS)
+        self._request_seconds = histogram(REQUEST_SECONDS)
+        self._stage_seconds = histogram(STAGE_SECONDS)
+
+    def observe_stage(self, stage: str, seconds: float) -> None:
+        """One call to the ranks."""
+        self._stage_seconds.observe(seconds, {**self._tier, "stage": stage})
+
+    @contextmanager
+    def count(self, request: ImageRequest) -> Iterator[None]:
+        """A request, from its arrival to its end."""
+        began, outcome = time.perf_counter(), "failed"
+        try:
+            yield
+            outcome = "drawn"
+            self._images.inc(request.num_images, self._tier)
+        except asyncio.CancelledError:
+            outcome = "left"
+            raise
+        finally:
+            self._requests.inc(1, {**self._tier, "outcome": outcome})
+            self._request_seconds.observe(time.perf_counter() - began, self._tier)

@@ -1,0 +1,148 @@
+"""The step loop over ranks that only take notes: who is drawn, dropped, skipped, failed."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from flux_ray.errors import BadReference, ReplicaFailed
+from flux_ray.replica.loop import StepLoop
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult
+
+REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
+
+
+class FakeRanks:
+    """Notes every call; `gate` holds the steps, `errors` are raised by the method of that name."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str]] = []
+        self.seeds: dict[int, int] = {}
+        self.errors: dict[str, Exception] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.stepping = asyncio.Event()
+
+    async def call(self, method: str, *args: object) -> object:
+        job, *rest = args
+        assert isinstance(job, int)
+        self.calls.append((job, method))
+        if method in self.errors:
+            raise self.errors[method]
+        if method == "prepare":
+            (self.seeds[job],) = rest  # type: ignore[assignment]
+        if method == "denoise":
+            self.stepping.set()
+            await self.gate.wait()
+        if method == "encode":
+            return ("cut",)
+        return GeneratedImage(b"png", self.seeds[job]) if method == "decode" else None
+
+    def methods(self, job: int) -> list[str]:
+        return [method for number, method in self.calls if number == job]
+
+
+@pytest.fixture
+async def ranks() -> FakeRanks:
+    return FakeRanks()
+
+
+@pytest.fixture
+async def loop(ranks: FakeRanks) -> StepLoop:
+    return StepLoop(ranks, observe=lambda stage, seconds: None)
+
+
+async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
+    result = await loop.generate(REQUEST)
+    assert result.request_id == "a"
+    assert [image.seed for image in result.images] == [5]
+    assert result.warnings == ("cut",)
+    stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode", "drop"]
+    assert ranks.methods(1) == stages
+
+
+async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> None:
+    result = await loop.generate(replace(REQUEST, num_images=2))
+    assert [image.seed for image in result.images] == [5, 6]
+    image = ["prepare", "denoise", "denoise", "denoise", "decode"]
+    assert ranks.methods(1) == ["encode", *image, *image, "drop"]
+
+
+async def test_times_are_told(ranks: FakeRanks) -> None:
+    told: list[str] = []
+    loop = StepLoop(ranks, observe=lambda stage, seconds: told.append(stage))
+    times = (await loop.generate(REQUEST)).times
+    assert min(times.queue_s, times.encode_s, times.denoise_s, times.decode_s) > 0
+    assert told == ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
+
+
+async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
+    ranks: FakeRanks, loop: StepLoop
+) -> None:
+    ranks.gate.clear()
+    leaver = asyncio.create_task(loop.generate(REQUEST))
+    bystander = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    assert ranks.methods(1)[-1] == "denoise", "the step that runs is not interrupted"
+    ranks.gate.set()
+
+    assert (await bystander).images
+    assert ranks.methods(1) == ["encode", "prepare", "denoise", "drop"]
+
+
+async def test_a_client_that_left_before_its_turn_is_skipped(
+    ranks: FakeRanks, loop: StepLoop
+) -> None:
+    ranks.gate.clear()
+    first = asyncio.create_task(loop.generate(REQUEST))
+    leaver = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    ranks.gate.set()
+
+    await first
+    assert (await loop.generate(REQUEST)).images
+    assert ranks.methods(2) == []
+
+
+async def test_a_callers_mistake_fails_its_own_request_only(
+    ranks: FakeRanks, loop: StepLoop
+) -> None:
+    ranks.errors["encode"] = BadReference("too small", "image")
+    with pytest.raises(BadReference, match="too small"):
+        await loop.generate(REQUEST)
+    ranks.errors.clear()
+    assert (await loop.generate(REQUEST)).images
+    assert ranks.methods(1) == ["encode", "drop"]
+
+
+async def test_a_broken_group_fails_what_waits_too(ranks: FakeRanks, loop: StepLoop) -> None:
+    broken = ReplicaFailed("a rank died")
+    ranks.errors = dict.fromkeys(("encode", "drop"), broken)
+    answers = await asyncio.gather(
+        loop.generate(REQUEST), loop.generate(REQUEST), return_exceptions=True
+    )
+    assert [type(answer) for answer in answers] == [ReplicaFailed, ReplicaFailed]
+
+
+async def test_a_mistake_of_ours_ends_the_loop(ranks: FakeRanks, loop: StepLoop) -> None:
+    ranks.errors["prepare"] = KeyError("a bug")
+    stuck = asyncio.create_task(loop.generate(REQUEST))
+    await asyncio.wait([loop.pump])
+    assert isinstance(loop.pump.exception(), KeyError)
+    with pytest.raises(ReplicaFailed):
+        await loop.generate(REQUEST)
+    stuck.cancel()
+
+
+async def test_requests_are_drawn_in_order_of_arrival(ranks: FakeRanks, loop: StepLoop) -> None:
+    results: list[ImageResult] = await asyncio.gather(
+        *(loop.generate(replace(REQUEST, seed=seed)) for seed in range(5))
+    )
+    assert [result.images[0].seed for result in results] == list(range(5))
+    jobs = [job for job, _ in ranks.calls]
+    assert jobs == sorted(jobs)
