@@ -1,0 +1,116 @@
+"""Ray's errors as ours, with a fake Serve."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from ray import serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from flux_ray.errors import BadReference, ReplicaFailed, TierUnavailable
+from flux_ray.request import ImageRequest
+from flux_ray.router.handles import TierHandles
+
+REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
+
+
+def task_error(cause):
+    """What Serve raises when a replica raised `cause`."""
+    error = RayTaskError("generate", "Traceback ...", cause, proctitle="p", pid=1, ip="127.0.0.1")
+    return error.as_instanceof_cause()
+
+
+class FakeServe:
+    """Every tier's handle answers with `value`: raised if an exception, waited for if an event."""
+
+    def __init__(self):
+        self.value = None
+        self.handles_made = 0
+        self.cancelled = 0
+
+    def get_app_handle(self, tier):
+        self.handles_made += 1
+        if tier != "tiny":
+            raise RayServeException(f"Application '{tier}' does not exist.")
+        return SimpleNamespace(generate=SimpleNamespace(remote=lambda request: Response(self)))
+
+
+class Response:
+    """Awaitable like Serve's."""
+
+    def __init__(self, fake):
+        self.fake = fake
+
+    def __await__(self):
+        return self.result().__await__()
+
+    async def result(self):
+        value = self.fake.value
+        if isinstance(value, asyncio.Event):
+            await value.wait()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def cancel(self):
+        self.fake.cancelled += 1
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    fake = FakeServe()
+    monkeypatch.setattr(serve, "get_app_handle", fake.get_app_handle)
+    return fake
+
+
+async def test_a_handle_is_made_once(answer):
+    answer.value = "result"
+    handles = TierHandles(("tiny",))
+    assert [await handles.generate(REQUEST) for _ in range(3)] == ["result"] * 3
+    assert answer.handles_made == 1
+
+
+async def test_a_tier_that_is_not_deployed(answer):
+    request = ImageRequest("id", "flux-2-klein-4b", "a ring", 128, 128, 4, 1.0, seed=7)
+    with pytest.raises(TierUnavailable, match="flux-2-klein-4b is not deployed"):
+        await TierHandles(("flux-2-klein-4b",)).generate(request)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ActorDiedError(), ReplicaFailed),
+        (ActorUnavailableError("gone", None), ReplicaFailed),
+        (BackPressureError(1, 1), TierUnavailable),
+        (DeploymentUnavailableError("tiny"), TierUnavailable),
+        (RaySystemError("other"), RaySystemError),
+    ],
+)
+async def test_rays_errors(answer, raised, expected):
+    answer.value = raised
+    with pytest.raises(expected):
+        await TierHandles(("tiny",)).generate(REQUEST)
+
+
+async def test_our_errors_come_out_of_rays_wrapping(answer):
+    cause = BadReference("no picture", "image")
+    answer.value = task_error(cause)
+    with pytest.raises(BadReference) as caught:
+        await TierHandles(("tiny",)).generate(REQUEST)
+    assert caught.value is cause
+
+
+async def test_other_errors_of_a_replica_stay_what_they_are(answer):
+    answer.value = task_error(KeyError("bug"))
+    with pytest.raises(KeyError):
+        await TierHandles(("tiny",)).generate(REQUEST)
+
+
+async def test_an_attempt_that_is_given_up_is_called_off(answer):
+    """asyncio cancels only our waiting; the replica would go on drawing."""
+    answer.value = asyncio.Event()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await TierHandles(("tiny",)).generate(REQUEST)
+    assert answer.cancelled == 1
