@@ -1,0 +1,89 @@
+"""Every failure as the OpenAI error envelope; nothing of our insides is shown."""
+
+import logging
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from flux_ray.errors import BadRequest, FluxError
+from flux_ray.gateway.request_id import HEADER
+
+logger = logging.getLogger(__name__)
+
+CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class Failure(BaseModel):
+    """What went wrong; `param` names the field where a field is wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class Envelope(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: Failure
+
+
+def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
+    """After the last one answered, Starlette raises the exception again, for the logs."""
+
+    async def answer_unknown(request: Request, error: Exception) -> JSONResponse:
+        request_id: str = request.state.request_id
+        logger.error("request %s failed", request_id, exc_info=error)
+        message = f"the server failed; ask its operator about request {request_id}"
+        answer = answer_for(FluxError(message))
+        if not proxy_sends_id:
+            # This handler runs outside the middleware that sets the header.
+            answer.headers[HEADER] = request_id
+        return answer
+
+    api.add_exception_handler(FluxError, answer_flux_error)
+    api.add_exception_handler(HTTPException, answer_http_exception)
+    api.add_exception_handler(RequestValidationError, answer_invalid)
+    api.add_exception_handler(Exception, answer_unknown)
+
+
+async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
+    """An error of our tree; the operator reads of those that are not the caller's."""
+    assert isinstance(error, FluxError)
+    if not isinstance(error, BadRequest):
+        logger.warning("request %s: %s", request.state.request_id, error, exc_info=error.__cause__)
+    return answer_for(error)
+
+
+async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: no such route, wrong method, a body that is no multipart."""
+    assert isinstance(error, HTTPException)
+    failure = Failure(
+        message=error.detail,
+        type=BadRequest.type if error.status_code < 500 else FluxError.type,
+        code=CODES.get(error.status_code, BadRequest.code),
+    )
+    return envelop(failure, error.status_code, dict(error.headers or {}))
+
+
+async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's own check of paths and queries."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return answer_for(BadRequest(first["msg"], str(first["loc"][-1])))
+
+
+def answer_for(error: FluxError) -> JSONResponse:
+    """The envelope of an error, and when to come back."""
+    failure = Failure(message=error.message, type=error.type, param=error.field, code=error.code)
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return envelop(failure, error.status, headers)
+
+
+def envelop(failure: Failure, status: int, headers: dict[str, str]) -> JSONResponse:
+    """The answer itself."""
+    return JSONResponse(Envelope(error=failure).model_dump(), status, headers)

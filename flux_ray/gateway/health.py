@@ -1,0 +1,32 @@
+"""Whether this gateway is alive, and whether a tier behind it can serve."""
+
+from fastapi import APIRouter
+
+from flux_ray.errors import TierUnavailable
+from flux_ray.gateway.failures import Envelope
+from flux_ray.router.router import Router
+
+
+class Health:
+    """`/health` for process monitors, `/readyz` for load balancers."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+
+    def routes(self) -> APIRouter:
+        """Both answer GET."""
+        routes = APIRouter(tags=["health"])
+        routes.add_api_route("/health", self.health)
+        routes.add_api_route("/readyz", self.readyz, responses={503: {"model": Envelope}})
+        return routes
+
+    async def health(self) -> dict[str, str]:
+        """This process answers."""
+        return {"status": "ok"}
+
+    async def readyz(self) -> dict[str, tuple[str, ...]]:
+        """The tiers that can serve now; 503 where there is none."""
+        tiers = await self.router.ready_tiers()
+        if not tiers:
+            raise TierUnavailable("no tier can serve now")
+        return {"tiers": tiers}

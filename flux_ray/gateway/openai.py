@@ -1,0 +1,88 @@
+"""OpenAI's image routes: `/v1/images/generations` and `/v1/images/edits`."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flux_ray.config import GatewayArgs
+from flux_ray.errors import WrongContentType
+from flux_ray.gateway.edit_form import image_parts, read_references, text_parts
+from flux_ray.gateway.failures import Envelope
+from flux_ray.gateway.openai_answer import Answer, answer_for
+from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
+from flux_ray.gateway.openai_request import request_for, warnings_for
+from flux_ray.gateway.tiers import served_tier
+from flux_ray.request import Raster
+from flux_ray.router.router import Router
+
+JSON = "application/json"
+FORM = "multipart/form-data"
+MAX_FORM_FILES = 32
+MAX_FORM_FIELDS = 64
+
+
+class OpenAIImages:
+    """The two routes."""
+
+    def __init__(self, router: Router, args: GatewayArgs) -> None:
+        self.router = router
+        self.args = args
+
+    def routes(self) -> APIRouter:
+        """Bodies are read here, not by FastAPI: within limits, and with our own errors."""
+        routes = APIRouter(
+            tags=["images"],
+            responses={200: {"model": Answer}, "default": {"model": Envelope}},
+        )
+        for path, endpoint, body in (
+            ("/v1/images/generations", self.generations, body_schema(JSON)),
+            ("/v1/images/edits", self.edits, body_schema(FORM)),
+        ):
+            routes.add_api_route(path, endpoint, methods=["POST"], openapi_extra=body)
+        return routes
+
+    async def generations(self, request: Request) -> Response:
+        """Pictures from words."""
+        started_s = time.monotonic()
+        check_content_type(request, JSON)
+        fields = parse_json(await request.body())
+        return await self.generate(fields, (), started_s)
+
+    async def edits(self, request: Request) -> Response:
+        """Pictures from words and one or more reference pictures."""
+        started_s = time.monotonic()
+        check_content_type(request, FORM)
+        async with request.form(max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS) as form:
+            fields = parse_text(text_parts(form))
+            files = image_parts(form, served_tier(fields.model, self.args))
+            references = await read_references(files, self.args.limits)
+        return await self.generate(fields, references, started_s)
+
+    async def generate(
+        self, fields: ImageFields, references: tuple[Raster, ...], started_s: float
+    ) -> Response:
+        """The way from checked fields to the answer."""
+        tier = served_tier(fields.model, self.args)
+        request = request_for(fields, tier, self.args.limits, references)
+        result = await self.router.generate(request)
+        return answer_for(request, result, warnings_for(fields, tier), started_s)
+
+
+def check_content_type(request: Request, wanted: str) -> None:
+    """Raises unless the body says that it is what the route reads."""
+    sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if sent != wanted:
+        raise WrongContentType(f"send the body as {wanted}")
+
+
+def body_schema(content_type: str) -> dict[str, Any]:
+    """What OpenAPI says of a body."""
+    schema = ImageFields.model_json_schema()
+    if content_type == FORM:
+        files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        schema["properties"] |= {"image": files, "image[]": files}
+        schema["anyOf"] = [{"required": ["image"]}, {"required": ["image[]"]}]
+    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}

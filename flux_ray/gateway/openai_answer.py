@@ -1,0 +1,102 @@
+"""From our result to OpenAI's answer: body and headers."""
+
+import base64
+import time
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from flux_ray.catalog import tier_for
+from flux_ray.request import ImageFormat, ImageRequest, ImageResult
+
+
+class Picture(BaseModel):
+    """One image; with this seed, the same request draws it again."""
+
+    b64_json: str
+    seed: int
+
+
+class InputDetails(BaseModel):
+    """Of what the transformer read."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """Tokens as the transformer counts them: padded text, and patches of pictures."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputDetails
+
+
+class Answer(BaseModel):
+    """OpenAI's fields, then ours: id, model, warnings, and every picture's seed."""
+
+    created: int
+    data: list[Picture]
+    output_format: ImageFormat
+    size: str
+    usage: Usage
+    id: str
+    model: str
+    warnings: list[str]
+
+
+def answer_for(
+    request: ImageRequest, result: ImageResult, warnings: list[str], started_s: float
+) -> Response:
+    """The whole answer; `started_s` is when the request came, on the monotonic clock."""
+    answer = Answer(
+        created=int(time.time()),
+        data=[
+            Picture(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
+            for image in result.images
+        ],
+        output_format=request.encoding.format,
+        size=f"{request.width}x{request.height}",
+        usage=usage_for(request),
+        id=result.request_id,
+        model=result.tier,
+        warnings=warnings,
+    )
+    headers = {
+        "x-flux-seed": str(request.seed),
+        "x-flux-model": result.tier,
+        "server-timing": server_timing(result, started_s),
+    }
+    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+
+def usage_for(request: ImageRequest) -> Usage:
+    """How much the transformer reads and draws."""
+    tier = tier_for(request.tier)
+    patch = tier.size_multiple**2
+    image_tokens = sum(
+        min(reference.width * reference.height, tier.max_reference_pixels) // patch
+        for reference in request.references
+    )
+    output_tokens = request.num_images * (request.width * request.height // patch)
+    details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
+    input_tokens = details.text_tokens + details.image_tokens
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        total_tokens=input_tokens + output_tokens,
+        input_tokens_details=details,
+    )
+
+
+def server_timing(result: ImageResult, started_s: float) -> str:
+    """The stages in milliseconds, as browsers show them; the last is the gateway's own count."""
+    stages_s = {
+        "queue": result.times.queue_s,
+        "encode": result.times.encode_s,
+        "denoise": result.times.denoise_s,
+        "decode": result.times.decode_s,
+        "total": time.monotonic() - started_s,
+    }
+    return ", ".join(f"{stage};dur={1000 * taken_s:.1f}" for stage, taken_s in stages_s.items())

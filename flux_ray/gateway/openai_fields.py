@@ -1,0 +1,106 @@
+"""The fields of OpenAI's image routes, and what other servers of that dialect add to them."""
+
+from typing import Annotated, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+
+from flux_ray.errors import BadRequest
+
+MAX_SEED = 2**63 - 1
+
+# Named here rather than ignored: without them the caller would get another picture than asked.
+NOT_YET = {
+    "mask": "masks are not supported yet",
+    "mask_image": "masks are not supported yet",
+    "url": "references by URL are not supported yet: send files as `image`",
+    "url[]": "references by URL are not supported yet: send files as `image`",
+    "image": "pictures go to /v1/images/edits, as multipart files",
+    "image[]": "pictures go to /v1/images/edits, as multipart files",
+    "images": "pictures go to /v1/images/edits, as multipart files `image`",
+    "ref_images": "pictures go to /v1/images/edits, as multipart files `image`",
+    "reference_image": "pictures go to /v1/images/edits, as multipart files `image`",
+}
+
+
+class ImageFields(BaseModel):
+    """What a client may send besides pictures; unknown fields are named in the answer."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, title="ImageFields")
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(None, ge=1)
+    size: str | None = Field(None, description="`auto` or WIDTHxHEIGHT")
+    width: int | None = Field(None, ge=1)
+    height: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
+    num_inference_steps: int | None = Field(
+        None,
+        ge=1,
+        validation_alias=AliasChoices("num_inference_steps", "steps", "step"),
+        description="also `steps` or `step`",
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
+        None,
+        validation_alias=AliasChoices("guidance_scale", "guidance"),
+        description="also `guidance`",
+    )
+    negative_prompt: str | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="`url` is not supported yet"
+    )
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="quality of jpeg and webp"
+    )
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        None, description="`transparent` is not supported"
+    )
+    stream: bool | None = Field(None, description="`true` is not supported yet")
+    quality: str | None = None
+    user: str | None = None
+
+
+def parse_json(body: bytes) -> ImageFields:
+    """The fields of a JSON body."""
+    try:
+        fields = ImageFields.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise bad_request(error) from None
+    check_supported(fields)
+    return fields
+
+
+def parse_text(parts: dict[str, str]) -> ImageFields:
+    """The fields of a form, where every value is text."""
+    try:
+        fields = ImageFields.model_validate_strings(parts)
+    except ValidationError as error:
+        raise bad_request(error) from None
+    check_supported(fields)
+    return fields
+
+
+def bad_request(error: ValidationError) -> BadRequest:
+    """The first thing that is wrong, in words for the caller."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else None
+    if first["type"] == "missing":
+        return BadRequest(f"{field} is required", field)
+    if first["type"] == "json_invalid":
+        return BadRequest("the body is not valid JSON")
+    if field is None:
+        return BadRequest("the body must be a JSON object")
+    return BadRequest(f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}", field)
+
+
+def check_supported(fields: ImageFields) -> None:
+    """Raises for what would change the answer and is not there yet."""
+    for name in (fields.model_extra or {}).keys() & NOT_YET.keys():
+        raise BadRequest(NOT_YET[name], name)
+    if fields.stream:
+        raise BadRequest("streaming is not supported yet", "stream")
+    if fields.response_format == "url":
+        raise BadRequest("answers by URL are not supported yet: use b64_json", "response_format")
+    if fields.background == "transparent":
+        raise BadRequest("transparent backgrounds are not supported", "background")

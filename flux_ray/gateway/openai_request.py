@@ -1,0 +1,114 @@
+"""From OpenAI's fields to our request: defaults filled in, everything checked."""
+
+import secrets
+import uuid
+
+from flux_ray.catalog import Tier
+from flux_ray.config import Limits
+from flux_ray.errors import BadRequest
+from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
+from flux_ray.gateway.tiers import check_size, parse_size, size_like
+from flux_ray.request import Encoding, ImageRequest, Raster
+
+# JavaScript reads integers exactly up to 2**53.
+DRAWN_SEEDS = 2**32
+MAX_NAMED_FIELDS = 20
+
+
+def request_for(
+    fields: ImageFields, tier: Tier, limits: Limits, references: tuple[Raster, ...]
+) -> ImageRequest:
+    """The complete request; its id is ours, for two clients may send the same one."""
+    check_prompt(fields.prompt, limits)
+    num_images = fields.n or 1
+    if num_images > limits.max_images:
+        raise BadRequest(f"n must be 1 to {limits.max_images}", "n")
+    width, height = size_for(fields, tier, references)
+    return ImageRequest(
+        request_id=uuid.uuid4().hex,
+        tier=tier.name,
+        prompt=fields.prompt,
+        width=width,
+        height=height,
+        num_steps=steps_for(fields, tier),
+        guidance=guidance_for(fields, tier),
+        seed=seed_for(fields, num_images),
+        num_images=num_images,
+        references=references,
+        encoding=encoding_for(fields),
+    )
+
+
+def check_prompt(prompt: str, limits: Limits) -> None:
+    """A prompt says something, and is passed on as it is."""
+    if not prompt.strip():
+        raise BadRequest("prompt is empty", "prompt")
+    if len(prompt) > limits.max_prompt_chars:
+        raise BadRequest(f"prompt is longer than {limits.max_prompt_chars} characters", "prompt")
+
+
+def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+    """What was asked for, else the first reference's size, else the tier's default."""
+    asked = None if fields.size in (None, "auto") else parse_size(fields.size or "")
+    if fields.width is not None or fields.height is not None:
+        if fields.width is None or fields.height is None:
+            missing = "width" if fields.width is None else "height"
+            raise BadRequest("width and height come together", missing)
+        if asked not in (None, (fields.width, fields.height)):
+            raise BadRequest("size and width x height disagree", "size")
+        check_size(fields.width, fields.height, tier, "width")
+        return fields.width, fields.height
+    if asked is not None:
+        check_size(*asked, tier, "size")
+        return asked
+    if references:
+        return size_like(references[0], tier)
+    return tier.default_side, tier.default_side
+
+
+def steps_for(fields: ImageFields, tier: Tier) -> int:
+    """The tier's own number of steps, or the caller's."""
+    num_steps = fields.num_inference_steps or tier.num_steps
+    if num_steps > tier.max_steps:
+        raise BadRequest(f"steps must be 1 to {tier.max_steps}", "num_inference_steps")
+    return num_steps
+
+
+def guidance_for(fields: ImageFields, tier: Tier) -> float:
+    """The caller's only where it changes the picture."""
+    if fields.guidance_scale is None or not tier.is_guided:
+        return tier.guidance
+    return fields.guidance_scale
+
+
+def seed_for(fields: ImageFields, num_images: int) -> int:
+    """The first image's seed; the last one's must be a seed too."""
+    if fields.seed is None:
+        return secrets.randbelow(DRAWN_SEEDS)
+    if fields.seed + num_images - 1 > MAX_SEED:
+        raise BadRequest(f"seed + n - 1 must be at most {MAX_SEED}", "seed")
+    return fields.seed
+
+
+def encoding_for(fields: ImageFields) -> Encoding:
+    """PNG unless said."""
+    default = Encoding()
+    quality = fields.output_compression
+    return Encoding(
+        format=fields.output_format or default.format,
+        quality=default.quality if quality is None else quality,
+    )
+
+
+def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
+    """What the caller sent and this tier does not heed."""
+    unheeded = {
+        "guidance": fields.guidance_scale is not None and not tier.is_guided,
+        "negative_prompt": fields.negative_prompt,
+        "quality": fields.quality not in (None, "auto"),
+        "output_compression": fields.output_compression is not None
+        and fields.output_format in (None, "png"),
+    }
+    known = [f"{name} has no effect on {tier.name}" for name, sent in unheeded.items() if sent]
+    unknown = sorted(fields.model_extra or {})[:MAX_NAMED_FIELDS]
+    return known + [f"unknown field {name[:80]!r} was ignored" for name in unknown]

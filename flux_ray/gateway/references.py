@@ -1,0 +1,66 @@
+"""Reference pictures: untrusted bytes to checked, upright RGB pixels."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from flux_ray.config import Limits
+from flux_ray.errors import BadReference
+from flux_ray.request import Raster
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+# The image processor of the FLUX.2 pipelines refuses smaller and longer ones.
+MIN_SIDE = 64
+MAX_ASPECT = 8
+# What Pillow's readers raise on broken files; its own words may show our insides.
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+# decode() checks the size itself, before any pixel is decoded; Pillow would only warn.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def decode(data: bytes, limits: Limits, name: str) -> Raster:
+    """The picture in `data`; errors call it by `name`, never by the client's file name."""
+    if len(data) > limits.max_image_bytes:
+        raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except BROKEN:
+        raise BadReference(f"{name} is not a PNG, JPEG or WebP picture", "image") from None
+    if image.width * image.height > limits.max_image_pixels:
+        raise BadReference(f"{name} has more than {limits.max_image_pixels} pixels", "image")
+    if min(image.size) < MIN_SIDE:
+        raise BadReference(f"{name} is smaller than {MIN_SIDE} pixels on a side", "image")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
+    try:
+        rgb = to_rgb(ImageOps.exif_transpose(image))
+    except BROKEN:
+        raise BadReference(f"{name} is damaged", "image") from None
+    return Raster(rgb.width, rgb.height, rgb.tobytes())
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel, transparent parts over white."""
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit grey to 255 instead of scaling it.
+        grey = np.asarray(image).astype(np.uint32) >> 8
+        image = Image.fromarray(grey.astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")

@@ -1,0 +1,62 @@
+"""Which tier a request means, and which sizes that tier draws."""
+
+import math
+import re
+
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import GatewayArgs
+from flux_ray.errors import BadRequest, UnknownTier
+from flux_ray.request import Raster
+
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+
+def served_tier(name: str | None, args: GatewayArgs) -> Tier:
+    """The tier of that name; without a name the default one, or the only one."""
+    if name is None:
+        if args.default_tier is None and len(args.tiers) > 1:
+            raise BadRequest(f"model is required, one of: {', '.join(args.tiers)}", "model")
+        return tier_for(args.default_tier or args.tiers[0])
+    if name not in args.tiers:
+        raise UnknownTier(
+            f"no model {name[:80]!r} is served here; there are: {', '.join(args.tiers)}", "model"
+        )
+    return tier_for(name)
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """Width and height of `512x768`."""
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise BadRequest("size must be `auto` or WIDTHxHEIGHT, like 512x768", "size")
+    return int(match[1]), int(match[2])
+
+
+def check_size(width: int, height: int, tier: Tier, field: str) -> None:
+    """Raises unless the tier draws pictures of that size."""
+    multiple = tier.size_multiple
+    if width % multiple or height % multiple:
+        raise BadRequest(f"width and height must be multiples of {multiple}", field)
+    if not tier.min_side <= min(width, height) <= max(width, height) <= tier.max_side:
+        raise BadRequest(
+            f"width and height must be {tier.min_side} to {tier.max_side} on {tier.name}", field
+        )
+    if width * height > tier.max_pixels:
+        raise BadRequest(f"{tier.name} draws at most {tier.max_pixels} pixels", field)
+
+
+def size_like(reference: Raster, tier: Tier) -> tuple[int, int]:
+    """The reference's size, scaled down into the tier's limits and floored to the multiple."""
+    width, height = reference.width, reference.height
+    scale = min(
+        1.0,
+        math.sqrt(tier.max_pixels / (width * height)),
+        tier.max_side / max(width, height),
+    )
+
+    def fit(side: int) -> int:
+        # 300 * (256 / 300) may come out just below 256.
+        floored = int(side * scale + 1e-6) // tier.size_multiple * tier.size_multiple
+        return max(floored, tier.min_side)
+
+    return fit(width), fit(height)

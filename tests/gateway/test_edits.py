@@ -1,0 +1,162 @@
+"""`POST /v1/images/edits`: pictures as file parts, fields as text."""
+
+import pytest
+
+PATH = "/v1/images/edits"
+PROMPT = {"prompt": "make the circle green"}
+
+
+async def test_one_image(client, handles, picture):
+    answer = await client.post(PATH, data=PROMPT, files={"image": ("in.png", picture(96, 80))})
+    assert answer.status_code == 200
+    [request] = handles.requests
+    [reference] = request.references
+    assert (reference.width, reference.height) == (96, 80)
+    assert reference.rgb == b"\xff\x00\x00" * 96 * 80
+    assert (request.width, request.height) == (96, 80)
+    assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == 6 * 5
+
+
+@pytest.mark.parametrize("name", ["image", "image[]"])
+async def test_several_images_in_order(client, handles, picture, name):
+    files = [(name, ("blob", picture(color=color))) for color in ("red", "blue")]
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    assert answer.status_code == 200
+    assert [r.rgb[:3] for r in handles.requests[0].references] == [b"\xff\0\0", b"\0\0\xff"]
+
+
+async def test_text_parts_are_parsed(client, handles, picture):
+    data = PROMPT | {
+        "seed": "7",
+        "n": "2",
+        "size": "128x64",
+        "steps": "3",
+        "guidance": "2.5",
+        "output_format": "jpeg",
+        "stream": "false",
+        "strength": "0.5",
+    }
+    answer = await client.post(PATH, data=data, files={"image[]": ("blob", picture())})
+    assert answer.status_code == 200
+    [request] = handles.requests
+    assert (request.seed, request.num_images, request.num_steps) == (7, 2, 3)
+    assert (request.width, request.height) == (128, 64)
+    assert answer.json()["warnings"] == [
+        "guidance has no effect on tiny",
+        "unknown field 'strength' was ignored",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((96, 80), (96, 80)),
+        ((100, 90), (96, 80)),
+        ((512, 512), (192, 192)),
+        ((300, 300), (192, 192)),
+        ((800, 400), (192, 96)),
+        ((512, 64), (192, 64)),
+        ((64, 70), (64, 64)),
+    ],
+)
+@pytest.mark.parametrize("asked", [{}, {"size": "auto"}])
+async def test_size_follows_the_first_reference(client, handles, picture, size, expected, asked):
+    files = [("image[]", ("a", picture(*size))), ("image[]", ("b", picture()))]
+    await client.post(PATH, data=PROMPT | asked, files=files)
+    assert (handles.requests[0].width, handles.requests[0].height) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"seed": "seven"}, "seed"),
+        ({"seed": ""}, "seed"),
+        ({"n": "1.5"}, "n"),
+        ({"n": "9"}, "n"),
+        ({"guidance": "nan"}, "guidance"),
+        ({"guidance": "inf"}, "guidance"),
+        ({"stream": "true"}, "stream"),
+        ({"stream": "maybe"}, "stream"),
+        ({"prompt": "  "}, "prompt"),
+        ({"size": "100x100"}, "size"),
+        ({"mask": "data:..."}, "mask"),
+        ({"url": "http://127.0.0.1/"}, "url"),
+        ({"url[]": "http://127.0.0.1/"}, "url[]"),
+        ({"seed": ["1", "2"]}, "seed"),
+    ],
+)
+async def test_bad_text_parts_are_named(client, handles, picture, fields, param):
+    answer = await client.post(PATH, data=PROMPT | fields, files={"image": ("a", picture())})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert handles.requests == []
+
+
+async def test_mask_is_refused(client, picture):
+    files = {"image": ("a", picture()), "mask": ("m", picture())}
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "mask"
+
+
+async def test_a_file_where_text_belongs(client, picture):
+    files = {"image": ("a", picture()), "prompt": ("p", b"a ring")}
+    answer = await client.post(PATH, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+async def test_an_image_as_text(client):
+    # A part without a filename is text.
+    files = {"image": (None, "aGVsbG8=")}
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_image"
+
+
+async def test_no_image(client):
+    files = {"prompt": (None, "make it red")}
+    answer = await client.post(PATH, files=files)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "image is required"
+    assert answer.json()["error"]["param"] == "image"
+
+
+@pytest.mark.parametrize("num_images", [3, 40])
+async def test_too_many_images(client, handles, picture, num_images):
+    files = [("image[]", ("a", picture())) for _ in range(num_images)]
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    assert answer.status_code == 400
+    assert (
+        "image" in answer.json()["error"]["message"] or "files" in answer.json()["error"]["message"]
+    )
+    assert handles.requests == []
+
+
+async def test_unknown_model(client, picture):
+    files = {"image": ("a", picture())}
+    answer = await client.post(PATH, data=PROMPT | {"model": "nope"}, files=files)
+    assert answer.status_code == 404
+
+
+async def test_the_bad_one_of_two_is_named(client, picture):
+    files = [("image[]", ("ok", picture())), ("image[]", ("../../etc/passwd", b"no picture"))]
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "image")
+    assert error["message"] == "image 2 is not a PNG, JPEG or WebP picture"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data", 400),
+        ("multipart/form-data; boundary=x", 400),
+    ],
+)
+async def test_bodies_that_are_no_form(client, content_type, status):
+    answer = await client.post(PATH, content=b"{}", headers={"content-type": content_type})
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == "invalid_request_error"

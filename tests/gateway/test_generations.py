@@ -1,0 +1,229 @@
+"""`POST /v1/images/generations`: what reaches the router, what comes back, what is refused."""
+
+import base64
+
+import pytest
+
+from flux_ray.request import Encoding
+
+PATH = "/v1/images/generations"
+PROMPT = "a red circle on a blue background"
+
+
+async def test_defaults_come_from_the_catalogue(client, handles):
+    answer = await client.post(PATH, json={"prompt": PROMPT})
+    assert answer.status_code == 200
+    [request] = handles.requests
+    assert (request.tier, request.prompt) == ("tiny", PROMPT)
+    assert (request.width, request.height) == (128, 128)
+    assert (request.num_steps, request.guidance, request.num_images) == (4, 1.0, 1)
+    assert request.references == ()
+    assert request.encoding == Encoding("png")
+
+
+async def test_answer_has_openais_fields_and_ours(client, handles):
+    answer = await client.post(PATH, json={"prompt": PROMPT, "seed": 7, "n": 2, "user": "me"})
+    body = answer.json()
+    assert [base64.b64decode(p["b64_json"]) for p in body["data"]] == [b"picture 7", b"picture 8"]
+    assert [p["seed"] for p in body["data"]] == [7, 8]
+    assert (body["size"], body["output_format"], body["model"]) == ("128x128", "png", "tiny")
+    assert body["id"] == handles.requests[0].request_id
+    assert body["created"] > 1_700_000_000
+    assert body["warnings"] == []
+    assert body["usage"] == {
+        "input_tokens": 48,
+        "output_tokens": 128,
+        "total_tokens": 176,
+        "input_tokens_details": {"text_tokens": 48, "image_tokens": 0},
+    }
+
+
+async def test_headers_tell_seed_model_and_stages(client):
+    answer = await client.post(PATH, json={"prompt": PROMPT, "seed": 7})
+    assert answer.headers["x-flux-seed"] == "7"
+    assert answer.headers["x-flux-model"] == "tiny"
+    stages = [stage.split(";")[0] for stage in answer.headers["server-timing"].split(", ")]
+    assert stages == ["queue", "encode", "denoise", "decode", "total"]
+    assert "denoise;dur=3.0" in answer.headers["server-timing"]
+
+
+async def test_a_seed_is_drawn_and_told(client, handles):
+    answers = [await client.post(PATH, json={"prompt": PROMPT}) for _ in range(2)]
+    seeds = [answer.json()["data"][0]["seed"] for answer in answers]
+    assert seeds == [request.seed for request in handles.requests]
+    assert seeds[0] != seeds[1]
+
+
+async def test_requests_never_share_an_id(client, handles):
+    for _ in range(2):
+        await client.post(PATH, json={"prompt": PROMPT}, headers={"x-request-id": "same"})
+    assert len({request.request_id for request in handles.requests}) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_inference_steps": 2}, {"num_steps": 2}),
+        ({"steps": 3}, {"num_steps": 3}),
+        ({"step": 3}, {"num_steps": 3}),
+        ({"size": "auto"}, {"width": 128, "height": 128}),
+        ({"size": "192x96"}, {"width": 192, "height": 96}),
+        ({"width": 192, "height": 96}, {"width": 192, "height": 96}),
+        ({"size": "192x96", "width": 192, "height": 96}, {"width": 192, "height": 96}),
+        ({"model": "tiny"}, {"tier": "tiny"}),
+        ({"seed": 2**63 - 2, "n": 2}, {"seed": 2**63 - 2}),
+        ({"output_format": "webp"}, {"encoding": Encoding("webp")}),
+        (
+            {"output_format": "jpeg", "output_compression": 40},
+            {"encoding": Encoding("jpeg", 40)},
+        ),
+        ({"prompt": '  {"scene": "a ring"} '}, {"prompt": '  {"scene": "a ring"} '}),
+        ({"model": None, "n": None, "size": None, "seed": None}, {"num_images": 1}),
+        ({"response_format": "b64_json", "background": "opaque"}, {}),
+        ({"stream": False, "quality": "auto"}, {}),
+    ],
+)
+async def test_fields_reach_the_router(client, handles, fields, expected):
+    answer = await client.post(PATH, json={"prompt": PROMPT} | fields)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["warnings"] == []
+    assert {name: getattr(handles.requests[0], name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"guidance_scale": 3.5}, "guidance has no effect on tiny"),
+        ({"guidance": 1}, "guidance has no effect on tiny"),
+        ({"negative_prompt": "blurry"}, "negative_prompt has no effect on tiny"),
+        ({"quality": "hd"}, "quality has no effect on tiny"),
+        ({"output_compression": 50}, "output_compression has no effect on tiny"),
+        ({"enable_teacache": True}, "unknown field 'enable_teacache' was ignored"),
+    ],
+)
+async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
+    answer = await client.post(PATH, json={"prompt": PROMPT} | fields)
+    assert answer.json()["warnings"] == [warning]
+    assert handles.requests[0].guidance == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": " \n\t"}, "prompt", "empty"),
+        ({"prompt": "x" * 1001}, "prompt", "1000"),
+        ({"prompt": 7}, "prompt", "string"),
+        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": ["a", "b"]}, "prompt", "string"),
+        ({"n": 0}, "n", "1"),
+        ({"n": 5}, "n", "4"),
+        ({"n": "2"}, "n", "integer"),
+        ({"n": True}, "n", "integer"),
+        ({"n": 1.5}, "n", "integer"),
+        ({"size": "100x128"}, "size", "multiples of 16"),
+        ({"size": "48x128"}, "size", "64"),
+        ({"size": "128x208"}, "size", "192"),
+        ({"size": "100000x100000"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "0x0"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "-16x128"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "128 x 128"}, "size", "WIDTHxHEIGHT"),
+        ({"size": "big"}, "size", "WIDTHxHEIGHT"),
+        ({"size": ""}, "size", "WIDTHxHEIGHT"),
+        ({"size": "\u0661\u0662\u0668x128"}, "size", "WIDTHxHEIGHT"),
+        ({"width": 128}, "height", "together"),
+        ({"height": 128}, "width", "together"),
+        ({"width": 100, "height": 128}, "width", "multiples of 16"),
+        ({"size": "128x128", "width": 64, "height": 64}, "size", "disagree"),
+        ({"seed": -1}, "seed", "0"),
+        ({"seed": 2**63}, "seed", str(2**63 - 1)),
+        ({"seed": 2**63 - 1, "n": 2}, "seed", "n - 1"),
+        ({"seed": 10**40}, "seed", str(2**63 - 1)),
+        ({"num_inference_steps": 0}, "num_inference_steps", "1"),
+        ({"steps": 0}, "steps", "1"),
+        ({"num_inference_steps": 51}, "num_inference_steps", "50"),
+        ({"guidance_scale": "high"}, "guidance_scale", "number"),
+        ({"guidance": -1}, "guidance", "0"),
+        ({"response_format": "url"}, "response_format", "not supported yet"),
+        ({"response_format": "file"}, "response_format", "b64_json"),
+        ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
+        ({"output_format": "svg"}, "output_format", "'png', 'jpeg' or 'webp'"),
+        ({"output_compression": 101}, "output_compression", "100"),
+        ({"output_compression": -1}, "output_compression", "0"),
+        ({"background": "transparent"}, "background", "transparent"),
+        ({"background": "red"}, "background", "'auto'"),
+        ({"stream": True}, "stream", "not supported yet"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"mask": "..."}, "mask", "not supported yet"),
+        ({"url": "http://169.254.169.254/"}, "url", "not supported yet"),
+        ({"image": "..."}, "image", "/v1/images/edits"),
+        ({"ref_images": ["..."]}, "ref_images", "/v1/images/edits"),
+    ],
+)
+async def test_bad_fields_are_named(client, handles, fields, param, words):
+    answer = await client.post(PATH, json={"prompt": PROMPT} | fields)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["param"] == param
+    assert words in error["message"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
+    assert handles.requests == []
+
+
+async def test_missing_prompt(client):
+    answer = await client.post(PATH, json={"n": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "prompt is required"
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("model", ["flux-2-klein-4b", "dall-e-3", "", "x" * 10_000])
+async def test_unknown_model(client, model):
+    answer = await client.post(PATH, json={"prompt": PROMPT, "model": model})
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "tiny" in error["message"]
+    assert len(error["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"prompt"',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "guidance": NaN}',
+        b'{"prompt": "a", "guidance": Infinity}',
+        b'{"prompt": "a", "guidance": 1e999}',
+        b"[" * 100_000,
+    ],
+)
+async def test_bodies_that_are_no_request(client, handles, body):
+    answer = await client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert len(answer.text) < 300
+    assert handles.requests == []
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
+async def test_wrong_content_type(client, content_type):
+    answer = await client.post(PATH, content=b"{}", headers={"content-type": content_type})
+    assert answer.status_code == 415
+    assert answer.json()["error"]["code"] == "unsupported_content_type"
+
+
+async def test_content_type_may_name_a_charset(client):
+    answer = await client.post(
+        PATH,
+        content=b'{"prompt": "a ring"}',
+        headers={"content-type": "Application/JSON; charset=utf-8"},
+    )
+    assert answer.status_code == 200

@@ -1,0 +1,62 @@
+"""Models, health and the OpenAPI description."""
+
+import pytest
+
+from flux_ray.config import GatewayArgs
+from flux_ray.errors import BadRequest
+from flux_ray.gateway.tiers import served_tier
+
+
+async def test_models(client):
+    body = (await client.get("/v1/models")).json()
+    assert body["object"] == "list"
+    [model] = body["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("tiny", "model", "flux-ray")
+    assert model["license"] == "apache-2.0"
+    assert (model["default_size"], model["default_steps"]) == ("128x128", 4)
+    assert (await client.get("/v1/models/tiny")).json() == model
+
+
+async def test_a_tier_that_is_not_served_here(client):
+    answer = await client.get("/v1/models/flux-2-klein-4b")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+async def test_health_and_readiness(client, handles):
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.get("/readyz")).json() == {"tiers": ["tiny"]}
+    handles.ready = ()
+    assert (await client.get("/health")).status_code == 200
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "tier_unavailable")
+
+
+async def test_openapi_describes_the_bodies(client):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    [(json_type, json_body)] = paths["/v1/images/generations"]["post"]["requestBody"][
+        "content"
+    ].items()
+    [(form_type, form_body)] = paths["/v1/images/edits"]["post"]["requestBody"]["content"].items()
+    assert (json_type, form_type) == ("application/json", "multipart/form-data")
+    assert json_body["schema"]["required"] == ["prompt"]
+    assert {"prompt", "model", "n", "size", "seed"} <= json_body["schema"]["properties"].keys()
+    new = form_body["schema"]["properties"].keys() - json_body["schema"]["properties"].keys()
+    assert new == {"image", "image[]"}
+    for operation in (paths["/v1/images/generations"]["post"], paths["/v1/images/edits"]["post"]):
+        assert operation["responses"].keys() == {"200", "default"}
+
+
+TWO = ("tiny", "flux-2-klein-4b")
+
+
+def test_model_may_be_left_out():
+    assert served_tier(None, GatewayArgs(tiers=("tiny",))).name == "tiny"
+    args = GatewayArgs(tiers=TWO, default_tier="flux-2-klein-4b")
+    assert served_tier(None, args).name == "flux-2-klein-4b"
+
+
+def test_model_is_required_where_there_is_no_default():
+    with pytest.raises(BadRequest, match="model is required") as caught:
+        served_tier(None, GatewayArgs(tiers=TWO))
+    assert caught.value.field == "model"
