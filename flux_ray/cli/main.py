@@ -1,0 +1,72 @@
+"""`flux-ray`: ask a running cluster for pictures."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flux_ray import __version__
+from flux_ray.cli.client import call
+from flux_ray.cli.pictures import output_format_for, paths_for, save
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Url = Annotated[str, typer.Option(help="The gateway's address.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", exists=True, dir_okay=False, help="A reference; repeatable."),
+]
+
+
+@app.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("-o", "--output", help=".png, .jpg or .webp")] = Path(
+        "out.png"
+    ),
+    image: Images = None,
+    url: Url = DEFAULT_URL,
+    tier: Annotated[str | None, typer.Option(help="One of `flux-ray tiers`.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT")] = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    num_images: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 1,
+) -> None:
+    """Draw pictures of PROMPT, or edit the ones given with --image."""
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "output_format": output_format_for(output),
+        "model": tier,
+        "size": size,
+        "steps": steps,
+        "seed": seed,
+        "n": num_images,
+    }
+    sent = {name: value for name, value in fields.items() if value is not None}
+    answer, taken_s = call(url, sent, image or [])
+    for warning in answer["warnings"]:
+        typer.secho(warning, fg="yellow", err=True)
+    paths = paths_for(output, len(answer["data"]))
+    for path, picture in zip(paths, answer["data"], strict=True):
+        save(path, picture["b64_json"])
+        typer.echo(f"{path}  seed {picture['seed']}  {taken_s:.2f} s")
+
+
+@app.command()
+def tiers(url: Url = DEFAULT_URL) -> None:
+    """List the tiers that the gateway serves."""
+    answer, _ = call(url)
+    columns = ("id", "default_size", "default_steps", "max_references", "license")
+    table = Table(*columns)
+    for model in answer["data"]:
+        table.add_row(*(str(model[column]) for column in columns))
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version of this command."""
+    typer.echo(__version__)
