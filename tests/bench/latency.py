@@ -1,0 +1,135 @@
+"""Seconds a picture of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios."""
+
+import base64
+import io
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import httpx
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from ray import serve
+
+from flux_ray.app import build_gateway, build_tier
+from flux_ray.catalog import tier_for
+from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.state import Canvas
+from flux_ray.request import Raster
+from flux_ray.tiny import CHECKPOINT, evaluate
+
+NUM_ROUNDS = 30
+PROMPT = "a red circle on a blue background"
+EDIT = "make the circle green"
+TINY = tier_for("tiny")
+
+
+def draw_with_pipeline() -> Callable[[str, Raster | None], np.ndarray]:
+    pipeline = evaluate.load_pipeline(CHECKPOINT)
+
+    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+        image = reference and Image.frombytes("RGB", (128, 128), reference.rgb)
+        drawn = pipeline(
+            prompt,
+            image=image,
+            height=128,
+            width=128,
+            num_inference_steps=TINY.num_steps,
+            guidance_scale=TINY.guidance,
+            max_sequence_length=TINY.text_length,
+            generator=torch.Generator().manual_seed(7),
+        )
+        return np.asarray(drawn.images[0])
+
+    return draw
+
+
+def draw_with_engine() -> Callable[[str, Raster | None], np.ndarray]:
+    adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
+
+    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+        conditioning = adapter.encode(prompt, () if reference is None else (reference,))
+        state = adapter.prepare(conditioning, Canvas(128, 128, TINY.num_steps), 7)
+        while not state.is_done:
+            state = adapter.denoise(state)
+        return np.frombuffer(adapter.decode(state).rgb, np.uint8).reshape(128, 128, 3)
+
+    return draw
+
+
+def draw_over_http() -> Callable[[str, Raster | None], np.ndarray]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    tier = build_tier(TierArgs(tier="tiny", device="cpu", dtype="float32"))
+    serve.run(tier, name="tiny", route_prefix=None)
+    serve.run(build_gateway(GatewayArgs(tiers=("tiny",))), name="gateway")
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+        fields = {"prompt": prompt, "seed": 7}
+        if reference is None:
+            answer = client.post("/v1/images/generations", json=fields)
+        else:
+            file = io.BytesIO()
+            Image.frombytes("RGB", (128, 128), reference.rgb).save(file, "PNG")
+            answer = client.post(
+                "/v1/images/edits", data=fields, files={"image": ("a.png", file.getvalue())}
+            )
+        data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
+        return np.asarray(Image.open(io.BytesIO(data)))
+
+    return draw
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    ways = {
+        "pipeline": draw_with_pipeline(),
+        "engine": draw_with_engine(),
+        "http": draw_over_http(),
+    }
+    red = ways["pipeline"](PROMPT, None)
+    figures: dict[str, object] = {}
+    print(f"{'task':12} {'way':10} {'median s':>9} {'best s':>8} {'ratio':>6}  same pixels")
+    for task, prompt, reference in (
+        ("generation", PROMPT, None),
+        ("edit", EDIT, Raster(128, 128, red.tobytes())),
+    ):
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        pictures = {}
+        for _ in range(NUM_ROUNDS):
+            for way, draw in ways.items():
+                began = time.perf_counter()
+                pictures[way] = draw(prompt, reference)
+                seconds[way].append(time.perf_counter() - began)
+        for way, taken in seconds.items():
+            median, best = statistics.median(taken), min(taken)
+            ratio = median / statistics.median(seconds["pipeline"])
+            same = bool(np.array_equal(pictures[way], pictures["pipeline"]))
+            print(f"{task:12} {way:10} {median:9.4f} {best:8.4f} {ratio:6.2f}  {same}")
+            figures[f"{task}.{way}"] = {
+                "median_s": median,
+                "best_s": best,
+                "ratio": ratio,
+                "same_pixels": same,
+            }
+    serve.shutdown()
+    ray.shutdown()
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

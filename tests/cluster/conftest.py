@@ -1,0 +1,135 @@
+"""One real Ray with serve/laptop.yaml on it, shared by every test of this folder."""
+
+import base64
+import io
+import os
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
+BOOT_S = 180
+
+
+def free_port() -> int:
+    """Below the ports that the system hands out, and above those of Ray's workers.
+
+    Otherwise one of Ray's own connections may take it while Serve starts.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float, what: str) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+def is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def wait_until_ready() -> Callable[[str], None]:
+    """`wait_until_ready(address)`: a tier can serve there."""
+
+    def wait(address: str) -> None:
+        wait_until(lambda: is_ready(address), timeout_s=BOOT_S, what="a tier that can serve")
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def address(wait_until_ready: Callable[[str], None]) -> Iterator[str]:
+    """Where the gateway listens. What `serve run` does, on two logical CPUs and a free port."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(LAPTOP.read_text()))
+    config.http_options.port = free_port()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+        namespace="serve",
+    )
+    serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
+    _get_global_client().deploy_apps(config)
+    address = f"http://127.0.0.1:{config.http_options.port}"
+    wait_until_ready(address)
+    yield address
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def draw(address: str) -> Callable[..., list[bytes]]:
+    """`draw(prompt, seed=1, ...)`: the pictures' bytes, by plain HTTP."""
+
+    def draw(prompt: str, **fields: object) -> list[bytes]:
+        answer = httpx.post(
+            f"{address}/v1/images/generations",
+            json={"model": "tiny", "prompt": prompt, **fields},
+            timeout=60,
+        )
+        assert answer.status_code == 200, answer.text
+        return [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def pixels_of() -> Callable[[bytes], np.ndarray]:
+    """A file's pixels, [height, width, 3]."""
+    return lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[[str], list[psutil.Process]]:
+    """`processes("RankActor")`: those of this Ray, and of no other on the machine."""
+
+    def named(name: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "".join(process.cmdline()[:1]).startswith(f"ray::{name}"):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    return named

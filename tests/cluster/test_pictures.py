@@ -1,0 +1,107 @@
+"""Pictures through the whole cluster show what was asked for."""
+
+import base64
+import io
+from collections.abc import Callable
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
+
+RED_ON_BLUE = "a red circle on a blue background"
+Draw = Callable[..., list[bytes]]
+PixelsOf = Callable[[bytes], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def red_on_blue(draw: Draw) -> bytes:
+    return draw(RED_ON_BLUE, seed=1)[0]
+
+
+def check_circle(pixels: np.ndarray, *, circle: str, background: str) -> None:
+    """Most of the middle is of the one colour, most of the frame of the other."""
+    colors = nearest_colors(pixels)
+    frame = np.ones(colors.shape, bool)
+    frame[16:-16, 16:-16] = False
+    assert (colors[58:70, 58:70] == COLOR_INDEX[circle]).mean() > 0.9
+    assert (colors[frame] == COLOR_INDEX[background]).mean() > 0.9
+
+
+def test_the_openai_client_gets_a_red_circle_on_blue(
+    client: openai.OpenAI, pixels_of: PixelsOf
+) -> None:
+    answer = client.images.generate(model="tiny", prompt=RED_ON_BLUE, extra_body={"seed": 1})
+    pixels = pixels_of(base64.b64decode(answer.data[0].b64_json))
+    assert pixels.shape == (128, 128, 3)
+    check_circle(pixels, circle="red", background="blue")
+
+
+def test_an_edit_turns_it_green(
+    client: openai.OpenAI, red_on_blue: bytes, pixels_of: PixelsOf
+) -> None:
+    answer = client.images.edit(
+        model="tiny",
+        image=("circle.png", red_on_blue),
+        prompt="make the circle green",
+        extra_body={"seed": 1},
+    )
+    pixels = pixels_of(base64.b64decode(answer.data[0].b64_json))
+    check_circle(pixels, circle="green", background="blue")
+
+
+def test_two_references_are_taken(client: openai.OpenAI, red_on_blue: bytes) -> None:
+    answer = client.images.edit(
+        model="tiny",
+        image=[("one.png", red_on_blue), ("two.png", red_on_blue)],
+        prompt="the shape of image 1 in the color of image 2",
+    )
+    assert answer.data[0].b64_json
+
+
+def test_a_seed_means_a_picture(draw: Draw, red_on_blue: bytes) -> None:
+    assert draw(RED_ON_BLUE, seed=1) == [red_on_blue]
+    assert draw(RED_ON_BLUE, seed=2) != [red_on_blue]
+
+
+def test_n_pictures_are_those_of_n_seeds(draw: Draw, red_on_blue: bytes) -> None:
+    assert draw(RED_ON_BLUE, seed=1, n=2) == [red_on_blue, *draw(RED_ON_BLUE, seed=2)]
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_the_file_is_what_was_asked_for(draw: Draw, format: str) -> None:
+    (data,) = draw(RED_ON_BLUE, seed=1, size="96x64", output_format=format)
+    image = Image.open(io.BytesIO(data))
+    assert (image.format.lower(), image.size) == (format, (96, 64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "named"),
+    [
+        ({"prompt": ""}, 400, "prompt"),
+        ({"model": "flux-9"}, 404, "model"),
+        ({"size": "100x100"}, 400, "size"),
+        ({"size": "4096x4096"}, 400, "size"),
+    ],
+)
+def test_bad_input_is_told_and_the_server_goes_on(
+    address: str, draw: Draw, fields: dict[str, str], status: int, named: str
+) -> None:
+    good = {"model": "tiny", "prompt": RED_ON_BLUE}
+    answer = httpx.post(f"{address}/v1/images/generations", json=good | fields)
+    assert answer.status_code == status
+    assert answer.json()["error"]["param"] == named
+    assert draw(RED_ON_BLUE)
+
+
+def test_a_reference_that_cannot_be_used_is_told(client: openai.OpenAI, draw: Draw) -> None:
+    """Too flat for the model: whoever notices it, gateway or engine, it is the caller's."""
+    file = io.BytesIO()
+    Image.new("RGB", (800, 64), "red").save(file, "PNG")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.edit(model="tiny", image=("flat.png", file.getvalue()), prompt="green")
+    assert caught.value.param == "image"
+    assert draw(RED_ON_BLUE)
