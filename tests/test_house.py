@@ -1,0 +1,186 @@
+"""The house keeps its own rules: who may import whom, how long things are, what README says."""
+
+import ast
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flux_ray.cli.main import app
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "flux_ray"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+NOUNS = {"catalog", "config", "errors", "metrics", "request"}
+# Of our own rooms: whom each may import besides itself. The nouns see each other only.
+MAY_IMPORT = {
+    "gateway": NOUNS | {"jobs", "router", "safety"},
+    "jobs": NOUNS | {"router"},
+    "router": NOUNS,
+    "replica": NOUNS | {"engine", "parallel", "safety"},
+    "engine": NOUNS | {"parallel", "tiny"},
+    "parallel": NOUNS,
+    "safety": NOUNS,
+    "tiny": {"catalog", "request"},
+    "cli": NOUNS,
+    "app": NOUNS | {"gateway", "jobs", "router", "replica", "safety"},
+} | dict.fromkeys(NOUNS, NOUNS)
+MODELS = {"diffusers", "transformers", "accelerate"}
+TENSORS = MODELS | {"torch"}
+HTTP = {"fastapi", "starlette", "httpx", "uvicorn"}
+# Of other people's packages: what no file of a room imports.
+MAY_NOT_IMPORT = {
+    "gateway": TENSORS | {"ray"},
+    "jobs": TENSORS,
+    "router": TENSORS | HTTP,
+    "replica": MODELS | HTTP,
+    "engine": HTTP | {"ray"},
+    "parallel": HTTP | {"ray"},
+    "safety": {"ray"},
+    "tiny": HTTP | {"ray"},
+    "cli": TENSORS | {"ray"},
+    "app": TENSORS,
+} | dict.fromkeys(NOUNS, TENSORS | HTTP | {"ray"})
+FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc", "base", "manager", "constants"}
+
+
+def room_of(path: Path) -> str:
+    """`gateway` for flux_ray/gateway/api.py, `errors` for flux_ray/errors.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that the file names, wherever in the file, with the names taken from it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    if room == "__init__":
+        assert imports_of(path) == set()
+        return
+    for name in imports_of(path):
+        package, *inner = name.split(".")
+        if package == "flux_ray" and inner[0] != "__version__":
+            assert inner[0] in MAY_IMPORT[room] | {room}, f"{path.name} imports {name}"
+        assert package not in MAY_NOT_IMPORT[room], f"{path.name} imports {name}"
+
+
+def test_the_engine_knows_only_where_the_embedded_checkpoint_is():
+    names = {name for path in (PACKAGE / "engine").glob("*.py") for name in imports_of(path)}
+    assert {n for n in names if n.startswith("flux_ray.tiny")} <= {"flux_ray.tiny.CHECKPOINT"}
+
+
+def test_only_the_routers_hands_touch_ray():
+    """Decisions stay plain functions and objects."""
+    touching = {
+        path.name
+        for path in (PACKAGE / "router").glob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imports_of(path))
+    }
+    assert touching == {"handles.py", "readiness.py"}
+
+
+def test_the_graph_imports_without_torch():
+    code = "import sys, flux_ray.app; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not TENSORS & set(loaded)
+
+
+def test_names_say_what_is_inside():
+    names = {path.stem for path in PACKAGE.rglob("*") if path.suffix in ("", ".py")}
+    assert not names & FORBIDDEN_NAMES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_say_their_job(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 300
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, functions) and node.end_lineno - node.lineno + 1 > 40
+    }
+    assert not long
+
+
+def test_half_of_the_files_are_very_short():
+    assert statistics.median(len(path.read_text().splitlines()) for path in SOURCES) <= 120
+
+
+def test_tests_are_no_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+README = ROOT / "README.md"
+
+
+def readme_tree() -> set[str]:
+    """The paths of the first fenced block that begins with a folder, one a line."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", README.read_text(), re.M | re.S):
+        words = [line.split()[0] for line in block.splitlines() if line.strip()]
+        if words[0].endswith("/"):
+            return {word.rstrip("/") for word in words if word != "flux-ray/"}
+    raise AssertionError("README.md shows no file tree")
+
+
+def listed_paths(tree: set[str]) -> set[Path]:
+    """A path is written from the top of the repository, or from flux_ray/."""
+    return {ROOT / name if (ROOT / name).exists() else PACKAGE / name for name in tree}
+
+
+def test_readme_tree_is_there():
+    assert [path for path in listed_paths(readme_tree()) if not path.exists()] == []
+
+
+def test_readme_tree_is_whole():
+    listed = listed_paths(readme_tree())
+    inside = {path for path in PACKAGE.iterdir() if not path.name.startswith(("__", "."))}
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    top = {path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    visible = {path for path in top if not any(path.match(pattern) for pattern in ignored)}
+    assert (inside | visible) - listed == set()
+
+
+def test_readme_commands_are_there():
+    text = README.read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    code = "\n".join(re.findall(r"```\w*\n.*?```|(?<=`)[^`\n]+(?=`)", text, re.S))
+    named = set(re.findall(r"^(?:\$ )?make ([a-z][a-z-]*)", code, re.M))
+    assert named >= {"serve", "test"}
+    assert named <= targets
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    used = set(re.findall(r"^(?:\$ )?\S*flux-ray ([a-z][a-z-]*)", code, re.M))
+    assert "generate" in used
+    assert used <= commands
+    modules = set(re.findall(r"python3? -m (flux_ray[\w.]*)", text))
+    assert modules
+    for module in modules:
+        run = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, check=False)
+        assert run.returncode == 0, module
+
+
+def test_torch_is_pinned_once():
+    """make installs it before it reads what else is needed."""
+    pins = [
+        re.findall(r"torch==([\w.]+)", (ROOT / name).read_text())
+        for name in ("Makefile", "pyproject.toml")
+    ]
+    assert pins[0] == pins[1] and len(pins[0]) == 1
