@@ -63,7 +63,10 @@ SETS = (
     TaskSet("two things", lambda rng: draw_caption(rng, world.draw_double(rng)), 0.60),
     TaskSet("recolour", lambda rng: tasks.draw_recolor_task(rng, num_things=1), 0.85),
     TaskSet("recolour, one of two things", lambda rng: tasks.draw_recolor_task(rng, num_things=2)),
-    TaskSet("recolour to a pair never seen", lambda r: tasks.draw_recolor_task(r, held_out=True)),
+    TaskSet(
+        "recolour to a pair never seen",
+        lambda rng: tasks.draw_recolor_task(rng, num_things=1, held_out=True),
+    ),
     TaskSet("new background", lambda rng: tasks.draw_background_task(rng, num_things=1), 0.85),
     TaskSet(
         "new background behind two things",

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--text-encoder-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--transformer-steps", type=int, default=8000)
+    parser.add_argument("--transformer-steps", type=int, default=7700)
     parser.add_argument("--decoder-steps", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     return parser
