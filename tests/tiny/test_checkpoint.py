@@ -66,7 +66,7 @@ def test_the_pipelines_own_text_length_works(pipeline: Flux2KleinPipeline) -> No
     """512 tokens, always padded, never masked: nothing but the size is said."""
     scene = Scene("blue", (Thing("circle", "red", "large"),))
     image = pipeline(
-        "a red circle on a blue background",
+        prompt="a red circle on a blue background",
         height=128,
         width=128,
         num_inference_steps=4,
