@@ -1,18 +1,50 @@
 """The multipart body of an edit: text parts, and reference pictures as file parts."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from flux_ray.catalog import Tier
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.openai_fields import NOT_YET
+from flux_ray.gateway.openai_unserved import NOT_YET
 from flux_ray.gateway.references import decode
 from flux_ray.request import Raster
 
 IMAGE_PARTS = ("image", "image[]")
+MAX_FORM_FILES = 32
+MAX_FORM_FIELDS = 64
+
+
+@asynccontextmanager
+async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
+    """The parts of the body; its files are closed in the end."""
+    try:
+        form = await request.form(
+            max_files=MAX_FORM_FILES,
+            max_fields=MAX_FORM_FIELDS,
+            # Text may be as long as in JSON: a field's own check then names the field.
+            max_part_size=limits.max_body_bytes,
+        )
+    except HTTPException as error:
+        raise form_fault(error.detail) from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def form_fault(detail: str) -> BadRequest:
+    """Starlette tells its form faults apart by words only."""
+    if detail.startswith("Too many files"):
+        return BadReference(f"a form may have at most {MAX_FORM_FILES} images", "image")
+    if detail.startswith("Too many fields"):
+        return BadRequest(f"a form may have at most {MAX_FORM_FIELDS} text parts")
+    return BadRequest(f"the form cannot be read: {detail}")
 
 
 def text_parts(form: FormData) -> dict[str, str]:

@@ -6,14 +6,16 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from flux_ray.errors import BadRequest, FluxError
 from flux_ray.gateway.request_id import HEADER
 
-logger = logging.getLogger(__name__)
+# The only logger that Serve writes to its log files.
+logger = logging.getLogger("ray.serve")
 
+CLIENT_CLOSED_REQUEST = 499
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -48,6 +50,7 @@ def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
     api.add_exception_handler(FluxError, answer_flux_error)
     api.add_exception_handler(HTTPException, answer_http_exception)
     api.add_exception_handler(RequestValidationError, answer_invalid)
+    api.add_exception_handler(ClientDisconnect, answer_nobody)
     api.add_exception_handler(Exception, answer_unknown)
 
 
@@ -75,6 +78,11 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return answer_for(BadRequest(first["msg"], str(first["loc"][-1])))
+
+
+async def answer_nobody(request: Request, error: Exception) -> Response:
+    """The client left in the middle of its upload: no fault of ours, and nobody reads this."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def answer_for(error: FluxError) -> JSONResponse:

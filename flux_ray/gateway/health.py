@@ -14,10 +14,12 @@ class Health:
         self.router = router
 
     def routes(self) -> APIRouter:
-        """Both answer GET."""
+        """Both answer GET, and HEAD, which some probes send; OpenAPI describes GET."""
         routes = APIRouter(tags=["health"])
         routes.add_api_route("/health", self.health)
         routes.add_api_route("/readyz", self.readyz, responses={503: {"model": Envelope}})
+        for path, endpoint in (("/health", self.health), ("/readyz", self.readyz)):
+            routes.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
         return routes
 
     async def health(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """OpenAI's image routes: `/v1/images/generations` and `/v1/images/edits`."""
 
+import logging
 import time
 from typing import Any
 
@@ -9,19 +10,20 @@ from starlette.responses import Response
 
 from flux_ray.config import GatewayArgs
 from flux_ray.errors import WrongContentType
-from flux_ray.gateway.edit_form import image_parts, read_references, text_parts
+from flux_ray.gateway.edit_form import image_parts, open_form, read_references, text_parts
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.openai_answer import Answer, answer_for
 from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
-from flux_ray.gateway.openai_request import request_for, warnings_for
+from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.tiers import served_tier
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
 
+logger = logging.getLogger("ray.serve")
+
 JSON = "application/json"
 FORM = "multipart/form-data"
-MAX_FORM_FILES = 32
-MAX_FORM_FIELDS = 64
 
 
 class OpenAIImages:
@@ -49,24 +51,29 @@ class OpenAIImages:
         started_s = time.monotonic()
         check_content_type(request, JSON)
         fields = parse_json(await request.body())
-        return await self.generate(fields, (), started_s)
+        return await self.generate(request.state.request_id, fields, (), started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
         started_s = time.monotonic()
         check_content_type(request, FORM)
-        async with request.form(max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS) as form:
+        async with open_form(request, self.args.limits) as form:
             fields = parse_text(text_parts(form))
             files = image_parts(form, served_tier(fields.model, self.args))
             references = await read_references(files, self.args.limits)
-        return await self.generate(fields, references, started_s)
+        return await self.generate(request.state.request_id, fields, references, started_s)
 
     async def generate(
-        self, fields: ImageFields, references: tuple[Raster, ...], started_s: float
+        self,
+        http_id: str,
+        fields: ImageFields,
+        references: tuple[Raster, ...],
+        started_s: float,
     ) -> Response:
-        """The way from checked fields to the answer."""
+        """The way from checked fields to the answer; the log joins the client's id with ours."""
         tier = served_tier(fields.model, self.args)
         request = request_for(fields, tier, self.args.limits, references)
+        logger.info("request %s: image request %s on %s", http_id, request.request_id, tier.name)
         result = await self.router.generate(request)
         return answer_for(request, result, warnings_for(fields, tier), started_s)
 

@@ -1,13 +1,14 @@
 """From our result to OpenAI's answer: body and headers."""
 
 import base64
+import math
 import time
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from flux_ray.catalog import tier_for
-from flux_ray.request import ImageFormat, ImageRequest, ImageResult
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.request import ImageFormat, ImageRequest, ImageResult, Raster
 
 
 class Picture(BaseModel):
@@ -61,7 +62,7 @@ def answer_for(
         usage=usage_for(request),
         id=result.request_id,
         model=result.tier,
-        warnings=warnings,
+        warnings=[*warnings, *result.warnings],
     )
     headers = {
         "x-flux-seed": str(request.seed),
@@ -74,12 +75,8 @@ def answer_for(
 def usage_for(request: ImageRequest) -> Usage:
     """How much the transformer reads and draws."""
     tier = tier_for(request.tier)
-    patch = tier.size_multiple**2
-    image_tokens = sum(
-        min(reference.width * reference.height, tier.max_reference_pixels) // patch
-        for reference in request.references
-    )
-    output_tokens = request.num_images * (request.width * request.height // patch)
+    image_tokens = sum(reference_tokens(reference, tier) for reference in request.references)
+    output_tokens = request.num_images * num_patches(request.width, request.height, tier)
     details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
     return Usage(
@@ -88,6 +85,18 @@ def usage_for(request: ImageRequest) -> Usage:
         total_tokens=input_tokens + output_tokens,
         input_tokens_details=details,
     )
+
+
+def reference_tokens(reference: Raster, tier: Tier) -> int:
+    """Of a reference as the model reads it: scaled down, each side rounded down, to its limit."""
+    num_pixels = reference.width * reference.height
+    scale = min(1.0, math.sqrt(tier.max_reference_pixels / num_pixels))
+    return num_patches(int(reference.width * scale), int(reference.height * scale), tier)
+
+
+def num_patches(width: int, height: int, tier: Tier) -> int:
+    """The transformer's tokens of a picture; what is left over at its sides is cut."""
+    return (width // tier.size_multiple) * (height // tier.size_multiple)
 
 
 def server_timing(result: ImageResult, started_s: float) -> str:

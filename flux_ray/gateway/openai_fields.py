@@ -1,25 +1,19 @@
 """The fields of OpenAI's image routes, and what other servers of that dialect add to them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.openai_unserved import NOT_YET
 
 MAX_SEED = 2**63 - 1
+# One field each, under the names that other servers give it.
+STEPS = ("num_inference_steps", "steps", "step")
+GUIDANCE = ("guidance_scale", "guidance")
 
-# Named here rather than ignored: without them the caller would get another picture than asked.
-NOT_YET = {
-    "mask": "masks are not supported yet",
-    "mask_image": "masks are not supported yet",
-    "url": "references by URL are not supported yet: send files as `image`",
-    "url[]": "references by URL are not supported yet: send files as `image`",
-    "image": "pictures go to /v1/images/edits, as multipart files",
-    "image[]": "pictures go to /v1/images/edits, as multipart files",
-    "images": "pictures go to /v1/images/edits, as multipart files `image`",
-    "ref_images": "pictures go to /v1/images/edits, as multipart files `image`",
-    "reference_image": "pictures go to /v1/images/edits, as multipart files `image`",
-}
+Steps = Annotated[int, Field(ge=1)]
+Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 class ImageFields(BaseModel):
@@ -34,17 +28,11 @@ class ImageFields(BaseModel):
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
-    num_inference_steps: int | None = Field(
-        None,
-        ge=1,
-        validation_alias=AliasChoices("num_inference_steps", "steps", "step"),
-        description="also `steps` or `step`",
-    )
-    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = Field(
-        None,
-        validation_alias=AliasChoices("guidance_scale", "guidance"),
-        description="also `guidance`",
-    )
+    num_inference_steps: Steps | None = None
+    steps: Steps | None = Field(None, description="`num_inference_steps`")
+    step: Steps | None = Field(None, description="`num_inference_steps`")
+    guidance_scale: Guidance | None = None
+    guidance: Guidance | None = Field(None, description="`guidance_scale`")
     negative_prompt: str | None = None
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="`url` is not supported yet"
@@ -59,6 +47,18 @@ class ImageFields(BaseModel):
     stream: bool | None = Field(None, description="`true` is not supported yet")
     quality: str | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, sent: Any) -> Any:
+        """A null says as much as no field, unknown fields' too."""
+        if not isinstance(sent, dict):
+            return sent
+        return {name: value for name, value in sent.items() if value is not None}
+
+    def sent_as(self, names: tuple[str, ...]) -> str | None:
+        """The first of a field's names under which it was sent."""
+        return next((name for name in names if getattr(self, name) is not None), None)
 
 
 def parse_json(body: bytes) -> ImageFields:
@@ -98,9 +98,18 @@ def check_supported(fields: ImageFields) -> None:
     """Raises for what would change the answer and is not there yet."""
     for name in (fields.model_extra or {}).keys() & NOT_YET.keys():
         raise BadRequest(NOT_YET[name], name)
+    for names in (STEPS, GUIDANCE):
+        check_same(fields, names)
     if fields.stream:
         raise BadRequest("streaming is not supported yet", "stream")
     if fields.response_format == "url":
         raise BadRequest("answers by URL are not supported yet: use b64_json", "response_format")
     if fields.background == "transparent":
         raise BadRequest("transparent backgrounds are not supported", "background")
+
+
+def check_same(fields: ImageFields, names: tuple[str, ...]) -> None:
+    """Raises if a field was sent under two names, with two values."""
+    sent = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
+    if len(set(sent.values())) > 1:
+        raise BadRequest(f"{' and '.join(sent)} disagree", next(iter(sent)))

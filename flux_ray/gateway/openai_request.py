@@ -6,13 +6,12 @@ import uuid
 from flux_ray.catalog import Tier
 from flux_ray.config import Limits
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
+from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
 from flux_ray.gateway.tiers import check_size, parse_size, size_like
 from flux_ray.request import Encoding, ImageRequest, Raster
 
 # JavaScript reads integers exactly up to 2**53.
 DRAWN_SEEDS = 2**32
-MAX_NAMED_FIELDS = 20
 
 
 def request_for(
@@ -56,10 +55,10 @@ def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) ->
             raise BadRequest("width and height come together", missing)
         if asked not in (None, (fields.width, fields.height)):
             raise BadRequest("size and width x height disagree", "size")
-        check_size(fields.width, fields.height, tier, "width")
+        check_size(fields.width, fields.height, tier, ("width", "height"))
         return fields.width, fields.height
     if asked is not None:
-        check_size(*asked, tier, "size")
+        check_size(*asked, tier, ("size", "size"))
         return asked
     if references:
         return size_like(references[0], tier)
@@ -68,17 +67,22 @@ def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) ->
 
 def steps_for(fields: ImageFields, tier: Tier) -> int:
     """The tier's own number of steps, or the caller's."""
-    num_steps = fields.num_inference_steps or tier.num_steps
+    name = fields.sent_as(STEPS)
+    if name is None:
+        return tier.num_steps
+    num_steps: int = getattr(fields, name)
     if num_steps > tier.max_steps:
-        raise BadRequest(f"steps must be 1 to {tier.max_steps}", "num_inference_steps")
+        raise BadRequest(f"{name} must be 1 to {tier.max_steps}", name)
     return num_steps
 
 
 def guidance_for(fields: ImageFields, tier: Tier) -> float:
     """The caller's only where it changes the picture."""
-    if fields.guidance_scale is None or not tier.is_guided:
+    name = fields.sent_as(GUIDANCE)
+    if name is None or not tier.is_guided:
         return tier.guidance
-    return fields.guidance_scale
+    guidance: float = getattr(fields, name)
+    return guidance
 
 
 def seed_for(fields: ImageFields, num_images: int) -> int:
@@ -98,17 +102,3 @@ def encoding_for(fields: ImageFields) -> Encoding:
         format=fields.output_format or default.format,
         quality=default.quality if quality is None else quality,
     )
-
-
-def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
-    """What the caller sent and this tier does not heed."""
-    unheeded = {
-        "guidance": fields.guidance_scale is not None and not tier.is_guided,
-        "negative_prompt": fields.negative_prompt,
-        "quality": fields.quality not in (None, "auto"),
-        "output_compression": fields.output_compression is not None
-        and fields.output_format in (None, "png"),
-    }
-    known = [f"{name} has no effect on {tier.name}" for name, sent in unheeded.items() if sent]
-    unknown = sorted(fields.model_extra or {})[:MAX_NAMED_FIELDS]
-    return known + [f"unknown field {name[:80]!r} was ignored" for name in unknown]

@@ -32,17 +32,18 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_size(width: int, height: int, tier: Tier, field: str) -> None:
-    """Raises unless the tier draws pictures of that size."""
+def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> None:
+    """Raises unless the tier draws pictures of that size; `fields` is where each side was sent."""
     multiple = tier.size_multiple
-    if width % multiple or height % multiple:
-        raise BadRequest(f"width and height must be multiples of {multiple}", field)
-    if not tier.min_side <= min(width, height) <= max(width, height) <= tier.max_side:
-        raise BadRequest(
-            f"width and height must be {tier.min_side} to {tier.max_side} on {tier.name}", field
-        )
+    for side, field in zip((width, height), fields, strict=True):
+        if side % multiple:
+            raise BadRequest(f"width and height must be multiples of {multiple}", field)
+        if not tier.min_side <= side <= tier.max_side:
+            raise BadRequest(
+                f"width and height must be {tier.min_side} to {tier.max_side} on {tier.name}", field
+            )
     if width * height > tier.max_pixels:
-        raise BadRequest(f"{tier.name} draws at most {tier.max_pixels} pixels", field)
+        raise BadRequest(f"{tier.name} draws at most {tier.max_pixels} pixels", fields[0])
 
 
 def size_like(reference: Raster, tier: Tier) -> tuple[int, int]:

@@ -1,6 +1,11 @@
 """`POST /v1/images/edits`: pictures as file parts, fields as text."""
 
+import httpx
 import pytest
+
+from flux_ray.config import GatewayArgs, Limits
+from flux_ray.gateway.api import build_api
+from flux_ray.router.router import Router
 
 PATH = "/v1/images/edits"
 PROMPT = {"prompt": "make the circle green"}
@@ -35,6 +40,8 @@ async def test_text_parts_are_parsed(client, handles, picture):
         "output_format": "jpeg",
         "stream": "false",
         "strength": "0.5",
+        "partial_images": "0",
+        "colour": "red",
     }
     answer = await client.post(PATH, data=data, files={"image[]": ("blob", picture())})
     assert answer.status_code == 200
@@ -43,7 +50,8 @@ async def test_text_parts_are_parsed(client, handles, picture):
     assert (request.width, request.height) == (128, 64)
     assert answer.json()["warnings"] == [
         "guidance has no effect on tiny",
-        "unknown field 'strength' was ignored",
+        "strength has no effect on tiny",
+        "unknown field 'colour' was ignored",
     ]
 
 
@@ -83,6 +91,8 @@ async def test_size_follows_the_first_reference(client, handles, picture, size, 
         ({"url": "http://127.0.0.1/"}, "url"),
         ({"url[]": "http://127.0.0.1/"}, "url[]"),
         ({"seed": ["1", "2"]}, "seed"),
+        ({"steps": "51"}, "steps"),
+        ({"steps": "3", "step": "4"}, "steps"),
     ],
 )
 async def test_bad_text_parts_are_named(client, handles, picture, fields, param):
@@ -127,10 +137,55 @@ async def test_too_many_images(client, handles, picture, num_images):
     files = [("image[]", ("a", picture())) for _ in range(num_images)]
     answer = await client.post(PATH, data=PROMPT, files=files)
     assert answer.status_code == 400
-    assert (
-        "image" in answer.json()["error"]["message"] or "files" in answer.json()["error"]["message"]
-    )
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("image", "invalid_image")
+    assert "at most" in error["message"]
     assert handles.requests == []
+
+
+async def test_too_many_text_parts(client, picture):
+    data = PROMPT | {f"field{number}": "" for number in range(64)}
+    answer = await client.post(PATH, data=data, files={"image": ("a", picture())})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "a form may have at most 64 text parts"
+    assert answer.json()["error"]["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("prompt", "longer than 1000"), ("image", "file part"), ("size", "auto")]
+)
+async def test_an_over_long_text_part_is_named(handles, picture, name, words):
+    limits = Limits(max_prompt_chars=1000)
+    api = build_api(
+        Router(handles, request_timeout_s=5), GatewayArgs(tiers=("tiny",), limits=limits)
+    )
+    transport = httpx.ASGITransport(app=api)
+    files = {"prompt": (None, "a ring")} | {"image": ("a", picture())}
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        answer = await client.post(PATH, files=files | {name: (None, "x" * 2_000_000)})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, name)
+    assert words in error["message"]
+    assert len(answer.text) < 300
+
+
+@pytest.mark.parametrize(
+    ("size", "image_tokens"),
+    [
+        ((64, 64), 4 * 4),
+        ((100, 90), 6 * 5),
+        ((192, 192), 12 * 12),
+        # 192 * sqrt(300 / 100) = 332.6 and 110.9 on the short side.
+        ((600, 200), 20 * 6),
+        ((512, 512), 12 * 12),
+        ((500, 67), 31 * 4),
+        ((193, 192), 12 * 11),
+        ((333, 777), 7 * 18),
+    ],
+)
+async def test_references_are_counted_as_the_model_reads_them(client, picture, size, image_tokens):
+    answer = await client.post(PATH, data=PROMPT, files={"image": ("a", picture(*size))})
+    assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == image_tokens
 
 
 async def test_unknown_model(client, picture):

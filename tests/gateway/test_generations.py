@@ -1,9 +1,13 @@
 """`POST /v1/images/generations`: what reaches the router, what comes back, what is refused."""
 
 import base64
+from dataclasses import replace
 
 import pytest
 
+from flux_ray.catalog import tier_for
+from flux_ray.errors import BadRequest
+from flux_ray.gateway.tiers import check_size
 from flux_ray.request import Encoding
 
 PATH = "/v1/images/generations"
@@ -81,6 +85,12 @@ async def test_requests_never_share_an_id(client, handles):
         ({"model": None, "n": None, "size": None, "seed": None}, {"num_images": 1}),
         ({"response_format": "b64_json", "background": "opaque"}, {}),
         ({"stream": False, "quality": "auto"}, {}),
+        ({"mask": None, "url": None, "image": None, "anything": None}, {}),
+        ({"stream": None, "steps": None, "guidance": None}, {"num_steps": 4}),
+        ({"num_inference_steps": None, "step": 3}, {"num_steps": 3}),
+        ({"num_inference_steps": 3, "steps": 3, "step": 3}, {"num_steps": 3}),
+        ({"user": "me", "safety_identifier": "me"}, {}),
+        ({"moderation": "auto", "partial_images": 0, "enable_teacache": False}, {}),
     ],
 )
 async def test_fields_reach_the_router(client, handles, fields, expected):
@@ -93,12 +103,21 @@ async def test_fields_reach_the_router(client, handles, fields, expected):
 @pytest.mark.parametrize(
     ("fields", "warning"),
     [
-        ({"guidance_scale": 3.5}, "guidance has no effect on tiny"),
+        ({"guidance_scale": 3.5}, "guidance_scale has no effect on tiny"),
         ({"guidance": 1}, "guidance has no effect on tiny"),
+        ({"guidance": 1, "guidance_scale": 1.0}, "guidance_scale has no effect on tiny"),
         ({"negative_prompt": "blurry"}, "negative_prompt has no effect on tiny"),
         ({"quality": "hd"}, "quality has no effect on tiny"),
         ({"output_compression": 50}, "output_compression has no effect on tiny"),
-        ({"enable_teacache": True}, "unknown field 'enable_teacache' was ignored"),
+        ({"moderation": "low"}, "moderation has no effect on tiny"),
+        ({"partial_images": 2}, "partial_images has no effect on tiny"),
+        ({"style": "vivid"}, "style has no effect on tiny"),
+        ({"input_fidelity": "high"}, "input_fidelity has no effect on tiny"),
+        ({"generator_device": "cuda"}, "generator_device has no effect on tiny"),
+        ({"max_sequence_length": 512}, "max_sequence_length has no effect on tiny"),
+        ({"true_cfg_scale": 4}, "true_cfg_scale has no effect on tiny"),
+        ({"enable_teacache": True}, "enable_teacache has no effect on tiny"),
+        ({"colour": "red"}, "unknown field 'colour' was ignored"),
     ],
 )
 async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
@@ -114,7 +133,7 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"prompt": " \n\t"}, "prompt", "empty"),
         ({"prompt": "x" * 1001}, "prompt", "1000"),
         ({"prompt": 7}, "prompt", "string"),
-        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": None}, "prompt", "prompt is required"),
         ({"prompt": ["a", "b"]}, "prompt", "string"),
         ({"n": 0}, "n", "1"),
         ({"n": 5}, "n", "4"),
@@ -134,6 +153,9 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"width": 128}, "height", "together"),
         ({"height": 128}, "width", "together"),
         ({"width": 100, "height": 128}, "width", "multiples of 16"),
+        ({"width": 128, "height": 100}, "height", "multiples of 16"),
+        ({"width": 128, "height": 208}, "height", "192"),
+        ({"width": 48, "height": 128}, "width", "64"),
         ({"size": "128x128", "width": 64, "height": 64}, "size", "disagree"),
         ({"seed": -1}, "seed", "0"),
         ({"seed": 2**63}, "seed", str(2**63 - 1)),
@@ -142,6 +164,11 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"num_inference_steps": 0}, "num_inference_steps", "1"),
         ({"steps": 0}, "steps", "1"),
         ({"num_inference_steps": 51}, "num_inference_steps", "50"),
+        ({"steps": 51}, "steps", "steps must be 1 to 50"),
+        ({"step": 51}, "step", "step must be 1 to 50"),
+        ({"steps": 3, "num_inference_steps": 4}, "num_inference_steps", "disagree"),
+        ({"steps": 3, "step": 4}, "steps", "disagree"),
+        ({"guidance": 3, "guidance_scale": 4}, "guidance_scale", "disagree"),
         ({"guidance_scale": "high"}, "guidance_scale", "number"),
         ({"guidance": -1}, "guidance", "0"),
         ({"response_format": "url"}, "response_format", "not supported yet"),
@@ -227,3 +254,29 @@ async def test_content_type_may_name_a_charset(client):
         headers={"content-type": "Application/JSON; charset=utf-8"},
     )
     assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("fields", [("width", "height"), ("size", "size")])
+def test_too_many_pixels_are_named_by_what_was_sent(fields):
+    with pytest.raises(BadRequest, match="at most 4194304 pixels") as caught:
+        check_size(4096, 1040, tier_for("flux-2-klein-4b"), fields)
+    assert caught.value.field == fields[0]
+
+
+async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
+    draw = handles.generate
+
+    async def draw_and_warn(request):
+        return replace(await draw(request), warnings=("the prompt was cut",))
+
+    monkeypatch.setattr(handles, "generate", draw_and_warn)
+    answer = await client.post(PATH, json={"prompt": PROMPT, "guidance": 2})
+    assert answer.json()["warnings"] == ["guidance has no effect on tiny", "the prompt was cut"]
+
+
+async def test_the_log_joins_the_clients_id_with_ours(client, handles, serve_log):
+    await client.post(PATH, json={"prompt": PROMPT}, headers={"x-request-id": "mine"})
+    [record] = serve_log.records
+    image_id = handles.requests[0].request_id
+    assert record.getMessage() == f"request mine: image request {image_id} on tiny"
+    assert PROMPT not in serve_log.text

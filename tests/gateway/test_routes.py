@@ -32,6 +32,22 @@ async def test_health_and_readiness(client, handles):
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "tier_unavailable")
 
 
+async def test_health_and_readiness_by_head(client, handles):
+    for path in ("/health", "/readyz"):
+        answer = await client.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+    handles.ready = ()
+    assert (await client.head("/health")).status_code == 200
+    assert (await client.head("/readyz")).status_code == 503
+
+
+async def test_openapi_names_every_operation_once(client):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    assert set(paths["/health"]) == set(paths["/readyz"]) == {"get"}
+    ids = [operation["operationId"] for path in paths.values() for operation in path.values()]
+    assert len(ids) == len(set(ids)) == 6
+
+
 async def test_openapi_describes_the_bodies(client):
     paths = (await client.get("/openapi.json")).json()["paths"]
     [(json_type, json_body)] = paths["/v1/images/generations"]["post"]["requestBody"][

@@ -1,0 +1,36 @@
+"""What a caller sent and did not get: said in the answer, never silently dropped."""
+
+from flux_ray.catalog import Tier
+from flux_ray.gateway.openai_fields import GUIDANCE, ImageFields
+from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
+
+MAX_NAMED_FIELDS = 20
+
+
+def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
+    """What this tier does not heed, by the names that the caller used."""
+    extra = fields.model_extra or {}
+    names = unheeded(fields, tier) + [
+        name
+        for name in sorted(extra.keys() & NO_EFFECT)
+        if str(extra[name]).lower() not in ASKS_NOTHING
+    ]
+    unknown = sorted(extra.keys() - NO_EFFECT - SILENT)[:MAX_NAMED_FIELDS]
+    return [f"{name} has no effect on {tier.name}" for name in names] + [
+        f"unknown field {name[:80]!r} was ignored" for name in unknown
+    ]
+
+
+def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
+    """Fields that count on other tiers, or with other values of other fields."""
+    names = []
+    guidance = fields.sent_as(GUIDANCE)
+    if guidance is not None and not tier.is_guided:
+        names.append(guidance)
+    if fields.negative_prompt:
+        names.append("negative_prompt")
+    if fields.quality not in (None, "auto"):
+        names.append("quality")
+    if fields.output_compression is not None and fields.output_format in (None, "png"):
+        names.append("output_compression")
+    return names
