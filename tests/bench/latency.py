@@ -40,7 +40,7 @@ def draw_with_pipeline() -> Callable[[str, Raster | None], np.ndarray]:
     def draw(prompt: str, reference: Raster | None) -> np.ndarray:
         image = reference and Image.frombytes("RGB", (128, 128), reference.rgb)
         drawn = pipeline(
-            prompt,
+            prompt=prompt,
             image=image,
             height=128,
             width=128,
