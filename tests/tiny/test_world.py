@@ -69,3 +69,12 @@ def test_a_blob_passes_as_no_shape_but_a_circle() -> None:
 def test_noise_is_no_picture() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     assert not judge(noise, RED_ON_BLUE).everything
+
+
+def test_the_judge_sees_a_thing_that_nobody_asked_for() -> None:
+    asked = Scene("blue", (Thing("circle", "red", "small", "left"),))
+    extra = replace(asked, things=(Thing("ring", "green", "small", "right"),))
+    image = world.render(asked)
+    image[:, 64:] = world.render(extra)[:, 64:]
+    assert judge(world.render(asked), asked).everything
+    assert not judge(image, asked).background
