@@ -1,6 +1,6 @@
 """The tiers: one row each, with the defaults and limits that clients and engines rely on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flux_ray.errors import UnknownTier
 
@@ -36,50 +36,62 @@ class Tier:
     owner: str = "black-forest-labs"
 
 
+TINY = Tier(
+    name="tiny",
+    family="flux2-klein",
+    license="apache-2.0",
+    num_steps=4,
+    guidance=1.0,
+    max_references=2,
+    text_length=48,
+    default_side=128,
+    min_side=64,
+    # It has seen nothing larger; a larger reference is scaled down to that.
+    max_side=192,
+    max_pixels=192 * 192,
+    max_reference_pixels=192 * 192,
+    weights=EMBEDDED,
+    owner="flux-ray",
+)
+KLEIN_4B = Tier(
+    name="flux-2-klein-4b",
+    family="flux2-klein",
+    license="apache-2.0",
+    num_steps=4,
+    guidance=1.0,
+    max_references=4,
+    text_length=512,
+    default_side=1024,
+    min_side=64,
+    max_side=4096,
+    max_pixels=4 * 1024 * 1024,
+)
+DEV = Tier(
+    name="flux-2-dev",
+    family="flux2-dev",
+    license="flux-non-commercial",
+    num_steps=50,
+    guidance=4.0,
+    is_guided=True,
+    max_references=6,
+    text_length=512,
+    default_side=1024,
+    min_side=64,
+    max_side=4096,
+    max_pixels=4 * 1024 * 1024,
+)
+# Their weights are not public: they come from the operator.
+PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8)
+
 TIERS = (
-    Tier(
-        name="tiny",
-        family="flux2-klein",
-        license="apache-2.0",
-        num_steps=4,
-        guidance=1.0,
-        max_references=2,
-        text_length=48,
-        default_side=128,
-        min_side=64,
-        # It has seen nothing larger; a larger reference is scaled down to that.
-        max_side=192,
-        max_pixels=192 * 192,
-        max_reference_pixels=192 * 192,
-        weights=EMBEDDED,
-        owner="flux-ray",
-    ),
-    Tier(
-        name="flux-2-klein-4b",
-        family="flux2-klein",
-        license="apache-2.0",
-        num_steps=4,
-        guidance=1.0,
-        max_references=4,
-        text_length=512,
-        default_side=1024,
-        min_side=64,
-        max_side=4096,
-        max_pixels=4 * 1024 * 1024,
-    ),
-    Tier(
-        name="flux-2-klein-9b",
-        family="flux2-klein",
-        license="flux-non-commercial",
-        num_steps=4,
-        guidance=1.0,
-        max_references=4,
-        text_length=512,
-        default_side=1024,
-        min_side=64,
-        max_side=4096,
-        max_pixels=4 * 1024 * 1024,
-    ),
+    TINY,
+    # The same model split over two ranks: the path of the 32B tiers on a laptop.
+    replace(TINY, name="tiny-tp2"),
+    KLEIN_4B,
+    replace(KLEIN_4B, name="flux-2-klein-9b", license="flux-non-commercial"),
+    DEV,
+    PRO,
+    replace(PRO, name="flux-2-max"),
 )
 _BY_NAME = {tier.name: tier for tier in TIERS}
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flux_ray.catalog import tier_for
 
+Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -15,10 +16,37 @@ class Args(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Parallel(Args):
+    """How one copy of the model is split over `tensor` x `sequence` ranks, one GPU each.
+
+    `tensor` ranks share the weights, `sequence` ranks share the tokens. A group that does not fit
+    in one node says over how many it may spread.
+    """
+
+    tensor: int = Field(1, ge=1)
+    sequence: int = Field(1, ge=1)
+    num_nodes: int = Field(1, ge=1)
+
+    @property
+    def num_ranks(self) -> int:
+        """The processes of one rank group."""
+        return self.tensor * self.sequence
+
+
+class Lora(Args):
+    """A LoRA adapter that is fused into the transformer: a safetensors file, and how strongly."""
+
+    path: str
+    scale: float = 1.0
+
+
 class TierArgs(Args):
     """The application of one tier.
 
     `weights`: a folder, or a hub id with its revision (`owner/name@sha`); else the catalogue's.
+    `quantization`: of the linear layers of the transformer's blocks, and `encoder_quantization` of
+    the text encoder's; the rest stays in `dtype`.
+    `text_encoder`: in every rank group, or one for all replicas of the tier (`shared`).
     `num_cpus`: for each rank, whose torch uses as many threads.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica.
     `drain_timeout_s`: longer than the longest request: a replica that is taken away waits so long.
@@ -28,6 +56,11 @@ class TierArgs(Args):
     weights: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["cpu", "cuda"] = "cuda"
+    parallel: Parallel = Parallel()
+    quantization: Quantization | None = None
+    encoder_quantization: Quantization | None = None
+    text_encoder: Literal["colocated", "shared"] = "colocated"
+    loras: tuple[Lora, ...] = ()
     num_replicas: int = Field(1, ge=0)
     num_cpus: float = Field(1.0, gt=0)
     max_ongoing_requests: int = Field(8, ge=1)

@@ -1,7 +1,7 @@
 """What several test folders share: a gateway whose replicas are fakes, and pictures to send."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from fastapi import FastAPI
@@ -11,6 +11,7 @@ from flux_ray.config import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 from flux_ray.router.router import Router
+from tests.ranks import Ranks
 
 LIMITS = Limits(
     max_body_bytes=1_000_000,
@@ -42,6 +43,14 @@ class FakeHandles:
 
     async def ready_tiers(self) -> tuple[str, ...]:
         return self.ready
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Iterator[Ranks]:
+    """`run_ranks(parallel, function, *args)`: the answers of `function(mesh, *args)` by rank."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture

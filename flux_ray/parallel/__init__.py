@@ -1,0 +1,1 @@
+"""One model over many ranks: process groups, sharded loading, sequence parallel, precision."""
