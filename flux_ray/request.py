@@ -46,6 +46,19 @@ class ImageRequest:
 
 
 @dataclass(frozen=True)
+class EncodedPrompt:
+    """What a shared text encoder says of a prompt: a tensor's bytes, its shape and torch dtype.
+
+    `warnings` are for the caller: what of the prompt was not heeded.
+    """
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class GeneratedImage:
     """One picture as encoded bytes."""
 

@@ -6,27 +6,45 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """The encoded prompt and references of a request, shared by all of its images.
+class PromptEmbeds:
+    """A prompt as the transformer takes it: [1, tokens, channels], and ids [1, tokens, 4].
 
-    Embeds and latents are [1, tokens, channels]; ids are [1, tokens, 4]. `warnings` are for the
-    caller: what of the request was not heeded.
+    `warnings` are for the caller: what of the prompt was not heeded.
     """
 
-    prompt_embeds: Tensor
+    embeds: Tensor
     text_ids: Tensor
-    reference_latents: Tensor | None = None
-    reference_ids: Tensor | None = None
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """The encoded prompt and references of a request, shared by all of its images.
+
+    Latents are [1, tokens, channels], ids [1, tokens, 4]; None without references.
+    """
+
+    prompt: PromptEmbeds
+    reference_latents: Tensor | None = None
+    reference_ids: Tensor | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the request was not heeded."""
+        return self.prompt.warnings
+
+
+@dataclass(frozen=True)
 class Canvas:
-    """The picture to draw: its size in pixels and the number of denoise steps."""
+    """The picture to draw: its size in pixels, the number of denoise steps, and the guidance.
+
+    Only a model that was distilled with guidance heeds that.
+    """
 
     width: int
     height: int
     num_steps: int
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class RankActor:
 
     def encode(self, job: int, request: ImageRequest) -> tuple[str, ...]:
         """Take on a job: encode its prompt and its references; warnings for the caller."""
-        conditioning = self._adapter.encode(request.prompt, request.references)
+        prompt = self._adapter.encode_prompt(request.prompt)
+        conditioning = self._adapter.encode(prompt, request.references)
         self._drawings[job] = Drawing(request, conditioning)
         return conditioning.warnings
 
@@ -64,7 +65,7 @@ class RankActor:
 
         drawing = self._drawings[job]
         request = drawing.request
-        canvas = Canvas(request.width, request.height, request.num_steps)
+        canvas = Canvas(request.width, request.height, request.num_steps, request.guidance)
         drawing.seed = seed
         drawing.state = self._adapter.prepare(drawing.conditioning, canvas, seed)
 

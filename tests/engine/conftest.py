@@ -1,5 +1,27 @@
 """One thread for torch, as a rank on a laptop has: more of them only wait for each other here."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from flux_ray.catalog import tier_for
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.loading import Placement
+from tests.engine.small_dev import save_small_dev
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small checkpoint in dev's layout."""
+    folder = tmp_path_factory.mktemp("small_dev")
+    save_small_dev(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def klein_adapter() -> Flux2:
+    """The embedded checkpoint on one rank, in fp32."""
+    return Flux2.load("embedded", Placement("float32", "cpu"), tier_for("tiny"))

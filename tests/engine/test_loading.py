@@ -1,11 +1,39 @@
-"""Weights are named in three ways, and everything else is refused before a byte is read."""
+"""Weights are named in three ways; what does not fit is refused before a byte of them is read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
 
-from flux_ray.engine.loading import Source, load_model_index, source_for
+from flux_ray.catalog import tier_for
+from flux_ray.engine import loading
+from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.loading import Placement, Source, fetch, load_config, source_for
+from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.tiny import CHECKPOINT
+
+TINY = tier_for("tiny")
+HUB = "owner/name@0123abc"
+# As the hub lists a repository.
+FILES = [
+    "model_index.json",
+    "flux2-dev.safetensors",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "text_encoder/pytorch_model.bin",
+    "tokenizer/chat_template.jinja",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer.model",
+    "transformer/diffusion_pytorch_model.bin",
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+]
 
 
 def test_the_three_ways(tmp_path: Path) -> None:
@@ -20,6 +48,82 @@ def test_anything_else_is_refused(weights: str) -> None:
         source_for(weights)
 
 
-def test_a_folder_never_reaches_for_the_network() -> None:
-    assert source_for("embedded").options == {"local_files_only": True}
-    assert load_model_index(source_for("embedded"))["is_distilled"] is True
+def test_a_folder_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("network"))
+    assert fetch(source_for("embedded"), loading.CONFIGS) == CHECKPOINT
+    assert load_config(CHECKPOINT, "model_index.json")["is_distilled"] is True
+
+
+class Hub:
+    """Stands for the hub: has every file of the embedded checkpoint."""
+
+    def __init__(self) -> None:
+        self.revisions: set[str] = set()
+        self.taken: list[str] = []
+
+    def snapshot_download(self, repository: str, *, revision: str, allow_patterns: Any) -> str:
+        assert repository == "owner/name"
+        self.revisions.add(revision)
+        self.taken += filter_repo_objects(FILES, allow_patterns=allow_patterns)
+        return str(CHECKPOINT)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    monkeypatch.setattr(loading, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_of_the_hub_only_what_is_needed_is_taken_at_the_pinned_revision(hub: Hub) -> None:
+    load_adapter(TINY, HUB, Placement("float32", "cpu"))
+    assert hub.revisions == {"0123abc"}
+    unneeded = {name for name in FILES if name.endswith(".bin")} | {"flux2-dev.safetensors"}
+    assert sorted(hub.taken) == sorted(set(FILES) - unneeded)
+
+
+def test_where_the_text_encoder_is_shared_it_is_not_taken(hub: Hub) -> None:
+    adapter = load_adapter(TINY, HUB, Placement("float32", "cpu", text_encoder="shared"))
+    assert not any(name.endswith(("00002.safetensors", "merges.txt")) for name in hub.taken)
+    with pytest.raises(AssertionError, match="shared"):
+        adapter.encode_prompt("a red circle")
+
+
+def mesh_of(tensor: int, sequence: int) -> Mesh:
+    """The place of a rank whose others do not exist."""
+    return Mesh(Axis(0, tensor * sequence), Axis(0, tensor), Axis(0, sequence))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "message"),
+    [
+        (3, 1, "parallel.tensor 3 does not divide the 4 heads"),
+        (1, 3, "parallel.sequence 3 does not divide the 4 heads"),
+        (2, 4, "parallel.sequence 4 does not divide the 2 heads"),
+        (4, 1, "parallel.tensor 4 does not divide the text encoder's 2 heads"),
+    ],
+)
+def test_an_impossible_degree_is_refused_before_any_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch, tensor: int, sequence: int, message: str
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read"))
+    placement = Placement("float32", "cpu", mesh_of(tensor, sequence))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(TINY, None, placement)
+
+
+def test_every_part_has_the_dtype_that_was_asked_for() -> None:
+    adapter = load_adapter(TINY, None, Placement("bfloat16", "cpu"))
+    parts = (
+        adapter.pipeline.transformer,
+        adapter.pipeline.vae,
+        adapter.prompts.pipeline.text_encoder,
+    )
+    for part in parts:
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
+        assert not part.training
+
+
+def test_a_tier_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="tier flux-2-dev needs weights"):
+        load_adapter(tier_for("flux-2-dev"), None, Placement("float32", "cpu"))

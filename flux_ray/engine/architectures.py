@@ -1,0 +1,138 @@
+"""The real models as data, and any tier's modules without weights: what a plan is counted from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import nn
+from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
+
+from flux_ray.catalog import EMBEDDED, Tier
+from flux_ray.engine.loading import load_config, source_for
+from flux_ray.engine.text_encoder import FAMILIES
+from flux_ray.engine.text_models import TextModel, first_layers
+from flux_ray.parallel.load import build_empty
+
+# Of diffusers' conversion script and of the published checkpoints' config.json. What is not here is
+# Flux2Transformer2DModel's and AutoencoderKLFlux2's own default.
+DEV_TRANSFORMER = {
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "guidance_embeds": True,
+}
+KLEIN_9B_TRANSFORMER = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
+KLEIN_4B_TRANSFORMER = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+MISTRAL_24B = {
+    "vocab_size": 131072,
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+QWEN3_8B = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_4B = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
+
+
+def mistral(num_layers: int) -> TextModel:
+    """Mistral-Small-3.2-24B's language model."""
+    return first_layers(MistralModel, MistralConfig(**MISTRAL_24B), num_layers)
+
+
+def qwen3_8b(num_layers: int) -> TextModel:
+    """klein-9b's encoder."""
+    return first_layers(Qwen3Model, Qwen3Config(**QWEN3_8B), num_layers)
+
+
+def qwen3_4b(num_layers: int) -> TextModel:
+    """klein-4b's encoder."""
+    return first_layers(Qwen3Model, Qwen3Config(**QWEN3_4B), num_layers)
+
+
+Published = tuple[Mapping[str, Any], Callable[[int], TextModel]]
+# The weights of pro and max are not public: they are planned as dev, whose size they have.
+PUBLISHED: dict[str, Published] = {
+    "flux-2-klein-4b": (KLEIN_4B_TRANSFORMER, qwen3_4b),
+    "flux-2-klein-9b": (KLEIN_9B_TRANSFORMER, qwen3_8b),
+    "flux-2-dev": (DEV_TRANSFORMER, mistral),
+    "flux-2-pro": (DEV_TRANSFORMER, mistral),
+    "flux-2-max": (DEV_TRANSFORMER, mistral),
+}
+
+
+@dataclass(frozen=True)
+class EmptyModel:
+    """A tier's modules on the meta device: every shape, no weights."""
+
+    transformer: Any
+    text_model: TextModel
+    text_encoder: Any
+    vae: Any
+    source: str
+
+
+def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
+    """From the checkpoint's own configs where it is a folder on this machine, else from above.
+
+    ValueError for weights that can be neither; a hub is not asked.
+    """
+    given = weights or tier.weights
+    num_layers = max(FAMILIES[tier.family].layers)
+    if given is not None and (given == EMBEDDED or Path(given).is_dir()):
+        folder = Path(source_for(given).location)
+        text_model = FAMILIES[tier.family].text_model(folder / "text_encoder", num_layers)
+        return assemble(
+            load_config(folder / "transformer"),
+            text_model,
+            load_config(folder / "vae"),
+            source=str(folder),
+        )
+    if tier.name not in PUBLISHED:
+        raise ValueError(f"weights {given!r} of tier {tier.name}: no such folder here")
+    if given is not None and not Path(given).is_absolute():
+        source_for(given)
+    transformer, build_text_model = PUBLISHED[tier.name]
+    return assemble(transformer, build_text_model(num_layers), {}, source="the published shapes")
+
+
+def assemble(
+    transformer: Mapping[str, Any], text_model: TextModel, vae: Mapping[str, Any], *, source: str
+) -> EmptyModel:
+    """All modules of one model, without weights."""
+
+    def built(build: Callable[[], nn.Module]) -> nn.Module:
+        return build_empty(build)
+
+    return EmptyModel(
+        built(lambda: Flux2Transformer2DModel.from_config(dict(transformer))),
+        text_model,
+        built(text_model.build),
+        built(lambda: AutoencoderKLFlux2.from_config(dict(vae))),
+        source,
+    )

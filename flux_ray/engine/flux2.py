@@ -1,0 +1,187 @@
+"""FLUX.2: our step loop over diffusers' parts, bit-equal to its pipelines."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
+
+from flux_ray.catalog import Tier
+from flux_ray.engine.family import open_checkpoint
+from flux_ray.engine.loading import (
+    PICTURE_PARTS,
+    Placement,
+    Source,
+    check_split,
+    fetch,
+    load_pipeline,
+    load_transformer,
+)
+from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
+from flux_ray.errors import BadReference
+from flux_ray.request import Raster
+
+FULL_TIMESTEP = 1000
+# At four megapixels the VAE would take 6 GiB, or 25 where its attention is not fused.
+MAX_WHOLE_PIXELS = 1024 * 1024
+
+
+class Flux2:
+    """The stages of one loaded checkpoint, or of one rank's part of it.
+
+    The pipeline lends its parts and those of its methods that keep nothing; its `__call__` is not
+    used, because it draws an image from start to end and keeps the schedule in the scheduler.
+    `prompts` is None where the text encoder is shared.
+    """
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, prompts: PromptEncoder | None, tier: Tier
+    ) -> None:
+        check_scheduler(pipeline.scheduler)
+        self.pipeline = pipeline
+        self.prompts = prompts
+        self.tier = tier
+        self.device = pipeline.vae.device
+
+    @classmethod
+    def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
+        """The adapter of a checkpoint, refused before any weight is read if it does not fit."""
+        family = FAMILIES[tier.family]
+        source, folder = open_checkpoint(family, weights)
+        check_split(folder, placement.mesh)
+        prompts = None
+        if placement.text_encoder == "colocated":
+            prompts = load_encoder(family, source, tier, placement)
+        return cls(load_parts(source, placement), prompts, tier)
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        """The text encoder's hidden states for the prompt."""
+        assert self.prompts is not None, "the text encoder is shared: it has the prompt's embeds"
+        return self.prompts.encode_prompt(prompt)
+
+    @torch.inference_mode()
+    def encode(self, prompt: PromptEmbeds, references: tuple[Raster, ...]) -> Conditioning:
+        """The prompt with the VAE's latents for the references."""
+        if not references:
+            return Conditioning(prompt)
+        latents, ids = self.pipeline.prepare_image_latents(
+            images=[self.reference_pixels(raster) for raster in references],
+            batch_size=1,
+            generator=None,
+            device=self.device,
+            dtype=self.pipeline.vae.dtype,
+        )
+        return Conditioning(prompt, reference_latents=latents, reference_ids=ids)
+
+    def reference_pixels(self, raster: Raster) -> Tensor:
+        """The reference as the VAE takes it: scaled to the tier's limit, sides cut to a multiple.
+
+        The limit of the FLUX.2 tiers is the pipeline's own, a megapixel.
+        """
+        processor = self.pipeline.image_processor
+        image = image_for(raster)
+        try:
+            processor.check_image_input(image)
+        except ValueError as error:
+            raise BadReference(str(error), "image") from None
+        image = processor._resize_if_exceeds_area(image, self.tier.max_reference_pixels)
+        multiple = processor.config.vae_scale_factor
+        width, height = (side // multiple * multiple for side in image.size)
+        pixels: Tensor = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        return pixels
+
+    @torch.inference_mode()
+    def prepare(self, conditioning: Conditioning, canvas: Canvas, seed: int) -> ImageState:
+        """Noise from a CPU generator, so that the device never changes the picture."""
+        latents, latent_ids = self.pipeline.prepare_latents(
+            batch_size=1,
+            num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
+            height=canvas.height,
+            width=canvas.width,
+            dtype=conditioning.prompt.embeds.dtype,
+            device=self.device,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        scheduler = self.schedule(num_tokens=latents.shape[1], num_steps=canvas.num_steps)
+        return ImageState(
+            canvas, conditioning, latents, latent_ids, scheduler.timesteps, scheduler.sigmas
+        )
+
+    def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
+        """A fresh scheduler, for its timesteps and sigmas."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(
+            num_steps,
+            self.device,
+            sigmas=np.linspace(1.0, 1 / num_steps, num_steps),
+            mu=compute_empirical_mu(image_seq_len=num_tokens, num_steps=num_steps),
+        )
+        return scheduler
+
+    @torch.inference_mode()
+    def denoise(self, state: ImageState) -> ImageState:
+        """One Euler step along the transformer's velocity."""
+        velocity = self.velocity(state)
+        dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
+        latents = state.latents.to(torch.float32) + dt * velocity
+        return replace(state, latents=latents.to(velocity.dtype), step=state.step + 1)
+
+    def velocity(self, state: ImageState) -> Tensor:
+        """What the transformer says about the image's tokens; the references' are dropped."""
+        given, latents, ids = state.conditioning, state.latents, state.latent_ids
+        if given.reference_latents is not None and given.reference_ids is not None:
+            latents = torch.cat([latents, given.reference_latents], dim=1)
+            ids = torch.cat([ids, given.reference_ids], dim=1)
+        timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
+        tokens: Tensor = self.pipeline.transformer(
+            hidden_states=latents.to(given.prompt.embeds.dtype),
+            timestep=timestep / FULL_TIMESTEP,
+            # A model that was distilled without it has no embedding for it, and drops it.
+            guidance=torch.full([1], state.canvas.guidance, dtype=torch.float32).to(self.device),
+            encoder_hidden_states=given.prompt.embeds,
+            txt_ids=given.prompt.text_ids,
+            img_ids=ids,
+            return_dict=False,
+        )[0]
+        return tokens[:, : state.latents.shape[1]]
+
+    @torch.inference_mode()
+    def decode(self, state: ImageState) -> Raster:
+        """Undo packing and normalisation, then the VAE: above a megapixel tile by tile."""
+        pipeline, vae = self.pipeline, self.pipeline.vae
+        latents = pipeline._unpack_latents_with_ids(state.latents, state.latent_ids)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+        variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+        latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
+        latents = pipeline._unpatchify_latents(latents)
+        # Only here: a reference is never that large, and an encoder in tiles says other things.
+        vae.use_tiling = state.canvas.width * state.canvas.height > MAX_WHOLE_PIXELS
+        try:
+            pixels = vae.decode(latents, return_dict=False)[0]
+        finally:
+            vae.use_tiling = False
+        return raster_for(pipeline.image_processor.postprocess(pixels, output_type="pil")[0])
+
+
+def load_parts(source: Source, placement: Placement) -> DiffusionPipeline:
+    """The checkpoint's pipeline with the rank's part of the transformer."""
+    folder = fetch(source, PICTURE_PARTS)
+    pipeline = load_pipeline(folder, placement)
+    check_scheduler(pipeline.scheduler)
+    transformer = load_transformer(Flux2Transformer2DModel, folder, placement)
+    pipeline.register_modules(transformer=transformer)
+    return pipeline
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """The step above is Euler's without noise; another scheduler needs another step."""
+    if (
+        not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        or scheduler.config.stochastic_sampling
+    ):
+        raise ValueError(f"the FLUX.2 adapter cannot step {type(scheduler).__name__}")

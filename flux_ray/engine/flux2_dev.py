@@ -1,0 +1,50 @@
+"""FLUX.2 dev, pro and max: prompts as Flux2Pipeline puts them to Mistral, with a system message."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
+from transformers import AutoTokenizer
+
+from flux_ray.engine.family import Family, check_class
+from flux_ray.engine.text_models import mistral3
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer inside of the PixtralProcessor that the checkpoint names.
+
+    The processor itself would want torchvision, for pictures that it never gets here. Its one other
+    difference: it adds a BOS token where the chat template has none.
+    """
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = tokenizer.apply_chat_template(messages_for(""), tokenize=False)[0]
+    if not text.startswith(tokenizer.bos_token):
+        raise ValueError(f"the chat template in {folder} does not begin with the BOS token")
+    return tokenizer
+
+
+def messages_for(prompt: str) -> list[list[dict[str, Any]]]:
+    """A batch of one conversation: the system message and the prompt."""
+    messages: list[list[dict[str, Any]]] = format_input([prompt], SYSTEM_MESSAGE)
+    return messages
+
+
+def num_tokens(tokenizer: Any, prompt: str) -> int:
+    """Of the conversation in its chat template."""
+    return len(tokenizer.apply_chat_template(messages_for(prompt))["input_ids"][0])
+
+
+def check_index(index: dict[str, Any], weights: str) -> None:
+    """Only FLUX.2 with guidance embedded."""
+    check_class(index, Flux2Pipeline, weights)
+
+
+DEV = Family(
+    pipeline=Flux2Pipeline,
+    layers=(10, 20, 30),
+    text_model=mistral3,
+    load_tokenizer=load_tokenizer,
+    num_tokens=num_tokens,
+    check_index=check_index,
+)

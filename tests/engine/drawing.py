@@ -1,0 +1,65 @@
+"""The same picture drawn by a diffusers pipeline and by an adapter, and what to draw it from."""
+
+import random
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.state import Canvas, ImageState
+from flux_ray.request import Raster
+
+SEED = 7
+
+
+def reference(width: int, height: int, seed: int) -> Raster:
+    """A picture with something everywhere, so that a pixel's shift would show."""
+    pixels = random.Random(seed).randbytes(8 * 8 * 3)
+    return raster_for(Image.frombytes("RGB", (8, 8), pixels).resize((width, height)))
+
+
+def draw_with_pipeline(
+    pipeline: DiffusionPipeline,
+    prompt: str,
+    canvas: Canvas,
+    references: tuple[Raster, ...],
+    **options: Any,
+) -> tuple[Tensor, Raster]:
+    """The last latents and the picture."""
+    last: dict[str, Tensor] = {}
+
+    def remember(_: object, step: int, timestep: object, tensors: dict) -> dict:
+        last.update(tensors)
+        return {}
+
+    pictures = pipeline(
+        prompt=prompt,
+        image=[image_for(raster) for raster in references] or None,
+        width=canvas.width,
+        height=canvas.height,
+        num_inference_steps=canvas.num_steps,
+        guidance_scale=canvas.guidance,
+        generator=torch.Generator().manual_seed(SEED),
+        callback_on_step_end=remember,
+        **options,
+    ).images
+    return last["latents"], raster_for(pictures[0])
+
+
+def finish(adapter: Flux2, state: ImageState) -> ImageState:
+    while not state.is_done:
+        state = adapter.denoise(state)
+    return state
+
+
+def draw(
+    adapter: Flux2, prompt: str, canvas: Canvas, references: tuple[Raster, ...]
+) -> tuple[Tensor, Raster]:
+    """The last latents and the picture."""
+    conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
+    state = finish(adapter, adapter.prepare(conditioning, canvas, SEED))
+    return state.latents, adapter.decode(state)

@@ -1,0 +1,104 @@
+"""What all tiers of FLUX.2 share: taking turns, references, large pictures in tiles."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
+
+from flux_ray.catalog import tier_for
+from flux_ray.engine import flux2
+from flux_ray.engine.flux2 import Flux2, check_scheduler
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.state import Canvas, Conditioning
+from flux_ray.errors import BadReference
+from tests.engine.drawing import draw, draw_with_pipeline, finish, reference
+
+PROMPT = "a red circle on a blue background"
+SQUARE = Canvas(128, 128, num_steps=4)
+
+
+def test_images_take_turns_without_touching_each_other(klein_adapter: Flux2) -> None:
+    """Different sizes, step counts and references, interleaved unevenly."""
+    adapter = klein_adapter
+    plain = adapter.encode(adapter.encode_prompt(PROMPT), ())
+    words = adapter.encode_prompt("make the circle green")
+    edit = adapter.encode(words, (reference(128, 128, 1),))
+    jobs: list[tuple[Conditioning, Canvas, int]] = [
+        (plain, SQUARE, 1),
+        (edit, Canvas(96, 64, num_steps=7), 2),
+        (plain, Canvas(64, 96, num_steps=2), 3),
+    ]
+    alone = [adapter.decode(finish(adapter, adapter.prepare(*job))) for job in jobs]
+
+    states = [adapter.prepare(*job) for job in jobs]
+    turns = random.Random(0)
+    while unfinished := [i for i, state in enumerate(states) if not state.is_done]:
+        turn = turns.choice(unfinished)
+        states[turn] = adapter.denoise(states[turn])
+
+    assert [adapter.decode(state) for state in states] == alone
+
+
+@pytest.mark.parametrize(("width", "height"), [(63, 128), (1000, 64)])
+def test_an_unusable_reference_is_the_callers_mistake(
+    klein_adapter: Flux2, width: int, height: int
+) -> None:
+    prompt = klein_adapter.encode_prompt(PROMPT)
+    with pytest.raises(BadReference) as caught:
+        klein_adapter.encode(prompt, (reference(width, height, 1),))
+    assert caught.value.field == "image"
+
+
+def test_a_large_reference_is_scaled_to_what_the_tier_has_seen(klein_adapter: Flux2) -> None:
+    pixels = klein_adapter.reference_pixels(reference(512, 512, 6))
+    assert pixels.shape == (1, 3, 192, 192)
+    assert klein_adapter.reference_pixels(reference(192, 128, 7)).shape == (1, 3, 128, 192)
+
+
+@pytest.fixture
+def few_pixels_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 x 64 pixels stand for a megapixel: as large as a tile of the small VAE."""
+    monkeypatch.setattr(flux2, "MAX_WHOLE_PIXELS", 64 * 64)
+
+
+@pytest.mark.usefixtures("few_pixels_whole")
+@pytest.mark.parametrize("size", [(160, 96), (64, 64), (48, 80)])
+def test_a_large_picture_is_decoded_as_the_pipeline_does_in_tiles(
+    small_dev: Path, size: tuple[int, int]
+) -> None:
+    adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
+    pipeline = Flux2Pipeline.from_pretrained(small_dev, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    canvas = Canvas(*size, 1, guidance=4.0)
+    picture = draw(adapter, PROMPT, canvas, ())[1]
+    whole = draw_with_pipeline(pipeline, PROMPT, canvas, ())[1]
+    pipeline.vae.enable_tiling()
+    tiled = draw_with_pipeline(pipeline, PROMPT, canvas, ())[1]
+    is_large = size == (160, 96)
+    assert (tiled != whole) == (size != (64, 64))
+    assert picture == (tiled if is_large else whole)
+
+
+@pytest.mark.usefixtures("few_pixels_whole")
+def test_a_reference_is_encoded_whole_after_a_picture_in_tiles(small_dev: Path) -> None:
+    adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
+    prompt, references = adapter.encode_prompt(PROMPT), (reference(160, 96, 1),)
+    before = adapter.encode(prompt, references)
+    draw(adapter, PROMPT, Canvas(160, 96, 1), ())
+    after = adapter.encode(prompt, references)
+    assert before.reference_latents is not None and after.reference_latents is not None
+    assert torch.equal(before.reference_latents, after.reference_latents)
+
+
+def test_a_picture_of_up_to_a_megapixel_is_decoded_whole() -> None:
+    assert flux2.MAX_WHOLE_PIXELS == 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)]
+)
+def test_a_scheduler_that_steps_otherwise_is_refused(scheduler: object) -> None:
+    with pytest.raises(ValueError, match=type(scheduler).__name__):
+        check_scheduler(scheduler)

@@ -1,0 +1,88 @@
+"""A rank group draws what one rank draws, whatever the layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import Parallel
+from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.state import Canvas
+from flux_ray.parallel.mesh import Mesh
+from flux_ray.request import Raster
+from tests.engine.drawing import draw, reference
+from tests.ranks import Ranks
+
+LAYOUTS = {
+    "TP2": Parallel(tensor=2),
+    "SP2": Parallel(sequence=2),
+    "TP2 x SP2": Parallel(tensor=2, sequence=2),
+}
+# 35, 24 + 16 and 35 + 16 + 35 tokens of images and references: with and without a pad.
+JOBS: list[tuple[Canvas, tuple[Raster, ...]]] = [
+    (Canvas(112, 80, 2, guidance=4.0), ()),
+    (Canvas(96, 64, 2, guidance=4.0), (reference(64, 64, 1),)),
+    (Canvas(112, 80, 2, guidance=4.0), (reference(64, 64, 1), reference(112, 80, 2))),
+]
+PROMPT = "a red circle on a blue background"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a rank drew, and how much of the transformer's weights and tokens it had for that."""
+
+    latents: list[Any]
+    pictures: list[Any]
+    num_bytes: int
+    num_tokens: list[int]
+
+
+def draw_all(mesh: Mesh, tier: str, weights: str) -> Drawn:
+    torch.set_num_threads(1)
+    adapter = load_adapter(tier_for(tier), weights, Placement("float32", "cpu", mesh))
+    transformer = adapter.pipeline.transformer
+    num_tokens: list[int] = []
+    transformer.x_embedder.register_forward_pre_hook(
+        lambda _, inputs: num_tokens.append(inputs[0].shape[1])
+    )
+    drawn = [draw(adapter, PROMPT, *job) for job in JOBS]
+    return Drawn(
+        [latents.numpy() for latents, _ in drawn],
+        [np.frombuffer(picture.rgb, np.uint8).astype(int) for _, picture in drawn],
+        sum(parameter.nbytes for parameter in transformer.parameters()),
+        num_tokens,
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(small_dev: Path) -> dict[str, str]:
+    return {"tiny": "embedded", "flux-2-dev": str(small_dev)}
+
+
+@pytest.fixture(scope="module")
+def alone(weights: dict[str, str]) -> dict[str, Drawn]:
+    return {tier: draw_all(Mesh(), tier, folder) for tier, folder in weights.items()}
+
+
+@pytest.mark.parametrize("tier", ["tiny", "flux-2-dev"])
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_rank_has_the_latents_and_the_picture_of_one_rank(
+    run_ranks: Ranks,
+    weights: dict[str, str],
+    alone: dict[str, Drawn],
+    parallel: Parallel,
+    tier: str,
+) -> None:
+    one = alone[tier]
+    for rank in run_ranks(parallel, draw_all, tier, weights[tier]):
+        for latents, expected in zip(rank.latents, one.latents, strict=True):
+            assert abs(latents - expected).max() <= 1e-5 * abs(expected).max()
+        for picture, expected in zip(rank.pictures, one.pictures, strict=True):
+            assert abs(picture - expected).max() <= 1
+        assert rank.num_bytes < one.num_bytes * (0.7 if parallel.tensor == 2 else 1.01)
+        assert rank.num_tokens == [-(-num // parallel.sequence) for num in one.num_tokens]

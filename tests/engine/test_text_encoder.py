@@ -1,0 +1,56 @@
+"""Prompts encoded apart from the model that draws them: the same bits, across a process border."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flux_ray.catalog import tier_for
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.state import Canvas
+from flux_ray.engine.text_encoder import load_prompt_encoder, pack, unpack
+from flux_ray.tiny import CHECKPOINT
+from tests.engine.drawing import finish
+
+PROMPT = "a red circle on a blue background"
+TINY = tier_for("tiny")
+LAPTOP = Placement("float32", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_crosses_a_process_border_bit_for_bit(
+    klein_adapter: Flux2, dtype: torch.dtype
+) -> None:
+    prompt = klein_adapter.encode_prompt(PROMPT + " and so on" * 20)
+    prompt = type(prompt)(prompt.embeds.to(dtype), prompt.text_ids, prompt.warnings)
+    packed = pack(prompt)
+    assert len(packed.data) == prompt.embeds.nbytes
+    arrived = unpack(packed, "cpu")
+    assert arrived.embeds.dtype == dtype
+    assert torch.equal(arrived.embeds, prompt.embeds)
+    assert torch.equal(arrived.text_ids, prompt.text_ids)
+    assert arrived.warnings == prompt.warnings != ()
+
+
+def test_a_shared_encoder_leads_to_the_same_picture(klein_adapter: Flux2) -> None:
+    encoder = load_prompt_encoder(TINY, None, LAPTOP)
+    drawer = Flux2.load("embedded", Placement("float32", "cpu", text_encoder="shared"), TINY)
+    assert drawer.prompts is None
+    pictures = []
+    for prompt in (
+        klein_adapter.encode_prompt(PROMPT),
+        unpack(pack(encoder.encode_prompt(PROMPT)), "cpu"),
+    ):
+        state = drawer.prepare(drawer.encode(prompt, ()), Canvas(64, 64, 2), seed=1)
+        pictures.append(drawer.decode(finish(drawer, state)))
+    assert pictures[0] == pictures[1]
+
+
+def test_an_encoder_alone_refuses_another_familys_weights(small_dev: Path) -> None:
+    with pytest.raises(ValueError, match="for Flux2Pipeline, not Flux2KleinPipeline"):
+        load_prompt_encoder(TINY, str(small_dev), LAPTOP)
+    with pytest.raises(ValueError, match="for Flux2KleinPipeline, not Flux2Pipeline"):
+        load_prompt_encoder(tier_for("flux-2-dev"), str(CHECKPOINT), LAPTOP)
+    with pytest.raises(ValueError, match="tier flux-2-dev needs weights"):
+        load_prompt_encoder(tier_for("flux-2-dev"), None, LAPTOP)
