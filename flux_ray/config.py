@@ -48,7 +48,8 @@ class TierArgs(Args):
     the text encoder's; the rest stays in `dtype`.
     `text_encoder`: in every rank group, or one for all replicas of the tier (`shared`).
     `num_cpus`: for each rank, whose torch uses as many threads.
-    `step_timeout_s`: a call to the ranks that takes longer ends the replica.
+    `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
+    ten times as long as those before it, and longer than `min_step_timeout_s`.
     `drain_timeout_s`: longer than the longest request: a replica that is taken away waits so long.
     """
 
@@ -65,14 +66,30 @@ class TierArgs(Args):
     num_cpus: float = Field(1.0, gt=0)
     max_ongoing_requests: int = Field(8, ge=1)
     step_timeout_s: Seconds = 60.0
+    min_step_timeout_s: Seconds = 5.0
     load_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0
+
+    @property
+    def num_threads(self) -> int:
+        """Of torch in a rank on a CPU."""
+        return max(1, int(self.num_cpus))
 
     @model_validator(mode="after")
     def check_weights(self) -> "TierArgs":
         """A tier without weights fails here, before any GPU is taken."""
         if self.weights is None and tier_for(self.tier).weights is None:
             raise ValueError(f"tier {self.tier} needs `weights`: a folder or owner/name@revision")
+        return self
+
+    @model_validator(mode="after")
+    def check_quantization(self) -> "TierArgs":
+        """What the loader would refuse anyway, before any GPU is taken."""
+        if self.quantization == "nf4" and self.parallel.tensor > 1:
+            raise ValueError(
+                "quantization nf4 is for one small card, its blocks of weights cannot be cut:"
+                f" parallel.tensor must be 1, not {self.parallel.tensor}"
+            )
         return self
 
 

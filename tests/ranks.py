@@ -25,7 +25,8 @@ class RankFailed(AssertionError):
 class Ranks:
     """A pool of processes that have imported torch and diffusers already."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -41,9 +42,9 @@ class Ranks:
 
     def _answer(self, pipe: Connection) -> Any:
         # After a failure the others hang in a collective: they are of no use any more.
-        if not pipe.poll(PATIENCE_S):
+        if not pipe.poll(self._patience_s):
             self.close()
-            raise RankFailed(f"a rank did not answer within {PATIENCE_S} s")
+            raise RankFailed(f"a rank did not answer within {self._patience_s} s")
         error, value = pipe.recv()
         if error:
             self.close()

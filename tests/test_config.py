@@ -46,3 +46,18 @@ def test_the_default_tier_is_served():
 def test_numbers_are_positive(field):
     with pytest.raises(ValidationError, match=field):
         GatewayArgs.model_validate({"tiers": ["tiny"], field: 0})
+
+
+def test_four_bit_weights_are_not_split():
+    with pytest.raises(ValidationError, match=r"parallel\.tensor must be 1"):
+        TierArgs(tier="tiny", quantization="nf4", parallel={"tensor": 2})
+    assert (
+        TierArgs(tier="tiny", quantization="nf4", parallel={"sequence": 2}).parallel.num_ranks == 2
+    )
+    assert TierArgs(tier="tiny", quantization="fp8", parallel={"tensor": 2}).parallel.num_ranks == 2
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 0}, {"tensors": 2}, {"sequence": -1}])
+def test_a_layout_that_makes_no_sense_is_refused(parallel):
+    with pytest.raises(ValidationError, match="parallel"):
+        TierArgs(tier="tiny", parallel=parallel)

@@ -15,7 +15,7 @@ from flux_ray.engine.loading import (
     PICTURE_PARTS,
     Placement,
     Source,
-    check_split,
+    check_transformer,
     fetch,
     load_pipeline,
     load_transformer,
@@ -24,6 +24,7 @@ from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
 from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
+from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Raster
 
 FULL_TIMESTEP = 1000
@@ -42,7 +43,6 @@ class Flux2:
     def __init__(
         self, pipeline: DiffusionPipeline, prompts: PromptEncoder | None, tier: Tier
     ) -> None:
-        check_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.prompts = prompts
         self.tier = tier
@@ -53,7 +53,7 @@ class Flux2:
         """The adapter of a checkpoint, refused before any weight is read if it does not fit."""
         family = FAMILIES[tier.family]
         source, folder = open_checkpoint(family, weights)
-        check_split(folder, placement.mesh)
+        check_transformer(folder, placement)
         prompts = None
         if placement.text_encoder == "colocated":
             prompts = load_encoder(family, source, tier, placement)
@@ -173,7 +173,8 @@ def load_parts(source: Source, placement: Placement) -> DiffusionPipeline:
     folder = fetch(source, PICTURE_PARTS)
     pipeline = load_pipeline(folder, placement)
     check_scheduler(pipeline.scheduler)
-    transformer = load_transformer(Flux2Transformer2DModel, folder, placement)
+    deltas = lora_deltas(placement.loras, type(pipeline), placement.device)
+    transformer = load_transformer(Flux2Transformer2DModel, folder, placement, deltas)
     pipeline.register_modules(transformer=transformer)
     return pipeline
 

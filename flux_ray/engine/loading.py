@@ -11,14 +11,16 @@ import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flux_ray.catalog import EMBEDDED, Tier
 from flux_ray.config import Lora, Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import Delta, Recipe, load_sharded
 from flux_ray.parallel.mesh import Mesh
+from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads, split_sequence
 from flux_ray.tiny import CHECKPOINT
 
@@ -87,6 +89,7 @@ def source_for(weights: str) -> Source:
 
 def fetch(source: Source, patterns: Iterable[str]) -> Path:
     """The folder with those files of the source; a folder never reaches for the network."""
+    hide_progress()
     if source.revision is None:
         return Path(source.location)
     return Path(
@@ -96,26 +99,44 @@ def fetch(source: Source, patterns: Iterable[str]) -> Path:
     )
 
 
+def hide_progress() -> None:
+    """The ranks' bars would draw over each other in the logs."""
+    disable_progress_bars()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A component's config.json, or the checkpoint's model_index.json."""
     config: dict[str, Any] = json.loads((folder / name).read_text())
     return config
 
 
-def check_split(folder: Path, mesh: Mesh) -> None:
-    """Refuse a degree that the transformer does not have the heads for; reads no weights."""
-    num_heads = load_config(folder / "transformer")["num_attention_heads"]
+def check_transformer(folder: Path, placement: Placement) -> None:
+    """Refuse what cannot be done with the transformer of a checkpoint; reads no weights."""
+    mesh, num_heads = placement.mesh, load_config(folder / "transformer")["num_attention_heads"]
     check_heads(num_heads, mesh.tensor.size, mesh.sequence.size)
+    check_quantization(placement.quantization, mesh.tensor)
 
 
 def load_transformer(
-    model_class: type[Flux2Transformer2DModel], folder: Path, placement: Placement
+    model_class: type[Flux2Transformer2DModel],
+    folder: Path,
+    placement: Placement,
+    deltas: tuple[Delta, ...] = (),
 ) -> nn.Module:
     """This rank's part of the transformer, with its tokens shared where the mesh says so."""
     component = folder / "transformer"
     config = model_class.load_config(component)
     mesh = placement.mesh
-    recipe = Recipe(Checkpoint(component), mesh.tensor, placement.torch_dtype, placement.device)
+    recipe = Recipe(
+        Checkpoint(component),
+        mesh.tensor,
+        placement.torch_dtype,
+        placement.device,
+        deltas=deltas,
+        quantization=placement.quantization,
+    )
     transformer = load_sharded(
         lambda: model_class.from_config(config), model_class._tp_plan, recipe
     )
@@ -125,9 +146,6 @@ def load_transformer(
 
 def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
     """diffusers' pipeline with its VAE and scheduler, and none of the large parts."""
-    # They would draw over each other in the ranks' logs.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipeline = DiffusionPipeline.from_pretrained(
         folder,
         transformer=None,

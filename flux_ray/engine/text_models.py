@@ -16,6 +16,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from flux_ray.config import Quantization
 from flux_ray.engine.loading import Placement
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded
@@ -91,12 +92,13 @@ def t5(folder: Path) -> TextModel:
     return TextModel(build, T5_PLAN, config.num_heads, embedding="shared.weight")
 
 
-def encoder_axis(num_heads: int, mesh: Mesh) -> Axis:
+def encoder_axis(num_heads: int, mesh: Mesh, quantization: Quantization | None = None) -> Axis:
     """Over which ranks a text encoder is split: all of them where its heads allow it.
 
-    Else those of the tensor axis, or ValueError.
+    Else those of the tensor axis, or ValueError. 4-bit weights cannot be cut, and are not where
+    only tokens are shared.
     """
-    for axis in (mesh.world, mesh.tensor):
+    for axis in (mesh.tensor,) if quantization == "nf4" else (mesh.world, mesh.tensor):
         if num_heads % axis.size == 0:
             return axis
     raise ValueError(
@@ -115,7 +117,8 @@ def prefix_in(checkpoint: Checkpoint, embedding: str) -> str:
 
 def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.Module:
     """This rank's part of the text model, from the component's folder."""
-    axis = encoder_axis(model.num_heads, placement.mesh)
+    quantization = placement.encoder_quantization
+    axis = encoder_axis(model.num_heads, placement.mesh, quantization)
     checkpoint = Checkpoint(folder)
     recipe = Recipe(
         checkpoint,
@@ -124,5 +127,6 @@ def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.
         placement.device,
         prefix=prefix_in(checkpoint, model.embedding),
         whole=False,
+        quantization=quantization,
     )
     return load_sharded(model.build, model.plan, recipe)

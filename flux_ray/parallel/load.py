@@ -1,20 +1,37 @@
 """A model from its checkpoint: built without weights, each rank reading only its own slices."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from flux_ray.config import Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.linear import split_rows
 from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.precision import (
+    Stored,
+    check_precision,
+    check_quantization,
+    is_quantized,
+    quantize,
+    settle_four_bit,
+    stored_as,
+)
 from flux_ray.parallel.shards import Shard, Shards, shards_for
 
-# What to add to a parameter's local part before it gets its dtype; None for most.
-Delta = Callable[[str, Shard | None, Axis], Tensor | None]
+
+class Delta(Protocol):
+    """What is added to parameters before they get their dtype or are quantized."""
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """ValueError for what the model of those (whole) parameters has no place for."""
+
+    def __call__(self, name: str, shard: Shard | None, axis: Axis) -> Tensor | None:
+        """For this rank's part of a parameter, on the model's device; None for most."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,7 @@ class Recipe:
 
     `prefix` is what the checkpoint writes before the module's own parameter names. With
     `whole=True` a tensor of the checkpoint that the model has no place for is an error.
+    `quantization` is of the blocks' linear weights; all else gets `dtype`.
     """
 
     checkpoint: Checkpoint
@@ -31,7 +49,8 @@ class Recipe:
     device: str = "cpu"
     prefix: str = ""
     whole: bool = True
-    deltas: tuple[Delta, ...] = field(default=())
+    deltas: tuple[Delta, ...] = ()
+    quantization: Quantization | None = None
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
@@ -45,18 +64,45 @@ def load_sharded(
 ) -> nn.Module:
     """The module that `build` makes, with this rank's part of every parameter, in eval mode.
 
-    An uneven split is refused before any weight is read.
+    What cannot be done is refused before any weight is read: an uneven split, a delta or a tensor
+    without a place. PrecisionNotApplied if the weights are not held as the recipe says.
     """
     model = build_empty(build)
     shards = shards_for(model, plan, recipe.axis.size)
     shapes = {name: tensor.shape for name, tensor in saved_tensors(model)}
+    expected = plan_storage(model, shards, recipe.axis, recipe.dtype, recipe.quantization)
+    check_quantization(recipe.quantization, recipe.axis)
     if recipe.whole:
         refuse_unknown(set(shapes), recipe)
+    for delta in recipe.deltas:
+        delta.check(shapes)
     with recipe.checkpoint.opened():
+        # One after the other: a rank never holds two weights that are still to be quantized, and
+        # all ranks agree on scales in the same order.
         for name, shape in shapes.items():
             place(model, name, read_local(name, shape, shards.get(name), recipe))
     settle_linears(model, shards, recipe.axis)
-    return model.to(recipe.device).eval()
+    settle_four_bit(model, recipe.dtype)
+    model.to(recipe.device).eval()
+    check_precision(dict(saved_tensors(model)), expected)
+    return model
+
+
+def plan_storage(
+    model: nn.Module,
+    shards: Shards,
+    axis: Axis,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+) -> dict[str, Stored]:
+    """How a rank has to hold each of the model's tensors, by name; the model may be empty."""
+    planned = {}
+    for name, tensor in saved_tensors(model):
+        shard = shards.get(name)
+        shape = tensor.shape if shard is None else shard.local_shape(tensor.shape, axis)
+        own_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        planned[name] = stored_as(name, shape, own_dtype, quantization)
+    return planned
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -77,15 +123,20 @@ def refuse_unknown(names: set[str], recipe: Recipe) -> None:
 
 
 def read_local(name: str, shape: torch.Size, shard: Shard | None, recipe: Recipe) -> Tensor:
-    """This rank's part of a tensor, deltas added, in the recipe's dtype, on its device."""
+    """This rank's part of a tensor on its device: deltas added in fp32, then made smaller."""
     local = recipe.checkpoint.read(recipe.prefix + name, shape, shard, recipe.axis)
     for delta in recipe.deltas:
         added = delta(name, shard, recipe.axis)
         if added is not None:
-            local = local.float() + added
-    if local.is_floating_point():
-        local = local.to(recipe.dtype)
-    return local.to(recipe.device)
+            local = local.to(recipe.device, torch.float32) + added
+    if recipe.quantization is not None and is_quantized(name):
+        shares_rows = shard is not None and shard.dim == 1
+        row_axis = recipe.axis if shares_rows else Axis()
+        return quantize(local.to(recipe.device), recipe.quantization, recipe.dtype, row_axis)
+    dtype = recipe.dtype if local.is_floating_point() else local.dtype
+    # No copy where none is needed: a window on the file, as diffusers has it, begins at another
+    # address than a copy would, and that changes the last bit of products on the CPU.
+    return local.to(recipe.device, dtype)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -94,6 +145,8 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     module = model.get_submodule(owner)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
     else:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 

@@ -1,11 +1,13 @@
 """The same picture drawn by a diffusers pipeline and by an adapter, and what to draw it from."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flux_ray.engine.flux2 import Flux2
@@ -63,3 +65,17 @@ def draw(
     conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
     state = finish(adapter, adapter.prepare(conditioning, canvas, SEED))
     return state.latents, adapter.decode(state)
+
+
+def save_lora(file: Path) -> None:
+    """An adapter of rank 2 for a layer of each kind in the small transformers, as trainers save."""
+    dice = torch.Generator().manual_seed(3)
+    sizes = {
+        "transformer_blocks.0.attn.to_q": (64, 64),
+        "single_transformer_blocks.1.attn.to_out": (64, 256),
+    }
+    tensors = {}
+    for name, (num_out, num_in) in sizes.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.randn(2, num_in, generator=dice)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(num_out, 2, generator=dice)
+    save_file(tensors, file)

@@ -9,12 +9,13 @@ from diffusers import Flux2Pipeline
 from transformers import AutoTokenizer
 
 from flux_ray.catalog import tier_for
+from flux_ray.config import Lora
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.flux2_dev import check_index, load_tokenizer
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas
 from flux_ray.request import Raster
-from tests.engine.drawing import draw, draw_with_pipeline, reference
+from tests.engine.drawing import draw, draw_with_pipeline, reference, save_lora
 
 PROMPT = "a red circle [IMG] on a blue background"
 DEV = tier_for("flux-2-dev")
@@ -53,6 +54,22 @@ def test_equals_the_pipeline_bit_for_bit(
     expected_latents, expected_picture = draw_with_pipeline(pipeline, PROMPT, canvas, references)
     assert torch.equal(latents, expected_latents)
     assert picture == expected_picture
+
+
+def test_a_lora_is_drawn_as_the_pipeline_draws_it_fused(small_dev: Path, tmp_path: Path) -> None:
+    canvas = Canvas(64, 64, 2, guidance=4.0)
+    save_lora(tmp_path / "style.safetensors")
+    lora = Lora(path=str(tmp_path / "style.safetensors"), scale=0.1)
+    adapter = Flux2.load(str(small_dev), Placement("float32", "cpu", loras=(lora,)), DEV)
+    pipeline = Flux2Pipeline.from_pretrained(small_dev, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    plain, _ = draw_with_pipeline(pipeline, PROMPT, canvas, ())
+    pipeline.load_lora_weights(tmp_path, weight_name="style.safetensors")
+    pipeline.fuse_lora(lora_scale=0.1)
+    expected, _ = draw_with_pipeline(pipeline, PROMPT, canvas, ())
+    latents, _ = draw(adapter, PROMPT, canvas, ())
+    assert (expected - plain).abs().max() > 0.1
+    assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_guidance_counts(adapter: Flux2) -> None:

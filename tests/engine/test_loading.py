@@ -8,11 +8,13 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from flux_ray.catalog import tier_for
+from flux_ray.config import Quantization
 from flux_ray.engine import loading
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement, Source, fetch, load_config, source_for
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
+from flux_ray.parallel.precision import held_parts
 from flux_ray.tiny import CHECKPOINT
 
 TINY = tier_for("tiny")
@@ -122,6 +124,37 @@ def test_every_part_has_the_dtype_that_was_asked_for() -> None:
     for part in parts:
         assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
         assert not part.training
+
+
+def test_a_precision_that_cannot_be_split_is_refused_before_any_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read"))
+    placement = Placement("float32", "cpu", mesh_of(2, 1), quantization="nf4")
+    with pytest.raises(ValueError, match="nf4"):
+        load_adapter(TINY, None, placement)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_each_part_has_its_own_precision(quantization: Quantization) -> None:
+    whole = sizes(load_adapter(TINY, None, Placement("bfloat16", "cpu")))
+    placement = Placement("bfloat16", "cpu", quantization=quantization)
+    transformer, text_encoder = sizes(load_adapter(TINY, None, placement))
+    assert transformer < 0.7 * whole[0] and text_encoder == whole[1]
+    placement = Placement("bfloat16", "cpu", encoder_quantization=quantization)
+    adapter = load_adapter(TINY, None, placement)
+    transformer, text_encoder = sizes(adapter)
+    assert transformer == whole[0] and text_encoder < 0.7 * whole[1]
+    assert adapter.encode_prompt("a red circle").embeds.dtype == torch.bfloat16
+
+
+def sizes(adapter: Any) -> tuple[int, int]:
+    """Bytes of the transformer and of the text encoder."""
+    parts = adapter.pipeline.transformer, adapter.prompts.pipeline.text_encoder
+    return tuple(
+        sum(part.nbytes for parameter in model.parameters() for part in held_parts(parameter))
+        for model in parts
+    )
 
 
 def test_a_tier_without_weights_is_refused() -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import Parallel
+from flux_ray.config import Lora, Parallel
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Raster
-from tests.engine.drawing import draw, reference
+from tests.engine.drawing import draw, reference, save_lora
 from tests.ranks import Ranks
 
 LAYOUTS = {
@@ -42,9 +42,9 @@ class Drawn:
     num_tokens: list[int]
 
 
-def draw_all(mesh: Mesh, tier: str, weights: str) -> Drawn:
+def draw_all(mesh: Mesh, tier: str, weights: str, **options: Any) -> Drawn:
     torch.set_num_threads(1)
-    adapter = load_adapter(tier_for(tier), weights, Placement("float32", "cpu", mesh))
+    adapter = load_adapter(tier_for(tier), weights, Placement("float32", "cpu", mesh, **options))
     transformer = adapter.pipeline.transformer
     num_tokens: list[int] = []
     transformer.x_embedder.register_forward_pre_hook(
@@ -86,3 +86,25 @@ def test_every_rank_has_the_latents_and_the_picture_of_one_rank(
             assert abs(picture - expected).max() <= 1
         assert rank.num_bytes < one.num_bytes * (0.7 if parallel.tensor == 2 else 1.01)
         assert rank.num_tokens == [-(-num // parallel.sequence) for num in one.num_tokens]
+
+
+@pytest.mark.parametrize("setting", ["fp8", "lora"])
+def test_a_group_with_fewer_bits_or_a_lora_draws_what_one_rank_does(
+    run_ranks: Ranks, small_dev: Path, alone: dict[str, Drawn], tmp_path: Path, setting: str
+) -> None:
+    save_lora(tmp_path / "style.safetensors")
+    lora = Lora(path=str(tmp_path / "style.safetensors"), scale=0.1)
+    settings: dict[str, dict[str, Any]] = {
+        "fp8": {"quantization": "fp8", "encoder_quantization": "fp8"},
+        "lora": {"loras": (lora,)},
+    }
+
+    def draw_so(mesh: Mesh, weights: str) -> Drawn:
+        return draw_all(mesh, "flux-2-dev", weights, **settings[setting])
+
+    one = draw_so(Mesh(), str(small_dev))
+    for rank in run_ranks(Parallel(tensor=2), draw_so, str(small_dev)):
+        for latents, expected in zip(rank.latents, one.latents, strict=True):
+            assert abs(latents - expected).max() <= 1e-5 * abs(expected).max()
+    plain = alone["flux-2-dev"].latents[0]
+    assert abs(one.latents[0] - plain).max() > 0.01 * abs(plain).max()

@@ -210,6 +210,10 @@ def test_an_encoder_is_split_over_all_ranks_where_its_heads_allow_it(
     assert encoder_axis(num_heads, mesh_of(tensor, sequence)).size == num_ranks
 
 
+def test_four_bit_weights_are_not_cut_where_only_tokens_are_shared() -> None:
+    assert encoder_axis(8, mesh_of(1, 2), "nf4").size == 1
+
+
 def test_else_over_the_tensor_axis_and_else_the_setting_is_named() -> None:
     with pytest.raises(ValueError, match=r"parallel\.tensor 16 does not divide .* 8 heads"):
         encoder_axis(8, mesh_of(16, 1))

@@ -1,7 +1,7 @@
 """Each rank reads its own slices only, and a checkpoint that does not fit is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,14 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 def test_deltas_are_added_before_the_dtype_is_set(
     transformer_folder: Callable[[str], Path],
 ) -> None:
-    def delta(name: str, shard: object, axis: Axis) -> torch.Tensor | None:
-        return torch.ones(()) if name == "proj_out.weight" else None
+    class One:
+        def check(self, shapes: Mapping[str, torch.Size]) -> None:
+            assert shapes["proj_out.weight"] == (16, 128)
+
+        def __call__(self, name: str, shard: object, axis: Axis) -> torch.Tensor | None:
+            return torch.ones(()) if name == "proj_out.weight" else None
 
     plain, _ = load(transformer_folder("flux2"), Axis())
-    changed, _ = load(transformer_folder("flux2"), Axis(), deltas=(delta,), dtype=torch.bfloat16)
+    changed, _ = load(transformer_folder("flux2"), Axis(), deltas=(One(),), dtype=torch.bfloat16)
     assert torch.equal(changed.proj_out.weight, (plain.proj_out.weight + 1).bfloat16())
     assert torch.equal(changed.x_embedder.weight, plain.x_embedder.weight.bfloat16())

@@ -1,0 +1,163 @@
+"""LoRA adapters from the operator's list, added to a rank's own slices as they are read."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flux_ray.config import Lora
+from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.shards import Shard
+
+PREFIX = "transformer."
+DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a weight [out, in]: scale * up [out, rank] @ down [rank, in]."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+    def part(self, shard: Shard | None, axis: Axis) -> Tensor:
+        """The rank's part of it, computed from that part of the factors only."""
+        up, down = self.up, self.down
+        if shard is not None and shard.dim == 0:
+            up = shard.take(up, axis)
+        elif shard is not None:
+            down = shard.take(down, axis)
+        return self.scale * up @ down
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """One adapter, by the names of the weights that it changes."""
+
+    path: str
+    factors: Mapping[str, LowRank]
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """ValueError for a key that has no weight of its shape in the transformer."""
+        for name, factor in self.factors.items():
+            key = PREFIX + name.removesuffix(".weight")
+            if name not in shapes:
+                raise ValueError(f"lora {self.path}: {key} targets nothing in the transformer")
+            shape = (factor.up.shape[0], factor.down.shape[1])
+            if shape != shapes[name]:
+                raise ValueError(
+                    f"lora {self.path}: {key} is for a weight of the shape {shape}, but the"
+                    f" transformer's has {tuple(shapes[name])}"
+                )
+
+    def __call__(self, name: str, shard: Shard | None, axis: Axis) -> Tensor | None:
+        factor = self.factors.get(name)
+        return None if factor is None else factor.part(shard, axis)
+
+
+def lora_deltas(
+    loras: Sequence[Lora], pipeline_class: Any, device: str = "cpu"
+) -> tuple[LoraDelta, ...]:
+    """Each adapter of the list, in any format that the diffusers pipeline knows, on the device.
+
+    ValueError names the file, and the key that is no factor of one of the transformer's weights.
+    """
+    return tuple(LoraDelta(lora.path, read_factors(lora, pipeline_class, device)) for lora in loras)
+
+
+def read_factors(lora: Lora, pipeline_class: Any, device: str) -> dict[str, LowRank]:
+    """The adapter's factors by weight name."""
+    raw, metadata = read_file(lora.path)
+    refuse_lost(lora.path, raw, pipeline_class)
+    factors = {}
+    for module, parts in group(lora.path, convert(lora.path, raw, pipeline_class)).items():
+        down, up = (parts[leaf].to(device, torch.float32) for leaf in (DOWN, UP))
+        alpha = parts[ALPHA].item() if ALPHA in parts else None
+        scale = scale_of(module, down.shape[0], alpha, metadata)
+        factors[f"{module}.weight"] = LowRank(up, down, lora.scale * scale)
+    return factors
+
+
+def read_file(path: str) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a safetensors file, and what diffusers or peft noted of the adapter."""
+    if not Path(path).is_file():
+        raise ValueError(f"lora {path} is not a file")
+    try:
+        with safe_open(path, "pt") as file:
+            noted = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(noted)  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"lora {path} is not a safetensors file: {error}") from error
+
+
+def convert(path: str, raw: Tensors, pipeline_class: Any) -> Tensors:
+    """The same factors under diffusers' names."""
+    try:
+        converted = pipeline_class.lora_state_dict(dict(raw), return_alphas=True)
+    except (AssertionError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"lora {path} cannot be read by diffusers: {error!r}") from error
+    # FLUX.1 hands alphas over by themselves, FLUX.2 leaves them among the tensors.
+    tensors, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    names: Tensors = convert_unet_state_dict_to_peft({**tensors, **(alphas or {})})
+    return names
+
+
+def refuse_lost(path: str, raw: Tensors, pipeline_class: Any) -> None:
+    """diffusers leaves out what it cannot place, at most with a line in the log.
+
+    A conversion of numbered tensors tells which of them arrive.
+    """
+    numbers = {key: float(n) for n, key in enumerate(raw, 1) if not key.endswith(ALPHA)}
+    numbered = {key: torch.full(raw[key].shape, number) for key, number in numbers.items()}
+    for key in raw.keys() - numbers.keys():
+        # The number of an alpha would scale the others: the rank, which does not.
+        module = key.removesuffix(ALPHA)
+        downs = (k for k in raw if k.startswith(f"{module}.") and re.search("down|lora_A", k))
+        ranks = [len(raw[down]) for down in downs]
+        if not ranks:
+            raise ValueError(f"lora {path}: {key} belongs to no factor")
+        numbered[key] = torch.tensor(float(ranks[0]))
+    arrived = set()
+    for tensor in convert(path, numbered, pipeline_class).values():
+        matrix = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+        arrived |= {*matrix[0].tolist(), *matrix[:, 0].tolist()}
+    for key, number in numbers.items():
+        if number not in arrived:
+            raise ValueError(f"lora {path}: {key} is nothing that diffusers can place")
+
+
+def group(path: str, tensors: Tensors) -> dict[str, Tensors]:
+    """Both factors, and alpha if there is one, by the module they are for."""
+    modules: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        leaf = next((leaf for leaf in (DOWN, UP, ALPHA) if key.endswith(leaf)), None)
+        if leaf is None or not key.startswith(PREFIX):
+            raise ValueError(f"lora {path}: {key} is no factor of a weight of the transformer")
+        module = key.removeprefix(PREFIX).removesuffix(leaf)
+        modules.setdefault(module, {})[leaf] = tensor
+    for module, parts in modules.items():
+        if not {DOWN, UP} <= parts.keys():
+            raise ValueError(f"lora {path}: {PREFIX}{module} has not both factors")
+    return modules
+
+
+def scale_of(module: str, rank: int, alpha: float | None, metadata: Mapping[str, Any]) -> float:
+    """alpha / rank, from the file's tensors or else its notes (peft's LoraConfig); 1 without."""
+    if alpha is not None:
+        return alpha / rank
+    patterns = metadata.get(f"{PREFIX}alpha_pattern", {})
+    special = (patterns[key] for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module))
+    noted = next(special, metadata.get(f"{PREFIX}lora_alpha", rank))
+    divisor = math.sqrt(rank) if metadata.get(f"{PREFIX}use_rslora") else rank
+    return float(noted / divisor)
