@@ -9,8 +9,9 @@ from ray.serve import Application
 
 from flux_ray.config import GatewayArgs, TierArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.replica.group import bundles_for
 from flux_ray.replica.leader import Leader
+from flux_ray.replica.placement import bundles_for, strategy_for
+from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.router import Router
 
@@ -48,6 +49,11 @@ def build_gateway(args: GatewayArgs) -> Application:
 
 def build_tier(args: TierArgs) -> Application:
     """The application of one tier, reached by its handle only. Name it as the tier."""
+    return tier_application(args, Leader)
+
+
+def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
+    """The leaders of a tier, and their text encoder where they share one."""
     deployment = serve.deployment(
         name=args.tier,
         num_replicas=args.num_replicas,
@@ -55,9 +61,28 @@ def build_tier(args: TierArgs) -> Application:
         # The leader needs nothing: the bundles are its ranks'.
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=bundles_for(args),
-        placement_group_strategy="STRICT_PACK",
+        placement_group_strategy=strategy_for(args.parallel),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.drain_timeout_s,
-    )(Leader)
+    )(leader)
+    if args.text_encoder == "colocated":
+        return deployment.bind(args)
+    return deployment.bind(args, text_encoder_for(args))
+
+
+def text_encoder_for(args: TierArgs) -> Application:
+    """One for all replicas of the tier, on a GPU of its own: it works for a moment a request."""
+    deployment = serve.deployment(
+        name=f"{args.tier}-text-encoder",
+        num_replicas=1,
+        max_ongoing_requests=256,
+        ray_actor_options={
+            "num_cpus": args.num_cpus,
+            "num_gpus": 1 if args.device == "cuda" else 0,
+        },
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=args.drain_timeout_s,
+    )(TextEncoder)
     return deployment.bind(args)

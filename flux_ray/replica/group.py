@@ -1,53 +1,22 @@
-"""The rank group: N rank actors that are started, called and ended as one."""
+"""The rank group: N rank actors that are called and ended as one."""
 
 import asyncio
 import contextvars
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError, ReplicaFailed
-from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
+from flux_ray.replica.patience import Patience
 
 logger = logging.getLogger("ray.serve")
 
-
-def bundles_for(args: TierArgs, num_ranks: int = 1) -> list[dict[str, float]]:
-    """The placement group of a replica: one bundle a rank; the leader sits in the first one."""
-    bundle = {"CPU": args.num_cpus}
-    if args.device == "cuda":
-        bundle["GPU"] = 1.0
-    return [dict(bundle) for _ in range(num_ranks)]
-
-
-def start_ranks(args: TierArgs, placement_group: PlacementGroup) -> list[ActorHandle[Any]]:
-    """One rank actor in every bundle of the leader's placement group."""
-    # No restarts: a rank that comes back alone knows nothing of the jobs in flight.
-    remote: Any = ray.remote
-    actor = remote(max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(RankActor)
-    return [
-        actor.options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0.0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group, placement_group_bundle_index=rank
-            ),
-        ).remote(rank, args)
-        for rank, bundle in enumerate(placement_group.bundle_specs)
-    ]
-
-
-async def wait_until_loaded(ranks: Sequence[ActorHandle[Any]], timeout_s: float) -> None:
-    """Return when every rank has its weights; a rank's own error comes through."""
-    pings = [rank.ping.remote() for rank in ranks]
-    await asyncio.wait_for(asyncio.gather(*pings), timeout_s)
+# All ranks find a caller's mistake at the same place, so they tell of it together.
+GRACE_S = 1.0
 
 
 class RankGroup:
@@ -58,39 +27,62 @@ class RankGroup:
     """
 
     def __init__(
-        self, ranks: Sequence[ActorHandle[Any]], step_timeout_s: float, end: Callable[[], None]
+        self, ranks: Sequence[ActorHandle[Any]], patience: Patience, end: Callable[[], None]
     ) -> None:
         self._ranks = ranks
-        self._step_timeout_s = step_timeout_s
+        self._patience = patience
         self._end = end
         loop = asyncio.get_running_loop()
         self._broken: asyncio.Future[str] = loop.create_future()
         self._watcher = loop.create_task(self._watch(), context=contextvars.Context())
 
-    async def call(self, method: str, *args: object) -> object:
-        """The same call on every rank: rank 0's answer, or the FluxError that all of them raise."""
+    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
+        """The same call on every rank: rank 0's answer, or the FluxError that all of them raise.
+
+        `sizes` tells calls that take longer from others, in pixels.
+        """
         if self._broken.done():
             raise ReplicaFailed(self._broken.result())
-        answers = asyncio.gather(
-            *(getattr(rank, method).remote(*args) for rank in self._ranks), return_exceptions=True
-        )
-        await asyncio.wait(
-            (answers, self._broken),
-            timeout=self._step_timeout_s,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        if not answers.done():
-            raise self.break_up(f"{method} took longer than {self._step_timeout_s} s")
-        return self._agree(method, answers.result())
-
-    def _agree(self, method: str, answers: list[object]) -> object:
-        errors = [cause_of(answer) for answer in answers if isinstance(answer, BaseException)]
+        began = time.perf_counter()
+        calls = [asyncio.ensure_future(getattr(rank, method).remote(*args)) for rank in self._ranks]
+        await self._wait_for_all(method, calls, self._patience.seconds_for(method, *sizes))
+        self._patience.learn(time.perf_counter() - began, method, *sizes)
+        errors = [error for error in map(error_of, calls) if error is not None]
         if not errors:
-            return answers[0]
-        for error in errors:
-            if not isinstance(error, FluxError) or len(errors) < len(answers):
-                raise self.break_up(f"{method} failed on a rank: {error!r}") from error
+            return calls[0].result()
+        if len(errors) < len(calls):
+            raise self.break_up(f"{method} failed on some ranks only", errors[0])
         raise errors[0] from None
+
+    async def _wait_for_all(
+        self, method: str, calls: list[asyncio.Future[object]], timeout_s: float
+    ) -> None:
+        """Return when every rank has answered or raised a FluxError."""
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + timeout_s
+        first: BaseException | None = None
+        pending = set(calls)
+        while pending:
+            awaited: list[asyncio.Future[Any]] = [*pending, self._broken]
+            await asyncio.wait(
+                awaited,
+                timeout=end_s - clock(),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if self._broken.done():
+                raise ReplicaFailed(self._broken.result())
+            done = {call for call in pending if call.done()}
+            if not done and first is None:
+                raise self.break_up(f"{method} took longer than {timeout_s:.1f} s")
+            if not done:
+                raise self.break_up(f"{method} failed on some ranks only", first)
+            pending -= done
+            for error in filter(None, map(error_of, done)):
+                # The other ranks may wait for this one in a collective, for ever.
+                if not isinstance(error, FluxError):
+                    raise self.break_up(f"{method} failed on a rank", error)
+                if first is None:
+                    first, end_s = error, min(end_s, clock() + GRACE_S)
 
     async def ping(self) -> None:
         """Return if every rank answers."""
@@ -101,15 +93,18 @@ class RankGroup:
         await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         self.break_up("a rank died")
 
-    def break_up(self, reason: str) -> ReplicaFailed:
-        """End the group, once; the error is for whoever waits for it."""
+    def break_up(self, reason: str, error: BaseException | None = None) -> ReplicaFailed:
+        """End the group, once; what is returned is for whoever waits for it."""
         if not self._broken.done():
-            self._broken.set_result(reason)
-            logger.error("The rank group is broken, its replica ends: %s", reason)
+            self._broken.set_result(reason if error is None else f"{reason}: {error}")
+            logger.error("The replica ends: %s", self._broken.result(), exc_info=error)
             self._end()
-        return ReplicaFailed(self._broken.result())
+        failed = ReplicaFailed(self._broken.result())
+        failed.__cause__ = error
+        return failed
 
 
-def cause_of(error: BaseException) -> BaseException:
+def error_of(call: asyncio.Future[object]) -> BaseException | None:
     """What a rank raised, without the wrapping that carried it here."""
+    error = call.exception()
     return error.cause if isinstance(error, RayTaskError) else error

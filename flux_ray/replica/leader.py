@@ -1,24 +1,32 @@
 """The leader of a replica: takes requests, owns the rank group and the step loop. No tensors."""
 
 import asyncio
-import logging
-import os
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import ray
+from ray.actor import ActorHandle
+from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import get_current_placement_group
 
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import TierArgs
-from flux_ray.replica.group import RankGroup, start_ranks, wait_until_loaded
+from flux_ray.replica.group import RankGroup
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.meter import Meter
+from flux_ray.replica.patience import Patience
+from flux_ray.replica.placement import load_ranks, start_ranks
+from flux_ray.replica.process import end_process
+from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
+from flux_ray.replica.rank import RankActor
 from flux_ray.request import ImageRequest, ImageResult
 
 
-def end_process() -> NoReturn:
-    """Serve sees a dead actor at its next check, and builds the whole replica anew."""
-    logging.shutdown()
-    os._exit(1)
+def end_with(ranks: Sequence[ActorHandle[Any]]) -> None:
+    """End this process, and first its ranks: one that hangs would hold its GPU meanwhile."""
+    for rank in ranks:
+        ray.kill(rank)
+    end_process()
 
 
 def warm_up_request(tier: Tier) -> ImageRequest:
@@ -38,22 +46,31 @@ def warm_up_request(tier: Tier) -> ImageRequest:
 class Leader:
     """One Serve replica = one rank group."""
 
-    async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
+    rank_class: ClassVar[type[RankActor]] = RankActor
+
+    async def __init__(  # type: ignore[misc]
+        self, args: TierArgs, text_encoder: DeploymentHandle[Any] | None = None
+    ) -> None:
         """Serve awaits this: the replica is RUNNING once it has drawn a picture."""
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
-        ranks = start_ranks(args, placement_group)
-        await wait_until_loaded(ranks, args.load_timeout_s)
+        ranks = start_ranks(self.rank_class, args, placement_group)
+        patience = Patience(args.min_step_timeout_s, args.step_timeout_s)
+        prompts: Prompts = EncodedByRanks()
+        if text_encoder is not None:
+            prompts = EncodedElsewhere(text_encoder, args.step_timeout_s)
+        async with asyncio.timeout(args.load_timeout_s):
+            await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
         self._meter = Meter(args.tier)
-        self._group = RankGroup(ranks, args.step_timeout_s, end_process)
-        self._loop = StepLoop(self._group, self._meter.observe_stage)
+        self._group = RankGroup(ranks, patience, lambda: end_with(ranks))
+        self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
         await self._loop.generate(warm_up_request(tier_for(args.tier)))
 
     def _end_with_loop(self, pump: asyncio.Task[None]) -> None:
         """A loop that ended by a mistake of ours would leave every request waiting for ever."""
         if not pump.cancelled():
-            self._group.break_up(f"the step loop ended: {pump.exception()!r}")
+            self._group.break_up("the step loop ended", pump.exception())
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """The request's pictures."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
+from flux_ray.replica.prompts import Prompts
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 Observe = Callable[[str, float], None]
@@ -21,7 +22,7 @@ Observe = Callable[[str, float], None]
 class Ranks(Protocol):
     """The same call on every rank, answered by rank 0. Raises FluxError only."""
 
-    async def call(self, method: str, *args: object) -> object: ...
+    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object: ...
 
 
 @dataclass(eq=False)
@@ -48,14 +49,20 @@ class Job:
             self.result.set_result(outcome)
 
 
-def calls_for(request: ImageRequest) -> Iterator[tuple[str, *tuple[object, ...]]]:
+def calls_for(request: ImageRequest, encoded: object) -> Iterator[tuple[str, *tuple[object, ...]]]:
     """The calls that draw a request, in order; between any two of them it may be dropped."""
-    yield "encode", request
+    yield "encode", request, encoded
     for seed in request.seeds:
         yield "prepare", seed
         for _ in range(request.num_steps):
             yield ("denoise",)
         yield ("decode",)
+
+
+def sizes_of(request: ImageRequest) -> tuple[int, int]:
+    """What makes a request's calls long: the pixels of its canvas and of its references."""
+    references = sum(raster.width * raster.height for raster in request.references)
+    return request.width * request.height, references
 
 
 class Stopwatch:
@@ -77,16 +84,16 @@ class Stopwatch:
     def total(self, queue_s: float) -> StageTimes:
         """The times of a request; preparing noise counts as encoding."""
         spent = self._seconds
-        return StageTimes(
-            queue_s, spent["encode"] + spent["prepare"], spent["denoise"], spent["decode"]
-        )
+        encode_s = spent["prompt"] + spent["encode"] + spent["prepare"]
+        return StageTimes(queue_s, encode_s, spent["denoise"], spent["decode"])
 
 
 class StepLoop:
     """Takes jobs in order of arrival and advances the ranks call by call."""
 
-    def __init__(self, ranks: Ranks, observe: Observe) -> None:
+    def __init__(self, ranks: Ranks, prompts: Prompts, observe: Observe) -> None:
         self._ranks = ranks
+        self._prompts = prompts
         self._observe = observe
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._numbers = itertools.count(1)
@@ -116,22 +123,24 @@ class StepLoop:
 
     async def _draw(self, job: Job) -> ImageResult | None:
         """The result, or None if the client left in between."""
-        times = Stopwatch(self._observe)
+        request, times = job.request, Stopwatch(self._observe)
         queue_s = time.perf_counter() - job.queued_at
+        encoded = await times.measure("prompt", self._prompts.encode_prompt(request.prompt))
         images: list[GeneratedImage] = []
         warnings: tuple[str, ...] = ()
+        sizes = sizes_of(request)
         try:
-            for method, *args in calls_for(job.request):
+            for method, *args in calls_for(request, encoded):
                 if job.has_left:
                     return None
-                answer = await times.measure(method, self._ranks.call(method, job.number, *args))
+                call = self._ranks.call(method, sizes, job.number, *args)
+                answer = await times.measure(method, call)
                 if isinstance(answer, GeneratedImage):
                     images.append(answer)
                 elif isinstance(answer, tuple):
                     warnings = answer
         finally:
-            await self._ranks.call("drop", job.number)
-        request = job.request
+            await self._ranks.call("drop", sizes, job.number)
         return ImageResult(
             request.request_id, request.tier, tuple(images), times.total(queue_s), warnings
         )

@@ -1,21 +1,36 @@
 """One rank: the process that holds the model, or its part of it, and the images being drawn."""
 
+import functools
+import gc
 import os
 import threading
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
-from flux_ray.request import GeneratedImage, ImageRequest
+from flux_ray.errors import FluxError
+from flux_ray.request import EncodedPrompt, GeneratedImage, ImageRequest
 
 if TYPE_CHECKING:
-    from flux_ray.engine.state import Conditioning, ImageState
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    from flux_ray.engine.adapter import Adapter
+    from flux_ray.engine.state import Conditioning, ImageState, PromptEmbeds
+    from flux_ray.parallel.mesh import Endpoint, Mesh
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
 CONCURRENCY_GROUPS = {"control": 1, "watch": 1}
+
+
+class StageFailed(Exception):
+    """What a rank tells its leader of an error that is no caller's mistake."""
 
 
 @dataclass
@@ -28,19 +43,95 @@ class Drawing:
     state: "ImageState | None" = None
 
 
+def in_lockstep(stage: Stage) -> Stage:
+    """Before it works, a stage sees that all ranks were called for the same job and stage.
+
+    One loop makes all calls, to every rank in the same order, so they do agree, and on who was
+    cancelled too: that is a call that comes to none of them. If it ever were otherwise, the model
+    itself would not notice, and mix two users' tensors.
+    """
+
+    @functools.wraps(stage)
+    def checked(self: "RankActor", job: int, *args: object) -> object:
+        try:
+            self.agree(job, stage.__name__)
+            return stage(self, job, *args)
+        except FluxError:
+            raise
+        except Exception as error:
+            # As it is, an error of torch's would load torch where it arrives: seconds, in which
+            # the leader answers nobody.
+            raise StageFailed(describe(error)) from error
+
+    return cast(Stage, checked)
+
+
+def describe(error: Exception) -> str:
+    """The error in one line."""
+    from torch import OutOfMemoryError
+
+    is_memory = isinstance(error, (MemoryError, OutOfMemoryError))
+    return f"{'out of memory: ' if is_memory else ''}{type(error).__name__}: {error}"
+
+
+def load_engine() -> None:
+    """Import torch and the models: only here, where the GPU is; leader and gateway never do."""
+    # Looking for garbage among what is only being made takes a fifth of the time. Nothing of it
+    # will ever be garbage.
+    gc.disable()
+    import flux_ray.engine.adapter  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
 class RankActor:
     """The engine's stages as actor calls, by job number. Only the step loop calls them."""
 
+    _mesh: "Mesh"
+    _adapter: "Adapter"
+    _store: "TCPStore"
+
     def __init__(self, rank: int, args: TierArgs) -> None:
-        # Imported here, in the process that has the GPU: leader and gateway never load torch.
+        # All ranks spend these seconds at once, before any has to wait for another.
+        load_engine()
+        self._rank = rank
+        self._args = args
+        self._drawings: dict[int, Drawing] = {}
+        self._num_calls = 0
+
+    def meet(self) -> "Endpoint":
+        """Where the others find this rank, the first. Its node's own address: they may be far."""
+        from flux_ray.parallel.mesh import Endpoint, open_store
+
+        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._store = open_store(host, self._args.load_timeout_s)
+        return Endpoint(host, self._store.port)
+
+    def load(self, endpoint: "Endpoint") -> None:
+        """Join the other ranks and load this one's part of the model."""
+        import torch
+
         from flux_ray.engine.adapter import load_adapter
         from flux_ray.engine.loading import Placement
+        from flux_ray.parallel.mesh import join_mesh, visit_store
 
-        self._rank = rank
-        self._adapter = load_adapter(
-            tier_for(args.tier), args.weights, Placement(args.dtype, args.device)
+        args, timeout_s = self._args, self._args.load_timeout_s
+        if args.device == "cpu":
+            torch.set_num_threads(args.num_threads)
+        store = self._store if self._rank == 0 else visit_store(endpoint, timeout_s)
+        # The ranks' own patience must outlast the slowest disk; that of a step is the leader's.
+        self._mesh = join_mesh(store, self._rank, args.parallel, args.device, timeout_s)
+        placement = Placement(
+            args.dtype,
+            args.device,
+            self._mesh,
+            args.quantization,
+            args.encoder_quantization,
+            args.loras,
+            args.text_encoder,
         )
-        self._drawings: dict[int, Drawing] = {}
+        self._adapter = load_adapter(tier_for(args.tier), args.weights, placement)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
@@ -52,13 +143,37 @@ class RankActor:
         """Never returns: the call ends when the rank does."""
         threading.Event().wait()
 
-    def encode(self, job: int, request: ImageRequest) -> tuple[str, ...]:
-        """Take on a job: encode its prompt and its references; warnings for the caller."""
-        prompt = self._adapter.encode_prompt(request.prompt)
+    def agree(self, job: int, stage: str) -> None:
+        """Raise LockstepBroken unless all ranks are here, for this job, after as many calls."""
+        from flux_ray.parallel.mesh import assert_same
+
+        self._num_calls += 1
+        # Short enough for its square to fit.
+        assert_same(
+            self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stage}".encode()) % 2**24
+        )
+
+    @in_lockstep
+    def encode(
+        self, job: int, request: ImageRequest, encoded: EncodedPrompt | None = None
+    ) -> tuple[str, ...]:
+        """Take on a job: encode its prompt and its references; warnings for the caller.
+
+        `encoded` comes from the shared text encoder, where there is one.
+        """
+        prompt = self._prompt(request, encoded)
         conditioning = self._adapter.encode(prompt, request.references)
         self._drawings[job] = Drawing(request, conditioning)
         return conditioning.warnings
 
+    def _prompt(self, request: ImageRequest, encoded: EncodedPrompt | None) -> "PromptEmbeds":
+        from flux_ray.engine.text_encoder import unpack
+
+        if encoded is None:
+            return self._adapter.encode_prompt(request.prompt)
+        return unpack(encoded, self._args.device)
+
+    @in_lockstep
     def prepare(self, job: int, seed: int) -> None:
         """Begin the job's image of this seed."""
         from flux_ray.engine.state import Canvas
@@ -69,12 +184,14 @@ class RankActor:
         drawing.seed = seed
         drawing.state = self._adapter.prepare(drawing.conditioning, canvas, seed)
 
+    @in_lockstep
     def denoise(self, job: int) -> None:
         """One step of the job's image."""
         drawing = self._drawings[job]
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
+    @in_lockstep
     def decode(self, job: int) -> GeneratedImage | None:
         """The job's image as bytes, from rank 0."""
         from flux_ray.engine.pictures import encode_picture
@@ -86,6 +203,7 @@ class RankActor:
         raster = self._adapter.decode(drawing.state)
         return GeneratedImage(encode_picture(raster, drawing.request.encoding), drawing.seed)
 
+    @in_lockstep
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""
         self._drawings.pop(job, None)

@@ -7,12 +7,21 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from flux_ray.errors import BadReference, ReplicaFailed
+from flux_ray.replica import group
 from flux_ray.replica.group import RankGroup
+from flux_ray.replica.patience import Patience
+from flux_ray.replica.rank import StageFailed
+
+SIZES = (64 * 64, 0)
 
 
 def raised_by_a_rank(error: Exception) -> Exception:
     """As it arrives at the caller of an actor."""
     return RayTaskError("encode", "traceback", error).as_instanceof_cause()
+
+
+MISTAKE = raised_by_a_rank(BadReference("too small", "image"))
+BUG = raised_by_a_rank(StageFailed("KeyError: 'a bug'"))
 
 
 class Call:
@@ -51,46 +60,77 @@ class FakeRank:
 class Replica:
     """A group of fakes; `ended` counts how often it would have ended its process."""
 
-    def __init__(self, *answers: object) -> None:
+    def __init__(self, *answers: object, floor_s: float = 0.2) -> None:
         self.ranks = [FakeRank(answer) for answer in answers]
         self.ended = 0
-        self.group = RankGroup(self.ranks, step_timeout_s=0.2, end=self.end)
+        self.patience = Patience(floor_s, limit_s=10)
+        self.patience.learn(0.001, "encode", *SIZES)
+        self.group = RankGroup(self.ranks, self.patience, end=self.end)
 
     def end(self) -> None:
         self.ended += 1
 
+    async def encode(self) -> object:
+        async with asyncio.timeout(5):
+            return await self.group.call("encode", SIZES, 1)
+
 
 async def test_rank_0_answers_for_all() -> None:
     replica = Replica("picture", None, None)
-    assert await replica.group.call("encode", 1) == "picture"
+    assert await replica.encode() == "picture"
     await replica.group.ping()
     assert replica.ended == 0
 
 
 async def test_a_mistake_that_all_ranks_see_is_the_callers() -> None:
-    error = raised_by_a_rank(BadReference("too small", "image"))
-    replica = Replica(error, error)
+    replica = Replica(MISTAKE, MISTAKE, MISTAKE)
     with pytest.raises(BadReference) as caught:
-        await replica.group.call("encode", 1)
+        await replica.encode()
     assert type(caught.value) is BadReference, "without Ray's wrapping"
     assert replica.ended == 0
 
 
 @pytest.mark.parametrize(
-    "answers",
+    ("answers", "reason"),
     [
-        (None, raised_by_a_rank(BadReference("too small", "image"))),
-        (raised_by_a_rank(KeyError("a bug")), raised_by_a_rank(KeyError("a bug"))),
-        (None, "hang"),
+        ((None, MISTAKE), "some ranks only: too small"),
+        ((MISTAKE, None), "some ranks only: too small"),
+        ((BUG, BUG), "failed on a rank: KeyError: 'a bug'"),
+        ((None, "hang"), "took longer than 0.2 s"),
     ],
-    ids=["a mistake that one rank sees", "a bug", "a rank that hangs"],
+    ids=["a mistake that rank 1 sees", "a mistake that rank 0 sees", "a bug", "a rank that hangs"],
 )
-async def test_anything_else_ends_the_group(answers: tuple[object, ...]) -> None:
+async def test_anything_else_ends_the_group(answers: tuple[object, ...], reason: str) -> None:
     replica = Replica(*answers)
     for _ in range(2):
-        with pytest.raises(ReplicaFailed):
-            await replica.group.call("encode", 1)
+        with pytest.raises(ReplicaFailed, match=reason):
+            await replica.encode()
     assert replica.ended == 1
+
+
+@pytest.mark.parametrize("answers", [("hang", BUG), (BUG, "hang", None)])
+async def test_a_bug_on_one_rank_is_not_waited_out(answers: tuple[object, ...]) -> None:
+    """The others hang in a collective with it."""
+    replica = Replica(*answers, floor_s=60)
+    with pytest.raises(ReplicaFailed, match="a bug"):
+        await replica.encode()
+    assert replica.ended == 1
+
+
+async def test_a_mistake_on_one_rank_is_waited_for_only_shortly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group, "GRACE_S", 0.05)
+    replica = Replica(MISTAKE, "hang", floor_s=60)
+    with pytest.raises(ReplicaFailed, match="some ranks only: too small"):
+        await replica.encode()
+    assert replica.ended == 1
+
+
+async def test_calls_teach_how_long_they_take() -> None:
+    replica = Replica(None)
+    await replica.group.call("encode", (2**30,), 1)
+    assert replica.patience.seconds_for("encode", 2**30) == pytest.approx(0.2)
 
 
 async def test_a_death_is_seen_while_nothing_runs() -> None:
@@ -103,8 +143,7 @@ async def test_a_death_is_seen_while_nothing_runs() -> None:
 
 
 async def test_a_death_fails_the_call_that_would_hang() -> None:
-    replica = Replica(None, "hang")
-    replica.group._step_timeout_s = 60
+    replica = Replica(None, "hang", floor_s=60)
     asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die)
     with pytest.raises(ReplicaFailed, match="a rank died"):
-        await replica.group.call("encode", 1)
+        await replica.encode()

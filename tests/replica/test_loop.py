@@ -7,7 +7,8 @@ import pytest
 
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.loop import StepLoop
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult
+from flux_ray.replica.prompts import EncodedByRanks
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, Raster
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
@@ -17,15 +18,18 @@ class FakeRanks:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str]] = []
+        self.sizes: set[tuple[int, ...]] = set()
+        self.encoded: list[object] = []
         self.seeds: dict[int, int] = {}
         self.errors: dict[str, Exception] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.stepping = asyncio.Event()
 
-    async def call(self, method: str, *args: object) -> object:
+    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
         job, *rest = args
         assert isinstance(job, int)
+        self.sizes.add(sizes)
         self.calls.append((job, method))
         if method in self.errors:
             raise self.errors[method]
@@ -35,6 +39,7 @@ class FakeRanks:
             self.stepping.set()
             await self.gate.wait()
         if method == "encode":
+            self.encoded.append(rest[1])
             return ("cut",)
         return GeneratedImage(b"png", self.seeds[job]) if method == "decode" else None
 
@@ -47,9 +52,23 @@ async def ranks() -> FakeRanks:
     return FakeRanks()
 
 
+class FakeEncoder:
+    """A shared text encoder that answers, or raises, what it is told to."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    async def wait_until_loaded(self) -> None: ...
+
+    async def encode_prompt(self, prompt: str) -> object:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return (prompt, self.answer)
+
+
 @pytest.fixture
 async def loop(ranks: FakeRanks) -> StepLoop:
-    return StepLoop(ranks, observe=lambda stage, seconds: None)
+    return StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: None)
 
 
 async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
@@ -70,10 +89,10 @@ async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> No
 
 async def test_times_are_told(ranks: FakeRanks) -> None:
     told: list[str] = []
-    loop = StepLoop(ranks, observe=lambda stage, seconds: told.append(stage))
+    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: told.append(stage))
     times = (await loop.generate(REQUEST)).times
     assert min(times.queue_s, times.encode_s, times.denoise_s, times.decode_s) > 0
-    assert told == ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
+    assert told == ["prompt", "encode", "prepare", "denoise", "denoise", "denoise", "decode"]
 
 
 async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
@@ -146,3 +165,25 @@ async def test_requests_are_drawn_in_order_of_arrival(ranks: FakeRanks, loop: St
     assert [result.images[0].seed for result in results] == list(range(5))
     jobs = [job for job, _ in ranks.calls]
     assert jobs == sorted(jobs)
+
+
+async def test_ranks_are_told_how_much_work_a_call_is(ranks: FakeRanks, loop: StepLoop) -> None:
+    references = (Raster(8, 4, b""), Raster(2, 2, b""))
+    await loop.generate(replace(REQUEST, references=references))
+    assert ranks.sizes == {(64 * 64, 8 * 4 + 2 * 2)}
+
+
+async def test_a_prompt_that_is_encoded_elsewhere_goes_to_the_ranks(ranks: FakeRanks) -> None:
+    loop = StepLoop(ranks, FakeEncoder("embeds"), observe=lambda stage, seconds: None)
+    await loop.generate(REQUEST)
+    assert ranks.encoded == [(REQUEST.prompt, "embeds")]
+
+
+async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> None:
+    encoder = FakeEncoder(ReplicaFailed("the text encoder died"))
+    loop = StepLoop(ranks, encoder, observe=lambda stage, seconds: None)
+    with pytest.raises(ReplicaFailed, match="text encoder"):
+        await loop.generate(REQUEST)
+    assert ranks.calls == [], "the ranks never heard of it"
+    encoder.answer = "embeds"
+    assert (await loop.generate(REQUEST)).images

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ray.config import TierArgs
-from flux_ray.replica.rank import RankActor
-from flux_ray.request import Encoding, ImageRequest
+from flux_ray.config import Parallel, TierArgs
+from flux_ray.errors import BadReference
+from flux_ray.parallel.mesh import LockstepBroken, Mesh
+from flux_ray.replica.rank import RankActor, StageFailed
+from flux_ray.request import Encoding, ImageRequest, Raster
+from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32")
@@ -28,7 +31,9 @@ def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
 
 @pytest.fixture(scope="module")
 def rank() -> RankActor:
-    return RankActor(0, ARGS)
+    rank = RankActor(0, ARGS)
+    rank.load(rank.meet())
+    return rank
 
 
 def test_a_picture_of_the_size_and_format(rank: RankActor) -> None:
@@ -41,7 +46,7 @@ def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
     rank.encode(1, REQUEST)
     rank.drop(1)
     rank.drop(1)
-    with pytest.raises(KeyError):
+    with pytest.raises(StageFailed, match="KeyError: 1"):
         rank.denoise(1)
     assert not rank._drawings
 
@@ -49,3 +54,52 @@ def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
 def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "_rank", 1)
     assert draw(rank, 1, REQUEST) is None
+
+
+def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
+    flat = Raster(800, 64, bytes(800 * 64 * 3))
+    with pytest.raises(BadReference):
+        rank.encode(1, replace(REQUEST, references=(flat,)))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA has 3 MB"), MemoryError()])
+def test_out_of_memory_is_told_in_words(
+    rank: RankActor, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The error itself is not: where it arrives, it would load torch."""
+
+    def fail(state: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rank._adapter, "denoise", fail)
+    rank.encode(1, REQUEST)
+    rank.prepare(1, 1)
+    with pytest.raises(StageFailed, match=r"out of memory: (OutOf)?MemoryError"):
+        rank.denoise(1)
+    rank.drop(1)
+
+
+def come(mesh: Mesh, jobs: tuple[int, ...], stages: tuple[str, ...]) -> str:
+    rank = RankActor.__new__(RankActor)
+    rank._mesh, rank._num_calls = mesh, 0
+    rank.agree(7, "encode")
+    try:
+        rank.agree(jobs[mesh.world.rank], stages[mesh.world.rank])
+    except LockstepBroken:
+        return "broken"
+    return "agreed"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "stages", "expected"),
+    [
+        ((1, 1, 1), ("denoise",) * 3, "agreed"),
+        ((1, 1, 2), ("denoise",) * 3, "broken"),
+        ((1, 1, 1), ("denoise", "drop", "denoise"), "broken"),
+    ],
+    ids=["the same", "another job", "another stage"],
+)
+def test_ranks_work_only_on_the_same_thing(
+    run_ranks: Ranks, jobs: tuple[int, ...], stages: tuple[str, ...], expected: str
+) -> None:
+    assert run_ranks(Parallel(tensor=3), come, jobs, stages) == [expected] * 3

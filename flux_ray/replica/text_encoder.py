@@ -1,0 +1,71 @@
+"""The Serve deployment of a text encoder that all replicas of a tier share."""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import TierArgs
+from flux_ray.errors import FluxError
+from flux_ray.replica.patience import Patience
+from flux_ray.replica.process import end_process
+from flux_ray.request import EncodedPrompt
+
+if TYPE_CHECKING:
+    from flux_ray.engine.text_encoder import PromptEncoder
+
+logger = logging.getLogger("ray.serve")
+
+
+class TextEncoder:
+    """Serve's loop runs here, torch in a thread of its own: one prompt at a time."""
+
+    _encoder: "PromptEncoder"
+
+    async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
+        """Serve awaits this: the replica is RUNNING once it has encoded a prompt."""
+        self._args = args
+        self._turn = asyncio.Lock()
+        self._patience = Patience(args.min_step_timeout_s, args.step_timeout_s)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._load)
+        await self.encode_prompt("warm-up")
+
+    def _load(self) -> None:
+        import torch
+
+        from flux_ray.engine.loading import Placement
+        from flux_ray.engine.text_encoder import load_prompt_encoder
+
+        args = self._args
+        if args.device == "cpu":
+            torch.set_num_threads(args.num_threads)
+        placement = Placement(
+            args.dtype, args.device, encoder_quantization=args.encoder_quantization
+        )
+        self._encoder = load_prompt_encoder(tier_for(args.tier), args.weights, placement)
+
+    async def encode_prompt(self, prompt: str) -> EncodedPrompt:
+        """The prompt for the ranks. What is no caller's mistake, or hangs, ends this process."""
+        async with self._turn:
+            began = time.perf_counter()
+            try:
+                encoded = await asyncio.wait_for(
+                    asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt),
+                    self._patience.seconds_for("encode_prompt"),
+                )
+            except FluxError:
+                raise
+            except Exception:
+                logger.exception("The text encoder ends")
+                end_process()
+            self._patience.learn(time.perf_counter() - began, "encode_prompt")
+            return encoded
+
+    def _encode(self, prompt: str) -> EncodedPrompt:
+        from flux_ray.engine.text_encoder import pack
+
+        return pack(self._encoder.encode_prompt(prompt))

@@ -1,0 +1,34 @@
+"""What a replica asks of the cluster, and which rank gets which bundle of it."""
+
+import pytest
+
+from flux_ray.config import Parallel, TierArgs
+from flux_ray.replica.placement import bundles_for, ranks_by_node, strategy_for
+
+
+def test_one_bundle_a_rank() -> None:
+    args = TierArgs(tier="tiny", num_cpus=2, parallel=Parallel(tensor=2, sequence=3))
+    assert bundles_for(args) == [{"CPU": 2.0, "GPU": 1.0}] * 6
+
+
+def test_a_laptop_needs_no_gpu() -> None:
+    assert bundles_for(TierArgs(tier="tiny", device="cpu", num_cpus=0.5)) == [{"CPU": 0.5}]
+
+
+def test_a_group_shares_a_node_unless_it_may_spread() -> None:
+    assert strategy_for(Parallel(tensor=8)) == "STRICT_PACK"
+    assert strategy_for(Parallel(tensor=8, sequence=2, num_nodes=2)) == "PACK"
+
+
+def test_on_one_node_ranks_are_bundles() -> None:
+    assert ranks_by_node({2: "a", 0: "a", 1: "a"}, num_nodes=1) == [0, 1, 2]
+
+
+def test_ranks_of_a_node_are_neighbours_and_the_leaders_node_is_first() -> None:
+    nodes = {0: "b", 1: "a", 2: "b", 3: "a", 4: "b", 5: "a"}
+    assert ranks_by_node(nodes, num_nodes=2) == [0, 2, 4, 1, 3, 5]
+
+
+def test_more_nodes_than_allowed_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 nodes, parallel\.num_nodes is 2"):
+        ranks_by_node({0: "a", 1: "b", 2: "c"}, num_nodes=2)

@@ -1,0 +1,33 @@
+"""The deployment graph: what `build_tier` asks Serve for. No Ray runs."""
+
+from ray.serve import Application
+
+from flux_ray.app import build_tier
+from flux_ray.config import Parallel, TierArgs
+
+
+def deployments_of(application: Application) -> dict[str, object]:
+    """By name: the one that is bound, and those that it is given."""
+    bound = application._bound_deployment
+    inner = [argument for argument in bound.init_args if isinstance(argument, Application)]
+    return {bound.name: bound} | {
+        name: found for app in inner for name, found in deployments_of(app).items()
+    }
+
+
+def test_a_group_is_placed_as_one() -> None:
+    args = TierArgs(tier="tiny-tp2", parallel=Parallel(tensor=2))
+    (leader,) = deployments_of(build_tier(args)).values()
+    config = leader._replica_config
+    assert config.placement_group_bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    assert config.placement_group_strategy == "STRICT_PACK"
+    assert config.ray_actor_options["num_cpus"] == 0, "the bundles are the ranks'"
+
+
+def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
+    args = TierArgs(tier="flux-2-dev", weights="x/y@z", text_encoder="shared", num_replicas=3)
+    deployments = deployments_of(build_tier(args))
+    assert list(deployments) == ["flux-2-dev", "flux-2-dev-text-encoder"]
+    encoder = deployments["flux-2-dev-text-encoder"]
+    assert encoder.num_replicas == 1
+    assert encoder._replica_config.ray_actor_options["num_gpus"] == 1
