@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "parallel": NOUNS,
     "safety": NOUNS,
     "tiny": {"catalog", "request"},
-    "cli": NOUNS,
+    "cli": NOUNS | {"engine"},
     "app": NOUNS | {"gateway", "jobs", "router", "replica", "safety"},
 } | dict.fromkeys(NOUNS, NOUNS)
 MODELS = {"diffusers", "transformers", "accelerate"}
@@ -99,6 +99,15 @@ def test_the_graph_imports_without_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     assert not TENSORS & set(loaded)
+
+
+def test_the_command_starts_without_torch():
+    """Only `plan` needs it, and imports it when it is called."""
+    code = "import sys, flux_ray.cli.main; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not (TENSORS | {"ray"}) & set(loaded)
 
 
 def test_names_say_what_is_inside():

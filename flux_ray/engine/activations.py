@@ -34,26 +34,46 @@ def default_demand(tier: Tier) -> Demand:
 def num_image_tokens(vae: Any, tier: Tier, demand: Demand) -> int:
     """Of the picture and of its references, each as large as the model takes it."""
     side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
-    return (demand.pixels + demand.num_references * tier.max_reference_pixels) // side**2
+    pixels = demand.pixels + demand.num_references * tier.max_reference_pixels
+    return pixels // int(side) ** 2
 
 
-def denoise_bytes(config: Any, num_text: int, num_image: int, parallel: Parallel, size: int) -> int:
-    """One forward of the transformer, of which this rank has its part of tokens and channels.
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the transformer on one rank: tokens of text and image, bytes a number.
 
-    `size` is bytes a number. The unit is one [tokens, width]. A single block keeps 3 that every
-    tensor rank has whole (residual, normalised, input), and split over them the fused projection
-    (3 + 2 x mlp_ratio), query and key (2), the gated MLP (mlp_ratio) and both joined (mlp_ratio
-    + 1). Ulysses keeps 14 beside the projection: query, key, stacked, sent and received ones (2 +
-    3 x 3), and the answer on its way back (3). A double block keeps 8, all whole.
+    `quantizes_activations`: FP8 products on FP8 units.
     """
+
+    num_text: int
+    num_image: int
+    parallel: Parallel
+    size: int
+    quantizes_activations: bool = False
+
+
+def denoise_bytes(config: Any, forward: Forward) -> int:
+    """The peak of a forward, in units of one [this rank's tokens, width].
+
+    A single block keeps 3 that every tensor rank has whole (residual, normalised, input), and split
+    over them the fused projection (3 + 2 x mlp_ratio), query and key (2), the gated MLP (mlp_ratio)
+    and both joined (mlp_ratio + 1). Ulysses keeps 14 beside the projection: query and key, all
+    three stacked, sent and received (2 + 3 x 3), and the answer on its way back (3). A double block
+    keeps 8, all whole. torchao makes FP8 of activations through fp32, with 6.5 of what it is given:
+    both joined in a single block, one in a double block, where 5 are kept by then.
+    """
+    parts, ratio = forward.parallel.sequence, config.mlp_ratio
+    tokens = (num_padded(forward.num_text, parts) + num_padded(forward.num_image, parts)) // parts
+    split = joined = 6 + 4 * ratio
+    whole = 8.0
+    if parts > 1:
+        split = max(split, 17 + 2 * ratio)
+    if forward.quantizes_activations:
+        split, whole = max(split, joined + 6.5 * (ratio + 1)), 12.0
+    units = max(3 + split / forward.parallel.tensor, whole)
+    inputs = held_bytes(config, forward.num_text, forward.num_image, forward.size)
     width = config.num_attention_heads * config.attention_head_dim
-    ratio = config.mlp_ratio
-    parts = parallel.sequence
-    tokens = (num_padded(num_text, parts) + num_padded(num_image, parts)) // parts
-    split = 6 + 4 * ratio if parts == 1 else max(6 + 4 * ratio, 17 + 2 * ratio)
-    units = max(3 + split / parallel.tensor, 8)
-    inputs = num_text * config.joint_attention_dim + num_image * config.in_channels
-    return int((tokens * width * units + inputs) * size)
+    return int(tokens * width * units * forward.size) + inputs
 
 
 def decode_bytes(vae: Any, pixels: int, size: int) -> int:
@@ -72,9 +92,9 @@ def encode_bytes(vae: Any, pixels: int, size: int) -> int:
 def prompt_bytes(config: Any, num_text: int, num_ranks: int, size: int) -> int:
     """The hidden states of all layers are kept to the end; the last MLP has three of its width."""
     kept = (config.num_hidden_layers + 2) * config.hidden_size
-    return num_text * (kept + 3 * config.intermediate_size // num_ranks) * size
+    return int(num_text * (kept + 3 * config.intermediate_size // num_ranks) * size)
 
 
 def held_bytes(config: Any, num_text: int, num_image: int, size: int) -> int:
     """What a request that waits for its next step holds: its prompt and latents."""
-    return (num_text * config.joint_attention_dim + num_image * config.in_channels) * size
+    return int((num_text * config.joint_attention_dim + num_image * config.in_channels) * size)

@@ -10,35 +10,38 @@ from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from flux_ray.catalog import EMBEDDED, Tier
-from flux_ray.engine.loading import load_config, source_for
+from flux_ray.engine.family import open_checkpoint
+from flux_ray.engine.loading import load_config, source_for, weights_of
 from flux_ray.engine.text_encoder import FAMILIES
 from flux_ray.engine.text_models import TextModel, first_layers
 from flux_ray.parallel.load import build_empty
 
+Shape = dict[str, Any]
+
 # Of diffusers' conversion script and of the published checkpoints' config.json. What is not here is
 # Flux2Transformer2DModel's and AutoencoderKLFlux2's own default.
-DEV_TRANSFORMER = {
+DEV_TRANSFORMER: Shape = {
     "num_layers": 8,
     "num_single_layers": 48,
     "num_attention_heads": 48,
     "joint_attention_dim": 15360,
     "guidance_embeds": True,
 }
-KLEIN_9B_TRANSFORMER = {
+KLEIN_9B_TRANSFORMER: Shape = {
     "num_layers": 8,
     "num_single_layers": 24,
     "num_attention_heads": 32,
     "joint_attention_dim": 12288,
     "guidance_embeds": False,
 }
-KLEIN_4B_TRANSFORMER = {
+KLEIN_4B_TRANSFORMER: Shape = {
     "num_layers": 5,
     "num_single_layers": 20,
     "num_attention_heads": 24,
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
-MISTRAL_24B = {
+MISTRAL_24B: Shape = {
     "vocab_size": 131072,
     "hidden_size": 5120,
     "intermediate_size": 32768,
@@ -48,7 +51,7 @@ MISTRAL_24B = {
     "head_dim": 128,
     "tie_word_embeddings": False,
 }
-QWEN3_8B = {
+QWEN3_8B: Shape = {
     "vocab_size": 151936,
     "hidden_size": 4096,
     "intermediate_size": 12288,
@@ -57,7 +60,7 @@ QWEN3_8B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-QWEN3_4B = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
+QWEN3_4B: Shape = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
 
 
 def mistral(num_layers: int) -> TextModel:
@@ -75,7 +78,7 @@ def qwen3_4b(num_layers: int) -> TextModel:
     return first_layers(Qwen3Model, Qwen3Config(**QWEN3_4B), num_layers)
 
 
-Published = tuple[Mapping[str, Any], Callable[[int], TextModel]]
+Published = tuple[Shape, Callable[[int], TextModel]]
 # The weights of pro and max are not public: they are planned as dev, whose size they have.
 PUBLISHED: dict[str, Published] = {
     "flux-2-klein-4b": (KLEIN_4B_TRANSFORMER, qwen3_4b),
@@ -102,11 +105,12 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
 
     ValueError for weights that can be neither; a hub is not asked.
     """
-    given = weights or tier.weights
-    num_layers = max(FAMILIES[tier.family].layers)
-    if given is not None and (given == EMBEDDED or Path(given).is_dir()):
-        folder = Path(source_for(given).location)
-        text_model = FAMILIES[tier.family].text_model(folder / "text_encoder", num_layers)
+    given = weights_of(tier, weights)
+    family = FAMILIES[tier.family]
+    num_layers = max(family.layers)
+    if given == EMBEDDED or Path(given).is_dir():
+        _, folder = open_checkpoint(family, given)
+        text_model = family.text_model(folder / "text_encoder", num_layers)
         return assemble(
             load_config(folder / "transformer"),
             text_model,
@@ -115,7 +119,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
         )
     if tier.name not in PUBLISHED:
         raise ValueError(f"weights {given!r} of tier {tier.name}: no such folder here")
-    if given is not None and not Path(given).is_absolute():
+    if not Path(given).is_absolute():
         source_for(given)
     transformer, build_text_model = PUBLISHED[tier.name]
     return assemble(transformer, build_text_model(num_layers), {}, source="the published shapes")

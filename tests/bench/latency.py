@@ -58,7 +58,8 @@ def draw_with_engine() -> Callable[[str, Raster | None], np.ndarray]:
     adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
 
     def draw(prompt: str, reference: Raster | None) -> np.ndarray:
-        conditioning = adapter.encode(prompt, () if reference is None else (reference,))
+        references = () if reference is None else (reference,)
+        conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
         state = adapter.prepare(conditioning, Canvas(128, 128, TINY.num_steps), 7)
         while not state.is_done:
             state = adapter.denoise(state)

@@ -1,0 +1,53 @@
+"""`flux-ray plan`: whether a deployment fits its cards, before anything of it is started."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from flux_ray.cli.client import fail
+from flux_ray.cli.plan_table import print_plan
+from flux_ray.cli.serve_config import tiers_in
+from flux_ray.config import TierArgs
+
+if TYPE_CHECKING:
+    from flux_ray.engine.plan import Plan
+
+# A pipe has no width of its own, and rich's 80 columns would cut the table.
+PIPED_WIDTH = 132
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="serve/*.yaml")],
+    gpu: Annotated[str, typer.Option(help="The kind of card.")] = "h100-80gb",
+    count: Annotated[int, typer.Option(min=1, help="How many cards there are.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes.")] = False,
+) -> None:
+    """Count what every GPU of CONFIG has to hold; exit status 1 if anything does not fit."""
+    tiers = tiers_in(config)
+    with Console(stderr=True).status("counting"):
+        made = count_bytes(tiers, gpu, count)
+    if as_json:
+        typer.echo(json.dumps(asdict(made)))
+    else:
+        console = Console()
+        print_plan(made, console if console.is_terminal else Console(width=PIPED_WIDTH))
+    if not made.fits:
+        raise typer.Exit(1)
+
+
+def count_bytes(tiers: list[TierArgs], gpu: str, count: int) -> "Plan":
+    """The plan; the command ends with the reason if there can be none."""
+    # They say at import what they lack for training.
+    logging.disable(logging.WARNING)
+    # Only here: the other commands start at once because they do without torch.
+    from flux_ray.engine.plan import make_plan
+
+    try:
+        return make_plan(tiers, gpu, count)
+    except ValueError as error:
+        fail(str(error))

@@ -1,0 +1,177 @@
+"""A tier laid out in one way on one kind of card, and what each card then has to hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux_ray.catalog import Tier
+from flux_ray.config import Quantization, TierArgs
+from flux_ray.engine.activations import (
+    Demand,
+    Forward,
+    decode_bytes,
+    denoise_bytes,
+    encode_bytes,
+    held_bytes,
+    num_image_tokens,
+    prompt_bytes,
+)
+from flux_ray.engine.architectures import EmptyModel
+from flux_ray.engine.cards import Card
+from flux_ray.engine.footprint import Footprint, unpacked_bytes, weight_bytes
+from flux_ray.engine.loading import DTYPES
+from flux_ray.engine.text_models import encoder_axis
+from flux_ray.parallel.mesh import Axis, Mesh
+from flux_ray.parallel.precision import check_quantization
+from flux_ray.parallel.sequence import check_heads
+
+# CUDA's context, its libraries and their workspace; and NCCL's buffers for each set of ranks.
+# Assumed: 1.5 GB together for a tensor-parallel rank.
+RUNTIME_BYTES = 800_000_000
+COMMUNICATOR_BYTES = 700_000_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tier laid out as its args say on cards of one kind; None for this machine's processor."""
+
+    model: EmptyModel
+    tier: Tier
+    args: TierArgs
+    card: Card | None
+
+    def check(self) -> None:
+        """ValueError names the setting if the loader would refuse it; asks for no weights."""
+        parallel, config = self.args.parallel, self.model.transformer.config
+        check_heads(config.num_attention_heads, parallel.tensor, parallel.sequence)
+        for quantization, num_ranks in (
+            (self.args.quantization, parallel.tensor),
+            (self.args.encoder_quantization, self.num_encoder_ranks()),
+        ):
+            # Alone a rank may do them all, if its machine has the library.
+            if num_ranks > 1:
+                check_quantization(quantization, Axis(0, num_ranks))
+
+    def rank(self, demand: Demand) -> Footprint:
+        """The card of one rank; all ranks of a group need the same."""
+        self.check()
+        text_encoder = prompt = 0
+        if self.args.text_encoder == "colocated":
+            text_encoder = self.encoder_bytes(self.num_encoder_ranks())
+            prompt = self.prompt_peak(self.num_encoder_ranks())
+        peak = max(self.denoise_peak(demand), self.vae_peak(demand), prompt)
+        return Footprint(
+            transformer=self.transformer_bytes(),
+            text_encoder=text_encoder,
+            vae=weight_bytes(self.model.vae, {}, Axis(), self.dtype),
+            activations=peak + self.held(demand),
+            communication=self.num_communicators() * COMMUNICATOR_BYTES,
+            runtime=0 if self.card is None else RUNTIME_BYTES,
+        )
+
+    def shared_encoder(self) -> Footprint:
+        """The card of a text encoder that all replicas of the tier share."""
+        return Footprint(
+            text_encoder=self.encoder_bytes(1),
+            activations=self.prompt_peak(1),
+            runtime=0 if self.card is None else RUNTIME_BYTES,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantized."""
+        return DTYPES[self.args.dtype]
+
+    def transformer_bytes(self) -> int:
+        """A rank's part of the transformer."""
+        module, axis = self.model.transformer, Axis(0, self.args.parallel.tensor)
+        return weight_bytes(module, module._tp_plan, axis, self.dtype, self.args.quantization)
+
+    def encoder_bytes(self, num_ranks: int) -> int:
+        """One of `num_ranks` parts of the text encoder."""
+        module, plan = self.model.text_encoder, self.model.text_model.plan
+        quantization = self.args.encoder_quantization
+        return weight_bytes(module, plan, Axis(0, num_ranks), self.dtype, quantization)
+
+    def num_encoder_ranks(self) -> int:
+        """Over how many ranks of the group its text encoder is split."""
+        if self.args.text_encoder == "shared":
+            return 1
+        parallel = self.args.parallel
+        mesh = Mesh(
+            world=Axis(0, parallel.num_ranks),
+            tensor=Axis(0, parallel.tensor),
+            sequence=Axis(0, parallel.sequence),
+        )
+        return encoder_axis(self.model.text_model.num_heads, mesh).size
+
+    def num_communicators(self) -> int:
+        """The sets of GPUs with which a rank exchanges: its axes, and all if they share prompts."""
+        parallel = self.args.parallel
+        sets = {"tensor": parallel.tensor, "sequence": parallel.sequence}
+        num_sets = sum(size > 1 for size in sets.values())
+        shares_prompts = parallel.tensor < self.num_encoder_ranks() == parallel.num_ranks
+        if num_sets == 2 and shares_prompts:
+            num_sets = 3
+        return 0 if self.card is None else num_sets
+
+    def num_image_tokens(self, demand: Demand) -> int:
+        """Of the picture and its references."""
+        return num_image_tokens(self.model.vae.config, self.tier, demand)
+
+    def denoise_peak(self, demand: Demand) -> int:
+        """One step of one picture: a replica's requests take turns."""
+        quantization, axis = self.args.quantization, Axis(0, self.args.parallel.tensor)
+        module = self.model.transformer
+        forward = Forward(
+            num_text=self.tier.text_length,
+            num_image=self.num_image_tokens(demand),
+            parallel=self.args.parallel,
+            size=self.dtype.itemsize,
+            quantizes_activations=self.uses_fp8_units(quantization),
+        )
+        unpacked = self.unpacked(module, module._tp_plan, axis, quantization)
+        return denoise_bytes(module.config, forward) + unpacked
+
+    def uses_fp8_units(self, quantization: Quantization | None) -> bool:
+        """Whether products are made of FP8 activations too, and weights stay as they are."""
+        has_them = self.card is not None and self.card.has_fp8_units
+        return has_them and quantization == "fp8" and self.dtype == torch.bfloat16
+
+    def unpacked(
+        self,
+        module: nn.Module,
+        plan: Mapping[str, Any],
+        axis: Axis,
+        quantization: Quantization | None,
+    ) -> int:
+        """The largest weight on its way into a product, where it is unpacked for that."""
+        if self.uses_fp8_units(quantization):
+            return 0
+        return unpacked_bytes(module, plan, axis, quantization)
+
+    def vae_peak(self, demand: Demand) -> int:
+        """Decoding the picture, or encoding a reference."""
+        config, size = self.model.vae.config, self.dtype.itemsize
+        pixels = self.tier.max_reference_pixels if demand.num_references else 0
+        return max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))
+
+    def prompt_peak(self, num_ranks: int) -> int:
+        """Encoding one prompt."""
+        module, quantization = self.model.text_encoder, self.args.encoder_quantization
+        plan, length, size = self.model.text_model.plan, self.tier.text_length, self.dtype.itemsize
+        peak = prompt_bytes(module.config, length, num_ranks, size)
+        return peak + self.unpacked(module, plan, Axis(0, num_ranks), quantization)
+
+    def held(self, demand: Demand) -> int:
+        """What the requests that a replica has at once hold between their steps."""
+        each = held_bytes(
+            self.model.transformer.config,
+            self.tier.text_length,
+            self.num_image_tokens(demand),
+            self.dtype.itemsize,
+        )
+        return self.args.max_ongoing_requests * each

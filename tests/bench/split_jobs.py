@@ -1,0 +1,158 @@
+"""What a rank does to measure the ways of splitting a model, run by `tests.ranks`."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import torch.distributed as dist
+import transformers
+from diffusers import Flux2Transformer2DModel
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from flux_ray.parallel.mesh import Axis, Mesh
+from tests.bench.split_models import (
+    DEV_DEPTH,
+    DEV_INPUTS,
+    MID_INPUTS,
+    TEXT_LAYERS,
+    num_split_linears,
+    text_states,
+)
+from tests.gauges import Collectives, PeakMemory, counted_reading
+from tests.parallel.peers import TEXT_WAYS, WAYS, import_deepspeed
+
+NUM_HOST_ROUNDS = 30
+Seconds = tuple[float, float]
+
+
+def hush() -> None:
+    """The libraries report what they load."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def measure_host(_: Mesh, folder: Path) -> dict[str, dict[str, Any]]:
+    """At dev's depth, with two ranks of which the other is not there: collectives do nothing.
+
+    By way: the collectives of a forward, and the thread's CPU time beyond that of the whole model.
+    """
+    hush()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    axis = Axis(0, 2, dist.group.WORLD)
+    models = {way: load(folder, Mesh(axis, axis)) for way, load in WAYS.items()}
+    whole = Flux2Transformer2DModel.from_pretrained(folder)
+    with torch.no_grad():
+        expected = [whole(**DEV_INPUTS).sample]
+    # What comes out is wrong here: the other rank adds nothing.
+    figures = {
+        way: look(lambda m=model: [m(**DEV_INPUTS).sample], expected)
+        for way, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in (*models, "whole")}
+    with torch.no_grad():
+        for _ in range(NUM_HOST_ROUNDS):
+            for way, model in {**models, "whole": whole}.items():
+                began = time.thread_time()
+                model(**DEV_INPUTS)
+                seconds[way].append(time.thread_time() - began)
+    for way in models:
+        extra_s = statistics.median(seconds[way]) - statistics.median(seconds["whole"])
+        figures[way]["host_us_per_linear"] = extra_s * 1e6 / num_split_linears(DEV_DEPTH)
+    return figures
+
+
+def load_split(way: str, folder: Path, mesh: Mesh) -> nn.Module:
+    """The transformer or the text encoder in that folder."""
+    if folder.name == "text":
+        with redirect_stdout(None):
+            return TEXT_WAYS[way](folder, mesh, max(TEXT_LAYERS))
+    return WAYS[way](folder, mesh)
+
+
+def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]:
+    """What loading costs a rank, by model, and importing what it takes."""
+    hush()
+    figures: dict[str, dict[str, Any]] = {"import": {"import_s": 0.0}}
+    if way == "deepspeed":
+        began = time.perf_counter()
+        import_deepspeed()
+        figures["import"]["import_s"] = time.perf_counter() - began
+    models = []
+    for name in ("mid", "text") if way in TEXT_WAYS else ("mid",):
+        with counted_reading() as sizes, PeakMemory() as memory:
+            began = time.perf_counter()
+            models.append(load_split(way, root / name, mesh))
+            load_s = time.perf_counter() - began
+        figures[name] = {
+            "load_s": load_s,
+            "read_bytes": sum(sizes),
+            "peak_anonymous_bytes": memory.anonymous,
+            "peak_resident_bytes": memory.resident,
+        }
+    return figures
+
+
+def measure_forwards(
+    mesh: Mesh, root: Path, expected: dict[str, list[Tensor]], num_rounds: int
+) -> dict[str, Any]:
+    """All ways by turns: (wall, own thread's CPU) seconds, errors, collectives.
+
+    "tp1" is each rank with a whole model to itself, both at the same time: a core whose neighbour
+    is idle would be faster than the cores of two ranks can be.
+    """
+    hush()
+    groups = [dist.new_group([rank]) for rank in range(mesh.world.size)]
+    alone = Axis(0, 1, groups[mesh.world.rank])
+    calls: dict[str, Callable[[], list[Tensor]]] = {}
+    for way in WAYS:
+        split = load_split(way, root / "mid", mesh)
+        calls[f"mid.{way}.tp2"] = lambda m=split: [m(**MID_INPUTS).sample]
+        whole = load_split(way, root / "mid", Mesh(alone, alone))
+        calls[f"mid.{way}.tp1"] = lambda m=whole: [m(**MID_INPUTS).sample]
+    for way in TEXT_WAYS:
+        text = load_split(way, root / "text", mesh)
+        calls[f"text.{way}.tp2"] = lambda m=text: text_states(m)
+    expected_of = {name: expected[name.split(".")[0]] for name in calls}
+    return {
+        "first": {name: look(call, expected_of[name]) for name, call in calls.items()},
+        "seconds": take_turns(calls, num_rounds),
+    }
+
+
+def look(forward: Callable[[], list[Tensor]], expected: list[Tensor]) -> dict[str, Any]:
+    """The collectives of a forward and its error; the first one is slow in any case."""
+    with torch.no_grad(), Collectives() as collectives:
+        outputs = forward()
+    return {
+        "max_error": error_of(outputs, expected),
+        "kinds": sorted({operator for operator, _ in collectives.calls}),
+        "num_collectives": len(collectives.calls),
+        "collective_bytes": collectives.num_bytes,
+    }
+
+
+def error_of(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, as a part of the expected tensor's largest value."""
+    pairs = zip(outputs, expected, strict=True)
+    return max(float((ours - one).abs().max() / one.abs().max()) for ours, one in pairs)
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, list[Seconds]]:
+    """Each call once a round, all ranks at the same time, every other round backwards."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for turn in range(num_rounds):
+            for name in list(calls)[:: 1 if turn % 2 else -1]:
+                dist.barrier()
+                began, thread_began = time.perf_counter(), time.thread_time()
+                calls[name]()
+                wall_s, thread_s = time.perf_counter() - began, time.thread_time() - thread_began
+                seconds[name].append((wall_s, thread_s))
+    return seconds

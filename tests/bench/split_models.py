@@ -1,0 +1,101 @@
+"""The models that are split, with random weights, what goes in, and what has to come out."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+
+# 300,419,072 parameters, half as wide as klein-4b.
+MID = {
+    "in_channels": 128,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 128,
+    "num_attention_heads": 12,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+# As deep as dev, and so narrow that the host's own work is all that takes time.
+DEV_DEPTH = {
+    "in_channels": 16,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 48,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+# 197,160,960 parameters. The first 9 of 12 layers are used, as of Qwen3-8B the first 27 of 36.
+TEXT = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+TEXT_LAYERS = (3, 6, 9)
+
+
+def inputs_for(config: dict[str, Any], num_image: int, num_text: int) -> dict[str, Any]:
+    """Keyword arguments of a forward."""
+    dice = torch.Generator().manual_seed(1)
+    text_width = config["joint_attention_dim"]
+    return {
+        "hidden_states": torch.randn(1, num_image, config["in_channels"], generator=dice),
+        "encoder_hidden_states": torch.randn(1, num_text, text_width, generator=dice),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.randint(0, 9, (1, num_image, 4), generator=dice),
+        "txt_ids": torch.randint(0, 9, (1, num_text, 4), generator=dice),
+    }
+
+
+MID_INPUTS = inputs_for(MID, num_image=192, num_text=64)
+DEV_INPUTS = inputs_for(DEV_DEPTH, num_image=4, num_text=4)
+TEXT_INPUTS = {
+    "input_ids": torch.randint(0, 8192, (1, 512), generator=torch.Generator().manual_seed(1)),
+    "output_hidden_states": True,
+    "use_cache": False,
+}
+
+
+def text_states(model: Any) -> list[Tensor]:
+    """The hidden states that are used of a forward."""
+    states = model(**TEXT_INPUTS).hidden_states
+    return [states[layer] for layer in TEXT_LAYERS]
+
+
+def num_split_linears(config: dict[str, Any]) -> int:
+    """A double block has q, k, v, out and two of the MLP for either stream, a single one two."""
+    return 12 * config["num_layers"] + 2 * config["num_single_layers"]
+
+
+def num_row_parallel(config: dict[str, Any]) -> int:
+    """Attention and MLP of either stream of a double block, and every single block."""
+    return 4 * config["num_layers"] + config["num_single_layers"]
+
+
+def least_bytes(config: dict[str, Any], inputs: dict[str, Any]) -> int:
+    """What the row-parallel outputs of a forward hold in fp32: [tokens of the stream, width]."""
+    num_tokens = inputs["img_ids"].shape[1] + inputs["txt_ids"].shape[1]
+    width = config["attention_head_dim"] * config["num_attention_heads"]
+    return 4 * (2 * config["num_layers"] + config["num_single_layers"]) * num_tokens * width
+
+
+@torch.no_grad()
+def save_models(root: Path) -> dict[str, list[Tensor]]:
+    """Write the checkpoints; the answer is what one process makes of them."""
+    torch.manual_seed(0)
+    Flux2Transformer2DModel(**DEV_DEPTH).save_pretrained(root / "dev_depth")
+    model = Flux2Transformer2DModel(**MID).eval()
+    model.save_pretrained(root / "mid", max_shard_size="400MB")
+    text = Qwen3Model(Qwen3Config(**TEXT)).eval()
+    text.save_pretrained(root / "text")
+    return {"mid": [model(**MID_INPUTS).sample], "text": text_states(text)}

@@ -1,0 +1,213 @@
+"""What a card has to hold: weights to the byte, totals as they were counted before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import Parallel, TierArgs
+from flux_ray.engine.activations import default_demand, largest_demand
+from flux_ray.engine.architectures import EmptyModel, empty_model
+from flux_ray.engine.candidate import Candidate
+from flux_ray.engine.cards import card_for
+from flux_ray.engine.footprint import weight_bytes
+from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.precision import held_parts
+from flux_ray.parallel.shards import shards_for
+from flux_ray.tiny import CHECKPOINT
+
+GB = 10**9
+HUB = "owner/name@revision"
+MODELS: dict[str, EmptyModel] = {}
+
+
+def candidate(name: str, card: str = "h100-80gb", **args: object) -> Candidate:
+    tier = tier_for(name)
+    if name not in MODELS:
+        MODELS[name] = empty_model(tier, HUB)
+    return Candidate(MODELS[name], tier, TierArgs(tier=name, weights=HUB, **args), card_for(card))
+
+
+DEV_RANKS = {1: 32_223_281_152, 2: 16_519_806_976, 4: 8_668_069_888, 8: 4_742_201_344}
+
+
+@pytest.mark.parametrize("tensor", DEV_RANKS)
+def test_a_rank_of_dev_in_bf16_is_its_parameters_to_the_byte(tensor: int) -> None:
+    planned = candidate("flux-2-dev", parallel=Parallel(tensor=tensor)).transformer_bytes()
+    assert planned == 2 * DEV_RANKS[tensor]
+
+
+@pytest.mark.parametrize("tensor", DEV_RANKS)
+def test_a_rank_of_dev_in_fp8_is_its_parameters_and_scales_to_the_byte(tensor: int) -> None:
+    """Counted here in another way: by what each linear of a block is, not by names."""
+    dev = candidate("flux-2-dev").model.transformer
+    shards, axis = shards_for(dev, dev._tp_plan, tensor), Axis(0, tensor)
+    expected = 2 * DEV_RANKS[tensor]
+    for blocks in (dev.transformer_blocks, dev.single_transformer_blocks):
+        for name, module in blocks.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                kind = "" if blocks is dev.transformer_blocks else "single_"
+                whole = module.weight.shape
+                shard = shards.get(f"{kind}transformer_blocks.{name}.weight")
+                rows, columns = shard.local_shape(whole, axis) if shard else whole
+                expected += 4 * rows - rows * columns
+    planned = candidate("flux-2-dev", quantization="fp8", parallel=Parallel(tensor=tensor))
+    assert planned.transformer_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "gigabytes"),
+    [
+        ("flux-2-dev", None, (64.45, 33.04, 17.34, 9.48)),
+        ("flux-2-dev", "fp8", (33.04, 17.34, 9.48, 5.56)),
+        ("flux-2-klein-4b", None, (7.75, 4.07, 2.23, 1.31)),
+        ("flux-2-klein-4b", "fp8", (4.07, 2.23, 1.31, 0.85)),
+        ("flux-2-klein-9b", "fp8", (9.43, 5.07, 2.89, 1.80)),
+    ],
+)
+def test_transformers_weigh_what_was_counted_before(
+    name: str, quantization: str | None, gigabytes: tuple[float, ...]
+) -> None:
+    """Scales, which were not counted then, are less than a hundredth."""
+    for tensor, expected in zip((1, 2, 4, 8), gigabytes, strict=True):
+        parallel = Parallel(tensor=tensor)
+        planned = candidate(name, quantization=quantization, parallel=parallel)
+        assert planned.transformer_bytes() / GB == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "gigabytes"),
+    [
+        ("flux-2-dev", None, (34.69, 18.01, 9.68, 5.51)),
+        ("flux-2-dev", "fp8", (18.01, 9.68, 5.51, 3.43)),
+        ("flux-2-klein-9b", None, (11.66, 6.45, 3.85, 2.55)),
+        ("flux-2-klein-4b", "fp8", (3.50, 2.14, 1.46, 1.12)),
+    ],
+)
+def test_text_encoders_weigh_what_was_counted_before(
+    name: str, quantization: str | None, gigabytes: tuple[float, ...]
+) -> None:
+    for num_ranks, expected in zip((1, 2, 4, 8), gigabytes, strict=True):
+        planned = candidate(name, encoder_quantization=quantization)
+        assert planned.encoder_bytes(num_ranks) / GB == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
+def test_the_loader_holds_what_was_planned_to_the_byte(quantization: str | None) -> None:
+    config = Flux2Transformer2DModel.load_config(CHECKPOINT / "transformer")
+    recipe = Recipe(
+        Checkpoint(CHECKPOINT / "transformer"),
+        Axis(),
+        torch.bfloat16,
+        quantization=quantization,
+    )
+    loaded = load_sharded(lambda: Flux2Transformer2DModel.from_config(config), {}, recipe)
+    held = sum(part.nbytes for each in loaded.parameters() for part in held_parts(each))
+    empty = empty_model(tier_for("tiny"), None).transformer
+    assert weight_bytes(empty, {}, Axis(), torch.bfloat16, quantization) == held
+
+
+@pytest.mark.parametrize(
+    ("quantization", "tensor", "gigabytes", "alone"),
+    [
+        (None, 1, 102.4, 67.7),
+        (None, 2, 54.3, 36.3),
+        (None, 4, 30.3, 20.6),
+        (None, 8, 18.3, 12.8),
+        ("fp8", 2, 30.3, 20.6),
+        ("fp8", 4, 18.3, 12.8),
+        ("fp8", 8, 12.3, 8.8),
+    ],
+)
+def test_a_card_of_dev_holds_at_a_megapixel_what_was_counted_before(
+    quantization: str | None, tensor: int, gigabytes: float, alone: float
+) -> None:
+    """`alone` is without the text encoder. One card has no NCCL here: 0.7 less."""
+    options = {"quantization": quantization, "encoder_quantization": quantization}
+    planned = candidate("flux-2-dev", parallel=Parallel(tensor=tensor), **options)
+    apart = replace(planned, args=planned.args.model_copy(update={"text_encoder": "shared"}))
+    demand = default_demand(planned.tier)
+    nccl = 0.7 if tensor == 1 else 0
+    assert planned.rank(demand).total / GB == pytest.approx(gigabytes - nccl, abs=0.25)
+    assert apart.rank(demand).total / GB == pytest.approx(alone - nccl, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "encoder", "gigabytes", "fits"),
+    [
+        (None, None, 16.5, False),
+        ("fp8", None, 12.9, False),
+        ("fp8", "fp8", 10.1, False),
+        ("nf4", "nf4", 7.3, True),
+    ],
+)
+def test_klein_4b_draws_a_megapixel_on_8_gb_in_four_bits_only(
+    quantization: str | None, encoder: str | None, gigabytes: float, fits: bool
+) -> None:
+    planned = candidate(
+        "flux-2-klein-4b",
+        "rtx4060-8gb",
+        quantization=quantization,
+        encoder_quantization=encoder,
+    )
+    total = planned.rank(default_demand(planned.tier)).total
+    assert total / GB == pytest.approx(gigabytes, abs=0.25)
+    assert (total <= planned.card.usable_bytes) == fits
+
+
+def test_klein_4b_in_fp8_draws_a_megapixel_on_8_gb_if_its_encoder_is_elsewhere() -> None:
+    planned = candidate("flux-2-klein-4b", "rtx4060-8gb", quantization="fp8", text_encoder="shared")
+    total = planned.rank(default_demand(planned.tier)).total
+    assert total / GB == pytest.approx(6.6, abs=0.25)
+    assert total <= planned.card.usable_bytes
+
+
+def test_the_text_encoder_is_split_over_all_ranks_and_the_transformer_over_its_axis() -> None:
+    split = candidate("flux-2-dev", parallel=Parallel(tensor=2, sequence=4))
+    footprint = split.rank(largest_demand(split.tier))
+    assert footprint.transformer == 2 * DEV_RANKS[2]
+    assert footprint.text_encoder == split.encoder_bytes(8)
+    assert footprint.communication == 3 * 700_000_000
+
+
+def test_sequence_ranks_share_the_activations() -> None:
+    demand = largest_demand(tier_for("flux-2-dev"))
+    activations = [
+        candidate("flux-2-dev", parallel=Parallel(tensor=2, sequence=sequence))
+        .rank(demand)
+        .activations
+        for sequence in (2, 4)
+    ]
+    assert activations[1] < 0.65 * activations[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ({"parallel": Parallel(tensor=5)}, "parallel.tensor 5"),
+        ({"parallel": Parallel(tensor=8, sequence=4)}, "parallel.sequence 4"),
+        ({"parallel": Parallel(tensor=2), "encoder_quantization": "nf4"}, "nf4"),
+    ],
+)
+def test_what_the_loader_would_refuse_is_refused(args: dict, name: str) -> None:
+    refused = candidate("flux-2-dev", **args)
+    with pytest.raises(ValueError, match=name):
+        refused.rank(default_demand(refused.tier))
+
+
+def test_weights_are_unpacked_where_the_card_cannot_multiply_them() -> None:
+    demand = largest_demand(tier_for("flux-2-dev"))
+    split = {"parallel": Parallel(tensor=8), "quantization": "fp8"}
+    plain = candidate("flux-2-dev", "a100-80gb", parallel=Parallel(tensor=8)).rank(demand)
+    unpacked = candidate("flux-2-dev", "a100-80gb", **split).rank(demand)
+    assert unpacked.activations - plain.activations == 10 * 6144 * 9 * 6144 // 8
+
+
+def test_a_processor_has_neither_cuda_nor_nccl() -> None:
+    planned = replace(candidate("flux-2-dev", parallel=Parallel(tensor=2)), card=None)
+    footprint = planned.rank(default_demand(planned.tier))
+    assert (footprint.communication, footprint.runtime) == (0, 0)

@@ -1,0 +1,111 @@
+"""What is in serve/ can be deployed, and fits the cards that it is for."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from flux_ray.catalog import tier_for
+from flux_ray.cli.serve_config import BUILDERS
+from flux_ray.config import Args, GatewayArgs, TierArgs
+from flux_ray.engine.plan import make_plan
+
+FOLDER = Path(__file__).parent.parent / "serve"
+FILES = sorted(FOLDER.glob("*.yaml"))
+# A line that was taken out of YAML, unlike a sentence about it.
+TAKEN_OUT = re.compile(r"^  #(- |  )", re.M)
+PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
+
+
+def applications_in(text: str) -> dict[str, tuple[str, Args]]:
+    """By name: the import path and the typed args."""
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    return {
+        application.name: (
+            application.import_path,
+            BUILDERS[application.import_path].model_validate(application.args),
+        )
+        for application in schema.applications
+    }
+
+
+def tiers_in(text: str) -> dict[str, TierArgs]:
+    return {
+        name: args
+        for name, (_, args) in applications_in(text).items()
+        if isinstance(args, TierArgs)
+    }
+
+
+def num_gpus(args: TierArgs) -> int:
+    """As the placement groups will ask for them."""
+    if args.device == "cpu":
+        return 0
+    return args.num_replicas * args.parallel.num_ranks + (args.text_encoder == "shared")
+
+
+def text_of(name: str) -> str:
+    return (FOLDER / name).read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_file_is_valid_for_serve_and_for_us(path: Path) -> None:
+    applications = applications_in(path.read_text())
+    gateways = [args for _, args in applications.values() if isinstance(args, GatewayArgs)]
+    assert [name for name, args in applications.items() if args[1] is gateways[0]] == ["gateway"]
+    tiers = tiers_in(path.read_text())
+    assert {name: args.tier for name, args in tiers.items()} == {name: name for name in tiers}
+    assert set(gateways[0].tiers) == set(tiers)
+    assert len(gateways) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_weights_from_the_hub_are_pinned(path: Path) -> None:
+    for args in tiers_in(path.read_text()).values():
+        if tier_for(args.tier).weights is None:
+            assert PINNED.fullmatch(args.weights)
+
+
+def test_a_node_has_eight_gpus_and_they_hold_what_is_served() -> None:
+    tiers = tiers_in(text_of("node-8gpu.yaml"))
+    assert sum(map(num_gpus, tiers.values())) == 8
+    assert {args.parallel.num_ranks for args in tiers.values()} > {1}
+    for card in ("h100-80gb", "a100-80gb"):
+        plan = make_plan(list(tiers.values()), card, 8)
+        assert plan.num_gpus == 8
+        assert plan.fits
+
+
+def test_one_card_of_24_gb_is_enough_for_one_gpu() -> None:
+    tiers = tiers_in(text_of("one-gpu.yaml"))
+    for card in ("rtx4090-24gb", "l4-24gb"):
+        assert make_plan(list(tiers.values()), card, 1).fits
+
+
+def fleets() -> dict[str, tuple[str, int]]:
+    """The file as it is, and with the operator's tiers, with its number of cards."""
+    text = text_of("fleet.yaml")
+    return {"as it is": (text, 24), "with all tiers": (TAKEN_OUT.sub(r"  \1", text), 40)}
+
+
+@pytest.mark.parametrize("name", ["as it is", "with all tiers"])
+def test_the_fleet_fits_its_nodes(name: str) -> None:
+    text, count = fleets()[name]
+    tiers = tiers_in(text)
+    assert sum(map(num_gpus, tiers.values())) == count
+    plan = make_plan(list(tiers.values()), "h100-80gb", count)
+    assert plan.num_gpus == count
+    assert plan.fits
+
+
+def test_the_operators_tiers_are_off_until_there_are_weights() -> None:
+    on, _ = fleets()["as it is"]
+    every, _ = fleets()["with all tiers"]
+    operators: dict[str, Any] = {
+        name: args.weights for name, args in tiers_in(every).items() if name not in tiers_in(on)
+    }
+    assert operators.keys() == {"flux-2-pro", "flux-2-max"}
+    assert all(weights.startswith("/") for weights in operators.values())
