@@ -100,6 +100,10 @@ class RankActor:
         self._drawings: dict[int, Drawing] = {}
         self._num_calls = 0
 
+    def __repr__(self) -> str:
+        """What Ray writes before its lines in the logs, and shows in the dashboard."""
+        return f"{self._args.tier} rank {self._rank}"
+
     def meet(self) -> "Endpoint":
         """Where the others find this rank, the first. Its node's own address: they may be far."""
         from flux_ray.parallel.mesh import Endpoint, open_store

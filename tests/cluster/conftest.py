@@ -7,7 +7,9 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -63,16 +65,28 @@ def wait_until_ready() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def address(wait_until_ready: Callable[[str], None]) -> Iterator[str]:
-    """Where the gateway listens. What `serve run` does, on two logical CPUs and a free port."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    import ray
-    from ray import serve
+def config() -> dict[str, Any]:
+    """serve/laptop.yaml on a free port."""
+    config = yaml.safe_load(LAPTOP.read_text())
+    config["http_options"]["port"] = free_port()
+    return config
+
+
+def deploy(config: dict[str, Any]) -> None:
+    """What `serve deploy` does: only applications that changed are started anew."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    config = ServeDeploySchema.model_validate(yaml.safe_load(LAPTOP.read_text()))
-    config.http_options.port = free_port()
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
+@pytest.fixture(scope="session")
+def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> Iterator[str]:
+    """Where the gateway listens. What `serve run` does, on two logical CPUs."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    import ray
+    from ray import serve
+
     ray.init(
         address="local",
         num_cpus=2,
@@ -81,9 +95,9 @@ def address(wait_until_ready: Callable[[str], None]) -> Iterator[str]:
         log_to_driver=False,
         namespace="serve",
     )
-    serve.start(proxy_location=config.proxy_location, http_options=config.http_options.model_dump())
-    _get_global_client().deploy_apps(config)
-    address = f"http://127.0.0.1:{config.http_options.port}"
+    serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
+    deploy(config)
+    address = f"http://127.0.0.1:{config['http_options']['port']}"
     wait_until_ready(address)
     yield address
     serve.shutdown()
@@ -118,18 +132,37 @@ def pixels_of() -> Callable[[bytes], np.ndarray]:
     return lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+@dataclass(frozen=True)
+class Replica:
+    """The processes of one."""
+
+    leader: psutil.Process
+    ranks: tuple[psutil.Process, ...]
+
+    @property
+    def processes(self) -> tuple[psutil.Process, ...]:
+        return (self.leader, *self.ranks)
+
+
 @pytest.fixture(scope="session")
-def processes() -> Callable[[str], list[psutil.Process]]:
-    """`processes("RankActor")`: those of this Ray, and of no other on the machine."""
+def replicas(address: str) -> Callable[[str], list[Replica]]:
+    """`replicas("tiny")`: those of a tier that live, as Ray's head knows them."""
+    from ray._private.state import state
 
-    def named(name: str) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            try:
-                if "".join(process.cmdline()[:1]).startswith(f"ray::{name}"):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+    def of(tier: str) -> list[Replica]:
+        actors = state.actor_table(None, actor_state_name="ALIVE").values()
+        actors = [actor for actor in actors if psutil.pid_exists(actor["Pid"])]
+        return [
+            Replica(
+                psutil.Process(leader["Pid"]),
+                tuple(
+                    psutil.Process(actor["Pid"])
+                    for actor in actors
+                    if actor["OwnerAddress"] == leader["Address"]
+                ),
+            )
+            for leader in actors
+            if leader["ActorClassName"] == f"ServeReplica:{tier}:{tier}"
+        ]
 
-    return named
+    return of

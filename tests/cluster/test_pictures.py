@@ -67,6 +67,13 @@ def test_a_seed_means_a_picture(draw: Draw, red_on_blue: bytes) -> None:
     assert draw(RED_ON_BLUE, seed=2) != [red_on_blue]
 
 
+def test_two_ranks_draw_what_one_draws(draw: Draw, pixels_of: PixelsOf, red_on_blue: bytes) -> None:
+    """The sums over the ranks round otherwise; a step of a byte at most."""
+    (split,) = draw(RED_ON_BLUE, model="tiny-tp2", seed=1)
+    difference = pixels_of(split).astype(int) - pixels_of(red_on_blue)
+    assert abs(difference).max() <= 1
+
+
 def test_n_pictures_are_those_of_n_seeds(draw: Draw, red_on_blue: bytes) -> None:
     assert draw(RED_ON_BLUE, seed=1, n=2) == [red_on_blue, *draw(RED_ON_BLUE, seed=2)]
 

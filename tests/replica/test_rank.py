@@ -36,6 +36,10 @@ def rank() -> RankActor:
     return rank
 
 
+def test_logs_say_whose_rank_it_is(rank: RankActor) -> None:
+    assert repr(rank) == "tiny rank 0"
+
+
 def test_a_picture_of_the_size_and_format(rank: RankActor) -> None:
     data = draw(rank, 1, replace(REQUEST, encoding=Encoding("webp")))
     image = Image.open(io.BytesIO(data))

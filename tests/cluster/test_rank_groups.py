@@ -1,0 +1,145 @@
+"""Rank groups of two and three under storms, kills, stops and errors: no picture is lost."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import Replica, deploy, wait_until
+from tests.cluster.faulty import BUG, OUT_OF_MEMORY
+from tests.cluster.groups import TIER, group_of
+from tests.cluster.storm import PROMPT, Draw, storm
+
+LONG_JOB = {"size": "192x192", "steps": 20, "n": 2}
+KILLED_LIMIT_S, HUNG_LIMIT_S = 10, 15
+Replicas = Callable[[str], list[Replica]]
+
+
+class Client(threading.Thread):
+    """One request, from another thread."""
+
+    def __init__(self, draw: Draw, prompt: str, **fields: object) -> None:
+        super().__init__()
+        self._ask = lambda: draw(prompt, **fields)
+        self.pictures: list[bytes] | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.pictures = self._ask()
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def num_ranks(
+    request: pytest.FixtureRequest,
+    address: str,
+    config: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[int]:
+    """A group of so many ranks serves."""
+    with group_of(request.param, config, deploy, tmp_path_factory.mktemp("group")):
+        yield request.param
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_runs"), [(6, 1), pytest.param(25, 3, marks=pytest.mark.slow)]
+)
+def test_clients_that_leave_disturb_nobody(
+    address: str,
+    num_ranks: int,
+    replicas: Replicas,
+    draw: Draw,
+    seconds: float,
+    num_runs: int,
+) -> None:
+    """Once proves nothing: a call that is dropped on one rank only is a matter of chance."""
+    before = replicas(TIER)
+    assert [len(replica.ranks) for replica in before] == [num_ranks]
+    for _ in range(num_runs):
+        num_pictures = storm(address, seconds, draw, tier=TIER, num_bystanders=4)
+        print(f"\n{num_ranks} ranks: {num_pictures} pictures in {seconds} s, all of them right")
+        assert num_pictures >= 4
+    assert replicas(TIER) == before, "no replica was replaced meanwhile"
+
+
+@pytest.fixture
+def replica(num_ranks: int, replicas: Replicas) -> Iterator[Replica]:
+    """The one to break. After the test it is gone, and another is there: no more, no less."""
+    import ray
+    from ray.util import placement_group_table
+
+    def taken() -> tuple[float, int]:
+        groups = [group for group in placement_group_table().values()]
+        return (
+            ray.available_resources().get("CPU", 0.0),
+            sum(group["state"] == "CREATED" for group in groups),
+        )
+
+    (old,) = replicas(TIER)
+    assert len(old.ranks) == num_ranks
+    before = taken()
+    yield old
+    _, alive = psutil.wait_procs(old.processes, timeout=10)
+    assert not alive, "nothing of the old replica is left over"
+    (new,) = replicas(TIER)
+    assert len(new.ranks) == num_ranks
+    wait_until(lambda: taken() == before, timeout_s=10, what="its CPUs and placement group back")
+
+
+def break_one(replica: Replica, how: str) -> None:
+    """The last rank, or the leader."""
+    rank = replica.ranks[-1]
+    if how == "a stopped rank":
+        rank.send_signal(signal.SIGSTOP)
+    else:
+        (rank if how == "a killed rank" else replica.leader).kill()
+
+
+@pytest.mark.parametrize(
+    ("how", "limit_s"),
+    [
+        ("a killed rank", KILLED_LIMIT_S),
+        ("a stopped rank", HUNG_LIMIT_S),
+        pytest.param("a killed leader", KILLED_LIMIT_S, marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_process_is_replaced_and_no_picture_is_lost(
+    replica: Replica, draw: Draw, how: str, limit_s: float
+) -> None:
+    drawn = draw(PROMPT, model=TIER, seed=5, **LONG_JOB)
+    small = draw(PROMPT, model=TIER, seed=1)
+    in_flight = Client(draw, PROMPT, model=TIER, seed=5, **LONG_JOB)
+    in_flight.join(0.3)
+    waiting = Client(draw, PROMPT, model=TIER, seed=1)
+    assert in_flight.is_alive()
+
+    break_one(replica, how)
+    began = time.monotonic()
+    assert draw(PROMPT, model=TIER, seed=1) == small
+    recovery_s = time.monotonic() - began
+
+    for client in (in_flight, waiting):
+        client.join(60)
+    assert in_flight.pictures == drawn
+    assert waiting.pictures == small
+    print(f"\n{how}: served again after {recovery_s:.1f} s")
+    assert recovery_s < limit_s
+
+
+@pytest.mark.parametrize("failure", [BUG, OUT_OF_MEMORY])
+def test_an_error_on_one_rank_only_costs_no_picture(
+    replica: Replica, draw: Draw, tmp_path: Path, failure: str
+) -> None:
+    order = tmp_path / "order"
+    expected = draw(str(order), model=TIER, seed=3)
+    order.write_text(failure)
+    began = time.monotonic()
+    assert draw(str(order), model=TIER, seed=3) == expected
+    recovery_s = time.monotonic() - began
+    assert not order.exists()
+    print(f"\n{failure}: drawn elsewhere after {recovery_s:.1f} s")
+    assert recovery_s < KILLED_LIMIT_S
