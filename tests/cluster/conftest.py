@@ -145,11 +145,11 @@ class Replica:
 
 
 @pytest.fixture(scope="session")
-def replicas(address: str) -> Callable[[str], list[Replica]]:
-    """`replicas("tiny")`: those of a tier that live, as Ray's head knows them."""
+def replicas(address: str) -> Callable[..., list[Replica]]:
+    """`replicas("tiny")`: those of a tier that live, or of another deployment of it."""
     from ray._private.state import state
 
-    def of(tier: str) -> list[Replica]:
+    def of(tier: str, deployment: str | None = None) -> list[Replica]:
         actors = state.actor_table(None, actor_state_name="ALIVE").values()
         actors = [actor for actor in actors if psutil.pid_exists(actor["Pid"])]
         return [
@@ -162,7 +162,7 @@ def replicas(address: str) -> Callable[[str], list[Replica]]:
                 ),
             )
             for leader in actors
-            if leader["ActorClassName"] == f"ServeReplica:{tier}:{tier}"
+            if leader["ActorClassName"] == f"ServeReplica:{tier}:{deployment or tier}"
         ]
 
     return of

@@ -12,7 +12,8 @@ import pytest
 
 from tests.cluster.conftest import Replica, deploy, wait_until
 from tests.cluster.faulty import BUG, OUT_OF_MEMORY
-from tests.cluster.groups import TIER, group_of
+from tests.cluster.groups import TIER, group_with
+from tests.cluster.random_klein import save_random_klein
 from tests.cluster.storm import PROMPT, Draw, storm
 
 LONG_JOB = {"size": "192x192", "steps": 20, "n": 2}
@@ -41,7 +42,11 @@ def num_ranks(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[int]:
     """A group of so many ranks serves."""
-    with group_of(request.param, config, deploy, tmp_path_factory.mktemp("group")):
+    args: dict[str, Any] = {"parallel": {"tensor": request.param}}
+    if request.param == 3:
+        args["weights"] = str(tmp_path_factory.mktemp("klein") / "weights")
+        save_random_klein(Path(args["weights"]))
+    with group_with(config, deploy, **args):
         yield request.param
 
 

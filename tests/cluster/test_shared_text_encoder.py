@@ -1,0 +1,25 @@
+"""One text encoder for all replicas of a tier: the same pictures, and its death costs none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from tests.cluster.conftest import Replica, deploy
+from tests.cluster.groups import TIER, group_with
+from tests.cluster.storm import PROMPT, Draw
+
+
+def test_a_shared_text_encoder_changes_no_picture(
+    config: dict[str, Any], draw: Draw, replicas: Callable[[str], list[Replica]]
+) -> None:
+    expected = draw(PROMPT, model=TIER, seed=1)
+    with group_with(config, deploy, text_encoder="shared"):
+        (before,) = replicas(TIER)
+        assert draw(PROMPT, model=TIER, seed=1) == expected
+
+        (encoder,) = replicas(TIER, f"{TIER}-text-encoder")
+        encoder.leader.kill()
+        psutil.wait_procs([encoder.leader], timeout=10)
+        assert draw(PROMPT, model=TIER, seed=1) == expected
+        assert replicas(TIER) == [before], "the ranks outlived it"

@@ -1,0 +1,89 @@
+"""A program of its own, for one process has one Ray: a group over two nodes, and one of them lost.
+
+Prints one JSON object: on how many nodes its ranks were, how far its picture is from that of one
+rank, and whether the group drew the same after a node was lost and another one joined.
+"""
+
+import io
+import json
+import os
+import time
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+import numpy as np
+import ray
+from PIL import Image
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.handle import DeploymentHandle
+
+from flux_ray.app import build_tier
+from flux_ray.config import Parallel, TierArgs
+from flux_ray.request import ImageRequest
+
+NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
+RECOVERY_S = 120
+
+
+def request_for(tier: str) -> ImageRequest:
+    return ImageRequest("a", tier, "a red circle", 64, 64, num_steps=4, guidance=1.0, seed=5)
+
+
+def start(tier: str, parallel: Parallel, num_cpus: float) -> DeploymentHandle:
+    args = TierArgs(tier=tier, device="cpu", dtype="float32", parallel=parallel, num_cpus=num_cpus)
+    return serve.run(build_tier(args), name=tier, route_prefix=None)
+
+
+def nodes_of_ranks() -> set[str]:
+    from ray._private.state import state
+
+    actors = state.actor_table(None, actor_state_name="ALIVE").values()
+    return {a["Address"]["NodeID"] for a in actors if a["ActorClassName"] == "RankActor"}
+
+
+def largest_difference(one: bytes, other: bytes) -> int:
+    """Of any byte of their pixels."""
+    first, second = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (one, other))
+    return int(abs(first - second).max())
+
+
+def draw(handle: DeploymentHandle, tier: str) -> bytes:
+    return handle.generate.remote(request_for(tier)).result(timeout_s=60).images[0].data
+
+
+def draw_again(handle: DeploymentHandle, tier: str) -> bytes:
+    """Until a whole group serves."""
+    end = time.monotonic() + RECOVERY_S
+    while True:
+        try:
+            return draw(handle, tier)
+        except (ray.exceptions.RayError, TimeoutError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def main() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    lost = cluster.add_node(**NODE)
+    cluster.add_node(**NODE)
+    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
+    serve.start(proxy_location="Disabled")
+    # What is left of the head is too little for a rank of the group, and a node holds one of them.
+    alone = draw(start("tiny", Parallel(), 0.5), "tiny")
+    split = start("tiny-tp2", Parallel(tensor=2, num_nodes=2), 0.9)
+    num_nodes = len(nodes_of_ranks() - {ray.get_runtime_context().get_node_id()})
+    drawn = draw(split, "tiny-tp2")
+    cluster.remove_node(lost, allow_graceful=False)
+    cluster.add_node(**NODE)
+    again = draw_again(split, "tiny-tp2") == drawn
+    difference = largest_difference(alone, drawn)
+    print(json.dumps({"num_nodes": num_nodes, "difference": difference, "again": again}))
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
