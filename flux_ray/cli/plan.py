@@ -44,10 +44,12 @@ def count_bytes(tiers: list[TierArgs], gpu: str, count: int) -> "Plan":
     """The plan; the command ends with the reason if there can be none."""
     # They say at import what they lack for training.
     logging.disable(logging.WARNING)
-    # Only here: the other commands start at once because they do without torch.
-    from flux_ray.engine.plan import make_plan
-
     try:
+        # Only here: the other commands start at once because they do without torch.
+        from flux_ray.engine.plan import make_plan
+
         return make_plan(tiers, gpu, count)
     except ValueError as error:
         fail(str(error))
+    finally:
+        logging.disable(logging.NOTSET)

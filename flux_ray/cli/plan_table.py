@@ -19,17 +19,18 @@ the largest request that the tier allows (`default`: the total at its default si
 references): tensors alive at once, within 10 % of what the same code allocates on the meta device,
 and what waiting requests hold. Assumed: attention that does not keep its scores (where no fused
 kernel takes the VAE's 512 channels it does: 0.3 more), decoding in tiles above a megapixel, 0.8 for
-CUDA, 0.7 for NCCL and set of GPUs."""
+CUDA, 0.7 for NCCL and each set of GPUs."""
 
 
 def print_plan(plan: "Plan", console: Console) -> None:
-    """All of it; nothing is cut in a narrow terminal, but wrapped."""
-    card = plan.card
-    console.print(table_of(plan))
+    """All of it; in a narrow terminal the terminal wraps the table, for rich would cut numbers."""
+    card, table = plan.card, table_of(plan)
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, crop=False)
     for tier in plan.tiers:
         if tier.device == "cuda":
             say(console, *layout_lines(tier))
-    needed = f"{plan.num_gpus} GPUs needed, {plan.count} x {card.name} given"
+    needed = f"{plural(plan.num_gpus, 'GPU')} needed, {plan.count} x {card.name} given"
     verdict = "all fits" if plan.fits else "it does not fit"
     say(console, "", f"{needed}, of {gb(card.usable_bytes)} usable each: {verdict}.")
     say(console, "", NOTES.replace("\n", " "))

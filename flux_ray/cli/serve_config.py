@@ -18,7 +18,10 @@ BUILDERS: dict[str, type[Args]] = {
 
 def tiers_in(path: Path) -> list[TierArgs]:
     """The args of the applications that are tiers; a file that says nonsense ends the command."""
-    return [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
+    tiers = [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
+    if not tiers:
+        fail(f"{path} serves no tier: none of its applications is one")
+    return tiers
 
 
 def applications_in(path: Path) -> list[dict[str, Any]]:

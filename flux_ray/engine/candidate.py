@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flux_ray.cards import Card
 from flux_ray.catalog import Tier
 from flux_ray.config import Quantization, TierArgs
 from flux_ray.engine.activations import (
@@ -20,7 +21,6 @@ from flux_ray.engine.activations import (
     prompt_bytes,
 )
 from flux_ray.engine.architectures import EmptyModel
-from flux_ray.engine.cards import Card
 from flux_ray.engine.footprint import Footprint, unpacked_bytes, weight_bytes
 from flux_ray.engine.loading import DTYPES
 from flux_ray.engine.text_models import encoder_axis
@@ -106,7 +106,8 @@ class Candidate:
             tensor=Axis(0, parallel.tensor),
             sequence=Axis(0, parallel.sequence),
         )
-        return encoder_axis(self.model.text_model.num_heads, mesh).size
+        heads, quantization = self.model.text_model.num_heads, self.args.encoder_quantization
+        return encoder_axis(heads, mesh, quantization).size
 
     def num_communicators(self) -> int:
         """The sets of GPUs with which a rank exchanges: its axes, and all if they share prompts."""

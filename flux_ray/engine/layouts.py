@@ -60,9 +60,10 @@ def fastest(candidate: Candidate, count: int, tensor: int) -> Layout | None:
     """The most sequence ranks on top of the tensor ranks: more latency than more of those buy."""
     if candidate.tier.family in SINGLE_CARD_FAMILIES:
         return None
+    num_free = num_for_ranks(candidate, count, {})
     for sequence in (8, 4, 2):
         parallel = {"tensor": tensor, "sequence": sequence}
-        if tensor * sequence <= min(count, max(TENSOR_DEGREES)):
+        if tensor * sequence <= min(num_free, max(TENSOR_DEGREES)):
             layout = layout_of(candidate, {}, Parallel(**parallel))
             if layout is not None:
                 return layout
@@ -91,13 +92,18 @@ def slower(candidate: Candidate, count: int) -> Iterator[Layout]:
 
 
 def degrees(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[int]:
-    """The tensor degrees for which there are cards, one of them for a text encoder if shared."""
-    place = changes.get("text_encoder", candidate.args.text_encoder)
-    num_free = count - (place == "shared")
+    """The tensor degrees for which there are cards."""
+    num_free = num_for_ranks(candidate, count, changes)
     is_single = candidate.tier.family in SINGLE_CARD_FAMILIES
     for tensor in TENSOR_DEGREES[:1] if is_single else TENSOR_DEGREES:
         if tensor <= num_free:
             yield tensor
+
+
+def num_for_ranks(candidate: Candidate, count: int, changes: dict[str, str]) -> int:
+    """All cards but one for a text encoder that is shared."""
+    place = changes.get("text_encoder", candidate.args.text_encoder)
+    return count - (place == "shared")
 
 
 def layout_of(candidate: Candidate, changes: dict[str, str], parallel: Parallel) -> Layout | None:

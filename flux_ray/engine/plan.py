@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flux_ray.cards import Card, card_for
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.engine.activations import Demand, default_demand, largest_demand
 from flux_ray.engine.architectures import empty_model
 from flux_ray.engine.candidate import Candidate
-from flux_ray.engine.cards import Card, card_for
 from flux_ray.engine.footprint import Footprint
 from flux_ray.engine.layouts import Layout, alternatives, cheapest, fastest
 from flux_ray.engine.published import Claim, claims_for

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
+from flux_ray.cards import card_for
 from flux_ray.catalog import tier_for
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.engine.activations import default_demand, largest_demand
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.candidate import Candidate
-from flux_ray.engine.cards import card_for
 from flux_ray.engine.footprint import weight_bytes
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded

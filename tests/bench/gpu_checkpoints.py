@@ -1,0 +1,141 @@
+"""Random weights of a model's size: files in diffusers' layout, or made when they are read."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flux_ray.engine.architectures import EmptyModel
+from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.load import saved_tensors
+from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.shards import Shard
+from flux_ray.tiny import CHECKPOINT
+
+# What stays free on the disk: other programs write too.
+RESERVE_BYTES = 2 * 10**9
+# As transformers saves the text model of a causal language model.
+TEXT_PREFIX = "model."
+
+
+class Skipped(Exception):
+    """Why something is not measured here."""
+
+
+def random_tensor(name: str, shape: torch.Size, device: str) -> Tensor:
+    """The same for the same name: weights that keep the size of their input, norms of one."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16, device=device)
+    dice = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    made = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return made.normal_(std=shape[-1] ** -0.5, generator=dice)
+
+
+class MadeWeights(Checkpoint):
+    """A module's checkpoint without files: what a rank reads is made on its device, as it reads."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        super().__init__(Path("made"))
+        self.device = device
+        self.files = {name: self.folder for name, _ in saved_tensors(module)}
+
+    @contextmanager
+    def opened(self) -> Iterator["MadeWeights"]:
+        """There is nothing to open."""
+        yield self
+
+    def read(self, name: str, shape: torch.Size, shard: Shard | None, axis: Axis) -> Tensor:
+        """This rank's part of the tensor of that whole shape."""
+        local = shape if shard is None else shard.local_shape(shape, axis)
+        tensor = random_tensor(name, local, self.device)
+        self.num_bytes_read += tensor.nbytes
+        return tensor
+
+
+def file_bytes(module: nn.Module) -> int:
+    """Of the module's checkpoint in bf16."""
+    return sum(2 * tensor.numel() for _, tensor in saved_tensors(module))
+
+
+def free_bytes(folder: Path) -> int:
+    """What of its disk may be filled."""
+    return max(shutil.disk_usage(folder).free - RESERVE_BYTES, 0)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Skipped if the disk has no room for as much."""
+    free = free_bytes(folder)
+    if num_bytes > free:
+        raise Skipped(
+            f"the files take {num_bytes / 1e9:.1f} GB, and the disk has room for {free / 1e9:.1f}"
+        )
+
+
+def groups_of(module: nn.Module, max_bytes: int) -> list[dict[str, torch.Size]]:
+    """The tensors of each file, by name, with their shapes."""
+    groups: list[dict[str, torch.Size]] = []
+    room = 0
+    for name, tensor in saved_tensors(module):
+        num_bytes = 2 * tensor.numel()
+        if num_bytes > room:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = tensor.shape
+        room -= num_bytes
+    return groups
+
+
+def save_weights(
+    module: nn.Module, folder: Path, *, device: str, max_bytes: int, prefix: str = ""
+) -> None:
+    """An empty module's checkpoint, in files with an index; one file at a time is in memory."""
+    folder.mkdir(parents=True)
+    groups, index = groups_of(module, max_bytes), {}
+    for number, shapes in enumerate(groups, 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        tensors = {
+            prefix + name: random_tensor(name, shape, device).cpu()
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file)
+    weight_map = {"weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+
+
+def save_transformer(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
+    """The transformer's folder of a checkpoint."""
+    save_weights(model.transformer, folder / "transformer", device=device, max_bytes=max_bytes)
+    model.transformer.save_config(folder / "transformer")
+
+
+def save_klein(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
+    """A whole klein pipeline, with the embedded one's schedule and words."""
+    check_room(folder.parent, sum(map(file_bytes, (model.transformer, model.text_encoder))))
+    folder.mkdir()
+    for part in ("scheduler", "tokenizer"):
+        shutil.copytree(CHECKPOINT / part, folder / part)
+    shutil.copy(CHECKPOINT / "model_index.json", folder)
+    save_transformer(model, folder, device=device, max_bytes=max_bytes)
+    text = folder / "text_encoder"
+    save_weights(model.text_encoder, text, device=device, max_bytes=max_bytes, prefix=TEXT_PREFIX)
+    model.text_encoder.config.save_pretrained(text)
+    vae = AutoencoderKLFlux2.from_config(dict(model.vae.config))
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+
+
+def forget(folder: Path) -> None:
+    """Take the files out of memory, so that they are read from the disk the next time."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            # What is not yet written cannot be forgotten.
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,107 @@
+"""What a call takes on the device: seconds, bytes of the card, and products of FP8 numbers."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from flux_ray.cards import Card
+from flux_ray.parallel.precision import is_quantized
+
+Call = Callable[[], Any]
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """The card, or this machine's processor: of that no bytes are measured, and all are None."""
+
+    kind: Literal["cuda", "cpu"]
+
+    @property
+    def name(self) -> str:
+        """As the driver calls it."""
+        return torch.cuda.get_device_name() if self.kind == "cuda" else "processor"
+
+    @property
+    def card(self) -> Card | None:
+        """As a plan would take it."""
+        if self.kind == "cpu":
+            return None
+        has_fp8_units = torch.cuda.get_device_capability() >= (8, 9)
+        total = torch.cuda.get_device_properties(0).total_memory
+        return Card(self.name, total, has_fp8_units, has_nvlink=True)
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def clear(self) -> None:
+        """Give back what nobody holds any more."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
+    def held_bytes(self) -> int | None:
+        """Of all tensors on the card."""
+        return torch.cuda.memory_allocated() if self.kind == "cuda" else None
+
+    def total_bytes(self) -> int | None:
+        """Of the card."""
+        return None if self.card is None else self.card.usable_bytes
+
+    def peak(self, call: Call) -> tuple[Any, int | None]:
+        """The call's answer, and the most that is allocated meanwhile beyond what was before."""
+        if self.kind == "cpu":
+            return call(), None
+        self.wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        answer = call()
+        self.wait()
+        return answer, torch.cuda.max_memory_allocated() - before
+
+    def runtime_bytes(self) -> int | None:
+        """In use on the card and not PyTorch's: CUDA's context, and other programs if there are."""
+        if self.kind == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    def seconds(self, call: Call, num_rounds: int) -> Seconds:
+        """Of several calls, after two to warm up."""
+        taken_s = [self.seconds_of_one(call) for _ in range(2 + num_rounds)][2:]
+        return {"median_s": statistics.median(taken_s), "best_s": min(taken_s)}
+
+    def seconds_of_one(self, call: Call) -> float:
+        """From an idle device to an idle device."""
+        self.wait()
+        began_s = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - began_s
+
+
+def fp8_products(call: Call, module: nn.Module) -> dict[str, Any]:
+    """How many of the module's FP8 weights meet FP8 activations in a call, by PyTorch's profiler.
+
+    All of them where the activations too become FP8, none where the weights are unpacked.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    num_products = sum(
+        event.count for event in profile.key_averages() if event.key == "aten::_scaled_mm"
+    )
+    num_weights = sum(is_quantized(name) for name, _ in module.named_parameters())
+    kinds = {0: "weight-only", num_weights: "FP8 activations"}
+    return {
+        "num_scaled_mm": num_products,
+        "num_fp8_weights": num_weights,
+        "kind": kinds.get(num_products, "partly FP8 activations"),
+    }

@@ -1,0 +1,192 @@
+"""What is measured: klein-4b and dev at their real size, or small ones, loaded by our own code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from transformers import Qwen3Config, Qwen3Model
+
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import Quantization, TierArgs
+from flux_ray.engine.architectures import (
+    DEV_TRANSFORMER,
+    KLEIN_4B_TRANSFORMER,
+    EmptyModel,
+    Shape,
+    assemble,
+    mistral,
+    qwen3_4b,
+)
+from flux_ray.engine.candidate import Candidate
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.loading import Placement, load_config
+from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.text_encoder import FAMILIES
+from flux_ray.engine.text_models import TextModel, first_layers
+from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.mesh import Axis
+from flux_ray.tiny import CHECKPOINT
+from tests.bench.gpu_checkpoints import MadeWeights
+from tests.bench.gpu_gauges import Device
+
+SEED = 7
+PROMPT = "a red circle on a blue background"
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: its shapes, and the tier that says how large a picture is."""
+
+    tier: Tier
+    transformer: Shape
+    text_model: Callable[[int], TextModel]
+    vae: Shape
+
+    @cached_property
+    def empty(self) -> EmptyModel:
+        """Its modules without weights."""
+        text_model = self.text_model(max(FAMILIES[self.tier.family].layers))
+        return assemble(self.transformer, text_model, self.vae, source="the bench")
+
+    @property
+    def canvas(self) -> Canvas:
+        """The picture that a client gets who does not say."""
+        tier = self.tier
+        return Canvas(tier.default_side, tier.default_side, tier.num_steps, tier.guidance)
+
+    def shallower(self, num_single_layers: int) -> "Subject":
+        """The same with fewer single blocks."""
+        shape = self.transformer | {"num_single_layers": num_single_layers}
+        return replace(self, transformer=shape)
+
+    def candidate(self, device: Device, **args: Any) -> Candidate:
+        """What a plan says of it on this card; one request at a time, as here."""
+        fields = {"tier": self.tier.name, "weights": "made", "max_ongoing_requests": 1}
+        return Candidate(self.empty, self.tier, TierArgs(**fields, **args), device.card)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured: the real models, or small ones that a processor can run."""
+
+    name: str
+    klein: Subject
+    dev: Subject
+    num_rounds: int
+    max_file_bytes: int
+
+
+REAL = Scale(
+    "real",
+    Subject(tier_for("flux-2-klein-4b"), KLEIN_4B_TRANSFORMER, qwen3_4b, {}),
+    Subject(tier_for("flux-2-dev"), DEV_TRANSFORMER, mistral, {}),
+    num_rounds=9,
+    max_file_bytes=2 * 10**9,
+)
+
+
+def small_text_model(num_layers: int) -> TextModel:
+    """As wide as the embedded model's, with its words."""
+    config = Qwen3Config(
+        vocab_size=448,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return first_layers(Qwen3Model, config, num_layers)
+
+
+def small(tier_name: str, *, guidance_embeds: bool) -> Subject:
+    """Of the embedded model's sizes, with heads for eight ranks."""
+    shape = load_config(CHECKPOINT / "transformer") | {
+        "num_layers": 1,
+        "num_single_layers": 3,
+        "num_attention_heads": 8,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": guidance_embeds,
+    }
+    tier = replace(tier_for(tier_name), default_side=128, text_length=48)
+    return Subject(tier, shape, small_text_model, load_config(CHECKPOINT / "vae"))
+
+
+SMALL = Scale(
+    "small",
+    small("flux-2-klein-4b", guidance_embeds=False),
+    small("flux-2-dev", guidance_embeds=True),
+    num_rounds=3,
+    max_file_bytes=10**6,
+)
+
+
+def load_klein(
+    subject: Subject, folder: Path, quantization: Quantization | None, device: Device
+) -> Flux2:
+    """The whole pipeline, as a rank loads it."""
+    placement = Placement(
+        "bfloat16", device.kind, quantization=quantization, encoder_quantization=quantization
+    )
+    return Flux2.load(str(folder), placement, subject.tier)
+
+
+def load_dev(
+    subject: Subject, tensor: int, quantization: Quantization | None, device: Device
+) -> Flux2:
+    """Rank 0 of `tensor` ranks: its part of the transformer, and the VAE.
+
+    Weights are made as they are read. The other ranks are not there: collectives must do nothing.
+    """
+    model_class = Flux2Transformer2DModel
+    recipe = Recipe(
+        MadeWeights(subject.empty.transformer, device.kind),
+        Axis(0, tensor),
+        BF16,
+        device.kind,
+        quantization=quantization,
+    )
+    transformer = load_sharded(
+        lambda: model_class.from_config(subject.transformer), model_class._tp_plan, recipe
+    )
+    pipeline = Flux2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(CHECKPOINT / "scheduler"),
+        vae=AutoencoderKLFlux2.from_config(subject.vae).to(device.kind, BF16).eval(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    return Flux2(pipeline, None, subject.tier)
+
+
+def random_prompt(subject: Subject, device: Device) -> PromptEmbeds:
+    """As large as the text encoder's answer."""
+    width = subject.empty.transformer.config.joint_attention_dim
+    dice = torch.Generator().manual_seed(SEED)
+    embeds = torch.randn(1, subject.tier.text_length, width, generator=dice)
+    text_ids = Flux2Pipeline._prepare_text_ids(embeds)
+    return PromptEmbeds(embeds.to(device.kind, BF16), text_ids.to(device.kind))
+
+
+def start(adapter: Flux2, subject: Subject, prompt: PromptEmbeds) -> ImageState:
+    """The picture as noise."""
+    return adapter.prepare(Conditioning(prompt), subject.canvas, SEED)
+
+
+def draw(adapter: Flux2, subject: Subject) -> None:
+    """A whole picture: words, steps, pixels."""
+    state = start(adapter, subject, adapter.encode_prompt(PROMPT))
+    while not state.is_done:
+        state = adapter.denoise(state)
+    adapter.decode(state)
