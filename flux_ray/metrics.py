@@ -33,3 +33,16 @@ REQUESTS = Metric(
     "Requests that a replica ended: drawn, left (by their client) or failed.",
     labels=("tier", "outcome"),
 )
+# A logarithm, because |predicted / measured - 1| never passes 1 for a price that is too low. Near 0
+# it is the relative error.
+COST_ERROR = Metric(
+    "flux_cost_error",
+    "How wrong a price was, |ln(measured / predicted)|, by stage: encode, denoise, decode.",
+    labels=("tier", "stage"),
+    buckets=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0),
+)
+PRICED_SECONDS = Metric(
+    "flux_priced_gpu_seconds",
+    "GPU seconds that requests were priced at: of one replica, times its cards.",
+)
+REFUSED = Metric("flux_refused", "Requests that could not be done by their deadline.")

@@ -1,0 +1,190 @@
+"""The price of a request before anything was measured: a roofline over what its stages take.
+
+The model and its constants are those of the project's fact sheet on parallelism: products at a
+fraction of the card's peak, or the weights' way from memory where that is longer; collectives at
+the speed of the link. `calibration` corrects it by what replicas measure.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flux_ray.cards import PROCESSOR, speed_for
+from flux_ray.catalog import tier_for
+from flux_ray.config import Quantization, TierArgs
+from flux_ray.request import ImageFormat, ImageRequest
+from flux_ray.router.roofline import Exchange, Roofline, Split
+from flux_ray.workload import TOKEN_SIDE, WORKLOADS, reference_pixels
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# The VAE's four resolutions and the middle are blocks to the host.
+NUM_VAE_BLOCKS = 5
+# Pillow on one thread, for a picture full of detail: measured on a server's processor.
+FILE_S_PER_PIXEL: dict[ImageFormat, float] = {"png": 150e-9, "jpeg": 3e-9, "webp": 100e-9}
+# Any bound will do: requests of a few shapes are most of the traffic.
+NUM_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one replica of a tier is laid out; `card` is `cpu` for this machine's processor.
+
+    Ranks on a processor have `num_threads` each.
+    """
+
+    card: str
+    tensor: int = 1
+    sequence: int = 1
+    quantization: Quantization | None = None
+    encoder_quantization: Quantization | None = None
+    dtype: str = "bfloat16"
+    is_encoder_shared: bool = False
+    num_threads: int = 1
+
+    @classmethod
+    def of(cls, args: TierArgs, card: str) -> "Layout":
+        """Of a tier's args on cards of that name; ValueError names the cards there are."""
+        card = PROCESSOR if args.device == "cpu" else card
+        speed_for(card)
+        return cls(
+            card,
+            args.parallel.tensor,
+            args.parallel.sequence,
+            args.quantization,
+            args.encoder_quantization,
+            args.dtype,
+            args.text_encoder == "shared",
+            args.num_threads if card == PROCESSOR else 1,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """The cards that a second of this replica occupies."""
+        return self.tensor * self.sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a request makes it long; `references` are pixels of each, as the model takes it.
+
+    Guidance is no part of it: every tier is distilled, and a step is one forward.
+    """
+
+    tier: str
+    width: int
+    height: int
+    num_steps: int
+    references: tuple[int, ...] = ()
+    num_images: int = 1
+    format: ImageFormat = "png"
+
+    @property
+    def pixels(self) -> int:
+        """Of one picture."""
+        return self.width * self.height
+
+    @property
+    def num_tokens(self) -> int:
+        """Of text, picture and references: what each step computes."""
+        tokens = (self.pixels + sum(self.references)) // TOKEN_SIDE**2
+        return tier_for(self.tier).text_length + tokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one replica, by stage, for all steps and images of a request."""
+
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+
+    @property
+    def total_s(self) -> float:
+        """From the prompt to the last file."""
+        return self.encode_s + self.denoise_s + self.decode_s
+
+
+def work_of(request: ImageRequest) -> Work:
+    """The work that a request makes for its tier."""
+    limit = tier_for(request.tier).max_reference_pixels
+    return Work(
+        request.tier,
+        request.width,
+        request.height,
+        request.num_steps,
+        tuple(reference_pixels(each.width, each.height, limit) for each in request.references),
+        request.num_images,
+        request.encoding.format,
+    )
+
+
+@lru_cache(NUM_REMEMBERED)
+def price(work: Work, layout: Layout) -> Cost:
+    """The seconds of a request on one replica that has nothing else to do."""
+    roofline = Roofline(speed_for(layout.card), layout.num_threads, DTYPE_BYTES[layout.dtype])
+    return Cost(
+        encode_s=prompt_s(work, layout, roofline) + references_s(work, roofline),
+        denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
+        decode_s=picture_s(work, roofline) * work.num_images,
+    )
+
+
+def step_s(work: Work, layout: Layout, roofline: Roofline) -> float:
+    """One denoise step of one picture."""
+    model = WORKLOADS[work.tier].transformer
+    split = Split(layout.tensor, layout.sequence, layout.quantization)
+    seconds = roofline.products_s(
+        model.product_flops(work.num_tokens),
+        model.attention_flops(work.num_tokens),
+        split,
+        num_weights=model.num_block_weights,
+        num_whole_weights=model.num_other_weights,
+    )
+    # In a double block text and picture have outputs of attention and MLP each, half as large.
+    exchange = Exchange(
+        num_activations=work.num_tokens * model.width,
+        num_reduced=model.num_single_blocks + 2 * model.num_double_blocks,
+        num_reductions=model.num_single_blocks + 4 * model.num_double_blocks,
+        num_attentions=model.num_blocks,
+        num_passes=5 * model.num_single_blocks + 10 * model.num_double_blocks,
+    )
+    return roofline.launched_s(seconds + roofline.exchanges_s(exchange, split), model.num_blocks)
+
+
+def prompt_s(work: Work, layout: Layout, roofline: Roofline) -> float:
+    """The prompt in the text encoder, wherever that is."""
+    model, length = WORKLOADS[work.tier].text_encoder, tier_for(work.tier).text_length
+    split = Split(encoder_ranks(layout, model.num_heads), 1, layout.encoder_quantization)
+    seconds = roofline.products_s(
+        model.product_flops(length),
+        model.attention_flops,
+        split,
+        num_weights=model.num_block_weights,
+    )
+    num_outputs = 2 * model.num_layers
+    exchange = Exchange(length * model.width, num_outputs, num_outputs)
+    return roofline.launched_s(seconds + roofline.exchanges_s(exchange, split), model.num_layers)
+
+
+def encoder_ranks(layout: Layout, num_heads: int) -> int:
+    """Over how many ranks the text encoder is split, as its loader decides."""
+    if layout.is_encoder_shared:
+        return 1
+    is_whole = layout.encoder_quantization == "nf4" or num_heads % layout.num_ranks
+    return layout.tensor if is_whole else layout.num_ranks
+
+
+def references_s(work: Work, roofline: Roofline) -> float:
+    """The references in the VAE, one by one on every rank, and each picture's noise."""
+    vae = WORKLOADS[work.tier].vae
+    each = (
+        roofline.launched_s(roofline.flops_s(vae.encode_flops(pixels)), NUM_VAE_BLOCKS)
+        for pixels in work.references
+    )
+    return sum(each) + work.num_images * roofline.speed.block_s
+
+
+def picture_s(work: Work, roofline: Roofline) -> float:
+    """One picture through the VAE on one rank, and into a file."""
+    flops = WORKLOADS[work.tier].vae.decode_flops(work.width, work.height)
+    seconds = roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)
+    return seconds + FILE_S_PER_PIXEL[work.format] * work.pixels
