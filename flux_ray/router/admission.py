@@ -1,0 +1,112 @@
+"""Who gives way when a ticket arrives that does not fit: it, a longer one, or nobody."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from operator import attrgetter
+
+from flux_ray.router.forecast import (
+    SAME_S,
+    Waiting,
+    capacity_curve,
+    free_times,
+    level,
+    play,
+)
+from flux_ray.router.slots import Slots
+from flux_ray.router.sums import SortedSums
+
+# Longer lines are taken as a fluid: on as few slots as make that coarse, they outlast deadlines.
+MAX_PLAYED = 64
+# Larger tickets that are tried in the newcomer's stead.
+MAX_TRIED = 8
+
+Line = SortedSums[Waiting]
+key_of = attrgetter("key")
+
+
+def give_way(
+    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> list[Waiting]:
+    """Those who must leave so that `new` can join the line behind `ahead`; maybe itself, alone.
+
+    Nobody, if everyone still starts in time. Otherwise the longest ticket without which everyone
+    does, as Moore (1968) keeps most jobs in time; of equals the newcomer. Nobody leaves for a
+    longer one. Those in the line who are late anyway have no say.
+    """
+    if sum(len(other) for other in ahead) + len(line) > MAX_PLAYED:
+        return _give_way_in_fluid(new, ahead, line, slots, now)
+    free = free_times(slots, sum(map(len, ahead)) + len(line) + 2, now)
+    for other in ahead:
+        play(other, free)
+    queued = list(line)
+    late_anyway = _late(queued, new, free, frozenset())
+    queued.insert(bisect_left(queued, new.key, key=key_of), new)
+    leaving: list[Waiting] = []
+    while late := _late(queued, new, free, frozenset(late_anyway)):
+        head = queued[: queued.index(late[0]) + 1]
+        victim = _victim(head, new, free, frozenset(late_anyway))
+        if victim is new:
+            return [new]
+        leaving.append(victim)
+        queued.remove(victim)
+    return leaving
+
+
+def _late(
+    queued: list[Waiting], new: Waiting, free: list[float], late_anyway: frozenset[Waiting]
+) -> list[Waiting]:
+    starts = play(queued, free.copy())
+    return [
+        waiting
+        for waiting, start in zip(queued, starts, strict=True)
+        if (start > waiting.due + SAME_S if waiting is new else start == float("inf"))
+        and waiting not in late_anyway
+    ]
+
+
+def _victim(
+    head: list[Waiting], new: Waiting, free: list[float], late_anyway: frozenset[Waiting]
+) -> Waiting:
+    longer = [waiting for waiting in head if waiting.ticket.cost_s > new.ticket.cost_s]
+    longer.sort(key=lambda waiting: waiting.ticket.cost_s, reverse=True)
+    for candidate in longer[:MAX_TRIED]:
+        rest = [waiting for waiting in head if waiting is not candidate]
+        if candidate not in late_anyway and not _late(rest, new, free, late_anyway):
+            return candidate
+    return new
+
+
+def _give_way_in_fluid(
+    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> list[Waiting]:
+    crowded = _first_crowded(new, ahead, line, slots, now)
+    if crowded is None:
+        return []
+    longest = line.largest_until(crowded.key)
+    if longest is None or longest.ticket.cost_s <= new.ticket.cost_s:
+        return [new]
+    return [longest]
+
+
+def _first_crowded(
+    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> Waiting | None:
+    """Who first would start too late; looked at are the newcomer and the end of each block."""
+    before_s = sum(other.total for other in ahead)
+    curve = capacity_curve(slots, now)
+    if level(curve, before_s + line.before(new.key)[1], now) > new.due + SAME_S:
+        return new
+    pieces = iter(curve)
+    until, num, taken = next(pieces)
+    work_s = before_s + new.ticket.cost_s
+    for block in line.blocks:
+        work_s += block.total
+        last = block.keys[-1]
+        if last < new.key:
+            continue
+        due = last[0]
+        while until < due:
+            until, num, taken = next(pieces)
+        if work_s - block.amounts[-1] > num * due - taken + SAME_S:
+            return block.items[-1]
+    return None
