@@ -3,17 +3,28 @@
 A Serve config file names these builders and gives their args (serve/*.yaml).
 """
 
+import uuid
+from typing import Any
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from flux_ray.config import GatewayArgs, TierArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
+from flux_ray.router.bill import Bill
+from flux_ray.router.cost import Layout
 from flux_ray.router.handles import TierHandles
+from flux_ray.router.ledger_actor import RemoteLedger
+from flux_ray.router.price_exchange import PriceExchange
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.replica_choice import GrantedReplica
 from flux_ray.router.router import Router
+from flux_ray.router.turns import Turns
 
 # A leader that ended is replaced at the next check; one that hangs, after three of them.
 HEALTH_CHECK_PERIOD_S = 1
@@ -29,7 +40,17 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
-        router = Router(TierHandles(args.tiers), request_timeout_s=args.request_timeout_s)
+        prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
+
+        def learn_layout(tier: str, tier_args: TierArgs) -> None:
+            prices.lay_out(tier, Layout.of(tier_args, args.card))
+
+        handles = TierHandles(args.tiers, learn_layout)
+        ledger = RemoteLedger()
+        turns = Turns(ledger, handles.reachable, gateway=uuid.uuid4().hex)
+        PriceExchange(ledger, prices).start()
+        timeout_s = args.request_timeout_s
+        router = Router(handles, turns, prices, Bill(), request_timeout_s=timeout_s)
         return build_api(router, args, proxy_sends_id=True)
 
 
@@ -56,12 +77,13 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
     """The leaders of a tier, and their text encoder where they share one."""
     deployment = serve.deployment(
         name=args.tier,
-        num_replicas=args.num_replicas,
+        **replicas_of(args),
         max_ongoing_requests=args.max_ongoing_requests,
         # The leader needs nothing: the bundles are its ranks'.
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=bundles_for(args),
         placement_group_strategy=strategy_for(args.parallel),
+        request_router_config=granted_replica_first(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.drain_timeout_s,
@@ -69,6 +91,34 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
     if args.text_encoder == "colocated":
         return deployment.bind(args)
     return deployment.bind(args, text_encoder_for(args))
+
+
+def replicas_of(args: TierArgs) -> dict[str, Any]:
+    """How many: a number, or by the GPU seconds in the ledger."""
+    scaling = args.autoscaling
+    if scaling is None:
+        return {"num_replicas": args.num_replicas}
+    rules = scaling.model_dump(include={"target_wait_s", "cold_start_s", "idle_s"})
+    policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function="flux_ray.router.autoscaling:LedgerPolicy",
+        policy_kwargs={"tier": args.tier, "rules": rules},
+    )
+    # The policy knows when to wait: Serve is not to wait once more.
+    config = AutoscalingConfig(
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        upscale_delay_s=0,
+        downscale_delay_s=0,
+        policy=policy,
+    )
+    return {"autoscaling_config": config}
+
+
+def granted_replica_first() -> RequestRouterConfig:
+    """Of the tiers: a request goes to the replica that the ledger granted it."""
+    # Ray's annotation says a dict.
+    router_class: Any = GrantedReplica
+    return RequestRouterConfig(request_router_class=router_class)
 
 
 def text_encoder_for(args: TierArgs) -> Application:

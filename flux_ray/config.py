@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flux_ray.cards import speed_for
 from flux_ray.catalog import tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
@@ -40,6 +41,30 @@ class Lora(Args):
     scale: float = 1.0
 
 
+class Autoscaling(Args):
+    """How many replicas a tier may have, and what calls for one more: GPU seconds, not requests.
+
+    `target_wait_s`: what waits is to be begun within that time. `cold_start_s`: what a replica
+    takes to start. `idle_s`: after so long without work the last replica goes, if `min_replicas`
+    is 0; the next request then waits for one.
+    """
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(ge=1)
+    target_wait_s: Seconds = 5.0
+    cold_start_s: Seconds = 60.0
+    idle_s: Seconds = 300.0
+
+    @model_validator(mode="after")
+    def check_bounds(self) -> "Autoscaling":
+        """In the right order."""
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
+            )
+        return self
+
+
 class TierArgs(Args):
     """The application of one tier.
 
@@ -47,6 +72,7 @@ class TierArgs(Args):
     `quantization`: of the linear layers of the transformer's blocks, and `encoder_quantization` of
     the text encoder's; the rest stays in `dtype`.
     `text_encoder`: in every rank group, or one for all replicas of the tier (`shared`).
+    `num_replicas`: as many as that, unless `autoscaling` says otherwise.
     `num_cpus`: for each rank, whose torch uses as many threads.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
@@ -63,6 +89,7 @@ class TierArgs(Args):
     text_encoder: Literal["colocated", "shared"] = "colocated"
     loras: tuple[Lora, ...] = ()
     num_replicas: int = Field(1, ge=0)
+    autoscaling: Autoscaling | None = None
     num_cpus: float = Field(1.0, gt=0)
     max_ongoing_requests: int = Field(8, ge=1)
     step_timeout_s: Seconds = 60.0
@@ -104,10 +131,14 @@ class Limits(Args):
 
 
 class GatewayArgs(Args):
-    """The gateway application. A tier's application bears the tier's name."""
+    """The gateway application. A tier's application bears the tier's name.
+
+    `card`: what the tiers run on, by which a request is priced before any of its kind was measured.
+    """
 
     tiers: tuple[str, ...] = Field(min_length=1)
     default_tier: str | None = None
+    card: str = "h100-80gb"
     num_replicas: int = Field(1, ge=1)
     max_ongoing_requests: int = Field(256, ge=1)
     request_timeout_s: Seconds = 600.0
@@ -119,6 +150,7 @@ class GatewayArgs(Args):
         """Every tier has a row, and the default one is served."""
         for name in self.tiers:
             tier_for(name)
+        speed_for(self.card)
         if self.default_tier is not None and self.default_tier not in self.tiers:
             raise ValueError(f"default_tier {self.default_tier} is not among tiers")
         return self

@@ -6,6 +6,7 @@ FluxError                 500  server_error
     BadReference          400  a reference image is no image, too large, too many
     BodyTooLarge          413  more bytes than this gateway reads
     WrongContentType      415  a body in a format that this route does not read
+  Overloaded              429  it would miss its deadline; the answer says when it would not
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
   DeadlinePassed          504  the request took longer than the gateway waits
@@ -22,7 +23,7 @@ class FluxError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "server_error"
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message, field)
@@ -89,3 +90,17 @@ class DeadlinePassed(FluxError):
 
     status = 504
     code = "deadline_passed"
+
+
+class Overloaded(FluxError):
+    """The request would miss its deadline; `retry_after_s` seconds later it would not."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, field: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(message, field)
+        # As every argument, it has to survive a process border.
+        self.args = (message, field, retry_after_s)
+        self.retry_after_s = retry_after_s

@@ -10,6 +10,10 @@ from PIL import Image
 from flux_ray.config import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+from flux_ray.router.calibration import Observation
+from flux_ray.router.cost import Layout
+from flux_ray.router.ledger import Offer
+from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router
 from tests.ranks import Ranks
 
@@ -27,11 +31,16 @@ class FakeHandles:
 
     def __init__(self) -> None:
         self.requests: list[ImageRequest] = []
+        self.replicas: list[str] = []
         self.failures: list[Exception] = []
         self.ready: tuple[str, ...] = ("tiny",)
 
-    async def generate(self, request: ImageRequest) -> ImageResult:
+    async def connect(self, tier: str) -> None:
+        pass
+
+    async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
         self.requests.append(request)
+        self.replicas.append(replica)
         if self.failures:
             raise self.failures.pop(0)
         return ImageResult(
@@ -43,6 +52,24 @@ class FakeHandles:
 
     async def ready_tiers(self) -> tuple[str, ...]:
         return self.ready
+
+
+class FakeTurns:
+    """A ledger that grants every turn at once, after raising what is in `refusals`."""
+
+    def __init__(self) -> None:
+        self.offers: list[Offer] = []
+        self.ended: list[str] = []
+        self.refusals: list[Exception] = []
+
+    async def take(self, offer: Offer) -> str:
+        self.offers.append(offer)
+        if self.refusals:
+            raise self.refusals.pop(0)
+        return f"replica {len(self.offers)}"
+
+    def end(self, ticket_id: str) -> None:
+        self.ended.append(ticket_id)
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +86,45 @@ def handles() -> FakeHandles:
 
 
 @pytest.fixture
+def turns() -> FakeTurns:
+    return FakeTurns()
+
+
+class FakeBill:
+    """What was counted, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, object]] = []
+
+    def enter(self, tier: str, gpu_seconds: float) -> None:
+        self.entries.append(("priced", gpu_seconds))
+
+    def compare(self, observations: tuple[Observation, ...]) -> None:
+        self.entries += [("measured", seen.measured_s) for seen in observations]
+
+    def refuse(self, tier: str) -> None:
+        self.entries.append(("refused", tier))
+
+
+@pytest.fixture
+def bill() -> FakeBill:
+    return FakeBill()
+
+
+@pytest.fixture
+def router(handles: FakeHandles, turns: FakeTurns, bill: FakeBill) -> Router:
+    prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    return Router(handles, turns, prices, bill, request_timeout_s=5)
+
+
+@pytest.fixture
 def gateway_args() -> GatewayArgs:
     return GatewayArgs(tiers=("tiny",), limits=LIMITS)
 
 
 @pytest.fixture
-def api(handles: FakeHandles, gateway_args: GatewayArgs) -> FastAPI:
-    return build_api(Router(handles, request_timeout_s=5), gateway_args)
+def api(router: Router, gateway_args: GatewayArgs) -> FastAPI:
+    return build_api(router, gateway_args)
 
 
 @pytest.fixture

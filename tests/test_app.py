@@ -24,6 +24,16 @@ def test_a_group_is_placed_as_one() -> None:
     assert config.ray_actor_options["num_cpus"] == 0, "the bundles are the ranks'"
 
 
+def test_autoscaling_goes_by_the_ledger_and_a_number_of_replicas_by_itself() -> None:
+    fixed = TierArgs(tier="tiny", num_replicas=3)
+    assert deployments_of(build_tier(fixed))["tiny"].num_replicas == 3
+    scaled = TierArgs(tier="tiny", autoscaling={"min_replicas": 0, "max_replicas": 4, "idle_s": 9})
+    config = deployments_of(build_tier(scaled))["tiny"]._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (0, 4)
+    assert config.policy.policy_kwargs["tier"] == "tiny"
+    assert config.policy.policy_kwargs["rules"]["idle_s"] == 9
+
+
 def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
     args = TierArgs(tier="flux-2-dev", weights="x/y@z", text_encoder="shared", num_replicas=3)
     deployments = deployments_of(build_tier(args))

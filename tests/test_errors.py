@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from flux_ray import errors
-from flux_ray.errors import FluxError
+from flux_ray.errors import FluxError, Overloaded
 
 ALL = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, FluxError)]
 
@@ -27,10 +27,15 @@ def test_every_error_is_drawn_with_its_status(error_type):
 
 @pytest.mark.parametrize("error_type", ALL)
 def test_status_and_type_agree(error_type):
-    is_callers = error_type.type == "invalid_request_error"
+    is_callers = error_type.type in ("invalid_request_error", "rate_limit_error")
     assert is_callers == (400 <= error_type.status < 500)
 
 
 @pytest.mark.parametrize("error_type", ALL)
-def test_503_says_when_to_come_back(error_type):
-    assert (error_type.retry_after_s is not None) == (error_type.status == 503)
+def test_who_may_come_back_is_told_when(error_type):
+    error = error_type("why")
+    assert (error.retry_after_s is not None) == (error.status in (429, 503))
+
+
+def test_the_time_to_come_back_survives_a_process_border():
+    assert pickle.loads(pickle.dumps(Overloaded("why", None, 7))).retry_after_s == 7

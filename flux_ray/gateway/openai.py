@@ -17,6 +17,7 @@ from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.tiers import served_tier
+from flux_ray.gateway.urgency import deadline_of, key_of
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
 
@@ -51,7 +52,7 @@ class OpenAIImages:
         started_s = time.monotonic()
         check_content_type(request, JSON)
         fields = parse_json(await request.body())
-        return await self.generate(request.state.request_id, fields, (), started_s)
+        return await self.generate(request, fields, (), started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
@@ -61,11 +62,11 @@ class OpenAIImages:
             fields = parse_text(text_parts(form))
             files = image_parts(form, served_tier(fields.model, self.args))
             references = await read_references(files, self.args.limits)
-        return await self.generate(request.state.request_id, fields, references, started_s)
+        return await self.generate(request, fields, references, started_s)
 
     async def generate(
         self,
-        http_id: str,
+        http: Request,
         fields: ImageFields,
         references: tuple[Raster, ...],
         started_s: float,
@@ -73,8 +74,9 @@ class OpenAIImages:
         """The way from checked fields to the answer; the log joins the client's id with ours."""
         tier = served_tier(fields.model, self.args)
         request = request_for(fields, tier, self.args.limits, references)
+        http_id = http.state.request_id
         logger.info("request %s: image request %s on %s", http_id, request.request_id, tier.name)
-        result = await self.router.generate(request)
+        result = await self.router.generate(request, deadline_s=deadline_of(http), key=key_of(http))
         return answer_for(request, result, warnings_for(fields, tier), started_s)
 
 

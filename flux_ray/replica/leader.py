@@ -52,6 +52,7 @@ class Leader:
         self, args: TierArgs, text_encoder: DeploymentHandle[Any] | None = None
     ) -> None:
         """Serve awaits this: the replica is RUNNING once it has drawn a picture."""
+        self._args = args
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
         ranks = start_ranks(self.rank_class, args, placement_group)
@@ -76,6 +77,10 @@ class Leader:
         """The request's pictures."""
         with self._meter.count(request):
             return await self._loop.generate(request)
+
+    async def describe(self) -> TierArgs:
+        """How this replica is laid out: what a gateway needs to price its work."""
+        return self._args
 
     async def check_health(self) -> None:
         """Serve's question: do all ranks answer?"""

@@ -1,30 +1,13 @@
-"""A replica's metrics: the rows of flux_ray.metrics as Ray's counters and histograms."""
+"""What a replica counts."""
 
 import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from ray.serve import metrics
-
-from flux_ray.metrics import IMAGES, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS, Metric
+from flux_ray.meter import counter, histogram
+from flux_ray.metrics import IMAGES, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS
 from flux_ray.request import ImageRequest
-
-
-def counter(metric: Metric) -> metrics.Counter:
-    """Ray's counter for a row."""
-    # Ray's annotation says a tuple of one.
-    labels: Any = metric.labels
-    return metrics.Counter(metric.name, metric.description, tag_keys=labels)
-
-
-def histogram(metric: Metric) -> metrics.Histogram:
-    """Ray's histogram for a row."""
-    labels: Any = metric.labels
-    return metrics.Histogram(
-        metric.name, metric.description, boundaries=list(metric.buckets), tag_keys=labels
-    )
 
 
 class Meter:

@@ -1,6 +1,9 @@
 """The router's Ray hands: Serve handles of the tiers, and Ray's errors as ours."""
 
 import asyncio
+import contextvars
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -8,28 +11,41 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError, ReplicaFailed, TierUnavailable
 from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.readiness import Readiness
 
+logger = logging.getLogger("ray.serve")
+
 REPLICA_IS_GONE = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)
+AGAIN_S = 1.0
+LearnLayout = Callable[[str, TierArgs], None]
 
 
 class TierHandles:
-    """One Serve handle a tier, made when first needed. A tier's application bears its name."""
+    """One Serve handle a tier. A tier's application bears its name."""
 
-    def __init__(self, tiers: tuple[str, ...]) -> None:
+    def __init__(
+        self, tiers: tuple[str, ...], learn_layout: LearnLayout = lambda tier, args: None
+    ) -> None:
+        self._tiers = tiers
+        self._learn_layout = learn_layout
         self._readiness = Readiness(tiers)
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._meeting: dict[str, asyncio.Task[None]] = {}
 
-    async def generate(self, request: ImageRequest) -> ImageResult:
-        """One attempt on one replica of the request's tier."""
+    async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
+        """One attempt on the replica of the request's tier that it was granted."""
+        GRANTED[request.request_id] = replica
         try:
             return await self._attempt(request)
         except RayTaskError as error:
@@ -41,6 +57,21 @@ class TierHandles:
             raise ReplicaFailed(f"a replica of {request.tier} died") from error
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise TierUnavailable(f"{request.tier} cannot serve now", "model") from error
+        finally:
+            GRANTED.pop(request.request_id, None)
+
+    async def connect(self, tier: str) -> None:
+        """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""
+        await self._handle_for(tier)
+
+    def reachable(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the replicas that this process knows of, by tier. Never waits."""
+        for tier in set(self._tiers) - self._meeting.keys():
+            # Of no request: a client that leaves does not cancel it.
+            self._meeting[tier] = asyncio.get_running_loop().create_task(
+                self._meet(tier), context=contextvars.Context()
+            )
+        return {tier: REACHABLE[tier] for tier in self._tiers if tier in REACHABLE}
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that have a running replica."""
@@ -48,7 +79,7 @@ class TierHandles:
 
     async def _attempt(self, request: ImageRequest) -> ImageResult:
         handle = await self._handle_for(request.tier)
-        response = handle.generate.remote(request)
+        response = handle.remote(request)
         try:
             result: ImageResult = await response
         except asyncio.CancelledError:
@@ -62,7 +93,24 @@ class TierHandles:
         if tier not in self._handles:
             try:
                 # It blocks until the controller answers.
-                self._handles[tier] = await asyncio.to_thread(serve.get_app_handle, tier)
+                handle = await asyncio.to_thread(serve.get_app_handle, tier)
             except RayServeException as error:
                 raise TierUnavailable(f"{tier} is not deployed", "model") from error
+            # With options it learns of its replicas from now on, and not with its first request,
+            # which waits for the ledger to grant one of them.
+            self._handles[tier] = handle.options(method_name="generate")
         return self._handles[tier]
+
+    async def _meet(self, tier: str) -> None:
+        """Connect to a tier as soon as it is deployed, and hear how its replicas are laid out."""
+        while True:
+            try:
+                handle = await self._handle_for(tier)
+                # It waits for a replica.
+                args = await handle.options(method_name="describe").remote()
+            except (TierUnavailable, RayError, RayServeException) as error:
+                logger.info("%s cannot be asked yet: %s", tier, error)
+                await asyncio.sleep(AGAIN_S)
+                continue
+            self._learn_layout(tier, args)
+            return

@@ -16,7 +16,7 @@ from tests.cluster.groups import TIER, group_with
 from tests.cluster.random_klein import save_random_klein
 from tests.cluster.storm import PROMPT, Draw, storm
 
-LONG_JOB = {"size": "192x192", "steps": 20, "n": 2}
+LONG_JOB = {"size": "192x192", "steps": 30}
 KILLED_LIMIT_S, HUNG_LIMIT_S = 10, 15
 Replicas = Callable[[str], list[Replica]]
 
@@ -118,7 +118,7 @@ def test_a_broken_process_is_replaced_and_no_picture_is_lost(
     drawn = draw(PROMPT, model=TIER, seed=5, **LONG_JOB)
     small = draw(PROMPT, model=TIER, seed=1)
     in_flight = Client(draw, PROMPT, model=TIER, seed=5, **LONG_JOB)
-    in_flight.join(0.3)
+    in_flight.join(0.2)
     waiting = Client(draw, PROMPT, model=TIER, seed=1)
     assert in_flight.is_alive()
 

@@ -5,7 +5,6 @@ import pytest
 
 from flux_ray.config import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
-from flux_ray.router.router import Router
 
 PATH = "/v1/images/edits"
 PROMPT = {"prompt": "make the circle green"}
@@ -154,11 +153,9 @@ async def test_too_many_text_parts(client, picture):
 @pytest.mark.parametrize(
     ("name", "words"), [("prompt", "longer than 1000"), ("image", "file part"), ("size", "auto")]
 )
-async def test_an_over_long_text_part_is_named(handles, picture, name, words):
+async def test_an_over_long_text_part_is_named(router, picture, name, words):
     limits = Limits(max_prompt_chars=1000)
-    api = build_api(
-        Router(handles, request_timeout_s=5), GatewayArgs(tiers=("tiny",), limits=limits)
-    )
+    api = build_api(router, GatewayArgs(tiers=("tiny",), limits=limits))
     transport = httpx.ASGITransport(app=api)
     files = {"prompt": (None, "a ring")} | {"image": ("a", picture())}
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -7,7 +7,6 @@ import pytest
 
 from flux_ray.errors import ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
-from flux_ray.router.router import Router
 
 PATH = "/v1/images/generations"
 REQUEST = {"prompt": "a red circle"}
@@ -92,9 +91,9 @@ async def test_an_unusable_id_is_replaced(client, sent):
 
 
 @pytest.mark.parametrize("failures", [[], [RuntimeError("ours")]])
-async def test_behind_a_proxy_the_id_is_the_proxys_to_send(handles, gateway_args, failures):
+async def test_behind_a_proxy_the_id_is_the_proxys_to_send(handles, router, gateway_args, failures):
     handles.failures = failures
-    api = build_api(Router(handles, request_timeout_s=5), gateway_args, proxy_sends_id=True)
+    api = build_api(router, gateway_args, proxy_sends_id=True)
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         answer = await client.post(PATH, json=REQUEST, headers={"x-request-id": "abc"})

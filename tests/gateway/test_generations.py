@@ -266,8 +266,8 @@ def test_too_many_pixels_are_named_by_what_was_sent(fields):
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
     draw = handles.generate
 
-    async def draw_and_warn(request):
-        return replace(await draw(request), warnings=("the prompt was cut",))
+    async def draw_and_warn(request, replica):
+        return replace(await draw(request, replica), warnings=("the prompt was cut",))
 
     monkeypatch.setattr(handles, "generate", draw_and_warn)
     answer = await client.post(PATH, json={"prompt": PROMPT, "guidance": 2})

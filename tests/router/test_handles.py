@@ -8,10 +8,14 @@ from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from flux_ray.config import TierArgs
 from flux_ray.errors import BadReference, ReplicaFailed, TierUnavailable
 from flux_ray.request import ImageRequest
+from flux_ray.router import handles as handles_module
 from flux_ray.router.handles import TierHandles
+from flux_ray.router.handover import GRANTED, REACHABLE
 
+ARGS = TierArgs(tier="tiny")
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
 
@@ -27,13 +31,32 @@ class FakeServe:
     def __init__(self):
         self.value = None
         self.handles_made = 0
+        self.granted = []
         self.cancelled = 0
 
     def get_app_handle(self, tier):
         self.handles_made += 1
         if tier != "tiny":
             raise RayServeException(f"Application '{tier}' does not exist.")
-        return SimpleNamespace(generate=SimpleNamespace(remote=lambda request: Response(self)))
+        return Handle(self)
+
+
+class Handle:
+    """Of a method, as `options` gives it."""
+
+    def __init__(self, fake, method_name=None):
+        self.fake = fake
+        self.method_name = method_name
+
+    def options(self, *, method_name):
+        return Handle(self.fake, method_name)
+
+    def remote(self, *args):
+        if self.method_name == "describe":
+            return Response(SimpleNamespace(value=ARGS))
+        assert self.method_name == "generate"
+        self.fake.granted.append(GRANTED.get(args[0].request_id))
+        return Response(self.fake)
 
 
 class Response:
@@ -67,14 +90,51 @@ def answer(monkeypatch):
 async def test_a_handle_is_made_once(answer):
     answer.value = "result"
     handles = TierHandles(("tiny",))
-    assert [await handles.generate(REQUEST) for _ in range(3)] == ["result"] * 3
+    assert [await handles.generate(REQUEST, "replica") for _ in range(3)] == ["result"] * 3
     assert answer.handles_made == 1
+
+
+async def test_serve_is_told_whose_turn_it_is_while_it_chooses(answer):
+    await TierHandles(("tiny",)).generate(REQUEST, "replica 3")
+    assert answer.granted == ["replica 3"]
+    assert REQUEST.request_id not in GRANTED
+
+
+async def test_a_tier_is_met_without_a_request(answer):
+    """Its replicas are to be known, and their layout, before the first one comes."""
+    layouts = {}
+    handles = TierHandles(("tiny",), layouts.__setitem__)
+    assert handles.reachable() == {}, "nobody waits for that"
+    await asyncio.sleep(0.05)
+    handles.reachable()
+    assert (answer.handles_made, layouts) == (1, {"tiny": ARGS})
+
+
+async def test_a_tier_that_comes_later_is_met_then(answer, monkeypatch):
+    monkeypatch.setattr(handles_module, "AGAIN_S", 0.01)
+    layouts = {}
+    handles = TierHandles(("flux-2-klein-4b",), layouts.__setitem__)
+    handles.reachable()
+    await asyncio.sleep(0.05)
+    assert layouts == {}
+    monkeypatch.setattr(serve, "get_app_handle", lambda tier: Handle(answer))
+    await asyncio.sleep(0.05)
+    assert layouts == {"flux-2-klein-4b": ARGS}
+
+
+async def test_the_replicas_that_serve_has_told_of_are_reachable(answer, monkeypatch):
+    handles = TierHandles(("tiny",))
+    monkeypatch.setitem(REACHABLE, "tiny", ("a", "b"))
+    monkeypatch.setitem(REACHABLE, "other", ("c",))
+    assert handles.reachable() == {"tiny": ("a", "b")}
 
 
 async def test_a_tier_that_is_not_deployed(answer):
     request = ImageRequest("id", "flux-2-klein-4b", "a ring", 128, 128, 4, 1.0, seed=7)
     with pytest.raises(TierUnavailable, match="flux-2-klein-4b is not deployed"):
-        await TierHandles(("flux-2-klein-4b",)).generate(request)
+        await TierHandles(("flux-2-klein-4b",)).connect("flux-2-klein-4b")
+    with pytest.raises(TierUnavailable, match="flux-2-klein-4b is not deployed"):
+        await TierHandles(("flux-2-klein-4b",)).generate(request, "replica")
 
 
 @pytest.mark.parametrize(
@@ -90,21 +150,21 @@ async def test_a_tier_that_is_not_deployed(answer):
 async def test_rays_errors(answer, raised, expected):
     answer.value = raised
     with pytest.raises(expected):
-        await TierHandles(("tiny",)).generate(REQUEST)
+        await TierHandles(("tiny",)).generate(REQUEST, "replica")
 
 
 async def test_our_errors_come_out_of_rays_wrapping(answer):
     cause = BadReference("no picture", "image")
     answer.value = task_error(cause)
     with pytest.raises(BadReference) as caught:
-        await TierHandles(("tiny",)).generate(REQUEST)
+        await TierHandles(("tiny",)).generate(REQUEST, "replica")
     assert caught.value is cause
 
 
 async def test_other_errors_of_a_replica_stay_what_they_are(answer):
     answer.value = task_error(KeyError("bug"))
     with pytest.raises(KeyError):
-        await TierHandles(("tiny",)).generate(REQUEST)
+        await TierHandles(("tiny",)).generate(REQUEST, "replica")
 
 
 async def test_an_attempt_that_is_given_up_is_called_off(answer):
@@ -112,5 +172,5 @@ async def test_an_attempt_that_is_given_up_is_called_off(answer):
     answer.value = asyncio.Event()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await TierHandles(("tiny",)).generate(REQUEST)
+            await TierHandles(("tiny",)).generate(REQUEST, "replica")
     assert answer.cancelled == 1

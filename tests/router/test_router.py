@@ -1,44 +1,110 @@
-"""One retry when a replica dies, with the same request; none for anything else; a deadline."""
+"""Every request has its turn, and one retry when a replica dies; none for anything else."""
 
 import asyncio
 
 import pytest
 
-from flux_ray.errors import BadRequest, DeadlinePassed, ReplicaFailed, TierUnavailable
+from flux_ray.errors import (
+    BadRequest,
+    DeadlinePassed,
+    Overloaded,
+    ReplicaFailed,
+    TierUnavailable,
+)
 from flux_ray.request import ImageRequest
+from flux_ray.router.cost import Layout
+from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
 
-async def test_result_comes_back(handles):
-    result = await Router(handles, request_timeout_s=5).generate(REQUEST)
+async def test_result_comes_back_from_the_replica_whose_turn_it_was(router, handles, turns):
+    result = await router.generate(REQUEST)
     assert [image.seed for image in result.images] == [7]
-    assert handles.requests == [REQUEST]
+    assert (handles.requests, handles.replicas) == ([REQUEST], ["replica 1"])
+    assert turns.ended == ["id-1"]
 
 
-async def test_a_dead_replica_is_tried_once_more_with_the_same_request(handles):
+async def test_the_offer_says_price_deadline_and_key(router, turns):
+    await router.generate(REQUEST, deadline_s=2.5, key="someone")
+    (offer,) = turns.offers
+    assert (offer.tier, offer.deadline_in_s, offer.key) == ("tiny", 2.5, "someone")
+    fresh = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
+
+
+async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
+    await router.generate(REQUEST, deadline_s=1000)
+    await router.generate(REQUEST)
+    assert [offer.deadline_in_s for offer in turns.offers] == [5, 5]
+
+
+async def test_what_it_took_corrects_the_price(router, turns):
+    """The fakes take 9 ms for what was priced at more."""
+    for _ in range(3):
+        await router.generate(REQUEST)
+    await router.generate(REQUEST)
+    assert turns.offers[-1].cost_s == pytest.approx(0.009)
+    assert turns.offers[0].cost_s != pytest.approx(0.009, rel=0.1)
+
+
+async def test_prices_and_what_came_of_them_are_counted(router, turns, bill):
+    await router.generate(REQUEST)
+    turns.refusals = [Overloaded("too late")]
+    with pytest.raises(Overloaded):
+        await router.generate(REQUEST)
+    names = [name for name, _ in bill.entries]
+    assert names == ["priced", "measured", "measured", "measured", "refused"]
+    assert bill.entries[0][1] == pytest.approx(turns.offers[0].cost_s)
+    assert bill.entries[1:4] == [
+        ("measured", pytest.approx(seconds)) for seconds in (0.002, 0.003 / 4, 0.004)
+    ]
+
+
+async def test_a_refusal_reaches_the_caller_and_no_replica(router, handles, turns):
+    turns.refusals = [Overloaded("too late", None, 7)]
+    with pytest.raises(Overloaded) as caught:
+        await router.generate(REQUEST)
+    assert caught.value.retry_after_s == 7
+    assert handles.requests == []
+
+
+async def test_a_tier_that_is_not_deployed_is_told_at_once(router, handles, turns, monkeypatch):
+    async def refuse(tier):
+        raise TierUnavailable(f"{tier} is not deployed", "model")
+
+    monkeypatch.setattr(handles, "connect", refuse)
+    with pytest.raises(TierUnavailable, match="tiny is not deployed"):
+        await router.generate(REQUEST)
+    assert turns.offers == [], "it would wait for ever"
+
+
+async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, handles, turns):
     handles.failures = [ReplicaFailed("died")]
-    await Router(handles, request_timeout_s=5).generate(REQUEST)
+    await router.generate(REQUEST, deadline_s=0.5)
     assert handles.requests == [REQUEST, REQUEST]
+    assert turns.ended == ["id-1", "id-2"], "as two turns"
+    assert turns.offers[1].deadline_in_s == 5, "it is not refused for what was not its fault"
 
 
-async def test_a_second_death_reaches_the_caller(handles):
+async def test_a_second_death_reaches_the_caller(router, handles):
     handles.failures = [ReplicaFailed("died"), ReplicaFailed("died again")]
     with pytest.raises(ReplicaFailed, match="died again"):
-        await Router(handles, request_timeout_s=5).generate(REQUEST)
+        await router.generate(REQUEST)
     assert len(handles.requests) == 2
 
 
 @pytest.mark.parametrize(
     "failure", [TierUnavailable("down"), BadRequest("bad"), RuntimeError(), TimeoutError("theirs")]
 )
-async def test_other_failures_are_not_tried_again(handles, failure):
+async def test_other_failures_are_not_tried_again(router, handles, turns, failure):
     handles.failures = [failure]
     with pytest.raises(type(failure)) as caught:
-        await Router(handles, request_timeout_s=5).generate(REQUEST)
+        await router.generate(REQUEST)
     assert caught.value is failure
     assert len(handles.requests) == 1
+    assert turns.ended == ["id-1"]
 
 
 class SlowHandles:
@@ -47,7 +113,10 @@ class SlowHandles:
     def __init__(self):
         self.was_cancelled = False
 
-    async def generate(self, request):
+    async def connect(self, tier):
+        pass
+
+    async def generate(self, request, replica):
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -55,22 +124,26 @@ class SlowHandles:
             raise
 
 
-async def test_the_deadline_cancels_the_attempt():
+async def test_the_deadline_cancels_the_attempt(turns, router):
     handles = SlowHandles()
     with pytest.raises(DeadlinePassed, match=r"0\.01 seconds"):
-        await Router(handles, request_timeout_s=0.01).generate(REQUEST)
+        await Router(handles, turns, router.prices, router.bill, request_timeout_s=0.01).generate(
+            REQUEST
+        )
     assert handles.was_cancelled
+    assert turns.ended == ["id-1"]
 
 
-async def test_a_client_that_leaves_cancels_the_attempt():
-    handles = SlowHandles()
-    task = asyncio.create_task(Router(handles, request_timeout_s=5).generate(REQUEST))
+async def test_a_client_that_leaves_cancels_the_attempt(turns, router):
+    router.handles = handles = SlowHandles()
+    task = asyncio.create_task(router.generate(REQUEST))
     await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert handles.was_cancelled
+    assert turns.ended == ["id-1"]
 
 
-async def test_ready_tiers_are_the_handles(handles):
-    assert await Router(handles, request_timeout_s=5).ready_tiers() == ("tiny",)
+async def test_ready_tiers_are_the_handles(router):
+    assert await router.ready_tiers() == ("tiny",)

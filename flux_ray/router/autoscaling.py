@@ -1,0 +1,80 @@
+"""Serve's autoscaling policy of a tier: the ledger's GPU seconds, through the scaler."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from flux_ray.router.ledger import Demand
+from flux_ray.router.ledger_actor import RemoteLedger
+from flux_ray.router.scaling import LastGoodTarget, Scaler, ScalingRules
+from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.turns import LedgerLost
+
+logger = logging.getLogger("ray.serve")
+
+POLL_S = 0.5
+# What the ledger said so long ago counts for nothing: the target then stays as it is.
+MAX_AGE_S = 10.0
+
+
+class LedgerPolicy:
+    """One for each tier, in Serve's controller, which calls it ten times a second.
+
+    It answers from what it heard last: the controller must not wait for anybody.
+    """
+
+    def __init__(self, tier: str, rules: dict[str, Any]) -> None:
+        self._tier = tier
+        self._scaler = LastGoodTarget(Scaler(ScalingRules(**rules)))
+        self._ledger = RemoteLedger()
+        self._demand: Demand | None = None
+        self._counted_s = 0.0
+        self._heard_at = self._asked_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas wanted, for Serve to reach."""
+        now = time.monotonic()
+        try:
+            self._ask(now)
+            return self._scaler.replicas(self._state(context, now)), {}
+        except Exception:
+            # One policy that raises keeps Serve from deploying any application.
+            logger.exception("the scaling of %s failed", self._tier)
+            return context.target_num_replicas, {}
+
+    def _ask(self, now: float) -> None:
+        is_asking = self._asking is not None and not self._asking.done()
+        if not is_asking and now - self._asked_at > POLL_S:
+            self._asked_at = now
+            self._asking = asyncio.get_running_loop().create_task(self._hear())
+
+    async def _hear(self) -> None:
+        try:
+            self._demand = await self._ledger.demand(self._tier)
+            self._heard_at = time.monotonic()
+        except LedgerLost as error:
+            logger.warning("the scaling of %s keeps its target: %s", self._tier, error)
+
+    def _state(self, context: AutoscalingContext, now: float) -> ScalingState:
+        demand = self._demand if now - self._heard_at < MAX_AGE_S else None
+        current, target = context.current_num_replicas, context.target_num_replicas
+        return ScalingState(
+            now=now,
+            current=min(current, target),
+            starting=max(0, target - current),
+            waiting_s=None if demand is None else demand.waiting_s,
+            running_s=0.0 if demand is None else demand.running_s,
+            arrived_s=0.0 if demand is None else self._new_work_s(demand.arrived_s),
+            min_replicas=context.capacity_adjusted_min_replicas,
+            max_replicas=context.capacity_adjusted_max_replicas,
+        )
+
+    def _new_work_s(self, total_s: float) -> float:
+        """Since the last call; a ledger that was lost counts from zero again."""
+        new_s = total_s - self._counted_s if total_s >= self._counted_s else total_s
+        self._counted_s = total_s
+        return new_s

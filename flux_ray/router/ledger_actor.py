@@ -1,0 +1,141 @@
+"""The ledger's Ray hands: the named actor that keeps it, and the gateways' line to it."""
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from flux_ray.router.calibration import Snapshot, merged
+from flux_ray.router.ledger import Decision, Demand, Ledger, Statement
+from flux_ray.router.queue import TierQueue
+from flux_ray.router.turns import LedgerLost
+
+NAME = "flux-ray-ledger"
+NAMESPACE = "flux-ray"
+LISTEN_S = 5.0
+TICK_S = 0.5
+ANSWER_S = 5.0
+
+
+class Mailbox:
+    """Decisions for one gateway, kept until it says that it has heard them."""
+
+    def __init__(self) -> None:
+        self._first = 1
+        self._decisions: list[Decision] = []
+        self._filled = asyncio.Event()
+
+    def put(self, decisions: list[Decision]) -> None:
+        """Add them, and wake whoever listens."""
+        self._decisions += decisions
+        self._filled.set()
+
+    async def after(self, heard: int) -> tuple[int, list[Decision]]:
+        """The last decision's number, and those after number `heard`; waits if there is none."""
+        del self._decisions[: max(0, heard + 1 - self._first)]
+        self._first = max(self._first, heard + 1)
+        if not self._decisions:
+            self._filled.clear()
+            try:
+                await asyncio.wait_for(self._filled.wait(), LISTEN_S)
+            except TimeoutError:
+                return heard, []
+        return self._first + len(self._decisions) - 1, list(self._decisions)
+
+
+class LedgerActor:
+    """One for the cluster. What it loses by dying, the gateways tell it again."""
+
+    def __init__(self) -> None:
+        self._ledger = Ledger(TierQueue)
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._prices: Snapshot = ()
+        self._spoken = asyncio.Event()
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+        """Write down a gateway's statement; the tickets that it has to offer again."""
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        unknown = self._ledger.hear(gateway, statement, time.monotonic())
+        self._deliver()
+        self._spoken.set()
+        return unknown
+
+    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+        """A gateway waits here for what is decided about its tickets."""
+        return await self._mailboxes.setdefault(gateway, Mailbox()).after(heard)
+
+    async def demand(self, tier: str) -> Demand:
+        """For the policies that scale a tier."""
+        return self._ledger.demand(tier, time.monotonic())
+
+    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
+        """Merge what a gateway learned; what all of them did."""
+        self._prices = merged(self._prices, snapshot)
+        return self._prices
+
+    async def _tick(self) -> None:
+        while True:
+            wait_s = min(TICK_S, max(0.001, self._ledger.wake_at() - time.monotonic()))
+            self._spoken.clear()
+            try:
+                await asyncio.wait_for(self._spoken.wait(), wait_s)
+            except TimeoutError:
+                for gateway in self._ledger.forget_silent(time.monotonic()):
+                    self._mailboxes.pop(gateway, None)
+                self._deliver()
+
+    def _deliver(self) -> None:
+        for gateway, decisions in self._ledger.decide(time.monotonic()).items():
+            self._mailboxes.setdefault(gateway, Mailbox()).put(decisions)
+
+
+class RemoteLedger:
+    """The line to the ledger, which is started by whoever needs it first."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+        """Make a statement."""
+        unknown: tuple[str, ...] = await self._call(ANSWER_S, "say", gateway, statement)
+        return unknown
+
+    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+        """Wait for decisions."""
+        news: tuple[int, list[Decision]] = await self._call(
+            LISTEN_S + ANSWER_S, "listen", gateway, heard
+        )
+        return news
+
+    async def demand(self, tier: str) -> Demand:
+        """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
+        demand: Demand = await self._call(ANSWER_S, "demand", tier)
+        return demand
+
+    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
+        """Tell it what was learned here; what all gateways did."""
+        known: Snapshot = await self._call(ANSWER_S, "share_prices", snapshot)
+        return known
+
+    async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
+        try:
+            if self._actor is None:
+                # Both block until Ray's head answers.
+                self._actor = await asyncio.to_thread(start_ledger)
+            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), timeout_s)
+        except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
+            self._actor = None
+            raise LedgerLost(f"{method}: {error}") from error
+
+
+def start_ledger() -> Any:
+    """The ledger's handle, after starting it where it is not there. Blocks."""
+    remote: Any = ray.remote
+    actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
+    return actor.options(
+        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+    ).remote()

@@ -1,0 +1,173 @@
+"""A gateway's side of the ledger: it asks for turns, hears when they come, and tells what ended."""
+
+import asyncio
+import contextvars
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from flux_ray.errors import Overloaded
+from flux_ray.router.ledger import Decision, Offer, Statement
+
+logger = logging.getLogger("ray.serve")
+
+BEAT_S = 0.5
+# Ray starts a lost ledger anew within a second or two.
+AGAIN_S = 0.2
+
+Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
+
+
+def tell_of_end(task: "asyncio.Task[None]") -> None:
+    """A mistake of ours, that somebody has to hear of."""
+    if not task.cancelled():
+        logger.error("this gateway talks to the ledger no more", exc_info=task.exception())
+
+
+class LedgerLost(Exception):
+    """The ledger did not answer; what it was told may be lost."""
+
+
+class Line(Protocol):
+    """The way to the ledger. Both raise LedgerLost."""
+
+    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+        """Make a statement; the known tickets that the ledger lacks."""
+
+    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+        """Decisions after number `heard`, and the number of the last; none after a while."""
+
+
+@dataclass
+class Turn:
+    """A request of this gateway, from its arrival to its end."""
+
+    offer: Offer
+    asked_at: float
+    granted: "asyncio.Future[str]"
+    replica: str | None = None
+    began_at: float = math.inf
+
+    def offer_at(self, now: float) -> Offer:
+        """The offer for a ledger that has never heard of it, or has been lost."""
+        deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
+        if self.replica is None:
+            return replace(self.offer, deadline_in_s=deadline_in_s)
+        left_s = max(0.0, self.offer.cost_s - (now - self.began_at))
+        return replace(self.offer, deadline_in_s=deadline_in_s, cost_s=left_s, runs_on=self.replica)
+
+
+class Turns:
+    """All requests of this gateway that wait for a turn or have one.
+
+    Two tasks of its own talk to the ledger, in an empty context: Ray would cancel what they have
+    in flight with the request that they were started by.
+    """
+
+    def __init__(self, line: Line, reachable: Reachable, gateway: str) -> None:
+        self._line = line
+        self._reachable = reachable
+        self._gateway = gateway
+        self._turns: dict[str, Turn] = {}
+        self._new: list[Turn] = []
+        self._ended: list[str] = []
+        self._news = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def take(self, offer: Offer) -> str:
+        """The replica whose turn it is, as soon as it is. Overloaded if the ledger refuses.
+
+        Cancelling gives the turn back. Else `end` has to be called once.
+        """
+        self._start()
+        loop = asyncio.get_running_loop()
+        turn = Turn(offer, time.monotonic(), loop.create_future())
+        self._turns[offer.ticket_id] = turn
+        self._new.append(turn)
+        self._news.set()
+        try:
+            return await turn.granted
+        except BaseException:
+            self.end(offer.ticket_id)
+            raise
+
+    def end(self, ticket_id: str) -> None:
+        """The turn is over, however it ended."""
+        if self._turns.pop(ticket_id, None) is not None:
+            self._ended.append(ticket_id)
+            self._news.set()
+
+    def stop(self) -> None:
+        """Talk to the ledger no more."""
+        for task in self._tasks.values():
+            task.cancel()
+
+    def _start(self) -> None:
+        """Also again, after a mistake of ours: without them every request would wait in vain."""
+        loop = asyncio.get_running_loop()
+        for name, talk in (("speak", self._speak), ("listen", self._listen)):
+            if name not in self._tasks or self._tasks[name].done():
+                task = loop.create_task(talk(), context=contextvars.Context())
+                task.add_done_callback(tell_of_end)
+                self._tasks[name] = task
+
+    async def _speak(self) -> None:
+        is_heard = True
+        while True:
+            is_beat = not is_heard or await self._wait_for_news()
+            statement = self._statement(tell_all=is_beat)
+            try:
+                unknown = await self._line.say(self._gateway, statement)
+            except LedgerLost as error:
+                logger.warning("the ledger did not hear: %s", error)
+                is_heard = False
+                await asyncio.sleep(AGAIN_S)
+                continue
+            is_heard = True
+            lost = [self._turns[ticket_id] for ticket_id in unknown if ticket_id in self._turns]
+            if lost:
+                self._new += lost
+                self._news.set()
+
+    async def _wait_for_news(self) -> bool:
+        """Whether there were none for a beat."""
+        try:
+            await asyncio.wait_for(self._news.wait(), BEAT_S)
+        except TimeoutError:
+            return True
+        return False
+
+    def _statement(self, *, tell_all: bool) -> Statement:
+        self._news.clear()
+        now = time.monotonic()
+        # A client that has left cancelled what it waited for.
+        offers = tuple(turn.offer_at(now) for turn in self._new if not turn.granted.cancelled())
+        ended, self._new, self._ended = tuple(self._ended), [], []
+        known = frozenset(self._turns) if tell_all else None
+        return Statement(offers, ended, self._reachable(), known)
+
+    async def _listen(self) -> None:
+        heard = 0
+        while True:
+            try:
+                heard, decisions = await self._line.listen(self._gateway, heard)
+            except LedgerLost:
+                heard = 0
+                await asyncio.sleep(AGAIN_S)
+                continue
+            for decision in decisions:
+                self._hear(decision)
+
+    def _hear(self, decision: Decision) -> None:
+        turn = self._turns.get(decision.ticket_id)
+        if turn is None or turn.granted.done():
+            return
+        if decision.replica is not None:
+            turn.replica, turn.began_at = decision.replica, time.monotonic()
+            turn.granted.set_result(decision.replica)
+        elif decision.refusal is not None:
+            retry_after_s = max(1, math.ceil(min(decision.refusal.retry_after_s, 3600)))
+            turn.granted.set_exception(Overloaded(decision.refusal.reason, None, retry_after_s))

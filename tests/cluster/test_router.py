@@ -1,0 +1,152 @@
+"""Turns, deadlines and scaling by the ledger, on a real Serve."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.conftest import Replica, deploy, wait_until
+from tests.cluster.groups import TIER, group_with
+from tests.cluster.storm import PROMPT, Draw
+
+LONG = {"size": "192x192", "steps": 20, "n": 4}
+RECOVERY_S = 10
+Replicas = Callable[[str], list[Replica]]
+
+
+def ask(address: str, deadline_s: float, **fields: object) -> httpx.Response:
+    return httpx.post(
+        f"{address}/v1/images/generations",
+        json={"model": "tiny", "prompt": PROMPT, **fields},
+        headers={"x-flux-deadline-s": f"{deadline_s}"},
+        timeout=60,
+    )
+
+
+def demand(tier: str) -> tuple[float, float]:
+    """GPU seconds that the ledger has waiting and running."""
+    import ray
+
+    from flux_ray.router.ledger_actor import start_ledger
+
+    waiting_s, running_s, _ = ray.get(start_ledger().demand.remote(tier), timeout=10)
+    return waiting_s, running_s
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once(address: str, draw: Draw) -> None:
+    draw(PROMPT, **LONG)
+    began = time.monotonic()
+    answer = ask(address, 0.05, **LONG)
+    assert time.monotonic() - began < 1
+    assert answer.status_code == 429, answer.text
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert ask(address, 30).status_code == 200
+
+
+def test_what_would_wait_too_long_is_refused_until_it_would_not(address: str, draw: Draw) -> None:
+    """`Retry-After` is honest: by then the same request is taken."""
+    for _ in range(3):
+        draw(PROMPT, **LONG)
+    others = [threading.Thread(target=draw, args=(PROMPT,), kwargs=LONG) for _ in range(3)]
+    for other in others:
+        other.start()
+    time.sleep(0.3)
+    refused = ask(address, 1.0)
+    assert refused.status_code == 429, "three times some seconds are before it"
+    time.sleep(int(refused.headers["retry-after"]))
+    assert ask(address, 1.0).status_code == 200
+    for other in others:
+        other.join()
+
+
+def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw) -> None:
+    import ray
+
+    from flux_ray.router.ledger_actor import start_ledger
+
+    expected = draw(PROMPT, seed=3, **LONG)
+    answers: list[list[bytes]] = []
+
+    def keep_drawing() -> None:
+        answers.append(draw(PROMPT, seed=3, **LONG))
+
+    clients = [threading.Thread(target=keep_drawing) for _ in range(3)]
+    for client in clients:
+        client.start()
+    time.sleep(0.5)
+    ray.kill(start_ledger(), no_restart=False)
+    for client in clients:
+        client.join(60)
+    assert answers == [expected] * 3
+    wait_until(lambda: demand("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
+
+
+@pytest.mark.parametrize("how", ["left", "killed"])
+def test_no_phantom_work_stays_behind(
+    address: str, draw: Draw, replicas: Replicas, how: str
+) -> None:
+    """Clients that leave, and a gateway that dies with all it had."""
+    clients = [
+        threading.Thread(target=httpx_quietly, args=(address, how == "left")) for _ in range(4)
+    ]
+    for client in clients:
+        client.start()
+    wait_until(lambda: sum(demand("tiny")) > 0, timeout_s=5, what="work in the ledger")
+    if how == "killed":
+        (gateway,) = replicas("gateway")
+        gateway.leader.kill()
+    for client in clients:
+        client.join(60)
+    wait_until(lambda: demand("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
+    wait_until(lambda: serves(address), timeout_s=60, what="a gateway that serves")
+    assert draw(PROMPT)
+
+
+def httpx_quietly(address: str, leaves: bool) -> None:
+    """A request whose answer, if any, does not matter."""
+    with contextlib.suppress(httpx.TransportError):
+        httpx.post(
+            f"{address}/v1/images/generations",
+            json={"model": "tiny", "prompt": PROMPT, **LONG},
+            timeout=0.7 if leaves else 30,
+        )
+
+
+def serves(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(
+    config: dict[str, Any], draw: Draw, replicas: Replicas
+) -> None:
+    """The first request waits for a replica, and many for a second one; none is lost."""
+    scaling = {
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "target_wait_s": 0.5,
+        "cold_start_s": 1,
+        "idle_s": 4,
+    }
+    with group_with(config, deploy, parallel={"tensor": 1}, autoscaling=scaling):
+        wait_until(lambda: not replicas(TIER), timeout_s=60, what="no replica when nobody asks")
+        assert len(draw(PROMPT, model=TIER, seed=1)) == 1
+        answers: list[int] = []
+        clients = [
+            threading.Thread(target=lambda: answers.append(len(draw(PROMPT, model=TIER, **LONG))))
+            for _ in range(10)
+        ]
+        for client in clients:
+            client.start()
+        wait_until(lambda: len(replicas(TIER)) == 2, timeout_s=60, what="a second replica")
+        for client in clients:
+            client.join(60)
+        assert answers == [4] * 10
+        wait_until(lambda: not replicas(TIER), timeout_s=60, what="none again")

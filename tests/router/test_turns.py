@@ -1,0 +1,146 @@
+"""A gateway's side of the ledger, over a real ledger that can be lost with all it knows."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from flux_ray.errors import Overloaded
+from flux_ray.router import turns as turns_module
+from flux_ray.router.ledger import Decision, Ledger, Offer, Statement
+from flux_ray.router.queue import TierQueue
+from flux_ray.router.turns import LedgerLost, Turns
+
+
+class FakeLine:
+    """A ledger in this process. `lose` forgets all it knows, and what was not heard yet."""
+
+    def __init__(self) -> None:
+        self.lose()
+        self.is_down = False
+
+    def lose(self) -> None:
+        self.ledger = Ledger(TierQueue)
+        self.decided: list[Decision] = []
+
+    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+        if self.is_down:
+            raise LedgerLost
+        unknown = self.ledger.hear(gateway, statement, time.monotonic())
+        self.decided += self.ledger.decide(time.monotonic()).get(gateway, [])
+        return unknown
+
+    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+        await asyncio.sleep(0.001)
+        if self.is_down:
+            raise LedgerLost
+        decided, self.decided = self.decided, []
+        return heard + len(decided), decided
+
+    def running_s(self) -> float:
+        return self.ledger.demand("tiny", time.monotonic()).running_s
+
+
+@pytest.fixture
+def line() -> FakeLine:
+    return FakeLine()
+
+
+@pytest.fixture
+async def turns(line: FakeLine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Turns]:
+    """Of a gateway that reaches one replica, `a`."""
+    monkeypatch.setattr(turns_module, "BEAT_S", 0.01)
+    monkeypatch.setattr(turns_module, "AGAIN_S", 0.01)
+    turns = Turns(line, lambda: {"tiny": ("a",)}, "g")
+    yield turns
+    turns.stop()
+
+
+def offer(ticket_id: str, cost_s: float = 10.0, deadline_in_s: float = 60.0) -> Offer:
+    return Offer(ticket_id, "tiny", cost_s, deadline_in_s)
+
+
+async def within(awaitable, seconds: float = 2.0):
+    async with asyncio.timeout(seconds):
+        return await awaitable
+
+
+async def test_one_after_the_other(turns: Turns) -> None:
+    assert await within(turns.take(offer("x"))) == "a"
+    second = asyncio.create_task(turns.take(offer("y")))
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    turns.end("x")
+    assert await within(second) == "a"
+
+
+async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: Turns) -> None:
+    await within(turns.take(offer("x")))
+    with pytest.raises(Overloaded) as caught:
+        await within(turns.take(offer("y", cost_s=5, deadline_in_s=6)))
+    assert caught.value.retry_after_s in (9, 10)
+
+
+async def test_a_client_that_leaves_gives_its_place_back(turns: Turns, line: FakeLine) -> None:
+    await within(turns.take(offer("x")))
+    leaver = asyncio.create_task(turns.take(offer("y")))
+    await asyncio.sleep(0.03)
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    third = asyncio.create_task(turns.take(offer("z")))
+    turns.end("x")
+    assert await within(third) == "a"
+    turns.end("z")
+    await asyncio.sleep(0.05)
+    assert line.ledger.demand("tiny", time.monotonic())[:2] == (0.0, 0.0)
+
+
+async def test_a_client_that_leaves_at_once_disturbs_nobody(turns: Turns) -> None:
+    """It is gone before the ledger has heard of it."""
+    leaver = asyncio.create_task(turns.take(offer("x")))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    assert await within(turns.take(offer("y"))) == "a"
+
+
+async def test_a_lost_ledger_is_told_everything_again(turns: Turns, line: FakeLine) -> None:
+    """What runs is not granted twice; what waits gets its turn."""
+    await within(turns.take(offer("x")))
+    second = asyncio.create_task(turns.take(offer("y")))
+    await asyncio.sleep(0.03)
+    line.lose()
+    await asyncio.sleep(0.1)
+    assert not second.done()
+    assert line.running_s() == pytest.approx(10, abs=0.5)
+    turns.end("x")
+    assert await within(second) == "a"
+
+
+async def test_a_grant_that_was_lost_is_made_good(turns: Turns, line: FakeLine) -> None:
+    """The ledger went down after it had granted, before anybody heard of it."""
+    line.is_down = True
+    first = asyncio.create_task(turns.take(offer("x")))
+    await asyncio.sleep(0.03)
+    line.is_down = False
+    assert await within(first) == "a"
+
+
+async def test_while_the_ledger_is_away_requests_wait(turns: Turns, line: FakeLine) -> None:
+    await within(turns.take(offer("x")))
+    turns.end("x")
+    line.is_down = True
+    waiting = asyncio.create_task(turns.take(offer("y")))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    line.is_down = False
+    assert await within(waiting) == "a"
+
+
+async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: FakeLine) -> None:
+    turns.end("never")
+    assert await within(turns.take(offer("x"))) == "a"
+    turns.end("x")
+    turns.end("x")
+    await asyncio.sleep(0.05)
+    assert line.running_s() == 0
