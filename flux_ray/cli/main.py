@@ -1,4 +1,4 @@
-"""`flux-ray`: ask a running cluster for pictures, or plan one."""
+"""`flux-ray`: ask a running cluster for pictures, or plan and simulate one."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +11,11 @@ from flux_ray import __version__
 from flux_ray.cli.client import call
 from flux_ray.cli.pictures import output_format_for, paths_for, save
 from flux_ray.cli.plan import plan
+from flux_ray.cli.simulate import simulate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(plan)
+app.command()(simulate)
 
 Url = Annotated[str, typer.Option(help="The gateway's address.")]
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -1,0 +1,131 @@
+"""One line of a trace: a request's arrival, shape and deadline as a JSON object."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flux_ray.catalog import tier_for
+from flux_ray.errors import UnknownTier
+from flux_ray.request import ImageRequest
+
+NUMBERS = ("at_s", "deadline_s")
+# Of the integers: the least that makes sense.
+LEAST = {"width": 1, "height": 1, "steps": 1, "references": 0, "images": 1}
+KEYS = frozenset({*NUMBERS, *LEAST, "tier", "key"})
+
+
+class BadTrace(ValueError):
+    """A line of a trace says nonsense; the message names the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedRequest:
+    """What of a request decides its cost, and when it came.
+
+    `at_s`: seconds since the trace began. `deadline_s`: seconds after that; None is the tier's own.
+    `key`: who asked, for fairness; any text that tells callers apart.
+    """
+
+    at_s: float
+    tier: str
+    width: int
+    height: int
+    steps: int
+    references: int = 0
+    images: int = 1
+    deadline_s: float | None = None
+    key: str = ""
+
+
+def traced(
+    request: ImageRequest, at_s: float, deadline_s: float | None = None, key: str = ""
+) -> TracedRequest:
+    """The entry of a real request; neither its prompt nor its pictures are kept."""
+    return TracedRequest(
+        at_s=at_s,
+        tier=request.tier,
+        width=request.width,
+        height=request.height,
+        steps=request.num_steps,
+        references=len(request.references),
+        images=request.num_images,
+        deadline_s=deadline_s,
+        key=key,
+    )
+
+
+def line_of(entry: TracedRequest) -> str:
+    """One JSON object, without its line end; a deadline that is the tier's own is left out."""
+    fields = {name: value for name, value in asdict(entry).items() if value is not None}
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def parse_line(text: str) -> TracedRequest:
+    """The entry of a line. What it leaves out is the tier's default; BadTrace names a wrong key."""
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise BadTrace(f"no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise BadTrace("not a JSON object")
+    unknown = sorted(fields.keys() - KEYS)
+    if unknown:
+        raise BadTrace(f"unknown key {unknown[0]!r}; known keys: {', '.join(sorted(KEYS))}")
+    return entry_of(fields)
+
+
+def entry_of(fields: dict[str, Any]) -> TracedRequest:
+    """Every value checked: no text where a number belongs, no time that runs backwards."""
+    try:
+        tier = tier_for(text_in(fields, "tier"))
+    except UnknownTier as error:
+        raise BadTrace(f"tier: {error}") from None
+    side = tier.default_side
+    deadline_s = None if fields.get("deadline_s") is None else number_in(fields, "deadline_s")
+    if deadline_s == 0:
+        raise BadTrace("deadline_s: 0 is in the past")
+    return TracedRequest(
+        at_s=number_in(fields, "at_s"),
+        tier=tier.name,
+        width=count_in(fields, "width", side),
+        height=count_in(fields, "height", side),
+        steps=count_in(fields, "steps", tier.num_steps),
+        references=count_in(fields, "references", 0),
+        images=count_in(fields, "images", 1),
+        deadline_s=deadline_s,
+        key=text_in(fields, "key") if "key" in fields else "",
+    )
+
+
+def text_in(fields: dict[str, Any], name: str) -> str:
+    """A string; BadTrace if it is missing or none."""
+    value = value_in(fields, name)
+    if not isinstance(value, str):
+        raise BadTrace(f"{name}: {value!r} is no text")
+    return value
+
+
+def number_in(fields: dict[str, Any], name: str) -> float:
+    """Seconds: finite, and never negative."""
+    value = value_in(fields, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadTrace(f"{name}: {value!r} is no number of seconds")
+    if value < 0:
+        raise BadTrace(f"{name}: {value!r} is negative")
+    return float(value)
+
+
+def count_in(fields: dict[str, Any], name: str, default: int) -> int:
+    """A whole number, not below the least that makes sense."""
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < LEAST[name]:
+        raise BadTrace(f"{name}: {value!r} is no whole number from {LEAST[name]} on")
+    return value
+
+
+def value_in(fields: dict[str, Any], name: str) -> Any:
+    """A value that must be there."""
+    if name not in fields:
+        raise BadTrace(f"{name} is missing")
+    return fields[name]

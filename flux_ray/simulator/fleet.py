@@ -1,0 +1,213 @@
+"""The fleet of a Serve config file in simulated time: its pools, and what requests cost there."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from flux_ray.cards import PROCESSOR
+from flux_ray.catalog import tier_for
+from flux_ray.config import TierArgs
+from flux_ray.router.cost import Layout, Work, price
+from flux_ray.router.gpu_budget import Budgeted, GpuBudget, Want, check_budget, share_gpus
+from flux_ray.router.queue import TierQueue
+from flux_ray.router.scaling import Scaler, ScalingRules
+from flux_ray.router.scaling_state import Scaling
+from flux_ray.router.trace_line import BadTrace, TracedRequest
+from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.outcome import Outcome
+from flux_ray.simulator.values import Arrival, Failure, Pool
+from flux_ray.simulator.workloads import sample_of
+
+# From the order of a replica until its first request, the weights being on the node's disk: assumed
+# until replicas have measured it.
+COLD_START_S = 20.0
+GROUP_COLD_START_S = 60.0
+NUM_SAMPLES = 2000
+# A request may wait for what its deadline leaves beside its own work, and never for nothing.
+LEAST_WAIT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """What the trace goes through. Deadlines that it does not say are `slo_scale` times the cost.
+
+    `failures_per_hour`: replicas of each tier that die. `gpu_budget`: what all tiers share when
+    they scale; None is no bound.
+    """
+
+    slo_scale: float = 3.0
+    failures_per_hour: float = 0.0
+    seed: int = 0
+    gpu_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class TierModel:
+    """One tier: its layout, how many replicas it begins with, and how it scales.
+
+    `num_full_replicas`: as many as the config file means to serve with; a load is measured by them.
+    """
+
+    tier: str
+    layout: Layout
+    num_replicas: int
+    num_full_replicas: int
+    min_replicas: int
+    max_replicas: int
+    rules: ScalingRules
+    mean_cost_s: float
+
+    @property
+    def num_gpus_per_replica(self) -> int:
+        """None where it runs on processors."""
+        return 0 if self.layout.card == PROCESSOR else self.layout.num_ranks
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether there is anything to decide."""
+        return self.min_replicas < self.max_replicas
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What takes the place of the config file's; None is no such thing."""
+
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    cold_start_s: float | None = None
+
+
+def tier_model(
+    args: TierArgs, card: str, slo_scale: float, overrides: Overrides = Overrides()
+) -> TierModel:
+    """The model of a tier's args on cards of that name; ValueError says what is impossible.
+
+    Where the file says nothing of scaling, a request may wait for what `slo_scale` leaves it.
+    """
+    layout = Layout.of(args, card)
+    mean_s = mean_cost_s(args.tier, layout)
+    scaling = args.autoscaling
+    least = most = begin = args.num_replicas
+    cold_start_s = GROUP_COLD_START_S if layout.num_ranks > 1 else COLD_START_S
+    rules = ScalingRules(max(slo_scale - 1, LEAST_WAIT_SHARE) * mean_s, cold_start_s)
+    if scaling is not None:
+        # As Serve does, it begins with the least.
+        begin = least = scaling.min_replicas
+        most = scaling.max_replicas
+        rules = ScalingRules(scaling.target_wait_s, scaling.cold_start_s, idle_s=scaling.idle_s)
+    full = most
+    least = least if overrides.min_replicas is None else overrides.min_replicas
+    most = most if overrides.max_replicas is None else overrides.max_replicas
+    if least > most:
+        raise ValueError(f"{args.tier}: min_replicas {least} is above max_replicas {most}")
+    if overrides.cold_start_s is not None:
+        rules = replace(rules, cold_start_s=overrides.cold_start_s)
+    begin = min(max(begin, least), most)
+    return TierModel(args.tier, layout, begin, full, least, most, rules, mean_s)
+
+
+def mean_cost_s(tier: str, layout: Layout) -> float:
+    """Of a request of the tier's generated mix."""
+    entries = sample_of(tier, NUM_SAMPLES)
+    return sum(cost_s(entry, layout) for entry in entries) / len(entries)
+
+
+def cost_s(entry: TracedRequest, layout: Layout) -> float:
+    """Seconds on one replica; references are taken to be as large as the model uses them."""
+    reference_pixels = tier_for(entry.tier).max_reference_pixels
+    work = Work(
+        entry.tier,
+        entry.width,
+        entry.height,
+        entry.steps,
+        (reference_pixels,) * entry.references,
+        entry.images,
+    )
+    return price(work, layout).total_s
+
+
+def priced(
+    entries: Iterable[TracedRequest], models: Mapping[str, TierModel], slo_scale: float
+) -> Iterator[Arrival]:
+    """The arrivals of a trace. Whose deadline is not said has `slo_scale` times its cost.
+
+    BadTrace if the fleet lacks a tier.
+    """
+    for entry in entries:
+        if entry.tier not in models:
+            raise BadTrace(f"the trace asks for {entry.tier}, which the config does not serve")
+        seconds = cost_s(entry, models[entry.tier].layout)
+        deadline_s = slo_scale * seconds if entry.deadline_s is None else entry.deadline_s
+        yield Arrival(entry.at_s, entry.tier, seconds, deadline_s, entry.key)
+
+
+def failures_of(
+    tiers: Iterable[str], per_hour: float, duration_s: float, seed: int
+) -> list[Failure]:
+    """Replicas of each tier die at that rate, at random, in the order of time."""
+    failures = []
+    for tier in tiers:
+        rng = random.Random(f"{seed} failures of {tier}")
+        at_s = rng.expovariate(per_hour / 3600) if per_hour > 0 else duration_s
+        while at_s < duration_s:
+            failures.append(Failure(at_s, tier, rng.randrange(1_000_000)))
+            at_s += rng.expovariate(per_hour / 3600)
+    return sorted(failures, key=lambda failure: failure.at_s)
+
+
+def run_fleet(
+    models: Mapping[str, TierModel],
+    entries: Iterable[TracedRequest],
+    plan: FleetPlan,
+    duration_s: float,
+    *,
+    until_done: bool = False,
+) -> Outcome:
+    """The trace through the fleet, with the cluster's own queue and scaler.
+
+    GPU hours are counted until `duration_s`, or until the last request is done. BadTrace and
+    ValueError say what of trace or plan is impossible.
+    """
+    return simulate(
+        priced(entries, models, plan.slo_scale),
+        pools_of(models, plan),
+        failures=failures_of(models, plan.failures_per_hour, duration_s, plan.seed),
+        horizon_s=None if until_done else duration_s,
+    )
+
+
+def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
+    """New ones, of which each is good for one simulation; they begin within the budget."""
+    begin = {model.tier: model.num_replicas for model in models.values()}
+    budget = None
+    if plan.gpu_budget is not None:
+        wants = [
+            Want(model.tier, model.num_replicas, model.num_gpus_per_replica, model.min_replicas)
+            for model in models.values()
+        ]
+        check_budget(wants, plan.gpu_budget)
+        begin = share_gpus(wants, plan.gpu_budget)
+        budget = GpuBudget(plan.gpu_budget)
+    return [
+        Pool(
+            tier=model.tier,
+            queue=TierQueue(cold_start_s=model.rules.cold_start_s),
+            num_replicas=begin[model.tier],
+            num_gpus_per_replica=model.num_gpus_per_replica,
+            cold_start_s=model.rules.cold_start_s,
+            scaling=scaling_of(model, budget),
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+        )
+        for model in models.values()
+    ]
+
+
+def scaling_of(model: TierModel, budget: GpuBudget | None) -> Scaling | None:
+    """None where nothing is to be decided."""
+    if not model.is_scaled:
+        return None
+    scaler = Scaler(model.rules)
+    if budget is None:
+        return scaler
+    return Budgeted(scaler, budget, model.tier, model.num_gpus_per_replica)

@@ -1,0 +1,163 @@
+"""What a simulation says: counts, waits, GPU hours, and a curve of the load. Bounded memory."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+SMALLEST_WAIT_S = 0.001
+BINS_PER_FACTOR_E = 50
+NUM_BINS = 1 + round(BINS_PER_FACTOR_E * math.log(1e6 / SMALLEST_WAIT_S))
+MAX_POINTS = 512
+
+
+class Waits:
+    """A histogram of waits, exact to one percent between a millisecond and eleven days."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * NUM_BINS
+        self.num = 0
+        self.total_s = 0.0
+
+    def add(self, wait_s: float) -> None:
+        """One wait."""
+        self.num += 1
+        self.total_s += wait_s
+        place = 0
+        if wait_s > SMALLEST_WAIT_S:
+            place = 1 + int(BINS_PER_FACTOR_E * math.log(wait_s / SMALLEST_WAIT_S))
+        self.counts[min(place, NUM_BINS - 1)] += 1
+
+    @property
+    def mean_s(self) -> float:
+        """0 if there were none."""
+        return self.total_s / self.num if self.num else 0.0
+
+    def quantile(self, share: float) -> float:
+        """Seconds that this share (0..1) of the waits did not exceed; 0 if there were none."""
+        left = share * self.num
+        for place, count in enumerate(self.counts):
+            left -= count
+            if count and left <= 0:
+                if place == 0:
+                    return 0.0
+                return SMALLEST_WAIT_S * math.exp((place - 0.5) / BINS_PER_FACTOR_E)
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The load from `at_s` for `length_s`; replicas and waiting seconds are means over time.
+
+    `demand` is GPU seconds that arrived per second.
+    """
+
+    at_s: float
+    length_s: float
+    demand: float
+    replicas: float
+    starting: float
+    waiting_s: float
+
+
+class Curve:
+    """Points of equal length; when there are too many, each two become one."""
+
+    def __init__(self) -> None:
+        # A power of two: the borders of the points then are exact.
+        self.length_s = 1.0
+        # Arrived seconds, then integrals over time: replicas, starting, waiting.
+        self.sums: list[list[float]] = [[0.0, 0.0, 0.0, 0.0]]
+        self.until_s = 0.0
+
+    def arrive(self, at_s: float, cost_s: float) -> None:
+        """Work arrives."""
+        self._bin(at_s)[0] += cost_s
+
+    def pass_time(self, now: float, replicas: int, starting: int, waiting_s: float) -> None:
+        """From the last call until now it was like this."""
+        while self.until_s < now:
+            sums = self._bin(self.until_s)
+            end = min(now, (int(self.until_s / self.length_s) + 1) * self.length_s)
+            step_s = end - self.until_s
+            sums[1] += replicas * step_s
+            sums[2] += starting * step_s
+            sums[3] += waiting_s * step_s
+            self.until_s = end
+
+    def points(self) -> tuple[Point, ...]:
+        """In order of time."""
+        made = []
+        for place, (arrived_s, *means) in enumerate(self.sums):
+            at_s = place * self.length_s
+            known_s = min(self.length_s, self.until_s - at_s)
+            if known_s > 0:
+                made.append(
+                    Point(at_s, known_s, arrived_s / known_s, *(mean / known_s for mean in means))
+                )
+        return tuple(made)
+
+    def _bin(self, at_s: float) -> list[float]:
+        while at_s >= MAX_POINTS * self.length_s:
+            self.length_s *= 2
+            pairs = zip(self.sums[::2], [*self.sums[1::2], [0.0] * 4], strict=False)
+            self.sums = [[a + b for a, b in zip(*pair, strict=True)] for pair in pairs]
+        place = int(at_s / self.length_s)
+        while len(self.sums) <= place:
+            self.sums.append([0.0] * 4)
+        return self.sums[place]
+
+
+@dataclass(frozen=True)
+class TierOutcome:
+    """What became of the requests of a tier, or of all of them; `_s` are their GPU seconds.
+
+    Met: done by the deadline; late: done after it. Lost: its replicas died, or the retry after
+    that was refused. `gpu_hours` hold all GPUs from the order to the end, cold starts included.
+    """
+
+    num_arrived: int = 0
+    num_met: int = 0
+    num_late: int = 0
+    num_refused: int = 0
+    num_lost: int = 0
+    arrived_s: float = 0.0
+    met_s: float = 0.0
+    gpu_hours: float = 0.0
+    waits: Waits = field(default_factory=Waits)
+    points: tuple[Point, ...] = ()
+
+    @property
+    def attainment(self) -> float:
+        """The share of the requests that met their deadline; 1 if there were none."""
+        return self.num_met / self.num_arrived if self.num_arrived else 1.0
+
+    @property
+    def attainment_by_gpu_seconds(self) -> float:
+        """The same, each request weighted by its GPU seconds."""
+        # The two are sums in different orders.
+        return min(self.met_s / self.arrived_s, 1.0) if self.arrived_s else 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """By tier, and until when the simulation ran."""
+
+    tiers: dict[str, TierOutcome]
+    end_s: float
+
+    @property
+    def total(self) -> TierOutcome:
+        """All tiers together: the counts and hours; waits and points stay with each tier."""
+        total = TierOutcome()
+        for tier in self.tiers.values():
+            total = replace(
+                total,
+                num_arrived=total.num_arrived + tier.num_arrived,
+                num_met=total.num_met + tier.num_met,
+                num_late=total.num_late + tier.num_late,
+                num_refused=total.num_refused + tier.num_refused,
+                num_lost=total.num_lost + tier.num_lost,
+                arrived_s=total.arrived_s + tier.arrived_s,
+                met_s=total.met_s + tier.met_s,
+                gpu_hours=total.gpu_hours + tier.gpu_hours,
+            )
+        return total

@@ -1,0 +1,220 @@
+"""One simulated tier: its queue policy, its replicas, and the tally of what became of whom."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.ticket import Grant, Ticket
+from flux_ray.simulator.outcome import Curve, TierOutcome, Waits
+from flux_ray.simulator.replicas import Replica, Replicas
+from flux_ray.simulator.values import Arrival, Pool
+
+Schedule = Callable[[float, Callable[[float], None]], None]
+
+
+@dataclass(slots=True)
+class Request:
+    """One that has been taken in and is not done."""
+
+    arrival: Arrival
+    ticket: Ticket
+    is_retry: bool = False
+    end_s: float = 0.0
+
+
+class SimulatedTier:
+    """Calls the queue as the router would: after everything that happens, and when it asks to."""
+
+    def __init__(self, pool: Pool, schedule: Schedule) -> None:
+        self.pool = pool
+        self.queue = pool.queue
+        self.replicas = Replicas(pool.tier, pool.slots_per_replica)
+        self.curve = Curve()
+        self.waits = Waits()
+        self.num_arrived = self.num_met = self.num_late = self.num_refused = self.num_lost = 0
+        self.arrived_s = self.met_s = 0.0
+        self.requests: dict[str, Request] = {}
+        self.horizon_s = float("inf")
+        self._schedule = schedule
+        self._wakes: list[float] = []
+        self._arrived_since_s = 0.0
+        for _ in range(pool.num_replicas):
+            self._add(self.replicas.order(0.0), 0.0)
+
+    def arrive(self, arrival: Arrival, now: float) -> None:
+        """A request comes."""
+        self.pass_time(now)
+        self.curve.arrive(now, arrival.cost_s)
+        self._arrived_since_s += arrival.cost_s
+        self.arrived_s += arrival.cost_s
+        ticket = Ticket(
+            f"{self.num_arrived}",
+            arrival.tier,
+            arrival.cost_s,
+            now + arrival.deadline_s,
+            arrival.key,
+            arrival.weight,
+        )
+        self.num_arrived += 1
+        if self.queue.offer(ticket, now) is None:
+            self.requests[ticket.ticket_id] = Request(arrival, ticket)
+        else:
+            self.num_refused += 1
+        # Also after a refusal: it may have cost others their place.
+        self.hand_over(now)
+
+    def fail(self, number: int, now: float) -> None:
+        """The replica of that index dies; its work is tried once more, and another is ordered."""
+        self.pass_time(now)
+        replica = self.replicas.lose(number)
+        if replica is None:
+            return
+        for ticket in self.queue.lose_replica(replica.name, now):
+            request = self.requests[ticket.ticket_id]
+            if request.is_retry or self.queue.offer(ticket, now) is not None:
+                self.num_lost += 1
+                del self.requests[ticket.ticket_id]
+            request.is_retry = True
+        self._order(now)
+        self.hand_over(now)
+
+    def scale(self, now: float) -> None:
+        """Ask the scaling policy, and do as it says."""
+        pool, replicas = self.pool, self.replicas
+        if pool.scaling is None:
+            return
+        self.pass_time(now)
+        state = ScalingState(
+            now,
+            len(replicas.up),
+            len(replicas.starting),
+            self.queue.waiting_s(now),
+            self.queue.running_s(now),
+            self._arrived_since_s,
+            pool.min_replicas,
+            pool.max_replicas,
+        )
+        self._arrived_since_s = 0.0
+        wanted = min(max(pool.scaling.replicas(state), pool.min_replicas), pool.max_replicas)
+        extra = len(replicas.up) + len(replicas.starting) - wanted
+        for _ in range(-extra):
+            self._order(now)
+        while extra > 0 and (name := replicas.call_off()) is not None:
+            self.queue.drain_replica(name, now)
+            extra -= 1
+        for name in replicas.drain(max(extra, 0)):
+            self.queue.drain_replica(name, now)
+        self.hand_over(now)
+
+    def hand_over(self, now: float) -> None:
+        """Grants start on their replicas; refusals are counted."""
+        grants, refused = self.queue.take(now)
+        for grant in grants:
+            self._start(grant, now)
+        for ticket, _ in refused:
+            if self.requests.pop(ticket.ticket_id).is_retry:
+                self.num_lost += 1
+            else:
+                self.num_refused += 1
+        wake_at = self.queue.wake_at()
+        if wake_at is not None and (not self._wakes or wake_at < self._wakes[0]):
+            heapq.heappush(self._wakes, wake_at)
+            self._schedule(max(wake_at, now), self._wake)
+
+    def pass_time(self, now: float) -> None:
+        """Bring curve and GPU hours up to now; nothing is counted after the horizon."""
+        until = min(now, self.horizon_s)
+        if until > self.curve.until_s:
+            held = self.replicas
+            self.curve.pass_time(
+                until, len(held.up), len(held.starting), self.queue.waiting_s(until)
+            )
+            held.pass_time(until)
+
+    def give_up(self) -> None:
+        """Nothing will happen any more: what still waits is lost."""
+        self.num_lost += len(self.requests)
+        self.requests.clear()
+
+    def outcome(self) -> TierOutcome:
+        """The tally."""
+        return TierOutcome(
+            self.num_arrived,
+            self.num_met,
+            self.num_late,
+            self.num_refused,
+            self.num_lost,
+            self.arrived_s,
+            self.met_s,
+            self.replicas.held_s * self.pool.num_gpus_per_replica / 3600,
+            self.waits,
+            self.curve.points(),
+        )
+
+    def _wake(self, now: float) -> None:
+        heapq.heappop(self._wakes)
+        self.pass_time(now)
+        self.hand_over(now)
+
+    def _start(self, grant: Grant, now: float) -> None:
+        ticket = grant.ticket
+        name = grant.replica
+        request = self.requests[ticket.ticket_id]
+        replica = self.replicas.up[name]
+        actual_s = request.arrival.actual_s
+        begin, end = replica.start(
+            ticket.ticket_id, ticket.cost_s if actual_s is None else actual_s, now
+        )
+        request.end_s = end
+        if not request.is_retry:
+            self.waits.add(begin - request.arrival.at_s)
+        self._schedule(end, lambda at: self._finish(replica, request, end, at))
+        if self.pool.report_period_s is not None:
+            self._report(replica, request, begin)
+
+    def _finish(self, replica: Replica, request: Request, end: float, now: float) -> None:
+        ticket_id = request.ticket.ticket_id
+        # It died meanwhile, and the request runs elsewhere or is lost.
+        if replica.running.get(ticket_id) != end or self._is_dead(replica):
+            return
+        self.pass_time(now)
+        self.replicas.done(replica, ticket_id)
+        del self.requests[ticket_id]
+        self.queue.finish(ticket_id, now)
+        if now <= request.ticket.deadline + 1e-9:
+            self.num_met += 1
+            self.met_s += request.arrival.cost_s
+        else:
+            self.num_late += 1
+        self.hand_over(now)
+
+    def _report(self, replica: Replica, request: Request, now: float) -> None:
+        """Now, and every period until it is done."""
+        ticket_id, end = request.ticket.ticket_id, request.end_s
+        if replica.running.get(ticket_id) != end or self._is_dead(replica):
+            return
+        if now > request.arrival.at_s:
+            self.queue.progress(ticket_id, end - now, now)
+        period_s = self.pool.report_period_s
+        if period_s is not None and now + period_s < end:
+            self._schedule(now + period_s, lambda at: self._report(replica, request, at))
+
+    def _is_dead(self, replica: Replica) -> bool:
+        return replica.name not in self.replicas.up and not replica.is_draining
+
+    def _order(self, now: float) -> None:
+        ready_at = now + self.pool.cold_start_s
+        name = self.replicas.order(ready_at)
+        self.queue.expect_replica(name, ready_at, now)
+        self._schedule(ready_at, lambda at: self._ready(name, at))
+
+    def _ready(self, name: str, now: float) -> None:
+        self.pass_time(now)
+        if name in self.replicas.starting:
+            self._add(name, now)
+            self.hand_over(now)
+
+    def _add(self, name: str, now: float) -> None:
+        self.replicas.ready(name)
+        self.queue.add_replica(name, now)
