@@ -17,7 +17,7 @@ from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.tiers import served_tier
-from flux_ray.gateway.urgency import deadline_of, key_of
+from flux_ray.gateway.urgency import DEADLINE_PARAMETER, deadline_of, key_of
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
 
@@ -44,7 +44,8 @@ class OpenAIImages:
             ("/v1/images/generations", self.generations, body_schema(JSON)),
             ("/v1/images/edits", self.edits, body_schema(FORM)),
         ):
-            routes.add_api_route(path, endpoint, methods=["POST"], openapi_extra=body)
+            extra = body | {"parameters": [DEADLINE_PARAMETER]}
+            routes.add_api_route(path, endpoint, methods=["POST"], openapi_extra=extra)
         return routes
 
     async def generations(self, request: Request) -> Response:

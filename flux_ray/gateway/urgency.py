@@ -9,6 +9,14 @@ from flux_ray.errors import BadRequest
 
 DEADLINE = "x-flux-deadline-s"
 KEY_CHARS = 16
+# What OpenAPI says of it.
+DEADLINE_PARAMETER = {
+    "name": DEADLINE,
+    "in": "header",
+    "required": False,
+    "description": "Seconds in which the answer is wanted; 429 at once if that cannot be.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
 
 
 def deadline_of(request: Request) -> float | None:
