@@ -4,6 +4,7 @@ FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
     BadReference          400  a reference image is no image, too large, too many
+    DeadlineTooShort      400  the work alone takes longer
     BodyTooLarge          413  more bytes than this gateway reads
     WrongContentType      415  a body in a format that this route does not read
   Overloaded              429  it would miss its deadline; the answer says when it would not
@@ -53,6 +54,12 @@ class BadReference(BadRequest):
     """A reference image cannot be used."""
 
     code = "invalid_image"
+
+
+class DeadlineTooShort(BadRequest):
+    """The work alone takes longer than the caller will wait: coming back would not help."""
+
+    code = "deadline_too_short"
 
 
 class BodyTooLarge(BadRequest):

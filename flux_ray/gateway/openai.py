@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.config import GatewayArgs
-from flux_ray.errors import WrongContentType
+from flux_ray.errors import DeadlineTooShort, WrongContentType
 from flux_ray.gateway.edit_form import image_parts, open_form, read_references, text_parts
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.openai_answer import Answer, answer_for
@@ -17,7 +17,7 @@ from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.tiers import served_tier
-from flux_ray.gateway.urgency import DEADLINE_PARAMETER, deadline_of, key_of
+from flux_ray.gateway.urgency import DEADLINE, DEADLINE_PARAMETER, deadline_of, key_of
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
 
@@ -77,7 +77,11 @@ class OpenAIImages:
         request = request_for(fields, tier, self.args.limits, references)
         http_id = http.state.request_id
         logger.info("request %s: image request %s on %s", http_id, request.request_id, tier.name)
-        result = await self.router.generate(request, deadline_s=deadline_of(http), key=key_of(http))
+        deadline_s, key = deadline_of(http), key_of(http)
+        try:
+            result = await self.router.generate(request, deadline_s=deadline_s, key=key)
+        except DeadlineTooShort as error:
+            raise DeadlineTooShort(error.message, DEADLINE) from None
         return answer_for(request, result, warnings_for(fields, tier), started_s)
 
 

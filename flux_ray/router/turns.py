@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from flux_ray.errors import Overloaded
+from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
 from flux_ray.router.ledger import Decision, Offer, Statement
+from flux_ray.router.ticket import Refusal
 
 logger = logging.getLogger("ray.serve")
 
@@ -169,5 +170,11 @@ class Turns:
             turn.replica, turn.began_at = decision.replica, time.monotonic()
             turn.granted.set_result(decision.replica)
         elif decision.refusal is not None:
-            retry_after_s = max(1, math.ceil(min(decision.refusal.retry_after_s, 3600)))
-            turn.granted.set_exception(Overloaded(decision.refusal.reason, None, retry_after_s))
+            turn.granted.set_exception(error_for(decision.refusal))
+
+
+def error_for(refusal: Refusal) -> FluxError:
+    """When to come back, in whole seconds; or that it is of no use."""
+    if math.isinf(refusal.retry_after_s):
+        return DeadlineTooShort(refusal.reason)
+    return Overloaded(refusal.reason, None, max(1, math.ceil(refusal.retry_after_s)))

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
-BOOT_S = 180
+BOOT_S = 400
 
 
 def free_port() -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 TIER = "tiny-tp2"
-BOOT_S = 120
+BOOT_S = 400
 
 
 @contextmanager

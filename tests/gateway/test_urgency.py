@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.errors import Overloaded
+from flux_ray.errors import DeadlineTooShort, Overloaded
 
 PATH = "/v1/images/generations"
 REQUEST = {"prompt": "a ring"}
@@ -31,6 +31,15 @@ async def test_a_refusal_is_a_429_that_says_when_to_come_back(client, turns):
         "param": None,
         "code": "overloaded",
     }
+
+
+async def test_a_deadline_shorter_than_the_work_is_the_callers_to_change(client, turns):
+    """To come back would not help: it is no 429."""
+    turns.refusals = [DeadlineTooShort("the deadline is shorter than the work")]
+    answer = await client.post(PATH, json=REQUEST, headers={"x-flux-deadline-s": "0.001"})
+    assert answer.status_code == 400
+    assert "retry-after" not in answer.headers
+    assert answer.json()["error"]["param"] == "x-flux-deadline-s"
 
 
 async def test_the_same_credentials_share_and_are_not_passed_on(client, turns):

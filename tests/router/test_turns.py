@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from flux_ray.errors import Overloaded
+from flux_ray.errors import DeadlineTooShort, Overloaded
 from flux_ray.router import turns as turns_module
 from flux_ray.router.ledger import Decision, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
@@ -80,6 +80,11 @@ async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: Turns) -
     with pytest.raises(Overloaded) as caught:
         await within(turns.take(offer("y", cost_s=5, deadline_in_s=6)))
     assert caught.value.retry_after_s in (9, 10)
+
+
+async def test_a_deadline_that_nobody_could_meet_is_told_as_such(turns: Turns) -> None:
+    with pytest.raises(DeadlineTooShort):
+        await within(turns.take(offer("x", cost_s=5, deadline_in_s=1)))
 
 
 async def test_a_client_that_leaves_gives_its_place_back(turns: Turns, line: FakeLine) -> None:
