@@ -9,8 +9,8 @@ from typing import Any
 
 from flux_ray.catalog import Tier
 from flux_ray.config import Parallel
-from flux_ray.engine.flux2 import MAX_WHOLE_PIXELS
 from flux_ray.parallel.sequence import num_padded
+from flux_ray.workload import MAX_WHOLE_PIXELS
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Raster
+from flux_ray.workload import MAX_WHOLE_PIXELS
 
 FULL_TIMESTEP = 1000
-# At four megapixels the VAE would take 6 GiB, or 25 where its attention is not fused.
-MAX_WHOLE_PIXELS = 1024 * 1024
 
 
 class Flux2:
