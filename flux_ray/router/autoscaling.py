@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from flux_ray.router.ledger import Demand
+from flux_ray.router.ledger import Backlog
 from flux_ray.router.ledger_actor import RemoteLedger
 from flux_ray.router.scaling import LastGoodTarget, Scaler, ScalingRules
 from flux_ray.router.scaling_state import ScalingState
@@ -30,7 +30,7 @@ class LedgerPolicy:
         self._tier = tier
         self._scaler = LastGoodTarget(Scaler(ScalingRules(**rules)))
         self._ledger = RemoteLedger()
-        self._demand: Demand | None = None
+        self._backlog: Backlog | None = None
         self._counted_s = 0.0
         self._heard_at = self._asked_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
@@ -54,21 +54,21 @@ class LedgerPolicy:
 
     async def _hear(self) -> None:
         try:
-            self._demand = await self._ledger.demand(self._tier)
+            self._backlog = await self._ledger.backlog(self._tier)
             self._heard_at = time.monotonic()
         except LedgerLost as error:
             logger.warning("the scaling of %s keeps its target: %s", self._tier, error)
 
     def _state(self, context: AutoscalingContext, now: float) -> ScalingState:
-        demand = self._demand if now - self._heard_at < MAX_AGE_S else None
+        backlog = self._backlog if now - self._heard_at < MAX_AGE_S else None
         current, target = context.current_num_replicas, context.target_num_replicas
         return ScalingState(
             now=now,
             current=min(current, target),
             starting=max(0, target - current),
-            waiting_s=None if demand is None else demand.waiting_s,
-            running_s=0.0 if demand is None else demand.running_s,
-            arrived_s=0.0 if demand is None else self._new_work_s(demand.arrived_s),
+            waiting_s=None if backlog is None else backlog.waiting_s,
+            running_s=0.0 if backlog is None else backlog.running_s,
+            arrived_s=0.0 if backlog is None else self._new_work_s(backlog.arrived_s),
             min_replicas=context.capacity_adjusted_min_replicas,
             max_replicas=context.capacity_adjusted_max_replicas,
         )

@@ -52,7 +52,7 @@ class Decision(NamedTuple):
     refusal: Refusal | None = None
 
 
-class Demand(NamedTuple):
+class Backlog(NamedTuple):
     """GPU seconds of a tier: waiting, left of what runs, and arrived since the ledger began."""
 
     waiting_s: float = 0.0
@@ -121,12 +121,12 @@ class Ledger:
                 self._settle_replicas(tier, now)
         return silent
 
-    def demand(self, tier: str, now: float) -> Demand:
+    def backlog(self, tier: str, now: float) -> Backlog:
         """What autoscaling goes by."""
         if tier not in self._queues:
-            return Demand()
+            return Backlog()
         queue = self._queues[tier]
-        return Demand(queue.waiting_s(now), queue.running_s(now), self._arrived_s.get(tier, 0.0))
+        return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrived_s.get(tier, 0.0))
 
     def wake_at(self) -> float:
         """When `decide` has something to decide even if nobody speaks."""

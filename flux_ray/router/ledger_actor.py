@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from flux_ray.router.calibration import Snapshot, merged
-from flux_ray.router.ledger import Decision, Demand, Ledger, Statement
+from flux_ray.router.ledger import Backlog, Decision, Ledger, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost
 
@@ -68,9 +68,9 @@ class LedgerActor:
         """A gateway waits here for what is decided about its tickets."""
         return await self._mailboxes.setdefault(gateway, Mailbox()).after(heard)
 
-    async def demand(self, tier: str) -> Demand:
+    async def backlog(self, tier: str) -> Backlog:
         """For the policies that scale a tier."""
-        return self._ledger.demand(tier, time.monotonic())
+        return self._ledger.backlog(tier, time.monotonic())
 
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
         """Merge what a gateway learned; what all of them did."""
@@ -111,10 +111,10 @@ class RemoteLedger:
         )
         return news
 
-    async def demand(self, tier: str) -> Demand:
+    async def backlog(self, tier: str) -> Backlog:
         """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
-        demand: Demand = await self._call(ANSWER_S, "demand", tier)
-        return demand
+        backlog: Backlog = await self._call(ANSWER_S, "backlog", tier)
+        return backlog
 
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
         """Tell it what was learned here; what all gateways did."""

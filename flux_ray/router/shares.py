@@ -9,7 +9,7 @@ NEGLIGIBLE_S = 1e-3
 
 
 @dataclass(slots=True)
-class Demand:
+class Asked:
     """Of one key: GPU seconds asked for, fading with time; as of `at`."""
 
     weight: float
@@ -29,14 +29,14 @@ class Shares:
     def __init__(self, window_s: float = 60.0) -> None:
         self.window_s = window_s
         self.over: frozenset[str] = frozenset()
-        self._demands: dict[str, Demand] = {}
+        self._demands: dict[str, Asked] = {}
         self._next_round = -math.inf
 
     def ask(self, key: str, weight: float, cost_s: float, now: float) -> None:
         """A ticket of this key arrives, whether it is taken or not."""
         demand = self._demands.get(key)
         if demand is None:
-            self._demands[key] = Demand(weight, cost_s, now)
+            self._demands[key] = Asked(weight, cost_s, now)
             return
         demand.seconds = self._faded(demand, now) + cost_s
         demand.weight = weight
@@ -77,5 +77,5 @@ class Shares:
             left_weight -= weights[key]
         return math.inf
 
-    def _faded(self, demand: Demand, now: float) -> float:
+    def _faded(self, demand: Asked, now: float) -> float:
         return demand.seconds * math.exp((demand.at - now) / self.window_s)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import Replica, deploy, wait_until
+from tests.cluster.conftest import Replica, deploy, is_ready, wait_until
 from tests.cluster.groups import TIER, group_with
 from tests.cluster.storm import PROMPT, Draw
 
@@ -27,13 +27,13 @@ def ask(address: str, deadline_s: float, **fields: object) -> httpx.Response:
     )
 
 
-def demand(tier: str) -> tuple[float, float]:
+def backlog(tier: str) -> tuple[float, float]:
     """GPU seconds that the ledger has waiting and running."""
     import ray
 
     from flux_ray.router.ledger_actor import start_ledger
 
-    waiting_s, running_s, _ = ray.get(start_ledger().demand.remote(tier), timeout=10)
+    waiting_s, running_s, _ = ray.get(start_ledger().backlog.remote(tier), timeout=10)
     return waiting_s, running_s
 
 
@@ -82,7 +82,7 @@ def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw
     for client in clients:
         client.join(60)
     assert answers == [expected] * 3
-    wait_until(lambda: demand("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
+    wait_until(lambda: backlog("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
 
 
 @pytest.mark.parametrize("how", ["left", "killed"])
@@ -95,14 +95,14 @@ def test_no_phantom_work_stays_behind(
     ]
     for client in clients:
         client.start()
-    wait_until(lambda: sum(demand("tiny")) > 0, timeout_s=5, what="work in the ledger")
+    wait_until(lambda: sum(backlog("tiny")) > 0, timeout_s=5, what="work in the ledger")
     if how == "killed":
         (gateway,) = replicas("gateway")
         gateway.leader.kill()
     for client in clients:
         client.join(60)
-    wait_until(lambda: demand("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
-    wait_until(lambda: serves(address), timeout_s=60, what="a gateway that serves")
+    wait_until(lambda: backlog("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
+    wait_until(lambda: is_ready(address), timeout_s=60, what="a gateway that serves")
     assert draw(PROMPT)
 
 
@@ -114,13 +114,6 @@ def httpx_quietly(address: str, leaves: bool) -> None:
             json={"model": "tiny", "prompt": PROMPT, **LONG},
             timeout=0.7 if leaves else 30,
         )
-
-
-def serves(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(

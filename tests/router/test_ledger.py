@@ -30,7 +30,7 @@ def test_turns_come_as_replicas_are_free(ledger):
     ledger.hear("g", Statement(offers=tuple(offer(name) for name in "xyz")), 0.0)
     first = granted(ledger.decide(0.0)["g"])
     assert set(first.values()) == {"a", "b"}
-    assert ledger.demand("tiny", 0.0) == (1.0, 2.0, 3.0)
+    assert ledger.backlog("tiny", 0.0) == (1.0, 2.0, 3.0)
     (waiting,) = {"x", "y", "z"} - first.keys()
     done = next(iter(first))
     ledger.hear("g", Statement(ended=(done,)), 0.5)
@@ -43,7 +43,7 @@ def test_a_refusal_goes_to_its_gateway_and_is_forgotten(ledger):
     decisions = ledger.decide(0.0)
     assert list(decisions) == ["h"]
     assert decisions["h"][0].refusal is not None
-    assert ledger.demand("tiny", 0.0)[:2] == (0.0, 0.0)
+    assert ledger.backlog("tiny", 0.0)[:2] == (0.0, 0.0)
 
 
 def test_what_is_said_twice_counts_once(ledger):
@@ -52,14 +52,14 @@ def test_what_is_said_twice_counts_once(ledger):
     assert len(ledger.decide(0.0)["g"]) == 1
     for _ in range(2):
         ledger.hear("g", Statement(ended=("x", "never heard of")), 0.0)
-    assert ledger.demand("tiny", 0.0) == (0.0, 0.0, 1.0)
+    assert ledger.backlog("tiny", 0.0) == (0.0, 0.0, 1.0)
 
 
 def test_what_a_gateway_does_not_know_any_more_has_ended(ledger):
     ledger.hear("g", Statement(offers=(offer("x"), offer("y"), offer("z"))), 0.0)
     ledger.decide(0.0)
     assert ledger.hear("g", Statement(known=frozenset({"y"})), 0.1) == ()
-    assert ledger.demand("tiny", 0.1).waiting_s + ledger.demand("tiny", 0.1).running_s <= 1.0
+    assert ledger.backlog("tiny", 0.1).waiting_s + ledger.backlog("tiny", 0.1).running_s <= 1.0
 
 
 def test_what_the_ledger_lacks_is_asked_for(ledger):
@@ -70,7 +70,7 @@ def test_after_a_loss_what_runs_is_taken_over_and_not_granted_again(ledger):
     ledger.hear("g", Statement(offers=(offer("x", runs_on="a"), offer("y", runs_on="b"))), 0.0)
     ledger.hear("g", Statement(offers=(offer("z"),)), 0.0)
     assert ledger.decide(0.0) == {}
-    assert ledger.demand("tiny", 0.0)[:2] == (1.0, 2.0)
+    assert ledger.backlog("tiny", 0.0)[:2] == (1.0, 2.0)
     ledger.hear("g", Statement(ended=("x",)), 0.5)
     assert granted(ledger.decide(0.5)["g"]) == {"z": "a"}
 
@@ -80,7 +80,7 @@ def test_what_is_said_to_run_on_a_replica_that_is_gone_brings_it_not_back(ledger
     ledger.hear("g", Statement(offers=(offer("y"), offer("z"), offer("w"))), 0.0)
     assert set(granted(ledger.decide(0.0)["g"]).values()) == {"a", "b"}
     ledger.hear("g", Statement(ended=("x", "y", "z", "w")), 0.1)
-    assert ledger.demand("tiny", 0.1)[:2] == (0.0, 0.0)
+    assert ledger.backlog("tiny", 0.1)[:2] == (0.0, 0.0)
 
 
 def test_a_gateway_that_falls_silent_leaves_nothing(ledger):
@@ -88,7 +88,7 @@ def test_a_gateway_that_falls_silent_leaves_nothing(ledger):
     ledger.decide(0.0)
     ledger.hear("g", Statement(), SILENCE_S)
     assert ledger.forget_silent(SILENCE_S + 0.1) == ["h"]
-    assert ledger.demand("tiny", SILENCE_S + 0.1)[:2] == (0.0, 0.0)
+    assert ledger.backlog("tiny", SILENCE_S + 0.1)[:2] == (0.0, 0.0)
 
 
 def test_only_replicas_that_all_gateways_reach_are_granted(ledger):
@@ -101,16 +101,16 @@ def test_the_work_of_a_replica_that_is_gone_is_struck_out(ledger):
     ledger.hear("g", Statement(offers=(offer("x"), offer("y"))), 0.0)
     lost = next(d.ticket_id for d in ledger.decide(0.0)["g"] if d.replica == "a")
     ledger.hear("g", Statement(replicas={"tiny": ("b",)}), 0.1)
-    assert ledger.demand("tiny", 0.1).running_s == pytest.approx(0.9)
+    assert ledger.backlog("tiny", 0.1).running_s == pytest.approx(0.9)
     ledger.hear("g", Statement(ended=(lost,)), 0.2)
-    assert ledger.demand("tiny", 0.2).running_s == pytest.approx(0.8)
+    assert ledger.backlog("tiny", 0.2).running_s == pytest.approx(0.8)
 
 
 def test_with_no_replica_requests_wait(ledger):
     ledger.hear("g", Statement(replicas={"tiny": ()}), 0.0)
     ledger.hear("g", Statement(offers=(offer("x"),)), 0.0)
     assert ledger.decide(0.0) == {}
-    assert ledger.demand("tiny", 0.0).waiting_s == 1.0
+    assert ledger.backlog("tiny", 0.0).waiting_s == 1.0
     ledger.hear("g", Statement(replicas=REPLICAS), 3.0)
     assert set(granted(ledger.decide(3.0)["g"])) == {"x"}
 
@@ -141,4 +141,4 @@ def test_after_any_run_the_books_are_at_zero(seed):
     ledger.hear("g", Statement(known=frozenset()), now)
     ledger.hear("g", Statement(), now + SILENCE_S + 1)
     ledger.forget_silent(now + SILENCE_S + 1)
-    assert ledger.demand("tiny", now + SILENCE_S + 1)[:2] == (0.0, 0.0)
+    assert ledger.backlog("tiny", now + SILENCE_S + 1)[:2] == (0.0, 0.0)

@@ -39,7 +39,7 @@ class FakeLine:
         return heard + len(decided), decided
 
     def running_s(self) -> float:
-        return self.ledger.demand("tiny", time.monotonic()).running_s
+        return self.ledger.backlog("tiny", time.monotonic()).running_s
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ async def test_a_client_that_leaves_gives_its_place_back(turns: Turns, line: Fak
     assert await within(third) == "a"
     turns.end("z")
     await asyncio.sleep(0.05)
-    assert line.ledger.demand("tiny", time.monotonic())[:2] == (0.0, 0.0)
+    assert line.ledger.backlog("tiny", time.monotonic())[:2] == (0.0, 0.0)
 
 
 async def test_a_client_that_leaves_at_once_disturbs_nobody(turns: Turns) -> None:
