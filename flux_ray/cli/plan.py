@@ -12,13 +12,11 @@ from rich.console import Console
 from flux_ray.cli.client import fail
 from flux_ray.cli.plan_table import print_plan
 from flux_ray.cli.serve_config import tiers_in
+from flux_ray.cli.terminal import table_console
 from flux_ray.config import TierArgs
 
 if TYPE_CHECKING:
     from flux_ray.engine.plan import Plan
-
-# A pipe has no width of its own, and rich's 80 columns would cut the table.
-PIPED_WIDTH = 132
 
 
 def plan(
@@ -34,8 +32,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(made)))
     else:
-        console = Console()
-        print_plan(made, console if console.is_terminal else Console(width=PIPED_WIDTH))
+        print_plan(made, table_console())
     if not made.fits:
         raise typer.Exit(1)
 

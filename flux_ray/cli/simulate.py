@@ -12,6 +12,7 @@ from rich.console import Console
 from flux_ray.cli.client import fail
 from flux_ray.cli.serve_config import tiers_in
 from flux_ray.cli.simulate_table import print_outcome, report_of
+from flux_ray.cli.terminal import table_console
 from flux_ray.router.trace_line import TracedRequest
 from flux_ray.simulator.arrivals import Pattern
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
@@ -20,8 +21,6 @@ from flux_ray.simulator.traces import from_zero, last_arrival_s, read_trace
 from flux_ray.simulator.workloads import Traffic, generate
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
-# A pipe has no width of its own, and rich's 80 columns would cut the table.
-PIPED_WIDTH = 132
 
 Config = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="serve/*.yaml")]
 TraceName = Annotated[str, typer.Option(help=f"{', '.join(PATTERNS)}, or a file of JSON lines.")]
@@ -125,5 +124,4 @@ def show(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report_of(outcome)))
         return
-    console = Console()
-    print_outcome(outcome, console if console.is_terminal else Console(width=PIPED_WIDTH))
+    print_outcome(outcome, table_console())
