@@ -17,13 +17,15 @@ from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.bill import Bill
+from flux_ray.router.config_check import check_possible
 from flux_ray.router.cost import Layout
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.ledger_actor import RemoteLedger
 from flux_ray.router.price_exchange import PriceExchange
 from flux_ray.router.pricing import CostModel
+from flux_ray.router.recorder import Recorder
 from flux_ray.router.replica_choice import GrantedReplica
-from flux_ray.router.router import Router
+from flux_ray.router.router import Router, Terms
 from flux_ray.router.turns import Turns
 
 # A leader that ended is replaced at the next check; one that hangs, after three of them.
@@ -47,15 +49,22 @@ class Gateway:
 
         handles = TierHandles(args.tiers, learn_layout)
         ledger = RemoteLedger()
-        turns = Turns(ledger, handles.reachable, gateway=uuid.uuid4().hex)
+        name = uuid.uuid4().hex
+        turns = Turns(ledger, handles.reachable, gateway=name)
         PriceExchange(ledger, prices).start()
-        timeout_s = args.request_timeout_s
-        router = Router(handles, turns, prices, Bill(), request_timeout_s=timeout_s)
+        records = None
+        if args.record_to is not None:
+            # Gateways of one node may record to one folder.
+            args.record_to.mkdir(parents=True, exist_ok=True)
+            records = Recorder(args.record_to / f"{name}.jsonl")
+        terms = Terms(args.request_timeout_s, args.deadlines)
+        router = Router(handles, turns, prices, Bill(), terms, records)
         return build_api(router, args, proxy_sends_id=True)
 
 
 def build_gateway(args: GatewayArgs) -> Application:
-    """The application that clients speak to."""
+    """The application that clients speak to. ValueError names a key that asks the impossible."""
+    check_possible(args)
     deployment = serve.deployment(
         name="gateway",
         num_replicas=args.num_replicas,

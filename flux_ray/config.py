@@ -1,14 +1,19 @@
 """Typed configuration: what a Serve config file may say in an application's `args`."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flux_ray.cards import speed_for
-from flux_ray.catalog import tier_for
+from flux_ray.catalog import TIERS, tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
+Policy = Literal["best", "spill", "cascade"]
 Seconds = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# As a model's name, whatever tiers there are: the best that meets the deadline.
+AUTO = "auto"
 
 
 class Args(BaseModel):
@@ -130,20 +135,84 @@ class Limits(Args):
     max_images: int = 10
 
 
-class GatewayArgs(Args):
-    """The gateway application. A tier's application bears the tier's name.
+class Alias(Args):
+    """Another name for tiers, best first; the name of another alias stands for its tiers.
 
-    `card`: what the tiers run on, by which a request is priced before any of its kind was measured.
+    `policy`: `best` is the first tier that meets the deadline. `spill` is the first tier; where the
+    caller allows it, the next one that begins within `max_wait_s`. `cascade` is the first tier, and
+    for those who stream a preview by the last one before it.
+    `max_gpu_seconds`: only tiers that do the request at that price.
+    In a config file a single tier's name is an alias too.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
+    policy: Policy = "best"
+    max_wait_s: Seconds = 5.0
+    max_gpu_seconds: float | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_name(cls, value: Any) -> Any:
+        """`gpt-image-1: flux-2-dev`."""
+        return {"tiers": [value]} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check_cascade(self) -> "Alias":
+        """It needs a tier for the preview, and is not a matter of price."""
+        if self.policy == "cascade" and self.max_gpu_seconds is not None:
+            raise ValueError("max_gpu_seconds is for the policies best and spill")
+        if self.policy == "cascade" and len(self.tiers) < 2:
+            raise ValueError("tiers of a cascade are at least two: the last draws the preview")
+        return self
+
+
+class KeyClass(Args):
+    """Callers who are treated alike.
+
+    `keys`: SHA-256 of each API key (`printf %s "$KEY" | sha256sum`). `deadline_s`: where the caller
+    says none. `weight`: their share of a tier that is short, others having 1. `licenses`: of the
+    tiers that they may use, where not all.
+    """
+
+    keys: tuple[Sha256, ...] = Field(min_length=1)
+    deadline_s: Seconds | None = None
+    weight: float = Field(1.0, gt=0)
+    licenses: tuple[str, ...] | None = Field(None, min_length=1)
+
+
+class GatewayArgs(Args):
+    """The gateway application. A tier's application bears the tier's name.
+
+    `default_tier`: a tier or an alias. `card`: what the tiers run on, by which a request is priced
+    before any of its kind was measured. `deadlines`: of tiers, where neither the caller nor its
+    class says one. `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
+    """
+
+    tiers: tuple[str, ...] = Field(min_length=1)
+    aliases: dict[str, Alias] = {}
     default_tier: str | None = None
     card: str = "h100-80gb"
+    deadlines: dict[str, Seconds] = {}
+    key_classes: dict[str, KeyClass] = {}
+    record_to: Path | None = None
     num_replicas: int = Field(1, ge=1)
     max_ongoing_requests: int = Field(256, ge=1)
     request_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0
     limits: Limits = Limits()
+
+    def alias_for(self, name: str) -> Alias | None:
+        """What a model's name stands for, by tiers only; None if there is no such name."""
+        if name in self.aliases:
+            alias = self.aliases[name]
+            return alias.model_copy(update={"tiers": self._tiers_of(name, ())})
+        if name in self.tiers:
+            return Alias(tiers=(name,))
+        if name == AUTO:
+            # The catalogue's best are its last.
+            served = [tier.name for tier in reversed(TIERS) if tier.name in self.tiers]
+            return Alias(tiers=tuple(served))
+        return None
 
     @model_validator(mode="after")
     def check_tiers(self) -> "GatewayArgs":
@@ -151,6 +220,41 @@ class GatewayArgs(Args):
         for name in self.tiers:
             tier_for(name)
         speed_for(self.card)
-        if self.default_tier is not None and self.default_tier not in self.tiers:
+        for name in self.deadlines.keys() - set(self.tiers):
+            raise ValueError(f"deadlines.{name}: {name} is not among tiers")
+        return self
+
+    @model_validator(mode="after")
+    def check_aliases(self) -> "GatewayArgs":
+        """Every alias ends at tiers that are served, and none at itself."""
+        for name, alias in self.aliases.items():
+            if name in self.tiers:
+                raise ValueError(f"aliases.{name}: a tier has that name")
+            tiers = self._tiers_of(name, ())
+            if alias.policy == "cascade" and len(tiers) < 2:
+                raise ValueError(f"aliases.{name}: its tiers are all {tiers[0]}: no cascade")
+        if self.default_tier is not None and self.alias_for(self.default_tier) is None:
             raise ValueError(f"default_tier {self.default_tier} is not among tiers")
         return self
+
+    @model_validator(mode="after")
+    def check_classes(self) -> "GatewayArgs":
+        """A key is of one class."""
+        classes: dict[str, str] = {}
+        for name, key_class in self.key_classes.items():
+            for key in key_class.keys:
+                if classes.setdefault(key, name) != name:
+                    raise ValueError(f"key_classes.{name}.keys: {key} is in {classes[key]} too")
+        return self
+
+    def _tiers_of(self, name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if name in path:
+            raise ValueError(f"aliases.{name}: a cycle: {' -> '.join((*path, name))}")
+        if name in self.tiers:
+            return (name,)
+        if name not in self.aliases:
+            where = f"aliases.{path[-1]}.tiers: " if path else ""
+            raise ValueError(f"{where}no tier and no alias {name!r} is served here")
+        inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
+        # Each once, where it is best.
+        return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))

@@ -3,6 +3,7 @@
 FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
+    LicenseForbids        403  the caller's key may not use a tier of that licence
     BadReference          400  a reference image is no image, too large, too many
     DeadlineTooShort      400  the work alone takes longer
     BodyTooLarge          413  more bytes than this gateway reads
@@ -48,6 +49,14 @@ class UnknownTier(BadRequest):
 
     status = 404
     code = "model_not_found"
+
+
+class LicenseForbids(BadRequest):
+    """The caller's key is for tiers of other licences."""
+
+    status = 403
+    type = "permission_error"
+    code = "license_forbids"
 
 
 class BadReference(BadRequest):

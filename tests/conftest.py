@@ -12,9 +12,10 @@ from flux_ray.gateway.api import build_api
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 from flux_ray.router.calibration import Observation
 from flux_ray.router.cost import Layout
+from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
-from flux_ray.router.router import Router
+from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
 
 LIMITS = Limits(
@@ -55,18 +56,25 @@ class FakeHandles:
 
 
 class FakeTurns:
-    """A ledger that grants every turn at once, after raising what is in `refusals`."""
+    """A ledger that grants every turn at once, after raising what is in `refusals`.
+
+    What is not in `forecasts` would not wait.
+    """
 
     def __init__(self) -> None:
         self.offers: list[Offer] = []
         self.ended: list[str] = []
         self.refusals: list[Exception] = []
+        self.forecasts: dict[str, Forecast] = {}
 
     async def take(self, offer: Offer) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)
         return f"replica {len(self.offers)}"
+
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        return tuple(self.forecasts.get(offer.tier, Forecast(0.0)) for offer in offers)
 
     def end(self, ticket_id: str) -> None:
         self.ended.append(ticket_id)
@@ -114,7 +122,7 @@ def bill() -> FakeBill:
 @pytest.fixture
 def router(handles: FakeHandles, turns: FakeTurns, bill: FakeBill) -> Router:
     prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
-    return Router(handles, turns, prices, bill, request_timeout_s=5)
+    return Router(handles, turns, prices, bill, Terms(request_timeout_s=5))
 
 
 @pytest.fixture

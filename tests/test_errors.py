@@ -25,9 +25,12 @@ def test_every_error_is_drawn_with_its_status(error_type):
     assert line.split()[1] == str(error_type.status)
 
 
+CALLERS = ("invalid_request_error", "permission_error", "rate_limit_error")
+
+
 @pytest.mark.parametrize("error_type", ALL)
 def test_status_and_type_agree(error_type):
-    is_callers = error_type.type in ("invalid_request_error", "rate_limit_error")
+    is_callers = error_type.type in CALLERS
     assert is_callers == (400 <= error_type.status < 500)
 
 

@@ -103,8 +103,8 @@ def arriving_of(
             ]
             return Arriving(generate(traffics, duration_s, seed), duration_s, is_recorded=False)
     path = Path(trace)
-    if not path.is_file():
-        fail(f"--trace {trace} is no file, and no pattern: {', '.join(PATTERNS)}")
+    if not path.exists():
+        fail(f"--trace {trace} is no file, no folder and no pattern: {', '.join(PATTERNS)}")
     return Arriving(from_zero(read_trace(path)), last_arrival_s(path), is_recorded=True)
 
 

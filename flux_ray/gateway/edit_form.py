@@ -8,11 +8,11 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from flux_ray.catalog import Tier
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_unserved import NOT_YET
 from flux_ray.gateway.references import decode
+from flux_ray.gateway.targets import Target
 from flux_ray.request import Raster
 
 IMAGE_PARTS = ("image", "image[]")
@@ -63,16 +63,16 @@ def text_parts(form: FormData) -> dict[str, str]:
     return parts
 
 
-def image_parts(form: FormData, tier: Tier) -> list[UploadFile]:
-    """The pictures in the order of the form, as many as the tier takes."""
+def image_parts(form: FormData, target: Target) -> list[UploadFile]:
+    """The pictures in the order of the form, as many as any of the tiers takes."""
     values = [value for name, value in form.multi_items() if name in IMAGE_PARTS]
     files = [value for value in values if isinstance(value, UploadFile)]
     if len(files) < len(values):
         raise BadReference("image must be a file part, with a filename", "image")
     if not files:
         raise BadReference("image is required", "image")
-    if len(files) > tier.max_references:
-        raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
+    if len(files) > target.max_references:
+        raise BadReference(f"{target.name} takes at most {target.max_references} images", "image")
     return files
 
 

@@ -87,9 +87,13 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 def answer_for(error: FluxError) -> JSONResponse:
     """The envelope of an error, and when to come back."""
-    failure = Failure(message=error.message, type=error.type, param=error.field, code=error.code)
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-    return envelop(failure, error.status, headers)
+    return envelop(failure_of(error), error.status, headers)
+
+
+def failure_of(error: FluxError) -> Failure:
+    """What the caller reads of it."""
+    return Failure(message=error.message, type=error.type, param=error.field, code=error.code)
 
 
 def envelop(failure: Failure, status: int, headers: dict[str, str]) -> JSONResponse:

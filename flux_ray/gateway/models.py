@@ -1,4 +1,4 @@
-"""`/v1/models`: the tiers of this gateway, in OpenAI's words."""
+"""`/v1/models`: the tiers of this gateway and their aliases, in OpenAI's words."""
 
 import time
 from typing import Literal
@@ -6,19 +6,22 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import GatewayArgs
 from flux_ray.gateway.failures import Envelope
-from flux_ray.gateway.tiers import served_tier
+from flux_ray.gateway.targets import Target, names_of, target_for
 
 
 class Model(BaseModel):
-    """A tier: OpenAI's four fields, then what its licence, defaults and limits are."""
+    """OpenAI's four fields, then what its licence, defaults and limits are.
+
+    `tiers` may serve it, best first: itself, or those of an alias, whose best one the rest is of.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    tiers: list[str]
     license: str
     default_size: str
     default_steps: int
@@ -50,19 +53,22 @@ class Models:
         return routes
 
     async def list_models(self) -> ModelList:
-        """The tiers that this gateway is configured to serve."""
-        return ModelList(data=[self.model_for(tier_for(name)) for name in self.args.tiers])
+        """What this gateway is configured to serve."""
+        targets = [target_for(name, self.args, may_spill=True) for name in names_of(self.args)]
+        return ModelList(data=[self.model_for(target) for target in targets])
 
     async def show_model(self, model: str) -> Model:
-        """One tier."""
-        return self.model_for(served_tier(model, self.args))
+        """One of them."""
+        return self.model_for(target_for(model, self.args, may_spill=True))
 
-    def model_for(self, tier: Tier) -> Model:
+    def model_for(self, target: Target) -> Model:
         """A row of the catalogue as a client sees it."""
+        tier = target.tiers[0]
         return Model(
-            id=tier.name,
+            id=target.name,
             created=self.created,
             owned_by=tier.owner,
+            tiers=[each.name for each in target.tiers],
             license=tier.license,
             default_size=f"{tier.default_side}x{tier.default_side}",
             default_steps=tier.num_steps,

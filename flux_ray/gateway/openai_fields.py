@@ -44,7 +44,9 @@ class ImageFields(BaseModel):
     background: Literal["auto", "opaque", "transparent"] | None = Field(
         None, description="`transparent` is not supported"
     )
-    stream: bool | None = Field(None, description="`true` is not supported yet")
+    stream: bool | None = Field(
+        None, description="server-sent events; previews where the model is a cascade"
+    )
     quality: str | None = None
     user: str | None = None
 
@@ -100,8 +102,6 @@ def check_supported(fields: ImageFields) -> None:
         raise BadRequest(NOT_YET[name], name)
     for names in (STEPS, GUIDANCE):
         check_same(fields, names)
-    if fields.stream:
-        raise BadRequest("streaming is not supported yet", "stream")
     if fields.response_format == "url":
         raise BadRequest("answers by URL are not supported yet: use b64_json", "response_format")
     if fields.background == "transparent":

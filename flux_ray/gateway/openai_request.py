@@ -5,9 +5,9 @@ import uuid
 
 from flux_ray.catalog import Tier
 from flux_ray.config import Limits
-from flux_ray.errors import BadRequest
+from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
-from flux_ray.gateway.tiers import check_size, parse_size, size_like
+from flux_ray.gateway.sizes import check_size, parse_size, size_like
 from flux_ray.request import Encoding, ImageRequest, Raster
 
 # JavaScript reads integers exactly up to 2**53.
@@ -22,6 +22,8 @@ def request_for(
     num_images = fields.n or 1
     if num_images > limits.max_images:
         raise BadRequest(f"n must be 1 to {limits.max_images}", "n")
+    if len(references) > tier.max_references:
+        raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
     width, height = size_for(fields, tier, references)
     return ImageRequest(
         request_id=uuid.uuid4().hex,

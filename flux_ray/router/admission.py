@@ -1,7 +1,8 @@
-"""Who gives way when a ticket arrives that does not fit: it, a longer one, or nobody."""
+"""Who gives way when a ticket arrives that does not fit, and how long one that does will wait."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import takewhile
 from operator import attrgetter
 
 from flux_ray.router.forecast import (
@@ -50,6 +51,20 @@ def give_way(
         leaving.append(victim)
         queued.remove(victim)
     return leaving
+
+
+def wait_of(new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float) -> float:
+    """Seconds until `new` would begin, if it joined the line behind `ahead`."""
+    num_before, before_s = line.before(new.key)
+    num_before += sum(len(other) for other in ahead)
+    if num_before > MAX_PLAYED:
+        work_s = before_s + sum(other.total for other in ahead)
+        return level(capacity_curve(slots, now), work_s, now) - now
+    free = free_times(slots, num_before + 1, now)
+    for other in ahead:
+        play(other, free)
+    play(takewhile(lambda waiting: waiting.key < new.key, line), free)
+    return free[0] - now
 
 
 def _late(

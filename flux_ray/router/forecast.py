@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flux_ray.router.slots import Slots
 from flux_ray.router.sums import Key
@@ -15,6 +16,16 @@ NEVER = float("inf")
 Piece = tuple[float, int, float]
 # With more busy slots they are counted by the block.
 MAX_SINGLE = 400
+
+
+class Forecast(NamedTuple):
+    """What would become of a request that came now: how long it would wait, if it were taken.
+
+    `wait_s` is None where there is no replica that it could wait for.
+    """
+
+    wait_s: float | None
+    is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

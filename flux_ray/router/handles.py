@@ -45,7 +45,7 @@ class TierHandles:
 
     async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
         """One attempt on the replica of the request's tier that it was granted."""
-        GRANTED[request.request_id] = replica
+        GRANTED[request.tier, request.request_id] = replica
         try:
             return await self._attempt(request)
         except RayTaskError as error:
@@ -58,7 +58,7 @@ class TierHandles:
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise TierUnavailable(f"{request.tier} cannot serve now", "model") from error
         finally:
-            GRANTED.pop(request.request_id, None)
+            GRANTED.pop((request.tier, request.request_id), None)
 
     async def connect(self, tier: str) -> None:
         """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""

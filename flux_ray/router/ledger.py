@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from flux_ray.router.forecast import Forecast
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.ticket import Refusal, Ticket
 
@@ -58,6 +59,19 @@ class Backlog(NamedTuple):
     waiting_s: float = 0.0
     running_s: float = 0.0
     arrived_s: float = 0.0
+
+
+def ticket_of(offer: Offer, now: float) -> Ticket:
+    """The offer on the ledger's clock."""
+    return Ticket(
+        offer.ticket_id,
+        offer.tier,
+        offer.cost_s,
+        now + offer.deadline_in_s,
+        offer.key,
+        offer.weight,
+        offer.affinity,
+    )
 
 
 @dataclass
@@ -128,6 +142,12 @@ class Ledger:
         queue = self._queues[tier]
         return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrived_s.get(tier, 0.0))
 
+    def forecast(self, offer: Offer, now: float) -> Forecast:
+        """What would become of a request that is not offered yet."""
+        if offer.tier not in self._queues:
+            return Forecast(None)
+        return self._queues[offer.tier].forecast(ticket_of(offer, now), now)
+
     def wake_at(self) -> float:
         """When `decide` has something to decide even if nobody speaks."""
         times = (queue.wake_at() for queue in self._queues.values())
@@ -139,15 +159,7 @@ class Ledger:
         return self._queues[tier]
 
     def _enter(self, gateway: str, offer: Offer, now: float) -> None:
-        ticket = Ticket(
-            offer.ticket_id,
-            offer.tier,
-            offer.cost_s,
-            now + offer.deadline_in_s,
-            offer.key,
-            offer.weight,
-            offer.affinity,
-        )
+        ticket = ticket_of(offer, now)
         self._owner[ticket.ticket_id] = gateway
         self._accounts[gateway].tiers[ticket.ticket_id] = ticket.tier
         queue = self._queue(offer.tier)

@@ -8,7 +8,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from flux_ray.router.calibration import Snapshot, merged
-from flux_ray.router.ledger import Backlog, Decision, Ledger, Statement
+from flux_ray.router.forecast import Forecast
+from flux_ray.router.ledger import Backlog, Decision, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost
 
@@ -68,6 +69,11 @@ class LedgerActor:
         """A gateway waits here for what is decided about its tickets."""
         return await self._mailboxes.setdefault(gateway, Mailbox()).after(heard)
 
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone, for who has to choose among tiers."""
+        now = time.monotonic()
+        return tuple(self._ledger.forecast(offer, now) for offer in offers)
+
     async def backlog(self, tier: str) -> Backlog:
         """For the policies that scale a tier."""
         return self._ledger.backlog(tier, time.monotonic())
@@ -110,6 +116,11 @@ class RemoteLedger:
             LISTEN_S + ANSWER_S, "listen", gateway, heard
         )
         return news
+
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone."""
+        forecasts: tuple[Forecast, ...] = await self._call(ANSWER_S, "forecast", offers)
+        return forecasts
 
     async def backlog(self, tier: str) -> Backlog:
         """What waits, runs and arrived; LedgerLost if there is nobody to ask."""

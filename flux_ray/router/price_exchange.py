@@ -7,7 +7,7 @@ from typing import Protocol
 
 from flux_ray.router.calibration import Snapshot
 from flux_ray.router.pricing import CostModel
-from flux_ray.router.turns import LedgerLost
+from flux_ray.router.turns import LedgerLost, tell_of_end
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +34,7 @@ class PriceExchange:
         self._task = asyncio.get_running_loop().create_task(
             self._run(), context=contextvars.Context()
         )
+        self._task.add_done_callback(tell_of_end)
 
     async def _run(self) -> None:
         while True:

@@ -79,9 +79,9 @@ class CostModel:
             decode_s=prior.decode_s * ratios["decode"],
         )
 
-    def gpu_seconds(self, request: ImageRequest) -> float:
-        """The price times the cards of a replica: for quotas, and for tiers beside each other."""
-        return self.price(request).total_s * self.layouts[request.tier].num_ranks
+    def on_all_cards(self, tier: str, seconds: float) -> float:
+        """GPU seconds of a replica's seconds: for quotas, and for tiers beside each other."""
+        return seconds * self.layouts[tier].num_ranks
 
     def learn(self, request: ImageRequest, times: StageTimes) -> tuple[Observation, ...]:
         """Take in what a request took; each observation's `error` is that of the price before."""

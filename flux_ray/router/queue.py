@@ -3,9 +3,18 @@
 from collections.abc import Iterable
 from itertools import count
 
-from flux_ray.router.admission import MAX_PLAYED, Line, give_way
+from flux_ray.router.admission import MAX_PLAYED, Line, give_way, wait_of
 from flux_ray.router.caches import Caches
-from flux_ray.router.forecast import NEVER, SAME_S, Waiting, capacity_curve, free_times, level, play
+from flux_ray.router.forecast import (
+    NEVER,
+    SAME_S,
+    Forecast,
+    Waiting,
+    capacity_curve,
+    free_times,
+    level,
+    play,
+)
 from flux_ray.router.patience import Patience
 from flux_ray.router.shares import Shares
 from flux_ray.router.slots import Slot, Slots
@@ -91,25 +100,33 @@ class TierQueue:
         """A ticket arrives; None if it is taken in. ValueError if one of that id is here."""
         if ticket.ticket_id in self._places or self._slots.holds(ticket.ticket_id):
             raise ValueError(f"ticket {ticket.ticket_id} is here already")
-        latest_start = ticket.deadline - ticket.cost_s
-        if latest_start < now:
-            # Too late by the estimate: not so if that is wrong as often as others were.
-            latest_start = ticket.deadline - ticket.cost_s * self._spread.least_share
-        slack_s = latest_start - now
+        slack_s = self._slack_s(ticket, now)
         self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
         self._review_shares(now)
         if slack_s < -SAME_S:
             return Refusal("the deadline is shorter than the work", NEVER)
         self._patience.see(slack_s)
-        due = now + min(slack_s, self._patience.limit_s)
-        new = Waiting(ticket, due, latest_start, next(self._numbers))
-        place = int(ticket.key in self._shares.over)
+        new, place = self._newcomer(ticket, slack_s, now)
         reason = self._objection(new, place, now)
         if reason is None:
             self._enter(new, place)
             return None
         self._patience.decide(ticket.cost_s, is_served=False)
         return Refusal(reason, self._retry_after_s(slack_s, now))
+
+    def forecast(self, ticket: Ticket, now: float) -> Forecast:
+        """What offer() would say, and when its turn would come; nothing changes."""
+        slack_s = self._slack_s(ticket, now)
+        if not self._slots.num:
+            return Forecast(None, is_refused=slack_s < self._cold_start_s)
+        new, place = self._newcomer(ticket, slack_s, now)
+        ahead, line = self._lines[:place], self._lines[place]
+        wait_s = 0.0
+        if line or not self._slots.can_take(now):
+            wait_s = wait_of(new, ahead, line, self._slots, now)
+            if give_way(new, ahead, line, self._slots, now) == [new]:
+                return Forecast(wait_s, is_refused=True)
+        return Forecast(wait_s, is_refused=slack_s < -SAME_S)
 
     def adopt(self, ticket: Ticket, replica: str, now: float) -> None:
         """The replica runs this ticket already: what is known is from before this queue.
@@ -171,6 +188,20 @@ class TierQueue:
     def running_s(self, now: float) -> float:
         """GPU seconds granted and not done, as far as is known."""
         return self._slots.running_s(now)
+
+    def _slack_s(self, ticket: Ticket, now: float) -> float:
+        """How long it can wait."""
+        slack_s = ticket.deadline - ticket.cost_s - now
+        if slack_s >= 0:
+            return slack_s
+        # Too late by the estimate: not so if that is wrong as often as others were.
+        return ticket.deadline - ticket.cost_s * self._spread.least_share - now
+
+    def _newcomer(self, ticket: Ticket, slack_s: float, now: float) -> tuple[Waiting, int]:
+        """It, and the line for it."""
+        due = now + min(slack_s, self._patience.limit_s)
+        new = Waiting(ticket, due, now + slack_s, next(self._numbers))
+        return new, int(ticket.key in self._shares.over)
 
     def _objection(self, new: Waiting, place: int, now: float) -> str | None:
         line = self._lines[place]

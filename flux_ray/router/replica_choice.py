@@ -13,6 +13,8 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+from flux_ray.request import ImageRequest
+
 # The module, not what is in it: Serve pickles this class with copies of its globals.
 from flux_ray.router import handover
 
@@ -50,4 +52,6 @@ class GrantedReplica(FIFOMixin, RequestRouter):
 def granted_for(pending_request: PendingRequest | None) -> str | None:
     """The replica that the request was granted; None for one of another caller."""
     args: Any = () if pending_request is None else pending_request.args
-    return handover.GRANTED.get(getattr(args[0], "request_id", "")) if args else None
+    if not args or not isinstance(args[0], ImageRequest):
+        return None
+    return handover.GRANTED.get((args[0].tier, args[0].request_id))

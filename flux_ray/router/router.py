@@ -2,12 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from flux_ray.errors import DeadlinePassed, Overloaded, ReplicaFailed
+from flux_ray.config import Alias
+from flux_ray.errors import (
+    DeadlinePassed,
+    DeadlineTooShort,
+    Overloaded,
+    ReplicaFailed,
+    TierUnavailable,
+)
 from flux_ray.request import ImageRequest, ImageResult
 from flux_ray.router.calibration import Observation
+from flux_ray.router.caller import ANYONE, Caller
+from flux_ray.router.choice import Candidate, in_order
+from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
 
@@ -33,6 +45,9 @@ class Turns(Protocol):
     async def take(self, offer: Offer) -> str:
         """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met."""
 
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone."""
+
     def end(self, ticket_id: str) -> None:
         """The turn is over."""
 
@@ -50,6 +65,28 @@ class Bill(Protocol):
         """A request could not be done in time."""
 
 
+class Records(Protocol):
+    """Where arrivals are recorded."""
+
+    def record(
+        self, request: ImageRequest, at_s: float, deadline_s: float | None, key: str = ""
+    ) -> None:
+        """A request came at that time of day; never waits or raises."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Seconds that a request may take: of each tier where its caller does not say, and at most."""
+
+    request_timeout_s: float
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+
+    def deadline_s(self, request: ImageRequest, caller: Caller) -> float:
+        """Of this request."""
+        wanted_s = caller.deadline_s or self.deadlines.get(request.tier, self.request_timeout_s)
+        return min(wanted_s, self.request_timeout_s)
+
+
 class Router:
     """What the gateway calls. Knows neither HTTP nor Ray."""
 
@@ -59,66 +96,119 @@ class Router:
         turns: Turns,
         prices: CostModel,
         bill: Bill,
-        *,
-        request_timeout_s: float,
+        terms: Terms,
+        records: Records | None = None,
     ) -> None:
         self.handles = handles
         self.turns = turns
         self.prices = prices
         self.bill = bill
-        self.request_timeout_s = request_timeout_s
+        self.terms = terms
+        self.records = records
 
-    async def generate(
-        self, request: ImageRequest, *, deadline_s: float | None = None, key: str = ""
+    async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
+        """The pictures of a request; a second replica draws the same ones, from the same seed."""
+        self._record(request, caller)
+        return await self._generate(request, caller, self.terms.deadline_s(request, caller))
+
+    async def generate_by(
+        self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
     ) -> ImageResult:
-        """The pictures of a request; a second replica draws the same ones, from the same seed.
+        """The pictures of the one that the alias's policy prefers: the same request of each tier.
 
-        `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
-        within so many seconds. `key`: whose requests share what there is with those of others.
+        They come best first. Where its tier refuses it after all, the next is tried; of refusals
+        the one that is over first is told.
         """
-        deadline = asyncio.timeout(self.request_timeout_s)
-        try:
-            async with deadline:
-                return await self._generate_with_retry(request, deadline_s, key)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise DeadlinePassed(
-                f"the request was not done after {self.request_timeout_s:g} seconds"
-            ) from None
+        if len(requests) == 1 and alias.max_gpu_seconds is None:
+            return await self.generate(requests[0], caller)
+        began = time.monotonic()
+        refusals: list[Overloaded | DeadlineTooShort | TierUnavailable] = []
+        candidates = await self._candidates(requests, caller)
+        for candidate in in_order(candidates, alias):
+            left_s = candidate.deadline_s - (time.monotonic() - began)
+            if not refusals:
+                self._record(candidate.request, caller)
+            try:
+                return await self._generate(candidate.request, caller, left_s)
+            except (Overloaded, DeadlineTooShort, TierUnavailable) as error:
+                refusals.append(error)
+        raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that can serve now."""
         return await self.handles.ready_tiers()
 
-    async def _generate_with_retry(
-        self, request: ImageRequest, deadline_s: float | None, key: str
+    async def _candidates(
+        self, requests: Sequence[ImageRequest], caller: Caller
+    ) -> list[Candidate]:
+        offers = tuple(
+            self._offer(request, 0, self.terms.deadline_s(request, caller), caller)
+            for request in requests
+        )
+        forecasts = await self.turns.forecast(offers)
+        return [
+            Candidate(
+                request,
+                offer.cost_s,
+                self.prices.on_all_cards(request.tier, offer.cost_s),
+                offer.deadline_in_s,
+                forecast,
+            )
+            for request, offer, forecast in zip(requests, offers, forecasts, strict=True)
+        ]
+
+    async def _generate(
+        self, request: ImageRequest, caller: Caller, deadline_s: float
     ) -> ImageResult:
-        wanted_s = self.request_timeout_s if deadline_s is None else deadline_s
+        timeout_s = self.terms.request_timeout_s
+        deadline = asyncio.timeout(timeout_s)
         try:
-            return await self._attempt(request, 1, wanted_s, key)
+            async with deadline:
+                return await self._generate_with_retry(request, caller, deadline_s)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeadlinePassed(f"the request was not done after {timeout_s:g} seconds") from None
+
+    async def _generate_with_retry(
+        self, request: ImageRequest, caller: Caller, deadline_s: float
+    ) -> ImageResult:
+        try:
+            return await self._attempt(request, 1, deadline_s, caller)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", request.request_id, error)
         # It was taken in once: it is not refused now for what was no fault of its client.
-        return await self._attempt(request, 2, self.request_timeout_s, key)
+        return await self._attempt(request, 2, self.terms.request_timeout_s, caller)
 
     async def _attempt(
-        self, request: ImageRequest, number: int, deadline_s: float, key: str
+        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller
     ) -> ImageResult:
         # It would wait for its turn for ever.
         await self.handles.connect(request.tier)
-        cost_s = self.prices.price(request).total_s
-        ticket_id = f"{request.request_id}-{number}"
-        offer = Offer(ticket_id, request.tier, cost_s, min(deadline_s, self.request_timeout_s), key)
+        offer = self._offer(request, number, deadline_s, caller)
         try:
             replica = await self.turns.take(offer)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise
-        self.bill.enter(request.tier, self.prices.gpu_seconds(request))
+        if number == 1:
+            self.bill.enter(request.tier, self.prices.on_all_cards(request.tier, offer.cost_s))
         try:
             result = await self.handles.generate(request, replica)
         finally:
-            self.turns.end(ticket_id)
+            self.turns.end(offer.ticket_id)
         self.bill.compare(self.prices.learn(request, result.times))
         return result
+
+    def _offer(
+        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller
+    ) -> Offer:
+        # Two tiers may have the same request.
+        ticket_id = f"{request.tier}-{request.request_id}-{number}"
+        cost_s = self.prices.price(request).total_s
+        return Offer(ticket_id, request.tier, cost_s, deadline_s, caller.key, caller.weight)
+
+    def _record(self, request: ImageRequest, caller: Caller) -> None:
+        if self.records is not None:
+            deadline_s = caller.deadline_s or self.terms.deadlines.get(request.tier)
+            self.records.record(request, time.time(), deadline_s, caller.key)

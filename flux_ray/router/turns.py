@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
+from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Decision, Offer, Statement
 from flux_ray.router.ticket import Refusal
 
@@ -33,10 +34,13 @@ class LedgerLost(Exception):
 
 
 class Line(Protocol):
-    """The way to the ledger. Both raise LedgerLost."""
+    """The way to the ledger. All of it raises LedgerLost."""
 
     async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
         """Make a statement; the known tickets that the ledger lacks."""
+
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone."""
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         """Decisions after number `heard`, and the number of the last; none after a while."""
@@ -94,6 +98,14 @@ class Turns:
         except BaseException:
             self.end(offer.ticket_id)
             raise
+
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone; the best where the ledger is away."""
+        try:
+            return await self._line.forecast(offers)
+        except LedgerLost as error:
+            logger.warning("tiers are chosen without the ledger: %s", error)
+            return (Forecast(0.0),) * len(offers)
 
     def end(self, ticket_id: str) -> None:
         """The turn is over, however it ended."""

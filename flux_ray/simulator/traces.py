@@ -1,7 +1,9 @@
 """Trace files: JSON lines of arrivals in the order of time, read and written one by one."""
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from flux_ray.router.trace_line import BadTrace, TracedRequest, line_of, parse_line
@@ -10,8 +12,19 @@ from flux_ray.router.trace_line import BadTrace, TracedRequest, line_of, parse_l
 def read_trace(path: Path) -> Iterator[TracedRequest]:
     """The entries, one at a time: a million of them need no memory.
 
-    BadTrace names the line and the key that is wrong; arrivals must not go back in time.
+    Of a folder those of all its files, as the gateways of a cluster recorded them, set aside or
+    not. BadTrace names the line and the key that is wrong; arrivals must not go back in time.
     """
+    if not path.is_dir():
+        return read_file(path)
+    files = sorted(path.glob("*.jsonl*"))
+    if not files:
+        raise BadTrace(f"{path} has no traces: *.jsonl")
+    return heapq.merge(*map(read_file, files), key=attrgetter("at_s"))
+
+
+def read_file(path: Path) -> Iterator[TracedRequest]:
+    """Of one file."""
     last_s = 0.0
     try:
         with path.open(encoding="utf-8") as lines:

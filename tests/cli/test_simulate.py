@@ -160,7 +160,7 @@ def test_a_trace_that_is_wrong(line, reason, config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("--trace", "poison"), "poison is no file, and no pattern: poisson, bursty"),
+        (("--trace", "poison"), "poison is no file, no folder and no pattern: poisson, bursty"),
         (("--gpu", "h999"), "no card named 'h999'"),
         (("--min-replicas", 5, "--max-replicas", 3), "min_replicas 5 is above max_replicas 3"),
         (("--max-replicas", 9, "--gpus", 3), "gpu_budget 3 is below the min_replicas of all: 4"),

@@ -65,10 +65,19 @@ def wait_until_ready() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def config() -> dict[str, Any]:
-    """serve/laptop.yaml on a free port."""
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the gateway records what arrives."""
+    return tmp_path_factory.mktemp("cluster") / "traces"
+
+
+@pytest.fixture(scope="session")
+def config(traces: Path) -> dict[str, Any]:
+    """serve/laptop.yaml on a free port, with aliases and a recorder."""
     config = yaml.safe_load(LAPTOP.read_text())
     config["http_options"]["port"] = free_port()
+    (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
+    studio = {"tiers": ["tiny-tp2", "tiny"], "policy": "cascade"}
+    gateway["args"] |= {"aliases": {"studio": studio}, "record_to": str(traces)}
     return config
 
 

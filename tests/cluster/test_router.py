@@ -85,20 +85,20 @@ def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw
     wait_until(lambda: backlog("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
 
 
-@pytest.mark.parametrize("how", ["left", "killed"])
+@pytest.mark.parametrize("how", ["left", "gateway", "tiny"])
 def test_no_phantom_work_stays_behind(
     address: str, draw: Draw, replicas: Replicas, how: str
 ) -> None:
-    """Clients that leave, and a gateway that dies with all it had."""
+    """Clients that leave, and a gateway or a replica that dies with all it had."""
     clients = [
         threading.Thread(target=httpx_quietly, args=(address, how == "left")) for _ in range(4)
     ]
     for client in clients:
         client.start()
     wait_until(lambda: sum(backlog("tiny")) > 0, timeout_s=5, what="work in the ledger")
-    if how == "killed":
-        (gateway,) = replicas("gateway")
-        gateway.leader.kill()
+    if how != "left":
+        (dying,) = replicas(how)
+        dying.leader.kill()
     for client in clients:
         client.join(60)
     wait_until(lambda: backlog("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")

@@ -4,7 +4,7 @@ import pytest
 
 from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.tiers import served_tier
+from flux_ray.gateway.targets import target_for
 
 
 async def test_models(client):
@@ -67,12 +67,12 @@ TWO = ("tiny", "flux-2-klein-4b")
 
 
 def test_model_may_be_left_out():
-    assert served_tier(None, GatewayArgs(tiers=("tiny",))).name == "tiny"
+    assert target_for(None, GatewayArgs(tiers=("tiny",))).name == "tiny"
     args = GatewayArgs(tiers=TWO, default_tier="flux-2-klein-4b")
-    assert served_tier(None, args).name == "flux-2-klein-4b"
+    assert target_for(None, args).name == "flux-2-klein-4b"
 
 
 def test_model_is_required_where_there_is_no_default():
     with pytest.raises(BadRequest, match="model is required") as caught:
-        served_tier(None, GatewayArgs(tiers=TWO))
+        target_for(None, GatewayArgs(tiers=TWO))
     assert caught.value.field == "model"

@@ -158,13 +158,11 @@ def test_requests_are_taken_as_they_are() -> None:
     for _ in range(3):
         learned.learn(asked, StageTimes(9.0, 0.1, 4.0, 0.3))
     assert learned.price(asked).denoise_s == pytest.approx(4.0)
-    assert learned.gpu_seconds(asked) == pytest.approx(4.4)
+    assert learned.price(asked).total_s == pytest.approx(4.4)
 
 
 def test_a_second_of_two_cards_is_two_gpu_seconds() -> None:
-    asked = ImageRequest("id", "flux-2-dev", "a ring", 1024, 1024, 28, 4.0, seed=7)
-    learned = model()
-    assert learned.gpu_seconds(asked) == 2 * learned.price(asked).total_s
+    assert model().on_all_cards("flux-2-dev", 1.5) == 3.0
 
 
 def test_the_error_is_that_of_the_price_before() -> None:

@@ -12,9 +12,10 @@ from flux_ray.errors import (
     TierUnavailable,
 )
 from flux_ray.request import ImageRequest
+from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
-from flux_ray.router.router import Router
+from flux_ray.router.router import Router, Terms
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
@@ -23,19 +24,20 @@ async def test_result_comes_back_from_the_replica_whose_turn_it_was(router, hand
     result = await router.generate(REQUEST)
     assert [image.seed for image in result.images] == [7]
     assert (handles.requests, handles.replicas) == ([REQUEST], ["replica 1"])
-    assert turns.ended == ["id-1"]
+    assert turns.ended == ["tiny-id-1"]
 
 
 async def test_the_offer_says_price_deadline_and_key(router, turns):
-    await router.generate(REQUEST, deadline_s=2.5, key="someone")
+    await router.generate(REQUEST, Caller(key="someone", weight=2.0, deadline_s=2.5))
     (offer,) = turns.offers
-    assert (offer.tier, offer.deadline_in_s, offer.key) == ("tiny", 2.5, "someone")
+    assert (offer.tier, offer.deadline_in_s) == ("tiny", 2.5)
+    assert (offer.key, offer.weight) == ("someone", 2.0)
     fresh = CostModel({"tiny": Layout("cpu", dtype="float32")})
     assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
 
 
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
-    await router.generate(REQUEST, deadline_s=1000)
+    await router.generate(REQUEST, Caller(deadline_s=1000))
     await router.generate(REQUEST)
     assert [offer.deadline_in_s for offer in turns.offers] == [5, 5]
 
@@ -82,9 +84,9 @@ async def test_a_tier_that_is_not_deployed_is_told_at_once(router, handles, turn
 
 async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, handles, turns):
     handles.failures = [ReplicaFailed("died")]
-    await router.generate(REQUEST, deadline_s=0.5)
+    await router.generate(REQUEST, Caller(deadline_s=0.5))
     assert handles.requests == [REQUEST, REQUEST]
-    assert turns.ended == ["id-1", "id-2"], "as two turns"
+    assert turns.ended == ["tiny-id-1", "tiny-id-2"], "as two turns"
     assert turns.offers[1].deadline_in_s == 5, "it is not refused for what was not its fault"
 
 
@@ -104,7 +106,7 @@ async def test_other_failures_are_not_tried_again(router, handles, turns, failur
         await router.generate(REQUEST)
     assert caught.value is failure
     assert len(handles.requests) == 1
-    assert turns.ended == ["id-1"]
+    assert turns.ended == ["tiny-id-1"]
 
 
 class SlowHandles:
@@ -127,11 +129,9 @@ class SlowHandles:
 async def test_the_deadline_cancels_the_attempt(turns, router):
     handles = SlowHandles()
     with pytest.raises(DeadlinePassed, match=r"0\.01 seconds"):
-        await Router(handles, turns, router.prices, router.bill, request_timeout_s=0.01).generate(
-            REQUEST
-        )
+        await Router(handles, turns, router.prices, router.bill, Terms(0.01)).generate(REQUEST)
     assert handles.was_cancelled
-    assert turns.ended == ["id-1"]
+    assert turns.ended == ["tiny-id-1"]
 
 
 async def test_a_client_that_leaves_cancels_the_attempt(turns, router):
@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_cancels_the_attempt(turns, router):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert handles.was_cancelled
-    assert turns.ended == ["id-1"]
+    assert turns.ended == ["tiny-id-1"]
 
 
 async def test_ready_tiers_are_the_handles(router):

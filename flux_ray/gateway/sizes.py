@@ -1,27 +1,13 @@
-"""Which tier a request means, and which sizes that tier draws."""
+"""Which sizes a tier draws."""
 
 import math
 import re
 
-from flux_ray.catalog import Tier, tier_for
-from flux_ray.config import GatewayArgs
-from flux_ray.errors import BadRequest, UnknownTier
+from flux_ray.catalog import Tier
+from flux_ray.errors import BadRequest
 from flux_ray.request import Raster
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-
-
-def served_tier(name: str | None, args: GatewayArgs) -> Tier:
-    """The tier of that name; without a name the default one, or the only one."""
-    if name is None:
-        if args.default_tier is None and len(args.tiers) > 1:
-            raise BadRequest(f"model is required, one of: {', '.join(args.tiers)}", "model")
-        return tier_for(args.default_tier or args.tiers[0])
-    if name not in args.tiers:
-        raise UnknownTier(
-            f"no model {name[:80]!r} is served here; there are: {', '.join(args.tiers)}", "model"
-        )
-    return tier_for(name)
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -1,0 +1,74 @@
+"""What a model's name stands for: a tier, or tiers and a policy to choose by."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import Alias, GatewayArgs
+from flux_ray.errors import BadRequest, LicenseForbids, UnknownTier
+from flux_ray.request import ImageRequest
+from flux_ray.router.choice import is_licensed
+
+
+class Target(NamedTuple):
+    """A model as a client names it, and the tiers that may serve it, best first."""
+
+    name: str
+    alias: Alias
+    tiers: tuple[Tier, ...]
+
+    @property
+    def max_references(self) -> int:
+        """Of the tier that takes most."""
+        return max(tier.max_references for tier in self.tiers)
+
+
+def target_for(
+    name: str | None,
+    args: GatewayArgs,
+    licenses: tuple[str, ...] | None = None,
+    *,
+    may_spill: bool = False,
+) -> Target:
+    """The target of that name; without a name the default one, or the only tier.
+
+    UnknownTier names what there is. LicenseForbids where the caller may use none of its tiers.
+    """
+    if name is None:
+        name = args.default_tier or (args.tiers[0] if len(args.tiers) == 1 else None)
+    if name is None:
+        raise BadRequest(f"model is required, one of: {', '.join(names_of(args))}", "model")
+    alias = args.alias_for(name)
+    if alias is None:
+        raise UnknownTier(
+            f"no model {name[:80]!r} is served here; there are: {', '.join(names_of(args))}",
+            "model",
+        )
+    tiers = alias.tiers
+    if alias.policy == "spill" and not may_spill:
+        tiers = tiers[:1]
+    usable = tuple(tier_for(tier) for tier in tiers if is_licensed(tier, licenses))
+    if not usable:
+        raise LicenseForbids(f"this key may not use {name}: its licence is another", "model")
+    return Target(name, alias, usable)
+
+
+def names_of(args: GatewayArgs) -> tuple[str, ...]:
+    """What a client may ask for by name, besides `auto`."""
+    return (*args.tiers, *args.aliases)
+
+
+def requests_for(target: Target, build: Callable[[Tier], ImageRequest]) -> list[ImageRequest]:
+    """The same request of every tier that can do it, best first; else what the best objects to."""
+    requests: list[ImageRequest] = []
+    objections: list[BadRequest] = []
+    for tier in target.tiers:
+        try:
+            requests.append(build(tier))
+        except BadRequest as error:
+            objections.append(error)
+    if not requests:
+        raise objections[0]
+    first = requests[0]
+    return [replace(each, request_id=first.request_id, seed=first.seed) for each in requests]

@@ -1,0 +1,20 @@
+"""Who asks for pictures: until when, with what weight, and what they allow."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Requests of one `key` share what there is with those of others, by `weight`.
+
+    `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
+    within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
+    """
+
+    key: str = ""
+    weight: float = 1.0
+    deadline_s: float | None = None
+    may_spill: bool = False
+
+
+ANYONE = Caller()

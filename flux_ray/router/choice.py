@@ -1,0 +1,81 @@
+"""Which of the tiers that can do a request should: pure decisions on prices and forecasts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import Alias
+from flux_ray.errors import BadRequest
+from flux_ray.request import ImageRequest
+from flux_ray.router.forecast import Forecast
+
+# Of a tier with no replica: what a rank group takes to start, where nobody has measured it.
+COLD_START_S = 60.0
+
+
+class Candidate(NamedTuple):
+    """A request as one tier would do it: seconds on a replica, and on all of its cards.
+
+    `deadline_s` is from now, as `forecast` is.
+    """
+
+    request: ImageRequest
+    cost_s: float
+    gpu_seconds: float
+    deadline_s: float
+    forecast: Forecast
+
+    @property
+    def wait_s(self) -> float:
+        """Until it begins."""
+        wait_s = self.forecast.wait_s
+        return COLD_START_S if wait_s is None else wait_s
+
+    @property
+    def done_s(self) -> float:
+        """Until it is done."""
+        return self.wait_s + self.cost_s
+
+    @property
+    def is_in_time(self) -> bool:
+        """Whether the ledger would take it, and it would be done by its deadline."""
+        return not self.forecast.is_refused and self.done_s <= self.deadline_s
+
+
+def in_order(candidates: Sequence[Candidate], alias: Alias) -> list[Candidate]:
+    """Those that may be tried, the one to try first first; they come best first.
+
+    BadRequest if none is within the alias's price.
+    """
+    affordable = within_price(candidates, alias.max_gpu_seconds)
+    if alias.policy == "cascade":
+        # It is a matter of streams; who does not ask for one gets what it ends with.
+        return affordable[:1]
+    if alias.policy == "spill":
+        return sorted(affordable, key=lambda each: spill_s(each, alias.max_wait_s))
+    # Where none is in time: who would be done first.
+    return sorted(affordable, key=lambda each: 0.0 if each.is_in_time else each.done_s)
+
+
+def within_price(candidates: Sequence[Candidate], max_gpu_seconds: float | None) -> list[Candidate]:
+    """Those that cost no more."""
+    if max_gpu_seconds is None:
+        return list(candidates)
+    affordable = [each for each in candidates if each.gpu_seconds <= max_gpu_seconds]
+    if not affordable:
+        least = min(each.gpu_seconds for each in candidates)
+        raise BadRequest(
+            f"it takes {least:.3g} GPU seconds, and this model has {max_gpu_seconds:g}", "model"
+        )
+    return affordable
+
+
+def spill_s(candidate: Candidate, max_wait_s: float) -> float:
+    """What a tier's wait counts: nothing up to the bound."""
+    is_loaded = candidate.forecast.is_refused or candidate.wait_s > max_wait_s
+    return candidate.wait_s if is_loaded else 0.0
+
+
+def is_licensed(tier: str, licenses: tuple[str, ...] | None) -> bool:
+    """Whether its licence is one of those; None is all."""
+    return licenses is None or tier_for(tier).license in licenses

@@ -1,0 +1,53 @@
+"""What of a gateway's config no cluster could do: found when it is read, not by its clients."""
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import GatewayArgs
+from flux_ray.router.choice import is_licensed
+from flux_ray.router.cost import Layout, Work, price
+
+# The fastest that eight cards make of any tier: split by tokens, with weights of a byte.
+FASTEST = {"tensor": 2, "sequence": 4, "quantization": "fp8", "encoder_quantization": "fp8"}
+
+
+def check_possible(args: GatewayArgs) -> None:
+    """ValueError names a key that leaves no tier enough for its default picture."""
+    for tier, deadline_s in args.deadlines.items():
+        check_deadline(f"deadlines.{tier}", deadline_s, (tier,), args.card)
+    for name, key_class in args.key_classes.items():
+        usable = tuple(tier for tier in args.tiers if is_licensed(tier, key_class.licenses))
+        if not usable:
+            raise ValueError(f"key_classes.{name}.licenses: no tier here has one of them")
+        if key_class.deadline_s is not None:
+            key = f"key_classes.{name}.deadline_s"
+            check_deadline(key, key_class.deadline_s, usable, args.card)
+    for name in args.aliases:
+        alias = args.alias_for(name)
+        if alias is not None and alias.max_gpu_seconds is not None:
+            check_price(name, alias.max_gpu_seconds, alias.tiers, args.card)
+
+
+def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card: str) -> None:
+    """It suffices for a default picture of one of the tiers; quantized, that may be half."""
+    least_s = min(default_s(tier, Layout(card)) for tier in tiers)
+    if max_gpu_seconds < least_s / 2:
+        raise ValueError(
+            f"aliases.{name}.max_gpu_seconds: {max_gpu_seconds:g} is impossible: a default picture"
+            f" takes {least_s:.2g}"
+        )
+
+
+def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: str) -> None:
+    """It suffices for a default picture of one of the tiers."""
+    layout = Layout(card, **FASTEST)  # type: ignore[arg-type]
+    least_s = min(default_s(tier, layout) for tier in tiers)
+    if deadline_s < least_s:
+        raise ValueError(
+            f"{key}: {deadline_s:g} s is impossible: a default picture takes {least_s:.2g} s on"
+            f" eight cards of {card}"
+        )
+
+
+def default_s(tier: str, layout: Layout) -> float:
+    """Seconds of a replica for a tier's default picture."""
+    row = tier_for(tier)
+    return price(Work(tier, row.default_side, row.default_side, row.num_steps), layout).total_s

@@ -1,0 +1,73 @@
+"""Models that stand for two tiers of a real cluster, and the trace of what was asked."""
+
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+
+from flux_ray.simulator.traces import from_zero, read_trace
+from tests.cluster.storm import PROMPT, Draw
+
+LONG = {"size": "192x192", "steps": 30, "n": 4}
+
+
+def model_for(address: str, deadline_s: float) -> str:
+    """Who serves `auto`."""
+    answer = httpx.post(
+        f"{address}/v1/images/generations",
+        json={"model": "auto", "prompt": PROMPT},
+        headers={"x-flux-deadline-s": f"{deadline_s}"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["model"])
+
+
+def test_auto_is_the_best_tier_that_is_in_time(address: str, draw: Draw) -> None:
+    for _ in range(3):
+        draw(PROMPT, model="tiny-tp2", **LONG)
+        draw(PROMPT)
+    assert model_for(address, 60) == "tiny-tp2", "the later row of the catalogue"
+    loads = [
+        threading.Thread(target=draw, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
+        for _ in range(3)
+    ]
+    for load in loads:
+        load.start()
+    time.sleep(0.5)
+    assert model_for(address, 2.0) == "tiny", "the other has some seconds before it"
+    for load in loads:
+        load.join()
+
+
+def test_a_cascade_shows_a_preview_of_the_same_request(client: openai.OpenAI, draw: Draw) -> None:
+    """Of the same seed, while the better tier is still busy with another request."""
+    load = threading.Thread(target=draw, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
+    load.start()
+    time.sleep(0.3)
+    with client.images.generate(
+        model="studio", prompt=PROMPT, stream=True, extra_body={"seed": 7}
+    ) as stream:
+        events = list(stream)
+    load.join()
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    early, late = events
+    assert (early.model, late.model) == ("tiny", "tiny-tp2")
+    assert early.id == late.id
+    assert early.partial_image_index == 0
+    assert late.usage.output_tokens > 0
+
+
+def test_what_arrives_is_recorded(address: str, draw: Draw, traces: Path) -> None:
+    draw(PROMPT, size="64x96", steps=3)
+    time.sleep(0.5)
+    entries = list(from_zero(read_trace(traces)))
+    last = entries[-1]
+    assert (last.tier, last.width, last.height, last.steps) == ("tiny", 64, 96, 3)
+    assert entries[0].at_s == 0
+    assert PROMPT not in "".join(path.read_text() for path in traces.iterdir())
