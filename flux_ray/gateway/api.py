@@ -7,6 +7,7 @@ from flux_ray.config import GatewayArgs
 from flux_ray.gateway.body_limit import BodyLimit
 from flux_ray.gateway.failures import add_error_handlers
 from flux_ray.gateway.health import Health
+from flux_ray.gateway.hugging_face import HuggingFace
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
@@ -31,6 +32,7 @@ def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
     api.include_router(OpenAIImages(router, args).routes())
+    api.include_router(HuggingFace(router, args).routes())
     api.include_router(Models(args).routes())
     api.include_router(Health(router).routes())
     return api

@@ -1,4 +1,4 @@
-"""Every failure as the OpenAI error envelope; nothing of our insides is shown."""
+"""Every failure in the words of the route's dialect; nothing of our insides is shown."""
 
 import logging
 
@@ -16,6 +16,7 @@ from flux_ray.gateway.request_id import HEADER
 logger = logging.getLogger("ray.serve")
 
 CLIENT_CLOSED_REQUEST = 499
+HUB = "/models/"
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -29,9 +30,16 @@ class Failure(BaseModel):
 
 
 class Envelope(BaseModel):
-    """The body of every answer that is no success."""
+    """OpenAI's body of every answer that is no success."""
 
     error: Failure
+
+
+class HubFailure(BaseModel):
+    """Hugging Face's."""
+
+    error: str
+    error_type: str
 
 
 def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
@@ -41,7 +49,7 @@ def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
         request_id: str = request.state.request_id
         logger.error("request %s failed", request_id, exc_info=error)
         message = f"the server failed; ask its operator about request {request_id}"
-        answer = answer_for(FluxError(message))
+        answer = answer_for(request, FluxError(message))
         if not proxy_sends_id:
             # This handler runs outside the middleware that sets the header.
             answer.headers[HEADER] = request_id
@@ -59,7 +67,7 @@ async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, FluxError)
     if not isinstance(error, BadRequest):
         logger.warning("request %s: %s", request.state.request_id, error, exc_info=error.__cause__)
-    return answer_for(error)
+    return answer_for(request, error)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -70,14 +78,14 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
         type=BadRequest.type if error.status_code < 500 else FluxError.type,
         code=CODES.get(error.status_code, BadRequest.code),
     )
-    return envelop(failure, error.status_code, dict(error.headers or {}))
+    return envelop(request, failure, error.status_code, dict(error.headers or {}))
 
 
 async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's own check of paths and queries."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return answer_for(BadRequest(first["msg"], str(first["loc"][-1])))
+    return answer_for(request, BadRequest(first["msg"], str(first["loc"][-1])))
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -85,10 +93,12 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def answer_for(error: FluxError) -> JSONResponse:
-    """The envelope of an error, and when to come back."""
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-    return envelop(failure_of(error), error.status, headers)
+def answer_for(request: Request, error: FluxError) -> JSONResponse:
+    """The body of an error, whether to come back, and when."""
+    headers = {"x-should-retry": "false" if error.retry_after_s is None else "true"}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    return envelop(request, failure_of(error), error.status, headers)
 
 
 def failure_of(error: FluxError) -> Failure:
@@ -96,6 +106,11 @@ def failure_of(error: FluxError) -> Failure:
     return Failure(message=error.message, type=error.type, param=error.field, code=error.code)
 
 
-def envelop(failure: Failure, status: int, headers: dict[str, str]) -> JSONResponse:
+def envelop(
+    request: Request, failure: Failure, status: int, headers: dict[str, str]
+) -> JSONResponse:
     """The answer itself."""
-    return JSONResponse(Envelope(error=failure).model_dump(), status, headers)
+    body: BaseModel = Envelope(error=failure)
+    if request.url.path.startswith(HUB):
+        body = HubFailure(error=failure.message, error_type=failure.code)
+    return JSONResponse(body.model_dump(), status, headers)

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 
 import httpx
+import huggingface_hub
 import numpy as np
 import openai
 import pytest
@@ -51,6 +52,22 @@ def test_an_edit_turns_it_green(
     )
     pixels = pixels_of(base64.b64decode(answer.data[0].b64_json))
     check_circle(pixels, circle="green", background="blue")
+
+
+def test_the_hugging_face_client_draws_and_edits(address: str, pixels_of: PixelsOf) -> None:
+    client = huggingface_hub.InferenceClient(model=f"{address}/models/tiny", token="none")
+    red = io.BytesIO()
+    client.text_to_image(RED_ON_BLUE, seed=1).save(red, "PNG")
+    check_circle(pixels_of(red.getvalue()), circle="red", background="blue")
+    edited = client.image_to_image(
+        red.getvalue(),
+        prompt="make the circle green",
+        seed=1,
+        target_size={"width": 128, "height": 128},
+    )
+    green = io.BytesIO()
+    edited.save(green, "PNG")
+    check_circle(pixels_of(green.getvalue()), circle="green", background="blue")
 
 
 def test_two_references_are_taken(client: openai.OpenAI, red_on_blue: bytes) -> None:

@@ -1,0 +1,174 @@
+"""Hugging Face's raw endpoint, `POST /models/{model}`: words or a picture in, one picture out."""
+
+import asyncio
+import base64
+import binascii
+import logging
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flux_ray.catalog import tier_for
+from flux_ray.config import GatewayArgs
+from flux_ray.errors import BadReference, BadRequest, DeadlineTooShort
+from flux_ray.gateway.callers import DEADLINE, PARAMETERS, Callers, may_spill
+from flux_ray.gateway.failures import HUB, HubFailure
+from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
+from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.references import decode
+from flux_ray.gateway.targets import Target, requests_for, target_for
+from flux_ray.request import ImageFormat, Raster
+from flux_ray.router.router import Router
+
+logger = logging.getLogger("ray.serve")
+
+FORMATS: dict[str, ImageFormat] = {
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "image/webp": "webp",
+}
+# OpenAI's, of which this route has but one way.
+NOT_HERE = {"model", "n", "response_format", "stream"}
+
+
+class TargetSize(BaseModel):
+    """Of the picture, as image_to_image sends it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+
+
+class Parameters(BaseModel):
+    """The client's, by OpenAI's names where it has them; a prompt where `inputs` is a picture."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | None = None
+    target_size: TargetSize | None = None
+
+
+class Inputs(BaseModel):
+    """The body: a prompt, or a picture in base64 with the prompt among the parameters."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: str
+    parameters: Parameters = Parameters()
+
+
+class HuggingFace:
+    """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` speaks to it."""
+
+    def __init__(self, router: Router, args: GatewayArgs) -> None:
+        self.router = router
+        self.args = args
+        self.callers = Callers(args)
+
+    def routes(self) -> APIRouter:
+        """The body is read here, within limits and with our own errors."""
+        pictures = {name: {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
+        routes = APIRouter(tags=["hugging face"])
+        body = {"required": True, "content": {"application/json": {"schema": body_schema()}}}
+        routes.add_api_route(
+            HUB + "{model:path}",
+            self.draw,
+            methods=["POST"],
+            response_class=Response,
+            responses={200: {"content": pictures}, "default": {"model": HubFailure}},
+            openapi_extra={"requestBody": body, "parameters": PARAMETERS},
+        )
+        return routes
+
+    async def draw(self, request: Request, model: str) -> Response:
+        """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
+        licenses = self.callers.licenses_of(request)
+        target = target_for(model, self.args, licenses, may_spill=may_spill(request))
+        sent = parse_inputs(await request.body())
+        fields = fields_of(sent, format_of(request))
+        references = await self.references_of(sent, target)
+        requests = requests_for(
+            target, lambda tier: request_for(fields, tier, self.args.limits, references)
+        )
+        caller = self.callers.caller_of(request)
+        http_id, image_id = request.state.request_id, requests[0].request_id
+        logger.info("request %s: image request %s on %s", http_id, image_id, target.name)
+        try:
+            result = await self.router.generate_by(target.alias, requests, caller)
+        except DeadlineTooShort as error:
+            raise DeadlineTooShort(error.message, DEADLINE) from None
+        warnings = warnings_for(fields, tier_for(result.tier)) + list(result.warnings)
+        headers = {"x-flux-model": result.tier, "x-flux-seed": str(requests[0].seed)}
+        if warnings:
+            # Names that a client made up are among them; a header is ASCII.
+            text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+            headers["x-flux-warnings"] = text
+        media_type = f"image/{requests[0].encoding.format}"
+        return Response(result.images[0].data, media_type=media_type, headers=headers)
+
+    async def references_of(self, sent: Inputs, target: Target) -> tuple[Raster, ...]:
+        """The picture to edit, if there is one."""
+        if sent.parameters.prompt is None:
+            return ()
+        if not target.max_references:
+            raise BadReference(f"{target.name} takes no pictures", "inputs")
+        limits = self.args.limits
+        # A check before it is decoded: four characters are three bytes.
+        if len(sent.inputs) > limits.max_image_bytes * 4 // 3 + 1024:
+            raise BadReference(f"inputs is larger than {limits.max_image_bytes} bytes", "inputs")
+        try:
+            data = base64.b64decode(sent.inputs.rpartition(",")[2], validate=True)
+        except (binascii.Error, ValueError):
+            raise BadReference("inputs is no picture in base64", "inputs") from None
+        return (await asyncio.to_thread(decode, data, limits, "inputs"),)
+
+
+def body_schema() -> dict[str, Any]:
+    """What OpenAPI says of the body, in one piece."""
+    schema = Inputs.model_json_schema()
+    parts = schema.pop("$defs")
+    parameters = parts["Parameters"]
+    fields = ImageFields.model_json_schema()["properties"].items()
+    parameters["properties"] |= {name: each for name, each in fields if name not in NOT_HERE}
+    parameters["properties"]["target_size"] = parts["TargetSize"]
+    schema["properties"]["parameters"] = parameters
+    return schema
+
+
+def parse_inputs(body: bytes) -> Inputs:
+    """The checked body."""
+    try:
+        return Inputs.model_validate_json(body)
+    except ValidationError as error:
+        raise bad_request(error) from None
+
+
+def fields_of(sent: Inputs, output_format: ImageFormat) -> ImageFields:
+    """The same wish in the words of OpenAI's routes, whose checks then hold here too."""
+    extra: dict[str, Any] = dict(sent.parameters.model_extra or {})
+    for name in NOT_HERE & extra.keys():
+        raise BadRequest(f"{name} is not for this route", name)
+    if sent.parameters.target_size is not None:
+        extra |= sent.parameters.target_size.model_dump()
+    prompt = sent.inputs if sent.parameters.prompt is None else sent.parameters.prompt
+    try:
+        fields = ImageFields.model_validate(
+            {"output_format": output_format} | extra | {"prompt": prompt}
+        )
+    except ValidationError as error:
+        raise bad_request(error) from None
+    check_supported(fields)
+    return fields
+
+
+def format_of(request: Request) -> ImageFormat:
+    """What the client accepts; PNG where that is nothing in particular."""
+    accepted = (
+        part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")
+    )
+    return next((FORMATS[name] for name in accepted if name in FORMATS), "png")

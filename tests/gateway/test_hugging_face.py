@@ -1,0 +1,86 @@
+"""Hugging Face's raw endpoint, by hand; its own client is in tests/cluster."""
+
+import base64
+
+import pytest
+
+from flux_ray.errors import Overloaded
+
+PATH = "/models/tiny"
+
+
+@pytest.fixture
+def ask(client):
+    async def ask(inputs, headers=None, path=PATH, **parameters):
+        body = {"inputs": inputs, "parameters": parameters}
+        return await client.post(path, json=body, headers=headers or {})
+
+    return ask
+
+
+async def test_words_become_one_picture(ask, handles):
+    answer = await ask("a ring", width=96, height=64, num_inference_steps=3, seed=7)
+    assert answer.status_code == 200, answer.text
+    assert (answer.content, answer.headers["content-type"]) == (b"picture 7", "image/png")
+    assert (answer.headers["x-flux-model"], answer.headers["x-flux-seed"]) == ("tiny", "7")
+    (request,) = handles.requests
+    assert (request.prompt, request.width, request.height) == ("a ring", 96, 64)
+    assert (request.num_steps, request.seed, request.encoding.format) == (3, 7, "png")
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+async def test_a_picture_is_edited(ask, handles, picture, prefix):
+    sent = prefix + base64.b64encode(picture(96, 80)).decode()
+    answer = await ask(sent, prompt="make it red", target_size={"width": 64, "height": 64})
+    assert answer.status_code == 200, answer.text
+    (request,) = handles.requests
+    assert request.prompt == "make it red"
+    assert [(each.width, each.height) for each in request.references] == [(96, 80)]
+    assert (request.width, request.height) == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [("image/jpeg", "jpeg"), ("text/html, image/webp;q=1", "webp"), ("*/*", "png")],
+)
+async def test_the_format_is_what_the_client_accepts(ask, handles, accept, form):
+    answer = await ask("a ring", headers={"accept": accept})
+    assert answer.headers["content-type"] == f"image/{form}"
+    assert handles.requests[0].encoding.format == form
+
+
+async def test_what_has_no_effect_is_said(ask):
+    answer = await ask("a ring", scheduler="DDIM", guidance_scale=3, **{"größe\n": 1})
+    said = answer.headers["x-flux-warnings"]
+    assert "guidance_scale has no effect on tiny" in said
+    assert "scheduler" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "status", "words"),
+    [
+        ("", {}, 400, "prompt is empty"),
+        ("a ring", {"width": 100, "height": 64}, 400, "multiples of 16"),
+        ("a ring", {"n": 2}, 400, "n is not for this route"),
+        ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
+        ("no base64!", {"prompt": "x"}, 400, "inputs is no picture in base64"),
+        ("aGVsbG8=", {"prompt": "x"}, 400, "not a PNG, JPEG or WebP"),
+        ("A" * 400_000, {"prompt": "x"}, 400, "larger than"),
+        ("a ring", {"target_size": {"width": 64}}, 400, "parameters"),
+    ],
+)
+async def test_mistakes_are_told_in_its_words(ask, handles, inputs, parameters, status, words):
+    answer = await ask(inputs, **parameters)
+    assert answer.status_code == status
+    assert words in answer.json()["error"], answer.text
+    assert handles.requests == []
+
+
+async def test_an_unknown_model_and_a_refusal(ask, turns):
+    answer = await ask("a ring", path="/models/black-forest-labs/FLUX.1-dev")
+    assert (answer.status_code, answer.json()["error_type"]) == (404, "model_not_found")
+    turns.refusals = [Overloaded("too late", None, 7)]
+    answer = await ask("a ring")
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+    assert answer.headers["x-should-retry"] == "true"
