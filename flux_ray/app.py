@@ -4,6 +4,7 @@ A Serve config file names these builders and gives their args (serve/*.yaml).
 """
 
 import uuid
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.bill import Bill
+from flux_ray.router.budgeted import BudgetTerms
 from flux_ray.router.config_check import check_possible
 from flux_ray.router.cost import Layout
 from flux_ray.router.handles import TierHandles
@@ -103,14 +105,17 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
 
 
 def replicas_of(args: TierArgs) -> dict[str, Any]:
-    """How many: a number, or by the GPU seconds in the ledger."""
+    """How many: a number, or by the GPU seconds in the ledger, within the cluster's budget."""
     scaling = args.autoscaling
     if scaling is None:
         return {"num_replicas": args.num_replicas}
-    rules = scaling.model_dump(include={"target_wait_s", "cold_start_s", "idle_s"})
+    rules = scaling.model_dump(include={"target_wait_s", "cold_start_s", "headroom", "idle_s"})
+    terms = None
+    if scaling.gpu_budget is not None:
+        terms = asdict(BudgetTerms(scaling.gpu_budget, args.num_gpus_per_replica, scaling.priority))
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="flux_ray.router.autoscaling:LedgerPolicy",
-        policy_kwargs={"tier": args.tier, "rules": rules},
+        policy_kwargs={"tier": args.tier, "rules": rules, "terms": terms},
     )
     # The policy knows when to wait: Serve is not to wait once more.
     config = AutoscalingConfig(

@@ -50,15 +50,22 @@ class Autoscaling(Args):
     """How many replicas a tier may have, and what calls for one more: GPU seconds, not requests.
 
     `target_wait_s`: what waits is to be begun within that time. `cold_start_s`: what a replica
-    takes to start. `idle_s`: after so long without work the last replica goes, if `min_replicas`
-    is 0; the next request then waits for one.
+    takes to start. `headroom`: standard deviations of the arriving work for which there are
+    replicas to spare. `idle_s`: after so long without work the last replica goes, if
+    `min_replicas` is 0; the next request then waits for one.
+    `gpu_budget`: the GPUs that all tiers which scale share, the same number in each of them. Where
+    they are short, a tier of higher `priority` comes first. What does not scale is beside it: tiers
+    of a fixed number, and the card of a shared text encoder.
     """
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(ge=1)
     target_wait_s: Seconds = 5.0
     cold_start_s: Seconds = 60.0
+    headroom: float = Field(0.5, ge=0)
     idle_s: Seconds = 300.0
+    gpu_budget: int | None = Field(None, ge=1)
+    priority: int = 0
 
     @model_validator(mode="after")
     def check_bounds(self) -> "Autoscaling":
@@ -107,6 +114,11 @@ class TierArgs(Args):
         """Of torch in a rank on a CPU."""
         return max(1, int(self.num_cpus))
 
+    @property
+    def num_gpus_per_replica(self) -> int:
+        """One for each rank; none on processors."""
+        return self.parallel.num_ranks if self.device == "cuda" else 0
+
     @model_validator(mode="after")
     def check_weights(self) -> "TierArgs":
         """A tier without weights fails here, before any GPU is taken."""
@@ -121,6 +133,25 @@ class TierArgs(Args):
             raise ValueError(
                 "quantization nf4 is for one small card, its blocks of weights cannot be cut:"
                 f" parallel.tensor must be 1, not {self.parallel.tensor}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_gpu_budget(self) -> "TierArgs":
+        """It holds the replicas that this tier must have, and one at least."""
+        scaling, size = self.autoscaling, self.num_gpus_per_replica
+        if scaling is None or scaling.gpu_budget is None:
+            return self
+        if scaling.gpu_budget < size:
+            raise ValueError(
+                f"autoscaling.gpu_budget {scaling.gpu_budget} is below one replica of {self.tier},"
+                f" which takes {size} GPUs"
+            )
+        least = scaling.min_replicas * size
+        if scaling.gpu_budget < least:
+            raise ValueError(
+                f"autoscaling.gpu_budget {scaling.gpu_budget} is below autoscaling.min_replicas"
+                f" {scaling.min_replicas} of {self.tier}, which take {least} GPUs"
             )
         return self
 

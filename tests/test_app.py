@@ -2,7 +2,7 @@
 
 from ray.serve import Application
 
-from flux_ray.app import build_tier
+from flux_ray.app import build_tier, replicas_of
 from flux_ray.config import Parallel, TierArgs
 
 
@@ -32,6 +32,18 @@ def test_autoscaling_goes_by_the_ledger_and_a_number_of_replicas_by_itself() -> 
     assert (config.min_replicas, config.max_replicas) == (0, 4)
     assert config.policy.policy_kwargs["tier"] == "tiny"
     assert config.policy.policy_kwargs["rules"]["idle_s"] == 9
+    assert config.policy.policy_kwargs["terms"] is None, "of no budget"
+
+
+def test_the_policy_is_told_the_headroom_and_the_terms_of_the_budget() -> None:
+    scaling = {"max_replicas": 4, "gpu_budget": 8, "priority": 3, "headroom": 2.0}
+    for device, size in (("cuda", 2), ("cpu", 0)):
+        args = TierArgs(
+            tier="tiny", device=device, parallel=Parallel(tensor=2), autoscaling=scaling
+        )
+        told = replicas_of(args)["autoscaling_config"].policy.policy_kwargs
+        assert told["rules"]["headroom"] == 2.0
+        assert told["terms"] == {"gpu_budget": 8, "num_gpus_per_replica": size, "priority": 3}
 
 
 def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:

@@ -61,3 +61,30 @@ def test_four_bit_weights_are_not_split():
 def test_a_layout_that_makes_no_sense_is_refused(parallel):
     with pytest.raises(ValidationError, match="parallel"):
         TierArgs(tier="tiny", parallel=parallel)
+
+
+SCALING = {"min_replicas": 2, "max_replicas": 4}
+
+
+def scaled(device="cuda", **scaling):
+    return TierArgs(
+        tier="tiny", device=device, parallel={"tensor": 2}, autoscaling=SCALING | scaling
+    ).autoscaling
+
+
+def test_a_gpu_budget_holds_what_its_tier_must_have():
+    assert scaled(gpu_budget=4, priority=-1, headroom=0).gpu_budget == 4
+    with pytest.raises(ValidationError, match=r"autoscaling\.gpu_budget 1 is below one replica"):
+        scaled(min_replicas=0, gpu_budget=1)
+    with pytest.raises(ValidationError, match=r"gpu_budget 3 is below autoscaling\.min_replicas 2"):
+        scaled(gpu_budget=3)
+
+
+def test_a_tier_on_processors_takes_no_gpus():
+    assert scaled(device="cpu", gpu_budget=1).gpu_budget == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("gpu_budget", 0), ("headroom", -0.1)])
+def test_scaling_that_makes_no_sense_is_refused(field, value):
+    with pytest.raises(ValidationError, match=rf"autoscaling\.{field}"):
+        scaled(**{field: value})

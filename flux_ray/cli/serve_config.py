@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from flux_ray.cli.client import fail
 from flux_ray.config import Args, GatewayArgs, TierArgs
 from flux_ray.errors import FluxError
+from flux_ray.router.gpu_budget import Want, check_budget
 
 BUILDERS: dict[str, type[Args]] = {
     "flux_ray.app:build_tier": TierArgs,
@@ -21,7 +22,28 @@ def tiers_in(path: Path) -> list[TierArgs]:
     tiers = [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
     if not tiers:
         fail(f"{path} serves no tier: none of its applications is one")
+    check_gpu_budgets(tiers)
     return tiers
+
+
+def check_gpu_budgets(tiers: list[TierArgs]) -> None:
+    """One budget for all tiers that scale on GPUs, which holds what all of them must have."""
+    wants, said = [], {}
+    for args in tiers:
+        scaling, size = args.autoscaling, args.num_gpus_per_replica
+        if scaling is not None and size:
+            wants.append(Want(args.tier, scaling.max_replicas, size, scaling.min_replicas))
+            said[args.tier] = scaling.gpu_budget
+    if len(set(said.values())) > 1:
+        numbers = ", ".join(f"{tier} {number or 'none'}" for tier, number in said.items())
+        fail(f"autoscaling.gpu_budget must be the same in all tiers that scale, not {numbers}")
+    budget = next(iter(said.values()), None)
+    if budget is None:
+        return
+    try:
+        check_budget(wants, budget)
+    except ValueError as error:
+        fail(f"autoscaling.{error}")
 
 
 def applications_in(path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,9 @@ Seed = Annotated[int, typer.Option(help="The same one gives the same outcome.")]
 SloScale = Annotated[float, typer.Option(min=1.0, help="Deadlines, where not said, in costs.")]
 Least = Annotated[int | None, typer.Option(min=0, help="Scale tiers down to that many.")]
 Most = Annotated[int | None, typer.Option(min=1, help="Scale tiers up to that many.")]
-Gpus = Annotated[int | None, typer.Option(min=1, help="What all tiers share when they scale.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=1, help="What tiers that scale share; else CONFIG's.")
+]
 ColdStart = Annotated[
     float | None, typer.Option(min=0.0, help="Else CONFIG's, or 20 s for a card, 60 s for a group.")
 ]

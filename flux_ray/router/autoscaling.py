@@ -7,10 +7,11 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
+from flux_ray.router.budgeted import Budgeted, BudgetTerms, cluster_budget
 from flux_ray.router.ledger import Backlog
 from flux_ray.router.ledger_actor import RemoteLedger
 from flux_ray.router.scaling import LastGoodTarget, Scaler, ScalingRules
-from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.scaling_state import Scaling, ScalingState
 from flux_ray.router.turns import LedgerLost
 
 logger = logging.getLogger("ray.serve")
@@ -23,12 +24,19 @@ MAX_AGE_S = 10.0
 class LedgerPolicy:
     """One for each tier, in Serve's controller, which calls it ten times a second.
 
-    It answers from what it heard last: the controller must not wait for anybody.
+    It answers from what it heard last: the controller must not wait for anybody. `terms` are of the
+    GPU budget that it shares with the other tiers' policies.
     """
 
-    def __init__(self, tier: str, rules: dict[str, Any]) -> None:
+    def __init__(
+        self, tier: str, rules: dict[str, Any], terms: dict[str, Any] | None = None
+    ) -> None:
         self._tier = tier
-        self._scaler = LastGoodTarget(Scaler(ScalingRules(**rules)))
+        self._scaler: Scaling = LastGoodTarget(Scaler(ScalingRules(**rules)))
+        if terms is not None:
+            # Within: a tier whose scaler fails still says what it holds.
+            budgeted = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
+            self._scaler = LastGoodTarget(budgeted)
         self._ledger = RemoteLedger()
         self._backlog: Backlog | None = None
         self._counted_s = 0.0

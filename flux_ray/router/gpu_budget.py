@@ -1,10 +1,8 @@
-"""One cluster's GPUs, shared among the tiers by priority when they do not suffice for all."""
+"""How GPUs that do not suffice for all tiers are shared: minimum, priority, proportion."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
-
-from flux_ray.router.scaling_state import Scaling, ScalingState, target_of
 
 
 @dataclass(frozen=True)
@@ -67,48 +65,3 @@ def check_budget(wants: Iterable[Want], budget: int) -> None:
     least = sum(want.min_replicas * want.num_gpus_per_replica for want in wants)
     if least > budget:
         raise ValueError(f"gpu_budget {budget} is below the min_replicas of all: {least} GPUs")
-
-
-class GpuBudget:
-    """The budget of one cluster, and what its tiers want of it at the moment.
-
-    GPUs that another tier still holds are not given away before it has let go of them.
-    """
-
-    def __init__(self, num_gpus: int) -> None:
-        self.num_gpus = num_gpus
-        self._wants: dict[str, Want] = {}
-        self._held_gpus: dict[str, int] = {}
-
-    def grant(self, want: Want, state: ScalingState) -> int:
-        """How many replicas the tier may have now, in all."""
-        size = want.num_gpus_per_replica
-        self._wants[want.tier] = want
-        self._held_gpus[want.tier] = target_of(state) * size
-        share = share_gpus(self._wants.values(), self.num_gpus)[want.tier]
-        free = max(0, self.num_gpus - sum(self._held_gpus.values()))
-        granted = min(share, target_of(state) + fitting(want, share, free))
-        self._held_gpus[want.tier] = max(target_of(state), granted) * size
-        return granted
-
-
-class Budgeted:
-    """A tier's policy within the cluster's budget."""
-
-    def __init__(
-        self,
-        policy: Scaling,
-        budget: GpuBudget,
-        tier: str,
-        num_gpus_per_replica: int = 1,
-        priority: int = 0,
-    ) -> None:
-        self._policy = policy
-        self._budget = budget
-        self._want = Want(tier, 0, num_gpus_per_replica, priority=priority)
-
-    def replicas(self, state: ScalingState) -> int:
-        """What the policy wants, or as much of it as the budget has for this tier."""
-        wanted = self._policy.replicas(state)
-        want = replace(self._want, replicas=wanted, min_replicas=state.min_replicas)
-        return self._budget.grant(want, state)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from flux_ray.cards import PROCESSOR
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
+from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
 from flux_ray.router.cost import Layout, Work, price
-from flux_ray.router.gpu_budget import Budgeted, GpuBudget, Want, check_budget, share_gpus
+from flux_ray.router.gpu_budget import Want, check_budget, share_gpus
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.scaling import Scaler, ScalingRules
 from flux_ray.router.scaling_state import Scaling
@@ -32,7 +33,7 @@ class FleetPlan:
     """What the trace goes through. Deadlines that it does not say are `slo_scale` times the cost.
 
     `failures_per_hour`: replicas of each tier that die. `gpu_budget`: what all tiers share when
-    they scale; None is no bound.
+    they scale; None is what the config file says, if anything.
     """
 
     slo_scale: float = 3.0
@@ -56,6 +57,8 @@ class TierModel:
     max_replicas: int
     rules: ScalingRules
     mean_cost_s: float
+    gpu_budget: int | None = None
+    priority: int = 0
 
     @property
     def num_gpus_per_replica(self) -> int:
@@ -64,8 +67,8 @@ class TierModel:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether there is anything to decide."""
-        return self.min_replicas < self.max_replicas
+        """Whether there is anything to decide, or GPUs to share."""
+        return self.min_replicas < self.max_replicas or self.gpu_budget is not None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ def tier_model(
         # As Serve does, it begins with the least.
         begin = least = scaling.min_replicas
         most = scaling.max_replicas
-        rules = ScalingRules(scaling.target_wait_s, scaling.cold_start_s, idle_s=scaling.idle_s)
+        rules = ScalingRules(
+            scaling.target_wait_s, scaling.cold_start_s, scaling.headroom, idle_s=scaling.idle_s
+        )
     full = most
     least = least if overrides.min_replicas is None else overrides.min_replicas
     most = most if overrides.max_replicas is None else overrides.max_replicas
@@ -103,7 +108,10 @@ def tier_model(
     if overrides.cold_start_s is not None:
         rules = replace(rules, cold_start_s=overrides.cold_start_s)
     begin = min(max(begin, least), most)
-    return TierModel(args.tier, layout, begin, full, least, most, rules, mean_s)
+    model = TierModel(args.tier, layout, begin, full, least, most, rules, mean_s)
+    if scaling is None:
+        return model
+    return replace(model, gpu_budget=scaling.gpu_budget, priority=scaling.priority)
 
 
 def mean_cost_s(tier: str, layout: Layout) -> float:
@@ -178,16 +186,23 @@ def run_fleet(
 
 def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
     """New ones, of which each is good for one simulation; they begin within the budget."""
+    num_gpus = budget_of(models, plan)
     begin = {model.tier: model.num_replicas for model in models.values()}
-    budget = None
-    if plan.gpu_budget is not None:
+    if num_gpus is not None:
         wants = [
-            Want(model.tier, model.num_replicas, model.num_gpus_per_replica, model.min_replicas)
+            Want(
+                model.tier,
+                model.num_replicas,
+                model.num_gpus_per_replica,
+                model.min_replicas,
+                model.priority,
+            )
             for model in models.values()
+            if model.is_scaled
         ]
-        check_budget(wants, plan.gpu_budget)
-        begin = share_gpus(wants, plan.gpu_budget)
-        budget = GpuBudget(plan.gpu_budget)
+        check_budget(wants, num_gpus)
+        begin |= share_gpus(wants, num_gpus)
+    budget = GpuBudget()
     return [
         Pool(
             tier=model.tier,
@@ -195,7 +210,7 @@ def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
             num_replicas=begin[model.tier],
             num_gpus_per_replica=model.num_gpus_per_replica,
             cold_start_s=model.rules.cold_start_s,
-            scaling=scaling_of(model, budget),
+            scaling=scaling_of(model, budget, num_gpus),
             min_replicas=model.min_replicas,
             max_replicas=model.max_replicas,
         )
@@ -203,11 +218,20 @@ def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
     ]
 
 
-def scaling_of(model: TierModel, budget: GpuBudget | None) -> Scaling | None:
+def budget_of(models: Mapping[str, TierModel], plan: FleetPlan) -> int | None:
+    """The plan's; else the config file's, which is the smallest that a tier says."""
+    if plan.gpu_budget is not None:
+        return plan.gpu_budget
+    budgets = (model.gpu_budget for model in models.values())
+    return min((budget for budget in budgets if budget is not None), default=None)
+
+
+def scaling_of(model: TierModel, budget: GpuBudget, num_gpus: int | None) -> Scaling | None:
     """None where nothing is to be decided."""
     if not model.is_scaled:
         return None
     scaler = Scaler(model.rules)
-    if budget is None:
+    if num_gpus is None:
         return scaler
-    return Budgeted(scaler, budget, model.tier, model.num_gpus_per_replica)
+    terms = BudgetTerms(num_gpus, model.num_gpus_per_replica, model.priority)
+    return Budgeted(scaler, budget, model.tier, terms)

@@ -249,6 +249,38 @@ def test_args_that_the_cluster_would_refuse(args: dict[str, Any], reason: str, c
     assert reason in refusal(invoke(config(args)))
 
 
+def scaled(tier: str, tensor: int = 1, least: int = 1, **scaling: object) -> dict[str, Any]:
+    scaling = {"min_replicas": least, "max_replicas": 9} | scaling
+    parallel = {"tensor": tensor}
+    return {"tier": tier, "weights": HUB, "parallel": parallel, "autoscaling": scaling}
+
+
+@pytest.mark.parametrize(
+    ("dev", "klein", "reason"),
+    [
+        (8, 9, "must be the same in all tiers that scale, not flux-2-dev 8, flux-2-klein-4b 9"),
+        (8, None, "must be the same in all tiers that scale, not flux-2-dev 8, flux-2-klein-4b no"),
+        (5, 5, "autoscaling.gpu_budget 5 is below the min_replicas of all: 6 GPUs"),
+    ],
+)
+def test_budgets_that_do_not_fit_together(
+    dev: int, klein: int | None, reason: str, config: Callable[..., Path]
+) -> None:
+    path = config(
+        scaled("flux-2-dev", 2, 2, gpu_budget=dev),
+        scaled("flux-2-klein-4b", 1, 2, gpu_budget=klein),
+    )
+    said = " ".join(refusal(invoke(path)).split())
+    assert reason in said
+    assert "autoscaling.gpu_budget" in said
+
+
+def test_a_budget_below_one_group_is_named(config: Callable[..., Path]) -> None:
+    path = config(scaled("flux-2-dev", 2, 0, gpu_budget=1))
+    reason = "application flux-2-dev: args: Value error, autoscaling.gpu_budget 1 is below one"
+    assert reason in refusal(invoke(path))
+
+
 @pytest.mark.parametrize("import_path", ["flux_ray.app:build", "other.app:build_tier", ""])
 def test_an_application_that_is_not_ours(import_path: str, config) -> None:
     reason = refusal(invoke(config({"tier": "tiny"}, import_path=import_path)))

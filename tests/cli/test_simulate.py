@@ -122,6 +122,57 @@ def test_tiers_that_share_gpus_never_hold_more():
     assert all(tier["met"] for tier in report["tiers"].values())
 
 
+@pytest.fixture
+def sharing(tmp_path):
+    """A file with two tiers that share five GPUs, which are too few for a load of 0.3."""
+
+    def write(**klein_9b):
+        applications = []
+        for tier, own in (("flux-2-klein-4b", {}), ("flux-2-klein-9b", klein_9b)):
+            scaling = {"max_replicas": 9, "cold_start_s": 5.0, "gpu_budget": 5} | own
+            args = {"tier": tier, "weights": HUB, "autoscaling": scaling}
+            applications.append(
+                {"import_path": "flux_ray.app:build_tier", "name": tier, "args": args}
+            )
+        path = tmp_path / "sharing.yaml"
+        path.write_text(yaml.safe_dump({"applications": applications}))
+        return path
+
+    return write
+
+
+def attained(*arguments):
+    report = figures("--hours", 0.1, "--load", 0.5, *arguments)
+    tiers = [report["tiers"][tier]["slo_attainment"] for tier in sorted(report["tiers"])]
+    return tiers, report["all"]["gpu_hours"]
+
+
+def test_the_budget_and_the_priorities_of_the_config(sharing):
+    equal, gpu_hours = attained("--config", sharing())
+    assert gpu_hours <= 5 * 0.1 * 1.05
+    preferred, _ = attained("--config", sharing(priority=1))
+    assert preferred[1] > equal[1] + 0.1
+    assert preferred[0] < equal[0]
+    enough, gpu_hours = attained("--config", sharing(), "--gpus", 18)
+    assert min(enough) > 0.9
+    assert gpu_hours > 5 * 0.1 * 1.05
+
+
+def test_the_headroom_of_the_config(config):
+    gpu_hours = [
+        figures("--config", config(autoscaling={"max_replicas": 9, "headroom": headroom}), *QUICK)[
+            "all"
+        ]["gpu_hours"]
+        for headroom in (0.0, 4.0)
+    ]
+    assert gpu_hours[0] < gpu_hours[1]
+
+
+def test_budgets_of_the_config_that_disagree(sharing):
+    reason = refusal("--config", sharing(gpu_budget=6), *QUICK)
+    assert "autoscaling.gpu_budget must be the same in all tiers that scale" in reason
+
+
 def test_failures_cost_requests(config):
     arguments = ("--config", config(), "--hours", 0.2, "--load", 0.8)
     sound, failing = (

@@ -1,11 +1,8 @@
 """GPUs that do not suffice for all: minimum, priority, proportion, and whole groups only."""
 
-from dataclasses import replace
-
 import pytest
 
-from flux_ray.router.gpu_budget import Budgeted, GpuBudget, Want, check_budget, share_gpus
-from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.gpu_budget import Want, check_budget, share_gpus
 
 DEV = Want("flux-2-dev", 8, num_gpus_per_replica=2, min_replicas=1, priority=1)
 KLEIN = Want("flux-2-klein-4b", 16, num_gpus_per_replica=1, min_replicas=2)
@@ -65,32 +62,3 @@ def test_never_more_than_there_is_and_none_idle_that_fits(budget):
     assert used <= budget
     unmet = [want for want in wants if granted[want.tier] < want.replicas]
     assert all(want.num_gpus_per_replica > budget - used for want in unmet)
-
-
-class Wanting:
-    def __init__(self, wanted):
-        self.wanted = wanted
-
-    def replicas(self, state):
-        return self.wanted
-
-
-STATE = ScalingState(0.0, 4, 0, 0.0, 0.0, 0.0, 1, 100)
-
-
-def test_gpus_are_not_given_away_before_they_are_let_go():
-    budget = GpuBudget(12)
-    dev = Budgeted(Wanting(6), budget, "dev", num_gpus_per_replica=2, priority=1)
-    klein = Budgeted(Wanting(8), budget, "klein")
-    # klein has 8 of the 12 GPUs, and dev, which comes first, wants them all.
-    assert klein.replicas(replace(STATE, current=8)) == 8
-    assert dev.replicas(replace(STATE, current=1)) == 2
-    assert klein.replicas(replace(STATE, current=8)) == 2
-    assert dev.replicas(replace(STATE, current=2)) == 2
-    assert klein.replicas(replace(STATE, current=2)) == 2
-    assert dev.replicas(replace(STATE, current=2)) == 5
-
-
-def test_a_budget_that_suffices_changes_nothing():
-    budget = GpuBudget(100)
-    assert Budgeted(Wanting(6), budget, "dev", num_gpus_per_replica=2).replicas(STATE) == 6
