@@ -8,10 +8,9 @@ from flux_ray.router.scaling_state import Scaling, ScalingState, target_of
 
 logger = logging.getLogger("ray.serve")
 
-# A tier that has not asked for so long is gone, and so are its GPUs. Serve asks ten times a second,
-# but not while a tier without replicas has requests in Serve's own queue.
-FORGET_S = 30.0
-# Longer than this between two questions, nobody was asked, and nobody is gone for that.
+# A tier that has not asked for so long is gone, and so is its share: Serve asks ten times a second.
+FORGET_S = 10.0
+# More than this between two questions, and nobody was asked: nobody is gone for that.
 MAX_STEP_S = 1.0
 
 

@@ -1,0 +1,101 @@
+"""Two tiers that share a GPU budget in the controller of a real Serve."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from flux_ray.router.ledger import Offer, Statement
+from tests.cluster.conftest import deploy, wait_until
+
+DEV, KLEIN = "flux-2-dev", "flux-2-klein-4b"
+BUDGET = 6
+SCALING_S = 30
+
+
+def application(tier: str, tensor: int, priority: int) -> dict[str, Any]:
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 9,
+        "target_wait_s": 1,
+        "cold_start_s": 1,
+        "gpu_budget": BUDGET,
+        "priority": priority,
+    }
+    args = {"tier": tier, "weights": "owner/name@revision", "parallel": {"tensor": tensor}}
+    return {
+        "name": tier,
+        "route_prefix": None,
+        "import_path": "tests.cluster.unranked:build_tier",
+        "args": args | {"autoscaling": scaling},
+    }
+
+
+class Shares:
+    """How many replicas each tier has; work for one of them is said to the ledger."""
+
+    def __init__(self) -> None:
+        from flux_ray.router.ledger_actor import start_ledger
+
+        self._ledger = start_ledger()
+        self._offers: tuple[Offer, ...] = ()
+        self.most_gpus = 0
+
+    def bring_work(self, tier: str) -> None:
+        self._offers += (Offer(f"budget-{tier}", tier, cost_s=1000.0, deadline_in_s=1e6),)
+
+    def are(self, **wanted: int) -> bool:
+        """By tier, `dev` or `klein`; the work goes on waiting meanwhile."""
+        import ray
+        from ray import serve
+
+        known = frozenset(offer.ticket_id for offer in self._offers)
+        ray.get(self._ledger.say.remote("budget", Statement(self._offers, known=known)), timeout=10)
+        applications = serve.status().applications
+        found = {}
+        for name, tier in (("dev", DEV), ("klein", KLEIN)):
+            if tier in applications and tier in applications[tier].deployments:
+                states = applications[tier].deployments[tier].replica_states
+                found[name] = states.get("RUNNING", 0) + states.get("STARTING", 0)
+        self.most_gpus = max(self.most_gpus, 2 * found.get("dev", 0) + found.get("klein", 0))
+        return found == wanted
+
+    def wait(self, **wanted: int) -> None:
+        wait_until(lambda: self.are(**wanted), timeout_s=SCALING_S, what=f"{wanted}")
+
+
+@pytest.fixture
+def deployed(address: str, config: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """`deployed(application, ...)`: those and no others, beside what serves."""
+
+    def deploy_too(*applications: dict[str, Any]) -> None:
+        changed = copy.deepcopy(config)
+        changed["applications"] += applications
+        deploy(changed)
+
+    yield deploy_too
+    deploy(config)
+
+
+def test_tiers_share_the_gpus_and_leave_them(deployed: Callable[..., None]) -> None:
+    dev, klein = application(DEV, 2, priority=1), application(KLEIN, 1, priority=0)
+    deployed(dev, klein)
+    shares = Shares()
+    shares.wait(dev=1, klein=1)
+    shares.bring_work(KLEIN)
+    shares.wait(dev=1, klein=4)
+    # It comes first, and has what klein lets go.
+    shares.bring_work(DEV)
+    shares.wait(dev=2, klein=2)
+    # Another policy object takes the place of the one before.
+    dev["args"]["autoscaling"]["priority"] = -1
+    deployed(dev, klein)
+    shares.wait(dev=1, klein=4)
+    assert shares.most_gpus <= BUDGET
+    # A tier that was deleted holds nothing.
+    deployed(dev)
+    began = time.monotonic()
+    shares.wait(dev=3)
+    assert time.monotonic() - began < SCALING_S

@@ -1,0 +1,25 @@
+"""Tiers whose replicas are nothing but that, for tests of how many there are."""
+
+from ray import serve
+from ray.serve import Application
+
+from flux_ray.app import replicas_of
+from flux_ray.config import TierArgs
+
+
+class Unranked:
+    """No ranks and no model."""
+
+    async def __call__(self) -> None:
+        """Serve asks for one."""
+
+
+def build_tier(args: TierArgs) -> Application:
+    """As many as the tier's args and the ledger say; they take neither a processor nor a GPU."""
+    deployment = serve.deployment(
+        name=args.tier,
+        **replicas_of(args),
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=0.1,
+    )(Unranked)
+    return deployment.bind()
