@@ -111,7 +111,8 @@ def replicas_of(args: TierArgs) -> dict[str, Any]:
         return {"num_replicas": args.num_replicas}
     rules = scaling.model_dump(include={"target_wait_s", "cold_start_s", "headroom", "idle_s"})
     terms = None
-    if scaling.gpu_budget is not None:
+    # On processors it takes no GPUs, and its number is not to bind those that do.
+    if scaling.gpu_budget is not None and args.num_gpus_per_replica:
         terms = asdict(BudgetTerms(scaling.gpu_budget, args.num_gpus_per_replica, scaling.priority))
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="flux_ray.router.autoscaling:LedgerPolicy",

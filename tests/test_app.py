@@ -37,13 +37,14 @@ def test_autoscaling_goes_by_the_ledger_and_a_number_of_replicas_by_itself() -> 
 
 def test_the_policy_is_told_the_headroom_and_the_terms_of_the_budget() -> None:
     scaling = {"max_replicas": 4, "gpu_budget": 8, "priority": 3, "headroom": 2.0}
-    for device, size in (("cuda", 2), ("cpu", 0)):
+    terms = {"gpu_budget": 8, "num_gpus_per_replica": 2, "priority": 3}
+    for device, said in (("cuda", terms), ("cpu", None)):
         args = TierArgs(
             tier="tiny", device=device, parallel=Parallel(tensor=2), autoscaling=scaling
         )
         told = replicas_of(args)["autoscaling_config"].policy.policy_kwargs
         assert told["rules"]["headroom"] == 2.0
-        assert told["terms"] == {"gpu_budget": 8, "num_gpus_per_replica": size, "priority": 3}
+        assert told["terms"] == said
 
 
 def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:

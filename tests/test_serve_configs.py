@@ -101,6 +101,17 @@ def test_the_fleet_fits_its_nodes(name: str) -> None:
     assert plan.fits
 
 
+def test_the_fleet_says_how_its_tiers_share_their_cards() -> None:
+    (example,) = re.findall(r"# `(autoscaling: .+)`$", text_of("fleet.yaml"), re.M)
+    tiers = tiers_in(text_of("fleet.yaml"))
+    num_encoders = sum(args.text_encoder == "shared" for args in tiers.values())
+    for args in tiers.values():
+        said = args.model_dump(exclude={"num_replicas"}) | yaml.safe_load(example)
+        scaling = TierArgs.model_validate(said).autoscaling
+        assert scaling is not None
+        assert scaling.gpu_budget == sum(map(num_gpus, tiers.values())) - num_encoders
+
+
 def test_the_operators_tiers_are_off_until_there_are_weights() -> None:
     on, _ = fleets()["as it is"]
     every, _ = fleets()["with all tiers"]

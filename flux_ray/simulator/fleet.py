@@ -111,7 +111,8 @@ def tier_model(
     model = TierModel(args.tier, layout, begin, full, least, most, rules, mean_s)
     if scaling is None:
         return model
-    return replace(model, gpu_budget=scaling.gpu_budget, priority=scaling.priority)
+    budget = scaling.gpu_budget if model.num_gpus_per_replica else None
+    return replace(model, gpu_budget=budget, priority=scaling.priority)
 
 
 def mean_cost_s(tier: str, layout: Layout) -> float:

@@ -124,7 +124,7 @@ def test_tiers_that_share_gpus_never_hold_more():
 
 @pytest.fixture
 def sharing(tmp_path):
-    """A file with two tiers that share five GPUs, which are too few for a load of 0.3."""
+    """A file with two tiers that share five GPUs, too few for half of what nine of each can do."""
 
     def write(**klein_9b):
         applications = []
