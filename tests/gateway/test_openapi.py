@@ -1,0 +1,33 @@
+"""`/openapi.json` is true: whatever it allows, and what it does not, is answered as it says."""
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from flux_ray.config import GatewayArgs
+from flux_ray.gateway.api import build_api
+from flux_ray.router.cost import Layout
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.router import Router, Terms
+from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
+
+# Of each operation; those of four have something to vary.
+NUM_CASES = 300
+SLOW_SETUP = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+
+
+def build():
+    """A gateway whose replicas are fakes."""
+    prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    router = Router(FakeHandles(), FakeTurns(), prices, FakeBill(), Terms(5))
+    return build_api(router, GatewayArgs(tiers=("tiny",), limits=LIMITS))
+
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", build())
+
+
+# Not checked is that all it allows is taken: sizes and steps are a tier's, which no schema knows.
+@schema.parametrize()
+@settings(max_examples=NUM_CASES, deadline=None, derandomize=True, suppress_health_check=SLOW_SETUP)
+def test_answers_are_those_of_the_description(case):
+    case.call_and_validate(excluded_checks=[positive_data_acceptance])
