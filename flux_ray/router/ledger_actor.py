@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,6 +19,8 @@ NAMESPACE = "flux-ray"
 LISTEN_S = 5.0
 TICK_S = 0.5
 ANSWER_S = 5.0
+# From the end of one request until the next is at the replica, on a busy machine: it would be idle.
+LEAD_S = 0.05
 
 
 class Mailbox:
@@ -50,7 +53,7 @@ class LedgerActor:
     """One for the cluster. What it loses by dying, the gateways tell it again."""
 
     def __init__(self) -> None:
-        self._ledger = Ledger(TierQueue)
+        self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
         self._mailboxes: dict[str, Mailbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()

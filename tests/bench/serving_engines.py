@@ -1,0 +1,128 @@
+"""The engines of the serving bench, bare, in FastAPI, in plain Ray Serve, and as a tier of ours."""
+
+import asyncio
+import base64
+from typing import Protocol
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from ray import serve
+from ray.serve import Application
+
+from flux_ray.app import tier_application
+from flux_ray.catalog import tier_for
+from flux_ray.config import TierArgs
+from flux_ray.replica.leader import Leader
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+
+FAKE_S = 0.05
+NUM_FAKES = 4
+TINY = tier_for("tiny")
+PATH = "/v1/images/generations"
+PROMPT = "a red circle on a blue background"
+
+
+class Engine(Protocol):
+    """Draws one picture at a time."""
+
+    async def draw(self, prompt: str, seed: int) -> bytes:
+        """A PNG file."""
+
+
+class FakeEngine:
+    """Takes as long as a GPU would, and no processor: what is measured is what is around it."""
+
+    def __init__(self, num_slots: int = 1) -> None:
+        self._slots = asyncio.Semaphore(num_slots)
+
+    async def draw(self, prompt: str, seed: int) -> bytes:
+        async with self._slots:
+            await asyncio.sleep(FAKE_S)
+        return b"picture"
+
+
+class TinyEngine:
+    """The embedded model on one thread, as a rank of ours runs it."""
+
+    def __init__(self) -> None:
+        # Only where it is used: the graph is built without torch.
+        import torch
+
+        from flux_ray.engine.adapter import load_adapter
+        from flux_ray.engine.loading import Placement
+
+        torch.set_num_threads(1)
+        self._adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
+        self._lock = asyncio.Lock()
+
+    async def draw(self, prompt: str, seed: int) -> bytes:
+        async with self._lock:
+            return await asyncio.to_thread(self.draw_now, prompt, seed)
+
+    def draw_now(self, prompt: str, seed: int) -> bytes:
+        from flux_ray.engine.pictures import encode_picture
+        from flux_ray.engine.state import Canvas
+        from flux_ray.request import Encoding
+
+        adapter = self._adapter
+        conditioning = adapter.encode(adapter.encode_prompt(prompt), ())
+        state = adapter.prepare(conditioning, Canvas(128, 128, TINY.num_steps), seed)
+        while not state.is_done:
+            state = adapter.denoise(state)
+        return encode_picture(adapter.decode(state), Encoding())
+
+
+class Fields(BaseModel):
+    prompt: str
+    seed: int = 0
+
+
+def routes_around(engine: Engine) -> FastAPI:
+    """A plain server: nothing but JSON in and JSON out."""
+    api = FastAPI()
+
+    @api.post(PATH)
+    async def generate(fields: Fields) -> dict[str, str]:
+        picture = await engine.draw(fields.prompt, fields.seed)
+        return {"b64_json": base64.b64encode(picture).decode()}
+
+    return api
+
+
+def plain_serve(engine: type[FakeEngine] | type[TinyEngine], num_replicas: int) -> Application:
+    """A deployment of Serve with the same routes and nothing else."""
+
+    @serve.ingress()
+    class Plain:
+        async def __serve_build_asgi_app__(self) -> FastAPI:
+            return routes_around(engine())
+
+    options = {"num_cpus": 0.1}
+    deployment = serve.deployment(
+        name="plain", num_replicas=num_replicas, max_ongoing_requests=64, ray_actor_options=options
+    )(Plain)
+    return deployment.bind()
+
+
+class FakeLeader(Leader):
+    """A replica of ours without ranks."""
+
+    async def __init__(self, args: TierArgs) -> None:
+        self._args = args
+        self._engine = FakeEngine()
+
+    async def generate(self, request: ImageRequest) -> ImageResult:
+        data = await self._engine.draw(request.prompt, request.seed)
+        times = StageTimes(0.0, FAKE_S / 10, FAKE_S * 0.8, FAKE_S / 10)
+        return ImageResult(
+            request.request_id, request.tier, (GeneratedImage(data, request.seed),), times
+        )
+
+    async def check_health(self) -> None:
+        pass
+
+
+def fake_tier() -> Application:
+    """Our tier around the fake engine."""
+    args = TierArgs(tier="tiny", device="cpu", num_replicas=NUM_FAKES, num_cpus=0.1)
+    return tier_application(args, FakeLeader)
