@@ -4,6 +4,7 @@ Batching will replace `StepLoop` and `calls_for`; `generate` is all that the lea
 """
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import time
@@ -33,6 +34,7 @@ class Job:
     request: ImageRequest
     result: asyncio.Future[ImageResult]
     queued_at: float = field(default_factory=time.perf_counter)
+    has_begun: bool = False
 
     @property
     def has_left(self) -> bool:
@@ -120,6 +122,15 @@ class StepLoop:
                 job.finish(await self._draw(job))
             except FluxError as error:
                 job.finish(error)
+            # Its client waits for the pictures, not for this.
+            await self._drop(job)
+
+    async def _drop(self, job: Job) -> None:
+        """The ranks forget it, if they know it. Those of a group that is broken will end."""
+        if not job.has_begun:
+            return
+        with contextlib.suppress(FluxError):
+            await self._ranks.call("drop", sizes_of(job.request), job.number)
 
     async def _draw(self, job: Job) -> ImageResult | None:
         """The result, or None if the client left in between."""
@@ -129,18 +140,16 @@ class StepLoop:
         images: list[GeneratedImage] = []
         warnings: tuple[str, ...] = ()
         sizes = sizes_of(request)
-        try:
-            for method, *args in calls_for(request, encoded):
-                if job.has_left:
-                    return None
-                call = self._ranks.call(method, sizes, job.number, *args)
-                answer = await times.measure(method, call)
-                if isinstance(answer, GeneratedImage):
-                    images.append(answer)
-                elif isinstance(answer, tuple):
-                    warnings = answer
-        finally:
-            await self._ranks.call("drop", sizes, job.number)
+        for method, *args in calls_for(request, encoded):
+            if job.has_left:
+                return None
+            job.has_begun = True
+            call = self._ranks.call(method, sizes, job.number, *args)
+            answer = await times.measure(method, call)
+            if isinstance(answer, GeneratedImage):
+                images.append(answer)
+            elif isinstance(answer, tuple):
+                warnings = answer
         return ImageResult(
             request.request_id, request.tier, tuple(images), times.total(queue_s), warnings
         )
