@@ -86,6 +86,7 @@ class TierArgs(Args):
     `text_encoder`: in every rank group, or one for all replicas of the tier (`shared`).
     `num_replicas`: as many as that, unless `autoscaling` says otherwise.
     `num_cpus`: for each rank, whose torch uses as many threads.
+    `cache_bytes`: what a rank keeps of encoded prompts and references; 0 for nothing.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
     `drain_timeout_s`: longer than the longest request: a replica that is taken away waits so long.
@@ -103,6 +104,7 @@ class TierArgs(Args):
     num_replicas: int = Field(1, ge=0)
     autoscaling: Autoscaling | None = None
     num_cpus: float = Field(1.0, gt=0)
+    cache_bytes: int = Field(64 * 2**20, ge=0)
     max_ongoing_requests: int = Field(8, ge=1)
     step_timeout_s: Seconds = 60.0
     min_step_timeout_s: Seconds = 5.0

@@ -1,6 +1,8 @@
 """The values that cross process borders: a request for images, and its result."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import Literal
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -13,6 +15,13 @@ class Raster:
     width: int
     height: int
     rgb: bytes
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of its pixels; two milliseconds a megapixel, once."""
+        digest = sha256(b"%dx%d " % (self.width, self.height))
+        digest.update(self.rgb)
+        return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,38 @@ class ImageRequest:
         """One seed an image: seed, seed + 1, ..."""
         return tuple(range(self.seed, self.seed + self.num_images))
 
+    @property
+    def prompt_name(self) -> str:
+        """What caches call its prompt: the same words, the same name."""
+        return f"p:{sha256(self.prompt.encode()).hexdigest()}"
+
+    @property
+    def references_name(self) -> str:
+        """What caches call its references, all of them in their order."""
+        digests = b"".join(reference.digest for reference in self.references)
+        return f"r:{sha256(digests).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a rank says of an encoded request: its warnings, and whether it knew any of it."""
+
+    warnings: tuple[str, ...]
+    is_cached: bool
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
     """What a shared text encoder says of a prompt: a tensor's bytes, its shape and torch dtype.
 
-    `warnings` are for the caller: what of the prompt was not heeded.
+    `warnings` are for the caller: what of the prompt was not heeded. `is_cached`: it was known.
     """
 
     data: bytes
     shape: tuple[int, ...]
     dtype: str
     warnings: tuple[str, ...] = ()
+    is_cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +97,16 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds that a request spent in the stages of its replica."""
+    """Seconds that a request spent in the stages of its replica.
+
+    `is_cached`: part of what is encoded was known, so that `encode_s` says nothing of another's.
+    """
 
     queue_s: float
     encode_s: float
     denoise_s: float
     decode_s: float
+    is_cached: bool = False
 
 
 @dataclass(frozen=True)

@@ -168,11 +168,11 @@ class Candidate:
         return peak + self.unpacked(module, plan, Axis(0, num_ranks), quantization)
 
     def held(self, demand: Demand) -> int:
-        """What the requests that a replica has at once hold between their steps."""
+        """What a replica's requests hold between their steps, and what it remembers of others."""
         each = held_bytes(
             self.model.transformer.config,
             self.tier.text_length,
             self.num_image_tokens(demand),
             self.dtype.itemsize,
         )
-        return self.args.max_ongoing_requests * each
+        return self.args.max_ongoing_requests * each + self.args.cache_bytes

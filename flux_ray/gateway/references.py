@@ -50,7 +50,10 @@ def decode(data: bytes, limits: Limits, name: str) -> Raster:
         rgb = to_rgb(ImageOps.exif_transpose(image))
     except BROKEN:
         raise BadReference(f"{name} is damaged", "image") from None
-    return Raster(rgb.width, rgb.height, rgb.tobytes())
+    raster = Raster(rgb.width, rgb.height, rgb.tobytes())
+    # Known from now on: later it would hold the event loop.
+    _ = raster.digest
+    return raster
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

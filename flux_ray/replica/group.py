@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.patience import Patience
+from flux_ray.request import Encoded
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,10 +47,14 @@ class RankGroup:
         began = time.perf_counter()
         calls = [asyncio.ensure_future(getattr(rank, method).remote(*args)) for rank in self._ranks]
         await self._wait_for_all(method, calls, self._patience.seconds_for(method, *sizes))
-        self._patience.learn(time.perf_counter() - began, method, *sizes)
+        taken_s = time.perf_counter() - began
         errors = [error for error in map(error_of, calls) if error is not None]
         if not errors:
-            return calls[0].result()
+            answer = calls[0].result()
+            # What was known says nothing of how long it takes to make it.
+            if not (isinstance(answer, Encoded) and answer.is_cached):
+                self._patience.learn(taken_s, method, *sizes)
+            return answer
         if len(errors) < len(calls):
             raise self.break_up(f"{method} failed on some ranks only", errors[0])
         raise errors[0] from None

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.prompts import Prompts
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import Encoded, GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 Observe = Callable[[str, float], None]
 
@@ -83,11 +83,11 @@ class Stopwatch:
         self._observe(method, seconds)
         return answer
 
-    def total(self, queue_s: float) -> StageTimes:
+    def total(self, queue_s: float, is_cached: bool) -> StageTimes:
         """The times of a request; preparing noise counts as encoding."""
         spent = self._seconds
         encode_s = spent["prompt"] + spent["encode"] + spent["prepare"]
-        return StageTimes(queue_s, encode_s, spent["denoise"], spent["decode"])
+        return StageTimes(queue_s, encode_s, spent["denoise"], spent["decode"], is_cached)
 
 
 class StepLoop:
@@ -138,7 +138,7 @@ class StepLoop:
         queue_s = time.perf_counter() - job.queued_at
         encoded = await times.measure("prompt", self._prompts.encode_prompt(request.prompt))
         images: list[GeneratedImage] = []
-        warnings: tuple[str, ...] = ()
+        said = Encoded((), is_cached=False)
         sizes = sizes_of(request)
         for method, *args in calls_for(request, encoded):
             if job.has_left:
@@ -148,8 +148,12 @@ class StepLoop:
             answer = await times.measure(method, call)
             if isinstance(answer, GeneratedImage):
                 images.append(answer)
-            elif isinstance(answer, tuple):
-                warnings = answer
+            elif isinstance(answer, Encoded):
+                said = answer
         return ImageResult(
-            request.request_id, request.tier, tuple(images), times.total(queue_s), warnings
+            request.request_id,
+            request.tier,
+            tuple(images),
+            times.total(queue_s, said.is_cached),
+            said.warnings,
         )

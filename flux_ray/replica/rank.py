@@ -14,13 +14,14 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.request import EncodedPrompt, GeneratedImage, ImageRequest
+from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from flux_ray.engine.adapter import Adapter
-    from flux_ray.engine.state import Conditioning, ImageState, PromptEmbeds
+    from flux_ray.engine.remembering import Remembering
+    from flux_ray.engine.state import Conditioning, ImageState
     from flux_ray.parallel.mesh import Endpoint, Mesh
 
 Stage = TypeVar("Stage", bound=Callable[..., Any])
@@ -90,6 +91,7 @@ class RankActor:
 
     _mesh: "Mesh"
     _adapter: "Adapter"
+    _encoding: "Remembering"
     _store: "TCPStore"
 
     def __init__(self, rank: int, args: TierArgs) -> None:
@@ -118,6 +120,7 @@ class RankActor:
 
         from flux_ray.engine.adapter import load_adapter
         from flux_ray.engine.loading import Placement
+        from flux_ray.engine.remembering import Remembering
         from flux_ray.parallel.mesh import join_mesh, visit_store
 
         args, timeout_s = self._args, self._args.load_timeout_s
@@ -136,6 +139,7 @@ class RankActor:
             args.text_encoder,
         )
         self._adapter = load_adapter(tier_for(args.tier), args.weights, placement)
+        self._encoding = Remembering(self._adapter, args.cache_bytes, args.device)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
@@ -160,22 +164,14 @@ class RankActor:
     @in_lockstep
     def encode(
         self, job: int, request: ImageRequest, encoded: EncodedPrompt | None = None
-    ) -> tuple[str, ...]:
-        """Take on a job: encode its prompt and its references; warnings for the caller.
+    ) -> Encoded:
+        """Take on a job: encode its prompt and its references, where they are not known.
 
         `encoded` comes from the shared text encoder, where there is one.
         """
-        prompt = self._prompt(request, encoded)
-        conditioning = self._adapter.encode(prompt, request.references)
+        conditioning, is_cached = self._encoding.encode(request, encoded)
         self._drawings[job] = Drawing(request, conditioning)
-        return conditioning.warnings
-
-    def _prompt(self, request: ImageRequest, encoded: EncodedPrompt | None) -> "PromptEmbeds":
-        from flux_ray.engine.text_encoder import unpack
-
-        if encoded is None:
-            return self._adapter.encode_prompt(request.prompt)
-        return unpack(encoded, self._args.device)
+        return Encoded(conditioning.warnings, is_cached)
 
     @in_lockstep
     def prepare(self, job: int, seed: int) -> None:

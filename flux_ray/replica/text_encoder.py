@@ -4,10 +4,12 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
+from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.process import end_process
@@ -29,6 +31,7 @@ class TextEncoder:
         self._args = args
         self._turn = asyncio.Lock()
         self._patience = Patience(args.min_step_timeout_s, args.step_timeout_s)
+        self._known: Cache[EncodedPrompt] = Cache(args.cache_bytes, lambda each: len(each.data))
         self._thread = ThreadPoolExecutor(max_workers=1)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._load)
@@ -62,10 +65,16 @@ class TextEncoder:
             except Exception:
                 logger.exception("The text encoder ends")
                 end_process()
-            self._patience.learn(time.perf_counter() - began, "encode_prompt")
+            if not encoded.is_cached:
+                self._patience.learn(time.perf_counter() - began, "encode_prompt")
             return encoded
 
     def _encode(self, prompt: str) -> EncodedPrompt:
         from flux_ray.engine.text_encoder import pack
 
-        return pack(self._encoder.encode_prompt(prompt))
+        known = self._known.get(prompt)
+        if known is not None:
+            return replace(known, is_cached=True)
+        encoded = pack(self._encoder.encode_prompt(prompt))
+        self._known.put(prompt, encoded)
+        return encoded

@@ -39,6 +39,7 @@ class Layout:
     dtype: str = "bfloat16"
     is_encoder_shared: bool = False
     num_threads: int = 1
+    has_cache: bool = True
 
     @classmethod
     def of(cls, args: TierArgs, card: str) -> "Layout":
@@ -54,6 +55,7 @@ class Layout:
             args.dtype,
             args.text_encoder == "shared",
             args.num_threads if card == PROCESSOR else 1,
+            args.cache_bytes > 0,
         )
 
     @property
@@ -120,12 +122,23 @@ def work_of(request: ImageRequest) -> Work:
 @lru_cache(NUM_REMEMBERED)
 def price(work: Work, layout: Layout) -> Cost:
     """The seconds of a request on one replica that has nothing else to do."""
-    roofline = Roofline(speed_for(layout.card), layout.num_threads, DTYPE_BYTES[layout.dtype])
+    roofline = roofline_of(layout)
     return Cost(
-        encode_s=prompt_s(work, layout, roofline) + references_s(work, roofline),
+        encode_s=sum(encode_parts_s(work, layout)),
         denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
         decode_s=picture_s(work, roofline) * work.num_images,
     )
+
+
+def roofline_of(layout: Layout) -> Roofline:
+    """Of one of its cards."""
+    return Roofline(speed_for(layout.card), layout.num_threads, DTYPE_BYTES[layout.dtype])
+
+
+def encode_parts_s(work: Work, layout: Layout) -> tuple[float, float]:
+    """The prompt, and the references with the pictures' noise."""
+    roofline = roofline_of(layout)
+    return prompt_s(work, layout, roofline), references_s(work, roofline)
 
 
 def step_s(work: Work, layout: Layout, roofline: Roofline) -> float:

@@ -17,7 +17,7 @@ from flux_ray.router.calibration import (
     Stage,
     merged,
 )
-from flux_ray.router.cost import Cost, Layout, Work, price, work_of
+from flux_ray.router.cost import Cost, Layout, Work, encode_parts_s, price, work_of
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -83,14 +83,29 @@ class CostModel:
         """GPU seconds of a replica's seconds: for quotas, and for tiers beside each other."""
         return seconds * self.layouts[tier].num_ranks
 
+    def encode_parts_s(self, request: ImageRequest) -> tuple[float, float]:
+        """Of its encoding, what a replica saves that knows the prompt, and the references."""
+        work, layout = work_of(request), self.layouts[request.tier]
+        if not layout.has_cache:
+            return 0.0, 0.0
+        ratio = self._learned[work.tier, "encode"].ratio(sizes_of(work)["encode"])
+        prompt_s, references_s = encode_parts_s(work, layout)
+        # A shared text encoder knows it for all replicas.
+        return 0.0 if layout.is_encoder_shared else prompt_s * ratio, references_s * ratio
+
     def learn(self, request: ImageRequest, times: StageTimes) -> tuple[Observation, ...]:
         """Take in what a request took; each observation's `error` is that of the price before."""
         return self.learn_work(work_of(request), times)
 
     def learn_work(self, work: Work, times: StageTimes) -> tuple[Observation, ...]:
-        """The same. A stage that took no time, or no number of seconds, teaches nothing."""
+        """The same. A stage that took no time, or no number of seconds, teaches nothing.
+
+        Nor does encoding what a replica knew.
+        """
         observations = tuple(
-            seen for seen in self._observations(work, times) if is_time(seen.measured_s)
+            seen
+            for seen in self._observations(work, times)
+            if is_time(seen.measured_s) and not (times.is_cached and seen.stage == "encode")
         )
         now_s = self._clock()
         for seen in observations:

@@ -16,6 +16,7 @@ from flux_ray.errors import (
     TierUnavailable,
 )
 from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.router.affinity import affinity_of
 from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
@@ -206,7 +207,15 @@ class Router:
         # Two tiers may have the same request.
         ticket_id = f"{request.tier}-{request.request_id}-{number}"
         cost_s = self.prices.price(request).total_s
-        return Offer(ticket_id, request.tier, cost_s, deadline_s, caller.key, caller.weight)
+        return Offer(
+            ticket_id,
+            request.tier,
+            cost_s,
+            deadline_s,
+            caller.key,
+            caller.weight,
+            affinity_of(request, self.prices),
+        )
 
     def _record(self, request: ImageRequest, caller: Caller) -> None:
         if self.records is not None:

@@ -19,6 +19,8 @@ HUB = "owner/name@revision"
 FP8 = {"quantization": "fp8", "encoder_quantization": "fp8"}
 NF4 = {"quantization": "nf4", "encoder_quantization": "nf4"}
 SHARED = {"text_encoder": "shared"}
+# What was counted by hand was counted without.
+NO_CACHE = {"cache_bytes": 0}
 
 
 @cache
@@ -27,7 +29,7 @@ def model_of(name: str) -> EmptyModel:
 
 
 def candidate(name: str, card: str = "h100-80gb", **args: str) -> Candidate:
-    tier_args = TierArgs(tier=name, weights=HUB, **args)
+    tier_args = TierArgs(tier=name, weights=HUB, **NO_CACHE | args)
     return Candidate(model_of(name), tier_for(name), tier_args, card_for(card))
 
 

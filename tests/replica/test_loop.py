@@ -8,7 +8,7 @@ import pytest
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, Raster
+from flux_ray.request import Encoded, GeneratedImage, ImageRequest, ImageResult, Raster
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
@@ -40,7 +40,7 @@ class FakeRanks:
             await self.gate.wait()
         if method == "encode":
             self.encoded.append(rest[1])
-            return ("cut",)
+            return Encoded(("cut",), is_cached=True)
         return GeneratedImage(b"png", self.seeds[job]) if method == "decode" else None
 
     def methods(self, job: int) -> list[str]:
@@ -76,6 +76,7 @@ async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepL
     assert result.request_id == "a"
     assert [image.seed for image in result.images] == [5]
     assert result.warnings == ("cut",)
+    assert result.times.is_cached
     stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode", "drop"]
     assert ranks.methods(1) == stages
 

@@ -1,0 +1,101 @@
+"""What a rank remembers: within its bytes, and to the very bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from flux_ray.engine.cache import Cache
+from flux_ray.engine.remembering import Remembering
+from flux_ray.engine.state import Canvas, Conditioning, PromptEmbeds
+from flux_ray.request import EncodedPrompt, ImageRequest, Raster
+
+
+def test_the_least_recently_used_goes_first():
+    cache: Cache[bytes] = Cache(10, len)
+    for name in "abc":
+        cache.put(name, name.encode() * 3)
+    assert cache.get("a") == b"aaa"
+    cache.put("d", b"dddd")
+    assert [cache.get(name) for name in "abcd"] == [b"aaa", None, b"ccc", b"dddd"]
+    assert cache.num_bytes == 10
+
+
+def test_what_is_larger_than_all_of_it_is_not_kept():
+    cache: Cache[bytes] = Cache(3, len)
+    cache.put("a", b"aaa")
+    cache.put("b", b"bbbb")
+    assert (cache.get("a"), cache.get("b"), cache.num_bytes) == (b"aaa", None, 3)
+    nothing: Cache[bytes] = Cache(0, len)
+    nothing.put("a", b"a")
+    assert nothing.get("a") is None
+
+
+def request(prompt: str, *shades: int) -> ImageRequest:
+    references = tuple(Raster(64, 64, bytes([shade]) * (64 * 64 * 3)) for shade in shades)
+    return ImageRequest("id", "tiny", prompt, 64, 64, 1, 1.0, seed=7, references=references)
+
+
+class CountingAdapter:
+    """Counts what it is asked to encode."""
+
+    def __init__(self) -> None:
+        self.num_prompts = self.num_references = 0
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        self.num_prompts += 1
+        return PromptEmbeds(torch.full((1, 4, 2), float(len(prompt))), torch.zeros(1, 4, 4))
+
+    def encode(self, prompt: PromptEmbeds, references: tuple[Raster, ...]) -> Conditioning:
+        if not references:
+            return Conditioning(prompt)
+        self.num_references += 1
+        return Conditioning(prompt, torch.zeros(1, 4, 2), torch.zeros(1, 4, 4))
+
+
+def test_prompts_and_references_are_encoded_once():
+    adapter = CountingAdapter()
+    encoding = Remembering(adapter, 10_000, "cpu")
+    known = [
+        encoding.encode(each, None)[1]
+        for each in (
+            request("a ring"),
+            request("a ring"),
+            request("a ring", 1),
+            request("a ring", 1, 2),
+            request("a ring", 2, 1),
+            request("a disc", 2, 1),
+            request("a disc", 2, 1),
+        )
+    ]
+    assert known == [False, True, True, True, True, True, True]
+    assert (adapter.num_prompts, adapter.num_references) == (2, 3), "their order counts"
+
+
+def test_a_shared_encoders_prompt_is_known_if_it_says_so():
+    encoding = Remembering(CountingAdapter(), 10_000, "cpu")
+    for is_cached in (False, True):
+        said = EncodedPrompt(np.zeros(8, np.float32).tobytes(), (1, 4, 2), "float32", (), is_cached)
+        assert encoding.encode(request("a ring"), said)[1] is is_cached
+
+
+@pytest.mark.parametrize("shades", [(), (200,), (200, 30)])
+def test_a_picture_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades):
+    encoding = Remembering(klein_adapter, 2**20, "cpu")
+    asked = request("a red circle on a blue background", *shades)
+
+    def draw() -> bytes:
+        conditioning, _ = encoding.encode(asked, None)
+        state = klein_adapter.prepare(conditioning, Canvas(64, 64, 2), 7)
+        while not state.is_done:
+            state = klein_adapter.denoise(state)
+        return klein_adapter.decode(state).rgb
+
+    first = draw()
+    assert encoding.encode(asked, None)[1], "known by now"
+    assert draw() == first
+    fresh = klein_adapter.encode(klein_adapter.encode_prompt(asked.prompt), asked.references)
+    again, _ = encoding.encode(asked, None)
+    assert torch.equal(again.prompt.embeds, fresh.prompt.embeds)
+    if shades:
+        assert torch.equal(again.reference_latents, fresh.reference_latents)
+        assert torch.equal(again.reference_ids, fresh.reference_ids)

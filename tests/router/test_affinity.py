@@ -1,0 +1,77 @@
+"""What a request shares with those that a replica has done, and what that saves."""
+
+from dataclasses import replace
+
+import pytest
+
+from flux_ray.request import ImageRequest, Raster, StageTimes
+from flux_ray.router.affinity import affinity_of
+from flux_ray.router.cost import Layout
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.queue import TierQueue
+from flux_ray.router.ticket import Ticket
+
+RED, BLUE = (Raster(1024, 1024, bytes([shade]) * (1024 * 1024 * 3)) for shade in (200, 30))
+ASKED = ImageRequest("id", "flux-2-dev", "a ring", 1024, 1024, 28, 4.0, seed=7)
+EDIT = replace(ASKED, references=(RED, BLUE))
+
+
+def prices(**layout) -> CostModel:
+    return CostModel({"flux-2-dev": Layout("h100-80gb", tensor=2, **layout)})
+
+
+def test_its_names_are_those_of_words_and_pixels():
+    (prompt,) = affinity_of(ASKED, prices())
+    assert prompt == affinity_of(replace(ASKED, seed=8, request_id="other"), prices())[0]
+    assert prompt != affinity_of(replace(ASKED, prompt="a disc"), prices())[0]
+    same, references = affinity_of(EDIT, prices())
+    assert same == prompt
+    assert affinity_of(replace(EDIT, references=(BLUE, RED)), prices())[1][0] != references[0]
+
+
+def test_what_is_saved_is_the_price_of_encoding():
+    learned = prices()
+    saved_s = sum(seconds for _, seconds in affinity_of(EDIT, learned))
+    assert saved_s == pytest.approx(learned.price(EDIT).encode_s)
+    before = learned.price(EDIT)
+    for _ in range(3):
+        times = StageTimes(0.0, 2 * before.encode_s, before.denoise_s, before.decode_s)
+        learned.learn(EDIT, times)
+    saved_s = sum(seconds for _, seconds in affinity_of(EDIT, learned))
+    assert saved_s == pytest.approx(2 * before.encode_s)
+
+
+def test_a_shared_encoder_knows_prompts_for_all_and_no_cache_knows_nothing():
+    (name, _) = affinity_of(EDIT, prices(is_encoder_shared=True))[0]
+    assert name.startswith("r:")
+    assert affinity_of(EDIT, prices(has_cache=False)) == ()
+
+
+def test_what_was_known_teaches_no_price_of_encoding():
+    learned = prices()
+    before = learned.price(ASKED)
+    for _ in range(3):
+        seen = learned.learn(ASKED, StageTimes(0.0, 1e-4, 9.0, 0.3, is_cached=True))
+    assert {each.stage for each in seen} == {"denoise", "decode"}
+    assert learned.price(ASKED).encode_s == before.encode_s
+    assert learned.price(ASKED).denoise_s == pytest.approx(9.0)
+
+
+def test_the_queue_goes_back_to_the_replica_that_knows_it():
+    """Of two idle replicas, the one that has encoded the references; not if it is busier."""
+    queue = TierQueue()
+    queue.set_replicas(["a", "b"], 0.0)
+    affinity = affinity_of(EDIT, prices())
+
+    def grant(name: str, affinity, now: float) -> str:
+        queue.offer(Ticket(name, "flux-2-dev", 5.0, 1000.0, affinity=affinity), now)
+        ((_, replica),) = queue.take(now)[0]
+        return replica
+
+    first = grant("1", affinity, 0.0)
+    other = grant("2", (), 0.0)
+    assert {first, other} == {"a", "b"}
+    queue.finish("2", 1.0)
+    queue.finish("1", 2.0)
+    assert grant("3", affinity, 3.0) == first
+    assert grant("4", affinity, 3.0) == other, "to wait would cost more than it saves"
