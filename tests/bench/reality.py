@@ -1,0 +1,123 @@
+"""The simulator beside the real local cluster: one trace through both, and the order of policies.
+
+Service times are measured apart, one request at a time on the idle cluster; waiting is simulated.
+`tiny` computes; `paced` is a tier of leaders that sleep for their steps, so that the processors of
+this machine are not what is measured. The last line is one JSON object. `--only NAME` runs one.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["OMP_NUM_THREADS"] = "1"
+# Ray's workers import this folder's modules by their full names.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+
+from tests.bench.reality_replay import measure, replay
+from tests.bench.reality_serve import Cluster, cluster
+from tests.bench.reality_work import OURS, POLICIES, Costs, Played, play, trace_of
+
+# Two policies whose simulated attainments are nearer than that are not in any order.
+TIE = 0.03
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A tier, how many replicas it has, and its load over what they can do."""
+
+    name: str
+    num_replicas: int
+    load: float
+    duration_s: float
+    is_paced: bool
+
+
+SETUPS = (Setup("tiny", 2, 0.7, 60.0, False), Setup("paced", 4, 0.9, 60.0, True))
+
+
+def figures_of(real: Played, simulated: Played) -> dict[str, dict[str, float]]:
+    """Latencies of what was served, and how many were not."""
+    figures = {}
+    for name, share in (("p50", 0.5), ("p95", 0.95)):
+        pair = {"real": real.quantile(share), "simulated": simulated.quantile(share)}
+        figures[name] = pair | {"ratio": pair["simulated"] / pair["real"]}
+    figures["refused"] = {"real": real.num_refused, "simulated": simulated.num_refused}
+    return figures
+
+
+def reality(setup: Setup, costs: Costs, place: Cluster) -> dict[str, dict[str, float]]:
+    """One trace through our gateway and through the simulator; every second one has a deadline."""
+    trace = trace_of(costs, setup.load, setup.num_replicas, setup.duration_s, slack=4.0, said=0.5)
+    real = replay(place.url(OURS), trace)
+    figures = figures_of(real, play(trace, costs, OURS, setup.num_replicas))
+    print(f"\n{setup.name}: {len(trace)} requests, {setup.num_replicas} replicas, {setup.load:.0%}")
+    print(f"{'':8} {'real':>8} {'simulated':>10} {'ratio':>6}")
+    for name, pair in figures.items():
+        ratio = f"{pair['ratio']:6.2f}" if "ratio" in pair else ""
+        print(f"{name:8} {pair['real']:8.3f} {pair['simulated']:10.3f} {ratio}")
+    return figures
+
+
+def order(setup: Setup, costs: Costs, place: Cluster) -> dict[str, object]:
+    """The same trace through every policy, deadlines of two unloaded answers."""
+    trace = trace_of(costs, setup.load, setup.num_replicas, setup.duration_s, slack=2.0, said=1.0)
+    real = {name: replay(place.url(name), trace) for name in POLICIES}
+    simulated = {name: play(trace, costs, name, setup.num_replicas) for name in POLICIES}
+    print(f"\n{setup.name}: deadlines met   of requests      of seconds")
+    print(f"{'':20} {'real':>6} {'simulated':>9} {'real':>6} {'simulated':>9}")
+    for name in POLICIES:
+        print(
+            f"{name:20} {real[name].attainment():6.3f} {simulated[name].attainment():9.3f}"
+            f" {real[name].attainment(costs):6.3f} {simulated[name].attainment(costs):9.3f}"
+        )
+    by_requests = {
+        "real": {name: played.attainment() for name, played in real.items()},
+        "simulated": {name: played.attainment() for name, played in simulated.items()},
+    }
+    is_same = is_same_order(by_requests["real"], by_requests["simulated"])
+    print(f"the same order: {is_same}")
+    by_seconds = {
+        "real": {name: played.attainment(costs) for name, played in real.items()},
+        "simulated": {name: played.attainment(costs) for name, played in simulated.items()},
+    }
+    return {**by_requests, "is_same": is_same, "by_gpu_seconds": by_seconds}
+
+
+def is_same_order(real: Mapping[str, float], simulated: Mapping[str, float]) -> bool:
+    """Ours first in both, and of any two that the simulator tells apart the same one better."""
+    return all(max(each, key=each.__getitem__) == OURS for each in (real, simulated)) and all(
+        real[better] > real[worse]
+        for better in simulated
+        for worse in simulated
+        if simulated[better] > simulated[worse] + TIE
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=[setup.name for setup in SETUPS])
+    parser.add_argument("--no-order", action="store_true", help="only ours: a minute each")
+    options = parser.parse_args()
+    figures: dict[str, dict[str, object]] = {}
+    for setup in SETUPS:
+        if options.only not in (None, setup.name):
+            continue
+        has_order = not options.no_order
+        with cluster(setup.num_replicas, is_paced=setup.is_paced, has_opponents=has_order) as place:
+            costs = measure(place.url(OURS))
+            for shape, measured in costs.items():
+                print(f"{shape}: {measured.cost_s:.3f} s alone, {measured.unloaded_s:.3f} s in all")
+            figures[setup.name] = {"reality": reality(setup, costs, place)}
+            if has_order:
+                figures[setup.name]["order"] = order(setup, costs, place)
+    print(json.dumps(figures.get("tiny", {}) | {"paced": figures.get("paced", {})}))
+
+
+if __name__ == "__main__":
+    main()

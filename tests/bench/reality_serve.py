@@ -1,0 +1,173 @@
+"""Ray Serve for the reality bench: our gateway, and an ingress with other policies."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from ray.serve import Application
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flux_ray.app import build_gateway, tier_application
+from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.replica.leader import Leader
+from flux_ray.replica.placement import bundles_for, strategy_for
+from flux_ray.request import ImageRequest, ImageResult, StageTimes
+from flux_ray.router import handover
+from flux_ray.router.ticket import Ticket
+from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
+
+PLAIN = "plain"
+PACED_STEP_S = 0.03
+
+
+class PacedLeader(Leader):
+    """Passes time instead of computing: as many replicas as one likes on few processors."""
+
+    async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
+        self._args = args
+        self._turn = asyncio.Lock()
+
+    async def generate(self, request: ImageRequest) -> ImageResult:
+        """No pictures, after the time of its steps; one request at a time."""
+        queued_at = time.perf_counter()
+        async with self._turn:
+            began = time.perf_counter()
+            await asyncio.sleep(PACED_STEP_S * request.num_steps * request.num_images)
+            denoise_s = time.perf_counter() - began
+            times = StageTimes(began - queued_at, 0.0, denoise_s, 0.0)
+        return ImageResult(request.request_id, request.tier, (), times)
+
+    async def check_health(self) -> None:
+        """It has no ranks to ask."""
+
+
+class Ingress:
+    """Speaks the least HTTP, and sends requests where one of the opponents would."""
+
+    def __init__(self, policy: str, num_replicas: int) -> None:
+        self._is_serves = policy == SERVE_DEFAULT
+        self._queue = new_policy(policy)
+        self._num_replicas = num_replicas
+        app = PLAIN if self._is_serves else TIER
+        self._handle = serve.get_app_handle(app).options(method_name="generate")
+        self._granted: dict[str, asyncio.Future[str]] = {}
+        self._is_connected = False
+
+    async def __call__(self, http: Request) -> Response:
+        """No pictures: the time is what counts."""
+        fields = await http.json()
+        side = int(fields["size"].split("x")[0])
+        request = ImageRequest(
+            os.urandom(8).hex(), TIER, PROMPT, side, side, fields["steps"], 1.0, 1, fields["n"]
+        )
+        if self._is_serves:
+            await self._handle.remote(request)
+            return Response()
+        await self._connect()
+        ticket = ticket_of(request.request_id, time.monotonic())
+        handover.GRANTED[request.request_id] = await self._turn(ticket)
+        try:
+            await self._handle.remote(request)
+        finally:
+            del handover.GRANTED[request.request_id]
+            self._queue.finish(request.request_id, time.monotonic())
+            self._hand_over()
+        return Response()
+
+    async def _connect(self) -> None:
+        names: tuple[str, ...] = ()
+        while len(names) < self._num_replicas:
+            # Serve tells of them on a thread of its own.
+            await asyncio.sleep(0)
+            names = handover.REACHABLE.get(TIER, ())
+        if not self._is_connected:
+            self._is_connected = True
+            for name in names:
+                self._queue.add_replica(name, time.monotonic())
+
+    async def _turn(self, ticket: Ticket) -> str:
+        granted = asyncio.get_running_loop().create_future()
+        self._granted[ticket.ticket_id] = granted
+        self._queue.offer(ticket, time.monotonic())
+        self._hand_over()
+        return await granted
+
+    def _hand_over(self) -> None:
+        grants, _ = self._queue.take(time.monotonic())
+        for grant in grants:
+            self._granted.pop(grant.ticket.ticket_id).set_result(grant.replica)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Serve with the tier on it, once behind our request router and once behind Serve's own."""
+
+    address: str
+    num_replicas: int
+
+    def url(self, policy: str) -> str:
+        """Where requests go to; opponents are deployed one at a time."""
+        if policy == OURS:
+            return f"{self.address}/v1/images/generations"
+        ingress = serve.deployment(
+            name="opponent", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+        )(Ingress)
+        serve.run(
+            ingress.bind(policy, self.num_replicas), name="opponent", route_prefix="/opponent"
+        )
+        return f"{self.address}/opponent"
+
+
+@contextmanager
+def cluster(num_replicas: int, *, is_paced: bool, has_opponents: bool = True) -> Iterator[Cluster]:
+    """While it lasts, Serve runs on a Ray of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        num_cpus=2,
+        object_store_memory=200_000_000,
+        namespace="serve",
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        args = TierArgs(
+            tier=TIER,
+            device="cpu",
+            dtype="float32",
+            num_replicas=num_replicas,
+            num_cpus=0.9 / num_replicas,
+            max_ongoing_requests=1000,
+        )
+        leader = PacedLeader if is_paced else Leader
+        serve.run(tier_application(args, leader), name=TIER, route_prefix=None)
+        if has_opponents:
+            serve.run(by_serve(args, leader), name=PLAIN, route_prefix=None)
+        serve.run(build_gateway(GatewayArgs(tiers=(TIER,), card="cpu")), name="gateway")
+        yield Cluster(f"http://127.0.0.1:{port}", num_replicas)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def by_serve(args: TierArgs, leader: type[Leader]) -> Application:
+    """What users have: the same deployment, with Serve's own choice of a replica."""
+    deployment = serve.deployment(
+        name=PLAIN,
+        num_replicas=args.num_replicas,
+        max_ongoing_requests=args.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=bundles_for(args),
+        placement_group_strategy=strategy_for(args.parallel),
+    )(leader)
+    return deployment.bind(args)

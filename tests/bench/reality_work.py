@@ -1,0 +1,190 @@
+"""What the reality bench sends: a mix of requests, when they come, and what became of them."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flux_ray.router.queue import TierQueue
+from flux_ray.router.ticket import Ticket
+from flux_ray.simulator.arrivals import poisson
+from flux_ray.simulator.counted import CountedQueue
+from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.opponents import (
+    EarlyBinding,
+    Fifo,
+    least_requests,
+    power_of_two,
+    round_robin,
+)
+from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+
+TIER = "tiny"
+PROMPT = "a red circle on a blue background"
+OURS = "ours"
+SERVE_DEFAULT = "power_of_two"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A size in pixels, steps and pictures; and how many of a hundred requests are such."""
+
+    side: int
+    steps: int
+    images: int
+    weight: int
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """Of the body of a request."""
+        size = f"{self.side}x{self.side}"
+        return {"model": TIER, "size": size, "steps": self.steps, "n": self.images}
+
+
+SHAPES = (Shape(128, 4, 1, 70), Shape(128, 20, 1, 20), Shape(192, 20, 2, 10))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A shape's requests alone, one by one: seconds of its stages, in the gateway, and in all.
+
+    In the gateway is what the ledger counts a replica as taken for: grant and end travel in it.
+    """
+
+    service_s: tuple[float, ...]
+    gateway_s: tuple[float, ...]
+    latency_s: tuple[float, ...]
+
+    @property
+    def unloaded_s(self) -> float:
+        """The median answer without a wait."""
+        return median(self.latency_s)
+
+    @property
+    def cost_s(self) -> float:
+        """The median work of a replica."""
+        return median(self.service_s)
+
+
+Costs = Mapping[Shape, Measured]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request of a trace; a deadline that nobody says is None."""
+
+    at_s: float
+    shape: Shape
+    deadline_s: float | None
+
+
+@dataclass(frozen=True)
+class Played:
+    """What became of a trace: the latency of every request, None for one that was refused."""
+
+    trace: tuple[Sent, ...]
+    latencies_s: tuple[float | None, ...]
+
+    @property
+    def num_refused(self) -> int:
+        """Those that never got a picture."""
+        return self.latencies_s.count(None)
+
+    def quantile(self, share: float) -> float:
+        """Of the latencies of all that were served."""
+        served = sorted(latency for latency in self.latencies_s if latency is not None)
+        return served[min(int(share * len(served)), len(served) - 1)] if served else math.nan
+
+    def attainment(self, costs: Costs | None = None) -> float:
+        """The share that met its deadline; by the seconds of `costs`, where they are given."""
+        met = total = 0.0
+        for sent, latency_s in zip(self.trace, self.latencies_s, strict=True):
+            weight = 1.0 if costs is None else costs[sent.shape].cost_s
+            limit_s = math.inf if sent.deadline_s is None else sent.deadline_s
+            total += weight
+            met += weight * (latency_s is not None and latency_s <= limit_s)
+        return met / total
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def trace_of(
+    costs: Costs, load: float, num_replicas: int, duration_s: float, slack: float, said: float
+) -> tuple[Sent, ...]:
+    """Poisson; this share of the requests says a deadline of `slack` unloaded answers."""
+    dice = random.Random(0)
+    weights = [shape.weight for shape in SHAPES]
+    work_s = sum(shape.weight * costs[shape].cost_s for shape in SHAPES) / sum(weights)
+    trace = []
+    for at_s in poisson(load * num_replicas / work_s, duration_s, dice):
+        shape = dice.choices(SHAPES, weights)[0]
+        is_said = dice.random() < said
+        trace.append(Sent(at_s, shape, slack * costs[shape].unloaded_s if is_said else None))
+    return tuple(trace)
+
+
+def new_policy(name: str) -> QueuePolicy:
+    """A fresh one; opponents as people have them, without a bound."""
+    if name == OURS:
+        return TierQueue()
+    if name == "fifo":
+        return Fifo()
+    choices = {
+        "power_of_two": power_of_two,
+        "round_robin": round_robin,
+        "least_requests": least_requests,
+    }
+    return EarlyBinding(choices[name]())
+
+
+POLICIES = (OURS, SERVE_DEFAULT, "round_robin", "least_requests", "fifo")
+
+
+class WatchedQueue(CountedQueue):
+    """Another queue, and when each ticket was done: the simulator tells only sums."""
+
+    def __init__(self, queue: QueuePolicy) -> None:
+        super().__init__(queue)
+        self.done_at: dict[str, float] = {}
+
+    def finish(self, ticket_id: str, now: float) -> None:
+        """A granted ticket is done."""
+        self.done_at[ticket_id] = now
+        super().finish(ticket_id, now)
+
+
+def play(trace: Sequence[Sent], costs: Costs, policy: str, num_replicas: int) -> Played:
+    """The trace in simulated time: each request takes what one of its shape took alone.
+
+    A replica is held for its stages, and ours also while it is told of; the rest passes outside.
+    """
+    dice = random.Random(1)
+    arrivals, outside_s = [], []
+    for sent in trace:
+        measured = costs[sent.shape]
+        number = dice.randrange(len(measured.service_s))
+        held = measured.gateway_s if policy == OURS else measured.service_s
+        outside_s.append(measured.latency_s[number] - held[number])
+        limit_s = NO_LIMIT_S if sent.deadline_s is None else sent.deadline_s
+        arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=held[number]))
+    queue = WatchedQueue(new_policy(policy))
+    simulate(arrivals, [Pool(TIER, queue, num_replicas)])
+    # The simulator numbers its tickets in the order of arrival.
+    done = [queue.done_at.get(str(number)) for number in range(len(trace))]
+    latencies = (
+        None if at is None else at - sent.at_s + extra_s
+        for at, sent, extra_s in zip(done, trace, outside_s, strict=True)
+    )
+    return Played(tuple(trace), tuple(latencies))
+
+
+# What a gateway gives a request that says nothing.
+NO_LIMIT_S = 600.0
+
+
+def ticket_of(ticket_id: str, now: float) -> Ticket:
+    """For policies that look at neither cost nor deadline."""
+    return Ticket(ticket_id, TIER, 1.0, now + NO_LIMIT_S)
