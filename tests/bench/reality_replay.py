@@ -38,25 +38,39 @@ async def ask(client: httpx.AsyncClient, url: str, sent: Sent) -> Answer | None:
     return Answer(latency_s, service_s, spent.get("total", 0.0) / 1000)
 
 
-def measure(url: str) -> Costs:
-    """Every shape alone on the idle cluster, one by one; a first round warms the prices up."""
+def measure(url: str, num_at_once: int) -> Costs:
+    """Shapes drawn in turns by so many clients, none of which waits for another's replica.
 
-    async def drawn(client: httpx.AsyncClient, shape: Shape, num: int) -> Measured:
-        answers = [await ask(client, url, Sent(0.0, shape, None)) for _ in range(num)]
-        served = [answer for answer in answers if answer is not None]
-        return Measured(
-            tuple(answer.service_s for answer in served),
-            tuple(answer.gateway_s for answer in served),
-            tuple(answer.latency_s for answer in served),
-        )
+    As many as there are replicas: they share the processors. The first rounds warm the prices up.
+    """
 
-    async def all_shapes() -> Costs:
+    async def draw(client: httpx.AsyncClient, number: int) -> list[tuple[Shape, Answer]]:
+        drawn = []
+        for turn in range((NUM_WARM_UP + NUM_ALONE) * len(SHAPES)):
+            shape = SHAPES[(number + turn) % len(SHAPES)]
+            answer = await ask(client, url, Sent(0.0, shape, None))
+            if answer is not None and turn >= NUM_WARM_UP * len(SHAPES):
+                drawn.append((shape, answer))
+        return drawn
+
+    async def all_clients() -> list[list[tuple[Shape, Answer]]]:
         async with httpx.AsyncClient(timeout=600) as client:
-            for shape in SHAPES:
-                await drawn(client, shape, NUM_WARM_UP)
-            return {shape: await drawn(client, shape, NUM_ALONE) for shape in SHAPES}
+            return await asyncio.gather(*(draw(client, number) for number in range(num_at_once)))
 
-    return asyncio.run(all_shapes())
+    by_shape: dict[Shape, list[Answer]] = {shape: [] for shape in SHAPES}
+    for drawn in asyncio.run(all_clients()):
+        for shape, answer in drawn:
+            by_shape[shape].append(answer)
+    return {shape: measured(answers) for shape, answers in by_shape.items()}
+
+
+def measured(answers: Sequence[Answer]) -> Measured:
+    """The answers of one shape."""
+    return Measured(
+        tuple(answer.service_s for answer in answers),
+        tuple(answer.gateway_s for answer in answers),
+        tuple(answer.latency_s for answer in answers),
+    )
 
 
 def replay(url: str, trace: Sequence[Sent]) -> Played:

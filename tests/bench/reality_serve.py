@@ -24,7 +24,9 @@ from flux_ray.router.ticket import Ticket
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
 
 PLAIN = "plain"
-PACED_STEP_S = 0.03
+# Of a picture of as many pixels as this.
+PACED_STEP_S = 0.01
+PACED_PIXELS = 128 * 128
 
 
 class PacedLeader(Leader):
@@ -36,10 +38,11 @@ class PacedLeader(Leader):
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """No pictures, after the time of its steps; one request at a time."""
+        num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()
         async with self._turn:
             began = time.perf_counter()
-            await asyncio.sleep(PACED_STEP_S * request.num_steps * request.num_images)
+            await asyncio.sleep(PACED_STEP_S * request.num_steps * num_pixels / PACED_PIXELS)
             denoise_s = time.perf_counter() - began
             times = StageTimes(began - queued_at, 0.0, denoise_s, 0.0)
         return ImageResult(request.request_id, request.tier, (), times)

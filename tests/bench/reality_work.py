@@ -41,12 +41,12 @@ class Shape:
         return {"model": TIER, "size": size, "steps": self.steps, "n": self.images}
 
 
-SHAPES = (Shape(128, 4, 1, 70), Shape(128, 20, 1, 20), Shape(192, 20, 2, 10))
+SHAPES = (Shape(128, 20, 1, 70), Shape(192, 20, 1, 20), Shape(192, 20, 4, 10))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A shape's requests alone, one by one: seconds of its stages, in the gateway, and in all.
+    """A shape's requests that wait for nobody: seconds of their stages, in the gateway, and in all.
 
     In the gateway is what the ledger counts a replica as taken for: grant and end travel in it.
     """
