@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -128,12 +129,19 @@ class Cluster:
         return f"{self.address}/opponent"
 
 
+def free_port() -> int:
+    """Below those that the system hands out: Ray's own connections would take it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 @contextmanager
 def cluster(num_replicas: int, *, is_paced: bool, has_opponents: bool = True) -> Iterator[Cluster]:
     """While it lasts, Serve runs on a Ray of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ray.init(
         address="local",
         include_dashboard=False,

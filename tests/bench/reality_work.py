@@ -23,6 +23,8 @@ TIER = "tiny"
 PROMPT = "a red circle on a blue background"
 OURS = "ours"
 SERVE_DEFAULT = "power_of_two"
+# What a gateway gives a request that says nothing.
+NO_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,6 @@ def play(trace: Sequence[Sent], costs: Costs, policy: str, num_replicas: int) ->
         for at, sent, extra_s in zip(done, trace, outside_s, strict=True)
     )
     return Played(tuple(trace), tuple(latencies))
-
-
-# What a gateway gives a request that says nothing.
-NO_LIMIT_S = 600.0
 
 
 def ticket_of(ticket_id: str, now: float) -> Ticket:
