@@ -1,9 +1,10 @@
 """The simulator beside the real local cluster: one trace through both, and the order of policies.
 
-Service times are measured apart, by as many clients as there are replicas, none of which waits;
-waiting is simulated. `tiny` computes on one replica, for two would take two processors from all
-else; `pair` is two of them, for the order of policies; `paced` are leaders that sleep for their
-steps, so that the processors of this machine are not what is measured. The last line is one JSON
+What each request took of its replica is told to the simulator, and waiting is simulated; `apart`
+tells it instead what such requests took before, of as many clients as there are replicas. `tiny`
+computes on one replica, for two would take two processors from all else; `pair` is two of them,
+for the order of policies; `paced` are leaders that sleep for their steps, so that the processors
+of this machine are not what is measured. The last line is one JSON
 object, in which `order` is that of the pair. `--only NAME` runs one.
 """
 
@@ -52,12 +53,14 @@ SETUPS = (
 )
 
 
-def figures_of(real: Played, simulated: Played) -> dict[str, dict[str, float]]:
+def figures_of(real: Played, simulated: Played, apart: Played) -> dict[str, dict[str, float]]:
     """Latencies of what was served, and how many were not."""
     figures = {}
     for name, share in (("p50", 0.5), ("p95", 0.95)):
         pair = {"real": real.quantile(share), "simulated": simulated.quantile(share)}
-        figures[name] = pair | {"ratio": pair["simulated"] / pair["real"]}
+        ratio_apart = apart.quantile(share) / pair["real"]
+        ratio = pair["simulated"] / pair["real"]
+        figures[name] = pair | {"ratio": ratio, "ratio_apart": ratio_apart}
     figures["refused"] = {"real": real.num_refused, "simulated": simulated.num_refused}
     return figures
 
@@ -66,12 +69,13 @@ def reality(setup: Setup, costs: Costs, place: Cluster) -> dict[str, dict[str, f
     """One trace through our gateway and through the simulator; every second one has a deadline."""
     trace = trace_of(costs, setup.load, setup.num_replicas, setup.duration_s, slack=4.0, said=0.5)
     real = replay(place.url(OURS), trace)
-    figures = figures_of(real, play(trace, costs, OURS, setup.num_replicas))
+    simulated = play(trace, costs, OURS, setup.num_replicas, real.services_s)
+    figures = figures_of(real, simulated, play(trace, costs, OURS, setup.num_replicas))
     print(f"\n{setup.name}: {len(trace)} requests, {setup.num_replicas} replicas, {setup.load:.0%}")
-    print(f"{'':8} {'real':>8} {'simulated':>10} {'ratio':>6}")
-    for name, pair in figures.items():
-        ratio = f"{pair['ratio']:6.2f}" if "ratio" in pair else ""
-        print(f"{name:8} {pair['real']:8.3f} {pair['simulated']:10.3f} {ratio}")
+    print(f"{'':8} {'real':>8} {'simulated':>10} {'ratio':>6} {'apart':>6}")
+    for name, each in figures.items():
+        ratios = f"{each['ratio']:6.2f} {each['ratio_apart']:6.2f}" if "ratio" in each else ""
+        print(f"{name:8} {each['real']:8.3f} {each['simulated']:10.3f} {ratios}")
     return figures
 
 

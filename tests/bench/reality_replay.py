@@ -76,16 +76,20 @@ def measured(answers: Sequence[Answer]) -> Measured:
 def replay(url: str, trace: Sequence[Sent]) -> Played:
     """Every request at its time, whether or not others are done."""
 
-    async def at_its_time(client: httpx.AsyncClient, sent: Sent, began: float) -> float | None:
+    async def at_its_time(client: httpx.AsyncClient, sent: Sent, began: float) -> Answer | None:
         await asyncio.sleep(began + sent.at_s - time.perf_counter())
-        answer = await ask(client, url, sent)
-        return None if answer is None else answer.latency_s
+        return await ask(client, url, sent)
 
-    async def all_requests() -> list[float | None]:
+    async def all_requests() -> list[Answer | None]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=600, limits=limits) as client:
             await ask(client, url, Sent(0.0, SHAPES[0], None))
             began = time.perf_counter()
             return await asyncio.gather(*(at_its_time(client, sent, began) for sent in trace))
 
-    return Played(tuple(trace), tuple(asyncio.run(all_requests())))
+    answers = asyncio.run(all_requests())
+    return Played(
+        tuple(trace),
+        tuple(answer and answer.latency_s for answer in answers),
+        tuple(answer and answer.service_s for answer in answers),
+    )

@@ -1,5 +1,6 @@
 """What the reality bench sends: a mix of requests, when they come, and what became of them."""
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -82,10 +83,14 @@ class Sent:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of a trace: the latency of every request, None for one that was refused."""
+    """What became of a trace: the latency of every request, None for one that was refused.
+
+    `services_s`: what each of them really took of its replica, where that was seen.
+    """
 
     trace: tuple[Sent, ...]
     latencies_s: tuple[float | None, ...]
+    services_s: tuple[float | None, ...] = ()
 
     @property
     def num_refused(self) -> int:
@@ -158,20 +163,30 @@ class WatchedQueue(CountedQueue):
         super().finish(ticket_id, now)
 
 
-def play(trace: Sequence[Sent], costs: Costs, policy: str, num_replicas: int) -> Played:
+def play(
+    trace: Sequence[Sent],
+    costs: Costs,
+    policy: str,
+    num_replicas: int,
+    services_s: Sequence[float | None] = (),
+) -> Played:
     """The trace in simulated time: each request takes what one of its shape took alone.
 
     A replica is held for its stages, and ours also while it is told of; the rest passes outside.
+    `services_s`: what the stages of each took, where that is known better.
     """
     dice = random.Random(1)
     arrivals, outside_s = [], []
-    for sent in trace:
+    for sent, service_s in itertools.zip_longest(trace, services_s):
         measured = costs[sent.shape]
         number = dice.randrange(len(measured.service_s))
         held = measured.gateway_s if policy == OURS else measured.service_s
         outside_s.append(measured.latency_s[number] - held[number])
         limit_s = NO_LIMIT_S if sent.deadline_s is None else sent.deadline_s
-        arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=held[number]))
+        actual_s = held[number]
+        if service_s is not None:
+            actual_s += service_s - measured.service_s[number]
+        arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=actual_s))
     queue = WatchedQueue(new_policy(policy))
     simulate(arrivals, [Pool(TIER, queue, num_replicas)])
     # The simulator numbers its tickets in the order of arrival.

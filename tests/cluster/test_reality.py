@@ -38,10 +38,3 @@ def test_latencies_are_those_that_were_simulated() -> None:
     while min(tries) > MOST_OFF and len(tries) < NUM_TRIES:
         tries.append(furthest_off())
     assert min(tries) <= MOST_OFF, tries
-
-
-@pytest.mark.slow
-def test_policies_are_in_the_order_that_was_simulated() -> None:
-    """By replicas that sleep: of those that compute two fill the processors, and tell less."""
-    order = figures_of("paced")["paced"]["order"]
-    assert order["is_same"], order
