@@ -4,8 +4,8 @@ What each request took of its replica is told to the simulator, and waiting is s
 tells it instead what such requests took before, of as many clients as there are replicas. `tiny`
 computes on one replica, for two would take two processors from all else; `pair` is two of them,
 for the order of policies; `paced` are leaders that sleep for their steps, so that the processors
-of this machine are not what is measured. The last line is one JSON
-object, in which `order` is that of the pair. `--only NAME` runs one.
+of this machine are not what is measured. The last line is one JSON object, in which `order` is
+that of the pair. `--only NAME` runs one.
 """
 
 import argparse
