@@ -11,7 +11,6 @@ from flux_ray.catalog import TIERS, tier_for
 Quantization = Literal["fp8", "int8", "nf4"]
 Policy = Literal["best", "spill", "cascade"]
 Seconds = Annotated[float, Field(gt=0)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # As a model's name, whatever tiers there are: the best that meets the deadline.
 AUTO = "auto"
 
@@ -200,17 +199,32 @@ class Alias(Args):
 
 
 class KeyClass(Args):
-    """Callers who are treated alike.
+    """Callers who are treated alike: the keys file names the class of each key.
 
-    `keys`: SHA-256 of each API key (`printf %s "$KEY" | sha256sum`). `deadline_s`: where the caller
-    says none. `weight`: their share of a tier that is short, others having 1. `licenses`: of the
-    tiers that they may use, where not all.
+    `deadline_s`: where the caller says none. `weight`: their share of a tier that is short, others
+    having 1. `licenses` and `tiers`: those that they may use, where not all. The rest is what each
+    of them may have, over all gateways: at once, in any 60 seconds, and in a day of UTC; None is
+    without end.
     """
 
-    keys: tuple[Sha256, ...] = Field(min_length=1)
     deadline_s: Seconds | None = None
     weight: float = Field(1.0, gt=0)
     licenses: tuple[str, ...] | None = Field(None, min_length=1)
+    tiers: tuple[str, ...] | None = Field(None, min_length=1)
+    max_concurrent: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    gpu_seconds_per_day: float | None = Field(None, gt=0)
+    megapixels_per_day: float | None = Field(None, gt=0)
+
+    def may_use(self, tier: str) -> bool:
+        """Whether the tier and its licence are among theirs."""
+        return self.may_name(tier) and (
+            self.licenses is None or tier_for(tier).license in self.licenses
+        )
+
+    def may_name(self, tier: str) -> bool:
+        """Whether the tier is among theirs, whatever its licence."""
+        return self.tiers is None or tier in self.tiers
 
 
 class GatewayArgs(Args):
@@ -218,7 +232,8 @@ class GatewayArgs(Args):
 
     `default_tier`: a tier or an alias. `card`: what the tiers run on, by which a request is priced
     before any of its kind was measured. `deadlines`: of tiers, where neither the caller nor its
-    class says one. `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
+    class says one. `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
+    `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
@@ -226,6 +241,7 @@ class GatewayArgs(Args):
     default_tier: str | None = None
     card: str = "h100-80gb"
     deadlines: dict[str, Seconds] = {}
+    keys_file: Path | None = None
     key_classes: dict[str, KeyClass] = {}
     record_to: Path | None = None
     num_replicas: int = Field(1, ge=1)
@@ -272,12 +288,13 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_classes(self) -> "GatewayArgs":
-        """A key is of one class."""
-        classes: dict[str, str] = {}
+        """Somebody can be in them, and their tiers are served."""
+        if self.key_classes and self.keys_file is None:
+            raise ValueError("key_classes: nobody is in them without a keys_file")
         for name, key_class in self.key_classes.items():
-            for key in key_class.keys:
-                if classes.setdefault(key, name) != name:
-                    raise ValueError(f"key_classes.{name}.keys: {key} is in {classes[key]} too")
+            for tier in key_class.tiers or ():
+                if tier not in self.tiers:
+                    raise ValueError(f"key_classes.{name}.tiers: {tier} is not among tiers")
         return self
 
     def _tiers_of(self, name: str, path: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from flux_ray import __version__
 from flux_ray.cli.client import call
+from flux_ray.cli.keys import keys
 from flux_ray.cli.pictures import output_format_for, paths_for, save
 from flux_ray.cli.plan import plan
 from flux_ray.cli.simulate import simulate
@@ -16,6 +17,7 @@ from flux_ray.cli.simulate import simulate
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(plan)
 app.command()(simulate)
+app.add_typer(keys, name="keys")
 
 Url = Annotated[str, typer.Option(help="The gateway's address.")]
 DEFAULT_URL = "http://127.0.0.1:8000"

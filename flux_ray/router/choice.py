@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flux_ray.catalog import tier_for
 from flux_ray.config import Alias
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
@@ -74,8 +73,3 @@ def spill_s(candidate: Candidate, max_wait_s: float) -> float:
     """What a tier's wait counts: nothing up to the bound."""
     is_loaded = candidate.forecast.is_refused or candidate.wait_s > max_wait_s
     return candidate.wait_s if is_loaded else 0.0
-
-
-def is_licensed(tier: str, licenses: tuple[str, ...] | None) -> bool:
-    """Whether its licence is one of those; None is all."""
-    return licenses is None or tier_for(tier).license in licenses

@@ -2,7 +2,6 @@
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import GatewayArgs
-from flux_ray.router.choice import is_licensed
 from flux_ray.router.cost import Layout, Work, price
 
 # The fastest that eight cards make of any tier: split by tokens, with weights of a byte.
@@ -14,9 +13,9 @@ def check_possible(args: GatewayArgs) -> None:
     for tier, deadline_s in args.deadlines.items():
         check_deadline(f"deadlines.{tier}", deadline_s, (tier,), args.card)
     for name, key_class in args.key_classes.items():
-        usable = tuple(tier for tier in args.tiers if is_licensed(tier, key_class.licenses))
+        usable = tuple(tier for tier in args.tiers if key_class.may_use(tier))
         if not usable:
-            raise ValueError(f"key_classes.{name}.licenses: no tier here has one of them")
+            raise ValueError(f"key_classes.{name}.licenses: none of its tiers has one of them")
         if key_class.deadline_s is not None:
             key = f"key_classes.{name}.deadline_s"
             check_deadline(key, key_class.deadline_s, usable, args.card)
