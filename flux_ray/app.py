@@ -29,6 +29,7 @@ from flux_ray.router.recorder import Recorder
 from flux_ray.router.replica_choice import GrantedReplica
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turns import Turns
+from flux_ray.router.turnstile import Turnstile
 
 # A leader that ended is replaced at the next check; one that hangs, after three of them.
 HEALTH_CHECK_PERIOD_S = 1
@@ -60,7 +61,8 @@ class Gateway:
             args.record_to.mkdir(parents=True, exist_ok=True)
             records = Recorder(args.record_to / f"{name}.jsonl")
         terms = Terms(args.request_timeout_s, args.deadlines)
-        router = Router(handles, turns, prices, Bill(), terms, records)
+        turnstile = Turnstile(ledger, name)
+        router = Router(handles, turns, prices, Bill(), terms, records, turnstile)
         return build_api(router, args, proxy_sends_id=True)
 
 

@@ -3,12 +3,17 @@
 FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
+    InvalidKey            401  no key was sent, or none that is let in
     LicenseForbids        403  the caller's key may not use a tier of that licence
+    TierForbidden         403  the caller's key may not use that tier
+    QuotaTooSmall         403  the request alone is more than the caller's key may use in a day
     BadReference          400  a reference image is no image, too large, too many
     DeadlineTooShort      400  the work alone takes longer
     BodyTooLarge          413  more bytes than this gateway reads
     WrongContentType      415  a body in a format that this route does not read
   Overloaded              429  it would miss its deadline; the answer says when it would not
+  RateLimited             429  the caller's key has as much as it may have for now
+    QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
   DeadlinePassed          504  the request took longer than the gateway waits
@@ -57,6 +62,29 @@ class LicenseForbids(BadRequest):
     status = 403
     type = "permission_error"
     code = "license_forbids"
+
+
+class InvalidKey(BadRequest):
+    """No key, or one that is unknown, malformed, expired or revoked: nobody is told which."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class TierForbidden(BadRequest):
+    """The caller's key is for other tiers."""
+
+    status = 403
+    type = "permission_error"
+    code = "tier_forbidden"
+
+
+class QuotaTooSmall(BadRequest):
+    """The request alone is more than the key may use in a day: coming back would not help."""
+
+    status = 403
+    type = "permission_error"
+    code = "quota_too_small"
 
 
 class BadReference(BadRequest):
@@ -120,3 +148,32 @@ class Overloaded(FluxError):
         # As every argument, it has to survive a process border.
         self.args = (message, field, retry_after_s)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(FluxError):
+    """The caller's key has all that it may have for now: `left` of `limit`."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        field: str | None = None,
+        retry_after_s: int = 1,
+        limit: float = 0,
+        left: float = 0,
+    ) -> None:
+        super().__init__(message, field)
+        # As every argument, they have to survive a process border.
+        self.args = (message, field, retry_after_s, limit, left)
+        self.retry_after_s = retry_after_s
+        self.limit = limit
+        self.left = left
+
+
+class QuotaSpent(RateLimited):
+    """The key has used what it may use in a day: only the next day helps."""
+
+    code = "insufficient_quota"

@@ -43,7 +43,8 @@ def read_keys(path: Path) -> KeyFile:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"])
-        raise ValueError(f"{path}: {where}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {where}{': ' if where else ''}{message}") from None
     except (ValueError, yaml.YAMLError):
         # Their messages quote the line.
         raise ValueError(f"{path}: it cannot be read as YAML or JSON") from None

@@ -64,6 +64,11 @@ class ImageRequest:
         digests = b"".join(reference.digest for reference in self.references)
         return f"r:{sha256(digests).hexdigest()}"
 
+    @property
+    def megapixels(self) -> float:
+        """Of all its pictures."""
+        return self.width * self.height * self.num_images / 1e6
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -107,6 +112,11 @@ class StageTimes:
     denoise_s: float
     decode_s: float
     is_cached: bool = False
+
+    @property
+    def replica_s(self) -> float:
+        """In which the replica worked on it."""
+        return self.encode_s + self.denoise_s + self.decode_s
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.config import GatewayArgs
+from flux_ray.config import GatewayArgs, KeyClass
 
 TIERS = ["flux-2-klein-4b", "flux-2-dev", "flux-2-klein-9b"]
 
@@ -64,18 +64,34 @@ def test_what_makes_no_sense_is_named(aliases, message):
         args(**aliases)
 
 
+KEYS = {"keys_file": "keys.yaml"}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"deadlines": {"tiny": 3}}, r"deadlines\.tiny: tiny is not among tiers"),
         ({"deadlines": {"flux-2-dev": -3}}, r"deadlines\.flux-2-dev"),
-        ({"key_classes": {"a": {"keys": ["sk-123"]}}}, r"key_classes\.a\.keys"),
+        ({"key_classes": {"a": {"weight": 2}}}, "key_classes: nobody is in them"),
+        (KEYS | {"key_classes": {"a": {"keys": ["0" * 64]}}}, r"key_classes\.a\.keys"),
+        (KEYS | {"key_classes": {"a": {"max_concurrent": 0}}}, r"key_classes\.a\.max_concurrent"),
         (
-            {"key_classes": {"a": {"keys": ["0" * 64]}, "b": {"keys": ["0" * 64]}}},
-            r"key_classes\.b\.keys: 0+ is in a too",
+            KEYS | {"key_classes": {"a": {"tiers": ["tiny"]}}},
+            r"key_classes\.a\.tiers: tiny is not among tiers",
         ),
     ],
 )
 def test_deadlines_and_classes_are_checked(changed, message):
     with pytest.raises(ValidationError, match=message):
         GatewayArgs.model_validate({"tiers": TIERS} | changed)
+
+
+def test_a_class_uses_its_tiers_of_its_licences():
+    assert KeyClass().may_use("flux-2-dev")
+    free = KeyClass(licenses=("apache-2.0", "proprietary"))
+    assert free.may_use("flux-2-klein-4b")
+    assert not free.may_use("flux-2-dev")
+    named = KeyClass(tiers=("flux-2-dev",))
+    assert named.may_use("flux-2-dev")
+    assert not named.may_use("flux-2-klein-4b")
+    assert not KeyClass(tiers=("flux-2-dev",), licenses=("apache-2.0",)).may_use("flux-2-dev")

@@ -35,7 +35,7 @@ def create(
         made = new_key(name, key_class, now, expires)
         change_keys(file, lambda kept: with_key(kept, made.key))
     except ValidationError as error:
-        fail(error.errors(include_url=False)[0]["msg"])
+        fail(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, "))
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(made.secret)

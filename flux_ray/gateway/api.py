@@ -1,21 +1,29 @@
 """The gateway's HTTP application: its routes, its middleware and its error handlers."""
 
-from fastapi import FastAPI
+from collections.abc import Sequence
+
+from fastapi import Depends, FastAPI
+from fastapi.params import Depends as Dependency
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from flux_ray import __version__
 from flux_ray.config import GatewayArgs
 from flux_ray.gateway.body_limit import BodyLimit
+from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
 from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
+from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.router.router import Router
 
+BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
+
 
 def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False) -> FastAPI:
-    """A plain ASGI application.
+    """A plain ASGI application. ValueError says why the keys file cannot be used.
 
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
@@ -29,10 +37,15 @@ def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False
         redirect_slashes=False,
     )
     api.add_middleware(BodyLimit, max_body_bytes=args.limits.max_body_bytes)
+    guards: Sequence[Dependency] = ()
+    if args.keys_file is not None:
+        api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))
+        # The door has the say; these are what OpenAPI tells of it.
+        guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
-    api.include_router(OpenAIImages(router, args).routes())
-    api.include_router(HuggingFace(router, args).routes())
-    api.include_router(Models(args).routes())
+    api.include_router(OpenAIImages(router, args).routes(), dependencies=guards)
+    api.include_router(HuggingFace(router, args).routes(), dependencies=guards)
+    api.include_router(Models(args).routes(), dependencies=guards)
     api.include_router(Health(router).routes())
     return api

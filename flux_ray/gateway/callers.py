@@ -1,18 +1,23 @@
 """Who asks, and until when: what the router needs to know of a request besides the picture."""
 
-import hashlib
 import math
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from flux_ray.config import GatewayArgs, KeyClass
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.targets import UNLIMITED
+from flux_ray.keys import Key, sha256
+from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
 
 DEADLINE = "x-flux-deadline-s"
 ALLOW_SPILL = "x-flux-allow-spill"
 KEY_CHARS = 16
+# As they occur on the wire.
+SCHEMES = ("bearer", "token", "key")
 # What OpenAPI says of them.
 PARAMETERS: list[dict[str, Any]] = [
     {
@@ -33,45 +38,59 @@ PARAMETERS: list[dict[str, Any]] = [
 
 
 class Callers:
-    """Tells callers apart by their keys."""
+    """Tells callers apart by their keys, whose classes say what they may."""
 
     def __init__(self, args: GatewayArgs) -> None:
-        self._classes = {key: each for each in args.key_classes.values() for key in each.keys}
+        self._classes = args.key_classes
 
     def caller_of(self, request: Request) -> Caller:
-        """The caller. Requests with the same key share; the key itself goes no further."""
-        token = token_of(request)
+        """The caller. Requests with the same key share; the secret itself goes no further."""
         key_class = self.class_of(request)
         deadline_s = deadline_of(request)
-        if key_class is not None and deadline_s is None:
-            deadline_s = key_class.deadline_s
         return Caller(
-            key=sha256(token)[:KEY_CHARS] if token else "",
-            weight=1.0 if key_class is None else key_class.weight,
-            deadline_s=deadline_s,
+            key=name_of(request),
+            weight=key_class.weight,
+            deadline_s=key_class.deadline_s if deadline_s is None else deadline_s,
             may_spill=may_spill(request),
+            allowance=Allowance(
+                key_class.max_concurrent,
+                key_class.requests_per_minute,
+                key_class.gpu_seconds_per_day,
+                key_class.megapixels_per_day,
+            ),
         )
 
-    def class_of(self, request: Request) -> KeyClass | None:
-        """The class of its key; None for all others."""
-        return self._classes.get(sha256(token_of(request)))
+    def class_of(self, request: Request) -> KeyClass:
+        """The class of its key; without one nothing is limited."""
+        key = key_of(request)
+        if key is None or key.key_class is None:
+            return UNLIMITED
+        # A file that names other classes is not read.
+        return self._classes[key.key_class]
 
-    def licenses_of(self, request: Request) -> tuple[str, ...] | None:
-        """Those of the tiers that its key may use; None is all."""
-        key_class = self.class_of(request)
-        return None if key_class is None else key_class.licenses
+
+def key_of(request: Request) -> Key | None:
+    """The key that the door let in; None where there is no door."""
+    key: Key | None = getattr(request.state, "key", None)
+    return key
 
 
-def token_of(request: Request) -> str:
+def name_of(request: Request) -> str:
+    """Whose the request is: of the same caller it is always the same."""
+    key = key_of(request)
+    if key is not None:
+        return key.name
+    token = token_of(request.headers)
+    return sha256(token)[:KEY_CHARS] if token else ""
+
+
+def token_of(headers: Headers) -> str:
     """The API key, or whatever else is sent in its place."""
-    sent = request.headers.get("authorization", "").strip()
+    sent = headers.get("authorization", "").strip()
+    if not sent:
+        return headers.get("x-key", "").strip()
     scheme, _, token = sent.partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else sent
-
-
-def sha256(text: str) -> str:
-    """In hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return token.strip() if scheme.lower() in SCHEMES else sent
 
 
 def deadline_of(request: Request) -> float | None:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from flux_ray.errors import BadRequest, FluxError
+from flux_ray.errors import BadRequest, FluxError, InvalidKey, QuotaSpent, RateLimited
 from flux_ray.gateway.request_id import HEADER
 
 # The only logger that Serve writes to its log files.
@@ -95,10 +95,23 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
     """The body of an error, whether to come back, and when."""
-    headers = {"x-should-retry": "false" if error.retry_after_s is None else "true"}
+    return envelop(request, failure_of(error), error.status, headers_for(error))
+
+
+def headers_for(error: FluxError) -> dict[str, str]:
+    """Whether to come back and when, what there is of a limit, and how to say who one is."""
+    # Until tomorrow clients would try in vain.
+    may_retry = error.retry_after_s is not None and not isinstance(error, QuotaSpent)
+    headers = {"x-should-retry": "true" if may_retry else "false"}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
-    return envelop(request, failure_of(error), error.status, headers)
+    if isinstance(error, RateLimited):
+        headers["x-ratelimit-limit"] = f"{error.limit:.6g}"
+        headers["x-ratelimit-remaining"] = f"{error.left:.6g}"
+        headers["x-ratelimit-reset"] = str(error.retry_after_s)
+    if isinstance(error, InvalidKey):
+        headers["www-authenticate"] = "Bearer"
+    return headers
 
 
 def failure_of(error: FluxError) -> Failure:

@@ -87,8 +87,8 @@ class HuggingFace:
 
     async def draw(self, request: Request, model: str) -> Response:
         """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
-        licenses = self.callers.licenses_of(request)
-        target = target_for(model, self.args, licenses, may_spill=may_spill(request))
+        key_class = self.callers.class_of(request)
+        target = target_for(model, self.args, key_class, may_spill=may_spill(request))
         sent = parse_inputs(await request.body())
         fields = fields_of(sent, format_of(request))
         references = await self.references_of(sent, target)

@@ -79,8 +79,8 @@ class OpenAIImages:
 
     def target_of(self, http: Request, fields: ImageFields) -> Target:
         """The tiers that may serve it."""
-        licenses = self.callers.licenses_of(http)
-        return target_for(fields.model, self.args, licenses, may_spill=may_spill(http))
+        key_class = self.callers.class_of(http)
+        return target_for(fields.model, self.args, key_class, may_spill=may_spill(http))
 
     async def generate(
         self,

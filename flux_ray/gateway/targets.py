@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from flux_ray.catalog import Tier, tier_for
-from flux_ray.config import Alias, GatewayArgs
-from flux_ray.errors import BadRequest, LicenseForbids, UnknownTier
+from flux_ray.config import Alias, GatewayArgs, KeyClass
+from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTier
 from flux_ray.request import ImageRequest
-from flux_ray.router.choice import is_licensed
+
+UNLIMITED = KeyClass()
 
 
 class Target(NamedTuple):
@@ -27,13 +28,14 @@ class Target(NamedTuple):
 def target_for(
     name: str | None,
     args: GatewayArgs,
-    licenses: tuple[str, ...] | None = None,
+    key_class: KeyClass = UNLIMITED,
     *,
     may_spill: bool = False,
 ) -> Target:
     """The target of that name; without a name the default one, or the only tier.
 
-    UnknownTier names what there is. LicenseForbids where the caller may use none of its tiers.
+    UnknownTier names what there is. LicenseForbids or TierForbidden where the class of the caller's
+    key may use none of its tiers.
     """
     if name is None:
         name = args.default_tier or (args.tiers[0] if len(args.tiers) == 1 else None)
@@ -48,7 +50,9 @@ def target_for(
     tiers = alias.tiers
     if alias.policy == "spill" and not may_spill:
         tiers = tiers[:1]
-    usable = tuple(tier_for(tier) for tier in tiers if is_licensed(tier, licenses))
+    usable = tuple(tier_for(tier) for tier in tiers if key_class.may_use(tier))
+    if not usable and not any(key_class.may_name(tier) for tier in tiers):
+        raise TierForbidden(f"this key may not use {name}", "model")
     if not usable:
         raise LicenseForbids(f"this key may not use {name}: its licence is another", "model")
     return Target(name, alias, usable)

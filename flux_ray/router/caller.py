@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from flux_ray.router.allowances import UNLIMITED, Allowance
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -9,12 +11,14 @@ class Caller:
 
     `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
     within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
+    `allowance`: what the key may have, through all gateways.
     """
 
     key: str = ""
     weight: float = 1.0
     deadline_s: float | None = None
     may_spill: bool = False
+    allowance: Allowance = UNLIMITED
 
 
 ANYONE = Caller()

@@ -8,11 +8,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from flux_ray.router.allowances import Allowance, Allowances, Denial, Entry
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Backlog, Decision, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost
+from flux_ray.router.usage import Row
 
 NAME = "flux-ray-ledger"
 NAMESPACE = "flux-ray"
@@ -54,6 +56,7 @@ class LedgerActor:
 
     def __init__(self) -> None:
         self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
+        self._allowances = Allowances()
         self._mailboxes: dict[str, Mailbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
@@ -85,6 +88,22 @@ class LedgerActor:
         """Merge what a gateway learned; what all of them did."""
         self._prices = merged(self._prices, snapshot)
         return self._prices
+
+    async def enter(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
+    ) -> Denial | None:
+        """Count a request against what its key may have; why not, if it may not."""
+        return self._allowances.enter(gateway, entry, allowance, rows, time.time())
+
+    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+        """A request that was counted has ended."""
+        self._allowances.leave(gateway, request_id, tier, rows)
+
+    async def share_usage(
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
+    ) -> tuple[Row, ...]:
+        """What a gateway has in hand and knows of today; what all of them know."""
+        return self._allowances.share(gateway, entries, rows, time.time())
 
     async def _tick(self) -> None:
         while True:
@@ -133,6 +152,24 @@ class RemoteLedger:
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
         """Tell it what was learned here; what all gateways did."""
         known: Snapshot = await self._call(ANSWER_S, "share_prices", snapshot)
+        return known
+
+    async def enter(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
+    ) -> Denial | None:
+        """Count a request; why not, if it may not be."""
+        denial: Denial | None = await self._call(ANSWER_S, "enter", gateway, entry, allowance, rows)
+        return denial
+
+    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+        """It has ended."""
+        await self._call(ANSWER_S, "leave", gateway, request_id, tier, rows)
+
+    async def share_usage(
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
+    ) -> tuple[Row, ...]:
+        """What is in hand and known here; what all gateways know."""
+        known: tuple[Row, ...] = await self._call(ANSWER_S, "share_usage", gateway, entries, rows)
         return known
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:

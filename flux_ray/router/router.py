@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,20 +12,29 @@ from flux_ray.config import Alias
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
+    FluxError,
     Overloaded,
+    QuotaTooSmall,
+    RateLimited,
     ReplicaFailed,
     TierUnavailable,
 )
 from flux_ray.request import ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
+from flux_ray.router.allowances import Allowance, Entry
 from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
+from flux_ray.router.turnstile import Stay
+from flux_ray.router.usage import Use
 
 logger = logging.getLogger("ray.serve")
+
+# Of one tier: another may do.
+REFUSALS = (Overloaded, DeadlineTooShort, TierUnavailable, RateLimited, QuotaTooSmall)
 
 
 class Handles(Protocol):
@@ -51,6 +61,13 @@ class Turns(Protocol):
 
     def end(self, ticket_id: str) -> None:
         """The turn is over."""
+
+
+class Turnstile(Protocol):
+    """The way to the counts of what keys have."""
+
+    def entered(self, entry: Entry, allowance: Allowance) -> AbstractAsyncContextManager[Stay]:
+        """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
 
 
 class Bill(Protocol):
@@ -99,6 +116,7 @@ class Router:
         bill: Bill,
         terms: Terms,
         records: Records | None = None,
+        turnstile: Turnstile | None = None,
     ) -> None:
         self.handles = handles
         self.turns = turns
@@ -106,6 +124,7 @@ class Router:
         self.bill = bill
         self.terms = terms
         self.records = records
+        self.turnstile = turnstile
 
     async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
         """The pictures of a request; a second replica draws the same ones, from the same seed."""
@@ -123,7 +142,7 @@ class Router:
         if len(requests) == 1 and alias.max_gpu_seconds is None:
             return await self.generate(requests[0], caller)
         began = time.monotonic()
-        refusals: list[Overloaded | DeadlineTooShort | TierUnavailable] = []
+        refusals: list[FluxError] = []
         candidates = await self._candidates(requests, caller)
         for candidate in in_order(candidates, alias):
             left_s = candidate.deadline_s - (time.monotonic() - began)
@@ -131,7 +150,7 @@ class Router:
                 self._record(candidate.request, caller)
             try:
                 return await self._generate(candidate.request, caller, left_s)
-            except (Overloaded, DeadlineTooShort, TierUnavailable) as error:
+            except REFUSALS as error:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
 
@@ -164,25 +183,35 @@ class Router:
         timeout_s = self.terms.request_timeout_s
         deadline = asyncio.timeout(timeout_s)
         try:
-            async with deadline:
-                return await self._generate_with_retry(request, caller, deadline_s)
+            async with deadline, self._entered(request, caller) as stay:
+                result = await self._generate_with_retry(request, caller, deadline_s, stay)
+                stay.finish(self.prices.on_all_cards(request.tier, result.times.replica_s))
+                return result
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise DeadlinePassed(f"the request was not done after {timeout_s:g} seconds") from None
 
+    def _entered(self, request: ImageRequest, caller: Caller) -> AbstractAsyncContextManager[Stay]:
+        cost_s = self.prices.price(request).total_s
+        use = Use(self.prices.on_all_cards(request.tier, cost_s), request.megapixels)
+        if self.turnstile is None:
+            return nullcontext(Stay(use, cost_s))
+        entry = Entry(request.request_id, request.tier, caller.key, use, cost_s)
+        return self.turnstile.entered(entry, caller.allowance)
+
     async def _generate_with_retry(
-        self, request: ImageRequest, caller: Caller, deadline_s: float
+        self, request: ImageRequest, caller: Caller, deadline_s: float, stay: Stay
     ) -> ImageResult:
         try:
-            return await self._attempt(request, 1, deadline_s, caller)
+            return await self._attempt(request, 1, deadline_s, caller, stay)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", request.request_id, error)
         # It was taken in once: it is not refused now for what was no fault of its client.
-        return await self._attempt(request, 2, self.terms.request_timeout_s, caller)
+        return await self._attempt(request, 2, self.terms.request_timeout_s, caller, stay)
 
     async def _attempt(
-        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller
+        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller, stay: Stay
     ) -> ImageResult:
         # It would wait for its turn for ever.
         await self.handles.connect(request.tier)
@@ -194,6 +223,7 @@ class Router:
             raise
         if number == 1:
             self.bill.enter(request.tier, self.prices.on_all_cards(request.tier, offer.cost_s))
+        stay.begin()
         try:
             result = await self.handles.generate(request, replica)
         finally:

@@ -5,7 +5,7 @@ import pytest
 from flux_ray.config import Alias
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
-from flux_ray.router.choice import COLD_START_S, Candidate, in_order, is_licensed
+from flux_ray.router.choice import COLD_START_S, Candidate, in_order
 from flux_ray.router.forecast import Forecast
 
 
@@ -71,9 +71,3 @@ def test_what_waits_too_long_spills(waits_s, order):
 
 def test_a_cascade_ends_with_its_best():
     assert chosen([candidate("dev", 5, 90), candidate("4b", 1, 0)], policy="cascade") == ["dev"]
-
-
-def test_licences():
-    assert is_licensed("flux-2-dev", None)
-    assert is_licensed("flux-2-klein-4b", ("apache-2.0", "proprietary"))
-    assert not is_licensed("flux-2-dev", ("apache-2.0", "proprietary"))

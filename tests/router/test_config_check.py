@@ -7,7 +7,7 @@ from flux_ray.config import GatewayArgs
 from flux_ray.router.config_check import check_possible
 
 TIERS = ("flux-2-dev", "flux-2-klein-4b")
-KEY = "a" * 64
+KEYS_FILE = {"keys_file": "keys.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,12 @@ KEY = "a" * 64
     [
         ({"deadlines": {"flux-2-dev": 0.5}}, r"deadlines\.flux-2-dev: 0\.5 s is impossible"),
         (
-            {"key_classes": {"hasty": {"keys": [KEY], "deadline_s": 0.01}}},
+            KEYS_FILE | {"key_classes": {"hasty": {"deadline_s": 0.01}}},
             r"key_classes\.hasty\.deadline_s: 0\.01 s is impossible",
         ),
         (
-            {"key_classes": {"x": {"keys": [KEY], "licenses": ["mit"]}}},
-            r"key_classes\.x\.licenses: no tier here",
+            KEYS_FILE | {"key_classes": {"x": {"licenses": ["mit"]}}},
+            r"key_classes\.x\.licenses: none of its tiers",
         ),
         (
             {"aliases": {"thrifty": {"tiers": ["flux-2-dev"], "max_gpu_seconds": 0.5}}},
@@ -44,8 +44,9 @@ def test_what_one_of_the_tiers_can_do_is_possible():
         GatewayArgs.model_validate(
             {
                 "tiers": TIERS,
+                "keys_file": "keys.yaml",
                 "deadlines": {"flux-2-dev": 20},
-                "key_classes": {"hasty": {"keys": [KEY], "deadline_s": 1.0}},
+                "key_classes": {"hasty": {"deadline_s": 1.0}},
                 "aliases": {"thrifty": {"tiers": TIERS, "max_gpu_seconds": 1.0}},
             }
         )

@@ -1,0 +1,50 @@
+"""Nobody without a key gets further than here, whatever the route, but for the open ones."""
+
+from typing import Protocol
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from flux_ray.errors import InvalidKey
+from flux_ray.gateway.callers import token_of
+from flux_ray.gateway.failures import answer_for
+from flux_ray.keys import Key
+
+# Probes have no keys, and the description holds no secrets.
+OPEN = frozenset({"/health", "/readyz", "/openapi.json"})
+# One text for all that may be wrong with a key.
+REFUSAL = "send a valid API key, as `Authorization: Bearer` or as `x-key`"
+
+
+class Keys(Protocol):
+    """Who knows the keys."""
+
+    async def find(self, secret: str) -> Key | None:
+        """The live key with that secret."""
+
+
+class Door:
+    """Middleware: the key that was let in is in `request.state.key`."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+        self.app = app
+        self.keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or path_of(scope) in OPEN:
+            await self.app(scope, receive, send)
+            return
+        key = await self.keys.find(token_of(Headers(scope=scope)))
+        if key is None:
+            # Not raised: errors from here are past the handlers.
+            await answer_for(Request(scope), InvalidKey(REFUSAL))(scope, receive, send)
+            return
+        scope.setdefault("state", {})["key"] = key
+        await self.app(scope, receive, send)
+
+
+def path_of(scope: Scope) -> str:
+    """As the routes know it: without what Serve's route prefix adds."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))

@@ -1,0 +1,191 @@
+"""What keys may have, and what they have had: the books of all gateways' limits."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from flux_ray.router.usage import DAY_S, Row, Usage, Use
+
+MINUTE_S = 60.0
+# A gateway tells of itself every two seconds. One that is silent for so long is dead.
+SILENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one key may have at once, in any 60 seconds, and in a day of UTC; None is no limit."""
+
+    max_concurrent: int | None = None
+    requests_per_minute: int | None = None
+    gpu_seconds_per_day: float | None = None
+    megapixels_per_day: float | None = None
+
+
+UNLIMITED = Allowance()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request on a tier: what it will use by its price, and in how many seconds of a replica.
+
+    The same request may be on several tiers, and counts as one.
+    """
+
+    request_id: str
+    tier: str
+    key: str
+    use: Use
+    cost_s: float
+
+
+class Denial(NamedTuple):
+    """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
+
+    Of `limit`, so much is `left`.
+    """
+
+    reason: str
+    retry_after_s: float
+    limit: float
+    left: float
+    is_daily: bool = False
+
+
+@dataclass
+class Present:
+    """What a gateway has in hand, by request and tier, each since when."""
+
+    heard_at: float
+    entries: dict[tuple[str, str], tuple[Entry, float]] = field(default_factory=dict)
+
+
+class Allowances:
+    """Counts for all gateways. Every method is told the time of day: seconds since the epoch.
+
+    What a key has at once is exact while the ledger lives. Requests a minute are those let in
+    during the last 60 seconds, whichever 60 those are; a day is one of UTC, and what is in hand
+    counts by its price until it is known what it took.
+
+    After a loss the gateways tell again, within two seconds, what they have in hand, and with every
+    request what its key had today. So of the day only what a gateway spent is lost that died within
+    two seconds of the ledger. The requests of the last minute are forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._gateways: dict[str, Present] = {}
+        # By key: the requests of the last minute, the oldest first, each with its time.
+        self._recent: dict[str, dict[str, float]] = {}
+        self._usage = Usage()
+
+    def enter(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: Iterable[Row], now: float
+    ) -> Denial | None:
+        """Write down a request, or say why not. `rows`: what the gateway knows of the key's day."""
+        self._usage.merge(rows)
+        present = self._heard(gateway, now)
+        denial = (
+            self._too_many(entry, allowance.max_concurrent, now)
+            or self._too_often(entry, allowance.requests_per_minute, now)
+            or self._too_much(entry, allowance, now)
+        )
+        if denial is None:
+            present.entries[entry.request_id, entry.tier] = (entry, now)
+            if allowance.requests_per_minute is not None:
+                # Not again for another tier.
+                self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
+        return denial
+
+    def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[Row]) -> None:
+        """It has ended; in the gateway's rows is what it took."""
+        self._usage.merge(rows)
+        if gateway in self._gateways:
+            self._gateways[gateway].entries.pop((request_id, tier), None)
+
+    def share(
+        self, gateway: str, entries: Iterable[Entry], rows: Iterable[Row], now: float
+    ) -> tuple[Row, ...]:
+        """All that a gateway has in hand, and all it knows of today; what all gateways know."""
+        self._usage.merge(rows)
+        self._usage.forget(now)
+        present = self._heard(gateway, now)
+        before = present.entries
+        present.entries = {}
+        for entry in entries:
+            name = (entry.request_id, entry.tier)
+            present.entries[name] = before.get(name, (entry, now))
+        for silent in [g for g, each in self._gateways.items() if is_silent(each, now)]:
+            del self._gateways[silent]
+        for key in list(self._recent):
+            if not self._last_minute(key, now):
+                del self._recent[key]
+        return self._usage.rows()
+
+    def _heard(self, gateway: str, now: float) -> Present:
+        present = self._gateways.setdefault(gateway, Present(now))
+        present.heard_at = now
+        return present
+
+    def _in_hand(self, key: str, now: float) -> list[tuple[Entry, float]]:
+        return [
+            (entry, since)
+            for present in self._gateways.values()
+            if not is_silent(present, now)
+            for entry, since in present.entries.values()
+            if entry.key == key
+        ]
+
+    def _too_many(self, entry: Entry, limit: int | None, now: float) -> Denial | None:
+        if limit is None:
+            return None
+        others = [
+            (other, since)
+            for other, since in self._in_hand(entry.key, now)
+            if other.request_id != entry.request_id
+        ]
+        if len({other.request_id for other, _ in others}) < limit:
+            return None
+        first_end_s = min(since + other.cost_s for other, since in others) - now
+        return Denial(f"this key may have {limit} requests at once", first_end_s, limit, 0)
+
+    def _too_often(self, entry: Entry, limit: int | None, now: float) -> Denial | None:
+        if limit is None:
+            return None
+        recent = self._last_minute(entry.key, now)
+        if len(recent) < limit or entry.request_id in recent:
+            return None
+        # Of a limit that was lowered, more than one has to become old.
+        came_at = next(islice(recent.values(), len(recent) - limit, None))
+        next_s = came_at + MINUTE_S - now
+        return Denial(f"this key may make {limit} requests a minute", next_s, limit, 0)
+
+    def _too_much(self, entry: Entry, allowance: Allowance, now: float) -> Denial | None:
+        spent = self._usage.of(entry.key, now)
+        for other, _ in self._in_hand(entry.key, now):
+            if (other.request_id, other.tier) != (entry.request_id, entry.tier):
+                spent += other.use
+        day = (
+            (allowance.gpu_seconds_per_day, spent.gpu_seconds, entry.use.gpu_seconds, "GPU second"),
+            (allowance.megapixels_per_day, spent.megapixels, entry.use.megapixels, "megapixel"),
+        )
+        for limit, had, wanted, unit in day:
+            if limit is not None and had + wanted > limit:
+                wait_s = math.inf if wanted > limit else DAY_S - now % DAY_S
+                reason = f"this key may use {limit:.6g} {unit}s a day; this takes {wanted:.3g}"
+                return Denial(reason, wait_s, limit, max(0.0, limit - had), is_daily=True)
+        return None
+
+    def _last_minute(self, key: str, now: float) -> dict[str, float]:
+        recent = self._recent.get(key, {})
+        while recent:
+            oldest = next(iter(recent))
+            if recent[oldest] > now - MINUTE_S:
+                break
+            del recent[oldest]
+        return recent
+
+
+def is_silent(present: Present, now: float) -> bool:
+    """Whether the gateway is dead, and its clients with it."""
+    return now - present.heard_at > SILENCE_S

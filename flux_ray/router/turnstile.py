@@ -1,0 +1,170 @@
+"""A gateway's side of the allowances: who comes in is counted, and so is what it took."""
+
+import asyncio
+import contextvars
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from flux_ray.errors import FluxError, QuotaSpent, QuotaTooSmall, RateLimited
+from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry
+from flux_ray.router.turns import AGAIN_S, LedgerLost, tell_of_end
+from flux_ray.router.usage import Row, Usage, Use
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 2.0
+# So long an answer is held back, for the ledger to hear that its request is over: a client that
+# asks again at once, anywhere, then has its place back.
+LEAVE_S = 0.1
+
+
+class Line(Protocol):
+    """The way to the ledger. All of it raises LedgerLost."""
+
+    async def enter(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
+    ) -> Denial | None:
+        """Count a request, or hear why not."""
+
+    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+        """It has ended."""
+
+    async def share_usage(
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
+    ) -> tuple[Row, ...]:
+        """All that is in hand and known here; what all gateways know."""
+
+
+class Stay:
+    """A request from its entry to its end: what it used by then."""
+
+    def __init__(self, price: Use, cost_s: float) -> None:
+        self._price = price
+        self._cost_s = cost_s
+        self._began_at = math.inf
+        self.use = Use()
+
+    def begin(self) -> None:
+        """A replica works on it."""
+        self._began_at = time.monotonic()
+
+    def finish(self, gpu_seconds: float) -> None:
+        """It took that."""
+        self.use = Use(gpu_seconds, self._price.megapixels)
+
+    def break_off(self) -> None:
+        """Its client left, or its time is over: what was done of it by then, at most all."""
+        taken_s = time.monotonic() - self._began_at
+        share = min(1.0, max(0.0, taken_s) / self._cost_s)
+        self.use = Use(self._price.gpu_seconds * share, self._price.megapixels * share)
+
+
+class Turnstile:
+    """All requests of this gateway whose keys are limited.
+
+    A task of its own tells the ledger of them, and learns what other gateways' keys used: any
+    gateway can tell a ledger that was lost.
+    """
+
+    def __init__(self, line: Line, gateway: str) -> None:
+        self._line = line
+        self._gateway = gateway
+        self._entries: dict[tuple[str, str], Entry] = {}
+        self._usage = Usage()
+        self._task: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def entered(self, entry: Entry, allowance: Allowance) -> AsyncIterator[Stay]:
+        """The request inside is counted; RateLimited or QuotaTooSmall if it may not be."""
+        stay = Stay(entry.use, entry.cost_s)
+        if allowance == UNLIMITED:
+            yield stay
+            return
+        self._start()
+        name = (entry.request_id, entry.tier)
+        # Before the ledger hears of it: what it has and this has not would be struck out.
+        self._entries[name] = entry
+        try:
+            await self._enter(entry, allowance)
+            yield stay
+        except asyncio.CancelledError:
+            stay.break_off()
+            raise
+        finally:
+            del self._entries[name]
+            if stay.use != Use():
+                self._usage.add(self._gateway, entry.key, stay.use, time.time())
+            await self._leave(entry)
+
+    def stop(self) -> None:
+        """Talk to the ledger no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def share(self) -> None:
+        """Once. LedgerLost."""
+        entries = tuple(self._entries.values())
+        self._usage.merge(await self._line.share_usage(self._gateway, entries, self._usage.rows()))
+        self._usage.forget(time.time())
+
+    async def _enter(self, entry: Entry, allowance: Allowance) -> None:
+        while True:
+            try:
+                rows = self._usage.rows_of(entry.key)
+                denial = await self._line.enter(self._gateway, entry, allowance, rows)
+                break
+            except LedgerLost as error:
+                # As for its turn, it waits: unless it is counted it may not be served.
+                logger.warning("request %s is not counted yet: %s", entry.request_id, error)
+                await asyncio.sleep(AGAIN_S)
+        if denial is not None:
+            raise error_for(denial)
+
+    async def _leave(self, entry: Entry) -> None:
+        """In an empty context: Ray would cancel it with the request."""
+        rows = self._usage.rows_of(entry.key)
+        task = asyncio.get_running_loop().create_task(
+            self._tell_of_leaving(entry, rows), context=contextvars.Context()
+        )
+        # Nobody else holds it.
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        await asyncio.wait((task,), timeout=LEAVE_S)
+
+    async def _tell_of_leaving(self, entry: Entry, rows: tuple[Row, ...]) -> None:
+        try:
+            await self._line.leave(self._gateway, entry.request_id, entry.tier, rows)
+        except LedgerLost as error:
+            logger.warning("request %s ends later in the ledger: %s", entry.request_id, error)
+
+    def _start(self) -> None:
+        """Also again, after a mistake of ours."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(
+                self._share(), context=contextvars.Context()
+            )
+            self._task.add_done_callback(tell_of_end)
+
+    async def _share(self) -> None:
+        while True:
+            try:
+                await self.share()
+            except LedgerLost as error:
+                logger.warning("what keys use is not shared: %s", error)
+                await asyncio.sleep(AGAIN_S)
+                continue
+            await asyncio.sleep(PERIOD_S)
+
+
+def error_for(denial: Denial) -> FluxError:
+    """When to come back, in whole seconds; or that it is of no use."""
+    if math.isinf(denial.retry_after_s):
+        return QuotaTooSmall(denial.reason)
+    error = QuotaSpent if denial.is_daily else RateLimited
+    retry_after_s = max(1, math.ceil(denial.retry_after_s))
+    return error(denial.reason, None, retry_after_s, denial.limit, denial.left)
