@@ -33,7 +33,7 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def read_keys(path: Path) -> KeyFile:
-    """JSON by its name, else YAML. ValueError says what is wrong, and never shows what is there."""
+    """JSON by its name, else YAML. ValueError says what is wrong, and shows no value."""
     try:
         text = path.read_text()
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -1,7 +1,7 @@
 """Models that stand for several tiers: who serves a request, and who may ask whom."""
 
-import hashlib
 import json
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -9,6 +9,8 @@ import pytest
 from flux_ray.config import GatewayArgs
 from flux_ray.errors import Overloaded, TierUnavailable
 from flux_ray.gateway.api import build_api
+from flux_ray.key_store import write_keys
+from flux_ray.keys import KeyFile, new_key
 from flux_ray.router.cost import Layout
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.pricing import CostModel
@@ -29,23 +31,34 @@ ARGS = {
     },
     "key_classes": {
         "paying": {
-            "keys": [hashlib.sha256(b"sk-pays").hexdigest()],
             "weight": 4,
             "deadline_s": 20,
             "licenses": ["apache-2.0"],
-        }
+        },
+        "some": {"tiers": [KLEIN_9B, KLEIN_4B]},
     },
 }
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
 BUSY = Forecast(100.0, is_refused=True)
 
 
 @pytest.fixture
-async def client(handles, turns, bill):
+def secrets(tmp_path):
+    """Of a key of each class, and of one that is of none."""
+    made = {name: new_key(f"{name}-1", name, NOW) for name in ("paying", "some", None)}
+    write_keys(tmp_path / "keys.yaml", KeyFile(keys=tuple(each.key for each in made.values())))
+    return {name: {"authorization": f"Bearer {each.secret}"} for name, each in made.items()}
+
+
+@pytest.fixture
+async def client(handles, turns, bill, secrets, tmp_path):
     prices = CostModel({tier: Layout("h100-80gb") for tier in TIERS})
-    args = GatewayArgs.model_validate(ARGS)
+    args = GatewayArgs.model_validate(ARGS | {"keys_file": tmp_path / "keys.yaml"})
     router = Router(handles, turns, prices, bill, Terms(600, args.deadlines))
     transport = httpx.ASGITransport(app=build_api(router, args), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://gateway", headers=secrets[None]
+    ) as client:
         yield client
 
 
@@ -139,8 +152,8 @@ async def test_all_tiers_draw_the_same_request(ask, turns, handles):
     assert handles.requests[0].request_id == answer.json()["id"]
 
 
-async def test_deadlines_are_the_callers_the_classes_or_the_tiers(ask, turns):
-    paying = {"authorization": "Bearer sk-pays"}
+async def test_deadlines_are_the_callers_the_classes_or_the_tiers(ask, turns, secrets):
+    paying = secrets["paying"]
     await ask(KLEIN_4B, headers=paying | {"x-flux-deadline-s": "2.5"})
     await ask(KLEIN_4B, headers=paying)
     await ask(DEV)
@@ -149,12 +162,20 @@ async def test_deadlines_are_the_callers_the_classes_or_the_tiers(ask, turns):
     assert [offer.weight for offer in turns.offers] == [4, 4, 1, 1]
 
 
-async def test_a_key_uses_the_tiers_of_its_licences(ask, turns):
-    paying = {"authorization": "Bearer sk-pays"}
+async def test_a_key_uses_the_tiers_of_its_licences(ask, secrets):
+    paying = secrets["paying"]
     assert served_by(await ask("auto", headers=paying)) == KLEIN_4B
     answer = await ask(DEV, headers=paying)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "license_forbids")
-    assert served_by(await ask(DEV, headers={"authorization": "Bearer sk-other"})) == DEV
+    assert served_by(await ask(DEV)) == DEV
+
+
+async def test_a_key_uses_the_tiers_of_its_class(ask, secrets):
+    some = secrets["some"]
+    assert served_by(await ask("auto", headers=some)) == KLEIN_9B
+    assert served_by(await ask("studio", headers=some)) == KLEIN_4B
+    answer = await ask(DEV, headers=some)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "tier_forbidden")
 
 
 async def test_aliases_are_listed_with_their_tiers(client):

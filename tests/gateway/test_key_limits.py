@@ -1,0 +1,107 @@
+"""What keys may have, as their clients hear of it."""
+
+import time
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+
+from flux_ray.config import GatewayArgs
+from flux_ray.gateway.api import build_api
+from flux_ray.key_store import write_keys
+from flux_ray.keys import KeyFile, new_key
+from flux_ray.router.allowances import Allowances
+from flux_ray.router.cost import Layout
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.router import Router, Terms
+from flux_ray.router.turnstile import Turnstile
+from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
+
+PATH = "/v1/images/generations"
+NOW = datetime(2026, 11, 1, tzinfo=UTC)
+
+
+class Books:
+    """The line to books that all gateways share."""
+
+    def __init__(self):
+        self.books = Allowances()
+
+    async def enter(self, gateway, entry, allowance, rows):
+        return self.books.enter(gateway, entry, allowance, rows, time.time())
+
+    async def leave(self, gateway, request_id, tier, rows):
+        self.books.leave(gateway, request_id, tier, rows)
+
+    async def share_usage(self, gateway, entries, rows):
+        return self.books.share(gateway, entries, rows, time.time())
+
+
+@pytest.fixture
+async def ask(tmp_path):
+    """`ask(class, gateway=0, **fields)`: of two gateways with their own fakes."""
+    classes = {
+        "quick": {"requests_per_minute": 2},
+        "small": {"megapixels_per_day": 0.04},
+        "poor": {"gpu_seconds_per_day": 0.00001},
+    }
+    made = {name: new_key(f"{name}-1", name, NOW) for name in classes}
+    path = tmp_path / "keys.yaml"
+    write_keys(path, KeyFile(keys=tuple(each.key for each in made.values())))
+    args = GatewayArgs.model_validate(
+        {"tiers": ["tiny"], "keys_file": path, "key_classes": classes, "limits": LIMITS}
+    )
+    books, gates, clients = Books(), [], []
+    for name in ("g", "h"):
+        gates.append(Turnstile(books, name))
+        prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+        turns, terms = FakeTurns(), Terms(request_timeout_s=5)
+        router = Router(FakeHandles(), turns, prices, FakeBill(), terms, None, gates[-1])
+        transport = httpx.ASGITransport(app=build_api(router, args))
+        clients.append(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
+
+    async def ask(key_class, gateway=0, **fields):
+        body = {"prompt": "a ring", "size": "128x128", **fields}
+        headers = {"x-key": made[key_class].secret}
+        return await clients[gateway].post(PATH, json=body, headers=headers)
+
+    yield ask
+    for gate, client in zip(gates, clients, strict=True):
+        gate.stop()
+        await client.aclose()
+
+
+async def test_a_minute_over_two_gateways(ask):
+    assert [(await ask("quick", gateway)).status_code for gateway in (0, 1)] == [200, 200]
+    for gateway in (0, 1):
+        answer = await ask("quick", gateway)
+        assert answer.status_code == 429
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+        assert 58 <= int(answer.headers["retry-after"]) <= 60
+        assert answer.headers["x-ratelimit-limit"] == "2"
+        assert answer.headers["x-ratelimit-remaining"] == "0"
+        assert answer.headers["x-ratelimit-reset"] == answer.headers["retry-after"]
+        assert "x-should-retry" not in answer.headers
+
+
+async def test_a_day_of_megapixels(ask):
+    assert (await ask("small", n=2)).status_code == 200
+    answer = await ask("small", 1)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-ratelimit-remaining"] == "0.007232"
+    assert int(answer.headers["retry-after"]) <= 86_400
+    assert (await ask("small", 1, size="64x64")).status_code == 200, "there is room for that"
+
+
+async def test_a_stream_hears_it_as_a_plain_answer(ask):
+    for _ in range(2):
+        assert (await ask("quick", stream=True)).status_code == 200
+    assert (await ask("quick", stream=True)).status_code == 429
+
+
+async def test_what_no_day_has_is_not_to_be_asked_again(ask):
+    answer = await ask("poor")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "quota_too_small")
+    assert "retry-after" not in answer.headers

@@ -1,0 +1,222 @@
+"""What keys may have, counted over all gateways, in told time."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from flux_ray.router.allowances import SILENCE_S, Allowance, Allowances, Entry
+from flux_ray.router.usage import DAY_S, Usage, Use
+
+NOON = 20_000.5 * DAY_S
+
+
+def entry(request_id, key="alice", gpu_seconds=1.0, megapixels=1.0, tier="tiny", cost_s=1.0):
+    return Entry(request_id, tier, key, Use(gpu_seconds, megapixels), cost_s)
+
+
+class Told:
+    """Allowances with one allowance, told seconds after noon."""
+
+    def __init__(self, **allowance):
+        self.allowance = Allowance(**allowance)
+        self.books = Allowances()
+        self.usages = {}
+
+    def enter(self, request_id, now=0.0, gateway="g", **fields):
+        rows = self.usage(gateway).rows()
+        asked = entry(request_id, **fields)
+        return self.books.enter(gateway, asked, self.allowance, rows, NOON + now)
+
+    def leave(self, request_id, use=None, now=0.0, gateway="g", key="alice", tier="tiny"):
+        usage = self.usage(gateway)
+        usage.add(gateway, key, use or Use(), NOON + now)
+        self.books.leave(gateway, request_id, tier, usage.rows_of(key))
+
+    def share(self, *entries, now=0.0, gateway="g"):
+        usage = self.usage(gateway)
+        usage.merge(self.books.share(gateway, entries, usage.rows(), NOON + now))
+
+    def usage(self, gateway):
+        return self.usages.setdefault(gateway, Usage())
+
+
+def test_without_limits_nothing_is_denied():
+    told = Told()
+    assert [told.enter(str(number)) for number in range(1000)] == [None] * 1000
+
+
+def test_so_many_at_once_through_whichever_gateway():
+    told = Told(max_concurrent=2)
+    assert told.enter("x", gateway="g") is None
+    assert told.enter("y", gateway="h") is None
+    denial = told.enter("z", gateway="h")
+    assert (denial.reason, denial.limit) == ("this key may have 2 requests at once", 2)
+    assert told.enter("z", key="bob") is None, "others have their own"
+    told.leave("x", gateway="g")
+    assert told.enter("z", gateway="h") is None
+
+
+def test_a_request_on_two_tiers_is_one():
+    told = Told(max_concurrent=1, requests_per_minute=1, gpu_seconds_per_day=3)
+    assert told.enter("x", tier="tiny") is None
+    assert told.enter("x", tier="tiny-tp2") is None
+    assert told.enter("x", tier="dev", gpu_seconds=2).is_daily, "but both take their seconds"
+    assert told.enter("y") is not None
+
+
+def test_who_waits_for_a_place_hears_when_one_is_free_by_its_price():
+    told = Told(max_concurrent=2)
+    told.enter("x", cost_s=10.0)
+    told.enter("y", cost_s=3.0)
+    assert told.enter("z", now=1.0).retry_after_s == pytest.approx(2.0)
+
+
+def test_no_60_seconds_have_more_requests_than_a_minute_may():
+    told = Told(requests_per_minute=3)
+    assert [told.enter(name, now) for name, now in (("a", 0), ("b", 50), ("c", 55))] == [None] * 3
+    denial = told.enter("d", 59.0)
+    assert denial.retry_after_s == pytest.approx(1.0)
+    assert told.enter("d", 59.0 + denial.retry_after_s) is None
+    assert told.enter("e", 61.0).retry_after_s == pytest.approx(49.0)
+    assert told.enter("f", 61.0, key="bob") is None
+
+
+def test_the_limit_that_was_lowered_counts():
+    told = Told(requests_per_minute=10)
+    for number in range(10):
+        told.enter(str(number), number)
+    told.allowance = Allowance(requests_per_minute=2)
+    assert told.enter("x", 10.0).retry_after_s == pytest.approx(58.0)
+    assert told.enter("x", 68.0) is None
+
+
+def test_a_request_that_was_denied_is_not_counted():
+    told = Told(requests_per_minute=1, max_concurrent=1)
+    told.enter("x")
+    for number in range(5):
+        assert told.enter(f"y{number}", 1.0) is not None
+    told.leave("x")
+    assert told.enter("z", 60.0) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "fields"),
+    [
+        ({"gpu_seconds_per_day": 10}, {"gpu_seconds": 4.0}),
+        ({"megapixels_per_day": 10}, {"megapixels": 4.0}),
+    ],
+)
+def test_a_day_has_so_much(limits, fields):
+    told = Told(**limits)
+    assert told.enter("x", gateway="g", **fields) is None
+    assert told.enter("y", gateway="h", **fields) is None
+    denial = told.enter("z", now=5.0, **fields)
+    assert denial.is_daily
+    assert denial.retry_after_s == pytest.approx(DAY_S / 2 - 5)
+    assert (denial.limit, denial.left) == (10, 2)
+    told.leave("x", Use(1.0, 1.0), gateway="g")
+    assert told.enter("z", **fields) is None, "what it took counts, not what it was priced"
+
+
+def test_the_next_day_begins_anew():
+    told = Told(gpu_seconds_per_day=10)
+    told.enter("x", gpu_seconds=9.0)
+    told.leave("x", Use(9.0))
+    wait_s = told.enter("y", gpu_seconds=2.0).retry_after_s
+    assert told.enter("y", now=wait_s, gpu_seconds=2.0) is None
+
+
+def test_what_is_more_than_a_day_has_is_of_no_use_to_ask_again():
+    told = Told(gpu_seconds_per_day=10)
+    assert math.isinf(told.enter("x", gpu_seconds=11.0).retry_after_s)
+
+
+def test_what_is_said_twice_counts_once():
+    """An answer was lost, and the gateway asks again."""
+    told = Told(max_concurrent=1, requests_per_minute=1, gpu_seconds_per_day=1.5)
+    assert [told.enter("x") for _ in range(3)] == [None] * 3
+    told.leave("x")
+    told.leave("x")
+    told.leave("never")
+
+
+def test_a_dead_gateway_keeps_no_place():
+    told = Told(max_concurrent=1)
+    told.enter("x", gateway="g")
+    told.share(entry("x"), now=SILENCE_S, gateway="g")
+    assert told.enter("y", now=2 * SILENCE_S, gateway="h") is not None
+    assert told.enter("y", now=2 * SILENCE_S + 0.1, gateway="h") is None
+    told.share(now=2 * SILENCE_S + 0.2, gateway="h")
+
+
+def test_a_lost_ledger_is_told_what_is_in_hand_and_what_the_day_took():
+    told = Told(max_concurrent=2, gpu_seconds_per_day=20)
+    told.enter("x", gateway="g", gpu_seconds=9.0)
+    told.leave("x", Use(9.0), gateway="g")
+    told.share(gateway="g")
+    told.share(gateway="h")
+    told.enter("y", gateway="g", gpu_seconds=4.0)
+    told.books = Allowances()
+    assert told.enter("z", gateway="h", gpu_seconds=11.5).is_daily, "told with the request itself"
+    told.share(entry("y", gpu_seconds=4.0), gateway="g")
+    denial = told.enter("z", gateway="h", gpu_seconds=8.0)
+    assert denial.is_daily and denial.left == pytest.approx(7.0)
+    assert told.enter("z", gateway="h", gpu_seconds=7.0) is None
+    assert told.enter("w", gateway="h", gpu_seconds=0.0).limit == 2
+
+
+def test_an_end_that_was_not_heard_is_heard_later():
+    told = Told(max_concurrent=1)
+    told.enter("x")
+    told.share(entry("x"))
+    assert told.enter("y") is not None
+    told.share()
+    assert told.enter("y") is None
+
+
+def test_nothing_is_kept_of_keys_that_are_gone():
+    told = Told(max_concurrent=5, requests_per_minute=5)
+    for number in range(100):
+        told.enter(str(number), key=f"key {number}")
+        told.leave(str(number), Use(1.0), key=f"key {number}")
+    assert len(told.books._recent) == 100
+    told.share(now=61.0)
+    assert len(told.books._recent) == 0
+    told.books.share("g", (), (), NOON + 3 * DAY_S)
+    assert told.books._usage.rows() == ()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_limit_is_ever_passed(seed):
+    """At random over three gateways and three keys, every limit holds at every moment."""
+    rng = random.Random(seed)
+    told = Told(max_concurrent=3, requests_per_minute=20, gpu_seconds_per_day=60)
+    now, running, came, spent = 0.0, {}, [], Counter()
+    for number in range(800):
+        now += rng.expovariate(2.0)
+        key, gateway = rng.choice("abc"), rng.choice("ghi")
+        if rng.random() < 0.5:
+            cost = rng.uniform(0.1, 2.0)
+            if told.enter(str(number), now, gateway, key=key, gpu_seconds=cost) is None:
+                running[str(number)] = (key, gateway, cost)
+                came.append((now, key))
+        elif running:
+            name = rng.choice(sorted(running))
+            key, gateway, cost = running.pop(name)
+            took = cost * rng.random()
+            spent[key] += took
+            told.leave(name, Use(took), now, gateway, key)
+        for gateway in "ghi":
+            told.share(
+                *(entry(n, k, c) for n, (k, g, c) in running.items() if g == gateway),
+                now=now,
+                gateway=gateway,
+            )
+        for key in "abc":
+            mine = [cost for each, _, cost in running.values() if each == key]
+            assert len(mine) <= 3
+            assert sum(1 for at, each in came if each == key and at > now - 60) <= 20
+            assert spent[key] + sum(mine) <= 60 + 1e-6
+    assert max(spent.values()) > 40, "and they were reached"

@@ -1,0 +1,174 @@
+"""A gateway's side of the allowances, over real books that can be lost."""
+
+import asyncio
+import time
+
+import pytest
+
+from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
+from flux_ray.router import turnstile as turnstile_module
+from flux_ray.router.allowances import UNLIMITED, Allowance, Allowances, Entry
+from flux_ray.router.turns import LedgerLost
+from flux_ray.router.turnstile import Turnstile
+from flux_ray.router.usage import Use
+
+ONE = Allowance(max_concurrent=1)
+
+
+class FakeLine:
+    """The ledger in this process."""
+
+    def __init__(self):
+        self.books = Allowances()
+        self.is_down = False
+        self.is_deaf = False
+        self.num_calls = 0
+
+    async def enter(self, gateway, entry, allowance, rows):
+        await self.reach()
+        return self.books.enter(gateway, entry, allowance, rows, time.time())
+
+    async def leave(self, gateway, request_id, tier, rows):
+        await self.reach()
+        if self.is_deaf:
+            raise LedgerLost
+        self.books.leave(gateway, request_id, tier, rows)
+
+    async def share_usage(self, gateway, entries, rows):
+        await self.reach()
+        return self.books.share(gateway, entries, rows, time.time())
+
+    async def reach(self):
+        self.num_calls += 1
+        await asyncio.sleep(0)
+        if self.is_down:
+            raise LedgerLost
+
+    def used(self, key="alice"):
+        return self.books._usage.of(key, time.time())
+
+
+@pytest.fixture
+def line(monkeypatch):
+    monkeypatch.setattr(turnstile_module, "PERIOD_S", 0.01)
+    monkeypatch.setattr(turnstile_module, "AGAIN_S", 0.01)
+    return FakeLine()
+
+
+@pytest.fixture
+async def gates(line):
+    gates = [Turnstile(line, name) for name in ("g", "h")]
+    yield gates
+    for gate in gates:
+        gate.stop()
+
+
+def entry(request_id, gpu_seconds=1.0, cost_s=0.5):
+    return Entry(request_id, "tiny", "alice", Use(gpu_seconds, 2.0), cost_s)
+
+
+async def test_gateways_count_together(gates):
+    g, h = gates
+    async with g.entered(entry("x"), ONE):
+        with pytest.raises(RateLimited) as caught:
+            async with h.entered(entry("y"), ONE):
+                raise AssertionError
+    assert (caught.value.retry_after_s, caught.value.limit) == (1, 1)
+    async with h.entered(entry("y"), ONE):
+        pass
+
+
+async def test_what_is_done_costs_what_it_took(gates, line):
+    async with gates[0].entered(entry("x"), ONE) as stay:
+        stay.begin()
+        stay.finish(0.25)
+    assert line.used() == Use(0.25, 2.0)
+
+
+async def test_what_fails_or_is_refused_costs_nothing(gates, line):
+    with pytest.raises(RuntimeError):
+        async with gates[0].entered(entry("x"), ONE) as stay:
+            stay.begin()
+            raise RuntimeError
+    assert line.used() == Use()
+    async with gates[0].entered(entry("y"), ONE):
+        pass
+
+
+async def test_a_client_that_leaves_pays_for_its_time(gates, line):
+    async def work(begins):
+        async with gates[0].entered(entry("x", 8.0, cost_s=0.2), ONE) as stay:
+            if begins:
+                stay.begin()
+            await asyncio.sleep(10)
+
+    for begins, least, most in ((False, 0, 0), (True, 1.5, 7.9)):
+        task = asyncio.create_task(work(begins))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.01)
+        assert least <= line.used().gpu_seconds <= most
+    async with gates[1].entered(entry("y"), ONE):
+        pass
+
+
+async def test_a_day_that_is_used_up_says_so(gates):
+    day = Allowance(gpu_seconds_per_day=3.0)
+    async with gates[0].entered(entry("x"), day) as stay:
+        stay.finish(2.5)
+    with pytest.raises(QuotaSpent) as caught:
+        async with gates[1].entered(entry("y"), day):
+            raise AssertionError
+    assert (caught.value.limit, caught.value.left) == (3.0, 0.5)
+    assert 1 <= caught.value.retry_after_s <= 86_400
+    with pytest.raises(QuotaTooSmall):
+        async with gates[1].entered(entry("z", 3.5), day):
+            raise AssertionError
+
+
+async def test_a_lost_ledger_forgets_no_day_and_no_place(gates, line):
+    """Also what another gateway used that has gone."""
+    g, h = gates
+    day = Allowance(gpu_seconds_per_day=3.0, max_concurrent=1)
+    async with h.entered(entry("w", 0.5), day):
+        async with g.entered(Entry("x", "tiny", "bob", Use(1.0), 1.0), day) as stay:
+            stay.finish(2.5)
+        await asyncio.sleep(0.05)
+        g.stop()
+        line.books = Allowances()
+        await asyncio.sleep(0.05)
+        assert line.used("bob") == Use(2.5, 0.0)
+        with pytest.raises(RateLimited):
+            async with h.entered(entry("y", 0.5), day):
+                raise AssertionError
+
+
+async def test_while_the_ledger_is_away_requests_wait(gates, line):
+    line.is_down = True
+
+    async def draw():
+        async with gates[0].entered(entry("x"), ONE):
+            return "done"
+
+    task = asyncio.create_task(draw())
+    await asyncio.sleep(0.05)
+    assert not task.done()
+    line.is_down = False
+    assert await asyncio.wait_for(task, 1) == "done"
+
+
+async def test_an_end_that_the_ledger_did_not_hear_is_told_again(gates, line):
+    line.is_deaf = True
+    async with gates[0].entered(entry("x"), ONE) as stay:
+        stay.finish(0.25)
+    await asyncio.sleep(0.05)
+    assert line.used() == Use(0.25, 2.0)
+    async with gates[1].entered(entry("y"), ONE):
+        pass
+
+
+async def test_who_is_not_limited_costs_no_call(gates, line):
+    async with gates[0].entered(entry("x"), UNLIMITED) as stay:
+        stay.finish(1.0)
+    assert line.num_calls == 0
