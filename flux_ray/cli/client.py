@@ -16,12 +16,16 @@ TIMEOUT = httpx.Timeout(900.0, connect=10.0)
 
 
 def call(
-    url: str, fields: dict[str, Any] | None = None, images: Sequence[Path] = ()
+    url: str,
+    fields: dict[str, Any] | None = None,
+    images: Sequence[Path] = (),
+    key_file: Path | None = None,
 ) -> tuple[dict[str, Any], float]:
     """The answer's body and the seconds it took; without fields, the list of tiers."""
     started_s = time.monotonic()
+    headers = {} if key_file is None else {"authorization": f"Bearer {secret_in(key_file)}"}
     try:
-        with httpx.Client(base_url=url, timeout=TIMEOUT) as client, waiting():
+        with httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers) as client, waiting():
             response = send(client, fields, images)
     except httpx.ConnectError:
         fail(f"nothing answers at {url}: is the cluster running? `make serve` starts one here")
@@ -30,6 +34,14 @@ def call(
     if response.is_error:
         fail(message_of(response))
     return read_json(response), time.monotonic() - started_s
+
+
+def secret_in(key_file: Path) -> str:
+    """As `flux-ray keys create` printed it; on the command line everybody could read it."""
+    secret = key_file.read_text(errors="replace").strip()
+    if not secret.isascii() or len(secret.split()) != 1:
+        fail(f"{key_file} holds no API key")
+    return secret
 
 
 def send(

@@ -21,6 +21,10 @@ app.add_typer(keys, name="keys")
 
 Url = Annotated[str, typer.Option(help="The gateway's address.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A file that holds your API key alone."),
+]
 Images = Annotated[
     list[Path] | None,
     typer.Option("--image", exists=True, dir_okay=False, help="A reference; repeatable."),
@@ -40,6 +44,7 @@ def generate(
     steps: int | None = None,
     seed: int | None = None,
     num_images: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 1,
+    key_file: KeyFile = None,
 ) -> None:
     """Draw pictures of PROMPT, or edit the ones given with --image."""
     fields: dict[str, Any] = {
@@ -52,7 +57,7 @@ def generate(
         "n": num_images,
     }
     sent = {name: value for name, value in fields.items() if value is not None}
-    answer, taken_s = call(url, sent, image or [])
+    answer, taken_s = call(url, sent, image or [], key_file)
     for warning in answer["warnings"]:
         typer.secho(warning, fg="yellow", err=True)
     paths = paths_for(output, len(answer["data"]))
@@ -62,9 +67,9 @@ def generate(
 
 
 @app.command()
-def tiers(url: Url = DEFAULT_URL) -> None:
+def tiers(url: Url = DEFAULT_URL, key_file: KeyFile = None) -> None:
     """List the tiers that the gateway serves."""
-    answer, _ = call(url)
+    answer, _ = call(url, key_file=key_file)
     columns = ("id", "default_size", "default_steps", "max_references", "license")
     table = Table(*columns)
     for model in answer["data"]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from flux_ray.router.usage import DAY_S, Row, Usage, Use
+from flux_ray.router.usage import DAY_S, Name, Row, Usage, Use
 
 MINUTE_S = 60.0
 # A gateway tells of itself every two seconds. One that is silent for so long is dead.
@@ -53,12 +53,21 @@ class Denial(NamedTuple):
     is_daily: bool = False
 
 
+class Shared(NamedTuple):
+    """The rows that a gateway does not know yet; and whether it is to tell of all again."""
+
+    rows: tuple[Row, ...]
+    tell_all: bool
+
+
 @dataclass
 class Present:
-    """What a gateway has in hand, by request and tier, each since when."""
+    """What a gateway has in hand, by request and tier, each since when; and what is news to it."""
 
     heard_at: float
     entries: dict[tuple[str, str], tuple[Entry, float]] = field(default_factory=dict)
+    news: set[Name] = field(default_factory=set)
+    has_shared: bool = False
 
 
 class Allowances:
@@ -83,7 +92,7 @@ class Allowances:
         self, gateway: str, entry: Entry, allowance: Allowance, rows: Iterable[Row], now: float
     ) -> Denial | None:
         """Write down a request, or say why not. `rows`: what the gateway knows of the key's day."""
-        self._usage.merge(rows)
+        self._merge(gateway, rows)
         present = self._heard(gateway, now)
         denial = (
             self._too_many(entry, allowance.max_concurrent, now)
@@ -99,28 +108,47 @@ class Allowances:
 
     def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[Row]) -> None:
         """It has ended; in the gateway's rows is what it took."""
-        self._usage.merge(rows)
+        self._merge(gateway, rows)
         if gateway in self._gateways:
             self._gateways[gateway].entries.pop((request_id, tier), None)
 
     def share(
-        self, gateway: str, entries: Iterable[Entry], rows: Iterable[Row], now: float
-    ) -> tuple[Row, ...]:
-        """All that a gateway has in hand, and all it knows of today; what all gateways know."""
-        self._usage.merge(rows)
-        self._usage.forget(now)
+        self,
+        gateway: str,
+        entries: Iterable[Entry],
+        rows: Iterable[Row],
+        now: float,
+        *,
+        tells_all: bool = True,
+    ) -> Shared:
+        """All that a gateway has in hand, and what it knows of today: all, or what is new."""
+        self._forget(now)
         present = self._heard(gateway, now)
         before = present.entries
         present.entries = {}
         for entry in entries:
             name = (entry.request_id, entry.tier)
             present.entries[name] = before.get(name, (entry, now))
+        present.has_shared |= tells_all
+        self._merge(gateway, rows)
+        # Who tells all may have lost an answer: it hears all.
+        news = self._usage.rows() if tells_all else self._usage.rows_named(present.news)
+        present.news = set()
+        return Shared(news, not present.has_shared)
+
+    def _merge(self, gateway: str, rows: Iterable[Row]) -> None:
+        news = self._usage.merge(rows)
+        for name, present in self._gateways.items():
+            if name != gateway:
+                present.news |= news
+
+    def _forget(self, now: float) -> None:
+        self._usage.forget(now)
         for silent in [g for g, each in self._gateways.items() if is_silent(each, now)]:
             del self._gateways[silent]
         for key in list(self._recent):
             if not self._last_minute(key, now):
                 del self._recent[key]
-        return self._usage.rows()
 
     def _heard(self, gateway: str, now: float) -> Present:
         present = self._gateways.setdefault(gateway, Present(now))

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from flux_ray.router.allowances import Allowance, Allowances, Denial, Entry
+from flux_ray.router.allowances import Allowance, Allowances, Denial, Entry, Shared
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Backlog, Decision, Ledger, Offer, Statement
@@ -100,10 +100,10 @@ class LedgerActor:
         self._allowances.leave(gateway, request_id, tier, rows)
 
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
-    ) -> tuple[Row, ...]:
-        """What a gateway has in hand and knows of today; what all of them know."""
-        return self._allowances.share(gateway, entries, rows, time.time())
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
+    ) -> Shared:
+        """What a gateway has in hand and knows of today; what it does not know yet."""
+        return self._allowances.share(gateway, entries, rows, time.time(), tells_all=tells_all)
 
     async def _tick(self) -> None:
         while True:
@@ -166,11 +166,13 @@ class RemoteLedger:
         await self._call(ANSWER_S, "leave", gateway, request_id, tier, rows)
 
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
-    ) -> tuple[Row, ...]:
-        """What is in hand and known here; what all gateways know."""
-        known: tuple[Row, ...] = await self._call(ANSWER_S, "share_usage", gateway, entries, rows)
-        return known
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
+    ) -> Shared:
+        """What is in hand and known here; what is known elsewhere."""
+        shared: Shared = await self._call(
+            ANSWER_S, "share_usage", gateway, entries, rows, tells_all
+        )
+        return shared
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
         try:

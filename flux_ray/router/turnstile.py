@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from flux_ray.errors import FluxError, QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry
+from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared
 from flux_ray.router.turns import AGAIN_S, LedgerLost, tell_of_end
-from flux_ray.router.usage import Row, Usage, Use
+from flux_ray.router.usage import Name, Row, Usage, Use
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,9 +34,9 @@ class Line(Protocol):
         """It has ended."""
 
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...]
-    ) -> tuple[Row, ...]:
-        """All that is in hand and known here; what all gateways know."""
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
+    ) -> Shared:
+        """All that is in hand here, and all or what is new of what is known; what is new to it."""
 
 
 class Stay:
@@ -75,6 +75,8 @@ class Turnstile:
         self._gateway = gateway
         self._entries: dict[tuple[str, str], Entry] = {}
         self._usage = Usage()
+        self._news: set[Name] = set()
+        self._tells_all = True
         self._task: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -98,7 +100,7 @@ class Turnstile:
         finally:
             del self._entries[name]
             if stay.use != Use():
-                self._usage.add(self._gateway, entry.key, stay.use, time.time())
+                self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
             await self._leave(entry)
 
     def stop(self) -> None:
@@ -107,10 +109,14 @@ class Turnstile:
             self._task.cancel()
 
     async def share(self) -> None:
-        """Once. LedgerLost."""
-        entries = tuple(self._entries.values())
-        self._usage.merge(await self._line.share_usage(self._gateway, entries, self._usage.rows()))
+        """Once: only what is new, unless either side may have lost what it knew. LedgerLost."""
+        entries, tells_all = tuple(self._entries.values()), self._tells_all
+        rows = self._usage.rows() if tells_all else self._usage.rows_named(self._news)
+        self._news, self._tells_all = set(), True
+        shared = await self._line.share_usage(self._gateway, entries, rows, tells_all)
+        self._usage.merge(shared.rows)
         self._usage.forget(time.time())
+        self._tells_all = shared.tell_all
 
     async def _enter(self, entry: Entry, allowance: Allowance) -> None:
         while True:
@@ -154,6 +160,8 @@ class Turnstile:
         while True:
             try:
                 await self.share()
+                if self._tells_all:
+                    await self.share()
             except LedgerLost as error:
                 logger.warning("what keys use is not shared: %s", error)
                 await asyncio.sleep(AGAIN_S)

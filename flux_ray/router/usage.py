@@ -18,6 +18,10 @@ class Use:
         return Use(self.gpu_seconds + other.gpu_seconds, self.megapixels + other.megapixels)
 
 
+# Gateway, key and day.
+Name = tuple[str, str, int]
+
+
 class Row(NamedTuple):
     """What one key used through one gateway in one day of UTC, counted from the epoch."""
 
@@ -25,6 +29,11 @@ class Row(NamedTuple):
     key: str
     day: int
     use: Use
+
+    @property
+    def name(self) -> Name:
+        """What there is one row of."""
+        return self.gateway, self.key, self.day
 
 
 class Usage:
@@ -37,21 +46,35 @@ class Usage:
         # By key first: a request asks for those of one.
         self._uses: dict[str, dict[tuple[str, int], Use]] = {}
 
-    def add(self, gateway: str, key: str, use: Use, now: float) -> None:
-        """The gateway's own row grows."""
+    def add(self, gateway: str, key: str, use: Use, now: float) -> Name:
+        """The gateway's own row grows: its name."""
         uses = self._uses.setdefault(key, {})
         name = (gateway, day_of(now))
         uses[name] = uses.get(name, Use()) + use
+        return gateway, key, day_of(now)
 
-    def merge(self, rows: Iterable[Row]) -> None:
-        """Learn what others know."""
+    def merge(self, rows: Iterable[Row]) -> set[Name]:
+        """Learn what others know: the rows that were not known so."""
+        news = set()
         for row in rows:
             uses = self._uses.setdefault(row.key, {})
             known = uses.get((row.gateway, row.day), Use())
-            uses[row.gateway, row.day] = Use(
+            larger = Use(
                 max(known.gpu_seconds, row.use.gpu_seconds),
                 max(known.megapixels, row.use.megapixels),
             )
+            if larger != known:
+                uses[row.gateway, row.day] = larger
+                news.add(row.name)
+        return news
+
+    def rows_named(self, names: Iterable[Name]) -> tuple[Row, ...]:
+        """Those of them that are known."""
+        return tuple(
+            Row(gateway, key, day, self._uses[key][gateway, day])
+            for gateway, key, day in names
+            if (gateway, day) in self._uses.get(key, {})
+        )
 
     def rows(self) -> tuple[Row, ...]:
         """All that is known."""

@@ -71,3 +71,22 @@ def test_a_broken_file_stays(keys):
         assert result.exit_code == 1
         assert "error:" in result.stderr
     assert keys.path.read_text() == "keys: 3"
+
+
+@pytest.fixture
+def gateway_args(keys, gateway_args):
+    keys.secret = keys("create", "alice").stdout
+    return gateway_args.model_copy(update={"keys_file": keys.path})
+
+
+def test_a_gateway_that_asks_for_keys_is_sent_one(keys, url, tmp_path):
+    key_file = tmp_path / "alice.key"
+    arguments = ["tiers", "--url", url, "--key-file", str(key_file)]
+    key_file.write_text(keys.secret)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    key_file.write_text("fr-wrong")
+    refused = CliRunner().invoke(app, arguments)
+    assert (refused.exit_code, "send a valid API key" in refused.stderr) == (1, True)
+    for text in ("", "two words", "\xe4"):
+        key_file.write_text(text)
+        assert "holds no API key" in CliRunner().invoke(app, arguments).stderr

@@ -1,30 +1,16 @@
 """`flux-ray` against a real local HTTP server whose replicas are fakes."""
 
 import socket
-import threading
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 import flux_ray
 from flux_ray.cli.main import app
 from flux_ray.errors import TierUnavailable
-
-
-@pytest.fixture
-def url(api):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(api, log_level="critical", lifespan="off"))
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
 
 
 def invoke(*arguments):

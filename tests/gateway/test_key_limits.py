@@ -33,8 +33,8 @@ class Books:
     async def leave(self, gateway, request_id, tier, rows):
         self.books.leave(gateway, request_id, tier, rows)
 
-    async def share_usage(self, gateway, entries, rows):
-        return self.books.share(gateway, entries, rows, time.time())
+    async def share_usage(self, gateway, entries, rows, tells_all):
+        return self.books.share(gateway, entries, rows, time.time(), tells_all=tells_all)
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ class FakeLine:
             raise LedgerLost
         self.books.leave(gateway, request_id, tier, rows)
 
-    async def share_usage(self, gateway, entries, rows):
+    async def share_usage(self, gateway, entries, rows, tells_all):
         await self.reach()
-        return self.books.share(gateway, entries, rows, time.time())
+        return self.books.share(gateway, entries, rows, time.time(), tells_all=tells_all)
 
     async def reach(self):
         self.num_calls += 1
@@ -166,6 +166,26 @@ async def test_an_end_that_the_ledger_did_not_hear_is_told_again(gates, line):
     assert line.used() == Use(0.25, 2.0)
     async with gates[1].entered(entry("y"), ONE):
         pass
+
+
+async def test_what_is_known_is_not_told_again(gates, line, monkeypatch):
+    told = []
+    share = line.share_usage
+
+    async def note(gateway, entries, rows, tells_all):
+        shared = await share(gateway, entries, rows, tells_all)
+        told.append(len(rows) + len(shared.rows))
+        return shared
+
+    monkeypatch.setattr(line, "share_usage", note)
+    for name in "xyz":
+        async with gates[0].entered(entry(name), ONE) as stay:
+            stay.finish(0.5)
+        await asyncio.sleep(0.03)
+    assert sum(told[1:]) == 3
+    line.books = Allowances()
+    await asyncio.sleep(0.05)
+    assert line.used() == Use(1.5, 6.0)
 
 
 async def test_who_is_not_limited_costs_no_call(gates, line):
