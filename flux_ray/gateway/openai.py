@@ -96,7 +96,8 @@ class OpenAIImages:
         )
         caller = self.callers.caller_of(http)
         http_id, image_id = http.state.request_id, requests[0].request_id
-        logger.info("request %s: image request %s on %s", http_id, image_id, target.name)
+        where = f"on {target.name} for {caller.key or 'anybody'}"
+        logger.info("request %s: image request %s %s", http_id, image_id, where)
         try:
             if fields.stream:
                 kind: Kind = "image_edit" if references else "image_generation"

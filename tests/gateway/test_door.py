@@ -108,6 +108,13 @@ async def test_the_keys_of_one_name_are_one_caller(client, turns):
     assert [offer.key for offer in turns.offers] == ["alice", "alice", "bob"]
 
 
+async def test_the_log_has_the_name_and_not_the_secret(client, serve_log):
+    await client.post(PATH, json={"prompt": "a ring"}, headers={"x-key": ALICE.secret})
+    await client.post(PATH, json={"prompt": "a ring"}, headers={"x-key": "fr-wrong-one"})
+    assert "on tiny for alice" in serve_log.text
+    assert ALICE.secret not in serve_log.text and "wrong-one" not in serve_log.text
+
+
 async def test_a_closed_door_reads_no_body(client):
     async def endless():
         yield b"{"

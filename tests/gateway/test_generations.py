@@ -277,5 +277,5 @@ async def test_the_log_joins_the_clients_id_with_ours(client, handles, serve_log
     await client.post(PATH, json={"prompt": PROMPT}, headers={"x-request-id": "mine"})
     [record] = serve_log.records
     image_id = handles.requests[0].request_id
-    assert record.getMessage() == f"request mine: image request {image_id} on tiny"
+    assert record.getMessage() == f"request mine: image request {image_id} on tiny for anybody"
     assert PROMPT not in serve_log.text

@@ -1,21 +1,28 @@
 """Every request has its turn, and one retry when a replica dies; none for anything else."""
 
 import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
+from flux_ray.config import Alias
 from flux_ray.errors import (
     BadRequest,
     DeadlinePassed,
     Overloaded,
+    QuotaSpent,
     ReplicaFailed,
     TierUnavailable,
 )
 from flux_ray.request import ImageRequest
+from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
+from flux_ray.router.turnstile import Stay
+from flux_ray.router.usage import Use
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
@@ -143,6 +150,45 @@ async def test_a_client_that_leaves_cancels_the_attempt(turns, router):
         await task
     assert handles.was_cancelled
     assert turns.ended == ["tiny-id-1"]
+
+
+class FakeTurnstile:
+    """Lets in no request of the tiers in `spent`."""
+
+    def __init__(self, *spent):
+        self.spent = spent
+        self.entries = []
+        self.stays = []
+
+    @asynccontextmanager
+    async def entered(self, entry, allowance):
+        self.entries.append((entry, allowance))
+        if entry.tier in self.spent:
+            raise QuotaSpent("no more today", None, 1000)
+        self.stays.append(Stay(entry.use, entry.cost_s))
+        yield self.stays[-1]
+
+
+async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router, turns):
+    router.turnstile = FakeTurnstile()
+    allowance = Allowance(max_concurrent=3)
+    await router.generate(REQUEST, Caller("someone", allowance=allowance))
+    ((entry, told),) = router.turnstile.entries
+    assert (entry.request_id, entry.tier, entry.key, told) == ("id", "tiny", "someone", allowance)
+    assert entry.use == Use(turns.offers[0].cost_s, 128 * 128 / 1e6)
+    assert router.turnstile.stays[0].use == Use(pytest.approx(0.009), 128 * 128 / 1e6)
+
+
+async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
+    prices = CostModel({tier: Layout("cpu") for tier in ("tiny", "tiny-tp2")})
+    router = Router(handles, router.turns, prices, router.bill, Terms(5))
+    alias = Alias(tiers=("tiny-tp2", "tiny"))
+    requests = [replace(REQUEST, tier=tier) for tier in alias.tiers]
+    router.turnstile = FakeTurnstile("tiny-tp2")
+    assert (await router.generate_by(alias, requests)).tier == "tiny"
+    router.turnstile = FakeTurnstile("tiny-tp2", "tiny")
+    with pytest.raises(QuotaSpent):
+        await router.generate_by(alias, requests)
 
 
 async def test_ready_tiers_are_the_handles(router):
