@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flux_ray.cards import speed_for
 from flux_ray.catalog import TIERS, tier_for
+from flux_ray.keys import KeyClass
 
 Quantization = Literal["fp8", "int8", "nf4"]
 Policy = Literal["best", "spill", "cascade"]
@@ -196,35 +197,6 @@ class Alias(Args):
         if self.policy == "cascade" and len(self.tiers) < 2:
             raise ValueError("tiers of a cascade are at least two: the last draws the preview")
         return self
-
-
-class KeyClass(Args):
-    """Callers who are treated alike: the keys file names the class of each key.
-
-    `deadline_s`: where the caller says none. `weight`: their share of a tier that is short, others
-    having 1. `licenses` and `tiers`: those that they may use, where not all. The rest is what each
-    of them may have, over all gateways: at once, in any 60 seconds, and in a day of UTC; None is
-    without end.
-    """
-
-    deadline_s: Seconds | None = None
-    weight: float = Field(1.0, gt=0)
-    licenses: tuple[str, ...] | None = Field(None, min_length=1)
-    tiers: tuple[str, ...] | None = Field(None, min_length=1)
-    max_concurrent: int | None = Field(None, ge=1)
-    requests_per_minute: int | None = Field(None, ge=1)
-    gpu_seconds_per_day: float | None = Field(None, gt=0)
-    megapixels_per_day: float | None = Field(None, gt=0)
-
-    def may_use(self, tier: str) -> bool:
-        """Whether the tier and its licence are among theirs."""
-        return self.may_name(tier) and (
-            self.licenses is None or tier_for(tier).license in self.licenses
-        )
-
-    def may_name(self, tier: str) -> bool:
-        """Whether the tier is among theirs, whatever its licence."""
-        return self.tiers is None or tier in self.tiers
 
 
 class GatewayArgs(Args):

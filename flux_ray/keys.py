@@ -1,4 +1,4 @@
-"""API keys: what is kept of them, the file that it is kept in, and whose a secret is."""
+"""API keys: their classes, what is kept of them, and whose a secret is."""
 
 import hashlib
 import hmac
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, NamedTuple
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from flux_ray.config import Args
+from flux_ray.catalog import tier_for
 
 SECRET_MARK = "fr-"
 NUM_SECRET_BYTES = 32
@@ -21,7 +21,42 @@ Prefix = Annotated[str, Field(pattern=r"^fr-[A-Za-z0-9_-]{8}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Key(Args):
+class Kept(BaseModel):
+    """As in all config, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KeyClass(Kept):
+    """Callers who are treated alike: the keys file names the class of each key.
+
+    `deadline_s`: where the caller says none. `weight`: their share of a tier that is short, others
+    having 1. `licenses` and `tiers`: those that they may use, where not all. The rest is what each
+    of them may have, over all gateways: at once, in any 60 seconds, and in a day of UTC; None is
+    without end.
+    """
+
+    deadline_s: float | None = Field(None, gt=0)
+    weight: float = Field(1.0, gt=0)
+    licenses: tuple[str, ...] | None = Field(None, min_length=1)
+    tiers: tuple[str, ...] | None = Field(None, min_length=1)
+    max_concurrent: int | None = Field(None, ge=1)
+    requests_per_minute: int | None = Field(None, ge=1)
+    gpu_seconds_per_day: float | None = Field(None, gt=0)
+    megapixels_per_day: float | None = Field(None, gt=0)
+
+    def may_use(self, tier: str) -> bool:
+        """Whether the tier and its licence are among theirs."""
+        return self.may_name(tier) and (
+            self.licenses is None or tier_for(tier).license in self.licenses
+        )
+
+    def may_name(self, tier: str) -> bool:
+        """Whether the tier is among theirs, whatever its licence."""
+        return self.tiers is None or tier in self.tiers
+
+
+class Key(Kept):
     """A key without its secret. `key_class`, in the file `class`: one of the gateway's classes.
 
     Keys of one name are one caller: its limits and its jobs outlive any one secret.
@@ -40,7 +75,7 @@ class Key(Args):
         return all(end is None or now < end for end in (self.revoked, self.expires))
 
 
-class KeyFile(Args):
+class KeyFile(Kept):
     """The whole file."""
 
     keys: tuple[Key, ...] = ()

@@ -97,7 +97,8 @@ class HuggingFace:
         )
         caller = self.callers.caller_of(request)
         http_id, image_id = request.state.request_id, requests[0].request_id
-        logger.info("request %s: image request %s on %s", http_id, image_id, target.name)
+        where = f"on {target.name} for {caller.key or 'anybody'}"
+        logger.info("request %s: image request %s %s", http_id, image_id, where)
         try:
             result = await self.router.generate_by(target.alias, requests, caller)
         except DeadlineTooShort as error:

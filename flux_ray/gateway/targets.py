@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from flux_ray.catalog import Tier, tier_for
-from flux_ray.config import Alias, GatewayArgs, KeyClass
+from flux_ray.config import Alias, GatewayArgs
 from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTier
+from flux_ray.keys import KeyClass
 from flux_ray.request import ImageRequest
 
 UNLIMITED = KeyClass()
