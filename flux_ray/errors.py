@@ -11,6 +11,7 @@ FluxError                 500  server_error
     DeadlineTooShort      400  the work alone takes longer
     BodyTooLarge          413  more bytes than this gateway reads
     WrongContentType      415  a body in a format that this route does not read
+    KeyReused             422  an idempotency key came again with another request
   Overloaded              429  it would miss its deadline; the answer says when it would not
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
@@ -111,6 +112,13 @@ class WrongContentType(BadRequest):
 
     status = 415
     code = "unsupported_content_type"
+
+
+class KeyReused(BadRequest):
+    """The idempotency key is that of another request."""
+
+    status = 422
+    code = "idempotency_key_reused"
 
 
 class TierUnavailable(FluxError):

@@ -1,0 +1,141 @@
+"""One attempt at one job: draw it while the lease is kept, keep its pictures, end it."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from flux_ray.errors import FluxError
+from flux_ray.jobs.database import StoreLost
+from flux_ray.jobs.job import JobResult, Lease
+from flux_ray.jobs.outcome import LOST, Again, outcome_of
+from flux_ray.jobs.packing import num_blobs, unpack
+from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.jobs.store import Store
+from flux_ray.request import ImageRequest, ImageResult
+
+logger = logging.getLogger("ray.serve")
+
+# A lease outlives two beats that were lost.
+BEATS_PER_LEASE = 3
+
+Generate = Callable[[ImageRequest], Awaitable[ImageResult]]
+# How far a request has come, from 0 to 1, by its id; None if nobody knows.
+ProgressOf = Callable[[str], float | None]
+T = TypeVar("T")
+
+
+def unknown_progress(request_id: str) -> float | None:
+    """Nobody knows."""
+    return None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every attempt works with.
+
+    `pause_s`: before a store that is away is asked again. `max_lost`: a job that was lost so often
+    is given up.
+    """
+
+    store: Store
+    results: Results
+    generate: Generate
+    progress_of: ProgressOf = unknown_progress
+    pause_s: float = 1.0
+    max_lost: int = 5
+
+
+class Attempt:
+    """Cancel run() and the job is given back."""
+
+    def __init__(self, lease: Lease, workshop: Workshop) -> None:
+        self._lease = lease
+        self._shop = workshop
+        # Of no other attempt: one whose lease was lost may still be drawn somewhere.
+        self._request_id = f"{lease.job_id}-{lease.attempt}"
+
+    async def run(self) -> None:
+        """Until the job has ended, or is another's."""
+        lease, store = self._lease, self._shop.store
+        if lease.job.num_lost >= self._shop.max_lost:
+            logger.error("job %s is given up: it was lost too often", lease.job_id)
+            await self._insist(lambda: store.fail(lease, LOST))
+            return
+        drawing = asyncio.create_task(self._draw())
+        try:
+            if await self._watch(drawing):
+                await self._conclude(drawing)
+            else:
+                logger.info("job %s was cancelled, or is another worker's", lease.job_id)
+        except asyncio.CancelledError:
+            await self._give_back()
+            raise
+        finally:
+            await end(drawing)
+
+    async def _draw(self) -> JobResult:
+        job, results = self._lease.job, self._shop.results
+        count = num_blobs(job.packed)
+        blobs = await self._insist(lambda: results.read_references(job.job_id, count))
+        request = await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
+        drawn = await self._shop.generate(request)
+        pictures = await self._insist(
+            lambda: results.write_pictures(
+                job.job_id, job.attempt, drawn.images, request.encoding.format
+            )
+        )
+        return JobResult(pictures, asdict(drawn.times), drawn.warnings)
+
+    async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
+        """Beat until it is drawn; False if the lease is lost."""
+        store = self._shop.store
+        while True:
+            done, _ = await asyncio.wait({drawing}, timeout=store.lease_s / BEATS_PER_LEASE)
+            if done:
+                return True
+            try:
+                if not await store.beat(self._lease, self._shop.progress_of(self._request_id)):
+                    return False
+            except StoreLost as error:
+                # Whoever takes the job meanwhile: only one of us can finish it.
+                logger.warning("job %s has no beat: %s", self._lease.job_id, error)
+
+    async def _conclude(self, drawing: "asyncio.Task[JobResult]") -> None:
+        lease, store = self._lease, self._shop.store
+        error = None if drawing.cancelled() else drawing.exception()
+        if error is None and not drawing.cancelled():
+            await self._insist(lambda: store.finish(lease, drawing.result()))
+            return
+        if not isinstance(error, FluxError):
+            logger.error("job %s: attempt %d failed", lease.job_id, lease.attempt, exc_info=error)
+        outcome = outcome_of(error, lease.job.num_lost)
+        if isinstance(outcome, Again):
+            await self._insist(lambda: store.give_back(lease, outcome.after_s, outcome.is_lost))
+        else:
+            await self._insist(lambda: store.fail(lease, outcome))
+
+    async def _give_back(self) -> None:
+        try:
+            await self._shop.store.give_back(self._lease)
+        except StoreLost as error:
+            logger.warning("job %s waits for its lease to end: %s", self._lease.job_id, error)
+
+    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Ask until the stores answer: a drawn picture is not given up for an outage."""
+        while True:
+            try:
+                return await call()
+            except (StoreLost, ResultsLost) as error:
+                logger.warning("job %s waits for a store: %s", self._lease.job_id, error)
+                await asyncio.sleep(self._shop.pause_s)
+
+
+async def end(task: "asyncio.Task[JobResult]") -> None:
+    """Cancel it and see it end, however it does."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        # Looked at, or asyncio complains of an error that nobody saw.
+        task.exception()

@@ -1,0 +1,117 @@
+"""The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Double, cast, event, extract, func, literal
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from flux_ray.jobs.table import METADATA
+
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+# How long a statement waits for those of other processes.
+BUSY_TIMEOUT_S = 30
+# Of the day on which the seconds begin that everybody else counts.
+JULIAN_DAY_OF_1970 = 2440587.5
+DAY_S = 86400.0
+# Gateways that start at once create the table one after another.
+CREATION_LOCK = 7_355_608
+
+Clock = Callable[[], float]
+
+
+class StoreLost(Exception):
+    """The database did not answer: what it was told may or may not be known to it."""
+
+
+class Database:
+    """Connections to one database.
+
+    Whether a lease has run out is for the database's clock to say: it is one for all gateways, so
+    that one whose clock is wrong takes nobody's lease and loses none. `clock` takes its place in
+    tests.
+    """
+
+    def __init__(self, url: str, clock: Clock | None = None) -> None:
+        self._url = url_for(url)
+        self._clock = clock
+        self._engine = engine_for(self._url)
+
+    @property
+    def now(self) -> ColumnElement[float]:
+        """The time of the statement in which it stands, in seconds since 1970."""
+        if self._clock is not None:
+            return literal(self._clock(), Double)
+        if self.is_sqlite:
+            return (func.julianday("now", type_=Double) - JULIAN_DAY_OF_1970) * DAY_S
+        # Not the clock of each row: an index could not be used.
+        return cast(extract("epoch", func.statement_timestamp()), Double)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """A file, not a server."""
+        return self._engine.dialect.name == "sqlite"
+
+    async def create(self) -> None:
+        """Make the table where there is none. Raises StoreLost."""
+        if self.is_sqlite and self._url.database:
+            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+        async with self.connect() as connection:
+            if self.is_sqlite:
+                await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                await connection.exec_driver_sql("BEGIN")
+                await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATION_LOCK})")
+            await connection.run_sync(METADATA.create_all)
+            await connection.exec_driver_sql("COMMIT")
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """A connection that commits after every statement. Raises StoreLost."""
+        try:
+            async with self._engine.connect() as connection:
+                yield connection
+        except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
+            raise StoreLost(str(error)) from error
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self._engine.dispose()
+
+
+def url_for(url: str) -> URL:
+    """`sqlite:///...` and `postgresql://...`, with the driver that this package uses."""
+    parsed = make_url(url)
+    if parsed.drivername not in DRIVERS:
+        raise ValueError(f"database: {parsed.drivername} is neither sqlite nor postgresql")
+    parsed = parsed.set(drivername=DRIVERS[parsed.drivername])
+    if parsed.drivername == DRIVERS["sqlite"] and parsed.database:
+        return parsed.set(database=str(Path(parsed.database).expanduser()))
+    return parsed
+
+
+def engine_for(url: URL) -> AsyncEngine:
+    """Every statement is a transaction: no caller can leave one open, and none upgrades its lock.
+
+    A connection that the server ended is replaced before it is used.
+    """
+    if url.drivername != DRIVERS["sqlite"]:
+        return create_async_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+    engine = create_async_engine(
+        url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_S}
+    )
+    event.listen(engine.sync_engine, "connect", set_up_sqlite)
+    return engine
+
+
+def set_up_sqlite(connection: Any, record: object) -> None:
+    """What is committed is on the disk: the default may be built otherwise."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()

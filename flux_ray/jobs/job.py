@@ -1,0 +1,117 @@
+"""What is said of jobs: what a caller offers, what the store knows, what a worker holds."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flux_ray.request import ImageRequest
+
+# `arriving`: its reference pictures are being stored, nobody was told of it. `refused`: by the
+# content filter. The last four are ends: nothing leaves them.
+Status = Literal["arriving", "pending", "running", "ready", "failed", "refused", "cancelled"]
+End = Literal["ready", "failed", "refused"]
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A caller's own name for an offer: the same again is the same job.
+
+    `fingerprint` is of the caller's words: the key with others is refused.
+    """
+
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where the caller wants to hear of the end, and what the message is signed with."""
+
+    url: str
+    secret: str | None = None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A request to be kept until it is done; `owner` is a hash of the caller's key.
+
+    `memo` is JSON that the dialect wants back when it answers.
+    """
+
+    owner: str
+    request: ImageRequest
+    idempotency: Idempotency | None = None
+    webhook: Webhook | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture in the results store, by its name there."""
+
+    name: str
+    seed: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job came to: its pictures, and what they took."""
+
+    pictures: tuple[StoredPicture, ...]
+    stages_s: dict[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no picture, in words for the caller."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the store. Times are of the database's clock, in seconds since 1970.
+
+    `packed` is the request without its pictures. `num_lost` counts the workers that were lost with
+    it. `progress` goes from 0 to 1.
+    """
+
+    job_id: str
+    owner: str
+    tier: str
+    packed: dict[str, Any]
+    seed: int
+    status: Status
+    progress: float
+    attempt: int
+    num_lost: int
+    created_at_s: float
+    started_at_s: float | None = None
+    finished_at_s: float | None = None
+    expires_at_s: float | None = None
+    result: JobResult | None = None
+    failure: Failure | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to do a job, until another attempt takes it: the attempt is what the store checks.
+
+    The name of the worker is for people only.
+    """
+
+    job: Job
+
+    @property
+    def job_id(self) -> str:
+        """Whose it is."""
+        return self.job.job_id
+
+    @property
+    def attempt(self) -> int:
+        """A number that no other lease of the job has."""
+        return self.job.attempt

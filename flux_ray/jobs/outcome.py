@@ -1,0 +1,34 @@
+"""What becomes of a job whose attempt failed: another one, after a pause, or its end."""
+
+from typing import NamedTuple
+
+from flux_ray.errors import FluxError, Overloaded, TierUnavailable
+from flux_ray.jobs.job import Failure
+from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+
+FIRST_PAUSE_S = 1.0
+MAX_PAUSE_S = 60.0
+
+LOST = Failure("server_error", "the picture could not be drawn")
+
+
+class Again(NamedTuple):
+    """Another attempt, so much later; `is_lost` if it counts against the job."""
+
+    after_s: float
+    is_lost: bool
+
+
+def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
+    """After `error` in an attempt (None: it was cancelled from within).
+
+    A job waits for its turn as long as that takes. What may be the job's own fault is tried again
+    too, as a whole cluster may have died under it; how often, the worker decides by `num_lost`.
+    """
+    if isinstance(error, (Overloaded, TierUnavailable)):
+        return Again(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
+    if isinstance(error, FluxError) and error.status < 500:
+        return Failure(error.code, error.message)
+    if isinstance(error, (ResultMissing, ResultTooLarge)):
+        return LOST
+    return Again(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)

@@ -1,0 +1,139 @@
+"""The results store: pictures by names of ours, in a folder or wherever fsspec reaches."""
+
+import asyncio
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from flux_ray.jobs.job import StoredPicture
+from flux_ray.request import GeneratedImage, ImageFormat
+
+JOB_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+NAME = re.compile(rf"{JOB_ID}/(?:[0-9]+-[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A)
+MAX_BYTES = 128 * 2**20
+
+T = TypeVar("T")
+
+
+class ResultsLost(Exception):
+    """The results store did not answer, or did not take what it was given."""
+
+
+class ResultMissing(Exception):
+    """There is nothing whole of that name."""
+
+
+class ResultTooLarge(Exception):
+    """More bytes than the results store keeps under one name."""
+
+
+class Results:
+    """A folder a job. Nothing is overwritten with other bytes: each attempt has its own names.
+
+    What is written under a name is there whole or not at all; it counts only when a row names it.
+    All of it raises ResultsLost.
+    """
+
+    def __init__(
+        self, url: str, options: Mapping[str, Any] | None = None, max_bytes: int = MAX_BYTES
+    ) -> None:
+        if "://" not in url:
+            url = str(Path(url).expanduser().absolute())
+        # Other gateways write there too: nobody's listing is remembered.
+        self._files, root = url_to_fs(url, use_listings_cache=False, **(options or {}))
+        self._root = str(root).rstrip("/")
+        self._max_bytes = max_bytes
+
+    async def write_pictures(
+        self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
+    ) -> tuple[StoredPicture, ...]:
+        """Keep the pictures of an attempt. Raises ResultTooLarge."""
+        stored = []
+        for number, image in enumerate(images):
+            name = f"{job_id}/{attempt}-{number}.{format}"
+            await self._write(name, image.data)
+            digest = hashlib.sha256(image.data).hexdigest()
+            stored.append(StoredPicture(name, image.seed, len(image.data), digest))
+        return tuple(stored)
+
+    async def read_picture(self, picture: StoredPicture) -> bytes:
+        """The very bytes that were written. Raises ResultMissing."""
+        data = await self._read(picture.name)
+        if hashlib.sha256(data).hexdigest() != picture.sha256:
+            raise ResultMissing(f"{picture.name} is damaged")
+        return data
+
+    async def write_references(self, job_id: str, blobs: tuple[bytes, ...]) -> None:
+        """Keep the pictures of a request. Raises ResultTooLarge."""
+        for number, blob in enumerate(blobs):
+            await self._write(f"{job_id}/reference-{number}", blob)
+
+    async def read_references(self, job_id: str, count: int) -> tuple[bytes, ...]:
+        """The pictures of a request. Raises ResultMissing."""
+        return tuple([await self._read(f"{job_id}/reference-{n}") for n in range(count)])
+
+    async def remove_job(self, job_id: str) -> None:
+        """Delete all that a job has here, of lost attempts too."""
+        if not re.fullmatch(JOB_ID, job_id, re.A):
+            raise ResultMissing(f"{job_id} is no job's name")
+        path = f"{self._root}/{job_id}"
+        try:
+            await translated(lambda: self._files.rm(path, recursive=True))
+        except ResultMissing:
+            return
+
+    async def _write(self, name: str, data: bytes) -> None:
+        path = self._path_of(name)
+        if len(data) > self._max_bytes:
+            raise ResultTooLarge(f"{name} has {len(data)} bytes: more than {self._max_bytes}")
+        if isinstance(self._files, LocalFileSystem):
+            await translated(lambda: write_whole(Path(path), data))
+        else:
+            # Object stores show an object when all of it came.
+            await translated(lambda: self._files.pipe_file(path, data))
+
+    async def _read(self, name: str) -> bytes:
+        path = self._path_of(name)
+        data: bytes = await translated(
+            lambda: self._files.cat_file(path, start=0, end=self._max_bytes + 1)
+        )
+        if len(data) > self._max_bytes:
+            raise ResultTooLarge(f"{name} has more than {self._max_bytes} bytes")
+        return data
+
+    def _path_of(self, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ResultMissing(f"{name} is no name of ours")
+        return f"{self._root}/{name}"
+
+
+async def translated(call: Callable[[], T]) -> T:
+    """What it answers, off the event loop, with errors of this module instead of the store's."""
+    try:
+        return await asyncio.to_thread(call)
+    except FileNotFoundError as error:
+        raise ResultMissing(str(error)) from error
+    except Exception as error:
+        # fsspec promises no kind of error: each store raises those of its own libraries.
+        raise ResultsLost(f"{type(error).__name__}: {error}") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """On the disk before it has its name: neither a kill nor a power cut leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,236 @@
+"""The store of jobs: accept, claim, beat, end, cancel and find, each one statement."""
+
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import ColumnElement, Row, UpdateBase, and_, case, delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from flux_ray.errors import KeyReused
+from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.jobs.job import End, Failure, Job, JobResult, Lease, Offer
+from flux_ray.jobs.table import JOBS
+
+# What did not come in whole by then was left by a gateway that ended.
+ARRIVAL_S = 3600.0
+MAX_TRIES = 5
+
+COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
+RESULT = TypeAdapter(JobResult)
+FAILURE = TypeAdapter(Failure)
+
+
+class Store:
+    """Jobs in a database that several gateways share. Everything raises StoreLost.
+
+    `lease_s`: a worker that is silent for so long has lost its job. `keep_s`: an ended job is found
+    for so long.
+    """
+
+    def __init__(self, database: Database, lease_s: float, keep_s: float) -> None:
+        self._database = database
+        self.lease_s = lease_s
+        self._keep_s = keep_s
+
+    async def accept(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> Job:
+        """The job of an offer, a new one or that of the same key; raises KeyReused.
+
+        One that is not whole is claimable only when it was admitted.
+        """
+        for _ in range(MAX_TRIES):
+            row = await self._run(self._insertion(offer, packed, is_whole))
+            if row is not None:
+                return job_of(row)
+            assert offer.idempotency is not None
+            if (known := await self._known(offer)) is not None:
+                return known
+        raise StoreLost("the job of this idempotency key comes and goes")
+
+    async def admit(self, job_id: str) -> Job | None:
+        """It has come in whole; None if it never will."""
+        row = await self._run(
+            update(JOBS)
+            .where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving", self._is_kept())
+            .values(status="pending", claimable_at_s=self._database.now, expires_at_s=None)
+            .returning(*COLUMNS)
+        )
+        # Another gateway may have admitted it, for the same idempotency key.
+        return job_of(row) if row is not None else await self._find(JOBS.c.job_id == job_id)
+
+    async def claim(self, worker: str) -> Lease | None:
+        """The job that has waited longest, or whose worker was lost; None if there is none."""
+        now = self._database.now
+        waiting = JOBS.alias()
+        # SQLite has one writer at a time and leaves the lock out.
+        first = (
+            select(waiting.c.job_id)
+            .where(waiting.c.claimable_at_s <= now)
+            .order_by(waiting.c.claimable_at_s)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+            .scalar_subquery()
+        )
+        row = await self._run(
+            update(JOBS)
+            .where(JOBS.c.job_id == first)
+            .values(
+                status="running",
+                worker=worker,
+                progress=0.0,
+                attempt=JOBS.c.attempt + 1,
+                num_lost=JOBS.c.num_lost + case((JOBS.c.status == "running", 1), else_=0),
+                started_at_s=func.coalesce(JOBS.c.started_at_s, now),
+                claimable_at_s=now + self.lease_s,
+            )
+            .returning(*COLUMNS)
+        )
+        return None if row is None else Lease(job_of(row))
+
+    async def beat(self, lease: Lease, progress: float | None = None) -> bool:
+        """Keep the lease; False if it is no more: cancelled, or another's."""
+        values: dict[str, Any] = {"claimable_at_s": self._database.now + self.lease_s}
+        if progress is not None:
+            values["progress"] = progress
+        return await self._change(held(lease), values)
+
+    async def give_back(self, lease: Lease, after_s: float = 0.0, is_lost: bool = False) -> bool:
+        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would."""
+        values = {
+            "status": "pending",
+            "worker": None,
+            "num_lost": JOBS.c.num_lost + int(is_lost),
+            "claimable_at_s": self._database.now + after_s,
+        }
+        return await self._change(held(lease), values)
+
+    async def finish(self, lease: Lease, result: JobResult) -> bool:
+        """It is ready; False if the lease is another's or the job ended: nothing was changed."""
+        return await self._end(held(lease), "ready", result=asdict(result), progress=1.0)
+
+    async def fail(self, lease: Lease, failure: Failure, end: End = "failed") -> bool:
+        """There will be no picture; False as for finish."""
+        return await self._end(held(lease), end, failure=asdict(failure))
+
+    async def cancel(self, owner: str, job_id: str) -> bool:
+        """End it, running or not; False if there is nothing of the owner's to end."""
+        is_theirs = and_(
+            JOBS.c.job_id == job_id,
+            JOBS.c.owner == owner,
+            JOBS.c.status.in_(("pending", "running")),
+        )
+        return await self._end(is_theirs, "cancelled")
+
+    async def find(self, owner: str, job_id: str) -> Job | None:
+        """The owner's job; other people's are as if they were not there."""
+        return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
+
+    async def num_active(self, owner: str) -> int:
+        """How many of the owner's jobs have not ended."""
+        is_active = and_(JOBS.c.owner == owner, JOBS.c.status.in_(("pending", "running")))
+        async with self._database.connect() as connection:
+            counted = await connection.scalar(select(func.count()).where(is_active))
+        return int(counted or 0)
+
+    async def expired(self, limit: int) -> tuple[str, ...]:
+        """Jobs that nobody finds any more: their results may go, then they."""
+        query = (
+            select(JOBS.c.job_id)
+            .where(JOBS.c.expires_at_s <= self._database.now)
+            .order_by(JOBS.c.expires_at_s)
+            .limit(limit)
+        )
+        async with self._database.connect() as connection:
+            return tuple((await connection.scalars(query)).all())
+
+    async def remove(self, job_id: str) -> None:
+        """Forget a job that has expired."""
+        gone = and_(JOBS.c.job_id == job_id, JOBS.c.expires_at_s <= self._database.now)
+        await self._run(delete(JOBS).where(gone).returning(JOBS.c.job_id))
+
+    def _insertion(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> UpdateBase:
+        now = self._database.now
+        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
+        values = {
+            "job_id": str(uuid.uuid4()),
+            "owner": offer.owner,
+            "tier": offer.request.tier,
+            "packed": packed,
+            "seed": offer.request.seed,
+            "memo": offer.memo,
+            "created_at_s": now,
+        }
+        if is_whole:
+            values |= {"status": "pending", "claimable_at_s": now}
+        else:
+            values |= {"status": "arriving", "expires_at_s": now + ARRIVAL_S}
+        if (idempotency := offer.idempotency) is not None:
+            values["idempotency_key"] = idempotency.key
+            values["fingerprint"] = idempotency.fingerprint
+        if (webhook := offer.webhook) is not None:
+            values["webhook_url"] = webhook.url
+            values["webhook_secret"] = webhook.secret
+            values["webhook_state"] = "waiting"
+        return insert(JOBS).values(values).on_conflict_do_nothing().returning(*COLUMNS)
+
+    async def _known(self, offer: Offer) -> Job | None:
+        """The job that has the offer's key; None if that has just expired: the key is free."""
+        assert offer.idempotency is not None
+        is_same = and_(JOBS.c.owner == offer.owner, JOBS.c.idempotency_key == offer.idempotency.key)
+        query = select(*COLUMNS, JOBS.c.fingerprint).where(is_same, self._is_kept())
+        async with self._database.connect() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None:
+            gone = and_(is_same, JOBS.c.expires_at_s <= self._database.now)
+            await self._change(gone, {"idempotency_key": None})
+            return None
+        if row.fingerprint != offer.idempotency.fingerprint:
+            raise KeyReused("this idempotency key was used with another request")
+        return job_of(row)
+
+    async def _end(self, condition: ColumnElement[bool], status: str, **values: Any) -> bool:
+        now = self._database.now
+        values |= {
+            "status": status,
+            "claimable_at_s": None,
+            "finished_at_s": now,
+            "expires_at_s": now + self._keep_s,
+        }
+        return await self._change(condition, values)
+
+    async def _find(self, condition: ColumnElement[bool]) -> Job | None:
+        query = select(*COLUMNS).where(condition, JOBS.c.status != "arriving", self._is_kept())
+        async with self._database.connect() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return None if row is None else job_of(row)
+
+    def _is_kept(self) -> ColumnElement[bool]:
+        return func.coalesce(JOBS.c.expires_at_s > self._database.now, True)
+
+    async def _change(self, condition: ColumnElement[bool], values: dict[str, Any]) -> bool:
+        changed = update(JOBS).where(condition).values(values).returning(JOBS.c.job_id)
+        return await self._run(changed) is not None
+
+    async def _run(self, statement: Any) -> Row[Any] | None:
+        async with self._database.connect() as connection:
+            return (await connection.execute(statement)).one_or_none()
+
+
+def held(lease: Lease) -> ColumnElement[bool]:
+    """The lease is the job's present one."""
+    return and_(
+        JOBS.c.job_id == lease.job_id,
+        JOBS.c.attempt == lease.attempt,
+        JOBS.c.status == "running",
+    )
+
+
+def job_of(row: Row[Any]) -> Job:
+    """The row as a value."""
+    values = {name: row._mapping[name] for name in Job.__dataclass_fields__}
+    if values["result"] is not None:
+        values["result"] = RESULT.validate_python(values["result"])
+    if values["failure"] is not None:
+        values["failure"] = FAILURE.validate_python(values["failure"])
+    return Job(**values)

@@ -1,0 +1,55 @@
+"""The table of jobs, the same in SQLite and in PostgreSQL."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+METADATA = MetaData()
+
+JOBS = Table(
+    "flux_jobs",
+    METADATA,
+    Column("job_id", String(36), primary_key=True),
+    Column("owner", String(128), nullable=False),
+    Column("tier", String(128), nullable=False),
+    Column("packed", JSON, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("memo", JSON, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("progress", Double, nullable=False, default=0.0),
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("num_lost", Integer, nullable=False, default=0),
+    Column("worker", String(128)),
+    # Of a pending job: not before. Of a running one: the lease's end. Else null: only what has
+    # work left is in the index.
+    Column("claimable_at_s", Double),
+    Column("idempotency_key", String(255)),
+    Column("fingerprint", String(128)),
+    Column("created_at_s", Double, nullable=False),
+    Column("started_at_s", Double),
+    Column("finished_at_s", Double),
+    Column("expires_at_s", Double),
+    Column("result", JSON(none_as_null=True)),
+    Column("failure", JSON(none_as_null=True)),
+    Column("webhook_url", Text),
+    Column("webhook_secret", Text),
+    Column("webhook_state", String(16)),
+    Column("webhook_attempt", Integer, nullable=False, default=0),
+    Column("webhook_due_at_s", Double),
+    UniqueConstraint("owner", "idempotency_key"),
+)
+
+for name in ("claimable_at_s", "expires_at_s"):
+    column = JOBS.c[name]
+    is_set = column.is_not(None)
+    Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
