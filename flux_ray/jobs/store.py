@@ -5,7 +5,18 @@ from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Row, UpdateBase, and_, case, delete, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    RowMapping,
+    UpdateBase,
+    and_,
+    case,
+    delete,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.errors import KeyReused
@@ -179,13 +190,12 @@ class Store:
         assert offer.idempotency is not None
         is_same = and_(JOBS.c.owner == offer.owner, JOBS.c.idempotency_key == offer.idempotency.key)
         query = select(*COLUMNS, JOBS.c.fingerprint).where(is_same, self._is_kept())
-        async with self._database.connect() as connection:
-            row = (await connection.execute(query)).one_or_none()
+        row = await self._run(query)
         if row is None:
             gone = and_(is_same, JOBS.c.expires_at_s <= self._database.now)
             await self._change(gone, {"idempotency_key": None})
             return None
-        if row.fingerprint != offer.idempotency.fingerprint:
+        if row["fingerprint"] != offer.idempotency.fingerprint:
             raise KeyReused("this idempotency key was used with another request")
         return job_of(row)
 
@@ -201,8 +211,7 @@ class Store:
 
     async def _find(self, condition: ColumnElement[bool]) -> Job | None:
         query = select(*COLUMNS).where(condition, JOBS.c.status != "arriving", self._is_kept())
-        async with self._database.connect() as connection:
-            row = (await connection.execute(query)).one_or_none()
+        row = await self._run(query)
         return None if row is None else job_of(row)
 
     def _is_kept(self) -> ColumnElement[bool]:
@@ -212,9 +221,9 @@ class Store:
         changed = update(JOBS).where(condition).values(values).returning(JOBS.c.job_id)
         return await self._run(changed) is not None
 
-    async def _run(self, statement: Any) -> Row[Any] | None:
+    async def _run(self, statement: Executable) -> RowMapping | None:
         async with self._database.connect() as connection:
-            return (await connection.execute(statement)).one_or_none()
+            return (await connection.execute(statement)).mappings().one_or_none()
 
 
 def held(lease: Lease) -> ColumnElement[bool]:
@@ -226,9 +235,9 @@ def held(lease: Lease) -> ColumnElement[bool]:
     )
 
 
-def job_of(row: Row[Any]) -> Job:
+def job_of(row: RowMapping) -> Job:
     """The row as a value."""
-    values = {name: row._mapping[name] for name in Job.__dataclass_fields__}
+    values = {name: row[name] for name in Job.__dataclass_fields__}
     if values["result"] is not None:
         values["result"] = RESULT.validate_python(values["result"])
     if values["failure"] is not None:

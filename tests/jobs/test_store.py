@@ -1,0 +1,293 @@
+"""The store: who gets a job, who may end it, who finds it; on SQLite and PostgreSQL alike."""
+
+import asyncio
+import dataclasses
+import sqlite3
+import time
+
+import pytest
+from sqlalchemy import text
+
+from flux_ray.errors import KeyReused
+from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.jobs.job import Failure, Idempotency, JobResult, StoredPicture, Webhook
+from flux_ray.jobs.packing import pack, unpack
+from flux_ray.jobs.store import ARRIVAL_S, Store
+from tests.jobs.conftest import KEEP_S, LEASE_S
+
+RESULT = JobResult((StoredPicture("name", 7, 3, "0" * 64),), {"denoise_s": 0.5}, ("a warning",))
+FAILURE = Failure("content_refused", "no")
+
+
+async def accept(store, offer, is_whole=True):
+    return await store.accept(offer, pack(offer.request).row, is_whole)
+
+
+async def test_an_accepted_job_is_found_as_it_was_offered(store, offer, clock):
+    accepted = await accept(store, offer(seed=2**62, memo={"cost": 1.5}))
+    found = await store.find("anna", accepted.job_id)
+    assert found == accepted
+    assert (found.status, found.seed, found.tier, found.progress) == ("pending", 2**62, "tiny", 0)
+    assert (found.created_at_s, found.memo) == (clock.now_s, {"cost": 1.5})
+    request = unpack(found.packed, (), "r")
+    assert request == offer(seed=2**62).request
+
+
+async def test_other_peoples_jobs_are_absent(store, offer):
+    job = await accept(store, offer())
+    assert await store.find("ben", job.job_id) is None
+    assert await store.find("anna", "no such job") is None
+    assert not await store.cancel("ben", job.job_id)
+    assert (await store.find("anna", job.job_id)).status == "pending"
+
+
+async def test_jobs_are_claimed_in_order_of_their_coming(store, offer, clock):
+    jobs = []
+    for seed in range(3):
+        jobs.append(await accept(store, offer(seed)))
+        clock.now_s += 1
+    leases = [await store.claim("w") for _ in jobs]
+    assert [lease.job_id for lease in leases] == [job.job_id for job in jobs]
+    assert await store.claim("w") is None
+
+
+async def test_one_claimer_wins(store, offer):
+    for seed in range(20):
+        await accept(store, offer(seed))
+    claims = await asyncio.gather(*(store.claim(f"worker {n}") for n in range(40)))
+    won = [lease.job_id for lease in claims if lease is not None]
+    # On PostgreSQL one that finds a row being claimed may find nothing else to claim.
+    while (lease := await store.claim("the last")) is not None:
+        won.append(lease.job_id)
+    assert len(won) == len(set(won)) == 20
+
+
+async def test_a_claimed_job_is_running(store, offer, clock):
+    job = await accept(store, offer())
+    clock.now_s += 5
+    await store.claim("w")
+    found = await store.find("anna", job.job_id)
+    assert (found.status, found.attempt, found.started_at_s) == ("running", 1, clock.now_s)
+
+
+async def test_a_lease_that_ran_out_is_claimed_again(store, offer, clock):
+    await accept(store, offer())
+    first = await store.claim("lost")
+    clock.now_s += LEASE_S - 1
+    assert await store.claim("w") is None
+    clock.now_s += 1
+    second = await store.claim("w")
+    assert (second.job_id, second.attempt, second.job.num_lost) == (first.job_id, 2, 1)
+
+
+async def test_a_beat_keeps_the_lease(store, offer, clock):
+    job = await accept(store, offer())
+    lease = await store.claim("w")
+    for _ in range(3):
+        clock.now_s += LEASE_S - 1
+        assert await store.beat(lease, progress=0.5)
+        assert await store.claim("other") is None
+    assert (await store.find("anna", job.job_id)).progress == 0.5
+    assert await store.beat(lease)
+    assert (await store.find("anna", job.job_id)).progress == 0.5
+
+
+async def test_a_late_worker_ends_nothing(store, offer, clock):
+    job = await accept(store, offer())
+    late = await store.claim("late")
+    clock.now_s += LEASE_S
+    lease = await store.claim("w")
+    before = await store.find("anna", job.job_id)
+    assert not await store.beat(late, 0.9)
+    assert not await store.finish(late, RESULT)
+    assert not await store.fail(late, FAILURE)
+    assert not await store.give_back(late)
+    assert await store.find("anna", job.job_id) == before
+    assert await store.finish(lease, RESULT)
+    ready = await store.find("anna", job.job_id)
+    assert not await store.finish(late, dataclasses.replace(RESULT, warnings=()))
+    assert not await store.finish(lease, dataclasses.replace(RESULT, warnings=()))
+    assert not await store.fail(lease, FAILURE)
+    assert await store.find("anna", job.job_id) == ready
+
+
+async def test_a_lease_that_nobody_took_still_finishes(store, offer, clock):
+    job = await accept(store, offer())
+    lease = await store.claim("slow")
+    clock.now_s += 3 * LEASE_S
+    assert await store.finish(lease, RESULT)
+    assert (await store.find("anna", job.job_id)).status == "ready"
+    assert await store.claim("w") is None
+
+
+async def test_a_finished_job_tells_its_result(store, offer, clock):
+    job = await accept(store, offer())
+    lease = await store.claim("w")
+    clock.now_s += 3
+    assert await store.finish(lease, RESULT)
+    found = await store.find("anna", job.job_id)
+    assert (found.status, found.progress, found.result) == ("ready", 1.0, RESULT)
+    assert found.finished_at_s == clock.now_s
+    assert found.expires_at_s == clock.now_s + KEEP_S
+
+
+@pytest.mark.parametrize("end", ["failed", "refused"])
+async def test_a_failed_job_says_why(store, offer, end):
+    job = await accept(store, offer())
+    assert await store.fail(await store.claim("w"), FAILURE, end)
+    found = await store.find("anna", job.job_id)
+    assert (found.status, found.failure, found.result) == (end, FAILURE, None)
+    assert await store.claim("w") is None
+
+
+async def test_a_job_that_was_given_back_waits(store, offer, clock):
+    await accept(store, offer())
+    assert await store.give_back(await store.claim("w"))
+    lease = await store.claim("w")
+    assert (lease.attempt, lease.job.num_lost) == (2, 0)
+    assert await store.give_back(lease, after_s=5, is_lost=True)
+    assert await store.claim("w") is None
+    clock.now_s += 5
+    assert (await store.claim("w")).job.num_lost == 1
+
+
+async def test_a_waiting_job_is_cancelled(store, offer):
+    job = await accept(store, offer())
+    assert await store.cancel("anna", job.job_id)
+    assert await store.claim("w") is None
+    assert (await store.find("anna", job.job_id)).status == "cancelled"
+    assert not await store.cancel("anna", job.job_id)
+
+
+async def test_a_running_job_is_cancelled(store, offer):
+    job = await accept(store, offer())
+    lease = await store.claim("w")
+    assert await store.cancel("anna", job.job_id)
+    assert not await store.beat(lease)
+    assert not await store.finish(lease, RESULT)
+    assert not await store.give_back(lease)
+    assert (await store.find("anna", job.job_id)).status == "cancelled"
+
+
+async def test_an_ended_job_is_not_cancelled(store, offer):
+    job = await accept(store, offer())
+    await store.finish(await store.claim("w"), RESULT)
+    assert not await store.cancel("anna", job.job_id)
+    assert (await store.find("anna", job.job_id)).status == "ready"
+
+
+async def test_the_same_key_is_the_same_job(store, offer):
+    key = Idempotency("key", "words")
+    jobs = await asyncio.gather(
+        *(accept(store, offer(seed, idempotency=key)) for seed in range(10))
+    )
+    assert len({(job.job_id, job.seed) for job in jobs}) == 1
+    other = await accept(store, offer(owner="ben", idempotency=key))
+    assert other.job_id != jobs[0].job_id
+    with pytest.raises(KeyReused):
+        await accept(store, offer(idempotency=Idempotency("key", "other words")))
+    assert await store.num_active("anna") == 1
+
+
+async def test_a_key_is_free_when_its_job_has_expired(store, offer, clock):
+    first = await accept(store, offer(idempotency=Idempotency("key", "words")))
+    await store.finish(await store.claim("w"), RESULT)
+    clock.now_s += KEEP_S
+    second = await accept(store, offer(idempotency=Idempotency("key", "other words")))
+    assert second.job_id != first.job_id
+
+
+async def test_a_job_that_is_not_whole_is_nobodys(store, offer, clock):
+    job = await accept(store, offer(), is_whole=False)
+    assert job.status == "arriving"
+    assert await store.claim("w") is None
+    assert await store.find("anna", job.job_id) is None
+    assert await store.num_active("anna") == 0
+    assert (await store.admit(job.job_id)).status == "pending"
+    # Another gateway was at it too.
+    assert (await store.admit(job.job_id)).status == "pending"
+    assert (await store.claim("w")).job_id == job.job_id
+
+
+async def test_a_job_that_did_not_come_in_time_never_comes(store, offer, clock):
+    job = await accept(store, offer(), is_whole=False)
+    clock.now_s += ARRIVAL_S
+    assert await store.admit(job.job_id) is None
+    assert await store.expired(10) == (job.job_id,)
+
+
+async def test_an_expired_job_is_absent_and_then_removed(store, offer, clock):
+    job = await accept(store, offer())
+    await store.finish(await store.claim("w"), RESULT)
+    await accept(store, offer())
+    await store.remove(job.job_id)
+    assert await store.find("anna", job.job_id) is not None
+    clock.now_s += KEEP_S
+    assert await store.find("anna", job.job_id) is None
+    assert await store.expired(10) == (job.job_id,)
+    await store.remove(job.job_id)
+    assert await store.expired(10) == ()
+    assert await store.num_active("anna") == 1
+
+
+async def test_an_owners_jobs_are_counted_until_they_end(store, offer):
+    for _ in range(3):
+        await accept(store, offer())
+    await accept(store, offer(owner="ben"))
+    await store.finish(await store.claim("w"), RESULT)
+    await store.claim("w")
+    assert await store.num_active("anna") == 2
+
+
+async def test_a_webhook_is_kept_for_its_time(store, database, offer):
+    await accept(store, offer(webhook=Webhook("https://example.org/hook", "secret")))
+    columns = "webhook_url, webhook_secret, webhook_state, webhook_attempt"
+    async with database.connect() as connection:
+        row = (await connection.execute(text(f"SELECT {columns} FROM flux_jobs"))).one()
+    assert tuple(row) == ("https://example.org/hook", "secret", "waiting", 0)
+
+
+async def test_the_databases_own_clock_counts_seconds(database_url, offer):
+    database = Database(database_url)
+    await database.create()
+    store = Store(database, lease_s=0.2, keep_s=1)
+    job = await accept(store, offer())
+    assert job.created_at_s == pytest.approx(time.time(), abs=5)
+    assert await store.claim("lost") is not None
+    assert await store.claim("w") is None
+    await asyncio.sleep(0.25)
+    assert await store.claim("w") is not None
+    await database.close()
+
+
+async def test_gateways_that_start_at_once_make_one_table(database_url):
+    databases = [Database(database_url) for _ in range(5)]
+    await asyncio.gather(*(database.create() for database in databases))
+    await asyncio.gather(*(database.close() for database in databases))
+
+
+async def test_a_database_that_is_away_is_a_lost_store(tmp_path, offer):
+    nowhere = Database(f"postgresql://flux@/jobs?host={tmp_path}")
+    with pytest.raises(StoreLost):
+        await Store(nowhere, LEASE_S, KEEP_S).claim("w")
+    await nowhere.close()
+
+
+async def test_a_file_that_another_process_writes_is_waited_for(tmp_path, offer):
+    database = Database(f"sqlite:///{tmp_path}/jobs.sqlite3")
+    await database.create()
+    other = sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    accepting = asyncio.create_task(accept(Store(database, LEASE_S, KEEP_S), offer()))
+    await asyncio.sleep(0.2)
+    assert not accepting.done()
+    other.execute("COMMIT")
+    other.close()
+    assert (await accepting).status == "pending"
+    await database.close()
+
+
+@pytest.mark.parametrize("url", ["mysql://localhost/jobs", "sqlite+pysqlite:///jobs"])
+def test_other_databases_are_refused(url):
+    with pytest.raises(ValueError, match="neither sqlite nor postgresql"):
+        Database(url)
