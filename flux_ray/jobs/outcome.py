@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from flux_ray.errors import FluxError, Overloaded, TierUnavailable
 from flux_ray.jobs.job import Failure
-from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+from flux_ray.jobs.results import ResultTooLarge
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
@@ -29,6 +29,6 @@ def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
         return Again(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
     if isinstance(error, FluxError) and error.status < 500:
         return Failure(error.code, error.message)
-    if isinstance(error, (ResultMissing, ResultTooLarge)):
+    if isinstance(error, ResultTooLarge):
         return LOST
     return Again(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)

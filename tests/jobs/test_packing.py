@@ -1,0 +1,53 @@
+"""Requests in two parts: JSON for the row, pictures for the results store."""
+
+import json
+
+import pytest
+
+from flux_ray.jobs.packing import num_blobs, pack, unpack
+from flux_ray.request import Encoding, ImageRequest, Raster
+
+RED = Raster(3, 2, b"\xff\x00\x00" * 6)
+BLUE = Raster(2, 2, b"\x00\x00\xff" * 4)
+REQUEST = ImageRequest(
+    "r", "tiny", "a “red” circle", 64, 48, 4, 1.5, 2**63 - 1, 2, (RED, BLUE), Encoding("webp", 80)
+)
+
+
+def test_a_request_comes_back_from_json():
+    packed = pack(REQUEST)
+    row = json.loads(json.dumps(packed.row))
+    assert num_blobs(row) == len(packed.blobs) == 2
+    assert unpack(row, packed.blobs, "r") == REQUEST
+
+
+def test_an_attempt_has_a_name_of_its_own():
+    packed = pack(REQUEST)
+    assert unpack(packed.row, packed.blobs, "attempt 2").request_id == "attempt 2"
+
+
+def test_no_picture_is_in_the_row():
+    row = json.dumps(pack(REQUEST).row)
+    assert "rgb" not in row
+
+
+def test_a_field_of_a_newer_release_is_not_left_out():
+    row = pack(REQUEST).row | {"sampler": "another"}
+    with pytest.raises(ValueError, match="sampler"):
+        unpack(row, pack(REQUEST).blobs, "r")
+
+
+@pytest.mark.parametrize("blob", [b"", b"no zlib", pack(REQUEST).blobs[1]])
+def test_a_damaged_picture_is_no_picture(blob):
+    packed = pack(REQUEST)
+    with pytest.raises(ValueError, match="stored reference picture"):
+        unpack(packed.row, (blob, packed.blobs[1]), "r")
+
+
+def test_a_blob_grows_no_further_than_its_picture():
+    bomb = pack(
+        ImageRequest("r", "t", "", 1, 1, 1, 1.0, 1, 1, (Raster(4000, 4000, bytes(48_000_000)),))
+    )
+    row = pack(REQUEST).row
+    with pytest.raises(ValueError, match="another size"):
+        unpack(row, (bomb.blobs[0], bomb.blobs[0]), "r")
