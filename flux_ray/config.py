@@ -292,7 +292,9 @@ class JobArgs(Args):
     once. `max_lost`: a job that was lost with so many workers is given up.
     """
 
-    database: str = Field("sqlite:///~/.flux-ray/jobs.sqlite3", pattern="^(sqlite|postgresql)://")
+    database: str = Field(
+        "sqlite:///~/.flux-ray/jobs.sqlite3", pattern="^(sqlite:///.|postgresql://)"
+    )
     results: str = "~/.flux-ray/results"
     results_options: dict[str, Any] = {}
     lease_s: Seconds = 30.0

@@ -99,10 +99,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to do a job, until another attempt takes it: the attempt is what the store checks.
-
-    The name of the worker is for people only.
-    """
+    """The right to do a job, until another attempt takes it: it is known by the attempt."""
 
     job: Job
 

@@ -33,6 +33,15 @@ async def test_an_accepted_job_is_found_as_it_was_offered(store, offer, clock):
     assert request == offer(seed=2**62).request
 
 
+@pytest.mark.parametrize("prompt", ["\0", "\ud800", "'; DROP TABLE flux_jobs; --", "🖼" * 32_000])
+async def test_any_words_are_kept(store, offer, prompt):
+    wanted = offer()
+    wanted = dataclasses.replace(wanted, request=dataclasses.replace(wanted.request, prompt=prompt))
+    job = await accept(store, wanted)
+    assert (await store.find("anna", job.job_id)).packed["prompt"] == prompt
+    assert (await store.claim("w")).job.packed["prompt"] == prompt
+
+
 async def test_other_peoples_jobs_are_absent(store, offer):
     job = await accept(store, offer())
     assert await store.find("ben", job.job_id) is None

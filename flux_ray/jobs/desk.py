@@ -1,0 +1,68 @@
+"""The desk at which dialects hand jobs in and ask for them, at any gateway."""
+
+import asyncio
+
+from flux_ray.config import JobArgs
+from flux_ray.jobs.acceptance import accept
+from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
+from flux_ray.jobs.cleaning import keep_clean
+from flux_ray.jobs.database import Database
+from flux_ray.jobs.job import Job, Offer, StoredPicture
+from flux_ray.jobs.results import Results
+from flux_ray.jobs.store import Store
+from flux_ray.jobs.worker import Worker, spawn
+
+
+class Desk:
+    """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
+
+    Unless said otherwise, everything raises StoreLost.
+    """
+
+    def __init__(
+        self, args: JobArgs, generate: Generate, progress_of: ProgressOf = unknown_progress
+    ) -> None:
+        self._database = Database(args.database)
+        self._store = Store(self._database, args.lease_s, args.keep_s)
+        self._results = Results(args.results, args.results_options)
+        workshop = Workshop(
+            self._store, self._results, generate, progress_of, max_lost=args.max_lost
+        )
+        self._worker = Worker(workshop, args.max_running)
+        self._cleaning: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Make what is missing, and begin to work."""
+        await self._database.create()
+        self._worker.start()
+        self._cleaning = spawn(keep_clean(self._store, self._results))
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """See jobs end for `drain_s`, and leave the rest to other gateways."""
+        await self._worker.stop(drain_s)
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+            await asyncio.wait({self._cleaning})
+        await self._database.close()
+
+    async def accept(self, offer: Offer) -> Job:
+        """As acceptance.accept; drawn at once where there is room."""
+        job = await accept(self._store, self._results, offer)
+        self._worker.wake()
+        return job
+
+    async def find(self, owner: str, job_id: str) -> Job | None:
+        """The owner's job; other people's are as if they were not there."""
+        return await self._store.find(owner, job_id)
+
+    async def cancel(self, owner: str, job_id: str) -> bool:
+        """End it, running or not; False if there is nothing of the owner's to end."""
+        return await self._store.cancel(owner, job_id)
+
+    async def num_active(self, owner: str) -> int:
+        """How many of the owner's jobs have not ended."""
+        return await self._store.num_active(owner)
+
+    async def read_picture(self, picture: StoredPicture) -> bytes:
+        """A picture of a job that was found. Raises ResultMissing and ResultsLost."""
+        return await self._results.read_picture(picture)

@@ -1,0 +1,84 @@
+"""The desk: what its args say is so, and any gateway answers for any job."""
+
+import pytest
+from pydantic import ValidationError
+
+from flux_ray.config import JobArgs
+from flux_ray.jobs.desk import Desk
+from tests.jobs.painter import paint, picture_for
+from tests.jobs.waiting import wait_until
+
+
+@pytest.fixture
+def args(database_url, tmp_path) -> JobArgs:
+    return JobArgs(database=database_url, results=str(tmp_path / "results"))
+
+
+async def test_any_gateway_answers_for_any_job(args, offer):
+    async def never(request):
+        return await paint(request, 60)
+
+    first, second = Desk(args, paint), Desk(args, never)
+    await first.open()
+    wanted = offer()
+    job = await first.accept(wanted)
+
+    async def is_ready() -> bool:
+        return (await second.find("anna", job.job_id)).status == "ready"
+
+    await wait_until(is_ready)
+    found = await second.find("anna", job.job_id)
+    data = await second.read_picture(found.result.pictures[0])
+    assert data == picture_for(wanted.request, wanted.request.seed)
+    assert await second.find("ben", job.job_id) is None
+    await first.close()
+
+    await second.open()
+    waiting = await second.accept(offer(seed=8))
+    assert await first.num_active("anna") == 1
+    assert await first.cancel("anna", waiting.job_id)
+    assert await second.num_active("anna") == 0
+    await first.close()
+    await second.close()
+
+
+async def test_a_gateway_that_closes_leaves_its_jobs_to_the_next(args, offer):
+    async def never(request):
+        return await paint(request, 60)
+
+    first, second = Desk(args, never), Desk(args, paint)
+    await first.open()
+    job = await first.accept(offer())
+
+    async def is_running() -> bool:
+        return (await first.find("anna", job.job_id)).status == "running"
+
+    await wait_until(is_running)
+    await first.close()
+    await second.open()
+
+    async def is_ready() -> bool:
+        return (await second.find("anna", job.job_id)).status == "ready"
+
+    await wait_until(is_ready)
+    await second.close()
+
+
+def test_the_default_needs_no_server():
+    args = JobArgs()
+    assert args.database.startswith("sqlite:///")
+    assert "://" not in args.results
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"database": "mysql://host/jobs"}, "database"),
+        ({"database": "sqlite://"}, "database"),
+        ({"lease_s": 10, "keep_s": 5}, "keep_s 5 is below lease_s 10"),
+        ({"keep": 5}, "keep"),
+    ],
+)
+def test_what_cannot_be_is_named(args, named):
+    with pytest.raises(ValidationError, match=named):
+        JobArgs(**args)
