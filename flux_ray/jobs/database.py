@@ -1,11 +1,22 @@
 """The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, cast, event, extract, func, literal
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    Executable,
+    RowMapping,
+    cast,
+    event,
+    extract,
+    func,
+    literal,
+)
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -41,6 +52,7 @@ class Database:
         self._url = url_for(url)
         self._clock = clock
         self._engine = engine_for(self._url)
+        self._statements: set[asyncio.Task[Sequence[RowMapping]]] = set()
 
     @property
     def now(self) -> ColumnElement[float]:
@@ -80,9 +92,33 @@ class Database:
         except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
             raise StoreLost(str(error)) from error
 
+    async def execute(self, statement: Executable) -> Sequence[RowMapping]:
+        """Its rows. Raises StoreLost.
+
+        Whoever is cancelled leaves the statement to its end: cut off in the middle, a connection
+        would be left over with its thread.
+        """
+        task = asyncio.create_task(self._execute(statement))
+        self._statements.add(task)
+        task.add_done_callback(self._statements.discard)
+        task.add_done_callback(look_at)
+        return await asyncio.shield(task)
+
+    async def _execute(self, statement: Executable) -> Sequence[RowMapping]:
+        async with self.connect() as connection:
+            return (await connection.execute(statement)).mappings().all()
+
     async def close(self) -> None:
-        """Give the connections back."""
+        """Give the connections back, after the last statement."""
+        if self._statements:
+            await asyncio.wait(tuple(self._statements))
         await self._engine.dispose()
+
+
+def look_at(task: "asyncio.Task[Any]") -> None:
+    """Or asyncio complains of an error that nobody saw: who asked may be gone."""
+    if not task.cancelled():
+        task.exception()
 
 
 def url_for(url: str) -> URL:

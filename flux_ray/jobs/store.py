@@ -140,9 +140,10 @@ class Store:
     async def num_active(self, owner: str) -> int:
         """How many of the owner's jobs have not ended."""
         is_active = and_(JOBS.c.owner == owner, JOBS.c.status.in_(("pending", "running")))
-        async with self._database.connect() as connection:
-            counted = await connection.scalar(select(func.count()).where(is_active))
-        return int(counted or 0)
+        [counted] = await self._database.execute(
+            select(func.count().label("num_jobs")).where(is_active)
+        )
+        return int(counted["num_jobs"])
 
     async def expired(self, limit: int) -> tuple[str, ...]:
         """Jobs that nobody finds any more: their results may go, then they."""
@@ -152,8 +153,7 @@ class Store:
             .order_by(JOBS.c.expires_at_s)
             .limit(limit)
         )
-        async with self._database.connect() as connection:
-            return tuple((await connection.scalars(query)).all())
+        return tuple(row["job_id"] for row in await self._database.execute(query))
 
     async def remove(self, job_id: str) -> None:
         """Forget a job that has expired."""
@@ -222,8 +222,8 @@ class Store:
         return await self._run(changed) is not None
 
     async def _run(self, statement: Executable) -> RowMapping | None:
-        async with self._database.connect() as connection:
-            return (await connection.execute(statement)).mappings().one_or_none()
+        rows = await self._database.execute(statement)
+        return rows[0] if rows else None
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

@@ -275,6 +275,18 @@ async def test_gateways_that_start_at_once_make_one_table(database_url):
     await asyncio.gather(*(database.close() for database in databases))
 
 
+async def test_who_is_cancelled_leaves_no_statement_half_done(store, offer):
+    for seed in range(20):
+        await accept(store, offer(seed))
+    for number in range(20):
+        claiming = asyncio.create_task(store.claim("gone"))
+        await asyncio.sleep(number / 10_000)
+        claiming.cancel()
+        await asyncio.wait({claiming})
+    counted = await store.num_active("anna")
+    assert counted == 20
+
+
 async def test_a_database_that_is_away_is_a_lost_store(tmp_path, offer):
     nowhere = Database(f"postgresql://flux@/jobs?host={tmp_path}")
     with pytest.raises(StoreLost):
