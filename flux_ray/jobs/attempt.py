@@ -70,6 +70,8 @@ class Attempt:
             else:
                 logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
+            # First: another would have it drawn at the same time.
+            await end(drawing)
             await self._give_back()
             raise
         finally:

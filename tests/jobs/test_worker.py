@@ -149,6 +149,31 @@ async def test_a_stopped_worker_gives_its_jobs_back_at_once(store, folder, offer
     assert (lease.job_id, lease.job.num_lost) == (job.job_id, 0)
 
 
+async def test_a_job_is_given_back_when_it_is_drawn_no_more(store, folder, offer, employ):
+    begun, is_drawing = asyncio.Event(), True
+
+    async def generate(request: ImageRequest) -> ImageResult:
+        nonlocal is_drawing
+        begun.set()
+        try:
+            return await paint(request, 60)
+        finally:
+            await asyncio.sleep(0.05)
+            is_drawing = False
+
+    await accept(store, folder, offer())
+    worker = employ(generate)
+    await begun.wait()
+    stopping = asyncio.create_task(worker.stop())
+
+    async def is_claimable() -> bool:
+        return await store.claim("another") is not None
+
+    await wait_until(is_claimable)
+    assert not is_drawing
+    await stopping
+
+
 async def test_a_worker_may_end_what_it_began(store, folder, offer, employ):
     async def generate(request: ImageRequest) -> ImageResult:
         return await paint(request, 0.2)
