@@ -280,31 +280,3 @@ class GatewayArgs(Args):
         inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
         # Each once, where it is best.
         return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))
-
-
-class JobArgs(Args):
-    """Durable jobs: where they are kept, and for how long.
-
-    `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
-    `results`: a folder, or a URL of fsspec (`s3://bucket/folder`), of which `results_options` say
-    more (`endpoint_url`). `lease_s`: after so long without a sign of its worker a job is another's.
-    `keep_s`: so long an ended job and its pictures are there. `max_running`: of one gateway at
-    once. `max_lost`: a job that was lost with so many workers is given up.
-    """
-
-    database: str = Field(
-        "sqlite:///~/.flux-ray/jobs.sqlite3", pattern="^(sqlite:///.|postgresql://)"
-    )
-    results: str = "~/.flux-ray/results"
-    results_options: dict[str, Any] = {}
-    lease_s: Seconds = 30.0
-    keep_s: Seconds = 24 * 3600.0
-    max_running: int = Field(16, ge=1)
-    max_lost: int = Field(5, ge=1)
-
-    @model_validator(mode="after")
-    def check_times(self) -> "JobArgs":
-        """A worker that comes late must still find what it may not end."""
-        if self.keep_s < self.lease_s:
-            raise ValueError(f"keep_s {self.keep_s:g} is below lease_s {self.lease_s:g}")
-        return self

@@ -19,6 +19,7 @@ NOUNS = {
     "cards",
     "catalog",
     "config",
+    "job_config",
     "errors",
     "key_store",
     "keys",

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from flux_ray.config import JobArgs
+from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
 from flux_ray.jobs.cleaning import keep_clean
