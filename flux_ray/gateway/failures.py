@@ -9,7 +9,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from flux_ray.errors import BadRequest, FluxError, InvalidKey, QuotaSpent, RateLimited
+from flux_ray.errors import (
+    BadRequest,
+    DeadlineTooShort,
+    FluxError,
+    InvalidKey,
+    QuotaSpent,
+    RateLimited,
+)
+from flux_ray.gateway.callers import DEADLINE
 from flux_ray.gateway.request_id import HEADER
 
 # The only logger that Serve writes to its log files.
@@ -116,7 +124,9 @@ def headers_for(error: FluxError) -> dict[str, str]:
 
 def failure_of(error: FluxError) -> Failure:
     """What the caller reads of it."""
-    return Failure(message=error.message, type=error.type, param=error.field, code=error.code)
+    # The router knows of no headers.
+    field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
+    return Failure(message=error.message, type=error.type, param=field, code=error.code)
 
 
 def envelop(

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import logging
 from typing import Any
 
 from fastapi import APIRouter
@@ -13,18 +12,17 @@ from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import GatewayArgs
-from flux_ray.errors import BadReference, BadRequest, DeadlineTooShort
-from flux_ray.gateway.callers import DEADLINE, PARAMETERS, Callers, may_spill
+from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.failures import HUB, HubFailure
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.references import decode
-from flux_ray.gateway.targets import Target, requests_for, target_for
+from flux_ray.gateway.targets import Target
 from flux_ray.request import ImageFormat, Raster
 from flux_ray.router.router import Router
-
-logger = logging.getLogger("ray.serve")
 
 FORMATS: dict[str, ImageFormat] = {
     "image/png": "png",
@@ -66,9 +64,8 @@ class HuggingFace:
     """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` speaks to it."""
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
-        self.router = router
-        self.args = args
-        self.callers = Callers(args)
+        self.orders = Orders(router, args)
+        self.limits = args.limits
 
     def routes(self) -> APIRouter:
         """The body is read here, within limits and with our own errors."""
@@ -87,29 +84,22 @@ class HuggingFace:
 
     async def draw(self, request: Request, model: str) -> Response:
         """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
-        key_class = self.callers.class_of(request)
-        target = target_for(model, self.args, key_class, may_spill=may_spill(request))
+        target = self.orders.target_of(request, model)
         sent = parse_inputs(await request.body())
         fields = fields_of(sent, format_of(request))
         references = await self.references_of(sent, target)
-        requests = requests_for(
-            target, lambda tier: request_for(fields, tier, self.args.limits, references)
+        order = self.orders.take(
+            request, target, lambda tier: request_for(fields, tier, self.limits, references)
         )
-        caller = self.callers.caller_of(request)
-        http_id, image_id = request.state.request_id, requests[0].request_id
-        where = f"on {target.name} for {caller.key or 'anybody'}"
-        logger.info("request %s: image request %s %s", http_id, image_id, where)
-        try:
-            result = await self.router.generate_by(target.alias, requests, caller)
-        except DeadlineTooShort as error:
-            raise DeadlineTooShort(error.message, DEADLINE) from None
+        result = await self.orders.draw(order)
+        drawn = order.request_of(result)
         warnings = warnings_for(fields, tier_for(result.tier)) + list(result.warnings)
-        headers = {"x-flux-model": result.tier, "x-flux-seed": str(requests[0].seed)}
+        headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
         if warnings:
             # Names that a client made up are among them; a header is ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
             headers["x-flux-warnings"] = text
-        media_type = f"image/{requests[0].encoding.format}"
+        media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
     async def references_of(self, sent: Inputs, target: Target) -> tuple[Raster, ...]:
@@ -118,7 +108,7 @@ class HuggingFace:
             return ()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
-        limits = self.args.limits
+        limits = self.limits
         # A check before it is decoded: four characters are three bytes.
         if len(sent.inputs) > limits.max_image_bytes * 4 // 3 + 1024:
             raise BadReference(f"inputs is larger than {limits.max_image_bytes} bytes", "inputs")

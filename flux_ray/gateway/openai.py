@@ -1,6 +1,5 @@
 """OpenAI's image routes: `/v1/images/generations` and `/v1/images/edits`."""
 
-import logging
 import time
 from typing import Any
 
@@ -10,8 +9,8 @@ from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import GatewayArgs
-from flux_ray.errors import DeadlineTooShort, WrongContentType
-from flux_ray.gateway.callers import DEADLINE, PARAMETERS, Callers, may_spill
+from flux_ray.errors import WrongContentType
+from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import image_parts, open_form, read_references, text_parts
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.openai_answer import Answer, answer_for
@@ -19,17 +18,18 @@ from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
 from flux_ray.gateway.openai_warnings import warnings_for
-from flux_ray.gateway.targets import Target, requests_for, target_for
+from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.targets import Target
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
-
-logger = logging.getLogger("ray.serve")
 
 JSON = "application/json"
 FORM = "multipart/form-data"
 EVENTS = {
-    "type": "string",
-    "description": "with `stream`: events named `<kind>.partial_image`, `<kind>.completed`",
+    "type": "object",
+    "description": "with `stream`: each picture, and each preview where the model is a cascade",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
 }
 
 
@@ -37,9 +37,8 @@ class OpenAIImages:
     """The two routes."""
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
-        self.router = router
-        self.args = args
-        self.callers = Callers(args)
+        self.orders = Orders(router, args)
+        self.limits = args.limits
 
     def routes(self) -> APIRouter:
         """Bodies are read here, not by FastAPI: within limits, and with our own errors."""
@@ -63,24 +62,19 @@ class OpenAIImages:
         started_s = time.monotonic()
         check_content_type(request, JSON)
         fields = parse_json(await request.body())
-        target = self.target_of(request, fields)
+        target = self.orders.target_of(request, fields.model)
         return await self.generate(request, fields, target, (), started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
         started_s = time.monotonic()
         check_content_type(request, FORM)
-        async with open_form(request, self.args.limits) as form:
+        async with open_form(request, self.limits) as form:
             fields = parse_text(text_parts(form))
-            target = self.target_of(request, fields)
+            target = self.orders.target_of(request, fields.model)
             files = image_parts(form, target)
-            references = await read_references(files, self.args.limits)
+            references = await read_references(files, self.limits)
         return await self.generate(request, fields, target, references, started_s)
-
-    def target_of(self, http: Request, fields: ImageFields) -> Target:
-        """The tiers that may serve it."""
-        key_class = self.callers.class_of(http)
-        return target_for(fields.model, self.args, key_class, may_spill=may_spill(http))
 
     async def generate(
         self,
@@ -90,24 +84,16 @@ class OpenAIImages:
         references: tuple[Raster, ...],
         started_s: float,
     ) -> Response:
-        """The way from checked fields to the answer; the log joins the client's id with ours."""
-        requests = requests_for(
-            target, lambda tier: request_for(fields, tier, self.args.limits, references)
+        """The way from checked fields to the answer."""
+        order = self.orders.take(
+            http, target, lambda tier: request_for(fields, tier, self.limits, references)
         )
-        caller = self.callers.caller_of(http)
-        http_id, image_id = http.state.request_id, requests[0].request_id
-        where = f"on {target.name} for {caller.key or 'anybody'}"
-        logger.info("request %s: image request %s %s", http_id, image_id, where)
-        try:
-            if fields.stream:
-                kind: Kind = "image_edit" if references else "image_generation"
-                parts = parts_of(self.router, target, requests, caller)
-                return await stream(parts, requests, fields, kind)
-            result = await self.router.generate_by(target.alias, requests, caller)
-        except DeadlineTooShort as error:
-            raise DeadlineTooShort(error.message, DEADLINE) from None
-        request = next(each for each in requests if each.tier == result.tier)
-        return answer_for(request, result, warnings_for(fields, tier_for(result.tier)), started_s)
+        if fields.stream:
+            kind: Kind = "image_edit" if references else "image_generation"
+            return await stream(parts_of(self.orders, order), order, fields, kind)
+        result = await self.orders.draw(order)
+        warnings = warnings_for(fields, tier_for(result.tier))
+        return answer_for(order.request_of(result), result, warnings, started_s)
 
 
 def check_content_type(request: Request, wanted: str) -> None:

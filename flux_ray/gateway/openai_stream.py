@@ -3,7 +3,7 @@
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Literal
 
@@ -16,11 +16,9 @@ from flux_ray.gateway.failures import Envelope, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_warnings import warnings_for
-from flux_ray.gateway.targets import Target
+from flux_ray.gateway.orders import Order, Orders
 from flux_ray.request import ImageFormat, ImageRequest, ImageResult
-from flux_ray.router.caller import Caller
 from flux_ray.router.cascade import Part, cascade
-from flux_ray.router.router import Router
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,23 +44,19 @@ class Event(BaseModel):
     warnings: list[str] = []
 
 
-async def parts_of(
-    router: Router, target: Target, requests: Sequence[ImageRequest], caller: Caller
-) -> AsyncGenerator[Part, None]:
+async def parts_of(orders: Orders, order: Order) -> AsyncGenerator[Part, None]:
     """The pictures as they come, by the target's policy."""
-    if target.alias.policy == "cascade" and len(requests) > 1:
-        async with aclosing(cascade(router, requests[-1], requests[0], caller)) as parts:
+    best, *others = order.requests
+    if order.target.alias.policy == "cascade" and others:
+        async with aclosing(cascade(orders.router, others[-1], best, order.caller)) as parts:
             async for part in parts:
                 yield part
     else:
-        yield Part(await router.generate_by(target.alias, requests, caller), is_final=True)
+        yield Part(await orders.draw(order), is_final=True)
 
 
 async def stream(
-    parts: AsyncGenerator[Part, None],
-    requests: Sequence[ImageRequest],
-    fields: ImageFields,
-    kind: Kind,
+    parts: AsyncGenerator[Part, None], order: Order, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
     """The answer, once there is something to send: errors until then are plain answers."""
     first = await anext(parts)
@@ -70,25 +64,23 @@ async def stream(
     async def texts() -> AsyncIterator[str]:
         # A client that leaves between two events ends what is still drawn.
         async with aclosing(parts):
-            for text in texts_of(first, requests, fields, kind):
+            for text in texts_of(first, order, fields, kind):
                 yield text
             try:
                 async for part in parts:
-                    for text in texts_of(part, requests, fields, kind):
+                    for text in texts_of(part, order, fields, kind):
                         yield text
             except FluxError as error:
-                logger.warning("request %s: %s", requests[0].request_id, error)
+                logger.warning("request %s: %s", order.requests[0].request_id, error)
                 yield event_text("error", Envelope(error=failure_of(error)))
 
-    headers = {"x-flux-seed": str(requests[0].seed), "cache-control": "no-store"}
+    headers = {"x-flux-seed": str(order.requests[0].seed), "cache-control": "no-store"}
     return StreamingResponse(texts(), media_type=EVENT_STREAM, headers=headers)
 
 
-def texts_of(
-    part: Part, requests: Sequence[ImageRequest], fields: ImageFields, kind: Kind
-) -> list[str]:
+def texts_of(part: Part, order: Order, fields: ImageFields, kind: Kind) -> list[str]:
     """One event a picture."""
-    request = next(each for each in requests if each.tier == part.result.tier)
+    request = order.request_of(part.result)
     warnings = warnings_for(fields, tier_for(request.tier)) + list(part.result.warnings)
     name = f"{kind}.{'completed' if part.is_final else 'partial_image'}"
     return [

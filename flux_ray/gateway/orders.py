@@ -1,0 +1,57 @@
+"""What every dialect does with what it has read: find the tiers that can, and who asks."""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+from starlette.requests import Request
+
+from flux_ray.catalog import Tier
+from flux_ray.config import GatewayArgs
+from flux_ray.gateway.callers import Callers, may_spill
+from flux_ray.gateway.targets import Target, requests_for, target_for
+from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.router.caller import Caller
+from flux_ray.router.router import Router
+
+logger = logging.getLogger("ray.serve")
+
+
+class Order(NamedTuple):
+    """A complete request as each tier that can do it would, best first, and whose it is."""
+
+    target: Target
+    requests: list[ImageRequest]
+    caller: Caller
+
+    def request_of(self, result: ImageResult) -> ImageRequest:
+        """The one that was drawn."""
+        return next(each for each in self.requests if each.tier == result.tier)
+
+
+class Orders:
+    """Takes them, and has them drawn."""
+
+    def __init__(self, router: Router, args: GatewayArgs) -> None:
+        self.router = router
+        self.args = args
+        self._callers = Callers(args)
+
+    def target_of(self, http: Request, model: str | None) -> Target:
+        """The tiers that may serve this caller under that name."""
+        key_class = self._callers.class_of(http)
+        return target_for(model, self.args, key_class, may_spill=may_spill(http))
+
+    def take(self, http: Request, target: Target, build: Callable[[Tier], ImageRequest]) -> Order:
+        """The order; the log joins the client's id with ours."""
+        order = Order(target, requests_for(target, build), self._callers.caller_of(http))
+        whose = order.caller.key or "anybody"
+        http_id, image_id = http.state.request_id, order.requests[0].request_id
+        logger.info(
+            "request %s: image request %s on %s for %s", http_id, image_id, target.name, whose
+        )
+        return order
+
+    async def draw(self, order: Order) -> ImageResult:
+        """Its pictures, by the tier that the policy prefers."""
+        return await self.router.generate_by(order.target.alias, order.requests, order.caller)
