@@ -112,9 +112,12 @@ class Slots:
             raise RuntimeError("no slot is free")
         best_s = self.outstanding_s(best.replica, now)
         for name, saved_s in preferred:
+            # Those that are gone are remembered too.
             free = [slot for slot in self._replicas.get(name, ()) if self._takes(slot, now)]
+            if not free:
+                continue
             worth_s = self.outstanding_s(name, now) - saved_s
-            if free and worth_s < best_s:
+            if worth_s < best_s:
                 best, best_s = min(free, key=free_at_of), worth_s
         return best
 

@@ -75,3 +75,15 @@ def test_the_queue_goes_back_to_the_replica_that_knows_it():
     queue.finish("1", 2.0)
     assert grant("3", affinity, 3.0) == first
     assert grant("4", affinity, 3.0) == other, "to wait would cost more than it saves"
+
+
+def test_a_replica_that_is_gone_is_not_missed():
+    queue = TierQueue()
+    queue.set_replicas(["a"], 0.0)
+    affinity = affinity_of(EDIT, prices())
+    queue.offer(Ticket("1", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 0.0)
+    queue.take(0.0)
+    queue.set_replicas(["b"], 1.0)
+    queue.offer(Ticket("2", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 1.0)
+    ((_, replica),) = queue.take(1.0)[0]
+    assert replica == "b"
