@@ -132,8 +132,9 @@ def measure_latencies() -> dict[str, list[float]]:
     """With the embedded model."""
     address = start_serve()
     serve.run(plain_serve(TinyEngine, 1), name="plain", route_prefix="/plain")
-    tier = build_tier(TierArgs(tier="tiny", device="cpu", dtype="float32", num_cpus=0.5))
-    serve.run(tier, name="tiny", route_prefix=None)
+    # The others remember no prompts either.
+    args = TierArgs(tier="tiny", device="cpu", dtype="float32", num_cpus=0.5, cache_bytes=0)
+    serve.run(build_tier(args), name="tiny", route_prefix=None)
     serve.run(build_gateway(GatewayArgs(tiers=("tiny",), card="cpu")), name="gateway")
     plain = PlainServer(TinyEngine)
     seconds = latencies(
