@@ -1,5 +1,6 @@
 """Typed configuration: what a Serve config file may say in an application's `args`."""
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,6 +169,20 @@ class Limits(Args):
     max_images: int = 10
 
 
+class Fetching(Args):
+    """Reference pictures by URL: from public addresses, unless `networks` names others.
+
+    `hosts`: if given, no others. `networks`: of ours, that callers may reach, such as
+    `10.1.2.0/24`. `timeout_s`: for all pictures of a request together.
+    """
+
+    enabled: bool = True
+    hosts: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = (80, 443)
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    timeout_s: Seconds = 10.0
+
+
 class Alias(Args):
     """Another name for tiers, best first; the name of another alias stands for its tiers.
 
@@ -221,6 +236,7 @@ class GatewayArgs(Args):
     request_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0
     limits: Limits = Limits()
+    fetch: Fetching = Fetching()
 
     def alias_for(self, name: str) -> Alias | None:
         """What a model's name stands for, by tiers only; None if there is no such name."""
