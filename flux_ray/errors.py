@@ -10,6 +10,7 @@ FluxError                 500  server_error
     BadReference          400  a reference image is no image, too large, too many
     DeadlineTooShort      400  the work alone takes longer
     BodyTooLarge          413  more bytes than this gateway reads
+    BodyTooSlow           408  a body that does not come in time
     WrongContentType      415  a body in a format that this route does not read
     KeyReused             422  an idempotency key came again with another request
   Overloaded              429  it would miss its deadline; the answer says when it would not
@@ -105,6 +106,13 @@ class BodyTooLarge(BadRequest):
 
     status = 413
     code = "request_too_large"
+
+
+class BodyTooSlow(BadRequest):
+    """The request's body did not come in time."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class WrongContentType(BadRequest):

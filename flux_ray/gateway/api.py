@@ -8,9 +8,10 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from flux_ray import __version__
 from flux_ray.config import GatewayArgs
-from flux_ray.gateway.body_limit import BodyLimit
+from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
+from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
 from flux_ray.gateway.key_watch import KeyWatch
@@ -22,7 +23,14 @@ from flux_ray.router.router import Router
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
 
 
-def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False) -> FastAPI:
+def build_api(
+    router: Router,
+    args: GatewayArgs,
+    *,
+    proxy_sends_id: bool = False,
+    fetcher: Fetcher | None = None,
+    max_body_s: float = MAX_BODY_S,
+) -> FastAPI:
     """A plain ASGI application. ValueError says why the keys file cannot be used.
 
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
@@ -36,7 +44,8 @@ def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False
         # The redirect's address would be made of the Host header.
         redirect_slashes=False,
     )
-    api.add_middleware(BodyLimit, max_body_bytes=args.limits.max_body_bytes)
+    max_bytes = args.limits.max_body_bytes
+    api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))
@@ -44,7 +53,8 @@ def build_api(router: Router, args: GatewayArgs, *, proxy_sends_id: bool = False
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
-    api.include_router(OpenAIImages(router, args).routes(), dependencies=guards)
+    images = OpenAIImages(router, args, fetcher or Fetcher(args.fetch))
+    api.include_router(images.routes(), dependencies=guards)
     api.include_router(HuggingFace(router, args).routes(), dependencies=guards)
     api.include_router(Models(args).routes(), dependencies=guards)
     api.include_router(Health(router).routes())

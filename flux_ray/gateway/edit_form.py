@@ -1,7 +1,6 @@
-"""The multipart body of an edit: text parts, and reference pictures as file parts."""
+"""The multipart body of an edit: how it is read, and its text parts."""
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import FormData, UploadFile
@@ -10,12 +9,9 @@ from starlette.requests import Request
 
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.openai_references import REFERENCE_FIELDS
 from flux_ray.gateway.openai_unserved import NOT_YET
-from flux_ray.gateway.references import decode
-from flux_ray.gateway.targets import Target
-from flux_ray.request import Raster
 
-IMAGE_PARTS = ("image", "image[]")
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64
 
@@ -51,7 +47,7 @@ def text_parts(form: FormData) -> dict[str, str]:
     """The parts that are no pictures, each name once."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
-        if name in IMAGE_PARTS:
+        if name in REFERENCE_FIELDS:
             continue
         if name in NOT_YET:
             raise BadRequest(NOT_YET[name], name)
@@ -61,25 +57,3 @@ def text_parts(form: FormData) -> dict[str, str]:
             raise BadRequest(f"{name[:80]} was sent twice", name[:80])
         parts[name] = value
     return parts
-
-
-def image_parts(form: FormData, target: Target) -> list[UploadFile]:
-    """The pictures in the order of the form, as many as any of the tiers takes."""
-    values = [value for name, value in form.multi_items() if name in IMAGE_PARTS]
-    files = [value for value in values if isinstance(value, UploadFile)]
-    if len(files) < len(values):
-        raise BadReference("image must be a file part, with a filename", "image")
-    if not files:
-        raise BadReference("image is required", "image")
-    if len(files) > target.max_references:
-        raise BadReference(f"{target.name} takes at most {target.max_references} images", "image")
-    return files
-
-
-async def read_references(files: Iterable[UploadFile], limits: Limits) -> tuple[Raster, ...]:
-    """The decoded pictures; decoding takes a while, so it is done off the event loop."""
-    references = []
-    for number, file in enumerate(files, start=1):
-        data = await file.read(limits.max_image_bytes + 1)
-        references.append(await asyncio.to_thread(decode, data, limits, f"image {number}"))
-    return tuple(references)

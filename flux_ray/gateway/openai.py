@@ -9,16 +9,19 @@ from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import GatewayArgs
-from flux_ray.errors import WrongContentType
+from flux_ray.errors import BadReference, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
-from flux_ray.gateway.edit_form import image_parts, open_form, read_references, text_parts
+from flux_ray.gateway.edit_form import open_form, text_parts
 from flux_ray.gateway.failures import Envelope
+from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.openai_answer import Answer, answer_for
 from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
+from flux_ray.gateway.openai_references import REFERENCE_FIELDS, sources_in_form, sources_in_json
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.sources import Source, read_references
 from flux_ray.gateway.targets import Target
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
@@ -36,9 +39,10 @@ EVENTS = {
 class OpenAIImages:
     """The two routes."""
 
-    def __init__(self, router: Router, args: GatewayArgs) -> None:
+    def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
         self.orders = Orders(router, args)
         self.limits = args.limits
+        self.fetcher = fetcher
 
     def routes(self) -> APIRouter:
         """Bodies are read here, not by FastAPI: within limits, and with our own errors."""
@@ -51,30 +55,43 @@ class OpenAIImages:
         )
         for path, endpoint, body in (
             ("/v1/images/generations", self.generations, body_schema(JSON)),
-            ("/v1/images/edits", self.edits, body_schema(FORM)),
+            ("/v1/images/edits", self.edits, body_schema(FORM, JSON)),
         ):
             extra = body | {"parameters": PARAMETERS}
             routes.add_api_route(path, endpoint, methods=["POST"], openapi_extra=extra)
         return routes
 
     async def generations(self, request: Request) -> Response:
-        """Pictures from words."""
+        """Pictures from words, and from reference pictures where clients send some here."""
         started_s = time.monotonic()
-        check_content_type(request, JSON)
-        fields = parse_json(await request.body())
-        target = self.orders.target_of(request, fields.model)
-        return await self.generate(request, fields, target, (), started_s)
+        content_type_of(request, JSON)
+        fields, target, sources = await self.read_json(request)
+        references = await self.read_references(sources)
+        return await self.generate(request, fields, target, references, started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
         started_s = time.monotonic()
-        check_content_type(request, FORM)
+        if content_type_of(request, FORM, JSON) == JSON:
+            fields, target, sources = await self.read_json(request)
+            references = await self.read_references(required(sources))
+            return await self.generate(request, fields, target, references, started_s)
         async with open_form(request, self.limits) as form:
             fields = parse_text(text_parts(form))
             target = self.orders.target_of(request, fields.model)
-            files = image_parts(form, target)
-            references = await read_references(files, self.limits)
+            sources = sources_in_form(form, target)
+            references = await self.read_references(required(sources))
         return await self.generate(request, fields, target, references, started_s)
+
+    async def read_json(self, request: Request) -> tuple[ImageFields, Target, list[Source]]:
+        """What a JSON body asks for, of whom, and its pictures."""
+        fields = parse_json(await request.body())
+        target = self.orders.target_of(request, fields.model)
+        return fields, target, sources_in_json(fields.model_extra or {}, target)
+
+    async def read_references(self, sources: list[Source]) -> tuple[Raster, ...]:
+        """The pictures, within this gateway's limits."""
+        return await read_references(sources, self.limits, self.fetcher)
 
     async def generate(
         self,
@@ -89,25 +106,40 @@ class OpenAIImages:
             http, target, lambda tier: request_for(fields, tier, self.limits, references)
         )
         if fields.stream:
-            kind: Kind = "image_edit" if references else "image_generation"
+            is_edit = http.scope["path"].endswith("edits")
+            kind: Kind = "image_edit" if is_edit else "image_generation"
             return await stream(parts_of(self.orders, order), order, fields, kind)
         result = await self.orders.draw(order)
         warnings = warnings_for(fields, tier_for(result.tier))
         return answer_for(order.request_of(result), result, warnings, started_s)
 
 
-def check_content_type(request: Request, wanted: str) -> None:
-    """Raises unless the body says that it is what the route reads."""
+def required(sources: list[Source]) -> list[Source]:
+    """An edit without a picture is a mistake."""
+    if not sources:
+        raise BadReference("image is required", "image")
+    return sources
+
+
+def content_type_of(request: Request, *readable: str) -> str:
+    """What the body says that it is, if the route reads that."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if sent != wanted:
-        raise WrongContentType(f"send the body as {wanted}")
+    if sent not in readable:
+        raise WrongContentType(f"send the body as {' or '.join(readable)}")
+    return sent
 
 
-def body_schema(content_type: str) -> dict[str, Any]:
+def body_schema(*content_types: str) -> dict[str, Any]:
     """What OpenAPI says of a body."""
-    schema = ImageFields.model_json_schema()
-    if content_type == FORM:
-        files = {"type": "array", "items": {"type": "string", "format": "binary"}}
-        schema["properties"] |= {"image": files, "image[]": files}
-        schema["anyOf"] = [{"required": ["image"]}, {"required": ["image[]"]}]
-    return {"requestBody": {"required": True, "content": {content_type: {"schema": schema}}}}
+    texts = {"description": "base64, with or without a data prefix, or a URL; or a list of them"}
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    content = {}
+    for content_type in content_types:
+        schema = ImageFields.model_json_schema()
+        schema["properties"] |= {name: texts for name in sorted(REFERENCE_FIELDS)}
+        if content_type == FORM:
+            schema["properties"] |= {"image": files, "image[]": files}
+        if FORM in content_types:
+            schema["anyOf"] = [{"required": [name]} for name in sorted(REFERENCE_FIELDS)]
+        content[content_type] = {"schema": schema}
+    return {"requestBody": {"required": True, "content": content}}

@@ -4,13 +4,6 @@
 NOT_YET = {
     "mask": "masks are not supported yet",
     "mask_image": "masks are not supported yet",
-    "url": "references by URL are not supported yet: send files as `image`",
-    "url[]": "references by URL are not supported yet: send files as `image`",
-    "image": "pictures go to /v1/images/edits, as multipart files",
-    "image[]": "pictures go to /v1/images/edits, as multipart files",
-    "images": "pictures go to /v1/images/edits, as multipart files `image`",
-    "ref_images": "pictures go to /v1/images/edits, as multipart files `image`",
-    "reference_image": "pictures go to /v1/images/edits, as multipart files `image`",
 }
 # These never change a picture, and are sent for the operator's sake.
 SILENT = {"safety_identifier"}

@@ -60,8 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8 bits a channel, transparent parts over white."""
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey to 255 instead of scaling it.
-        grey = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

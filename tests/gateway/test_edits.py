@@ -87,7 +87,7 @@ async def test_size_follows_the_first_reference(client, handles, picture, size, 
         ({"size": "100x100"}, "size"),
         ({"mask": "data:..."}, "mask"),
         ({"url": "http://127.0.0.1/"}, "url"),
-        ({"url[]": "http://127.0.0.1/"}, "url[]"),
+        ({"url[]": "http://127.0.0.1/"}, "url"),
         ({"seed": ["1", "2"]}, "seed"),
         ({"steps": "51"}, "steps"),
         ({"steps": "3", "step": "4"}, "steps"),
@@ -150,7 +150,7 @@ async def test_too_many_text_parts(client, picture):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("prompt", "longer than 1000"), ("image", "file part"), ("size", "auto")]
+    ("name", "words"), [("prompt", "longer than 1000"), ("image", "not a PNG"), ("size", "auto")]
 )
 async def test_an_over_long_text_part_is_named(router, picture, name, words):
     limits = Limits(max_prompt_chars=1000)
@@ -201,7 +201,7 @@ async def test_the_bad_one_of_two_is_named(client, picture):
 @pytest.mark.parametrize(
     ("content_type", "status"),
     [
-        ("application/json", 415),
+        ("application/json", 400),
         ("application/x-www-form-urlencoded", 415),
         ("multipart/form-data", 400),
         ("multipart/form-data; boundary=x", 400),

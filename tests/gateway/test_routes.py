@@ -53,12 +53,18 @@ async def test_openapi_describes_the_bodies(client):
     [(json_type, json_body)] = paths["/v1/images/generations"]["post"]["requestBody"][
         "content"
     ].items()
-    [(form_type, form_body)] = paths["/v1/images/edits"]["post"]["requestBody"]["content"].items()
-    assert (json_type, form_type) == ("application/json", "multipart/form-data")
+    edits = paths["/v1/images/edits"]["post"]["requestBody"]["content"]
+    assert (json_type, {*edits}) == (
+        "application/json",
+        {"application/json", "multipart/form-data"},
+    )
+    form_body = edits["multipart/form-data"]
     assert json_body["schema"]["required"] == ["prompt"]
     assert {"prompt", "model", "n", "size", "seed"} <= json_body["schema"]["properties"].keys()
-    new = form_body["schema"]["properties"].keys() - json_body["schema"]["properties"].keys()
-    assert new == {"image", "image[]"}
+    assert form_body["schema"]["properties"]["image[]"]["items"]["format"] == "binary"
+    for name in ("image", "images", "url", "ref_images", "reference_image"):
+        assert {"required": [name]} in edits["application/json"]["schema"]["anyOf"]
+        assert name in json_body["schema"]["properties"]
     for operation in (paths["/v1/images/generations"]["post"], paths["/v1/images/edits"]["post"]):
         assert operation["responses"].keys() == {"200", "default"}
 

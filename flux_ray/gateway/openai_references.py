@@ -1,0 +1,56 @@
+"""The fields in which clients of OpenAI's routes, and of its kin, send reference pictures."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from starlette.datastructures import FormData
+
+from flux_ray.errors import BadReference
+from flux_ray.gateway.sources import Source
+from flux_ray.gateway.targets import Target
+
+NAMES = ("image", "images", "url", "ref_images", "reference_image")
+REFERENCE_FIELDS = {*NAMES, *(f"{name}[]" for name in NAMES)}
+# How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
+WRAPPERS = ("image_url", "url", "b64_json")
+MAX_DEPTH = 4
+
+
+def sources_in_json(fields: Mapping[str, Any], target: Target) -> list[Source]:
+    """The pictures of a JSON body, in its order."""
+    names = [name for name in fields if name in REFERENCE_FIELDS]
+    return counted((source for name in names for source in unwrapped(name, fields[name])), target)
+
+
+def sources_in_form(form: FormData, target: Target) -> list[Source]:
+    """The pictures of a form, as files or as text, in its order."""
+    parts = ((name, value) for name, value in form.multi_items() if name in REFERENCE_FIELDS)
+    return counted((Source(name, value) for name, value in parts if value), target)
+
+
+def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[Source]:
+    """The texts in a field's value: one, a list of them, or objects with one."""
+    if isinstance(value, str):
+        # Some clients send every field that they know.
+        if value:
+            yield Source(field, value)
+        return
+    if depth and isinstance(value, list):
+        for each in value:
+            yield from unwrapped(field, each, depth - 1)
+        return
+    wrapped = [value[name] for name in WRAPPERS if name in value] if isinstance(value, dict) else []
+    if not depth or not wrapped:
+        raise BadReference(f"{field} must be base64 or URLs", field)
+    yield from unwrapped(field, wrapped[0], depth - 1)
+
+
+def counted(sources: Iterator[Source], target: Target) -> list[Source]:
+    """As many as any of the tiers takes; what is beyond is not looked at."""
+    taken: list[Source] = []
+    for source in sources:
+        if len(taken) == target.max_references:
+            message = f"{target.name} takes at most {target.max_references} images"
+            raise BadReference(message, source.param)
+        taken.append(source)
+    return taken
