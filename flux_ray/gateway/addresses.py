@@ -13,6 +13,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 MAX_URL_CHARS = 4096
 PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.(?!-)[a-z0-9_-]{1,63})*")
+_USER = re.compile(r"[^/?#]*//[^/?#]*@")
 # Names that end in a number are IPv4 addresses to some resolvers: 2130706433, 0x7f.1, 0177.0.0.1.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 # IPv6 networks that lead to the IPv4 address in bits 96..128, or 16..48.
@@ -40,7 +41,7 @@ def place_of(url: str, fetching: Fetching) -> Place:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         raise Refused from None
-    if parsed.scheme not in PORTS or parsed.userinfo or "@" in parsed.netloc.decode("ascii"):
+    if parsed.scheme not in PORTS or _USER.match(url):
         raise Refused
     host = parsed.raw_host.decode("ascii")
     port = PORTS[parsed.scheme] if parsed.port is None else parsed.port

@@ -40,7 +40,7 @@ def form_fault(detail: str) -> BadRequest:
         return BadReference(f"a form may have at most {MAX_FORM_FILES} images", "image")
     if detail.startswith("Too many fields"):
         return BadRequest(f"a form may have at most {MAX_FORM_FIELDS} text parts")
-    return BadRequest(f"the form cannot be read: {detail}")
+    return BadRequest("the form cannot be read")
 
 
 def text_parts(form: FormData) -> dict[str, str]:
