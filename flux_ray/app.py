@@ -12,8 +12,9 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.config import TierArgs
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder

@@ -7,8 +7,8 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from flux_ray.config import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 from flux_ray.router.calibration import Observation
 from flux_ray.router.cost import Layout

@@ -7,7 +7,6 @@ from fastapi.params import Depends as Dependency
 from fastapi.security import APIKeyHeader, HTTPBearer
 
 from flux_ray import __version__
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
@@ -18,6 +17,7 @@ from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.router import Router
 
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)

@@ -7,10 +7,10 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_references import REFERENCE_FIELDS
 from flux_ray.gateway.openai_unserved import NOT_YET
+from flux_ray.gateway_config import Limits
 
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from flux_ray import __version__
-from flux_ray.config import Fetching
 from flux_ray.errors import BadReference
 from flux_ray.gateway.addresses import Address, Refused, is_reachable, literal, place_of
+from flux_ray.gateway_config import Fetching
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 

@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.failures import HUB, HubFailure
@@ -21,6 +20,7 @@ from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.references import decode
 from flux_ray.gateway.targets import Target
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageFormat, Raster
 from flux_ray.router.router import Router
 

@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
@@ -23,6 +22,7 @@ from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.sources import Source, read_references
 from flux_ray.gateway.targets import Target
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import Raster
 from flux_ray.router.router import Router
 

@@ -4,10 +4,10 @@ import secrets
 import uuid
 
 from flux_ray.catalog import Tier
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
 from flux_ray.gateway.sizes import check_size, parse_size, size_like
+from flux_ray.gateway_config import Limits
 from flux_ray.request import Encoding, ImageRequest, Raster
 
 # JavaScript reads integers exactly up to 2**53.

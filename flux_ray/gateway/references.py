@@ -7,8 +7,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference
+from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 
 FORMATS = ("PNG", "JPEG", "WEBP")

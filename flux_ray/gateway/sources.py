@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from starlette.datastructures import UploadFile
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.references import decode
+from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)

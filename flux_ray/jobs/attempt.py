@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from flux_ray.errors import FluxError
 from flux_ray.jobs.database import StoreLost
-from flux_ray.jobs.job import JobResult, Lease
+from flux_ray.jobs.job import Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
 from flux_ray.jobs.packing import num_blobs, unpack
 from flux_ray.jobs.results import Results, ResultsLost
@@ -20,7 +20,8 @@ logger = logging.getLogger("ray.serve")
 # A lease outlives two beats that were lost.
 BEATS_PER_LEASE = 3
 
-Generate = Callable[[ImageRequest], Awaitable[ImageResult]]
+# Draws the job's request, for the job's owner.
+Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 # How far a request has come, from 0 to 1, by its id; None if nobody knows.
 ProgressOf = Callable[[str], float | None]
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Attempt:
         count = num_blobs(job.packed)
         blobs = await self._insist(lambda: results.read_references(job.job_id, count))
         request = await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
-        drawn = await self._shop.generate(request)
+        drawn = await self._shop.generate(job, request)
         pictures = await self._insist(
             lambda: results.write_pictures(
                 job.job_id, job.attempt, drawn.images, request.encoding.format

@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flux_ray.config import Alias
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -19,6 +18,7 @@ from flux_ray.errors import (
     ReplicaFailed,
     TierUnavailable,
 )
+from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
 from flux_ray.router.allowances import Allowance, Entry

@@ -4,8 +4,8 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms

@@ -32,8 +32,8 @@ def offer_for(seed: int) -> Offer:
     return Offer("anna", request, Idempotency(f"key {seed}", f"words {seed}"))
 
 
-async def generate(request: ImageRequest) -> ImageResult:
-    return await paint(request, random.uniform(0.2, 1.0))
+async def generate(job: object, request: ImageRequest) -> ImageResult:
+    return await paint(job, request, random.uniform(0.2, 1.0))
 
 
 async def main(database_url: str, results_url: str, options: dict[str, str], num_jobs: int) -> None:
