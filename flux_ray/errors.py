@@ -18,6 +18,8 @@ FluxError                 500  server_error
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+  StoreLost               503  the store of durable jobs cannot be reached
+    ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
 
 Arguments are positional only, so that every error survives a process border.
@@ -27,7 +29,7 @@ from typing import ClassVar
 
 
 class FluxError(Exception):
-    """A failure with a message that may be shown to the caller."""
+    """A failure; its message is shown to the caller, unless `shown` says something else."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -40,6 +42,11 @@ class FluxError(Exception):
         self.field = field
 
     def __str__(self) -> str:
+        return self.message
+
+    @property
+    def shown(self) -> str:
+        """What the caller reads."""
         return self.message
 
 
@@ -143,6 +150,23 @@ class ReplicaFailed(FluxError):
     status = 503
     code = "replica_failed"
     retry_after_s = 5
+
+
+class StoreLost(FluxError):
+    """The database of jobs did not answer: what it was told may or may not be known to it."""
+
+    status = 503
+    code = "store_unavailable"
+    retry_after_s = 5
+
+    @property
+    def shown(self) -> str:
+        """Its message is the store's own words, for the operator's log only."""
+        return "jobs cannot be kept or found now"
+
+
+class ResultsLost(StoreLost):
+    """The results store did not answer, or did not take what it was given."""
 
 
 class DeadlinePassed(FluxError):

@@ -126,7 +126,7 @@ def failure_of(error: FluxError) -> Failure:
     """What the caller reads of it."""
     # The router knows of no headers.
     field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
-    return Failure(message=error.message, type=error.type, param=field, code=error.code)
+    return Failure(message=error.shown, type=error.type, param=field, code=error.code)
 
 
 def envelop(

@@ -6,12 +6,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from flux_ray.errors import FluxError
-from flux_ray.jobs.database import StoreLost
+from flux_ray.errors import FluxError, StoreLost
 from flux_ray.jobs.job import Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
 from flux_ray.jobs.packing import num_blobs, unpack
-from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -130,7 +129,7 @@ class Attempt:
         while True:
             try:
                 return await call()
-            except (StoreLost, ResultsLost) as error:
+            except StoreLost as error:
                 logger.warning("job %s waits for a store: %s", self._lease.job_id, error)
                 await asyncio.sleep(self._shop.pause_s)
 

@@ -22,6 +22,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from flux_ray.errors import StoreLost
 from flux_ray.jobs.table import METADATA
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
@@ -34,10 +35,6 @@ DAY_S = 86400.0
 CREATION_LOCK = 7_355_608
 
 Clock = Callable[[], float]
-
-
-class StoreLost(Exception):
-    """The database did not answer: what it was told may or may not be known to it."""
 
 
 class Database:

@@ -19,8 +19,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from flux_ray.errors import KeyReused
-from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.errors import KeyReused, StoreLost
+from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import End, Failure, Job, JobResult, Lease, Offer
 from flux_ray.jobs.table import JOBS
 

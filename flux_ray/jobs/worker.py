@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Coroutine
 from typing import Any
 
+from flux_ray.errors import StoreLost
 from flux_ray.jobs.attempt import Attempt, Workshop
-from flux_ray.jobs.database import StoreLost
 
 logger = logging.getLogger("ray.serve")
 

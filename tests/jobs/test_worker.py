@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed
+from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed, ResultsLost, StoreLost
 from flux_ray.jobs import outcome
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
-from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Failure, Job
-from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, Raster
