@@ -3,6 +3,7 @@
 FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
+    UnknownResult         404  no such picture, or none for that URL
     InvalidKey            401  no key was sent, or none that is let in
     LicenseForbids        403  the caller's key may not use a tier of that licence
     TierForbidden         403  the caller's key may not use that tier
@@ -17,6 +18,7 @@ FluxError                 500  server_error
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
+  StoreUnavailable        503  the stores of jobs and pictures do not answer
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
@@ -63,6 +65,13 @@ class UnknownTier(BadRequest):
 
     status = 404
     code = "model_not_found"
+
+
+class UnknownResult(BadRequest):
+    """No finished picture for that URL: nobody is told why."""
+
+    status = 404
+    code = "result_not_found"
 
 
 class LicenseForbids(BadRequest):
@@ -141,6 +150,14 @@ class TierUnavailable(FluxError):
 
     status = 503
     code = "tier_unavailable"
+    retry_after_s = 5
+
+
+class StoreUnavailable(FluxError):
+    """Where jobs and their pictures are kept is away; nothing of it is lost."""
+
+    status = 503
+    code = "store_unavailable"
     retry_after_s = 5
 
 

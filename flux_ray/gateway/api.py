@@ -17,7 +17,9 @@ from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
+from flux_ray.gateway.result_routes import ResultRoutes
 from flux_ray.gateway_config import GatewayArgs
+from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router
 
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
@@ -27,12 +29,14 @@ def build_api(
     router: Router,
     args: GatewayArgs,
     *,
+    desk: Desk | None = None,
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
     max_body_s: float = MAX_BODY_S,
 ) -> FastAPI:
     """A plain ASGI application. ValueError says why the keys file cannot be used.
 
+    `desk`: of the jobs, where `args.jobs` is given; whoever opens it closes it.
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
     api = FastAPI(
@@ -57,5 +61,7 @@ def build_api(
     api.include_router(images.routes(), dependencies=guards)
     api.include_router(HuggingFace(router, args).routes(), dependencies=guards)
     api.include_router(Models(args).routes(), dependencies=guards)
+    if desk is not None and args.public_url is not None:
+        api.include_router(ResultRoutes(desk, args.public_url).routes())
     api.include_router(Health(router).routes())
     return api

@@ -9,10 +9,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.failures import answer_for
+from flux_ray.gateway.result_urls import PREFIX
 from flux_ray.keys import Key
 
 # Probes have no keys, and the description holds no secrets.
 OPEN = frozenset({"/health", "/readyz", "/openapi.json"})
+# Below these, the URL itself is the right to read.
+OPEN_BELOW = (PREFIX,)
 # One text for all that may be wrong with a key.
 REFUSAL = "send a valid API key, as `Authorization: Bearer` or as `x-key`"
 
@@ -32,7 +35,7 @@ class Door:
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or path_of(scope) in OPEN:
+        if scope["type"] == "lifespan" or is_open(path_of(scope)):
             await self.app(scope, receive, send)
             return
         key = await self.keys.find(token_of(Headers(scope=scope)))
@@ -42,6 +45,11 @@ class Door:
             return
         scope.setdefault("state", {})["key"] = key
         await self.app(scope, receive, send)
+
+
+def is_open(path: str) -> bool:
+    """Whether that route asks for no key."""
+    return path in OPEN or path.startswith(OPEN_BELOW)
 
 
 def path_of(scope: Scope) -> str:

@@ -9,6 +9,8 @@ from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Offer, StoredPicture
 from flux_ray.jobs.results import Results
+from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker, spawn
 
@@ -25,6 +27,8 @@ class Desk:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
+        self._shelf = Shelf(self._database, self._results)
+        self._url_secret: bytes | None = None
         workshop = Workshop(
             self._store, self._results, generate, progress_of, max_lost=args.max_lost
         )
@@ -66,3 +70,13 @@ class Desk:
     async def read_picture(self, picture: StoredPicture) -> bytes:
         """A picture of a job that was found. Raises ResultMissing and ResultsLost."""
         return await self._results.read_picture(picture)
+
+    async def read_by_name(self, name: str) -> bytes:
+        """A picture of any job that is ready, whoever's. Raises ResultMissing and ResultsLost."""
+        return await self._shelf.read(name)
+
+    async def url_secret(self) -> bytes:
+        """What URLs of pictures are signed with: the same at every gateway of this database."""
+        if self._url_secret is None:
+            self._url_secret = await shared_secret(self._database, "result-urls")
+        return self._url_secret

@@ -1,4 +1,4 @@
-"""The table of jobs, the same in SQLite and in PostgreSQL."""
+"""The tables of jobs and of shared secrets, the same in SQLite and in PostgreSQL."""
 
 from sqlalchemy import (
     JSON,
@@ -53,3 +53,11 @@ for name in ("claimable_at_s", "expires_at_s"):
     column = JOBS.c[name]
     is_set = column.is_not(None)
     Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
+
+# What all gateways sign with, as hexadecimal digits.
+SECRETS = Table(
+    "flux_secrets",
+    METADATA,
+    Column("name", String(64), primary_key=True),
+    Column("value", String(128), nullable=False),
+)
