@@ -18,7 +18,6 @@ FluxError                 500  server_error
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
-  StoreUnavailable        503  the stores of jobs and pictures do not answer
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
@@ -150,14 +149,6 @@ class TierUnavailable(FluxError):
 
     status = 503
     code = "tier_unavailable"
-    retry_after_s = 5
-
-
-class StoreUnavailable(FluxError):
-    """Where jobs and their pictures are kept is away; nothing of it is lost."""
-
-    status = 503
-    code = "store_unavailable"
     retry_after_s = 5
 
 

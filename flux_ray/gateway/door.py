@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
+from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
 from flux_ray.gateway.result_urls import PREFIX
 from flux_ray.keys import Key
@@ -50,9 +51,3 @@ class Door:
 def is_open(path: str) -> bool:
     """Whether that route asks for no key."""
     return path in OPEN or path.startswith(OPEN_BELOW)
-
-
-def path_of(scope: Scope) -> str:
-    """As the routes know it: without what Serve's route prefix adds."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))

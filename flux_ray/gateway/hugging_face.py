@@ -13,7 +13,8 @@ from starlette.responses import Response
 from flux_ray.catalog import tier_for
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.callers import PARAMETERS
-from flux_ray.gateway.failures import HUB, HubFailure
+from flux_ray.gateway.dialects import HUB
+from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for

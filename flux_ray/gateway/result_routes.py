@@ -4,12 +4,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.errors import StoreUnavailable, UnknownResult
+from flux_ray.errors import UnknownResult
 from flux_ray.gateway.failures import Envelope, answer_for
 from flux_ray.gateway.result_urls import PREFIX, ResultUrls
-from flux_ray.jobs.database import StoreLost
 from flux_ray.jobs.desk import Desk
-from flux_ray.jobs.results import ResultMissing, ResultsLost, ResultTooLarge
+from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 
 # By the ending that we gave the file; what is in it is not looked at.
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -53,8 +52,6 @@ class ResultRoutes:
             data = await self._desk.read_by_name(name)
         except (ResultMissing, ResultTooLarge):
             return missing(request)
-        except (StoreLost, ResultsLost) as error:
-            raise StoreUnavailable("the pictures cannot be read now") from error
         headers = PRIVATE | {"content-disposition": "inline"}
         return Response(data, media_type=TYPES[name.rpartition(".")[2]], headers=headers)
 

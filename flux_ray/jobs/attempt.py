@@ -18,6 +18,8 @@ logger = logging.getLogger("ray.serve")
 
 # A lease outlives two beats that were lost.
 BEATS_PER_LEASE = 3
+# At a beat a job that was cancelled elsewhere ends, and others see how far it has come.
+MAX_BEAT_S = 2.0
 
 # Draws the job's request, for the job's owner.
 Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
@@ -93,8 +95,9 @@ class Attempt:
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost."""
         store = self._shop.store
+        beat_s = min(store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
         while True:
-            done, _ = await asyncio.wait({drawing}, timeout=store.lease_s / BEATS_PER_LEASE)
+            done, _ = await asyncio.wait({drawing}, timeout=beat_s)
             if done:
                 return True
             try:

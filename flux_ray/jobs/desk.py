@@ -1,7 +1,9 @@
 """The desk at which dialects hand jobs in and ask for them, at any gateway."""
 
 import asyncio
+import logging
 
+from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
@@ -13,6 +15,10 @@ from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker, spawn
+
+logger = logging.getLogger("ray.serve")
+
+AGAIN_S = 2.0
 
 
 class Desk:
@@ -33,20 +39,22 @@ class Desk:
             self._store, self._results, generate, progress_of, max_lost=args.max_lost
         )
         self._worker = Worker(workshop, args.max_running)
-        self._cleaning: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Make what is missing, and begin to work."""
-        await self._database.create()
-        self._worker.start()
-        self._cleaning = spawn(keep_clean(self._store, self._results))
+        """Make what is missing, and begin to work: later, if the database is away."""
+        try:
+            await self._begin()
+        except StoreLost as error:
+            logger.warning("jobs cannot be taken yet: %s", error)
+            self._tasks.append(spawn(self._begin_later()))
 
     async def close(self, drain_s: float = 0.0) -> None:
         """See jobs end for `drain_s`, and leave the rest to other gateways."""
         await self._worker.stop(drain_s)
-        if self._cleaning is not None:
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait({task})
         await self._database.close()
 
     async def accept(self, offer: Offer) -> Job:
@@ -80,3 +88,16 @@ class Desk:
         if self._url_secret is None:
             self._url_secret = await shared_secret(self._database, "result-urls")
         return self._url_secret
+
+    async def _begin(self) -> None:
+        await self._database.create()
+        self._worker.start()
+        self._tasks.append(spawn(keep_clean(self._store, self._results)))
+
+    async def _begin_later(self) -> None:
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            try:
+                return await self._begin()
+            except StoreLost as error:
+                logger.warning("jobs cannot be taken yet: %s", error)

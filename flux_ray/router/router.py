@@ -154,6 +154,23 @@ class Router:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
 
+    async def choose(
+        self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
+    ) -> ImageRequest:
+        """The one that the alias's policy prefers now; BadRequest if none is cheap enough."""
+        if len(requests) == 1 and alias.max_gpu_seconds is None:
+            return requests[0]
+        return in_order(await self._candidates(requests, caller), alias)[0].request
+
+    async def count_in(self, request: ImageRequest, caller: Caller) -> None:
+        """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
+        async with self._entered(request, caller):
+            pass
+
+    def gpu_seconds(self, request: ImageRequest) -> float:
+        """Its price."""
+        return self.prices.on_all_cards(request.tier, self.prices.price(request).total_s)
+
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that can serve now."""
         return await self.handles.ready_tiers()
