@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinInpaintPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2Transformer2DModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import Parallel
 from flux_ray.engine import flux2
+from flux_ray.engine.activations import Forward, denoise_bytes
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.inpainting import fit_mask, mask_image, token_weights
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.engine.remembering import Remembering
 from flux_ray.engine.state import Canvas
+from flux_ray.parallel.load import build_empty
 from flux_ray.request import ImageRequest, Mask, Raster
 from flux_ray.tiny import CHECKPOINT
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
@@ -264,6 +267,15 @@ def test_a_large_picture_is_a_small_reference_and_kept_whole(
     assert (pixels_of(drawn)[inside] != pixels_of(picture)[inside]).any()
     kept = conditioning.edit.weights[0, :, 0] == 0
     assert torch.equal(latents[0, kept], conditioning.edit.latents[0, kept])
+
+
+def test_what_a_mask_holds_is_nothing_beside_a_step() -> None:
+    """The memory plan does not count it."""
+    dev, config = tier_for("flux-2-dev"), build_empty(lambda: Flux2Transformer2DModel()).config
+    picture = dev.max_pixels // 16**2
+    largest = Forward(dev.text_length, picture + 6 * 4096, Parallel(tensor=8), 2)
+    held = 2 * picture * config.in_channels * 2
+    assert held < 0.01 * denoise_bytes(config, largest)
 
 
 def test_dev_keeps_what_is_not_marked(small_dev: Path) -> None:
