@@ -5,6 +5,7 @@ puts them in the place of tokens outside of the mask. It decodes these too, whic
 picture and not the picture: here its own pixels are put back there.
 """
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,12 +28,21 @@ def fit_picture(picture: Raster, size: tuple[int, int]) -> Raster:
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """The mask, scaled as its picture is."""
+    """The mask, scaled as its picture is; specks that would be lost are pixels, if all would be."""
     if (mask.width, mask.height) == size:
         return mask
     scaled = mask_image(mask).resize(size, Image.Resampling.LANCZOS)
-    marks = scaled.point([255 * (value >= THRESHOLD) for value in range(256)])
-    return Mask(*size, marks.tobytes())
+    marks = scaled.point([255 * (value >= THRESHOLD) for value in range(256)]).tobytes()
+    return Mask(*size, marks if 255 in marks else specks(mask, size))
+
+
+def specks(mask: Mask, size: tuple[int, int]) -> bytes:
+    """The marks of every scaled pixel that a mark falls into."""
+    width, height = size
+    rows, columns = np.nonzero(np.asarray(mask_image(mask)))
+    marks = np.zeros((height, width), np.uint8)
+    marks[rows * height // mask.height, columns * width // mask.width] = 255
+    return marks.tobytes()
 
 
 def mask_image(mask: Mask) -> Image.Image:

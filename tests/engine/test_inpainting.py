@@ -207,6 +207,12 @@ def test_a_scaled_mask_has_two_values() -> None:
     assert marked(scaled).sum() == pytest.approx(area, rel=0.05)
 
 
+def test_a_speck_is_not_lost_where_nothing_else_is_marked() -> None:
+    speck = mask_of(2000, 1500, (1999, 1499, 2000, 1500))
+    assert np.argwhere(marked(fit_mask(speck, (128, 96)))).tolist() == [[95, 127]]
+    assert marked(fit_mask(mask_of(64, 64, (63, 0, 64, 1)), (128, 96))).any()
+
+
 def test_pictures_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: Flux2) -> None:
     """The same picture in two sizes, with and without a mask, with another mask."""
     picture = reference(143, 121, 4)
