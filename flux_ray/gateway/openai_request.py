@@ -7,6 +7,7 @@ from flux_ray.catalog import Tier
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
+from flux_ray.gateway.references import MAX_ASPECT
 from flux_ray.gateway.sizes import check_size, parse_size, size_like
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 
@@ -31,6 +32,9 @@ def request_for(
     if mask is not None:
         check_mask(mask, references, tier)
     width, height = size_for(fields, tier, references)
+    if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
+        # The picture is a reference too, in that size.
+        raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
     return ImageRequest(
         request_id=uuid.uuid4().hex,
         tier=tier.name,

@@ -224,6 +224,17 @@ def test_a_tier_that_takes_no_masks_says_so():
     assert caught.value.field == "mask"
 
 
+def test_a_size_that_the_model_would_refuse_of_a_reference():
+    """Cut to whole tokens, 1040 x 130 is more than eight times as long as wide."""
+    picture, mask = Raster(1040, 130, b""), Mask(1040, 130, b"")
+    with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
+        request_for(FIELDS, KLEIN, LIMITS, (picture,), mask)
+    assert caught.value.field == "size"
+    asked = FIELDS.model_copy(update={"size": "1024x128"})
+    assert request_for(asked, KLEIN, LIMITS, (picture,), mask).width == 1024
+    assert request_for(FIELDS, KLEIN, LIMITS, (picture,)).width == 1040
+
+
 def test_an_alias_goes_on_to_a_tier_that_takes_them():
     alias = Alias(tiers=("flux-2-dev", "flux-2-klein-4b"))
     [request] = requests_for(Target("best", alias, (UNABLE, KLEIN)), build)
