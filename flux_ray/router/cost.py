@@ -128,7 +128,7 @@ def work_of(request: ImageRequest) -> Work:
         tuple(reference_pixels(*size, limit) for size in request.reference_sizes),
         request.num_images,
         request.encoding.format,
-        request.mask is not None,
+        is_masked=request.mask is not None,
     )
 
 
