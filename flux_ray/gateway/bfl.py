@@ -19,15 +19,14 @@ from flux_ray.gateway.bfl_answer import (
 )
 from flux_ray.gateway.bfl_failure import BflFailure
 from flux_ray.gateway.bfl_fields import BflFields, parse_body
+from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders
 from flux_ray.gateway.openai import JSON, content_type_of
-from flux_ray.gateway.openai_references import counted
 from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.result_urls import ResultUrls
-from flux_ray.gateway.sources import read_references
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
@@ -112,12 +111,11 @@ class Bfl:
         content_type_of(http, JSON)
         sent = parse_body(await http.body())
         target = self.orders.target_of(http, name)
-        sources = counted(iter(sent.sources), target)
-        references = await read_references(sources, self.limits, self.fetcher)
+        pictures = await pictures_of(sent, target, self.limits, self.fetcher)
         order = self.orders.take(
             http,
             target,
-            lambda tier: job_request_for(sent, name, tier, self.limits, references),
+            lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
         )
         job = await self.accept(http, sent, name, order)
         return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)

@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.openai_fields import MAX_SEED, bad_request
-from flux_ray.gateway.sources import Source
 
 IMAGES = ("input_image", *(f"input_image_{number}" for number in range(2, 9)))
 MIN_SIDE = 64
@@ -19,8 +18,6 @@ UNSERVED = {
     "image_prompt": "pictures as prompts are not served: send input_image",
     "control_image": "control images are not served",
     "preprocessed_image": "control images are not served",
-    "image": "filling and expanding are not served on this route",
-    "mask": "filling is not served on this route",
     "top": "expanding is not served",
     "bottom": "expanding is not served",
     "left": "expanding is not served",
@@ -53,6 +50,10 @@ class BflFields(BaseModel):
     input_image_6: str | None = Field(None, description=PICTURE)
     input_image_7: str | None = Field(None, description=PICTURE)
     input_image_8: str | None = Field(None, description=PICTURE)
+    image: str | None = Field(None, description=f"to fill: {PICTURE}")
+    mask: str | None = Field(
+        None, description="of the first picture, white where it is drawn; or `image` has an alpha"
+    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
     width: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
     height: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
@@ -74,14 +75,8 @@ class BflFields(BaseModel):
         """A null says as much as no field, and so does an empty picture."""
         if not isinstance(sent, dict):
             return sent
-        empty = {name for name in IMAGES if sent.get(name) == ""}
+        empty = {name for name in ("image", "mask", *IMAGES) if sent.get(name) == ""}
         return {k: each for k, each in sent.items() if each is not None and k not in empty}
-
-    @property
-    def sources(self) -> list[Source]:
-        """The reference pictures in their order."""
-        sent = ((name, getattr(self, name)) for name in IMAGES)
-        return [Source(name, content) for name, content in sent if content is not None]
 
     @property
     def unknown(self) -> list[str]:

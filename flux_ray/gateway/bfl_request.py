@@ -10,15 +10,17 @@ from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
 from flux_ray.gateway.sizes import fitted, size_like, sized
+from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageFormat, ImageRequest, Raster
 
 
 def job_request_for(
-    sent: BflFields, name: str, tier: Tier, limits: Limits, references: tuple[Raster, ...]
+    sent: BflFields, name: str, tier: Tier, limits: Limits, pictures: Pictures
 ) -> ImageRequest:
     """The complete request; `name` is the route's, on which the format depends."""
-    return request_for(openai_fields(sent, name, tier, references), tier, limits, references)
+    fields = openai_fields(sent, name, tier, pictures.references)
+    return request_for(fields, tier, limits, *pictures)
 
 
 def openai_fields(

@@ -16,6 +16,7 @@ from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
+from flux_ray.gateway.openai_references import MASK_FIELDS
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
@@ -31,7 +32,7 @@ FORMATS: dict[str, ImageFormat] = {
     "image/webp": "webp",
 }
 # OpenAI's, of which this route has but one way.
-NOT_HERE = {"model", "n", "response_format", "stream"}
+NOT_HERE = {"model", "n", "response_format", "stream"} | MASK_FIELDS
 
 
 class TargetSize(BaseModel):

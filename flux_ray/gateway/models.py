@@ -27,6 +27,7 @@ class Model(BaseModel):
     default_steps: int
     max_steps: int
     max_references: int
+    takes_mask: bool
     max_pixels: int
     size_multiple: int
 
@@ -74,6 +75,7 @@ class Models:
             default_steps=tier.num_steps,
             max_steps=tier.max_steps,
             max_references=tier.max_references,
+            takes_mask=tier.takes_mask,
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
         )

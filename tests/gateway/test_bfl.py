@@ -194,6 +194,31 @@ async def test_wrong_fields_are_named_as_fastapi_does(client, handles, fields, f
     assert not handles.requests
 
 
+@pytest.mark.parametrize("has_mask", [True, False])
+async def test_a_picture_is_filled_where_its_mask_or_its_alpha_says(
+    client, handles, picture, has_mask
+):
+    clear = picture(96, 80, mode="RGBA", color=(255, 0, 0, 0))
+    fields = {"image": base64.b64encode(clear).decode()}
+    if has_mask:
+        fields |= {
+            "image": base64.b64encode(picture(96, 80)).decode(),
+            "mask": base64.b64encode(picture(96, 80, color="white")).decode(),
+        }
+    answer = await submit(client, "flux-dev", **fields)
+    assert answer.status_code == 200, answer.text
+    assert (await poll(client, answer.json()["id"]))["status"] == "Ready"
+    [request] = handles.requests
+    assert set(request.mask.marks) == {255}
+    assert [(each.width, each.height) for each in request.references] == [(96, 80)]
+
+
+async def test_what_is_to_be_filled_is_said(client, picture):
+    answer = await submit(client, image=base64.b64encode(picture(96, 80)).decode())
+    assert answer.status_code == 422
+    assert "mask is required" in answer.json()["message"]
+
+
 async def test_other_errors_have_bfls_shape(client):
     missing = await client.get("/v1/get_result")
     assert missing.status_code == 422

@@ -100,13 +100,6 @@ async def test_bad_text_parts_are_named(client, handles, picture, fields, param)
     assert handles.requests == []
 
 
-async def test_mask_is_refused(client, picture):
-    files = {"image": ("a", picture()), "mask": ("m", picture())}
-    answer = await client.post(PATH, data=PROMPT, files=files)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "mask"
-
-
 async def test_a_file_where_text_belongs(client, picture):
     files = {"image": ("a", picture()), "prompt": ("p", b"a ring")}
     answer = await client.post(PATH, files=files)

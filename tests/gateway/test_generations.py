@@ -180,8 +180,8 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"background": "transparent"}, "background", "transparent"),
         ({"background": "red"}, "background", "'auto'"),
         ({"stream": "yes"}, "stream", "boolean"),
-        ({"mask": "..."}, "mask", "not supported yet"),
-        ({"mask_image": "..."}, "mask_image", "not supported yet"),
+        ({"mask": "..."}, "mask", "comes with the image"),
+        ({"mask_image": "..."}, "mask_image", "comes with the image"),
     ],
 )
 async def test_bad_fields_are_named(client, handles, fields, param, words):
