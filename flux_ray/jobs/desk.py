@@ -7,6 +7,7 @@ from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
+from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Offer, StoredPicture
@@ -14,7 +15,7 @@ from flux_ray.jobs.results import Results
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.worker import Worker, spawn
+from flux_ray.jobs.worker import Worker
 
 logger = logging.getLogger("ray.serve")
 
