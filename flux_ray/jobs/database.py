@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,13 @@ def url_for(url: str) -> URL:
 def engine_for(url: URL) -> AsyncEngine:
     """Every statement is a transaction: no caller can leave one open, and none upgrades its lock.
 
-    A connection that the server ended is replaced before it is used.
+    A connection that the server ended is replaced before it is used. Errors are logged, and are not
+    to tell what a statement holds.
     """
+    create = partial(create_async_engine, url, isolation_level="AUTOCOMMIT", hide_parameters=True)
     if url.drivername != DRIVERS["sqlite"]:
-        return create_async_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
-    engine = create_async_engine(
-        url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_S}
-    )
+        return create(pool_pre_ping=True)
+    engine = create(connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine.sync_engine, "connect", set_up_sqlite)
     return engine
 
