@@ -1,6 +1,7 @@
 """The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -34,6 +35,9 @@ JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
 # Gateways that start at once create the table one after another.
 CREATION_LOCK = 7_355_608
+
+# It logs what each statement holds.
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)
 
 Clock = Callable[[], float]
 
