@@ -1,6 +1,7 @@
 """A real web server on this machine that takes webhooks, well or badly by their paths."""
 
 import asyncio
+import random
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -17,11 +18,12 @@ class Post(NamedTuple):
 
 
 class WebhookReceiver:
-    """`posts` are those that came in whole."""
+    """`posts` are those that came in whole, `taken` the ids of those that were answered well."""
 
     def __init__(self) -> None:
         self.port = 0
         self.posts: list[Post] = []
+        self.taken: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -44,6 +46,9 @@ class WebhookReceiver:
         self._tries[message_id] += 1
         if path == "/third" and self._tries[message_id] < 3:
             path = "/failing"
+        if path == "/moody":
+            await asyncio.sleep(random.uniform(0, 0.6))
+            path = random.choice(["/good", "/good", "/failing", "/closes"])
         if path == "/closes":
             return
         statuses = {
@@ -68,6 +73,8 @@ class WebhookReceiver:
             await writer.drain()
             await asyncio.sleep(0.001 if path == "/endless" else 0.02)
         await writer.drain()
+        if status.startswith("2"):
+            self.taken[message_id] += 1
 
 
 @asynccontextmanager

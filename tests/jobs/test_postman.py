@@ -20,7 +20,7 @@ from tests.jobs.waiting import wait_until
 
 WEBHOOK = Webhook("https://example.org/hook?token=1", "s3cr3t")
 RETRIES_S = (0.01, 0.02)
-LEASE_S = 0.5
+LEASE_S = 60.0
 
 
 class Receiver:
@@ -61,10 +61,12 @@ async def employ(database, receiver):
     """`employ()`: a postman at work, stopped after the test."""
     postmen = []
 
-    def start(mailbox=None, message_of=receiver.message_of, max_lost=5, post=None) -> Postman:
+    def start(
+        mailbox=None, message_of=receiver.message_of, max_lost=5, post=None, retries_s=RETRIES_S
+    ) -> Postman:
         mail = Mail(message_of, post or receiver.post)
         mailbox = mailbox or Mailbox(database, LEASE_S)
-        postmen.append(Postman(mailbox, mail, RETRIES_S, max_lost, poll_s=0.02))
+        postmen.append(Postman(mailbox, mail, retries_s, max_lost, poll_s=0.02))
         postmen[-1].start()
         return postmen[-1]
 
@@ -124,6 +126,22 @@ async def test_it_is_posted_again_until_it_is_taken(employ, receiver, end_job, w
     assert [post[1] for post in receiver.posts] == [job_id] * 3
 
 
+async def test_the_pauses_come_in_their_order(employ, receiver, database, end_job, wait_for):
+    pauses = []
+
+    class Impatient(Mailbox):
+        async def put_off(self, letter, after_s) -> None:
+            pauses.append(after_s)
+            await super().put_off(letter, 0)
+
+    receiver.failures = [NotTaken("status 500")] * 6
+    job_id = await end_job()
+    retries_s = JobArgs().webhook_retries_s
+    employ(Impatient(database, LEASE_S), retries_s=retries_s)
+    assert await wait_for(job_id, "given up") == 6
+    assert pauses == list(retries_s) == [1, 5, 30, 300, 1800]
+
+
 async def test_it_is_given_up_and_the_log_tells_no_secrets(
     employ, receiver, end_job, wait_for, serve_log
 ):
@@ -155,7 +173,7 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
 ):
     receiver.hangs = True
     job_id = await end_job()
-    first = employ(Mailbox(database, lease_s=60))
+    first = employ(Mailbox(database, LEASE_S))
 
     async def is_posting() -> bool:
         return len(receiver.posts) == 1
@@ -163,7 +181,7 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
     await wait_until(is_posting)
     await first.stop()
     receiver.hangs = False
-    employ(Mailbox(database, lease_s=60))
+    employ(Mailbox(database, LEASE_S))
     assert await wait_for(job_id, "delivered") == 2
 
 
@@ -196,7 +214,7 @@ async def test_a_store_that_is_away_is_no_fault_of_the_letter(
             await super().delivered(letter)
 
     job_id = await end_job()
-    employ(CutOff(database, LEASE_S))
+    employ(CutOff(database, lease_s=0.3))
     assert await wait_for(job_id, "delivered") == 3
     assert len(receiver.posts) == 3
     assert (await row_of(database, job_id))["webhook_num_failed"] == 0
@@ -227,7 +245,7 @@ async def test_who_hangs_holds_up_no_other_owner(
         if message_id in hanging:
             await asyncio.sleep(60)
 
-    employ(Mailbox(database, lease_s=60), post=post)
+    employ(Mailbox(database, LEASE_S), post=post)
     job_id = await end_job("anna")
     await wait_for(job_id, "delivered")
     assert len(receiver.posts) == 3
