@@ -26,9 +26,10 @@ from flux_ray.gateway.job_orders import PARAMETER, JobOrders
 from flux_ray.gateway.openai import JSON, content_type_of
 from flux_ray.gateway.openai_references import counted
 from flux_ray.gateway.orders import Order, Orders
-from flux_ray.gateway.result_urls import ResultUrls
+from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
 from flux_ray.gateway.sources import read_references
 from flux_ray.gateway.targets import names_of
+from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Job, Webhook
@@ -62,6 +63,7 @@ class Bfl:
         self.fetcher = fetcher
         self.urls = urls
         self.limits = args.limits
+        self.webhooks = args.webhooks
         self.public_url = (args.public_url or "").rstrip("/")
         self.names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
 
@@ -111,6 +113,7 @@ class Bfl:
         """From the body to a job that is kept."""
         content_type_of(http, JSON)
         sent = parse_body(await http.body())
+        webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
         target = self.orders.target_of(http, name)
         sources = counted(iter(sent.sources), target)
         references = await read_references(sources, self.limits, self.fetcher)
@@ -119,10 +122,17 @@ class Bfl:
             target,
             lambda tier: job_request_for(sent, name, tier, self.limits, references),
         )
-        job = await self.accept(http, sent, name, order)
+        job = await self.accept(http, sent, name, order, webhook)
         return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
 
-    async def accept(self, http: Request, sent: BflFields, name: str, order: Order) -> Job:
+    async def accept(
+        self,
+        http: Request,
+        sent: BflFields,
+        name: str,
+        order: Order,
+        webhook: Webhook | None,
+    ) -> Job:
         """The job of an order, with what the answers are to say of it."""
         request = await self.jobs.choose(order)
         read = sum(each.width * each.height for each in request.references) / 1e6
@@ -132,9 +142,6 @@ class Bfl:
             "output_mp": round(request.megapixels, 2),
             "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
         }
-        webhook = None
-        if sent.webhook_url is not None:
-            webhook = Webhook(sent.webhook_url, sent.webhook_secret)
         return await self.jobs.accept(http, order, request, memo, webhook)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
@@ -156,9 +163,7 @@ class Bfl:
 
     async def sample_url(self, job: Job) -> str | None:
         """Where the picture of a job is, if it is ready."""
-        if job.status != "ready" or job.result is None:
-            return None
-        return (await self.urls()).url_of(job.result.pictures[0])
+        return sample_url_of(job, await self.urls()) if job.status == "ready" else None
 
     async def credits(self, request: Request) -> Credits:
         """What the key may still use today."""

@@ -17,7 +17,7 @@ from flux_ray.jobs.job import Webhook
 from flux_ray.jobs.postman import NotTaken
 
 MAX_URL_CHARS = 2083
-MAX_SECRET_CHARS = 512
+MAX_SECRET_CHARS = 1024
 # An answer is read so far that its server can end it in peace, and ignored.
 MAX_ANSWER_BYTES = 4096
 MAX_ANSWER_S = 1.0
@@ -65,6 +65,16 @@ def check_webhook_secret(secret: str) -> None:
     if not is_usable:
         message = "webhook_secret is plain text, or whsec_ and base64"
         raise BadRequest(message, "webhook_secret")
+
+
+def webhook_of(url: str | None, secret: str | None, args: Webhooks) -> Webhook | None:
+    """What was sent, checked; an empty secret is none."""
+    if url is None:
+        return None
+    check_webhook_url(url, args)
+    if secret:
+        check_webhook_secret(secret)
+    return Webhook(url, secret or None)
 
 
 class Poster:
