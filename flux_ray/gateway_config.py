@@ -35,10 +35,22 @@ class Fetching(Args):
     """
 
     enabled: bool = True
+    schemes: tuple[Literal["http", "https"], ...] = ("http", "https")
     hosts: tuple[str, ...] | None = None
     ports: tuple[int, ...] = (80, 443)
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
     timeout_s: Seconds = 10.0
+
+
+class Webhooks(Fetching):
+    """Where callers may have the ends of their jobs told: as for Fetching, but by https only.
+
+    `timeout_s`: for an answer; who takes longer is told again.
+    """
+
+    schemes: tuple[Literal["http", "https"], ...] = ("https",)
+    ports: tuple[int, ...] = (443,)
+    timeout_s: Seconds = 30.0
 
 
 class Alias(Args):
@@ -99,6 +111,7 @@ class GatewayArgs(Args):
     drain_timeout_s: Seconds = 660.0
     limits: Limits = Limits()
     fetch: Fetching = Fetching()
+    webhooks: Webhooks = Webhooks()
 
     def alias_for(self, name: str) -> Alias | None:
         """What a model's name stands for, by tiers only; None if there is no such name."""

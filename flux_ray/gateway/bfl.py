@@ -26,8 +26,9 @@ from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders
 from flux_ray.gateway.openai import JSON, content_type_of
 from flux_ray.gateway.orders import Order, Orders
-from flux_ray.gateway.result_urls import ResultUrls
+from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
 from flux_ray.gateway.targets import names_of
+from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Job, Webhook
@@ -61,6 +62,7 @@ class Bfl:
         self.fetcher = fetcher
         self.urls = urls
         self.limits = args.limits
+        self.webhooks = args.webhooks
         self.public_url = (args.public_url or "").rstrip("/")
         self.names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
 
@@ -110,6 +112,7 @@ class Bfl:
         """From the body to a job that is kept."""
         content_type_of(http, JSON)
         sent = parse_body(await http.body())
+        webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
         target = self.orders.target_of(http, name)
         pictures = await pictures_of(sent, target, self.limits, self.fetcher)
         order = self.orders.take(
@@ -117,10 +120,17 @@ class Bfl:
             target,
             lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
         )
-        job = await self.accept(http, sent, name, order)
+        job = await self.accept(http, sent, name, order, webhook)
         return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
 
-    async def accept(self, http: Request, sent: BflFields, name: str, order: Order) -> Job:
+    async def accept(
+        self,
+        http: Request,
+        sent: BflFields,
+        name: str,
+        order: Order,
+        webhook: Webhook | None,
+    ) -> Job:
         """The job of an order, with what the answers are to say of it."""
         request = await self.jobs.choose(order)
         read = sum(each.width * each.height for each in request.references) / 1e6
@@ -130,9 +140,6 @@ class Bfl:
             "output_mp": round(request.megapixels, 2),
             "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
         }
-        webhook = None
-        if sent.webhook_url is not None:
-            webhook = Webhook(sent.webhook_url, sent.webhook_secret)
         return await self.jobs.accept(http, order, request, memo, webhook)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
@@ -154,9 +161,7 @@ class Bfl:
 
     async def sample_url(self, job: Job) -> str | None:
         """Where the picture of a job is, if it is ready."""
-        if job.status != "ready" or job.result is None:
-            return None
-        return (await self.urls()).url_of(job.result.pictures[0])
+        return sample_url_of(job, await self.urls()) if job.status == "ready" else None
 
     async def credits(self, request: Request) -> Credits:
         """What the key may still use today."""

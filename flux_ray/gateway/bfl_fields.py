@@ -66,8 +66,12 @@ class BflFields(BaseModel):
     prompt_upsampling: bool | None = Field(None, description="has no effect")
     raw: bool | None = Field(None, description="has no effect")
     output_format: Literal["jpeg", "png", "webp"] | None = None
-    webhook_url: str | None = Field(None, min_length=1, max_length=2083)
-    webhook_secret: str | None = Field(None, max_length=1024)
+    webhook_url: str | None = Field(
+        None, min_length=1, max_length=2083, description="https, where the end is told of"
+    )
+    webhook_secret: str | None = Field(
+        None, max_length=1024, description="what that is signed with"
+    )
 
     @model_validator(mode="before")
     @classmethod

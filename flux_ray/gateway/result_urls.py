@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable
 
-from flux_ray.jobs.job import StoredPicture
+from flux_ray.jobs.job import Job, StoredPicture
 
 PREFIX = "/results/"
 VALID_S = 600
@@ -45,3 +45,10 @@ class ResultUrls:
         # What else is ever signed with this secret has other words in front.
         words = f"result {expiry} {name}".encode("utf-8", "backslashreplace")
         return hmac.digest(self._secret, words, "sha256").hex()
+
+
+def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
+    """Where the first picture of a job is, if it is ready."""
+    if job.status != "ready" or job.result is None:
+        return None
+    return urls.url_of(job.result.pictures[0])

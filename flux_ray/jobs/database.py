@@ -1,8 +1,10 @@
 """The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
 # Gateways that start at once create the table one after another.
 CREATION_LOCK = 7_355_608
+
+# It logs what each statement holds.
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)
 
 Clock = Callable[[], float]
 
@@ -132,13 +137,13 @@ def url_for(url: str) -> URL:
 def engine_for(url: URL) -> AsyncEngine:
     """Every statement is a transaction: no caller can leave one open, and none upgrades its lock.
 
-    A connection that the server ended is replaced before it is used.
+    A connection that the server ended is replaced before it is used. Errors are logged, and are not
+    to tell what a statement holds.
     """
+    create = partial(create_async_engine, url, isolation_level="AUTOCOMMIT", hide_parameters=True)
     if url.drivername != DRIVERS["sqlite"]:
-        return create_async_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
-    engine = create_async_engine(
-        url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_S}
-    )
+        return create(pool_pre_ping=True)
+    engine = create(connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine.sync_engine, "connect", set_up_sqlite)
     return engine
 

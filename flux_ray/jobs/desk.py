@@ -7,14 +7,17 @@ from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
+from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Offer, StoredPicture
+from flux_ray.jobs.mailbox import Mailbox
+from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.worker import Worker, spawn
+from flux_ray.jobs.worker import Worker
 
 logger = logging.getLogger("ray.serve")
 
@@ -24,11 +27,16 @@ AGAIN_S = 2.0
 class Desk:
     """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
 
+    `mail`: how their ends are told of to webhooks; without it that is left to other gateways.
     Unless said otherwise, everything raises StoreLost.
     """
 
     def __init__(
-        self, args: JobArgs, generate: Generate, progress_of: ProgressOf = unknown_progress
+        self,
+        args: JobArgs,
+        generate: Generate,
+        progress_of: ProgressOf = unknown_progress,
+        mail: Mail | None = None,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
@@ -39,6 +47,10 @@ class Desk:
             self._store, self._results, generate, progress_of, max_lost=args.max_lost
         )
         self._worker = Worker(workshop, args.max_running)
+        self._postman: Postman | None = None
+        if mail is not None:
+            mailbox = Mailbox(self._database, mail.lease_s)
+            self._postman = Postman(mailbox, mail, args.webhook_retries_s, args.max_lost)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -51,7 +63,12 @@ class Desk:
 
     async def close(self, drain_s: float = 0.0) -> None:
         """See jobs end for `drain_s`, and leave the rest to other gateways."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + drain_s
         await self._worker.stop(drain_s)
+        if self._postman is not None:
+            # Last: of jobs that ended meanwhile it tells too.
+            await self._postman.stop(until_s - loop.time())
         for task in self._tasks:
             task.cancel()
             await asyncio.wait({task})
@@ -92,6 +109,8 @@ class Desk:
     async def _begin(self) -> None:
         await self._database.create()
         self._worker.start()
+        if self._postman is not None:
+            self._postman.start()
         self._tasks.append(spawn(keep_clean(self._store, self._results)))
 
     async def _begin_later(self) -> None:

@@ -43,13 +43,16 @@ JOBS = Table(
     Column("failure", JSON(none_as_null=True)),
     Column("webhook_url", Text),
     Column("webhook_secret", Text),
+    # `waiting` for the job's end, `due`, `delivered`, `given up`; null: nobody wants to hear.
     Column("webhook_state", String(16)),
     Column("webhook_attempt", Integer, nullable=False, default=0),
+    Column("webhook_num_failed", Integer, nullable=False, default=0),
+    # Not before; while it is posted, the lease's end. Null unless it is due.
     Column("webhook_due_at_s", Double),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
-for name in ("claimable_at_s", "expires_at_s"):
+for name in ("claimable_at_s", "expires_at_s", "webhook_due_at_s"):
     column = JOBS.c[name]
     is_set = column.is_not(None)
     Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
