@@ -17,9 +17,10 @@ def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
         if str(extra[name]).lower() not in ASKS_NOTHING
     ]
     unknown = sorted(extra.keys() - NO_EFFECT - SILENT - PICTURE_FIELDS)[:MAX_NAMED_FIELDS]
-    return [f"{name} has no effect on {tier.name}" for name in names] + [
-        f"unknown field {name[:80]!r} was ignored" for name in unknown
-    ]
+    warnings = [f"{name} has no effect on {tier.name}" for name in names]
+    if fields.stream and fields.response_format == "url":
+        warnings.append("response_format has no effect on a stream")
+    return warnings + [f"unknown field {name[:80]!r} was ignored" for name in unknown]
 
 
 def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
