@@ -46,7 +46,10 @@ class ImageFields(BaseModel):
     stream: bool | None = Field(
         None, description="server-sent events; previews where the model is a cascade"
     )
-    quality: str | None = None
+    quality: str | None = Field(
+        None,
+        description="`low`, `medium`, `high` and so on: steps, on tiers that are not distilled",
+    )
     user: str | None = None
 
     @model_validator(mode="before")

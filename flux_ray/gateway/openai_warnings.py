@@ -1,7 +1,7 @@
 """What a caller sent and did not get: said in the answer, never silently dropped."""
 
 from flux_ray.catalog import Tier
-from flux_ray.gateway.openai_fields import GUIDANCE, ImageFields
+from flux_ray.gateway.openai_fields import GUIDANCE, STEPS, ImageFields
 from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
 
@@ -31,7 +31,8 @@ def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
         names.append(guidance)
     if fields.negative_prompt:
         names.append("negative_prompt")
-    if fields.quality not in (None, "auto"):
+    is_preset = tier.steps_at(fields.quality) is not None and fields.sent_as(STEPS) is None
+    if fields.quality not in (None, "auto") and not is_preset:
         names.append("quality")
     if fields.output_compression is not None and fields.output_format in (None, "png"):
         names.append("output_compression")
