@@ -104,7 +104,7 @@ def add_routes(
 ) -> None:
     """All dialects, and what asks for no key."""
     kept = None
-    dialects: list[Dialect] = [HuggingFace(router, args), Models(args)]
+    dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         kept = KeptPictures(desk, args.public_url)

@@ -7,7 +7,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.catalog import tier_for
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
@@ -24,7 +23,7 @@ from flux_ray.gateway.openai_references import (
 )
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
-from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures
 from flux_ray.gateway.targets import Target
@@ -125,7 +124,7 @@ class OpenAIImages:
             kind: Kind = "image_edit" if is_edit else "image_generation"
             return await stream(parts_of(self.orders, order), order, fields, kind)
         result = await self.orders.draw(order)
-        warnings = warnings_for(fields, tier_for(result.tier))
+        warnings = warnings_of(fields, result)
         drawn = order.request_of(result)
         urls = None
         if fields.response_format == "url" and self.kept is not None:

@@ -64,7 +64,7 @@ def answer_for(
         usage=usage_for(request),
         id=result.request_id,
         model=result.tier,
-        warnings=[*warnings, *result.warnings],
+        warnings=warnings,
     )
     headers = {
         "x-flux-seed": str(request.seed),

@@ -1,11 +1,17 @@
 """What a caller sent and did not get: said in the answer, never silently dropped."""
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog import Tier, tier_for
 from flux_ray.gateway.openai_fields import GUIDANCE, STEPS, ImageFields
 from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
+from flux_ray.request import ImageResult
 
 MAX_NAMED_FIELDS = 20
+
+
+def warnings_of(fields: ImageFields, result: ImageResult) -> list[str]:
+    """All that is to be said: of the fields first, then what its replica had to say."""
+    return [*warnings_for(fields, tier_for(result.tier)), *result.warnings]
 
 
 def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
