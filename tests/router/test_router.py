@@ -43,6 +43,32 @@ async def test_the_offer_says_price_deadline_and_key(router, turns):
     assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
 
 
+async def test_it_is_priced_once(handles, turns, bill, monkeypatch):
+    """However many tiers it is for, and however often it is tried."""
+    prices = CostModel({tier: Layout("cpu") for tier in ("tiny", "tiny-tp2")})
+    priced, price, forecast = [], prices.price, turns.forecast
+
+    def count(request):
+        priced.append(request.tier)
+        return price(request)
+
+    async def look(offers):
+        assert [offer.affinity for offer in offers] == [(), ()]
+        return await forecast(offers)
+
+    monkeypatch.setattr(prices, "price", count)
+    monkeypatch.setattr(turns, "forecast", look)
+    router = Router(handles, turns, prices, bill, Terms(5))
+    router.turnstile = FakeTurnstile()
+    handles.failures = [ReplicaFailed("died")]
+    await router.generate(REQUEST)
+    assert priced == ["tiny"]
+    assert all(offer.affinity for offer in turns.offers)
+    alias = Alias(tiers=("tiny-tp2", "tiny"))
+    await router.generate_by(alias, [replace(REQUEST, tier=tier) for tier in alias.tiers])
+    assert sorted(priced) == ["tiny", "tiny", "tiny-tp2"]
+
+
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
     await router.generate(REQUEST, Caller(deadline_s=1000))
     await router.generate(REQUEST)
