@@ -95,6 +95,7 @@ class HuggingFace:
         drawn = order.request_of(result)
         warnings = warnings_of(fields, result)
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
+        headers |= self.orders.limit_headers(order)
         if warnings:
             # Names that a client made up are among them; a header is ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()

@@ -122,14 +122,18 @@ class OpenAIImages:
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
-            return await stream(parts_of(self.orders, order), order, fields, kind)
+            streamed = await stream(parts_of(self.orders, order), order, fields, kind)
+            streamed.headers.update(self.orders.limit_headers(order))
+            return streamed
         result = await self.orders.draw(order)
         warnings = warnings_of(fields, result)
         drawn = order.request_of(result)
         urls = None
         if fields.response_format == "url" and self.kept is not None:
             urls = await self.kept.urls_of(order.caller.key, drawn, result)
-        return answer_for(drawn, result, warnings, started_s, urls)
+        answer = answer_for(drawn, result, warnings, started_s, urls)
+        answer.headers.update(self.orders.limit_headers(order))
+        return answer
 
 
 def required(sources: Sources) -> Sources:

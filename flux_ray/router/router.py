@@ -21,7 +21,7 @@ from flux_ray.errors import (
 from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
-from flux_ray.router.allowances import Allowance, Entry
+from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
@@ -30,6 +30,7 @@ from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.quote import Quote, offer_for, quote_for
 from flux_ray.router.turnstile import Stay
+from flux_ray.router.usage import Use
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,6 +69,12 @@ class Turnstile(Protocol):
 
     def entered(self, entry: Entry, allowance: Allowance) -> AbstractAsyncContextManager[Stay]:
         """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
+
+    def standing(self, key: str) -> Standing | None:
+        """What is left to the key, as far as is known."""
+
+    async def used_today(self, key: str) -> Use:
+        """By the key, through all gateways."""
 
 
 class Bill(Protocol):
@@ -175,6 +182,19 @@ class Router:
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that can serve now."""
         return await self.handles.ready_tiers()
+
+    def standing(self, caller: Caller) -> Standing | None:
+        """What is left to the caller's key; None if no limit of it is known here."""
+        if self.turnstile is None or caller.allowance == UNLIMITED:
+            return None
+        return self.turnstile.standing(caller.key)
+
+    async def credits(self, caller: Caller) -> float | None:
+        """The GPU seconds that are left to the caller's key today; None if it has no such limit."""
+        limit = caller.allowance.gpu_seconds_per_day
+        if limit is None or self.turnstile is None:
+            return limit
+        return max(0.0, limit - (await self.turnstile.used_today(caller.key)).gpu_seconds)
 
     async def _candidates(
         self, requests: Sequence[ImageRequest], caller: Caller

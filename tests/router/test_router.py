@@ -16,7 +16,7 @@ from flux_ray.errors import (
 )
 from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
-from flux_ray.router.allowances import Allowance
+from flux_ray.router.allowances import Allowance, Standing
 from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
@@ -194,6 +194,12 @@ class FakeTurnstile:
         self.stays.append(Stay(entry.use, entry.cost_s))
         yield self.stays[-1]
 
+    def standing(self, key):
+        return Standing(10, 4, 3.0)
+
+    async def used_today(self, key):
+        return Use(7.0, 1.0)
+
 
 async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router, turns):
     router.turnstile = FakeTurnstile()
@@ -215,6 +221,28 @@ async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
     router.turnstile = FakeTurnstile("tiny-tp2", "tiny")
     with pytest.raises(QuotaSpent):
         await router.generate_by(alias, requests)
+
+
+@pytest.mark.parametrize(
+    ("allowance", "left"),
+    [
+        ({}, None),
+        ({"max_concurrent": 3}, None),
+        ({"gpu_seconds_per_day": 10}, 3),
+        ({"gpu_seconds_per_day": 5}, 0),
+    ],
+)
+async def test_what_a_key_has_left_today(router, allowance, left):
+    router.turnstile = FakeTurnstile()
+    assert await router.credits(Caller("someone", allowance=Allowance(**allowance))) == left
+
+
+async def test_only_who_is_limited_stands_somehow(router):
+    limited = Caller("someone", allowance=Allowance(requests_per_minute=10))
+    assert router.standing(limited) is None, "without a turnstile nobody counts"
+    router.turnstile = FakeTurnstile()
+    assert router.standing(limited) == (10, 4, 3.0)
+    assert router.standing(Caller("someone")) is None
 
 
 async def test_ready_tiers_are_the_handles(router):
