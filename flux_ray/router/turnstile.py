@@ -164,7 +164,10 @@ class Turnstile:
         if isinstance(answer, Denial):
             self._count(entry.tier, answer.name)
             raise error_for(answer)
-        if answer is not None:
+        if answer is None:
+            # Its limits may be others now.
+            self._standings.pop(entry.key, None)
+        else:
             self._standings[entry.key] = (answer, time.monotonic())
 
     async def _leave(self, entry: Entry) -> None:

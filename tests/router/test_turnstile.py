@@ -206,6 +206,8 @@ async def test_how_a_key_stands_is_known_after_it_came_in(gates, line):
     assert standing[:2] == (3, 1) and 59 < standing.reset_s <= 60
     gates[0]._standings["alice"] = (Standing(3, 1, 5.0), time.monotonic() - 7)
     assert gates[0].standing("alice").reset_s == 0, "never in the past"
+    async with gates[0].entered(entry("z"), ONE):
+        assert gates[0].standing("alice") is None, "its class has changed"
 
 
 async def test_a_ledger_of_before_says_nothing_of_it(gates, line, monkeypatch):
