@@ -61,3 +61,7 @@ class Orders:
         """For its answer: what is left to the caller, where that is limited."""
         standing = self.router.standing(order.caller)
         return {} if standing is None else limit_headers(*standing)
+
+    async def credits(self, http: Request) -> float | None:
+        """The GPU seconds that the caller has left today; None where that is not limited."""
+        return await self.router.credits(self._callers.caller_of(http))
