@@ -63,8 +63,9 @@ class Gateway:
             args.record_to.mkdir(parents=True, exist_ok=True)
             records = Recorder(args.record_to / f"{name}.jsonl")
         terms = Terms(args.request_timeout_s, args.deadlines)
-        turnstile = Turnstile(ledger, name)
-        router = Router(handles, turns, prices, Bill(), terms, records, turnstile)
+        bill = Bill()
+        turnstile = Turnstile(ledger, name, bill.limit)
+        router = Router(handles, turns, prices, bill, terms, records, turnstile)
         return build_api(router, args, desk=desk_for(router, args), proxy_sends_id=True)
 
 

@@ -16,6 +16,7 @@ class Tier:
     Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
     A reference of more than `max_reference_pixels` is scaled down by the model. `takes_mask`: it
     can draw a part of a picture and keep the rest.
+    `quality_steps`: the steps of OpenAI's words for quality, where they make a difference.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Tier:
     max_reference_pixels: int = 1024 * 1024
     weights: str | None = None
     owner: str = "black-forest-labs"
+    quality_steps: tuple[tuple[str, int], ...] = ()
+
+    def steps_at(self, quality: str | None) -> int | None:
+        """Of that quality; None where the word says nothing to this tier."""
+        return dict(self.quality_steps).get(quality or "")
 
 
 TINY = Tier(
@@ -84,6 +90,16 @@ DEV = Tier(
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
+    # 28 is the usual trade. Nobody who asks for more than the default gets less.
+    quality_steps=(
+        ("low", 20),
+        ("medium", 28),
+        ("standard", 28),
+        ("high", 50),
+        ("hd", 50),
+        ("xhigh", 50),
+        ("max", 50),
+    ),
 )
 # Their weights are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8)

@@ -46,3 +46,9 @@ PRICED_SECONDS = Metric(
     "GPU seconds that requests were priced at: of one replica, times its cards.",
 )
 REFUSED = Metric("flux_refused", "Requests that could not be done by their deadline.")
+LIMITED = Metric(
+    "flux_limited",
+    "Requests that were more than their key may have, by the limit: max_concurrent, "
+    "requests_per_minute, gpu_seconds_per_day, megapixels_per_day.",
+    labels=("tier", "limit"),
+)

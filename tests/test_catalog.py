@@ -25,3 +25,13 @@ def test_an_unknown_tier_names_the_known_ones():
     with pytest.raises(UnknownTier, match="tiny") as caught:
         tier_for("flux-9")
     assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
+def test_qualities_are_steps_of_what_is_not_distilled(tier):
+    assert bool(tier.quality_steps) == tier.is_guided
+    assert tier.steps_at(None) is None and tier.steps_at("auto") is None
+    ladder = [tier.steps_at(word) for word in ("low", "medium", "high", "xhigh", "max")]
+    if tier.is_guided:
+        assert ladder == sorted(ladder) and ladder[0] >= 1 and ladder[-1] <= tier.max_steps
+        assert tier.steps_at("low") < tier.num_steps <= tier.steps_at("high")

@@ -17,6 +17,7 @@ from flux_ray.gateway.failures import add_error_handlers
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
+from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
@@ -102,16 +103,17 @@ def add_routes(
     guards: Sequence[Dependency],
 ) -> None:
     """All dialects, and what asks for no key."""
-    images = OpenAIImages(router, args, fetcher)
-    dialects: list[Dialect] = [images, HuggingFace(router, args), Models(args)]
+    kept = None
+    dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
+        kept = KeptPictures(desk, args.public_url)
         results = ResultRoutes(desk, args.public_url)
         # Their URLs are the right to read.
         api.include_router(results.routes())
         bfl = Bfl(router, args, desk, fetcher, results.urls)
         dialects.append(bfl)
         api.state.bfl_paths = bfl.paths
-    for dialect in dialects:
+    for dialect in (OpenAIImages(router, args, fetcher, kept), *dialects):
         api.include_router(dialect.routes(), dependencies=guards)
     api.include_router(Health(router).routes())

@@ -165,7 +165,8 @@ class Bfl:
 
     async def credits(self, request: Request) -> Credits:
         """What the key may still use today."""
-        return Credits(credits=UNLIMITED_CREDITS)
+        left = await self.orders.credits(request)
+        return Credits(credits=UNLIMITED_CREDITS if left is None else left)
 
     async def my_finetunes(self) -> Finetunes:
         """None: adapters are the operator's here."""

@@ -20,6 +20,7 @@ from flux_ray.errors import (
 from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
 from flux_ray.gateway.dialects import dialect_of
+from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.request_id import HEADER
 
 # The only logger that Serve writes to its log files.
@@ -127,9 +128,7 @@ def headers_for(error: FluxError) -> dict[str, str]:
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, RateLimited):
-        headers["x-ratelimit-limit"] = f"{error.limit:.6g}"
-        headers["x-ratelimit-remaining"] = f"{error.left:.6g}"
-        headers["x-ratelimit-reset"] = str(error.retry_after_s)
+        headers |= limit_headers(error.limit, error.left, error.retry_after_s or 0)
     if isinstance(error, InvalidKey):
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -1,8 +1,5 @@
 """Hugging Face's raw endpoint, `POST /models/{model}`: words or a picture in, one picture out."""
 
-import asyncio
-import base64
-import binascii
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,17 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.catalog import tier_for
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
+from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
 from flux_ray.gateway.openai_references import MASK_FIELDS
 from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.sources import Source, Sources, read_pictures
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageFormat, Raster
@@ -54,7 +51,7 @@ class Parameters(BaseModel):
 
 
 class Inputs(BaseModel):
-    """The body: a prompt, or a picture in base64 with the prompt among the parameters."""
+    """The body: a prompt, or a picture (base64, or its URL) with the prompt as a parameter."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -65,9 +62,10 @@ class Inputs(BaseModel):
 class HuggingFace:
     """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` speaks to it."""
 
-    def __init__(self, router: Router, args: GatewayArgs) -> None:
+    def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
         self.orders = Orders(router, args)
         self.limits = args.limits
+        self.fetcher = fetcher
 
     def routes(self) -> APIRouter:
         """The body is read here, within limits and with our own errors."""
@@ -95,8 +93,9 @@ class HuggingFace:
         )
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
-        warnings = warnings_for(fields, tier_for(result.tier)) + list(result.warnings)
+        warnings = warnings_of(fields, result)
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
+        headers |= self.orders.limit_headers(order)
         if warnings:
             # Names that a client made up are among them; a header is ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
@@ -110,15 +109,8 @@ class HuggingFace:
             return ()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
-        limits = self.limits
-        # A check before it is decoded: four characters are three bytes.
-        if len(sent.inputs) > limits.max_image_bytes * 4 // 3 + 1024:
-            raise BadReference(f"inputs is larger than {limits.max_image_bytes} bytes", "inputs")
-        try:
-            data = base64.b64decode(sent.inputs.rpartition(",")[2], validate=True)
-        except (binascii.Error, ValueError):
-            raise BadReference("inputs is no picture in base64", "inputs") from None
-        return (await asyncio.to_thread(decode, data, limits, "inputs"),)
+        sources = Sources([Source("inputs", sent.inputs)])
+        return (await read_pictures(sources, self.limits, self.fetcher)).references
 
 
 def body_schema() -> dict[str, Any]:

@@ -7,12 +7,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.catalog import tier_for
-from flux_ray.errors import BadReference, WrongContentType
+from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.openai_answer import Answer, answer_for
 from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
 from flux_ray.gateway.openai_references import (
@@ -23,7 +23,7 @@ from flux_ray.gateway.openai_references import (
 )
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
-from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures
 from flux_ray.gateway.targets import Target
@@ -41,12 +41,15 @@ EVENTS = {
 
 
 class OpenAIImages:
-    """The two routes."""
+    """The two routes. `kept`: where answers by URL keep their pictures; None if nowhere."""
 
-    def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
+    def __init__(
+        self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptPictures | None
+    ) -> None:
         self.orders = Orders(router, args)
         self.limits = args.limits
         self.fetcher = fetcher
+        self.kept = kept
 
     def routes(self) -> APIRouter:
         """Bodies are read here, not by FastAPI: within limits, and with our own errors."""
@@ -82,7 +85,7 @@ class OpenAIImages:
             return await self.generate(request, fields, target, pictures, started_s)
         async with open_form(request, self.limits) as form:
             fields = parse_text(text_parts(form))
-            target = self.orders.target_of(request, fields.model)
+            target = self.target_of(request, fields)
             sources = sources_in_form(form, target)
             pictures = await self.read_pictures(required(sources))
         return await self.generate(request, fields, target, pictures, started_s)
@@ -90,8 +93,15 @@ class OpenAIImages:
     async def read_json(self, request: Request) -> tuple[ImageFields, Target, Sources]:
         """What a JSON body asks for, of whom, and its pictures."""
         fields = parse_json(await request.body())
-        target = self.orders.target_of(request, fields.model)
+        target = self.target_of(request, fields)
         return fields, target, sources_in_json(fields.model_extra or {}, target)
+
+    def target_of(self, request: Request, fields: ImageFields) -> Target:
+        """Of whom it is asked, if this gateway answers in that way."""
+        if fields.response_format == "url" and self.kept is None:
+            message = "this gateway keeps no pictures to answer by URL: use b64_json"
+            raise BadRequest(message, "response_format")
+        return self.orders.target_of(request, fields.model)
 
     async def read_pictures(self, sources: Sources) -> Pictures:
         """The pictures, within this gateway's limits."""
@@ -112,10 +122,18 @@ class OpenAIImages:
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
-            return await stream(parts_of(self.orders, order), order, fields, kind)
+            streamed = await stream(parts_of(self.orders, order), order, fields, kind)
+            streamed.headers.update(self.orders.limit_headers(order))
+            return streamed
         result = await self.orders.draw(order)
-        warnings = warnings_for(fields, tier_for(result.tier))
-        return answer_for(order.request_of(result), result, warnings, started_s)
+        warnings = warnings_of(fields, result)
+        drawn = order.request_of(result)
+        urls = None
+        if fields.response_format == "url" and self.kept is not None:
+            urls = await self.kept.urls_of(order.caller.key, drawn, result)
+        answer = answer_for(drawn, result, warnings, started_s, urls)
+        answer.headers.update(self.orders.limit_headers(order))
+        return answer
 
 
 def required(sources: Sources) -> Sources:

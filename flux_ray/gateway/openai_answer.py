@@ -12,9 +12,10 @@ from flux_ray.request import ImageFormat, ImageRequest, ImageResult, Raster
 
 
 class Picture(BaseModel):
-    """One image; with this seed, the same request draws it again."""
+    """One image, itself or its URL; with this seed, the same request draws it again."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
 
 
@@ -48,28 +49,41 @@ class Answer(BaseModel):
 
 
 def answer_for(
-    request: ImageRequest, result: ImageResult, warnings: list[str], started_s: float
+    request: ImageRequest,
+    result: ImageResult,
+    warnings: list[str],
+    started_s: float,
+    urls: tuple[str, ...] | None = None,
 ) -> Response:
     """The whole answer; `started_s` is when the request came, on the monotonic clock."""
     answer = Answer(
         created=int(time.time()),
-        data=[
-            Picture(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
-            for image in result.images
-        ],
+        data=pictures_of(result, urls),
         output_format=request.encoding.format,
         size=f"{request.width}x{request.height}",
         usage=usage_for(request),
         id=result.request_id,
         model=result.tier,
-        warnings=[*warnings, *result.warnings],
+        warnings=warnings,
     )
     headers = {
         "x-flux-seed": str(request.seed),
         "x-flux-model": result.tier,
         "server-timing": server_timing(result, started_s),
     }
-    return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+    body = answer.model_dump_json(exclude_none=True)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[Picture]:
+    """By their URLs where there are any."""
+    if urls is not None:
+        pairs = zip(urls, result.images, strict=True)
+        return [Picture(url=url, seed=image.seed) for url, image in pairs]
+    return [
+        Picture(b64_json=base64.b64encode(image.data).decode("ascii"), seed=image.seed)
+        for image in result.images
+    ]
 
 
 def usage_for(request: ImageRequest) -> Usage:

@@ -34,7 +34,7 @@ class ImageFields(BaseModel):
     guidance: Guidance | None = Field(None, description="`guidance_scale`")
     negative_prompt: str | None = None
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="`url` is not supported yet"
+        None, description="`url` where the gateway keeps pictures"
     )
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: int | None = Field(
@@ -46,7 +46,10 @@ class ImageFields(BaseModel):
     stream: bool | None = Field(
         None, description="server-sent events; previews where the model is a cascade"
     )
-    quality: str | None = None
+    quality: str | None = Field(
+        None,
+        description="`low`, `medium`, `high` and so on: steps, on tiers that are not distilled",
+    )
     user: str | None = None
 
     @model_validator(mode="before")
@@ -99,8 +102,6 @@ def check_supported(fields: ImageFields) -> None:
     """Raises for what would change the answer and is not there yet."""
     for names in (STEPS, GUIDANCE):
         check_same(fields, names)
-    if fields.response_format == "url":
-        raise BadRequest("answers by URL are not supported yet: use b64_json", "response_format")
     if fields.background == "transparent":
         raise BadRequest("transparent backgrounds are not supported", "background")
 

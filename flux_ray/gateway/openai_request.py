@@ -90,10 +90,10 @@ def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) ->
 
 
 def steps_for(fields: ImageFields, tier: Tier) -> int:
-    """The tier's own number of steps, or the caller's."""
+    """The caller's number of steps, else that of the quality, else the tier's own."""
     name = fields.sent_as(STEPS)
     if name is None:
-        return tier.num_steps
+        return tier.steps_at(fields.quality) or tier.num_steps
     num_steps: int = getattr(fields, name)
     if num_steps > tier.max_steps:
         raise BadRequest(f"{name} must be 1 to {tier.max_steps}", name)

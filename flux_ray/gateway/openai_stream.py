@@ -10,12 +10,11 @@ from typing import Literal
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
-from flux_ray.catalog import tier_for
 from flux_ray.errors import FluxError
 from flux_ray.gateway.failures import Envelope, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.openai_warnings import warnings_for
+from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
 from flux_ray.request import ImageFormat, ImageRequest, ImageResult
 from flux_ray.router.cascade import Part, cascade
@@ -81,7 +80,7 @@ async def stream(
 def texts_of(part: Part, order: Order, fields: ImageFields, kind: Kind) -> list[str]:
     """One event a picture."""
     request = order.request_of(part.result)
-    warnings = warnings_for(fields, tier_for(request.tier)) + list(part.result.warnings)
+    warnings = warnings_of(fields, part.result)
     name = f"{kind}.{'completed' if part.is_final else 'partial_image'}"
     return [
         event_text(name, event_of(name, part, number, request, warnings))

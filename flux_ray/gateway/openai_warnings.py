@@ -1,11 +1,17 @@
 """What a caller sent and did not get: said in the answer, never silently dropped."""
 
-from flux_ray.catalog import Tier
-from flux_ray.gateway.openai_fields import GUIDANCE, ImageFields
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.gateway.openai_fields import GUIDANCE, STEPS, ImageFields
 from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
+from flux_ray.request import ImageResult
 
 MAX_NAMED_FIELDS = 20
+
+
+def warnings_of(fields: ImageFields, result: ImageResult) -> list[str]:
+    """All that is to be said: of the fields first, then what its replica had to say."""
+    return [*warnings_for(fields, tier_for(result.tier)), *result.warnings]
 
 
 def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
@@ -17,9 +23,10 @@ def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
         if str(extra[name]).lower() not in ASKS_NOTHING
     ]
     unknown = sorted(extra.keys() - NO_EFFECT - SILENT - PICTURE_FIELDS)[:MAX_NAMED_FIELDS]
-    return [f"{name} has no effect on {tier.name}" for name in names] + [
-        f"unknown field {name[:80]!r} was ignored" for name in unknown
-    ]
+    warnings = [f"{name} has no effect on {tier.name}" for name in names]
+    if fields.stream and fields.response_format == "url":
+        warnings.append("response_format has no effect on a stream")
+    return warnings + [f"unknown field {name[:80]!r} was ignored" for name in unknown]
 
 
 def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
@@ -30,7 +37,8 @@ def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
         names.append(guidance)
     if fields.negative_prompt:
         names.append("negative_prompt")
-    if fields.quality not in (None, "auto"):
+    is_preset = tier.steps_at(fields.quality) is not None and fields.sent_as(STEPS) is None
+    if fields.quality not in (None, "auto") and not is_preset:
         names.append("quality")
     if fields.output_compression is not None and fields.output_format in (None, "png"):
         names.append("output_compression")

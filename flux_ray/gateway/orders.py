@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from flux_ray.catalog import Tier
 from flux_ray.gateway.callers import Callers, may_spill
+from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageRequest, ImageResult
@@ -55,3 +56,12 @@ class Orders:
     async def draw(self, order: Order) -> ImageResult:
         """Its pictures, by the tier that the policy prefers."""
         return await self.router.generate_by(order.target.alias, order.requests, order.caller)
+
+    def limit_headers(self, order: Order) -> dict[str, str]:
+        """For its answer: what is left to the caller, where that is limited."""
+        standing = self.router.standing(order.caller)
+        return {} if standing is None else limit_headers(*standing)
+
+    async def credits(self, http: Request) -> float | None:
+        """The GPU seconds that the caller has left today; None where that is not limited."""
+        return await self.router.credits(self._callers.caller_of(http))

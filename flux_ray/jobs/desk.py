@@ -18,6 +18,7 @@ from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
+from flux_ray.request import ImageRequest, ImageResult
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,7 +42,7 @@ class Desk:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
-        self._shelf = Shelf(self._database, self._results)
+        self._shelf = Shelf(self._database, self._results, args.keep_s)
         self._url_secret: bytes | None = None
         workshop = Workshop(
             self._store, self._results, generate, progress_of, max_lost=args.max_lost
@@ -99,6 +100,12 @@ class Desk:
     async def read_by_name(self, name: str) -> bytes:
         """A picture of any job that is ready, whoever's. Raises ResultMissing and ResultsLost."""
         return await self._shelf.read(name)
+
+    async def keep(
+        self, owner: str, request: ImageRequest, result: ImageResult
+    ) -> tuple[StoredPicture, ...]:
+        """Pictures that were drawn without a job. Raises ResultsLost and ResultTooLarge."""
+        return await self._shelf.keep(owner, request, result)
 
     async def url_secret(self) -> bytes:
         """What URLs of pictures are signed with: the same at every gateway of this database."""

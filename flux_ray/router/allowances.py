@@ -43,7 +43,7 @@ class Entry:
 class Denial(NamedTuple):
     """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
 
-    Of `limit`, so much is `left`.
+    Of `limit`, so much is `left`; `name` is that of the allowance's field.
     """
 
     reason: str
@@ -51,6 +51,15 @@ class Denial(NamedTuple):
     limit: float
     left: float
     is_daily: bool = False
+    name: str = ""
+
+
+class Standing(NamedTuple):
+    """Of a limit, how much is left to a key, and in how many seconds it has more."""
+
+    limit: float
+    left: float
+    reset_s: float
 
 
 class Shared(NamedTuple):
@@ -105,6 +114,34 @@ class Allowances:
                 # Not again for another tier.
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
         return denial
+
+    def admit(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: Iterable[Row], now: float
+    ) -> Denial | Standing | None:
+        """As enter; with it, how its key stands. None: by no limit of a minute or of a day."""
+        denial = self.enter(gateway, entry, allowance, rows, now)
+        return denial or self.standing(entry.key, allowance, now)
+
+    def standing(self, key: str, allowance: Allowance, now: float) -> Standing | None:
+        """By the limit of which the smallest part is left.
+
+        What a key has at once is none of them: when it hears of it that request is over.
+        """
+        standings = []
+        if (limit := allowance.requests_per_minute) is not None:
+            recent = self._last_minute(key, now)
+            oldest = next(iter(recent.values()), now)
+            left = max(0, limit - len(recent))
+            standings.append(Standing(limit, left, oldest + MINUTE_S - now))
+        spent = self._spent(key, now)
+        for limit_a_day, had in (
+            (allowance.gpu_seconds_per_day, spent.gpu_seconds),
+            (allowance.megapixels_per_day, spent.megapixels),
+        ):
+            if limit_a_day is not None:
+                left_today = max(0.0, limit_a_day - had)
+                standings.append(Standing(limit_a_day, left_today, DAY_S - now % DAY_S))
+        return min(standings, key=lambda each: each.left / each.limit, default=None)
 
     def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[Row]) -> None:
         """It has ended; in the gateway's rows is what it took."""
@@ -175,7 +212,8 @@ class Allowances:
         if len({other.request_id for other, _ in others}) < limit:
             return None
         first_end_s = min(since + other.cost_s for other, since in others) - now
-        return Denial(f"this key may have {limit} requests at once", first_end_s, limit, 0)
+        reason = f"this key may have {limit} requests at once"
+        return Denial(reason, first_end_s, limit, 0, name="max_concurrent")
 
     def _too_often(self, entry: Entry, limit: int | None, now: float) -> Denial | None:
         if limit is None:
@@ -186,23 +224,30 @@ class Allowances:
         # Of a limit that was lowered, more than one has to become old.
         came_at = next(islice(recent.values(), len(recent) - limit, None))
         next_s = came_at + MINUTE_S - now
-        return Denial(f"this key may make {limit} requests a minute", next_s, limit, 0)
+        reason = f"this key may make {limit} requests a minute"
+        return Denial(reason, next_s, limit, 0, name="requests_per_minute")
 
     def _too_much(self, entry: Entry, allowance: Allowance, now: float) -> Denial | None:
-        spent = self._usage.of(entry.key, now)
-        for other, _ in self._in_hand(entry.key, now):
-            if (other.request_id, other.tier) != (entry.request_id, entry.tier):
-                spent += other.use
-        day = (
-            (allowance.gpu_seconds_per_day, spent.gpu_seconds, entry.use.gpu_seconds, "GPU second"),
-            (allowance.megapixels_per_day, spent.megapixels, entry.use.megapixels, "megapixel"),
-        )
-        for limit, had, wanted, unit in day:
+        spent = self._spent(entry.key, now, but=(entry.request_id, entry.tier))
+        for name, had, wanted, unit in (
+            ("gpu_seconds_per_day", spent.gpu_seconds, entry.use.gpu_seconds, "GPU second"),
+            ("megapixels_per_day", spent.megapixels, entry.use.megapixels, "megapixel"),
+        ):
+            limit: float | None = getattr(allowance, name)
             if limit is not None and had + wanted > limit:
                 wait_s = math.inf if wanted > limit else DAY_S - now % DAY_S
                 reason = f"this key may use {limit:.6g} {unit}s a day; this takes {wanted:.3g}"
-                return Denial(reason, wait_s, limit, max(0.0, limit - had), is_daily=True)
+                left = max(0.0, limit - had)
+                return Denial(reason, wait_s, limit, left, is_daily=True, name=name)
         return None
+
+    def _spent(self, key: str, now: float, but: tuple[str, str] | None = None) -> Use:
+        """Today, with what is in hand at its price."""
+        spent = self._usage.of(key, now)
+        for entry, _ in self._in_hand(key, now):
+            if (entry.request_id, entry.tier) != but:
+                spent += entry.use
+        return spent
 
     def _last_minute(self, key: str, now: float) -> dict[str, float]:
         recent = self._recent.get(key, {})

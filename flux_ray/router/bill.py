@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from flux_ray.meter import counter, histogram
-from flux_ray.metrics import COST_ERROR, PRICED_SECONDS, REFUSED
+from flux_ray.metrics import COST_ERROR, LIMITED, PRICED_SECONDS, REFUSED
 from flux_ray.router.calibration import Observation
 
 
@@ -14,6 +14,7 @@ class Bill:
         self._seconds = counter(PRICED_SECONDS)
         self._errors = histogram(COST_ERROR)
         self._refused = counter(REFUSED)
+        self._limited = counter(LIMITED)
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
         """A request was taken in at that price."""
@@ -27,3 +28,7 @@ class Bill:
     def refuse(self, tier: str) -> None:
         """A request could not be done in time."""
         self._refused.inc(1, {"tier": tier})
+
+    def limit(self, tier: str, limit: str) -> None:
+        """A request was more than its key may have."""
+        self._limited.inc(1, {"tier": tier, "limit": limit})

@@ -5,22 +5,17 @@ from typing import NamedTuple
 
 from flux_ray.errors import BadRequest
 from flux_ray.gateway_config import Alias
-from flux_ray.request import ImageRequest
 from flux_ray.router.forecast import Forecast
+from flux_ray.router.quote import Quote
 
 # Of a tier with no replica: what a rank group takes to start, where nobody has measured it.
 COLD_START_S = 60.0
 
 
 class Candidate(NamedTuple):
-    """A request as one tier would do it: seconds on a replica, and on all of its cards.
+    """A request as one tier would do it; `deadline_s` is from now, as `forecast` is."""
 
-    `deadline_s` is from now, as `forecast` is.
-    """
-
-    request: ImageRequest
-    cost_s: float
-    gpu_seconds: float
+    quote: Quote
     deadline_s: float
     forecast: Forecast
 
@@ -33,7 +28,7 @@ class Candidate(NamedTuple):
     @property
     def done_s(self) -> float:
         """Until it is done."""
-        return self.wait_s + self.cost_s
+        return self.wait_s + self.quote.cost_s
 
     @property
     def is_in_time(self) -> bool:
@@ -60,9 +55,9 @@ def within_price(candidates: Sequence[Candidate], max_gpu_seconds: float | None)
     """Those that cost no more."""
     if max_gpu_seconds is None:
         return list(candidates)
-    affordable = [each for each in candidates if each.gpu_seconds <= max_gpu_seconds]
+    affordable = [each for each in candidates if each.quote.gpu_seconds <= max_gpu_seconds]
     if not affordable:
-        least = min(each.gpu_seconds for each in candidates)
+        least = min(each.quote.gpu_seconds for each in candidates)
         raise BadRequest(
             f"it takes {least:.3g} GPU seconds, and this model has {max_gpu_seconds:g}", "model"
         )

@@ -8,7 +8,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from flux_ray.router.allowances import Allowance, Allowances, Denial, Entry, Shared
+from flux_ray.router.allowances import (
+    Allowance,
+    Allowances,
+    Denial,
+    Entry,
+    Shared,
+    Standing,
+)
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Backlog, Decision, Ledger, Offer, Statement
@@ -91,9 +98,9 @@ class LedgerActor:
 
     async def enter(
         self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | None:
-        """Count a request against what its key may have; why not, if it may not."""
-        return self._allowances.enter(gateway, entry, allowance, rows, time.time())
+    ) -> Denial | Standing | None:
+        """Count a request against what its key may have; why not, or what is left to it."""
+        return self._allowances.admit(gateway, entry, allowance, rows, time.time())
 
     async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
         """A request that was counted has ended."""
@@ -156,10 +163,12 @@ class RemoteLedger:
 
     async def enter(
         self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | None:
-        """Count a request; why not, if it may not be."""
-        denial: Denial | None = await self._call(ANSWER_S, "enter", gateway, entry, allowance, rows)
-        return denial
+    ) -> Denial | Standing | None:
+        """Count a request; why not, or what is left to its key."""
+        answer: Denial | Standing | None = await self._call(
+            ANSWER_S, "enter", gateway, entry, allowance, rows
+        )
+        return answer
 
     async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
         """It has ended."""

@@ -21,13 +21,14 @@ from flux_ray.errors import (
 from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
-from flux_ray.router.allowances import Allowance, Entry
+from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
+from flux_ray.router.quote import Quote, offer_for, quote_for
 from flux_ray.router.turnstile import Stay
 from flux_ray.router.usage import Use
 
@@ -68,6 +69,12 @@ class Turnstile(Protocol):
 
     def entered(self, entry: Entry, allowance: Allowance) -> AbstractAsyncContextManager[Stay]:
         """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
+
+    def standing(self, key: str) -> Standing | None:
+        """What is left to the key, as far as is known."""
+
+    async def used_today(self, key: str) -> Use:
+        """By the key, through all gateways."""
 
 
 class Bill(Protocol):
@@ -129,7 +136,8 @@ class Router:
     async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
         """The pictures of a request; a second replica draws the same ones, from the same seed."""
         self._record(request, caller)
-        return await self._generate(request, caller, self.terms.deadline_s(request, caller))
+        quote = quote_for(request, self.prices)
+        return await self._generate(quote, caller, self.terms.deadline_s(request, caller))
 
     async def generate_by(
         self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
@@ -147,9 +155,9 @@ class Router:
         for candidate in in_order(candidates, alias):
             left_s = candidate.deadline_s - (time.monotonic() - began)
             if not refusals:
-                self._record(candidate.request, caller)
+                self._record(candidate.quote.request, caller)
             try:
-                return await self._generate(candidate.request, caller, left_s)
+                return await self._generate(candidate.quote, caller, left_s)
             except REFUSALS as error:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
@@ -160,86 +168,94 @@ class Router:
         """The one that the alias's policy prefers now; BadRequest if none is cheap enough."""
         if len(requests) == 1 and alias.max_gpu_seconds is None:
             return requests[0]
-        return in_order(await self._candidates(requests, caller), alias)[0].request
+        return in_order(await self._candidates(requests, caller), alias)[0].quote.request
 
     async def count_in(self, request: ImageRequest, caller: Caller) -> None:
         """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
-        async with self._entered(request, caller):
+        async with self._entered(quote_for(request, self.prices), caller):
             pass
 
     def gpu_seconds(self, request: ImageRequest) -> float:
         """Its price."""
-        return self.prices.on_all_cards(request.tier, self.prices.price(request).total_s)
+        return quote_for(request, self.prices).gpu_seconds
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that can serve now."""
         return await self.handles.ready_tiers()
 
+    def standing(self, caller: Caller) -> Standing | None:
+        """What is left to the caller's key; None if no limit of it is known here."""
+        if self.turnstile is None or caller.allowance == UNLIMITED:
+            return None
+        return self.turnstile.standing(caller.key)
+
+    async def credits(self, caller: Caller) -> float | None:
+        """The GPU seconds that are left to the caller's key today; None if it has no such limit."""
+        limit = caller.allowance.gpu_seconds_per_day
+        if limit is None or self.turnstile is None:
+            return limit
+        return max(0.0, limit - (await self.turnstile.used_today(caller.key)).gpu_seconds)
+
     async def _candidates(
         self, requests: Sequence[ImageRequest], caller: Caller
     ) -> list[Candidate]:
+        quotes = [quote_for(request, self.prices) for request in requests]
+        # Whatever a replica knows of them: a forecast is of the line.
         offers = tuple(
-            self._offer(request, 0, self.terms.deadline_s(request, caller), caller)
-            for request in requests
+            offer_for(quote, 0, self.terms.deadline_s(quote.request, caller), caller)
+            for quote in quotes
         )
         forecasts = await self.turns.forecast(offers)
         return [
-            Candidate(
-                request,
-                offer.cost_s,
-                self.prices.on_all_cards(request.tier, offer.cost_s),
-                offer.deadline_in_s,
-                forecast,
-            )
-            for request, offer, forecast in zip(requests, offers, forecasts, strict=True)
+            Candidate(quote, offer.deadline_in_s, forecast)
+            for quote, offer, forecast in zip(quotes, offers, forecasts, strict=True)
         ]
 
-    async def _generate(
-        self, request: ImageRequest, caller: Caller, deadline_s: float
-    ) -> ImageResult:
+    async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         deadline = asyncio.timeout(timeout_s)
         try:
-            async with deadline, self._entered(request, caller) as stay:
-                result = await self._generate_with_retry(request, caller, deadline_s, stay)
-                stay.finish(self.prices.on_all_cards(request.tier, result.times.replica_s))
+            async with deadline, self._entered(quote, caller) as stay:
+                result = await self._generate_with_retry(quote, caller, deadline_s, stay)
+                stay.finish(self.prices.on_all_cards(quote.tier, result.times.replica_s))
                 return result
         except TimeoutError:
             if not deadline.expired():
                 raise
             raise DeadlinePassed(f"the request was not done after {timeout_s:g} seconds") from None
 
-    def _entered(self, request: ImageRequest, caller: Caller) -> AbstractAsyncContextManager[Stay]:
-        cost_s = self.prices.price(request).total_s
-        use = Use(self.prices.on_all_cards(request.tier, cost_s), request.megapixels)
+    def _entered(self, quote: Quote, caller: Caller) -> AbstractAsyncContextManager[Stay]:
         if self.turnstile is None:
-            return nullcontext(Stay(use, cost_s))
-        entry = Entry(request.request_id, request.tier, caller.key, use, cost_s)
+            return nullcontext(Stay(quote.use, quote.cost_s))
+        request_id = quote.request.request_id
+        entry = Entry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
         return self.turnstile.entered(entry, caller.allowance)
 
     async def _generate_with_retry(
-        self, request: ImageRequest, caller: Caller, deadline_s: float, stay: Stay
+        self, quote: Quote, caller: Caller, deadline_s: float, stay: Stay
     ) -> ImageResult:
         try:
-            return await self._attempt(request, 1, deadline_s, caller, stay)
+            return await self._attempt(quote, 1, deadline_s, caller, stay)
         except ReplicaFailed as error:
-            logger.warning("request %s is sent again: %s", request.request_id, error)
+            logger.warning("request %s is sent again: %s", quote.request.request_id, error)
         # It was taken in once: it is not refused now for what was no fault of its client.
-        return await self._attempt(request, 2, self.terms.request_timeout_s, caller, stay)
+        return await self._attempt(quote, 2, self.terms.request_timeout_s, caller, stay)
 
     async def _attempt(
-        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller, stay: Stay
+        self, quote: Quote, number: int, deadline_s: float, caller: Caller, stay: Stay
     ) -> ImageResult:
+        request = quote.request
         # It would wait for its turn for ever.
         await self.handles.connect(request.tier)
-        offer = self._offer(request, number, deadline_s, caller)
+        affinity = affinity_of(request, self.prices)
+        offer = offer_for(quote, number, deadline_s, caller, affinity)
         try:
             replica = await self.turns.take(offer)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise
         if number == 1:
-            self.bill.enter(request.tier, self.prices.on_all_cards(request.tier, offer.cost_s))
+            self.bill.enter(request.tier, quote.gpu_seconds)
         stay.begin()
         try:
             result = await self.handles.generate(request, replica)
@@ -247,22 +263,6 @@ class Router:
             self.turns.end(offer.ticket_id)
         self.bill.compare(self.prices.learn(request, result.times))
         return result
-
-    def _offer(
-        self, request: ImageRequest, number: int, deadline_s: float, caller: Caller
-    ) -> Offer:
-        # Two tiers may have the same request.
-        ticket_id = f"{request.tier}-{request.request_id}-{number}"
-        cost_s = self.prices.price(request).total_s
-        return Offer(
-            ticket_id,
-            request.tier,
-            cost_s,
-            deadline_s,
-            caller.key,
-            caller.weight,
-            affinity_of(request, self.prices),
-        )
 
     def _record(self, request: ImageRequest, caller: Caller) -> None:
         if self.records is not None:

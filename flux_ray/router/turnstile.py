@@ -5,12 +5,12 @@ import contextvars
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
 from flux_ray.errors import FluxError, QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared
+from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared, Standing
 from flux_ray.router.turns import AGAIN_S, LedgerLost, tell_of_end
 from flux_ray.router.usage import Name, Row, Usage, Use
 
@@ -20,6 +20,8 @@ PERIOD_S = 2.0
 # So long an answer is held back, for the ledger to hear that its request is over: a client that
 # asks again at once, anywhere, then has its place back.
 LEAVE_S = 0.1
+# So long somebody waits, once, for what other gateways know.
+LEARN_S = 1.0
 
 
 class Line(Protocol):
@@ -27,8 +29,8 @@ class Line(Protocol):
 
     async def enter(
         self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | None:
-        """Count a request, or hear why not."""
+    ) -> Denial | Standing | None:
+        """Count a request, and hear what is left to its key; or hear why not."""
 
     async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
         """It has ended."""
@@ -37,6 +39,10 @@ class Line(Protocol):
         self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
     ) -> Shared:
         """All that is in hand here, and all or what is new of what is known; what is new to it."""
+
+
+def count_nowhere(tier: str, limit: str) -> None:
+    """Nobody wants to know."""
 
 
 class Stay:
@@ -67,12 +73,18 @@ class Turnstile:
     """All requests of this gateway whose keys are limited.
 
     A task of its own tells the ledger of them, and learns what other gateways' keys used: any
-    gateway can tell a ledger that was lost.
+    gateway can tell a ledger that was lost. `count` hears of every refusal: its tier and its limit.
     """
 
-    def __init__(self, line: Line, gateway: str) -> None:
+    def __init__(
+        self, line: Line, gateway: str, count: Callable[[str, str], None] = count_nowhere
+    ) -> None:
         self._line = line
         self._gateway = gateway
+        self._count = count
+        # Of each key, and when that was so.
+        self._standings: dict[str, tuple[Standing, float]] = {}
+        self._has_heard = asyncio.Event()
         self._entries: dict[tuple[str, str], Entry] = {}
         self._usage = Usage()
         self._news: set[Name] = set()
@@ -103,6 +115,26 @@ class Turnstile:
                 self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
             await self._leave(entry)
 
+    def standing(self, key: str) -> Standing | None:
+        """What is left to the key by what the ledger last said here; None if it said nothing."""
+        if key not in self._standings:
+            return None
+        standing, at = self._standings[key]
+        return standing._replace(reset_s=max(0.0, standing.reset_s - (time.monotonic() - at)))
+
+    async def used_today(self, key: str) -> Use:
+        """Through all gateways, as of two seconds ago; what is in hand here, by its price."""
+        self._start()
+        try:
+            await asyncio.wait_for(self._has_heard.wait(), LEARN_S)
+        except TimeoutError:
+            logger.warning("what %s used through other gateways is not known", key)
+        used = self._usage.of(key, time.time())
+        for entry in self._entries.values():
+            if entry.key == key:
+                used += entry.use
+        return used
+
     def stop(self) -> None:
         """Talk to the ledger no more."""
         if self._task is not None:
@@ -116,20 +148,27 @@ class Turnstile:
         shared = await self._line.share_usage(self._gateway, entries, rows, tells_all)
         self._usage.merge(shared.rows)
         self._usage.forget(time.time())
+        self._has_heard.set()
         self._tells_all = shared.tell_all
 
     async def _enter(self, entry: Entry, allowance: Allowance) -> None:
         while True:
             try:
                 rows = self._usage.rows_of(entry.key)
-                denial = await self._line.enter(self._gateway, entry, allowance, rows)
+                answer = await self._line.enter(self._gateway, entry, allowance, rows)
                 break
             except LedgerLost as error:
                 # As for its turn, it waits: unless it is counted it may not be served.
                 logger.warning("request %s is not counted yet: %s", entry.request_id, error)
                 await asyncio.sleep(AGAIN_S)
-        if denial is not None:
-            raise error_for(denial)
+        if isinstance(answer, Denial):
+            self._count(entry.tier, answer.name)
+            raise error_for(answer)
+        if answer is None:
+            # Its limits may be others now.
+            self._standings.pop(entry.key, None)
+        else:
+            self._standings[entry.key] = (answer, time.monotonic())
 
     async def _leave(self, entry: Entry) -> None:
         """In an empty context: Ray would cancel it with the request."""

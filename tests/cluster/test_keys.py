@@ -95,7 +95,10 @@ def test_a_lost_ledger_forgets_no_day(gateways: str, keys: dict[str, NewKey]) ->
 
     from flux_ray.router.ledger_actor import start_ledger
 
-    assert ask(gateways, keys["small"].secret).status_code == 200
+    answer = ask(gateways, keys["small"].secret)
+    assert answer.status_code == 200
+    assert answer.headers["x-ratelimit-limit"] == "0.02"
+    assert answer.headers["x-ratelimit-remaining"] == "0.003616"
     assert ask(gateways, keys["small"].secret).status_code == 429
     # Both gateways have told each other by then.
     time.sleep(5)

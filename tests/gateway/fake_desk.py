@@ -5,6 +5,7 @@ from typing import Any
 
 from flux_ray.jobs.job import Job, JobResult, Offer, StoredPicture
 from flux_ray.jobs.results import ResultMissing
+from flux_ray.request import ImageRequest, ImageResult
 
 PICTURE = b"a picture"
 
@@ -54,6 +55,15 @@ class FakeDesk:
 
     async def num_active(self, owner: str) -> int:
         return 0
+
+    async def keep(
+        self, owner: str, request: ImageRequest, result: ImageResult
+    ) -> tuple[StoredPicture, ...]:
+        form, job_id = request.encoding.format, uuid.uuid4()
+        return tuple(
+            StoredPicture(f"{job_id}/0-{number}.{form}", image.seed, len(image.data), "")
+            for number, image in enumerate(result.images)
+        )
 
     async def url_secret(self) -> bytes:
         return b"secret"

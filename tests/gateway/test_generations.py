@@ -171,7 +171,7 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"guidance": 3, "guidance_scale": 4}, "guidance_scale", "disagree"),
         ({"guidance_scale": "high"}, "guidance_scale", "number"),
         ({"guidance": -1}, "guidance", "0"),
-        ({"response_format": "url"}, "response_format", "not supported yet"),
+        ({"response_format": "url"}, "response_format", "keeps no pictures"),
         ({"response_format": "file"}, "response_format", "b64_json"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_format": "svg"}, "output_format", "'png', 'jpeg' or 'webp'"),

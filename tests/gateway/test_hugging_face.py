@@ -66,9 +66,11 @@ async def test_what_has_no_effect_is_said(ask):
         ("a ring", {"mask": "aGVsbG8="}, 400, "mask is not for this route"),
         ("a ring", {"mask_image": "aGVsbG8="}, 400, "mask_image is not for this route"),
         ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
-        ("no base64!", {"prompt": "x"}, 400, "inputs is no picture in base64"),
+        ("no base64!", {"prompt": "x"}, 400, "image 1 is neither base64 nor a URL"),
         ("aGVsbG8=", {"prompt": "x"}, 400, "not a PNG, JPEG or WebP"),
         ("A" * 400_000, {"prompt": "x"}, 400, "larger than"),
+        ("http://127.0.0.1/x.png", {"prompt": "x"}, 400, "not that of a public"),
+        ("", {"prompt": "x"}, 400, "not a PNG, JPEG or WebP"),
         ("a ring", {"target_size": {"width": 64}}, 400, "parameters"),
     ],
 )

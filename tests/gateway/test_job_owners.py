@@ -25,6 +25,7 @@ CLASSES = {
     "few": {"max_concurrent": 2},
     "quick": {"requests_per_minute": 2},
     "small": {"megapixels_per_day": 0.04},
+    "poor": {"gpu_seconds_per_day": 1.5},
     "klein": {"licenses": ["flux-non-commercial"], "tiers": ["flux-2-klein-9b"]},
 }
 KEYS = {name: new_key(name, name, NOW) for name in CLASSES} | {
@@ -143,3 +144,27 @@ async def test_tiers_of_other_keys_are_refused(client):
     answer = await submit(client, key=key_of("klein"))
     assert answer.status_code == 403
     assert answer.json()["message"] == "this key may not use tiny"
+
+
+async def test_credits_are_what_a_key_has_left_today(client, desk):
+    async def credits(name):
+        answer = await client.get("/v1/credits", headers={"x-key": key_of(name)})
+        return answer.json()["credits"]
+
+    assert await credits("poor") == 1.5
+    assert await credits("anna") == 1e9
+    body = {"model": "tiny", "prompt": "a ring", "size": "128x128"}
+    headers = {"x-key": key_of("poor")}
+    drawn = await client.post("/v1/images/generations", json=body, headers=headers)
+    assert drawn.status_code == 200, drawn.text
+    assert await credits("poor") == pytest.approx(1.5 - 0.009), "what the fakes took"
+
+
+async def test_pictures_that_were_kept_are_nobodys_jobs(client, desk):
+    """Though their URLs tell a name like that of a job."""
+    body = {"model": "tiny", "prompt": "a ring", "response_format": "url"}
+    headers = {"x-key": key_of("anna")}
+    answer = await client.post("/v1/images/generations", json=body, headers=headers)
+    job_id = answer.json()["data"][0]["url"].split("/")[-2]
+    found = await client.get("/v1/get_result", params={"id": job_id}, headers=headers)
+    assert (found.status_code, found.json()["status"]) == (404, "Task not found")

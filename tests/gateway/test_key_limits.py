@@ -28,7 +28,7 @@ class Books:
         self.books = Allowances()
 
     async def enter(self, gateway, entry, allowance, rows):
-        return self.books.enter(gateway, entry, allowance, rows, time.time())
+        return self.books.admit(gateway, entry, allowance, rows, time.time())
 
     async def leave(self, gateway, request_id, tier, rows):
         self.books.leave(gateway, request_id, tier, rows)
@@ -44,6 +44,7 @@ async def ask(tmp_path):
         "quick": {"requests_per_minute": 2},
         "small": {"megapixels_per_day": 0.04},
         "poor": {"gpu_seconds_per_day": 0.00001},
+        "single": {"max_concurrent": 1},
     }
     made = {name: new_key(f"{name}-1", name, NOW) for name in classes}
     path = tmp_path / "keys.yaml"
@@ -60,10 +61,10 @@ async def ask(tmp_path):
         transport = httpx.ASGITransport(app=build_api(router, args))
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
 
-    async def ask(key_class, gateway=0, **fields):
+    async def ask(key_class, gateway=0, path=PATH, **fields):
         body = {"prompt": "a ring", "size": "128x128", **fields}
         headers = {"x-key": made[key_class].secret}
-        return await clients[gateway].post(PATH, json=body, headers=headers)
+        return await clients[gateway].post(path, json=body, headers=headers)
 
     yield ask
     for gate, client in zip(gates, clients, strict=True):
@@ -105,3 +106,32 @@ async def test_what_no_day_has_is_not_to_be_asked_again(ask):
     answer = await ask("poor")
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "quota_too_small")
     assert "retry-after" not in answer.headers
+
+
+LIMIT_HEADERS = tuple(f"x-ratelimit-{name}" for name in ("limit", "remaining", "reset"))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [(PATH, {}), (PATH, {"stream": True}), ("/models/tiny", {"inputs": "a ring"})],
+)
+async def test_pictures_tell_what_is_left(ask, path, fields):
+    for left in ("1", "0"):
+        answer = await ask("quick", path=path, **fields)
+        assert answer.status_code == 200, answer.text
+        limit, remaining, reset = (answer.headers[name] for name in LIMIT_HEADERS)
+        assert (limit, remaining) == ("2", left)
+        assert 58 <= int(reset) <= 60
+
+
+async def test_pictures_tell_what_is_left_of_a_day(ask):
+    answer = await ask("small")
+    assert answer.headers["x-ratelimit-limit"] == "0.04"
+    assert answer.headers["x-ratelimit-remaining"] == "0.023616"
+    assert 1 <= int(answer.headers["x-ratelimit-reset"]) <= 86_400
+
+
+async def test_what_is_had_at_once_is_over_by_then(ask):
+    answer = await ask("single")
+    assert answer.status_code == 200
+    assert not [name for name in LIMIT_HEADERS if name in answer.headers]

@@ -2,25 +2,30 @@
 
 import asyncio
 import dataclasses
+import os
 import uuid
 
 import pytest
 
+from flux_ray.errors import ResultsLost
+from flux_ray.jobs.cleaning import clean_up
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import JobResult
 from flux_ray.jobs.packing import pack
 from flux_ray.jobs.results import ResultMissing
 from flux_ray.jobs.shared_secret import shared_secret
-from flux_ray.jobs.shelf import Shelf
+from flux_ray.jobs.shelf import KEPT_FOR, Shelf
+from flux_ray.jobs.store import ARRIVAL_S
 from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S, LEASE_S
+from tests.jobs.painter import paint
 
 IMAGE = (GeneratedImage(b"a picture", 7),)
 
 
 @pytest.fixture
 def shelf(database, folder) -> Shelf:
-    return Shelf(database, folder)
+    return Shelf(database, folder, KEEP_S)
 
 
 @pytest.fixture
@@ -75,6 +80,41 @@ async def test_other_names_are_unknown(shelf, store, draw, folder, file):
     for job_id in (lease.job_id, str(uuid.uuid4()), "%", "..", ""):
         with pytest.raises(ResultMissing):
             await shelf.read(f"{job_id}/{file}")
+
+
+async def test_what_was_drawn_without_a_job_is_kept_as_long(shelf, store, folder, offer, clock):
+    request = offer().request
+    result = await paint(None, request)
+    [picture] = await shelf.keep("anna", request, result)
+    assert await shelf.read(picture.name) == result.images[0].data
+    job_id = picture.name.partition("/")[0]
+    assert await store.find("anna", job_id) is None
+    job = await store.find(KEPT_FOR + "anna", job_id)
+    assert (job.status, job.result.pictures, job.packed) == ("ready", (picture,), {})
+    assert await store.num_active("anna") == 0
+    assert await store.claim("w") is None
+    clock.now_s += KEEP_S - 1
+    assert await clean_up(store, folder) == 0
+    clock.now_s += 1
+    assert await clean_up(store, folder) == 1
+    with pytest.raises(ResultMissing):
+        await folder.read_picture(picture)
+
+
+async def test_what_was_kept_in_part_is_removed_too(shelf, store, folder, offer, clock):
+    async def full(*args):
+        await write(*args)
+        raise ResultsLost("the disk is full")
+
+    write, folder.write_pictures = folder.write_pictures, full
+    request = offer().request
+    with pytest.raises(ResultsLost):
+        await shelf.keep("anna", request, await paint(None, request))
+    [job_id] = os.listdir(folder._root)
+    assert await store.find("anna", job_id) is None
+    clock.now_s += ARRIVAL_S
+    assert await clean_up(store, folder) == 1
+    assert os.listdir(folder._root) == []
 
 
 async def test_the_secret_is_one_for_all(database_url):

@@ -29,6 +29,9 @@ class Told:
         asked = entry(request_id, **fields)
         return self.books.enter(gateway, asked, self.allowance, rows, NOON + now)
 
+    def standing(self, now=0.0, key="alice"):
+        return self.books.standing(key, self.allowance, NOON + now)
+
     def leave(self, request_id, use=None, now=0.0, gateway="g", key="alice", tier="tiny"):
         usage = self.usage(gateway)
         usage.add(gateway, key, use or Use(), NOON + now)
@@ -241,3 +244,53 @@ def test_no_limit_is_ever_passed(seed):
             assert sum(1 for at, each in came if each == key and at > now - 60) <= 20
             assert spent[key] + sum(mine) <= 20 + 1e-6
     assert max(spent.values()) > 10, "and they were reached"
+
+
+def test_how_a_key_stands_in_its_minute():
+    told = Told(requests_per_minute=3)
+    assert told.standing() == (3, 3, 60)
+    told.enter("x", now=0.0)
+    told.enter("y", now=20.0)
+    assert told.standing(now=30.0) == (3, 1, pytest.approx(30))
+    assert told.standing(now=61.0) == (3, 2, pytest.approx(19))
+    assert told.standing(key="bob") == (3, 3, 60)
+
+
+def test_how_a_key_stands_in_its_day_counts_what_is_in_hand():
+    told = Told(gpu_seconds_per_day=10)
+    told.enter("x", gpu_seconds=4.0)
+    assert told.standing() == (10, 6.0, DAY_S / 2)
+    told.leave("x", Use(1.0))
+    assert told.standing(now=10.0) == (10, 9.0, DAY_S / 2 - 10)
+    assert told.standing(now=DAY_S / 2) == (10, 10.0, DAY_S), "a new day"
+
+
+def test_of_several_limits_the_one_that_is_nearest():
+    told = Told(requests_per_minute=4, gpu_seconds_per_day=10, megapixels_per_day=100)
+    told.enter("x", gpu_seconds=1.0)
+    assert told.standing().limit == 4
+    told.enter("y", gpu_seconds=7.0)
+    assert told.standing().limit == 10
+    assert Told(max_concurrent=3).standing() is None, "it is over when its client hears of it"
+
+
+def test_who_comes_in_hears_how_it_stands():
+    books, allowance = Allowances(), Allowance(requests_per_minute=2, max_concurrent=1)
+    assert books.admit("g", entry("x"), allowance, (), NOON) == (2, 1, 60)
+    denial = books.admit("g", entry("y"), allowance, (), NOON)
+    assert (denial.name, denial.limit) == ("max_concurrent", 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("max_concurrent", 1),
+        ("requests_per_minute", 1),
+        ("gpu_seconds_per_day", 1.5),
+        ("megapixels_per_day", 1.5),
+    ],
+)
+def test_a_denial_names_its_limit(limit, value):
+    told = Told(**{limit: value})
+    told.enter("x")
+    assert told.enter("y").name == limit

@@ -7,6 +7,7 @@ from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.choice import COLD_START_S, Candidate, in_order
 from flux_ray.router.forecast import Forecast
+from flux_ray.router.quote import Quote
 
 
 def candidate(tier: str, cost_s: float, wait_s: float | None, **changed) -> Candidate:
@@ -14,12 +15,13 @@ def candidate(tier: str, cost_s: float, wait_s: float | None, **changed) -> Cand
     is_refused = changed.pop("is_refused", False)
     gpu_seconds = changed.pop("gpu_seconds", cost_s)
     deadline_s = changed.pop("deadline_s", 10.0)
-    return Candidate(request, cost_s, gpu_seconds, deadline_s, Forecast(wait_s, is_refused))
+    quote = Quote(request, cost_s, gpu_seconds)
+    return Candidate(quote, deadline_s, Forecast(wait_s, is_refused))
 
 
 def chosen(candidates: list[Candidate], **alias) -> list[str]:
-    wanted = Alias(tiers=tuple(each.request.tier for each in candidates), **alias)
-    return [each.request.tier for each in in_order(candidates, wanted)]
+    wanted = Alias(tiers=tuple(each.quote.tier for each in candidates), **alias)
+    return [each.quote.tier for each in in_order(candidates, wanted)]
 
 
 @pytest.mark.parametrize(

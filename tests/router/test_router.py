@@ -16,7 +16,7 @@ from flux_ray.errors import (
 )
 from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
-from flux_ray.router.allowances import Allowance
+from flux_ray.router.allowances import Allowance, Standing
 from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
@@ -41,6 +41,32 @@ async def test_the_offer_says_price_deadline_and_key(router, turns):
     assert (offer.key, offer.weight) == ("someone", 2.0)
     fresh = CostModel({"tiny": Layout("cpu", dtype="float32")})
     assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
+
+
+async def test_it_is_priced_once(handles, turns, bill, monkeypatch):
+    """However many tiers it is for, and however often it is tried."""
+    prices = CostModel({tier: Layout("cpu") for tier in ("tiny", "tiny-tp2")})
+    priced, price, forecast = [], prices.price, turns.forecast
+
+    def count(request):
+        priced.append(request.tier)
+        return price(request)
+
+    async def look(offers):
+        assert [offer.affinity for offer in offers] == [(), ()]
+        return await forecast(offers)
+
+    monkeypatch.setattr(prices, "price", count)
+    monkeypatch.setattr(turns, "forecast", look)
+    router = Router(handles, turns, prices, bill, Terms(5))
+    router.turnstile = FakeTurnstile()
+    handles.failures = [ReplicaFailed("died")]
+    await router.generate(REQUEST)
+    assert priced == ["tiny"]
+    assert all(offer.affinity for offer in turns.offers)
+    alias = Alias(tiers=("tiny-tp2", "tiny"))
+    await router.generate_by(alias, [replace(REQUEST, tier=tier) for tier in alias.tiers])
+    assert sorted(priced) == ["tiny", "tiny", "tiny-tp2"]
 
 
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
@@ -168,6 +194,12 @@ class FakeTurnstile:
         self.stays.append(Stay(entry.use, entry.cost_s))
         yield self.stays[-1]
 
+    def standing(self, key):
+        return Standing(10, 4, 3.0)
+
+    async def used_today(self, key):
+        return Use(7.0, 1.0)
+
 
 async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router, turns):
     router.turnstile = FakeTurnstile()
@@ -189,6 +221,28 @@ async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
     router.turnstile = FakeTurnstile("tiny-tp2", "tiny")
     with pytest.raises(QuotaSpent):
         await router.generate_by(alias, requests)
+
+
+@pytest.mark.parametrize(
+    ("allowance", "left"),
+    [
+        ({}, None),
+        ({"max_concurrent": 3}, None),
+        ({"gpu_seconds_per_day": 10}, 3),
+        ({"gpu_seconds_per_day": 5}, 0),
+    ],
+)
+async def test_what_a_key_has_left_today(router, allowance, left):
+    router.turnstile = FakeTurnstile()
+    assert await router.credits(Caller("someone", allowance=Allowance(**allowance))) == left
+
+
+async def test_only_who_is_limited_stands_somehow(router):
+    limited = Caller("someone", allowance=Allowance(requests_per_minute=10))
+    assert router.standing(limited) is None, "without a turnstile nobody counts"
+    router.turnstile = FakeTurnstile()
+    assert router.standing(limited) == (10, 4, 3.0)
+    assert router.standing(Caller("someone")) is None
 
 
 async def test_ready_tiers_are_the_handles(router):

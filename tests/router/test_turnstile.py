@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router import turnstile as turnstile_module
-from flux_ray.router.allowances import UNLIMITED, Allowance, Allowances, Entry
+from flux_ray.router.allowances import UNLIMITED, Allowance, Allowances, Entry, Standing
 from flux_ray.router.turns import LedgerLost
 from flux_ray.router.turnstile import Turnstile
 from flux_ray.router.usage import Use
@@ -26,7 +26,7 @@ class FakeLine:
 
     async def enter(self, gateway, entry, allowance, rows):
         await self.reach()
-        return self.books.enter(gateway, entry, allowance, rows, time.time())
+        return self.books.admit(gateway, entry, allowance, rows, time.time())
 
     async def leave(self, gateway, request_id, tier, rows):
         await self.reach()
@@ -52,6 +52,7 @@ class FakeLine:
 def line(monkeypatch):
     monkeypatch.setattr(turnstile_module, "PERIOD_S", 0.01)
     monkeypatch.setattr(turnstile_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(turnstile_module, "LEARN_S", 0.05)
     return FakeLine()
 
 
@@ -192,3 +193,63 @@ async def test_who_is_not_limited_costs_no_call(gates, line):
     async with gates[0].entered(entry("x"), UNLIMITED) as stay:
         stay.finish(1.0)
     assert line.num_calls == 0
+
+
+async def test_how_a_key_stands_is_known_after_it_came_in(gates, line):
+    minute = Allowance(requests_per_minute=3)
+    assert gates[0].standing("alice") is None
+    async with gates[0].entered(entry("x"), minute):
+        assert gates[0].standing("alice")[:2] == (3, 2)
+    async with gates[0].entered(entry("y"), minute):
+        pass
+    standing = gates[0].standing("alice")
+    assert standing[:2] == (3, 1) and 59 < standing.reset_s <= 60
+    gates[0]._standings["alice"] = (Standing(3, 1, 5.0), time.monotonic() - 7)
+    assert gates[0].standing("alice").reset_s == 0, "never in the past"
+    async with gates[0].entered(entry("z"), ONE):
+        assert gates[0].standing("alice") is None, "its class has changed"
+
+
+async def test_a_ledger_of_before_says_nothing_of_it(gates, line, monkeypatch):
+    async def enter(*args):
+        return None
+
+    monkeypatch.setattr(line, "enter", enter)
+    async with gates[0].entered(entry("x"), ONE):
+        assert gates[0].standing("alice") is None
+
+
+async def test_what_was_used_today_is_known_at_every_gateway(gates, line):
+    """Also at one that the key never came to."""
+    g, h = gates
+    day = Allowance(gpu_seconds_per_day=10)
+    async with g.entered(entry("x"), day) as stay:
+        stay.finish(2.5)
+    assert await h.used_today("alice") == Use(2.5, 2.0)
+    async with h.entered(entry("y", 4.0), day):
+        assert await h.used_today("alice") == Use(6.5, 4.0)
+    assert await h.used_today("bob") == Use()
+
+
+async def test_what_was_used_here_is_known_without_the_ledger(gates, line):
+    async with gates[0].entered(entry("x"), ONE) as stay:
+        stay.finish(2.5)
+    line.is_down = True
+    assert (await gates[0].used_today("alice")).gpu_seconds == 2.5
+    assert await gates[1].used_today("alice") == Use()
+
+
+async def test_refusals_are_counted_by_their_limit(line):
+    counted = []
+    gate = Turnstile(line, "g", lambda tier, limit: counted.append((tier, limit)))
+    both = Allowance(max_concurrent=1, gpu_seconds_per_day=3)
+    async with gate.entered(entry("x"), both):
+        for name, gpu_seconds in (("y", 1.0), ("z", 5.0)):
+            with pytest.raises((RateLimited, QuotaTooSmall)):
+                async with gate.entered(entry(name, gpu_seconds), both):
+                    raise AssertionError
+    with pytest.raises(QuotaTooSmall):
+        async with gate.entered(entry("z", 5.0), both):
+            raise AssertionError
+    assert counted == [("tiny", "max_concurrent")] * 2 + [("tiny", "gpu_seconds_per_day")]
+    gate.stop()

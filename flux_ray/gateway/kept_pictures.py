@@ -1,0 +1,21 @@
+"""Answers by URL: pictures that were just drawn, kept for as long as those of jobs."""
+
+from flux_ray.gateway.result_urls import ResultUrls
+from flux_ray.jobs.desk import Desk
+from flux_ray.request import ImageRequest, ImageResult
+
+
+class KeptPictures:
+    """Where there are jobs there is a place to keep them. Raises StoreLost and ResultsLost."""
+
+    def __init__(self, desk: Desk, public_url: str) -> None:
+        self._desk = desk
+        self._public_url = public_url
+
+    async def urls_of(
+        self, owner: str, request: ImageRequest, result: ImageResult
+    ) -> tuple[str, ...]:
+        """A signed one of each picture."""
+        urls = ResultUrls(self._public_url, await self._desk.url_secret())
+        pictures = await self._desk.keep(owner, request, result)
+        return tuple(urls.url_of(picture) for picture in pictures)

@@ -1,0 +1,48 @@
+"""A request and its price, so that it is priced once on its way; and what the ledger hears."""
+
+from typing import NamedTuple
+
+from flux_ray.request import ImageRequest
+from flux_ray.router.caller import Caller
+from flux_ray.router.ledger import Offer
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.usage import Use
+
+
+class Quote(NamedTuple):
+    """`cost_s` are seconds of one replica, `gpu_seconds` those of all its cards."""
+
+    request: ImageRequest
+    cost_s: float
+    gpu_seconds: float
+
+    @property
+    def tier(self) -> str:
+        """Whose price it is."""
+        return self.request.tier
+
+    @property
+    def use(self) -> Use:
+        """What its key will have used by it."""
+        return Use(self.gpu_seconds, self.request.megapixels)
+
+
+def quote_for(request: ImageRequest, prices: CostModel) -> Quote:
+    """By what is known now."""
+    cost_s = prices.price(request).total_s
+    return Quote(request, cost_s, prices.on_all_cards(request.tier, cost_s))
+
+
+def offer_for(
+    quote: Quote,
+    number: int,
+    deadline_s: float,
+    caller: Caller,
+    affinity: tuple[tuple[str, float], ...] = (),
+) -> Offer:
+    """What the ledger hears of an attempt."""
+    # Two tiers may have the same request.
+    ticket_id = f"{quote.tier}-{quote.request.request_id}-{number}"
+    return Offer(
+        ticket_id, quote.tier, quote.cost_s, deadline_s, caller.key, caller.weight, affinity
+    )

@@ -1,0 +1,119 @@
+"""`response_format: url`, with the official client: kept pictures instead of their bytes."""
+
+import base64
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError, InternalServerError
+
+from flux_ray.errors import StoreLost
+from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.job_config import JobArgs
+from flux_ray.jobs.desk import Desk
+from tests.conftest import LIMITS
+from tests.jobs.painter import paint
+
+
+@pytest.fixture
+def gateway_args(tmp_path):
+    jobs = JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
+    return GatewayArgs(tiers=("tiny",), limits=LIMITS, jobs=jobs, public_url="http://public/at")
+
+
+@pytest.fixture
+async def desk(gateway_args):
+    desk = Desk(gateway_args.jobs, paint)
+    await desk.open()
+    yield desk
+    await desk.close()
+
+
+@pytest.fixture
+def api(router, gateway_args, desk):
+    return build_api(router, gateway_args, desk=desk)
+
+
+def client_of(api):
+    http_client = httpx.AsyncClient(transport=httpx.ASGITransport(app=api))
+    return AsyncOpenAI(
+        base_url="http://gateway/v1", api_key="any", http_client=http_client, max_retries=0
+    )
+
+
+@pytest.fixture
+async def openai(api):
+    async with client_of(api) as client:
+        yield client
+
+
+async def read(client, url):
+    """As a proxy sends it on that takes `/at` away."""
+    assert url.startswith("http://public/at/results/")
+    return await client.get(url.removeprefix("http://public/at"))
+
+
+async def test_generate(openai, client):
+    answer = await openai.images.generate(
+        model="tiny",
+        prompt="a ring",
+        n=2,
+        response_format="url",
+        extra_body={"seed": 7, "output_format": "webp"},
+    )
+    assert [picture.b64_json for picture in answer.data] == [None, None]
+    assert [picture.model_extra["seed"] for picture in answer.data] == [7, 8]
+    shown = [await read(client, picture.url) for picture in answer.data]
+    assert [each.content for each in shown] == [b"picture 7", b"picture 8"]
+    assert {each.headers["content-type"] for each in shown} == {"image/webp"}
+
+
+async def test_edit(openai, client, picture):
+    answer = await openai.images.edit(
+        model="tiny", prompt="x", image=("in.png", picture()), response_format="url"
+    )
+    shown = await read(client, answer.data[0].url)
+    assert shown.content == b"picture %d" % answer.data[0].model_extra["seed"]
+
+
+async def test_the_default_and_b64_are_as_before(openai, client):
+    for fields in ({}, {"response_format": "b64_json"}):
+        answer = await openai.images.generate(
+            model="tiny", prompt="a ring", extra_body={"seed": 7}, **fields
+        )
+        assert answer.data[0].url is None
+        assert base64.b64decode(answer.data[0].b64_json) == b"picture 7"
+    body = {"prompt": "a ring", "response_format": "url"}
+    plain = (await client.post("/v1/images/generations", json=body)).json()
+    assert {*plain["data"][0]} == {"url", "seed"}
+
+
+async def test_a_stream_has_the_bytes_and_says_so(client):
+    body = {"prompt": "a ring", "seed": 7, "response_format": "url", "stream": True}
+    answer = await client.post("/v1/images/generations", json=body)
+    assert base64.b64encode(b"picture 7").decode() in answer.text
+    assert "response_format has no effect on a stream" in answer.text
+
+
+@pytest.mark.parametrize("route", ["generate", "edit"])
+async def test_without_a_place_to_keep_them_it_is_a_mistake(router, handles, picture, route):
+    api = build_api(router, GatewayArgs(tiers=("tiny",), limits=LIMITS))
+    fields = {} if route == "generate" else {"image": ("in.png", picture())}
+    async with client_of(api) as openai:
+        with pytest.raises(BadRequestError, match="keeps no pictures") as caught:
+            await getattr(openai.images, route)(
+                model="tiny", prompt="x", response_format="url", **fields
+            )
+    assert caught.value.param == "response_format"
+    assert handles.requests == []
+
+
+async def test_stores_that_are_away(openai, desk, monkeypatch):
+    async def lost(*args):
+        raise StoreLost("connection to 10.0.0.7 refused")
+
+    monkeypatch.setattr(desk, "keep", lost)
+    with pytest.raises(InternalServerError, match="cannot be kept") as caught:
+        await openai.images.generate(model="tiny", prompt="x", response_format="url")
+    assert (caught.value.status_code, caught.value.code) == (503, "store_unavailable")
+    assert "10.0.0.7" not in str(caught.value)
