@@ -8,8 +8,8 @@ import contextlib
 import contextvars
 import itertools
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,10 +18,20 @@ from flux_ray.replica.prompts import Prompts
 from flux_ray.request import Encoded, GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 Observe = Callable[[str, float], None]
+Call = tuple[str, *tuple[object, ...]]
+
+# Calls that the ranks have at a time. The second is there when they have done the first, or a
+# short step would wait as long for its call as it takes. One more would be a step more that is
+# made for a client that has left.
+NUM_IN_FLIGHT = 2
 
 
 class Ranks(Protocol):
-    """The same call on every rank, answered by rank 0. Raises FluxError only."""
+    """The same call on every rank, answered by rank 0. Raises FluxError only.
+
+    Calls begin and end in the order in which they were made. After one that raised, the job's
+    others raise too.
+    """
 
     async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object: ...
 
@@ -51,7 +61,7 @@ class Job:
             self.result.set_result(outcome)
 
 
-def calls_for(request: ImageRequest, encoded: object) -> Iterator[tuple[str, *tuple[object, ...]]]:
+def calls_for(request: ImageRequest, encoded: object) -> Iterator[Call]:
     """The calls that draw a request, in order; between any two of them it may be dropped."""
     yield "encode", request, encoded
     for seed in request.seeds:
@@ -75,7 +85,7 @@ class Stopwatch:
         self._seconds: dict[str, float] = defaultdict(float)
 
     async def measure(self, method: str, call: Awaitable[object]) -> object:
-        """The call's answer."""
+        """The call's answer. Of one sent ahead, the time from now: the former has ended."""
         began = time.perf_counter()
         answer = await call
         seconds = time.perf_counter() - began
@@ -114,6 +124,7 @@ class StepLoop:
         return await job.result
 
     async def _run(self) -> None:
+        dropping: asyncio.Task[None] | None = None
         while True:
             job = await self._jobs.get()
             if job.has_left:
@@ -122,8 +133,10 @@ class StepLoop:
                 job.finish(await self._draw(job))
             except FluxError as error:
                 job.finish(error)
-            # Its client waits for the pictures, not for this.
-            await self._drop(job)
+            if dropping is not None:
+                await dropping
+            # Neither its client nor the next job waits for this.
+            dropping = asyncio.create_task(self._drop(job))
 
     async def _drop(self, job: Job) -> None:
         """The ranks forget it, if they know it. Those of a group that is broken will end."""
@@ -139,17 +152,13 @@ class StepLoop:
         encoded = await times.measure("prompt", self._prompts.encode_prompt(request.prompt))
         images: list[GeneratedImage] = []
         said = Encoded((), is_cached=False)
-        sizes = sizes_of(request)
-        for method, *args in calls_for(request, encoded):
-            if job.has_left:
-                return None
-            job.has_begun = True
-            call = self._ranks.call(method, sizes, job.number, *args)
-            answer = await times.measure(method, call)
+        async for answer in self._answers(job, calls_for(request, encoded), times):
             if isinstance(answer, GeneratedImage):
                 images.append(answer)
             elif isinstance(answer, Encoded):
                 said = answer
+        if job.has_left:
+            return None
         return ImageResult(
             request.request_id,
             request.tier,
@@ -157,3 +166,22 @@ class StepLoop:
             times.total(queue_s, said.is_cached),
             said.warnings,
         )
+
+    async def _answers(
+        self, job: Job, calls: Iterator[Call], times: Stopwatch
+    ) -> AsyncIterator[object]:
+        """What the ranks say to each call, until the client has left. Calls are sent ahead."""
+        sizes = sizes_of(job.request)
+        in_flight: deque[tuple[str, asyncio.Task[object]]] = deque()
+        try:
+            while not job.has_left:
+                for method, *args in itertools.islice(calls, NUM_IN_FLIGHT - len(in_flight)):
+                    job.has_begun = True
+                    call = self._ranks.call(method, sizes, job.number, *args)
+                    in_flight.append((method, asyncio.create_task(call)))
+                if not in_flight:
+                    return
+                yield await times.measure(*in_flight.popleft())
+        finally:
+            # After a failure, or of a client that has left: asyncio complains of errors unheard.
+            await asyncio.gather(*(call for _, call in in_flight), return_exceptions=True)

@@ -57,7 +57,8 @@ def in_lockstep(stage: Stage) -> Stage:
         try:
             self.agree(job, stage.__name__)
             return stage(self, job, *args)
-        except FluxError:
+        except FluxError as error:
+            self._mistakes[job] = error
             raise
         except Exception as error:
             # As it is, an error of torch's would load torch where it arrives: seconds, in which
@@ -100,6 +101,7 @@ class RankActor:
         self._rank = rank
         self._args = args
         self._drawings: dict[int, Drawing] = {}
+        self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
 
     def __repr__(self) -> str:
@@ -161,6 +163,12 @@ class RankActor:
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stage}".encode()) % 2**24
         )
 
+    def drawing(self, job: int) -> Drawing:
+        """A job that was taken on. Calls sent before a caller's mistake was heard of hear of it."""
+        if job in self._mistakes:
+            raise self._mistakes[job]
+        return self._drawings[job]
+
     @in_lockstep
     def encode(
         self, job: int, request: ImageRequest, encoded: EncodedPrompt | None = None
@@ -178,7 +186,7 @@ class RankActor:
         """Begin the job's image of this seed."""
         from flux_ray.engine.state import Canvas
 
-        drawing = self._drawings[job]
+        drawing = self.drawing(job)
         request = drawing.request
         canvas = Canvas(request.width, request.height, request.num_steps, request.guidance)
         drawing.seed = seed
@@ -187,7 +195,7 @@ class RankActor:
     @in_lockstep
     def denoise(self, job: int) -> None:
         """One step of the job's image."""
-        drawing = self._drawings[job]
+        drawing = self.drawing(job)
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
@@ -196,7 +204,7 @@ class RankActor:
         """The job's image as bytes, from rank 0."""
         from flux_ray.engine.pictures import encode_picture
 
-        drawing = self._drawings[job]
+        drawing = self.drawing(job)
         assert drawing.state is not None, "decode before prepare"
         if self._rank != 0:
             return None
@@ -207,3 +215,4 @@ class RankActor:
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""
         self._drawings.pop(job, None)
+        self._mistakes.pop(job, None)

@@ -64,6 +64,10 @@ def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     flat = Raster(800, 64, bytes(800 * 64 * 3))
     with pytest.raises(BadReference):
         rank.encode(1, replace(REQUEST, references=(flat,)))
+    with pytest.raises(BadReference):
+        rank.prepare(1, REQUEST.seed)  # It was sent before the leader heard.
+    rank.drop(1)
+    assert draw(rank, 1, REQUEST)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA has 3 MB"), MemoryError()])
