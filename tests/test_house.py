@@ -21,6 +21,7 @@ NOUNS = {
     "config",
     "job_config",
     "errors",
+    "following",
     "key_store",
     "keys",
     "metrics",

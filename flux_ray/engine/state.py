@@ -38,13 +38,15 @@ class Conditioning:
 class Canvas:
     """The picture to draw: its size in pixels, the number of denoise steps, and the guidance.
 
-    Only a model that was distilled with guidance heeds that.
+    Only a model that was distilled with guidance heeds that. `has_previews`: its states can be
+    previewed.
     """
 
     width: int
     height: int
     num_steps: int
     guidance: float = 1.0
+    has_previews: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class ImageState:
 
     The schedule is the image's own: images of different sizes and step counts take turns on one
     transformer, and nothing that a step changes is shared. `sigmas` has one value more than
-    `timesteps`: the end.
+    `timesteps`: the end. `velocity` is the last step's, where there are previews.
     """
 
     canvas: Canvas
@@ -63,6 +65,7 @@ class ImageState:
     timesteps: Tensor
     sigmas: Tensor
     step: int = 0
+    velocity: Tensor | None = None
 
     @property
     def is_done(self) -> bool:

@@ -37,6 +37,7 @@ def request_for(
         num_images=num_images,
         references=references,
         encoding=encoding_for(fields),
+        num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
 
 

@@ -34,4 +34,6 @@ def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
         names.append("quality")
     if fields.output_compression is not None and fields.output_format in (None, "png"):
         names.append("output_compression")
+    if fields.partial_images and not fields.stream:
+        names.append("partial_images")
     return names

@@ -14,7 +14,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest
+from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest, Raster
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -188,7 +188,13 @@ class RankActor:
 
         drawing = self.drawing(job)
         request = drawing.request
-        canvas = Canvas(request.width, request.height, request.num_steps, request.guidance)
+        canvas = Canvas(
+            request.width,
+            request.height,
+            request.num_steps,
+            request.guidance,
+            has_previews=bool(request.preview_steps),
+        )
         drawing.seed = seed
         drawing.state = self._adapter.prepare(drawing.conditioning, canvas, seed)
 
@@ -200,15 +206,24 @@ class RankActor:
         drawing.state = self._adapter.denoise(drawing.state)
 
     @in_lockstep
+    def preview(self, job: int) -> GeneratedImage | None:
+        """What the job's image will be like as bytes, from rank 0."""
+        return self.picture(job, self._adapter.preview)
+
+    @in_lockstep
     def decode(self, job: int) -> GeneratedImage | None:
         """The job's image as bytes, from rank 0."""
+        return self.picture(job, self._adapter.decode)
+
+    def picture(self, job: int, draw: "Callable[[ImageState], Raster]") -> GeneratedImage | None:
+        """The job's image as this draws it."""
         from flux_ray.engine.pictures import encode_picture
 
         drawing = self.drawing(job)
-        assert drawing.state is not None, "decode before prepare"
+        assert drawing.state is not None, "a picture before prepare"
         if self._rank != 0:
             return None
-        raster = self._adapter.decode(drawing.state)
+        raster = draw(drawing.state)
         return GeneratedImage(encode_picture(raster, drawing.request.encoding), drawing.seed)
 
     @in_lockstep

@@ -68,6 +68,8 @@ class Layout:
 class Work:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
+    `num_previews` are of each picture.
+
     Guidance is no part of it: every tier is distilled, and a step is one forward.
     """
 
@@ -78,6 +80,12 @@ class Work:
     references: tuple[int, ...] = ()
     num_images: int = 1
     format: ImageFormat = "png"
+    num_previews: int = 0
+
+    @property
+    def num_decoded(self) -> int:
+        """How many times a picture is decoded and made a file of."""
+        return self.num_images * (1 + self.num_previews)
 
     @property
     def pixels(self) -> int:
@@ -116,6 +124,7 @@ def work_of(request: ImageRequest) -> Work:
         tuple(reference_pixels(each.width, each.height, limit) for each in request.references),
         request.num_images,
         request.encoding.format,
+        len(request.preview_steps),
     )
 
 
@@ -126,7 +135,7 @@ def price(work: Work, layout: Layout) -> Cost:
     return Cost(
         encode_s=sum(encode_parts_s(work, layout)),
         denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
-        decode_s=picture_s(work, roofline) * work.num_images,
+        decode_s=picture_s(work, roofline) * work.num_decoded,
     )
 
 

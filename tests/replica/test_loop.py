@@ -8,7 +8,16 @@ import pytest
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
-from flux_ray.request import Encoded, GeneratedImage, ImageRequest, ImageResult, Raster
+from flux_ray.request import (
+    Encoded,
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    Raster,
+)
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
@@ -46,7 +55,9 @@ class FakeRanks:
         if method == "encode":
             self.encoded.append(rest[1])
             return Encoded(("cut",), is_cached=True)
-        return GeneratedImage(b"png", self.seeds[job]) if method == "decode" else None
+        if method in ("decode", "preview"):
+            return GeneratedImage(method.encode(), self.seeds[job])
+        return None
 
     def methods(self, job: int) -> list[str]:
         return [method for number, method in self.calls if number == job]
@@ -151,6 +162,48 @@ async def test_a_callers_mistake_fails_its_own_request_only(
     ranks.errors.clear()
     assert (await loop.generate(REQUEST)).images
     assert ranks.methods(1) == ["encode", "prepare", "drop"]
+
+
+async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop) -> None:
+    heard: list[News] = []
+    request = replace(REQUEST, num_previews=2, num_images=2)
+    result = await loop.generate(request, heard.append)
+    assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
+    image = ["prepare", "denoise", "preview", "denoise", "preview", "denoise", "decode"]
+    assert ranks.methods(1) == ["encode", *image, *image, "drop"]
+    assert heard == [
+        Progress(1, 6),
+        Preview("tiny", GeneratedImage(b"preview", 5), 0),
+        Progress(2, 6),
+        Preview("tiny", GeneratedImage(b"preview", 5), 1),
+        Progress(3, 6),
+        Progress(4, 6),
+        Preview("tiny", GeneratedImage(b"preview", 6), 2),
+        Progress(5, 6),
+        Preview("tiny", GeneratedImage(b"preview", 6), 3),
+        Progress(6, 6),
+    ]
+
+
+async def test_previews_are_times_of_decoding(ranks: FakeRanks) -> None:
+    told: list[tuple[str, float]] = []
+    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda *stage: told.append(stage))
+    times = (await loop.generate(replace(REQUEST, num_previews=1))).times
+    decoding = [seconds for stage, seconds in told if stage in ("preview", "decode")]
+    assert len(decoding) == 2
+    assert times.decode_s == pytest.approx(sum(decoding))
+
+
+async def test_who_has_left_hears_nothing_more(ranks: FakeRanks, loop: StepLoop) -> None:
+    heard: list[News] = []
+    ranks.gate.clear()
+    leaver = asyncio.create_task(loop.generate(replace(REQUEST, num_previews=3), heard.append))
+    await ranks.stepping.wait()
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    ranks.gate.set()
+    await loop.generate(REQUEST)
+    assert heard == []
 
 
 async def test_one_call_is_sent_ahead(ranks: FakeRanks, loop: StepLoop) -> None:

@@ -46,6 +46,25 @@ def test_a_picture_of_the_size_and_format(rank: RankActor) -> None:
     assert (image.format, image.size) == ("WEBP", (64, 96))
 
 
+def test_previews_are_pictures_of_the_same_kind_and_change_nothing(rank: RankActor) -> None:
+    plain = draw(rank, 1, REQUEST)
+    request = replace(REQUEST, num_previews=1, encoding=Encoding("jpeg"))
+    with_preview = replace(REQUEST, num_previews=1)
+    for each in (request, with_preview):
+        rank.encode(2, each)
+        rank.prepare(2, REQUEST.seed)
+        rank.denoise(2)
+        preview = rank.preview(2)
+        rank.denoise(2)
+        final = rank.decode(2)
+        rank.drop(2)
+        assert preview is not None and final is not None
+        image = Image.open(io.BytesIO(preview.data))
+        assert (image.format, image.size) == (each.encoding.format.upper(), (64, 96))
+        assert preview.seed == REQUEST.seed
+    assert final.data == plain != preview.data
+
+
 def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
     rank.encode(1, REQUEST)
     rank.drop(1)
