@@ -1,5 +1,6 @@
 """Previews on the way to a picture, through the whole cluster."""
 
+import asyncio
 import base64
 import json
 import time
@@ -9,6 +10,8 @@ import httpx
 import numpy as np
 import openai
 
+from flux_ray.request import ImageRequest, News, Preview, Progress
+from flux_ray.router.handles import TierHandles
 from tests.cluster.conftest import Replica
 from tests.cluster.storm import PROMPT, Draw
 
@@ -79,3 +82,14 @@ def test_a_second_replica_goes_on_with_the_previews(
         *previews, final = list(events)
     assert [event["partial_image_index"] for event in previews] == [1, 2]
     assert base64.b64decode(final["b64_json"]) == picture
+
+
+def test_whoever_has_a_picture_drawn_hears_of_every_step(address: str, draw: Draw) -> None:
+    request = ImageRequest("id", "tiny", PROMPT, 128, 128, 4, 1.0, seed=1, num_previews=1)
+    heard: list[News] = []
+    result = asyncio.run(TierHandles(("tiny",)).generate(request, "any", heard.append))
+    assert [image.data for image in result.images] == draw(PROMPT, seed=1)
+    assert [news for news in heard if isinstance(news, Progress)] == [
+        Progress(num_done, 4) for num_done in (1, 2, 3, 4)
+    ]
+    assert [type(news) for news in heard].index(Preview) == 2
