@@ -56,7 +56,9 @@ def in_lockstep(stage: Stage) -> Stage:
     def checked(self: "RankActor", job: int, *args: object) -> object:
         try:
             self.agree(job, stage.__name__)
-            return stage(self, job, *args)
+            answer = stage(self, job, *args)
+            self.settle()
+            return answer
         except FluxError as error:
             self._mistakes[job] = error
             raise
@@ -162,6 +164,16 @@ class RankActor:
         assert_same(
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stage}".encode()) % 2**24
         )
+
+    def settle(self) -> None:
+        """Wait for the card: a step would else be timed as part of what waits for it.
+
+        That is a preview or another step, and so a request's prices would depend on its previews.
+        """
+        if self._args.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
 
     def drawing(self, job: int) -> Drawing:
         """A job that was taken on. Calls sent before a caller's mistake was heard of hear of it."""

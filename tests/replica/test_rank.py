@@ -79,6 +79,18 @@ def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -
     assert draw(rank, 1, REQUEST) is None
 
 
+def test_a_stage_ends_when_the_card_has_done_it(
+    rank: RankActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stages.append("done"))
+    draw(rank, 1, REQUEST)
+    assert stages == []
+    monkeypatch.setattr(rank, "_args", ARGS.model_copy(update={"device": "cuda"}))
+    draw(rank, 1, REQUEST)
+    assert len(stages) == 4 + REQUEST.num_steps
+
+
 def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     flat = Raster(800, 64, bytes(800 * 64 * 3))
     with pytest.raises(BadReference):
