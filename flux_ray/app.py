@@ -12,8 +12,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.config import TierArgs
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway.job_desk import desk_for
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
@@ -63,7 +65,7 @@ class Gateway:
         terms = Terms(args.request_timeout_s, args.deadlines)
         turnstile = Turnstile(ledger, name)
         router = Router(handles, turns, prices, Bill(), terms, records, turnstile)
-        return build_api(router, args, proxy_sends_id=True)
+        return build_api(router, args, desk=desk_for(router, args), proxy_sends_id=True)
 
 
 def build_gateway(args: GatewayArgs) -> Application:

@@ -14,7 +14,8 @@ class Tier:
     `text_length` is the padded prompt length in tokens; sizes are pixels, `size_multiple` for both
     sides; `weights` is `embedded`, or None where the operator names them in the tier's args.
     Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
-    A reference of more than `max_reference_pixels` is scaled down by the model.
+    A reference of more than `max_reference_pixels` is scaled down by the model. `takes_mask`: it
+    can draw a part of a picture and keep the rest.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Tier:
     max_steps: int = 50
     size_multiple: int = 16
     is_guided: bool = False
+    takes_mask: bool = False
     max_reference_pixels: int = 1024 * 1024
     weights: str | None = None
     owner: str = "black-forest-labs"
@@ -50,6 +52,7 @@ TINY = Tier(
     max_side=192,
     max_pixels=192 * 192,
     max_reference_pixels=192 * 192,
+    takes_mask=True,
     weights=EMBEDDED,
     owner="flux-ray",
 )
@@ -65,6 +68,7 @@ KLEIN_4B = Tier(
     min_side=64,
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
+    takes_mask=True,
 )
 DEV = Tier(
     name="flux-2-dev",
@@ -79,6 +83,7 @@ DEV = Tier(
     min_side=64,
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
+    takes_mask=True,
 )
 # Their weights are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8)

@@ -3,6 +3,7 @@
 FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
+    UnknownResult         404  no such picture, or none for that URL
     InvalidKey            401  no key was sent, or none that is let in
     LicenseForbids        403  the caller's key may not use a tier of that licence
     TierForbidden         403  the caller's key may not use that tier
@@ -18,6 +19,8 @@ FluxError                 500  server_error
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+  StoreLost               503  the store of durable jobs cannot be reached
+    ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
 
 Arguments are positional only, so that every error survives a process border.
@@ -27,7 +30,7 @@ from typing import ClassVar
 
 
 class FluxError(Exception):
-    """A failure with a message that may be shown to the caller."""
+    """A failure; its message is shown to the caller, unless `shown` says something else."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -40,6 +43,11 @@ class FluxError(Exception):
         self.field = field
 
     def __str__(self) -> str:
+        return self.message
+
+    @property
+    def shown(self) -> str:
+        """What the caller reads."""
         return self.message
 
 
@@ -56,6 +64,13 @@ class UnknownTier(BadRequest):
 
     status = 404
     code = "model_not_found"
+
+
+class UnknownResult(BadRequest):
+    """No finished picture for that URL: nobody is told why."""
+
+    status = 404
+    code = "result_not_found"
 
 
 class LicenseForbids(BadRequest):
@@ -143,6 +158,23 @@ class ReplicaFailed(FluxError):
     status = 503
     code = "replica_failed"
     retry_after_s = 5
+
+
+class StoreLost(FluxError):
+    """The database of jobs did not answer: what it was told may or may not be known to it."""
+
+    status = 503
+    code = "store_unavailable"
+    retry_after_s = 5
+
+    @property
+    def shown(self) -> str:
+        """Its message is the store's own words, for the operator's log only."""
+        return "jobs cannot be kept or found now"
+
+
+class ResultsLost(StoreLost):
+    """The results store did not answer, or did not take what it was given."""
 
 
 class DeadlinePassed(FluxError):

@@ -26,6 +26,15 @@ class Raster:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Which pixels of a picture to draw anew: `marks` has a byte for each, 255 there, else 0."""
+
+    width: int
+    height: int
+    marks: bytes
+
+
+@dataclass(frozen=True)
 class Encoding:
     """How a picture becomes bytes; `quality` (0..100) counts for jpeg and webp."""
 
@@ -37,7 +46,8 @@ class Encoding:
 class ImageRequest:
     """What a caller asked for, complete: defaults filled in, everything checked.
 
-    `num_previews` is of each picture, while it is drawn.
+    With a `mask`, the first reference is the picture that is edited: it is scaled to the size that
+    is drawn, and the rest of it stays. `num_previews` is of each picture, while it is drawn.
     """
 
     request_id: str
@@ -51,6 +61,7 @@ class ImageRequest:
     num_images: int = 1
     references: tuple[Raster, ...] = ()
     encoding: Encoding = Encoding()
+    mask: Mask | None = None
     num_previews: int = 0
 
     @property
@@ -80,9 +91,18 @@ class ImageRequest:
 
     @property
     def references_name(self) -> str:
-        """What caches call its references, all of them in their order."""
+        """What caches call its references as they are encoded, all of them in their order."""
         digests = b"".join(reference.digest for reference in self.references)
+        for raster, size in zip(self.references, self.reference_sizes, strict=True):
+            if (raster.width, raster.height) != size:
+                digests += b"%dx%d" % size
         return f"r:{sha256(digests).hexdigest()}"
+
+    @property
+    def reference_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each, as the model is given them."""
+        sizes = tuple((each.width, each.height) for each in self.references)
+        return sizes if self.mask is None else ((self.width, self.height), *sizes[1:])
 
     @property
     def megapixels(self) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # An image token is 16 x 16 pixels: the VAE's 8, and patches of 2.
 TOKEN_SIDE = 16
-# The VAE's decoder takes larger pictures in tiles of this side, which overlap by a quarter: whole,
+# The VAE takes larger pictures in tiles of this side, which overlap by a quarter: whole,
 # four megapixels would take 6 GiB, or 25 where its attention is not fused.
 MAX_WHOLE_PIXELS = 1024 * 1024
 TILE_SIDE = 1024
@@ -72,13 +72,15 @@ class VaeWork:
         """Of one reference picture."""
         return self.encode_pixel_flops * pixels + int(self.attention_flops * pixels**2)
 
+    def edit_flops(self, width: int, height: int) -> int:
+        """Of encoding a picture of which a part is drawn, in tiles as it is decoded."""
+        return sum(self.encode_flops(tile) for tile in tiles_of(width, height))
+
     def decode_flops(self, width: int, height: int) -> int:
         """Of one picture; its tiles overlap, so that above a megapixel it is more a pixel."""
-        tiles: tuple[int, ...] = (width * height,)
-        if width * height > MAX_WHOLE_PIXELS:
-            tiles = tuple(w * h for w in tile_lengths(width) for h in tile_lengths(height))
         return sum(
-            self.decode_pixel_flops * tile + int(self.attention_flops * tile**2) for tile in tiles
+            self.decode_pixel_flops * tile + int(self.attention_flops * tile**2)
+            for tile in tiles_of(width, height)
         )
 
 
@@ -89,6 +91,13 @@ class Workload:
     transformer: TransformerWork
     text_encoder: TextEncoderWork
     vae: VaeWork
+
+
+def tiles_of(width: int, height: int) -> tuple[int, ...]:
+    """The pixels of each tile that the VAE takes a picture in; up to a megapixel it is one."""
+    if width * height <= MAX_WHOLE_PIXELS:
+        return (width * height,)
+    return tuple(w * h for w in tile_lengths(width) for h in tile_lengths(height))
 
 
 def tile_lengths(side: int) -> tuple[int, ...]:

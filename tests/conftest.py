@@ -1,14 +1,15 @@
-"""What several test folders share: a gateway whose replicas are fakes, and pictures to send."""
+"""What several test folders share: a gateway of fakes, pictures to send, and the log."""
 
 import io
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from flux_ray.config import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.request import (
     GeneratedImage,
     Hear,
@@ -167,3 +168,17 @@ def picture() -> Callable[..., bytes]:
         return file.getvalue()
 
     return draw
+
+
+@pytest.fixture
+def serve_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What reaches Serve's log files; Ray cuts this logger off from the root's."""
+    logger = logging.getLogger("ray.serve")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    logger.propagate = propagate

@@ -16,6 +16,7 @@ def test_defaults_lie_within_limits(tier):
     assert tier.min_side <= tier.default_side <= tier.max_side
     assert tier.default_side**2 <= tier.max_pixels <= tier.max_side**2
     assert 1 <= tier.num_steps <= tier.max_steps
+    assert tier.max_references >= tier.takes_mask, "a mask is of a reference"
     for side in (tier.min_side, tier.default_side, tier.max_side):
         assert side % tier.size_multiple == 0
 

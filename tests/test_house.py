@@ -19,6 +19,7 @@ NOUNS = {
     "cards",
     "catalog",
     "config",
+    "gateway_config",
     "job_config",
     "errors",
     "following",

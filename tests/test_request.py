@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from flux_ray.request import ImageRequest, Progress, Raster
+from flux_ray.request import ImageRequest, Mask, Progress, Raster
 
 REQUEST = ImageRequest(
     "id",
@@ -23,6 +23,16 @@ REQUEST = ImageRequest(
 
 def test_one_seed_an_image():
     assert REQUEST.seeds == (7, 8, 9)
+
+
+def test_under_a_mask_the_first_reference_has_the_size_that_is_drawn():
+    two = dataclasses.replace(REQUEST, references=(Raster(9, 8, b""), Raster(7, 6, b"")))
+    masked = dataclasses.replace(two, mask=Mask(9, 8, b""))
+    assert two.reference_sizes == ((9, 8), (7, 6))
+    assert masked.reference_sizes == ((128, 64), (7, 6))
+    assert masked.references_name != two.references_name
+    same = dataclasses.replace(two, width=9, height=8)
+    assert dataclasses.replace(same, mask=masked.mask).references_name == same.references_name
 
 
 @pytest.mark.parametrize(

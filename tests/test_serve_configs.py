@@ -10,8 +10,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from flux_ray.catalog import tier_for
 from flux_ray.cli.serve_config import BUILDERS
-from flux_ray.config import Args, GatewayArgs, TierArgs
+from flux_ray.config import Args, TierArgs
 from flux_ray.engine.plan import make_plan
+from flux_ray.gateway_config import GatewayArgs
 
 FOLDER = Path(__file__).parent.parent / "serve"
 FILES = sorted(FOLDER.glob("*.yaml"))

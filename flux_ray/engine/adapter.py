@@ -7,7 +7,7 @@ from flux_ray.catalog import Tier
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.loading import Placement, weights_of
 from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
-from flux_ray.request import Raster
+from flux_ray.request import Mask, Raster
 
 
 class Adapter(Protocol):
@@ -18,6 +18,9 @@ class Adapter(Protocol):
 
     def encode(self, prompt: PromptEmbeds, references: tuple[Raster, ...]) -> Conditioning:
         """The words and reference images of a request, once for all of its images."""
+
+    def edit(self, given: Conditioning, picture: Raster, mask: Mask) -> Conditioning:
+        """The same, to draw only a part of a picture: its first reference, in the size drawn."""
 
     def prepare(self, conditioning: Conditioning, canvas: Canvas, seed: int) -> ImageState:
         """An image of pure noise, drawn on the CPU from the seed, with its schedule."""

@@ -155,7 +155,7 @@ class Candidate:
         return unpacked_bytes(module, plan, axis, quantization)
 
     def vae_peak(self, demand: Demand) -> int:
-        """Decoding the picture, or encoding a reference."""
+        """Decoding the picture, or encoding a reference, or a tile of a picture under a mask."""
         config, size = self.model.vae.config, self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
         return max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))

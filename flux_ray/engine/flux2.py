@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flux_ray.catalog import Tier
 from flux_ray.engine.family import open_checkpoint
+from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
 from flux_ray.engine.loading import (
     PICTURE_PARTS,
     Placement,
@@ -21,12 +22,12 @@ from flux_ray.engine.loading import (
     load_transformer,
 )
 from flux_ray.engine.pictures import image_for, raster_for
-from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.state import Canvas, Conditioning, Edit, ImageState, PromptEmbeds
 from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
-from flux_ray.request import Raster
-from flux_ray.workload import MAX_WHOLE_PIXELS
+from flux_ray.request import Mask, Raster
+from flux_ray.workload import MAX_WHOLE_PIXELS, TOKEN_SIDE
 
 FULL_TIMESTEP = 1000
 
@@ -95,6 +96,32 @@ class Flux2:
         return pixels
 
     @torch.inference_mode()
+    def edit(self, given: Conditioning, picture: Raster, mask: Mask) -> Conditioning:
+        """The same, to draw only a part of a picture: its first reference, in the size drawn."""
+        assert given.reference_latents is not None, "a mask without the picture that it is of"
+        if picture.width * picture.height <= self.tier.max_reference_pixels:
+            num_tokens = picture.width // TOKEN_SIDE * (picture.height // TOKEN_SIDE)
+            latents = given.reference_latents[:, :num_tokens]
+        else:
+            latents = self.large_latents(picture)
+        weights = token_weights(mask, latents)
+        return replace(given, edit=Edit(picture, mask, latents, weights))
+
+    def large_latents(self, picture: Raster) -> Tensor:
+        """Of a picture that is larger than a reference may be, above a megapixel tile by tile."""
+        vae = self.pipeline.vae
+        pixels = self.pipeline.image_processor.preprocess(image_for(picture))
+        vae.use_tiling = picture.width * picture.height > MAX_WHOLE_PIXELS
+        try:
+            latents, _ = self.pipeline.prepare_image_latents(
+                [pixels], batch_size=1, generator=None, device=self.device, dtype=vae.dtype
+            )
+        finally:
+            vae.use_tiling = False
+        packed: Tensor = latents
+        return packed
+
+    @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: Canvas, seed: int) -> ImageState:
         """Noise from a CPU generator, so that the device never changes the picture."""
         latents, latent_ids = self.pipeline.prepare_latents(
@@ -108,7 +135,13 @@ class Flux2:
         )
         scheduler = self.schedule(num_tokens=latents.shape[1], num_steps=canvas.num_steps)
         return ImageState(
-            canvas, conditioning, latents, latent_ids, scheduler.timesteps, scheduler.sigmas
+            canvas,
+            conditioning,
+            latents,
+            latent_ids,
+            scheduler.timesteps,
+            scheduler.sigmas,
+            noise=None if conditioning.edit is None else latents,
         )
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
@@ -124,12 +157,13 @@ class Flux2:
 
     @torch.inference_mode()
     def denoise(self, state: ImageState) -> ImageState:
-        """One Euler step along the transformer's velocity."""
+        """One Euler step along the transformer's velocity; what is kept of a picture, comes too."""
         velocity = self.velocity(state)
         dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
-        latents = state.latents.to(torch.float32) + dt * velocity
+        latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
+        if state.conditioning.edit is not None:
+            latents = keep_rest(state, latents)
         kept = velocity if state.canvas.has_previews else None
-        latents = latents.to(velocity.dtype)
         return replace(state, latents=latents, step=state.step + 1, velocity=kept)
 
     def velocity(self, state: ImageState) -> Tensor:
@@ -167,13 +201,15 @@ class Flux2:
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
         latents = pipeline._unpatchify_latents(latents)
-        # Only here: a reference is never that large, and an encoder in tiles says other things.
+        # Only for what is that large: an encoder in tiles says other things of a reference.
         vae.use_tiling = state.canvas.width * state.canvas.height > MAX_WHOLE_PIXELS
         try:
             pixels = vae.decode(latents, return_dict=False)[0]
         finally:
             vae.use_tiling = False
-        return raster_for(pipeline.image_processor.postprocess(pixels, output_type="pil")[0])
+        image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+        edit = state.conditioning.edit
+        return raster_for(image if edit is None else paste_rest(edit, image))
 
 
 def load_parts(source: Source, placement: Placement) -> DiffusionPipeline:

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from flux_ray.engine.adapter import Adapter
 from flux_ray.engine.cache import Cache
+from flux_ray.engine.inpainting import fit_mask, fit_picture
 from flux_ray.engine.state import Conditioning, PromptEmbeds
 from flux_ray.engine.text_encoder import unpack
-from flux_ray.request import EncodedPrompt, ImageRequest
+from flux_ray.request import EncodedPrompt, ImageRequest, Raster
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,29 @@ class Remembering:
         prompt, is_known = self._prompt(request, encoded)
         if not request.references:
             return Conditioning(prompt), is_known
+        if request.mask is None:
+            return self._references(request, request.references, prompt, is_known)
+        size = (request.width, request.height)
+        picture, mask = fit_picture(request.references[0], size), fit_mask(request.mask, size)
+        references = (picture, *request.references[1:])
+        given, is_known = self._references(request, references, prompt, is_known)
+        # A mask is never remembered: it is quicker made than found.
+        return self._adapter.edit(given, picture, mask), is_known
+
+    def _references(
+        self,
+        request: ImageRequest,
+        references: tuple[Raster, ...],
+        prompt: PromptEmbeds,
+        is_known: bool,
+    ) -> tuple[Conditioning, bool]:
         known = self._cache.get(request.references_name)
         if isinstance(known, References):
             return Conditioning(prompt, known.latents, known.ids), True
-        made = self._adapter.encode(prompt, request.references)
+        made = self._adapter.encode(prompt, references)
         if made.reference_latents is not None and made.reference_ids is not None:
-            references = References(made.reference_latents, made.reference_ids)
-            self._cache.put(request.references_name, references)
+            kept = References(made.reference_latents, made.reference_ids)
+            self._cache.put(request.references_name, kept)
         return made, is_known
 
     def _prompt(

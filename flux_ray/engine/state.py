@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flux_ray.request import Mask, Raster
+
 
 @dataclass(frozen=True)
 class PromptEmbeds:
@@ -18,15 +20,31 @@ class PromptEmbeds:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A picture of which a part is drawn anew, and the mask of that part, in the size drawn.
+
+    `latents` are the picture's, [1, tokens, channels]; `weights`, [1, tokens, 1], are 1 where a
+    token is drawn anew, 0 where it stays.
+    """
+
+    picture: Raster
+    mask: Mask
+    latents: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """The encoded prompt and references of a request, shared by all of its images.
 
-    Latents are [1, tokens, channels], ids [1, tokens, 4]; None without references.
+    Latents are [1, tokens, channels], ids [1, tokens, 4]; None without references. With an `edit`,
+    the first of them is its picture.
     """
 
     prompt: PromptEmbeds
     reference_latents: Tensor | None = None
     reference_ids: Tensor | None = None
+    edit: Edit | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -55,7 +73,8 @@ class ImageState:
 
     The schedule is the image's own: images of different sizes and step counts take turns on one
     transformer, and nothing that a step changes is shared. `sigmas` has one value more than
-    `timesteps`: the end. `velocity` is the last step's, where there are previews.
+    `timesteps`: the end. `noise` is what an image under a mask began as, `velocity` the last
+    step's, where there are previews.
     """
 
     canvas: Canvas
@@ -65,6 +84,7 @@ class ImageState:
     timesteps: Tensor
     sigmas: Tensor
     step: int = 0
+    noise: Tensor | None = None
     velocity: Tensor | None = None
 
     @property

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import httpx
 
-from flux_ray.config import Fetching
+from flux_ray.gateway_config import Fetching
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -41,7 +41,7 @@ def place_of(url: str, fetching: Fetching) -> Place:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         raise Refused from None
-    if parsed.scheme not in PORTS or _USER.match(url):
+    if parsed.scheme not in fetching.schemes or _USER.match(url):
         raise Refused
     host = parsed.raw_host.decode("ascii")
     port = PORTS[parsed.scheme] if parsed.port is None else parsed.port

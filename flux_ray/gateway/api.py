@@ -1,13 +1,16 @@
 """The gateway's HTTP application: its routes, its middleware and its error handlers."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Protocol
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.params import Depends as Dependency
 from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.types import Lifespan
 
 from flux_ray import __version__
-from flux_ray.config import GatewayArgs
+from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
@@ -18,24 +21,39 @@ from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
+from flux_ray.gateway.result_routes import ResultRoutes
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router
+
+
+class Dialect(Protocol):
+    """Routes that ask for a key, where keys are asked for."""
+
+    def routes(self) -> APIRouter:
+        """All of them."""
+
 
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
 
 
-def build_api(
-    router: Router,
-    args: GatewayArgs,
-    *,
-    proxy_sends_id: bool = False,
-    fetcher: Fetcher | None = None,
-    max_body_s: float = MAX_BODY_S,
-) -> FastAPI:
-    """A plain ASGI application. ValueError says why the keys file cannot be used.
+def lifespan_of(desk: Desk | None) -> Lifespan[FastAPI]:
+    """The desk works while the application is served; what is not done then is left to others."""
 
-    `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
-    """
-    api = FastAPI(
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        if desk is not None:
+            await desk.open()
+        yield
+        if desk is not None:
+            await desk.close()
+
+    return lifespan
+
+
+def bare_api(desk: Desk | None) -> FastAPI:
+    """Without routes."""
+    return FastAPI(
         title="flux-ray",
         version=__version__,
         # Their pages load scripts from elsewhere.
@@ -43,7 +61,25 @@ def build_api(
         redoc_url=None,
         # The redirect's address would be made of the Host header.
         redirect_slashes=False,
+        lifespan=lifespan_of(desk),
     )
+
+
+def build_api(
+    router: Router,
+    args: GatewayArgs,
+    *,
+    desk: Desk | None = None,
+    proxy_sends_id: bool = False,
+    fetcher: Fetcher | None = None,
+    max_body_s: float = MAX_BODY_S,
+) -> FastAPI:
+    """A plain ASGI application. ValueError says why the keys file cannot be used.
+
+    `desk`: of the jobs, where `args.jobs` is given; it is open while the application is.
+    `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
+    """
+    api = bare_api(desk)
     max_bytes = args.limits.max_body_bytes
     api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
     guards: Sequence[Dependency] = ()
@@ -53,9 +89,29 @@ def build_api(
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
-    images = OpenAIImages(router, args, fetcher or Fetcher(args.fetch))
-    api.include_router(images.routes(), dependencies=guards)
-    api.include_router(HuggingFace(router, args).routes(), dependencies=guards)
-    api.include_router(Models(args).routes(), dependencies=guards)
-    api.include_router(Health(router).routes())
+    add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)
     return api
+
+
+def add_routes(
+    api: FastAPI,
+    router: Router,
+    args: GatewayArgs,
+    desk: Desk | None,
+    fetcher: Fetcher,
+    guards: Sequence[Dependency],
+) -> None:
+    """All dialects, and what asks for no key."""
+    images = OpenAIImages(router, args, fetcher)
+    dialects: list[Dialect] = [images, HuggingFace(router, args), Models(args)]
+    api.state.bfl_paths = frozenset()
+    if desk is not None and args.public_url is not None:
+        results = ResultRoutes(desk, args.public_url)
+        # Their URLs are the right to read.
+        api.include_router(results.routes())
+        bfl = Bfl(router, args, desk, fetcher, results.urls)
+        dialects.append(bfl)
+        api.state.bfl_paths = bfl.paths
+    for dialect in dialects:
+        api.include_router(dialect.routes(), dependencies=guards)
+    api.include_router(Health(router).routes())

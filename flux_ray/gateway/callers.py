@@ -6,9 +6,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.targets import UNLIMITED
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.keys import Key, KeyClass, sha256
 from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
@@ -52,12 +52,7 @@ class Callers:
             weight=key_class.weight,
             deadline_s=key_class.deadline_s if deadline_s is None else deadline_s,
             may_spill=may_spill(request),
-            allowance=Allowance(
-                key_class.max_concurrent,
-                key_class.requests_per_minute,
-                key_class.gpu_seconds_per_day,
-                key_class.megapixels_per_day,
-            ),
+            allowance=allowance_of(key_class),
         )
 
     def class_of(self, request: Request) -> KeyClass:
@@ -67,6 +62,16 @@ class Callers:
             return UNLIMITED
         # A file that names other classes is not read.
         return self._classes[key.key_class]
+
+
+def allowance_of(key_class: KeyClass) -> Allowance:
+    """What the class lets a caller have."""
+    return Allowance(
+        key_class.max_concurrent,
+        key_class.requests_per_minute,
+        key_class.gpu_seconds_per_day,
+        key_class.megapixels_per_day,
+    )
 
 
 def key_of(request: Request) -> Key | None:

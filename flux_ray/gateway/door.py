@@ -8,11 +8,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
+from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
+from flux_ray.gateway.result_urls import PREFIX
 from flux_ray.keys import Key
 
 # Probes have no keys, and the description holds no secrets.
 OPEN = frozenset({"/health", "/readyz", "/openapi.json"})
+# Below these, the URL itself is the right to read.
+OPEN_BELOW = (PREFIX,)
 # One text for all that may be wrong with a key.
 REFUSAL = "send a valid API key, as `Authorization: Bearer` or as `x-key`"
 
@@ -32,7 +36,7 @@ class Door:
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or path_of(scope) in OPEN:
+        if scope["type"] == "lifespan" or is_open(path_of(scope)):
             await self.app(scope, receive, send)
             return
         key = await self.keys.find(token_of(Headers(scope=scope)))
@@ -44,7 +48,6 @@ class Door:
         await self.app(scope, receive, send)
 
 
-def path_of(scope: Scope) -> str:
-    """As the routes know it: without what Serve's route prefix adds."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+def is_open(path: str) -> bool:
+    """Whether that route asks for no key."""
+    return path in OPEN or path.startswith(OPEN_BELOW)

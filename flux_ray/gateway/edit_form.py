@@ -7,10 +7,9 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.openai_references import REFERENCE_FIELDS
-from flux_ray.gateway.openai_unserved import NOT_YET
+from flux_ray.gateway.openai_references import PICTURE_FIELDS
+from flux_ray.gateway_config import Limits
 
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64
@@ -47,10 +46,8 @@ def text_parts(form: FormData) -> dict[str, str]:
     """The parts that are no pictures, each name once."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
-        if name in REFERENCE_FIELDS:
+        if name in PICTURE_FIELDS:
             continue
-        if name in NOT_YET:
-            raise BadRequest(NOT_YET[name], name)
         if isinstance(value, UploadFile):
             raise BadRequest(f"{name[:80]} must be text, not a file", name[:80])
         if name in parts:

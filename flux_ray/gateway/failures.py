@@ -17,14 +17,15 @@ from flux_ray.errors import (
     QuotaSpent,
     RateLimited,
 )
+from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
+from flux_ray.gateway.dialects import dialect_of
 from flux_ray.gateway.request_id import HEADER
 
 # The only logger that Serve writes to its log files.
 logger = logging.getLogger("ray.serve")
 
 CLIENT_CLOSED_REQUEST = 499
-HUB = "/models/"
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -86,7 +87,12 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
         type=BadRequest.type if error.status_code < 500 else FluxError.type,
         code=CODES.get(error.status_code, BadRequest.code),
     )
-    return envelop(request, failure, error.status_code, dict(error.headers or {}))
+    body: BaseModel = Envelope(error=failure)
+    if dialect_of(request) == "hugging_face":
+        body = HubFailure(error=failure.message, error_type=failure.code)
+    elif dialect_of(request) == "bfl":
+        body = BflFailure(detail=failure.message, message=failure.message)
+    return JSONResponse(body.model_dump(), error.status_code, dict(error.headers or {}))
 
 
 async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
@@ -102,8 +108,15 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
-    """The body of an error, whether to come back, and when."""
-    return envelop(request, failure_of(error), error.status, headers_for(error))
+    """The body of an error in the words of the route's dialect, whether to come back, and when."""
+    dialect, failure, status = dialect_of(request), failure_of(error), error.status
+    body: BaseModel = Envelope(error=failure)
+    if dialect == "hugging_face":
+        body = HubFailure(error=failure.message, error_type=failure.code)
+    elif dialect == "bfl":
+        place = "query" if error.field == "id" else "body"
+        body, status = bfl_failure(error, place), bfl_status(error)
+    return JSONResponse(body.model_dump(), status, headers_for(error))
 
 
 def headers_for(error: FluxError) -> dict[str, str]:
@@ -126,14 +139,4 @@ def failure_of(error: FluxError) -> Failure:
     """What the caller reads of it."""
     # The router knows of no headers.
     field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
-    return Failure(message=error.message, type=error.type, param=field, code=error.code)
-
-
-def envelop(
-    request: Request, failure: Failure, status: int, headers: dict[str, str]
-) -> JSONResponse:
-    """The answer itself."""
-    body: BaseModel = Envelope(error=failure)
-    if request.url.path.startswith(HUB):
-        body = HubFailure(error=failure.message, error_type=failure.code)
-    return JSONResponse(body.model_dump(), status, headers)
+    return Failure(message=error.shown, type=error.type, param=field, code=error.code)

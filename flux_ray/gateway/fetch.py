@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from flux_ray import __version__
-from flux_ray.config import Fetching
 from flux_ray.errors import BadReference
 from flux_ray.gateway.addresses import Address, Refused, is_reachable, literal, place_of
+from flux_ray.gateway_config import Fetching
+
+# It logs every URL, and with it what callers sign theirs with.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 

@@ -11,16 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.callers import PARAMETERS
-from flux_ray.gateway.failures import HUB, HubFailure
+from flux_ray.gateway.dialects import HUB
+from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
+from flux_ray.gateway.openai_references import MASK_FIELDS
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.references import decode
 from flux_ray.gateway.targets import Target
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageFormat, Raster
 from flux_ray.router.router import Router
 
@@ -30,7 +32,7 @@ FORMATS: dict[str, ImageFormat] = {
     "image/webp": "webp",
 }
 # OpenAI's, of which this route has but one way.
-NOT_HERE = {"model", "n", "response_format", "stream"}
+NOT_HERE = {"model", "n", "response_format", "stream"} | MASK_FIELDS
 
 
 class TargetSize(BaseModel):

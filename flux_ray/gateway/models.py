@@ -6,9 +6,9 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.targets import Target, names_of, target_for
+from flux_ray.gateway_config import GatewayArgs
 
 
 class Model(BaseModel):
@@ -27,6 +27,7 @@ class Model(BaseModel):
     default_steps: int
     max_steps: int
     max_references: int
+    takes_mask: bool
     max_pixels: int
     size_multiple: int
 
@@ -74,6 +75,7 @@ class Models:
             default_steps=tier.num_steps,
             max_steps=tier.max_steps,
             max_references=tier.max_references,
+            takes_mask=tier.takes_mask,
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
         )

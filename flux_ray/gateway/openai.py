@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
@@ -16,14 +15,19 @@ from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.openai_answer import Answer, answer_for
 from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
-from flux_ray.gateway.openai_references import REFERENCE_FIELDS, sources_in_form, sources_in_json
+from flux_ray.gateway.openai_references import (
+    MASK_NAMES,
+    REFERENCE_FIELDS,
+    sources_in_form,
+    sources_in_json,
+)
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
 from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.sources import Source, read_references
+from flux_ray.gateway.sources import Pictures, Sources, read_pictures
 from flux_ray.gateway.targets import Target
-from flux_ray.request import Raster
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.router import Router
 
 JSON = "application/json"
@@ -66,44 +70,44 @@ class OpenAIImages:
         started_s = time.monotonic()
         content_type_of(request, JSON)
         fields, target, sources = await self.read_json(request)
-        references = await self.read_references(sources)
-        return await self.generate(request, fields, target, references, started_s)
+        pictures = await self.read_pictures(sources)
+        return await self.generate(request, fields, target, pictures, started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
             fields, target, sources = await self.read_json(request)
-            references = await self.read_references(required(sources))
-            return await self.generate(request, fields, target, references, started_s)
+            pictures = await self.read_pictures(required(sources))
+            return await self.generate(request, fields, target, pictures, started_s)
         async with open_form(request, self.limits) as form:
             fields = parse_text(text_parts(form))
             target = self.orders.target_of(request, fields.model)
             sources = sources_in_form(form, target)
-            references = await self.read_references(required(sources))
-        return await self.generate(request, fields, target, references, started_s)
+            pictures = await self.read_pictures(required(sources))
+        return await self.generate(request, fields, target, pictures, started_s)
 
-    async def read_json(self, request: Request) -> tuple[ImageFields, Target, list[Source]]:
+    async def read_json(self, request: Request) -> tuple[ImageFields, Target, Sources]:
         """What a JSON body asks for, of whom, and its pictures."""
         fields = parse_json(await request.body())
         target = self.orders.target_of(request, fields.model)
         return fields, target, sources_in_json(fields.model_extra or {}, target)
 
-    async def read_references(self, sources: list[Source]) -> tuple[Raster, ...]:
+    async def read_pictures(self, sources: Sources) -> Pictures:
         """The pictures, within this gateway's limits."""
-        return await read_references(sources, self.limits, self.fetcher)
+        return await read_pictures(sources, self.limits, self.fetcher)
 
     async def generate(
         self,
         http: Request,
         fields: ImageFields,
         target: Target,
-        references: tuple[Raster, ...],
+        pictures: Pictures,
         started_s: float,
     ) -> Response:
         """The way from checked fields to the answer."""
         order = self.orders.take(
-            http, target, lambda tier: request_for(fields, tier, self.limits, references)
+            http, target, lambda tier: request_for(fields, tier, self.limits, *pictures)
         )
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
@@ -114,9 +118,9 @@ class OpenAIImages:
         return answer_for(order.request_of(result), result, warnings, started_s)
 
 
-def required(sources: list[Source]) -> list[Source]:
+def required(sources: Sources) -> Sources:
     """An edit without a picture is a mistake."""
-    if not sources:
+    if not sources.references:
         raise BadReference("image is required", "image")
     return sources
 
@@ -132,11 +136,16 @@ def content_type_of(request: Request, *readable: str) -> str:
 def body_schema(*content_types: str) -> dict[str, Any]:
     """What OpenAPI says of a body."""
     texts = {"description": "base64, with or without a data prefix, or a URL; or a list of them"}
+    mask = {
+        "description": "the part of the first image to draw, as large as that: fully transparent"
+        " pixels, or white ones where none is transparent; the rest stays. `mask_image` is the same"
+    }
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {}
     for content_type in content_types:
         schema = ImageFields.model_json_schema()
         schema["properties"] |= {name: texts for name in sorted(REFERENCE_FIELDS)}
+        schema["properties"] |= dict.fromkeys(MASK_NAMES, mask)
         if content_type == FORM:
             schema["properties"] |= {"image": files, "image[]": files}
         if FORM in content_types:

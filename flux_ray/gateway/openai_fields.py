@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.openai_unserved import NOT_YET
 
 MAX_SEED = 2**63 - 1
 # One field each, under the names that other servers give it.
@@ -101,8 +100,6 @@ def bad_request(error: ValidationError) -> BadRequest:
 
 def check_supported(fields: ImageFields) -> None:
     """Raises for what would change the answer and is not there yet."""
-    for name in (fields.model_extra or {}).keys() & NOT_YET.keys():
-        raise BadRequest(NOT_YET[name], name)
     for names in (STEPS, GUIDANCE):
         check_same(fields, names)
     if fields.response_format == "url":

@@ -1,31 +1,43 @@
-"""The fields in which clients of OpenAI's routes, and of its kin, send reference pictures."""
+"""The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.datastructures import FormData
 
-from flux_ray.errors import BadReference
-from flux_ray.gateway.sources import Source
+from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.sources import Source, Sources
 from flux_ray.gateway.targets import Target
 
 NAMES = ("image", "images", "url", "ref_images", "reference_image")
 REFERENCE_FIELDS = {*NAMES, *(f"{name}[]" for name in NAMES)}
+# OpenAI's, and its kin's.
+MASK_NAMES = ("mask", "mask_image")
+MASK_FIELDS = {*MASK_NAMES, *(f"{name}[]" for name in MASK_NAMES)}
+PICTURE_FIELDS = REFERENCE_FIELDS | MASK_FIELDS
 # How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
 WRAPPERS = ("image_url", "url", "b64_json")
 MAX_DEPTH = 4
 
 
-def sources_in_json(fields: Mapping[str, Any], target: Target) -> list[Source]:
+def sources_in_json(fields: Mapping[str, Any], target: Target) -> Sources:
     """The pictures of a JSON body, in its order."""
-    names = [name for name in fields if name in REFERENCE_FIELDS]
-    return counted((source for name in names for source in unwrapped(name, fields[name])), target)
+
+    def of(wanted: set[str]) -> Iterator[Source]:
+        names = [name for name in fields if name in wanted]
+        return (source for name in names for source in unwrapped(name, fields[name]))
+
+    return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
 
 
-def sources_in_form(form: FormData, target: Target) -> list[Source]:
+def sources_in_form(form: FormData, target: Target) -> Sources:
     """The pictures of a form, as files or as text, in its order."""
-    parts = ((name, value) for name, value in form.multi_items() if name in REFERENCE_FIELDS)
-    return counted((Source(name, value) for name, value in parts if value), target)
+
+    def of(wanted: set[str]) -> Iterator[Source]:
+        parts = ((name, value) for name, value in form.multi_items() if name in wanted)
+        return (Source(name, value) for name, value in parts if value)
+
+    return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
 
 
 def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[Source]:
@@ -43,6 +55,16 @@ def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[Source
     if not depth or not wrapped:
         raise BadReference(f"{field} must be base64 or URLs", field)
     yield from unwrapped(field, wrapped[0], depth - 1)
+
+
+def checked(references: Iterator[Source], masks: Iterator[Source], target: Target) -> Sources:
+    """As many as there may be: of masks one, and none without a picture."""
+    sources = Sources(counted(references, target), next(masks, None))
+    if sources.mask is not None and next(masks, None) is not None:
+        raise BadRequest("there can be one mask only", sources.mask.param)
+    if sources.mask is not None and not sources.references:
+        raise BadRequest("a mask comes with the image that it is of", sources.mask.param)
+    return sources
 
 
 def counted(sources: Iterator[Source], target: Target) -> list[Source]:

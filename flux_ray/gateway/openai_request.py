@@ -4,18 +4,23 @@ import secrets
 import uuid
 
 from flux_ray.catalog import Tier
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
+from flux_ray.gateway.references import MAX_ASPECT
 from flux_ray.gateway.sizes import check_size, parse_size, size_like
-from flux_ray.request import Encoding, ImageRequest, Raster
+from flux_ray.gateway_config import Limits
+from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 
 # JavaScript reads integers exactly up to 2**53.
 DRAWN_SEEDS = 2**32
 
 
 def request_for(
-    fields: ImageFields, tier: Tier, limits: Limits, references: tuple[Raster, ...]
+    fields: ImageFields,
+    tier: Tier,
+    limits: Limits,
+    references: tuple[Raster, ...],
+    mask: Mask | None = None,
 ) -> ImageRequest:
     """The complete request; its id is ours, for two clients may send the same one."""
     check_prompt(fields.prompt, limits)
@@ -24,7 +29,12 @@ def request_for(
         raise BadRequest(f"n must be 1 to {limits.max_images}", "n")
     if len(references) > tier.max_references:
         raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
+    if mask is not None:
+        check_mask(mask, references, tier)
     width, height = size_for(fields, tier, references)
+    if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
+        # The picture is a reference too, in that size.
+        raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
     return ImageRequest(
         request_id=uuid.uuid4().hex,
         tier=tier.name,
@@ -37,6 +47,7 @@ def request_for(
         num_images=num_images,
         references=references,
         encoding=encoding_for(fields),
+        mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
 
@@ -47,6 +58,17 @@ def check_prompt(prompt: str, limits: Limits) -> None:
         raise BadRequest("prompt is empty", "prompt")
     if len(prompt) > limits.max_prompt_chars:
         raise BadRequest(f"prompt is longer than {limits.max_prompt_chars} characters", "prompt")
+
+
+def check_mask(mask: Mask, references: tuple[Raster, ...], tier: Tier) -> None:
+    """Of the first picture, on a tier that heeds it."""
+    if not tier.takes_mask:
+        raise BadRequest(f"{tier.name} takes no masks", "mask")
+    if not references:
+        raise BadRequest("a mask comes with the image that it is of", "mask")
+    size, needed = (f"{each.width}x{each.height}" for each in (mask, references[0]))
+    if size != needed:
+        raise BadRequest(f"mask is {size}, and the image that it is of {needed}", "mask")
 
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:

@@ -1,10 +1,5 @@
 """Fields that clients of OpenAI's image routes and of its kin send, and that are not served."""
 
-# Named here rather than ignored: without them the caller would get another picture than asked.
-NOT_YET = {
-    "mask": "masks are not supported yet",
-    "mask_image": "masks are not supported yet",
-}
 # These never change a picture, and are sent for the operator's sake.
 SILENT = {"safety_identifier"}
 # The values that ask for nothing in the fields below.

@@ -2,7 +2,7 @@
 
 from flux_ray.catalog import Tier
 from flux_ray.gateway.openai_fields import GUIDANCE, ImageFields
-from flux_ray.gateway.openai_references import REFERENCE_FIELDS
+from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
 
 MAX_NAMED_FIELDS = 20
@@ -16,7 +16,7 @@ def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
         for name in sorted(extra.keys() & NO_EFFECT)
         if str(extra[name]).lower() not in ASKS_NOTHING
     ]
-    unknown = sorted(extra.keys() - NO_EFFECT - SILENT - REFERENCE_FIELDS)[:MAX_NAMED_FIELDS]
+    unknown = sorted(extra.keys() - NO_EFFECT - SILENT - PICTURE_FIELDS)[:MAX_NAMED_FIELDS]
     return [f"{name} has no effect on {tier.name}" for name in names] + [
         f"unknown field {name[:80]!r} was ignored" for name in unknown
     ]

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from starlette.requests import Request
 
 from flux_ray.catalog import Tier
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.targets import Target, requests_for, target_for
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router

@@ -3,13 +3,17 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference
+from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
+
+Read = TypeVar("Read")
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 # The image processor of the FLUX.2 pipelines refuses smaller and longer ones.
@@ -28,12 +32,21 @@ BROKEN = (
     zlib.error,
 )
 
-# decode() checks the size itself, before any pixel is decoded; Pillow would only warn.
+# read() checks the size itself, before any pixel is decoded; Pillow would only warn.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def decode(data: bytes, limits: Limits, name: str) -> Raster:
     """The picture in `data`; errors call it by `name`, never by the client's file name."""
+    rgb = read(data, limits, name, to_rgb)
+    raster = Raster(rgb.width, rgb.height, rgb.tobytes())
+    # Known from now on: later it would hold the event loop.
+    _ = raster.digest
+    return raster
+
+
+def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
+    """What is made of the picture, upright; it is measured before it is decoded."""
     if len(data) > limits.max_image_bytes:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
     try:
@@ -47,20 +60,20 @@ def decode(data: bytes, limits: Limits, name: str) -> Raster:
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
     try:
-        rgb = to_rgb(ImageOps.exif_transpose(image))
+        return convert(eight_bits(ImageOps.exif_transpose(image)))
     except BROKEN:
         raise BadReference(f"{name} is damaged", "image") from None
-    raster = Raster(rgb.width, rgb.height, rgb.tobytes())
-    # Known from now on: later it would hold the event loop.
-    _ = raster.digest
-    return raster
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """8 bits a channel: Pillow would clip 16-bit grey to 255 instead of scaling it."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, transparent parts over white."""
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    """Transparent parts over white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

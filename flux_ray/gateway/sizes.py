@@ -33,17 +33,27 @@ def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> 
 
 
 def size_like(reference: Raster, tier: Tier) -> tuple[int, int]:
-    """The reference's size, scaled down into the tier's limits and floored to the multiple."""
-    width, height = reference.width, reference.height
+    """The reference's size, as far as the tier draws it."""
+    return fitted(reference.width, reference.height, tier)
+
+
+def fitted(width: float, height: float, tier: Tier) -> tuple[int, int]:
+    """Scaled down into the tier's limits and floored to the multiple."""
     scale = min(
         1.0,
         math.sqrt(tier.max_pixels / (width * height)),
         tier.max_side / max(width, height),
     )
 
-    def fit(side: int) -> int:
+    def fit(side: float) -> int:
         # 300 * (256 / 300) may come out just below 256.
         floored = int(side * scale + 1e-6) // tier.size_multiple * tier.size_multiple
         return max(floored, tier.min_side)
 
     return fit(width), fit(height)
+
+
+def sized(ratio: float, tier: Tier) -> tuple[int, int]:
+    """Width and height of the tier's default area, in that ratio."""
+    side = math.sqrt(ratio)
+    return fitted(tier.default_side * side, tier.default_side / side, tier)

@@ -1,18 +1,21 @@
-"""Reference pictures wherever they come from: a file part, base64, or a URL."""
+"""Reference pictures and masks wherever they come from: a file part, base64, or a URL."""
 
 import asyncio
 import binascii
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
-from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.masks import decode_mask
 from flux_ray.gateway.references import decode
-from flux_ray.request import Raster
+from flux_ray.gateway_config import Limits
+from flux_ray.request import Mask, Raster
+
+Read = TypeVar("Read")
 
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
@@ -33,33 +36,54 @@ class Source(NamedTuple):
         return self.field.removesuffix("[]")
 
 
-async def read_references(
-    sources: Iterable[Source], limits: Limits, fetcher: Fetcher
-) -> tuple[Raster, ...]:
-    """The decoded pictures in order, one at a time, so that one only is in memory undecoded."""
-    until_s = asyncio.get_running_loop().time() + fetcher.fetching.timeout_s
-    references = []
-    for number, source in enumerate(sources, start=1):
+class Sources(NamedTuple):
+    """All that a request was sent: references in order, and a mask of the first."""
+
+    references: list[Source]
+    mask: Source | None = None
+
+
+class Pictures(NamedTuple):
+    """The same, decoded."""
+
+    references: tuple[Raster, ...] = ()
+    mask: Mask | None = None
+
+
+async def read_pictures(sources: Sources, limits: Limits, fetcher: Fetcher) -> Pictures:
+    """The decoded pictures, one at a time, so that one only is in memory undecoded."""
+    reader = Reader(limits, fetcher, asyncio.get_running_loop().time() + fetcher.fetching.timeout_s)
+    references = [
+        await reader.read(source, f"image {number}", decode)
+        for number, source in enumerate(sources.references, start=1)
+    ]
+    mask = None if sources.mask is None else await reader.read(sources.mask, "mask", decode_mask)
+    return Pictures(tuple(references), mask)
+
+
+class Reader(NamedTuple):
+    """Reads pictures of one request, not after `until_s` of the loop's clock."""
+
+    limits: Limits
+    fetcher: Fetcher
+    until_s: float
+
+    async def read(
+        self, source: Source, name: str, decode: Callable[[bytes, Limits, str], Read]
+    ) -> Read:
+        """One picture; decoding takes a while, so it is done off the event loop."""
+        content, limits = source.content, self.limits
         try:
-            raster = await read_reference(source, f"image {number}", limits, fetcher, until_s)
+            if isinstance(content, UploadFile):
+                data = await content.read(limits.max_image_bytes + 1)
+            elif is_url(content):
+                until_s = self.until_s
+                data = await self.fetcher.read(content, limits.max_image_bytes, name, until_s)
+            else:
+                data = await asyncio.to_thread(decode_base64, content, limits, name)
+            return await asyncio.to_thread(decode, data, limits, name)
         except BadReference as error:
             raise BadReference(error.message, source.param) from None
-        references.append(raster)
-    return tuple(references)
-
-
-async def read_reference(
-    source: Source, name: str, limits: Limits, fetcher: Fetcher, until_s: float
-) -> Raster:
-    """One picture; decoding takes a while, so it is done off the event loop."""
-    content = source.content
-    if isinstance(content, UploadFile):
-        data = await content.read(limits.max_image_bytes + 1)
-    elif is_url(content):
-        data = await fetcher.read(content, limits.max_image_bytes, name, until_s)
-    else:
-        return await asyncio.to_thread(decode_text, content, limits, name)
-    return await asyncio.to_thread(decode, data, limits, name)
 
 
 def is_url(text: str) -> bool:
@@ -67,13 +91,11 @@ def is_url(text: str) -> bool:
     return bool(_SCHEME.match(text)) and text[:5].lower() != "data:"
 
 
-def decode_text(text: str, limits: Limits, name: str) -> Raster:
-    """The picture in base64, with or without a data prefix, whose type is not believed."""
-    return decode(decode_base64(text, limits, name), limits, name)
-
-
 def decode_base64(text: str, limits: Limits, name: str) -> bytes:
-    """Its bytes; how many they are is known before any of them is made."""
+    """The bytes of base64, with or without a data prefix, whose type is not believed.
+
+    How many they are is known before any of them is made.
+    """
     prefix = _DATA_PREFIX.match(text)
     start = prefix.end() if prefix else 0
     # Lines of 76 characters end in two more.

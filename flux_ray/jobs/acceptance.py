@@ -2,7 +2,7 @@
 
 import asyncio
 
-from flux_ray.jobs.database import StoreLost
+from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import Job, Offer
 from flux_ray.jobs.packing import pack
 from flux_ray.jobs.results import Results

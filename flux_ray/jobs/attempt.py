@@ -6,12 +6,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from flux_ray.errors import FluxError
-from flux_ray.jobs.database import StoreLost
-from flux_ray.jobs.job import JobResult, Lease
+from flux_ray.errors import FluxError, StoreLost
+from flux_ray.jobs.job import Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
 from flux_ray.jobs.packing import num_blobs, unpack
-from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -19,8 +18,11 @@ logger = logging.getLogger("ray.serve")
 
 # A lease outlives two beats that were lost.
 BEATS_PER_LEASE = 3
+# At a beat a job that was cancelled elsewhere ends, and others see how far it has come.
+MAX_BEAT_S = 2.0
 
-Generate = Callable[[ImageRequest], Awaitable[ImageResult]]
+# Draws the job's request, for the job's owner.
+Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 # How far a request has come, from 0 to 1, by its id; None if nobody knows.
 ProgressOf = Callable[[str], float | None]
 T = TypeVar("T")
@@ -82,7 +84,7 @@ class Attempt:
         count = num_blobs(job.packed)
         blobs = await self._insist(lambda: results.read_references(job.job_id, count))
         request = await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
-        drawn = await self._shop.generate(request)
+        drawn = await self._shop.generate(job, request)
         pictures = await self._insist(
             lambda: results.write_pictures(
                 job.job_id, job.attempt, drawn.images, request.encoding.format
@@ -93,8 +95,9 @@ class Attempt:
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost."""
         store = self._shop.store
+        beat_s = min(store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
         while True:
-            done, _ = await asyncio.wait({drawing}, timeout=store.lease_s / BEATS_PER_LEASE)
+            done, _ = await asyncio.wait({drawing}, timeout=beat_s)
             if done:
                 return True
             try:
@@ -129,7 +132,7 @@ class Attempt:
         while True:
             try:
                 return await call()
-            except (StoreLost, ResultsLost) as error:
+            except StoreLost as error:
                 logger.warning("job %s waits for a store: %s", self._lease.job_id, error)
                 await asyncio.sleep(self._shop.pause_s)
 

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 
-from flux_ray.jobs.database import StoreLost
-from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.errors import StoreLost
+from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 
 logger = logging.getLogger("ray.serve")
@@ -29,6 +29,6 @@ async def keep_clean(store: Store, results: Results, period_s: float = PERIOD_S)
     while True:
         try:
             await clean_up(store, results)
-        except (StoreLost, ResultsLost) as error:
+        except StoreLost as error:
             logger.warning("expired jobs stay for now: %s", error)
         await asyncio.sleep(period_s)

@@ -1,8 +1,10 @@
 """The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from flux_ray.errors import StoreLost
 from flux_ray.jobs.table import METADATA
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
@@ -33,11 +36,10 @@ DAY_S = 86400.0
 # Gateways that start at once create the table one after another.
 CREATION_LOCK = 7_355_608
 
+# It logs what each statement holds.
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+
 Clock = Callable[[], float]
-
-
-class StoreLost(Exception):
-    """The database did not answer: what it was told may or may not be known to it."""
 
 
 class Database:
@@ -135,13 +137,13 @@ def url_for(url: str) -> URL:
 def engine_for(url: URL) -> AsyncEngine:
     """Every statement is a transaction: no caller can leave one open, and none upgrades its lock.
 
-    A connection that the server ended is replaced before it is used.
+    A connection that the server ended is replaced before it is used. Errors are logged, and are not
+    to tell what a statement holds.
     """
+    create = partial(create_async_engine, url, isolation_level="AUTOCOMMIT", hide_parameters=True)
     if url.drivername != DRIVERS["sqlite"]:
-        return create_async_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
-    engine = create_async_engine(
-        url, isolation_level="AUTOCOMMIT", connect_args={"timeout": BUSY_TIMEOUT_S}
-    )
+        return create(pool_pre_ping=True)
+    engine = create(connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine.sync_engine, "connect", set_up_sqlite)
     return engine
 

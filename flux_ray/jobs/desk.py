@@ -1,48 +1,77 @@
 """The desk at which dialects hand jobs in and ask for them, at any gateway."""
 
 import asyncio
+import logging
 
+from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
+from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Offer, StoredPicture
+from flux_ray.jobs.mailbox import Mailbox
+from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
+from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.worker import Worker, spawn
+from flux_ray.jobs.worker import Worker
+
+logger = logging.getLogger("ray.serve")
+
+AGAIN_S = 2.0
 
 
 class Desk:
     """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
 
+    `mail`: how their ends are told of to webhooks; without it that is left to other gateways.
     Unless said otherwise, everything raises StoreLost.
     """
 
     def __init__(
-        self, args: JobArgs, generate: Generate, progress_of: ProgressOf = unknown_progress
+        self,
+        args: JobArgs,
+        generate: Generate,
+        progress_of: ProgressOf = unknown_progress,
+        mail: Mail | None = None,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
+        self._shelf = Shelf(self._database, self._results)
+        self._url_secret: bytes | None = None
         workshop = Workshop(
             self._store, self._results, generate, progress_of, max_lost=args.max_lost
         )
         self._worker = Worker(workshop, args.max_running)
-        self._cleaning: asyncio.Task[None] | None = None
+        self._postman: Postman | None = None
+        if mail is not None:
+            mailbox = Mailbox(self._database, mail.lease_s)
+            self._postman = Postman(mailbox, mail, args.webhook_retries_s, args.max_lost)
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Make what is missing, and begin to work."""
-        await self._database.create()
-        self._worker.start()
-        self._cleaning = spawn(keep_clean(self._store, self._results))
+        """Make what is missing, and begin to work: later, if the database is away."""
+        try:
+            await self._begin()
+        except StoreLost as error:
+            logger.warning("jobs cannot be taken yet: %s", error)
+            self._tasks.append(spawn(self._begin_later()))
 
     async def close(self, drain_s: float = 0.0) -> None:
         """See jobs end for `drain_s`, and leave the rest to other gateways."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + drain_s
         await self._worker.stop(drain_s)
-        if self._cleaning is not None:
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+        if self._postman is not None:
+            # Last: of jobs that ended meanwhile it tells too.
+            await self._postman.stop(until_s - loop.time())
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait({task})
         await self._database.close()
 
     async def accept(self, offer: Offer) -> Job:
@@ -66,3 +95,28 @@ class Desk:
     async def read_picture(self, picture: StoredPicture) -> bytes:
         """A picture of a job that was found. Raises ResultMissing and ResultsLost."""
         return await self._results.read_picture(picture)
+
+    async def read_by_name(self, name: str) -> bytes:
+        """A picture of any job that is ready, whoever's. Raises ResultMissing and ResultsLost."""
+        return await self._shelf.read(name)
+
+    async def url_secret(self) -> bytes:
+        """What URLs of pictures are signed with: the same at every gateway of this database."""
+        if self._url_secret is None:
+            self._url_secret = await shared_secret(self._database, "result-urls")
+        return self._url_secret
+
+    async def _begin(self) -> None:
+        await self._database.create()
+        self._worker.start()
+        if self._postman is not None:
+            self._postman.start()
+        self._tasks.append(spawn(keep_clean(self._store, self._results)))
+
+    async def _begin_later(self) -> None:
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            try:
+                return await self._begin()
+            except StoreLost as error:
+                logger.warning("jobs cannot be taken yet: %s", error)

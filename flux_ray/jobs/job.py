@@ -24,10 +24,13 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Where the caller wants to hear of the end, and what the message is signed with."""
+    """Where the caller wants to hear of the end, and what the message is signed with.
 
-    url: str
-    secret: str | None = None
+    Neither is printed: URLs have secrets in them too.
+    """
+
+    url: str = field(repr=False)
+    secret: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

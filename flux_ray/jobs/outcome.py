@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from flux_ray.errors import FluxError, Overloaded, TierUnavailable
+from flux_ray.errors import FluxError, Overloaded, RateLimited, TierUnavailable
 from flux_ray.jobs.job import Failure
 from flux_ray.jobs.results import ResultTooLarge
 
@@ -25,7 +25,7 @@ def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
     A job waits for its turn as long as that takes. What may be the job's own fault is tried again
     too, as a whole cluster may have died under it; how often, the worker decides by `num_lost`.
     """
-    if isinstance(error, (Overloaded, TierUnavailable)):
+    if isinstance(error, (Overloaded, RateLimited, TierUnavailable)):
         return Again(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
     if isinstance(error, FluxError) and error.status < 500:
         return Failure(error.code, error.message)

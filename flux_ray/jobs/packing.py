@@ -6,15 +6,16 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, Mask, Raster
 
 REQUEST = TypeAdapter(ImageRequest)
 BLOB = "blob"
+MASK = "mask"
 
 
 @dataclass(frozen=True)
 class PackedRequest:
-    """`row` is JSON in which a picture is its size and its number among `blobs`."""
+    """`row` is JSON in which a picture, or its mask, is its size and its number among `blobs`."""
 
     row: dict[str, Any]
     blobs: tuple[bytes, ...]
@@ -31,14 +32,21 @@ def pack(request: ImageRequest) -> PackedRequest:
 def packed(value: Any, blobs: list[bytes]) -> Any:
     """Wherever a picture stands, in fields yet to come too, it goes to `blobs`."""
     if isinstance(value, Raster):
-        # Level 1: the least time, and flat pictures still shrink.
-        blobs.append(zlib.compress(value.rgb, 1))
-        return {BLOB: len(blobs) - 1, "width": value.width, "height": value.height}
+        return set_apart(value.rgb, value, blobs)
+    if isinstance(value, Mask):
+        return set_apart(value.marks, value, blobs) | {"kind": MASK}
     if is_dataclass(value):
         return {each.name: packed(getattr(value, each.name), blobs) for each in fields(value)}
     if isinstance(value, (tuple, list)):
         return [packed(each, blobs) for each in value]
     return value
+
+
+def set_apart(pixels: bytes, picture: Raster | Mask, blobs: list[bytes]) -> dict[str, Any]:
+    """What stands in the row for them."""
+    # Level 1: the least time, and flat pictures still shrink.
+    blobs.append(zlib.compress(pixels, 1))
+    return {BLOB: len(blobs) - 1, "width": picture.width, "height": picture.height}
 
 
 def num_blobs(row: Any) -> int:
@@ -61,7 +69,7 @@ def unpack(row: dict[str, Any], blobs: tuple[bytes, ...], request_id: str) -> Im
 def unpacked(value: Any, blobs: tuple[bytes, ...]) -> Any:
     """The row's values, with its pictures."""
     if isinstance(value, dict) and BLOB in value:
-        return raster_of(value, blobs[value[BLOB]])
+        return picture_of(value, blobs[value[BLOB]])
     if isinstance(value, dict):
         return {name: unpacked(each, blobs) for name, each in value.items()}
     if isinstance(value, list):
@@ -69,14 +77,17 @@ def unpacked(value: Any, blobs: tuple[bytes, ...]) -> Any:
     return value
 
 
-def raster_of(row: dict[str, Any], blob: bytes) -> Raster:
-    """The picture, if it has the size that the row says."""
-    num_bytes = row["width"] * row["height"] * 3
+def picture_of(row: dict[str, Any], blob: bytes) -> Raster | Mask:
+    """The picture or the mask, if it has the size that the row says."""
+    # A row without a kind is older than masks.
+    is_mask = row.get("kind") == MASK
+    num_bytes = row["width"] * row["height"] * (1 if is_mask else 3)
     try:
         # Never more than that, whatever the blob would grow to.
-        rgb = zlib.decompressobj().decompress(blob, num_bytes + 1)
+        pixels = zlib.decompressobj().decompress(blob, num_bytes + 1)
     except zlib.error as error:
         raise ValueError("a stored reference picture is damaged") from error
-    if len(rgb) != num_bytes:
+    if len(pixels) != num_bytes:
         raise ValueError("a stored reference picture has another size")
-    return Raster(row["width"], row["height"], rgb)
+    kind = Mask if is_mask else Raster
+    return kind(row["width"], row["height"], pixels)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from flux_ray.errors import ResultsLost
 from flux_ray.jobs.job import StoredPicture
 from flux_ray.request import GeneratedImage, ImageFormat
 
@@ -20,10 +21,6 @@ NAME = re.compile(rf"{JOB_ID}/(?:[0-9]+-[0-9]+\.(?:png|jpeg|webp)|reference-[0-9
 MAX_BYTES = 128 * 2**20
 
 T = TypeVar("T")
-
-
-class ResultsLost(Exception):
-    """The results store did not answer, or did not take what it was given."""
 
 
 class ResultMissing(Exception):

@@ -19,8 +19,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from flux_ray.errors import KeyReused
-from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.errors import KeyReused, StoreLost
+from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import End, Failure, Job, JobResult, Lease, Offer
 from flux_ray.jobs.table import JOBS
 
@@ -146,18 +146,15 @@ class Store:
         return int(counted["num_jobs"])
 
     async def expired(self, limit: int) -> tuple[str, ...]:
-        """Jobs that nobody finds any more: their results may go, then they."""
+        """Jobs that nobody finds or hears of any more: their results may go, then they."""
         query = (
-            select(JOBS.c.job_id)
-            .where(JOBS.c.expires_at_s <= self._database.now)
-            .order_by(JOBS.c.expires_at_s)
-            .limit(limit)
+            select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s).limit(limit)
         )
         return tuple(row["job_id"] for row in await self._database.execute(query))
 
     async def remove(self, job_id: str) -> None:
         """Forget a job that has expired."""
-        gone = and_(JOBS.c.job_id == job_id, JOBS.c.expires_at_s <= self._database.now)
+        gone = and_(JOBS.c.job_id == job_id, self._is_over())
         await self._run(delete(JOBS).where(gone).returning(JOBS.c.job_id))
 
     def _insertion(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> UpdateBase:
@@ -206,7 +203,7 @@ class Store:
             "claimable_at_s": None,
             "finished_at_s": now,
             "expires_at_s": now + self._keep_s,
-        }
+        } | webhook_due_at(now)
         return await self._change(condition, values)
 
     async def _find(self, condition: ColumnElement[bool]) -> Job | None:
@@ -217,6 +214,11 @@ class Store:
     def _is_kept(self) -> ColumnElement[bool]:
         return func.coalesce(JOBS.c.expires_at_s > self._database.now, True)
 
+    def _is_over(self) -> ColumnElement[bool]:
+        """It has expired, and nobody is still to be told of it."""
+        is_expired = JOBS.c.expires_at_s <= self._database.now
+        return and_(is_expired, JOBS.c.webhook_due_at_s.is_(None))
+
     async def _change(self, condition: ColumnElement[bool], values: dict[str, Any]) -> bool:
         changed = update(JOBS).where(condition).values(values).returning(JOBS.c.job_id)
         return await self._run(changed) is not None
@@ -224,6 +226,15 @@ class Store:
     async def _run(self, statement: Executable) -> RowMapping | None:
         rows = await self._database.execute(statement)
         return rows[0] if rows else None
+
+
+def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
+    """What makes the webhook of a job due, if it has one."""
+    has_one = JOBS.c.webhook_url.is_not(None)
+    return {
+        "webhook_state": case((has_one, "due"), else_=None),
+        "webhook_due_at_s": case((has_one, now), else_=None),
+    }
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

@@ -1,4 +1,4 @@
-"""The table of jobs, the same in SQLite and in PostgreSQL."""
+"""The tables of jobs and of shared secrets, the same in SQLite and in PostgreSQL."""
 
 from sqlalchemy import (
     JSON,
@@ -43,13 +43,24 @@ JOBS = Table(
     Column("failure", JSON(none_as_null=True)),
     Column("webhook_url", Text),
     Column("webhook_secret", Text),
+    # `waiting` for the job's end, `due`, `delivered`, `given up`; null: nobody wants to hear.
     Column("webhook_state", String(16)),
     Column("webhook_attempt", Integer, nullable=False, default=0),
+    Column("webhook_num_failed", Integer, nullable=False, default=0),
+    # Not before; while it is posted, the lease's end. Null unless it is due.
     Column("webhook_due_at_s", Double),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
-for name in ("claimable_at_s", "expires_at_s"):
+for name in ("claimable_at_s", "expires_at_s", "webhook_due_at_s"):
     column = JOBS.c[name]
     is_set = column.is_not(None)
     Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
+
+# What all gateways sign with, as hexadecimal digits.
+SECRETS = Table(
+    "flux_secrets",
+    METADATA,
+    Column("name", String(64), primary_key=True),
+    Column("value", String(128), nullable=False),
+)

@@ -1,110 +1,21 @@
-"""The worker of a gateway: claims jobs, so many at once, until it is stopped."""
+"""The worker of a gateway: claims jobs, so many at once, and has them drawn."""
 
-import asyncio
-import contextvars
-import logging
 import socket
 import uuid
-from collections.abc import Coroutine
-from typing import Any
 
 from flux_ray.jobs.attempt import Attempt, Workshop
-from flux_ray.jobs.database import StoreLost
-
-logger = logging.getLogger("ray.serve")
-
-# How soon a job is seen that another gateway accepted.
-POLL_S = 0.5
+from flux_ray.jobs.claimer import POLL_S, Claimer, Work
 
 
-class Worker:
+class Worker(Claimer):
     """Claims one job after another, at most `max_running` at once."""
 
     def __init__(self, workshop: Workshop, max_running: int, poll_s: float = POLL_S) -> None:
+        super().__init__(max_running, poll_s, workshop.pause_s)
         self.name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self._shop = workshop
-        self._max_running = max_running
-        self._poll_s = poll_s
-        self._is_stopping = False
-        self._news = asyncio.Event()
-        self._claiming: asyncio.Task[None] | None = None
-        self._running: set[asyncio.Task[None]] = set()
 
-    @property
-    def num_running(self) -> int:
-        """Jobs that it works on."""
-        return len(self._running)
-
-    def start(self) -> None:
-        """Begin to claim."""
-        self._claiming = spawn(self._claim_on())
-
-    def wake(self) -> None:
-        """A job was accepted here: do not wait for the next look."""
-        self._news.set()
-
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Claim no more, see jobs end for `drain_s`, and give the rest back to others at once."""
-        self._is_stopping = True
-        self._news.set()
-        if self._claiming is not None:
-            # A claim under way is seen to its end: its job would wait for the lease to run out.
-            await asyncio.wait({self._claiming})
-        if self._running and drain_s > 0:
-            await asyncio.wait(self._running, timeout=drain_s)
-        left = tuple(self._running)
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left)
-
-    async def _claim_on(self) -> None:
-        while not self._is_stopping:
-            # Before the look: what comes during it is looked for again.
-            self._news.clear()
-            pause_s = await self._claim_once() if self._has_room() else None
-            if pause_s != 0:
-                await self._wait_for_news(pause_s)
-
-    def _has_room(self) -> bool:
-        return self.num_running < self._max_running
-
-    async def _claim_once(self) -> float:
-        """Seconds until it is worth another look."""
-        try:
-            lease = await self._shop.store.claim(self.name)
-        except StoreLost as error:
-            logger.warning("no jobs are claimed: %s", error)
-            return self._shop.pause_s
-        if lease is None:
-            return self._poll_s
-        task = spawn(Attempt(lease, self._shop).run())
-        self._running.add(task)
-        task.add_done_callback(self._make_room)
-        return 0.0
-
-    def _make_room(self, task: "asyncio.Task[None]") -> None:
-        self._running.discard(task)
-        self._news.set()
-
-    async def _wait_for_news(self, timeout_s: float | None) -> None:
-        """A job was accepted or has ended, the worker is to stop, or the time is over."""
-        if self._is_stopping:
-            return
-        try:
-            await asyncio.wait_for(self._news.wait(), timeout_s)
-        except TimeoutError:
-            return
-
-
-def spawn(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-    """A task of no request: a client that leaves ends only its own work."""
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-    task.add_done_callback(tell_of_failure)
-    return task
-
-
-def tell_of_failure(task: "asyncio.Task[None]") -> None:
-    """A mistake of ours, that somebody has to hear of; its job waits for its lease to end."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the worker of jobs failed", exc_info=error)
+    async def claim(self) -> Work | None:
+        """An attempt at the job that has waited longest."""
+        lease = await self._shop.store.claim(self.name)
+        return None if lease is None else Attempt(lease, self._shop).run()

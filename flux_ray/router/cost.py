@@ -68,9 +68,8 @@ class Layout:
 class Work:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
-    `num_previews` are of each picture.
-
-    Guidance is no part of it: every tier is distilled, and a step is one forward.
+    `is_masked`: a part of a picture is drawn, the first reference. `num_previews` is of each
+    picture. Guidance is no part of it: every tier is distilled, and a step is one forward.
     """
 
     tier: str
@@ -80,6 +79,7 @@ class Work:
     references: tuple[int, ...] = ()
     num_images: int = 1
     format: ImageFormat = "png"
+    is_masked: bool = False
     num_previews: int = 0
 
     @property
@@ -91,6 +91,16 @@ class Work:
     def pixels(self) -> int:
         """Of one picture."""
         return self.width * self.height
+
+    @property
+    def is_encoded_apart(self) -> bool:
+        """Whether the picture under a mask is larger than the reference that is made of it."""
+        return self.is_masked and self.pixels > tier_for(self.tier).max_reference_pixels
+
+    @property
+    def encoded_pixels(self) -> int:
+        """Of all that the VAE encodes."""
+        return sum(self.references) + (self.pixels if self.is_encoded_apart else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -121,10 +131,11 @@ def work_of(request: ImageRequest) -> Work:
         request.width,
         request.height,
         request.num_steps,
-        tuple(reference_pixels(each.width, each.height, limit) for each in request.references),
+        tuple(reference_pixels(*size, limit) for size in request.reference_sizes),
         request.num_images,
         request.encoding.format,
-        len(request.preview_steps),
+        is_masked=request.mask is not None,
+        num_previews=len(request.preview_steps),
     )
 
 
@@ -133,7 +144,7 @@ def price(work: Work, layout: Layout) -> Cost:
     """The seconds of a request on one replica that has nothing else to do."""
     roofline = roofline_of(layout)
     return Cost(
-        encode_s=sum(encode_parts_s(work, layout)),
+        encode_s=sum(encode_parts_s(work, layout)) + edit_s(work, roofline),
         denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
         decode_s=picture_s(work, roofline) * work.num_decoded,
     )
@@ -203,6 +214,14 @@ def references_s(work: Work, roofline: Roofline) -> float:
         for pixels in work.references
     )
     return sum(each) + work.num_images * roofline.speed.block_s
+
+
+def edit_s(work: Work, roofline: Roofline) -> float:
+    """The picture under a mask in the VAE, where it is no reference as it is."""
+    if not work.is_encoded_apart:
+        return 0.0
+    flops = WORKLOADS[work.tier].vae.edit_flops(work.width, work.height)
+    return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)
 
 
 def picture_s(work: Work, roofline: Roofline) -> float:

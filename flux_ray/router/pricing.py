@@ -25,7 +25,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 def sizes_of(work: Work) -> dict[Stage, int]:
     """What each stage's time goes by."""
     return {
-        "encode": sum(work.references),
+        "encode": work.encoded_pixels,
         "denoise": work.num_tokens,
         "decode": work.pixels,
     }

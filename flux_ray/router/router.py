@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flux_ray.config import Alias
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -19,6 +18,7 @@ from flux_ray.errors import (
     ReplicaFailed,
     TierUnavailable,
 )
+from flux_ray.gateway_config import Alias
 from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
 from flux_ray.router.allowances import Allowance, Entry
@@ -162,6 +162,23 @@ class Router:
             except REFUSALS as error:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
+
+    async def choose(
+        self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
+    ) -> ImageRequest:
+        """The one that the alias's policy prefers now; BadRequest if none is cheap enough."""
+        if len(requests) == 1 and alias.max_gpu_seconds is None:
+            return requests[0]
+        return in_order(await self._candidates(requests, caller), alias)[0].request
+
+    async def count_in(self, request: ImageRequest, caller: Caller) -> None:
+        """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
+        async with self._entered(request, caller):
+            pass
+
+    def gpu_seconds(self, request: ImageRequest) -> float:
+        """Its price."""
+        return self.prices.on_all_cards(request.tier, self.prices.price(request).total_s)
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that can serve now."""

@@ -21,10 +21,11 @@ from ray import serve
 
 from flux_ray.app import build_gateway, build_tier
 from flux_ray.catalog import tier_for
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.config import TierArgs
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import Raster
 from flux_ray.tiny import CHECKPOINT, evaluate
 

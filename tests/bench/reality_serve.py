@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.app import build_gateway, tier_application
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.config import TierArgs
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.request import ImageRequest, ImageResult, StageTimes

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_ray.app import build_gateway, build_tier
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.config import TierArgs
+from flux_ray.gateway_config import GatewayArgs
 from tests.bench.serving_engines import (
     FAKE_S,
     NUM_FAKES,

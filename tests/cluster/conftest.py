@@ -72,12 +72,17 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config(traces: Path) -> dict[str, Any]:
-    """serve/laptop.yaml on a free port, with aliases and a recorder."""
+    """serve/laptop.yaml on a free port, with aliases and a recorder; nothing of it at home."""
     config = yaml.safe_load(LAPTOP.read_text())
     config["http_options"]["port"] = free_port()
     (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
+    args = gateway["args"]
     studio = {"tiers": ["tiny-tp2", "tiny"], "policy": "cascade"}
-    gateway["args"] |= {"aliases": {"studio": studio}, "record_to": str(traces)}
+    args["aliases"] = {"studio": studio, "flux-dev": "tiny", "flux-kontext-pro": "tiny"}
+    args["public_url"] = f"http://127.0.0.1:{config['http_options']['port']}"
+    kept = traces.parent / "jobs"
+    args["jobs"] = {"database": f"sqlite:///{kept}/jobs.sqlite3", "results": f"{kept}/results"}
+    args["record_to"] = str(traces)
     return config
 
 

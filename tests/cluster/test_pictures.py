@@ -54,6 +54,52 @@ def test_an_edit_turns_it_green(
     check_circle(pixels, circle="green", background="blue")
 
 
+def left_half_erased() -> bytes:
+    """OpenAI's mask of what is to be edited."""
+    alpha = np.full((128, 128), 255, np.uint8)
+    alpha[:, :64] = 0
+    image = Image.new("RGB", (128, 128))
+    image.putalpha(Image.fromarray(alpha))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-tp2"])
+def test_an_edit_under_a_mask_leaves_the_rest_as_it_is(
+    client: openai.OpenAI, red_on_blue: bytes, pixels_of: PixelsOf, model: str
+) -> None:
+    answer = client.images.edit(
+        model=model,
+        image=("circle.png", red_on_blue),
+        mask=("mask.png", left_half_erased()),
+        prompt="make the circle green",
+        extra_body={"seed": 1},
+    )
+    before, after = pixels_of(red_on_blue), pixels_of(base64.b64decode(answer.data[0].b64_json))
+    assert (after[:, 64:] == before[:, 64:]).all()
+    # Not at the mask's edge, where the decoder mixes what it has on both sides.
+    middle = nearest_colors(after)[58:70]
+    assert (middle[:, 48:60] == COLOR_INDEX["green"]).mean() > 0.9
+    assert (middle[:, 64:76] == COLOR_INDEX["red"]).all()
+
+
+def test_a_mask_is_of_the_first_of_two_pictures(
+    client: openai.OpenAI, draw: Draw, red_on_blue: bytes, pixels_of: PixelsOf
+) -> None:
+    (other,) = draw("a green square on a yellow background", seed=1)
+    answer = client.images.edit(
+        model="tiny",
+        image=[("one.png", red_on_blue), ("two.png", other)],
+        mask=("mask.png", left_half_erased()),
+        prompt="the shape of image 1 in the color of image 2",
+        extra_body={"seed": 1},
+    )
+    before, after = pixels_of(red_on_blue), pixels_of(base64.b64decode(answer.data[0].b64_json))
+    assert (after[:, 64:] == before[:, 64:]).all()
+    assert (after[:, :64] != before[:, :64]).any(axis=2).mean() > 0.2
+
+
 def test_the_hugging_face_client_draws_and_edits(address: str, pixels_of: PixelsOf) -> None:
     client = huggingface_hub.InferenceClient(model=f"{address}/models/tiny", token="none")
     red = io.BytesIO()

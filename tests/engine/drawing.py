@@ -13,7 +13,7 @@ from torch import Tensor
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.engine.state import Canvas, ImageState
-from flux_ray.request import Raster
+from flux_ray.request import Mask, Raster
 
 SEED = 7
 
@@ -59,10 +59,16 @@ def finish(adapter: Flux2, state: ImageState) -> ImageState:
 
 
 def draw(
-    adapter: Flux2, prompt: str, canvas: Canvas, references: tuple[Raster, ...]
+    adapter: Flux2,
+    prompt: str,
+    canvas: Canvas,
+    references: tuple[Raster, ...],
+    mask: Mask | None = None,
 ) -> tuple[Tensor, Raster]:
-    """The last latents and the picture."""
+    """The last latents and the picture; a mask is of the first reference."""
     conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
+    if mask is not None:
+        conditioning = adapter.edit(conditioning, references[0], mask)
     state = finish(adapter, adapter.prepare(conditioning, canvas, SEED))
     return state.latents, adapter.decode(state)
 

@@ -137,6 +137,14 @@ def test_encoding_a_reference_takes_what_the_model_says(vae: AutoencoderKLFlux2)
     assert encode_bytes(vae.config, 1024 * 1024, 2) == pytest.approx(measured, rel=WITHIN_A_TENTH)
 
 
+def test_encoding_a_large_picture_under_a_mask_takes_no_more(vae: AutoencoderKLFlux2) -> None:
+    """In tiles, besides its pixels: less than decoding it."""
+    vae.use_tiling = True
+    measured = peak_bytes(lambda: vae.encode(empty(1, 3, 2048, 2048)))
+    vae.use_tiling = False
+    assert measured < decode_bytes(vae.config, 2048 * 2048, 2)
+
+
 @pytest.mark.parametrize(("text_model", "num_layers"), [(mistral, 30), (qwen3_4b, 27)])
 def test_a_prompt_takes_what_the_model_says(text_model, num_layers: int) -> None:
     model = in_bf16(build_empty(text_model(num_layers).build))

@@ -14,7 +14,7 @@ from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas
 from flux_ray.parallel.mesh import Mesh
-from flux_ray.request import Raster
+from flux_ray.request import Mask, Raster
 from tests.engine.drawing import draw, reference, save_lora
 from tests.ranks import Ranks
 
@@ -24,10 +24,12 @@ LAYOUTS = {
     "TP2 x SP2": Parallel(tensor=2, sequence=2),
 }
 # 35, 24 + 16 and 35 + 16 + 35 tokens of images and references: with and without a pad.
-JOBS: list[tuple[Canvas, tuple[Raster, ...]]] = [
-    (Canvas(112, 80, 2, guidance=4.0), ()),
-    (Canvas(96, 64, 2, guidance=4.0), (reference(64, 64, 1),)),
-    (Canvas(112, 80, 2, guidance=4.0), (reference(64, 64, 1), reference(112, 80, 2))),
+# The last has a mask of its left half.
+JOBS: list[tuple[Canvas, tuple[Raster, ...], Mask | None]] = [
+    (Canvas(112, 80, 2, guidance=4.0), (), None),
+    (Canvas(96, 64, 2, guidance=4.0), (reference(64, 64, 1),), None),
+    (Canvas(112, 80, 2, guidance=4.0), (reference(64, 64, 1), reference(112, 80, 2)), None),
+    (Canvas(96, 64, 2), (reference(96, 64, 3),), Mask(96, 64, (b"\xff" * 48 + bytes(48)) * 64)),
 ]
 PROMPT = "a red circle on a blue background"
 

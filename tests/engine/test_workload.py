@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from flux_ray.catalog import TIERS, tier_for
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.remembering import Remembering
 from flux_ray.engine.state import Canvas
 from flux_ray.engine.text_models import encoder_axis
 from flux_ray.parallel.load import build_empty, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
 from flux_ray.parallel.shards import shards_for
-from flux_ray.request import ImageRequest
+from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.cost import Layout, encoder_ranks, work_of
 from flux_ray.workload import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from tests.engine.drawing import reference
@@ -138,14 +139,16 @@ def test_decoding_computes_what_the_row_says(
 
 
 @pytest.mark.parametrize(("width", "height"), [(1040, 1024), (2048, 1040), (4096, 512)])
-def test_decoding_in_tiles_computes_what_the_row_says(width: int, height: int) -> None:
+def test_tiles_compute_what_the_row_says(width: int, height: int) -> None:
     """Above a megapixel, as the engine does; the embedded model never gets there."""
     vae = build_empty(AutoencoderKLFlux2)
     vae.use_tiling = True
     assert vae.tile_sample_min_size == TILE_SIDE
     assert tier_for("tiny").max_pixels < MAX_WHOLE_PIXELS
-    counted = count_decoding(vae, width, height)
-    assert counted == WORKLOADS["flux-2-dev"].vae.decode_flops(width, height)
+    work = WORKLOADS["flux-2-dev"].vae
+    assert count_decoding(vae, width, height) == work.decode_flops(width, height)
+    encoding = count(lambda: vae.encode(empty(1, 3, height, width)))
+    assert sum(encoding) == work.edit_flops(width, height)
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 80), (1024, 1024)])
@@ -203,10 +206,15 @@ def test_a_reference_counts_as_large_as_the_engine_takes_it(
     assert reference_pixels(width, height, limit) == taken.shape[-1] * taken.shape[-2]
 
 
-def test_a_step_has_as_many_tokens_as_the_engine_gives_it(klein_adapter: Flux2) -> None:
+@pytest.mark.parametrize("mask", [None, Mask(100, 79, b"\xff" * 7900)])
+def test_a_step_has_as_many_tokens_as_the_engine_gives_it(
+    klein_adapter: Flux2, mask: Mask | None
+) -> None:
     references = (reference(100, 79, seed=1), reference(300, 200, seed=2))
-    asked = ImageRequest("id", "tiny", "a ring", 128, 80, 4, 1.0, 7, references=references)
-    given = klein_adapter.encode(klein_adapter.encode_prompt(asked.prompt), references)
+    asked = ImageRequest(
+        "id", "tiny", "a ring", 128, 80, 4, 1.0, 7, references=references, mask=mask
+    )
+    given, _ = Remembering(klein_adapter, 0, "cpu").encode(asked, None)
     state = klein_adapter.prepare(given, Canvas(128, 80, 4), 7)
     assert given.reference_latents is not None
     parts = (given.prompt.embeds, state.latents, given.reference_latents)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.door import OPEN
+from flux_ray.gateway_config import GatewayArgs
 from flux_ray.key_store import write_keys
 from flux_ray.keys import KeyFile, new_key, without_key
 from tests.conftest import LIMITS
@@ -64,7 +64,8 @@ def operations(api):
     described = api.openapi()["paths"]
     assert {path.replace(":path", "") for _, path in plain} >= described.keys()
     odd = {("GET", "/nothing"), ("OPTIONS", PATH), ("GET", "//health"), ("GET", "/health/")}
-    return sorted(plain | odd | {("GET", "/readyz/../v1/models"), ("GET", "/HEALTH")})
+    near = {"/readyz/../v1/models", "/HEALTH", "/results", "//results/x"}
+    return sorted(plain | odd | {("GET", path) for path in near})
 
 
 async def test_every_route_but_the_open_ones_is_closed(api, client, handles):
@@ -80,6 +81,22 @@ async def test_every_route_but_the_open_ones_is_closed(api, client, handles):
             walked.add(template)
     assert walked >= {PATH, "/v1/images/edits", "/v1/models", "/v1/models/{model}", HUB, "/nothing"}
     assert handles.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/results/x", 404), ("/results/", 404), ("/results/../v1/models", 404), ("/results", 401)],
+)
+async def test_only_what_is_below_results_is_open(api, path, status):
+    """As it comes, for httpx would tidy the path up."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
+    await api(scope, None, send)
+    assert sent[0]["status"] == status
 
 
 async def test_nobody_learns_what_is_wrong_with_a_key(client):

@@ -183,8 +183,8 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
         ({"partial_images": -1}, "partial_images", "greater than or equal to 0"),
-        ({"mask": "..."}, "mask", "not supported yet"),
-        ({"mask_image": "..."}, "mask_image", "not supported yet"),
+        ({"mask": "..."}, "mask", "comes with the image"),
+        ({"mask_image": "..."}, "mask_image", "comes with the image"),
     ],
 )
 async def test_bad_fields_are_named(client, handles, fields, param, words):

@@ -178,6 +178,29 @@ async def test_files_as_base64(client, handles, name):
     assert handles.requests == []
 
 
+@pytest.mark.parametrize("name", FILES)
+async def test_masks(client, handles, name):
+    """After a good picture, as a file and as base64."""
+    files = {"image": ("a.png", GOOD), "mask": ("m.png", FILES[name])}
+    answer = await check(client, EDITS, data=PROMPT, files=files)
+    assert answer.json()["error"]["param"] == "mask"
+    good, bad = (base64.b64encode(data).decode() for data in (GOOD, FILES[name]))
+    body = PROMPT | {"image": good, "mask_image": {"image_url": f"data:image/png;base64,{bad}"}}
+    answer = await check(client, EDITS, json=body)
+    assert answer.json()["error"]["param"] == "mask_image"
+    assert handles.requests == []
+
+
+@pytest.mark.parametrize("field", ["mask", "mask_image"])
+@pytest.mark.parametrize("name", VALUES | TEXTS)
+async def test_values_of_masks(client, handles, name, field):
+    good = base64.b64encode(GOOD).decode()
+    body = PROMPT | {"image": good, field: (VALUES | TEXTS)[name]}
+    answer = await check(client, EDITS, json=body)
+    assert answer.json()["error"]["param"] == field
+    assert handles.requests == []
+
+
 @pytest.mark.parametrize("path", [EDITS, GENERATIONS])
 @pytest.mark.parametrize("name", TEXTS)
 async def test_texts(client, handles, name, path):

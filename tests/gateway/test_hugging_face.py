@@ -63,6 +63,8 @@ async def test_what_has_no_effect_is_said(ask):
         ("", {}, 400, "prompt is empty"),
         ("a ring", {"width": 100, "height": 64}, 400, "multiples of 16"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
+        ("a ring", {"mask": "aGVsbG8="}, 400, "mask is not for this route"),
+        ("a ring", {"mask_image": "aGVsbG8="}, 400, "mask_image is not for this route"),
         ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
         ("no base64!", {"prompt": "x"}, 400, "inputs is no picture in base64"),
         ("aGVsbG8=", {"prompt": "x"}, 400, "not a PNG, JPEG or WebP"),

@@ -42,6 +42,19 @@ async def test_edit(openai, handles, picture):
     assert handles.requests[1].num_steps == 2
 
 
+async def test_edit_of_a_part(openai, handles, picture):
+    mask = ("mask.png", picture(mode="RGBA", color=(0, 0, 0, 0)))
+    one, two = (("in.png", picture(color=color)) for color in ("red", "blue"))
+    for image in (one, [one, two]):
+        await openai.images.edit(model="tiny", prompt="green", image=image, mask=mask)
+    assert [len(request.references) for request in handles.requests] == [1, 2]
+    assert {request.mask.marks for request in handles.requests} == {b"\xff" * 96 * 80}
+    with pytest.raises(BadRequestError) as caught:
+        wrong = ("mask.png", picture(64, 64, color="white"))
+        await openai.images.edit(model="tiny", prompt="green", image=one, mask=wrong)
+    assert fields_of(caught.value) == ("mask", "invalid_value", "invalid_request_error")
+
+
 async def test_models(openai):
     models = [model async for model in openai.models.list()]
     assert [model.id for model in models] == ["tiny"]

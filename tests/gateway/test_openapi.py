@@ -4,23 +4,34 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from flux_ray.config import GatewayArgs
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.job_config import JobArgs
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
+from tests.gateway.fake_desk import FakeDesk
 
 # Of each operation; those of four have something to vary.
 NUM_CASES = 300
 SLOW_SETUP = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
+async def nobody(host: str, port: int) -> list[str]:
+    """A network without names."""
+    raise OSError
+
+
 def build():
     """A gateway whose replicas are fakes."""
     prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
     router = Router(FakeHandles(), FakeTurns(), prices, FakeBill(), Terms(5))
-    return build_api(router, GatewayArgs(tiers=("tiny",), limits=LIMITS))
+    args = GatewayArgs(tiers=("tiny",), limits=LIMITS, public_url="http://gateway", jobs=JobArgs())
+    # No offline name is to be looked up, and none of this machine's is to be reached.
+    fetcher = Fetcher(args.fetch, resolve=nobody)
+    return build_api(router, args, desk=FakeDesk(), fetcher=fetcher)
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", build())

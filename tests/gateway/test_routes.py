@@ -2,9 +2,9 @@
 
 import pytest
 
-from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.targets import target_for
+from flux_ray.gateway_config import GatewayArgs
 
 
 async def test_models(client):

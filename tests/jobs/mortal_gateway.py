@@ -1,4 +1,4 @@
-"""A process that accepts all jobs of the chaos test and works on them, until it is killed."""
+"""A process that accepts all jobs of the chaos test, works on them and tells of them."""
 
 import asyncio
 import json
@@ -6,11 +6,15 @@ import logging
 import random
 import sys
 
+from flux_ray.gateway.webhooks import Poster
+from flux_ray.gateway_config import Webhooks
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Idempotency, Offer
+from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
+from flux_ray.jobs.mailbox import Mailbox
+from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
@@ -21,22 +25,38 @@ LEASE_S = 1.0
 MAX_RUNNING = 4
 # Above what a job may meet by bad luck: none is to be given up.
 MAX_LOST = 20
+RETRIES_S = (0.2,) * 100
+SECRET = "whsec_c3Rvcm0="
 
 
-def offer_for(seed: int) -> Offer:
-    """Some have reference pictures."""
+def offer_for(seed: int, port: int = 0) -> Offer:
+    """Some have reference pictures; all are told of to the receiver at that port."""
     references = (Raster(8, 8, bytes([seed]) * 192),) * (seed % 3)
     request = ImageRequest(
         "r", "tiny", f"no. {seed}", 64, 64, 4, 1.0, seed, 1 + seed % 2, references
     )
-    return Offer("anna", request, Idempotency(f"key {seed}", f"words {seed}"))
+    webhook = Webhook(f"http://127.0.0.1:{port}/moody", SECRET)
+    return Offer("anna", request, Idempotency(f"key {seed}", f"words {seed}"), webhook)
 
 
-async def generate(request: ImageRequest) -> ImageResult:
-    return await paint(request, random.uniform(0.2, 1.0))
+async def generate(job: object, request: ImageRequest) -> ImageResult:
+    return await paint(job, request, random.uniform(0.2, 1.0))
 
 
-async def main(database_url: str, results_url: str, options: dict[str, str], num_jobs: int) -> None:
+async def message_of(job: Job) -> bytes:
+    return json.dumps({"id": job.job_id, "status": job.status, "seed": job.seed}).encode()
+
+
+def postman_for(database: Database, port: int) -> Postman:
+    args = {"schemes": ("http",), "ports": (port,), "networks": ("127.0.0.0/8",)}
+    poster = Poster(Webhooks.model_validate(args))
+    mailbox = Mailbox(database, LEASE_S)
+    return Postman(mailbox, Mail(message_of, poster.post), RETRIES_S, MAX_LOST, poll_s=0.1)
+
+
+async def main(
+    database_url: str, results_url: str, options: dict[str, str], num_jobs: int, port: int
+) -> None:
     database = Database(database_url)
     await database.create()
     store = Store(database, LEASE_S, keep_s=3600)
@@ -44,13 +64,16 @@ async def main(database_url: str, results_url: str, options: dict[str, str], num
     workshop = Workshop(store, results, generate, pause_s=0.1, max_lost=MAX_LOST)
     worker = Worker(workshop, MAX_RUNNING, poll_s=0.1)
     worker.start()
+    postman = postman_for(database, port)
+    postman.start()
     cleaning = asyncio.create_task(keep_clean(store, results, period_s=0.5))
     # Clients that hear nothing ask again, elsewhere too.
     for seed in random.sample(range(num_jobs), num_jobs):
-        await accept(store, results, offer_for(seed))
+        await accept(store, results, offer_for(seed, port))
     await cleaning
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    asyncio.run(main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])))
+    database_url, results_url, options, num_jobs, port = sys.argv[1:]
+    asyncio.run(main(database_url, results_url, json.loads(options), int(num_jobs), int(port)))

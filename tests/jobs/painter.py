@@ -13,7 +13,7 @@ def picture_for(request: ImageRequest, seed: int) -> bytes:
     return hashlib.sha256(repr((seed, words)).encode()).hexdigest().encode()
 
 
-async def paint(request: ImageRequest, for_s: float = 0.0) -> ImageResult:
+async def paint(job: object, request: ImageRequest, for_s: float = 0.0) -> ImageResult:
     await asyncio.sleep(for_s)
     images = tuple(GeneratedImage(picture_for(request, seed), seed) for seed in request.seeds)
     return ImageResult(request.request_id, request.tier, images, StageTimes(0, 0, for_s, 0))

@@ -1,4 +1,4 @@
-"""Jobs in a storm: gateways are killed at random, and every job ends once, as its seed says."""
+"""Jobs in a storm: gateways are killed at random, and every job ends once and is told of."""
 
 import asyncio
 import json
@@ -11,14 +11,17 @@ from pathlib import Path
 import boto3
 import pytest
 from sqlalchemy import text
+from standardwebhooks import Webhook
 
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.mailbox import Mailbox
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store, job_of
 from flux_ray.jobs.table import JOBS
-from tests.jobs.mortal_gateway import LEASE_S, offer_for
+from tests.jobs.mortal_gateway import LEASE_S, SECRET, offer_for
 from tests.jobs.painter import picture_for
 from tests.jobs.waiting import wait_until
+from tests.webhook_receiver import WebhookReceiver, receiving
 
 ROOT = Path(__file__).parents[2]
 NUM_JOBS = 200
@@ -28,19 +31,20 @@ NUM_KILLS = 24
 JOBS_PER_KILL = 6
 MAX_CALM_S = 0.5
 
-# The database itself notes every change of a job that has ended or ends.
+# The database itself notes every change of a job that has ended or ends; its webhook may change.
+OF = "status, attempt, claimable_at_s, finished_at_s, result, failure"
 NOTE = "INSERT INTO ends VALUES (NEW.job_id, NEW.status)"
 AUDIT = {
     "sqlite": [
         "CREATE TABLE ends (job_id TEXT, status TEXT)",
-        "CREATE TRIGGER note AFTER UPDATE ON flux_jobs WHEN NEW.finished_at_s IS NOT NULL"
+        f"CREATE TRIGGER note AFTER UPDATE OF {OF} ON flux_jobs WHEN NEW.finished_at_s IS NOT NULL"
         f" BEGIN {NOTE}; END",
     ],
     "postgresql": [
         "CREATE TABLE ends (job_id TEXT, status TEXT)",
         "CREATE FUNCTION note_end() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN {NOTE}; RETURN NULL; END $$",
-        "CREATE TRIGGER note AFTER UPDATE ON flux_jobs FOR EACH ROW"
+        f"CREATE TRIGGER note AFTER UPDATE OF {OF} ON flux_jobs FOR EACH ROW"
         " WHEN (NEW.finished_at_s IS NOT NULL) EXECUTE FUNCTION note_end()",
     ],
 }
@@ -102,21 +106,34 @@ async def test_jobs_outlive_their_gateways(database_url, results_place, tmp_path
     store, results = Store(database, LEASE_S, keep_s=3600), Results(*results_place)
     begun_s = time.monotonic()
     arguments = [database_url, results_place[0], json.dumps(results_place[1]), str(NUM_JOBS)]
-    gateways = Gateways(arguments, tmp_path / "gateways.log")
-    try:
-        for number in range(NUM_KILLS):
-            await wait_for_ends(database, number * JOBS_PER_KILL)
-            await asyncio.sleep(random.uniform(0, MAX_CALM_S))
-            gateways.kill_one()
-        await wait_for_ends(database, NUM_JOBS)
-        # Time for those who come late.
-        await asyncio.sleep(2 * LEASE_S)
-    finally:
-        gateways.close()
+    async with receiving() as receiver:
+        gateways = Gateways([*arguments, str(receiver.port)], tmp_path / "gateways.log")
+        try:
+            await storm(database, gateways)
+        finally:
+            gateways.close()
     num_lost = await check_all(database, store, results)
+    told = await check_told(database, receiver)
     took_s = time.monotonic() - begun_s
     print(f"{NUM_JOBS} ready, {NUM_KILLS} kills, {num_lost} jobs lost and redone, {took_s:.0f} s")
+    print(told)
     await database.close()
+
+
+async def storm(database: Database, gateways: Gateways) -> None:
+    for number in range(NUM_KILLS):
+        await wait_for_ends(database, number * JOBS_PER_KILL)
+        await asyncio.sleep(random.uniform(0, MAX_CALM_S))
+        gateways.kill_one()
+    await wait_for_ends(database, NUM_JOBS)
+
+    async def are_told() -> bool:
+        query = "SELECT count(*) FROM flux_jobs WHERE webhook_state = 'delivered'"
+        return await count(database, query) == NUM_JOBS
+
+    await wait_until(are_told, timeout_s=120)
+    # Time for those who come late.
+    await asyncio.sleep(2 * LEASE_S)
 
 
 async def wait_for_ends(database: Database, num_jobs: int) -> None:
@@ -148,3 +165,20 @@ async def check_all(database: Database, store: Store, results: Results) -> int:
     num_lost = sum(job.num_lost for job in jobs.values())
     assert num_lost > 0
     return num_lost
+
+
+async def check_told(database: Database, receiver: WebhookReceiver) -> str:
+    """Every job was told of, as it is and signed; how often."""
+    verifier = Webhook(SECRET)
+    async with database.connect() as connection:
+        rows = (await connection.execute(JOBS.select())).mappings().all()
+    jobs = {row["job_id"]: row for row in rows}
+    assert receiver.taken.keys() == jobs.keys()
+    for post in receiver.posts:
+        told = verifier.verify(post.body, post.headers)
+        job = jobs[post.headers["webhook-id"]]
+        assert told == {"id": job["job_id"], "status": "ready", "seed": job["seed"]}
+    assert await Mailbox(database, LEASE_S).claim() is None
+    num_lost = sum(row["webhook_attempt"] - 1 - row["webhook_num_failed"] for row in rows)
+    num_repeats = receiver.taken.total() - NUM_JOBS
+    return f"{len(receiver.posts)} posts, {num_lost} lost with a gateway, {num_repeats} told twice"

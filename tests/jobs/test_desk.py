@@ -15,8 +15,8 @@ def args(database_url, tmp_path) -> JobArgs:
 
 
 async def test_any_gateway_answers_for_any_job(args, offer):
-    async def never(request):
-        return await paint(request, 60)
+    async def never(job, request):
+        return await paint(job, request, 60)
 
     first, second = Desk(args, paint), Desk(args, never)
     await first.open()
@@ -43,8 +43,8 @@ async def test_any_gateway_answers_for_any_job(args, offer):
 
 
 async def test_a_gateway_that_closes_leaves_its_jobs_to_the_next(args, offer):
-    async def never(request):
-        return await paint(request, 60)
+    async def never(job, request):
+        return await paint(job, request, 60)
 
     first, second = Desk(args, never), Desk(args, paint)
     await first.open()

@@ -12,6 +12,7 @@ from flux_ray.jobs.results import ResultMissing, ResultTooLarge
     ("error", "outcome"),
     [
         (errors.Overloaded("busy", None, 7), Again(7.0, is_lost=False)),
+        (errors.QuotaSpent("for today", None, 60), Again(60.0, is_lost=False)),
         (errors.TierUnavailable("down"), Again(5.0, is_lost=False)),
         (errors.ReplicaFailed("died"), Again(1.0, is_lost=True)),
         (errors.DeadlinePassed("slow"), Again(1.0, is_lost=True)),

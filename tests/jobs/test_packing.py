@@ -1,11 +1,12 @@
 """Requests in two parts: JSON for the row, pictures for the results store."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from flux_ray.jobs.packing import num_blobs, pack, unpack
-from flux_ray.request import Encoding, ImageRequest, Raster
+from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 
 RED = Raster(3, 2, b"\xff\x00\x00" * 6)
 BLUE = Raster(2, 2, b"\x00\x00\xff" * 4)
@@ -18,6 +19,22 @@ def test_a_request_comes_back_from_json():
     packed = pack(REQUEST)
     row = json.loads(json.dumps(packed.row))
     assert num_blobs(row) == len(packed.blobs) == 2
+    assert unpack(row, packed.blobs, "r") == REQUEST
+
+
+def test_a_mask_comes_back_too():
+    masked = replace(REQUEST, mask=Mask(3, 2, b"\xff\0\0\xff\0\0"))
+    packed = pack(masked)
+    row = json.loads(json.dumps(packed.row))
+    assert num_blobs(row) == len(packed.blobs) == 3
+    assert unpack(row, packed.blobs, "r") == masked
+    with pytest.raises(ValueError, match="another size"):
+        unpack(row, (*packed.blobs[:2], packed.blobs[0]), "r")
+
+
+def test_a_row_from_before_masks_has_none():
+    packed = pack(REQUEST)
+    row = {name: value for name, value in packed.row.items() if name != "mask"}
     assert unpack(row, packed.blobs, "r") == REQUEST
 
 

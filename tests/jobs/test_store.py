@@ -8,8 +8,8 @@ import time
 import pytest
 from sqlalchemy import text
 
-from flux_ray.errors import KeyReused
-from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.errors import KeyReused, StoreLost
+from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Failure, Idempotency, JobResult, StoredPicture, Webhook
 from flux_ray.jobs.packing import pack, unpack
 from flux_ray.jobs.store import ARRIVAL_S, Store

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed
+from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed, ResultsLost, StoreLost
 from flux_ray.jobs import outcome
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
-from flux_ray.jobs.database import Database, StoreLost
+from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Failure, Job
-from flux_ray.jobs.results import Results, ResultsLost
+from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, Raster
@@ -78,11 +78,11 @@ async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ
     running: set[str] = set()
     most = 0
 
-    async def generate(request: ImageRequest) -> ImageResult:
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal most
         running.add(request.request_id)
         most = max(most, len(running))
-        result = await paint(request, 0.02)
+        result = await paint(job, request, 0.02)
         running.remove(request.request_id)
         return result
 
@@ -96,9 +96,9 @@ async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ
 async def test_a_long_job_keeps_its_lease_and_tells_its_progress(store, folder, offer, employ):
     progress = {}
 
-    async def generate(request: ImageRequest) -> ImageResult:
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
         progress[request.request_id] = 0.25
-        return await paint(request, 4 * LEASE_S)
+        return await paint(job, request, 4 * LEASE_S)
 
     job = await accept(store, folder, offer())
     employ(generate, progress_of=progress.get)
@@ -115,9 +115,9 @@ async def test_a_long_job_keeps_its_lease_and_tells_its_progress(store, folder, 
 async def test_a_cancelled_job_is_drawn_no_further(store, folder, offer, employ):
     stopped = asyncio.Event()
 
-    async def generate(request: ImageRequest) -> ImageResult:
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
         try:
-            return await paint(request, 60)
+            return await paint(job, request, 60)
         finally:
             stopped.set()
 
@@ -134,8 +134,8 @@ async def test_a_cancelled_job_is_drawn_no_further(store, folder, offer, employ)
 
 
 async def test_a_stopped_worker_gives_its_jobs_back_at_once(store, folder, offer, employ):
-    async def generate(request: ImageRequest) -> ImageResult:
-        return await paint(request, 60)
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
+        return await paint(job, request, 60)
 
     job = await accept(store, folder, offer())
     worker = employ(generate)
@@ -152,11 +152,11 @@ async def test_a_stopped_worker_gives_its_jobs_back_at_once(store, folder, offer
 async def test_a_job_is_given_back_when_it_is_drawn_no_more(store, folder, offer, employ):
     begun, is_drawing = asyncio.Event(), True
 
-    async def generate(request: ImageRequest) -> ImageResult:
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal is_drawing
         begun.set()
         try:
-            return await paint(request, 60)
+            return await paint(job, request, 60)
         finally:
             await asyncio.sleep(0.05)
             is_drawing = False
@@ -175,8 +175,8 @@ async def test_a_job_is_given_back_when_it_is_drawn_no_more(store, folder, offer
 
 
 async def test_a_worker_may_end_what_it_began(store, folder, offer, employ):
-    async def generate(request: ImageRequest) -> ImageResult:
-        return await paint(request, 0.2)
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
+        return await paint(job, request, 0.2)
 
     jobs = [await accept(store, folder, offer(seed)) for seed in range(3)]
     worker = employ(generate, max_running=2)
@@ -202,10 +202,10 @@ def failing(*errors: Exception | type[BaseException]):
     """Draws after raising each of them."""
     left = list(errors)
 
-    async def generate(request: ImageRequest) -> ImageResult:
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
         if left:
             raise left.pop(0)
-        return await paint(request)
+        return await paint(job, request)
 
     return generate
 
@@ -270,10 +270,10 @@ async def test_outages_of_both_stores_cost_no_picture(store, folder, offer, empl
 async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer, employ):
     begun, gone_on = asyncio.Event(), asyncio.Event()
 
-    async def late(request: ImageRequest) -> ImageResult:
+    async def late(job, request: ImageRequest) -> ImageResult:
         begun.set()
         await gone_on.wait()
-        return await paint(request)
+        return await paint(job, request)
 
     async def no_beat(lease, progress=None) -> bool:
         raise StoreLost("away")
@@ -286,9 +286,9 @@ async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer
     await begun.wait()
     claimed = asyncio.Event()
 
-    async def quick(request: ImageRequest) -> ImageResult:
+    async def quick(job, request: ImageRequest) -> ImageResult:
         claimed.set()
-        return await paint(request)
+        return await paint(job, request)
 
     # Only one of them claims from now on: the other has no room.
     employ(quick)
@@ -305,8 +305,8 @@ async def test_a_database_server_that_restarts_costs_nothing(postgres, folder, o
     store = Store(database, LEASE_S, keep_s=100)
     jobs = [await accept(store, folder, offer(seed)) for seed in range(30)]
 
-    async def generate(request: ImageRequest) -> ImageResult:
-        return await paint(request, 0.05)
+    async def generate(job: object, request: ImageRequest) -> ImageResult:
+        return await paint(job, request, 0.05)
 
     worker = Worker(Workshop(store, folder, generate, pause_s=0.05), 4, 0.02)
     worker.start()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from flux_ray.config import Alias
 from flux_ray.errors import BadRequest
+from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.choice import COLD_START_S, Candidate, in_order
 from flux_ray.router.forecast import Forecast

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.catalog import TIERS
 from flux_ray.config import TierArgs
 from flux_ray.errors import UnknownTier
-from flux_ray.request import Encoding, ImageRequest, Raster
+from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 from flux_ray.router.cost import Layout, Work, encoder_ranks, price, work_of
 
 WITHIN = 0.01
@@ -227,6 +227,29 @@ def test_references_count_as_large_as_the_model_takes_them() -> None:
     work = work_of(request(references=(large, odd)))
     assert work.references == (2048 * 512, 96 * 64)
     assert work.num_tokens == 512 + 64 * 32 + 128 * 32 + 6 * 4
+
+
+def test_a_mask_costs_nothing_where_its_picture_is_the_reference_that_it_is() -> None:
+    """The picture is scaled to what is drawn: as a reference that has that size already."""
+    picture, mask = Raster(1500, 750, b""), Mask(1500, 750, b"")
+    masked = work_of(request(references=(picture, picture), mask=mask))
+    plain = work_of(request(references=(Raster(1024, 512, b""), picture)))
+    assert masked == replace(plain, is_masked=True)
+    assert price(masked, H100) == price(plain, H100)
+
+
+def test_a_large_picture_under_a_mask_is_encoded_once_more() -> None:
+    """In nine tiles, as it is decoded, and it has the tokens of a reference of a megapixel."""
+    picture, mask = Raster(2048, 2048, b""), Mask(2048, 2048, b"")
+    large = request(width=2048, height=2048, references=(picture,))
+    plain, masked = (price(work_of(each), H100) for each in (large, replace(large, mask=mask)))
+    assert masked.denoise_s == plain.denoise_s
+    assert masked.decode_s == plain.decode_s
+    work = work_of(replace(large, mask=mask))
+    assert work.encoded_pixels == 1024**2 + 2048**2
+    extra_s = masked.encode_s - plain.encode_s
+    words_s = price(replace(work, references=(), is_masked=False), H100).encode_s
+    assert 6 < extra_s / (plain.encode_s - words_s) < 9
 
 
 def test_an_unknown_tier_has_no_work() -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.config import Alias
 from flux_ray.errors import (
     BadRequest,
     DeadlinePassed,
@@ -15,6 +14,7 @@ from flux_ray.errors import (
     ReplicaFailed,
     TierUnavailable,
 )
+from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller

@@ -1,0 +1,172 @@
+"""BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready."""
+
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flux_ray.catalog import tier_for
+from flux_ray.gateway.bfl_answer import (
+    Accepted,
+    Credits,
+    Finetunes,
+    Result,
+    accepted,
+    result_of,
+)
+from flux_ray.gateway.bfl_failure import BflFailure
+from flux_ray.gateway.bfl_fields import BflFields, parse_body
+from flux_ray.gateway.bfl_pictures import pictures_of
+from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
+from flux_ray.gateway.callers import PARAMETERS
+from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.job_orders import PARAMETER, JobOrders
+from flux_ray.gateway.openai import JSON, content_type_of
+from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
+from flux_ray.gateway.targets import names_of
+from flux_ray.gateway.webhooks import webhook_of
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.job import Job, Webhook
+from flux_ray.router.router import Router
+
+RESULT = "/v1/get_result"
+# Ours: BFL has no such route.
+CANCEL = "/v1/cancel"
+CREDITS = "/v1/credits"
+FINETUNES = "/v1/my_finetunes"
+# What a path may be made of; these are others' already.
+_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+TAKEN = {"images/generations", "images/edits", "cancel"}
+# To who has no limit: BFL's clients expect a number.
+UNLIMITED_CREDITS = 1e9
+
+
+class Bfl:
+    """The routes. `urls` makes the signed ones of pictures."""
+
+    def __init__(
+        self,
+        router: Router,
+        args: GatewayArgs,
+        desk: Desk,
+        fetcher: Fetcher,
+        urls: Callable[[], Awaitable[ResultUrls]],
+    ) -> None:
+        self.orders = Orders(router, args)
+        self.jobs = JobOrders(router, desk)
+        self.fetcher = fetcher
+        self.urls = urls
+        self.limits = args.limits
+        self.webhooks = args.webhooks
+        self.public_url = (args.public_url or "").rstrip("/")
+        self.names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """All of its routes: their errors have BFL's shape."""
+        return frozenset(
+            {RESULT, CANCEL, CREDITS, FINETUNES, *(f"/v1/{name}" for name in self.names)}
+        )
+
+    def routes(self) -> APIRouter:
+        """A route for each tier and alias, with a description of its own."""
+        routes = APIRouter(tags=["bfl"], responses={"default": {"model": BflFailure}})
+        content = {JSON: {"schema": BflFields.model_json_schema()}}
+        extra = {
+            "requestBody": {"required": True, "content": content},
+            "parameters": [*PARAMETERS, PARAMETER],
+        }
+        for name in self.names:
+            routes.add_api_route(
+                f"/v1/{name}",
+                self.route_for(name),
+                methods=["POST"],
+                response_model=Accepted,
+                openapi_extra=extra,
+                name=f"submit to {name}",
+            )
+        unknown: dict[int | str, dict[str, Any]] = {404: {"model": Result}}
+        routes.add_api_route(RESULT, self.get_result, response_model=Result, responses=unknown)
+        routes.add_api_route(
+            CANCEL, self.cancel, methods=["POST"], response_model=Result, responses=unknown
+        )
+        routes.add_api_route(CREDITS, self.credits)
+        routes.add_api_route(FINETUNES, self.my_finetunes)
+        return routes
+
+    def route_for(self, name: str) -> Callable[[Request], Awaitable[Accepted]]:
+        """The endpoint of one model."""
+
+        async def submit(request: Request) -> Accepted:
+            """A job; its picture is there when `polling_url` says Ready."""
+            return await self.submit(request, name)
+
+        return submit
+
+    async def submit(self, http: Request, name: str) -> Accepted:
+        """From the body to a job that is kept."""
+        content_type_of(http, JSON)
+        sent = parse_body(await http.body())
+        webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
+        target = self.orders.target_of(http, name)
+        pictures = await pictures_of(sent, target, self.limits, self.fetcher)
+        order = self.orders.take(
+            http,
+            target,
+            lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
+        )
+        job = await self.accept(http, sent, name, order, webhook)
+        return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
+
+    async def accept(
+        self,
+        http: Request,
+        sent: BflFields,
+        name: str,
+        order: Order,
+        webhook: Webhook | None,
+    ) -> Job:
+        """The job of an order, with what the answers are to say of it."""
+        request = await self.jobs.choose(order)
+        read = sum(each.width * each.height for each in request.references) / 1e6
+        memo = {
+            "cost": round(self.orders.router.gpu_seconds(request), 4),
+            "input_mp": round(read, 2),
+            "output_mp": round(request.megapixels, 2),
+            "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
+        }
+        return await self.jobs.accept(http, order, request, memo, webhook)
+
+    async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
+        """What became of a job; other people's are as if they were not there."""
+        return await self.answer_for(await self.jobs.find(request, id), id)
+
+    async def cancel(self, request: Request, id: str = Query(max_length=200)) -> Response:
+        """End a job that has not ended; what became of it."""
+        await self.jobs.cancel(request, id)
+        return await self.get_result(request, id)
+
+    async def answer_for(self, job: Job | None, job_id: str) -> Response:
+        """Not known is a whole body, too: some clients read it."""
+        if job is None:
+            body, status = Result(id=job_id, status="Task not found"), 404
+        else:
+            body, status = result_of(job, await self.sample_url(job)), 200
+        return JSONResponse(body.model_dump(), status, {"cache-control": "no-store"})
+
+    async def sample_url(self, job: Job) -> str | None:
+        """Where the picture of a job is, if it is ready."""
+        return sample_url_of(job, await self.urls()) if job.status == "ready" else None
+
+    async def credits(self, request: Request) -> Credits:
+        """What the key may still use today."""
+        return Credits(credits=UNLIMITED_CREDITS)
+
+    async def my_finetunes(self) -> Finetunes:
+        """None: adapters are the operator's here."""
+        return Finetunes(finetunes=[])

@@ -1,0 +1,117 @@
+"""From a job to BFL's answers: what was accepted, and what became of it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from flux_ray.jobs.job import Job
+from flux_ray.jobs.job import Status as JobStatus
+
+Status = Literal["Pending", "Ready", "Request Moderated", "Error", "Task not found"]
+# Some clients take any other word for a schema error.
+STATUSES: dict[JobStatus, Status] = {
+    "arriving": "Pending",
+    "pending": "Pending",
+    "running": "Pending",
+    "ready": "Ready",
+    "failed": "Error",
+    "refused": "Request Moderated",
+    "cancelled": "Error",
+}
+
+
+class Accepted(BaseModel):
+    """A job. `cost` is in GPU seconds, by the price; megapixels are those read and drawn."""
+
+    id: str
+    polling_url: str
+    status: Status
+    webhook_url: str | None = None
+    cost: float
+    input_mp: float
+    output_mp: float
+    details: dict[str, Any] = Field(description="the tier that serves it, and warnings")
+
+
+class Sample(BaseModel):
+    """The picture of a job that is ready: `sample` is where, until that expires."""
+
+    sample: str
+    prompt: str
+    seed: int
+    start_time: float
+    end_time: float
+    duration: float
+
+
+class Result(BaseModel):
+    """What is known of a job; `progress` goes from 0 to 1."""
+
+    id: str
+    status: Status
+    result: Sample | None = None
+    progress: float | None = None
+    details: dict[str, Any] | None = None
+    preview: dict[str, Any] | None = None
+
+
+class Credits(BaseModel):
+    """GPU seconds that are left to the key today; very many where its class has no limit."""
+
+    credits: float
+
+
+class Finetunes(BaseModel):
+    """There are none here."""
+
+    finetunes: list[str]
+
+
+def accepted(job: Job, polling_url: str, webhook_url: str | None) -> Accepted:
+    """The answer to who hands a job in."""
+    return Accepted(
+        id=job.job_id,
+        polling_url=polling_url,
+        status=STATUSES[job.status],
+        webhook_url=webhook_url,
+        details=details_of(job),
+        **{name: job.memo[name] for name in ("cost", "input_mp", "output_mp")},
+    )
+
+
+def result_of(job: Job, sample_url: str | None) -> Result:
+    """The answer to who asks for it; `sample_url` where it is ready."""
+    return Result(
+        id=job.job_id,
+        status=STATUSES[job.status],
+        result=None if sample_url is None else sample_of(job, sample_url),
+        progress=job.progress,
+        details=details_of(job),
+    )
+
+
+def sample_of(job: Job, url: str) -> Sample:
+    """Of a job that is ready."""
+    began, ended = job.started_at_s or job.created_at_s, job.finished_at_s or job.created_at_s
+    return Sample(
+        sample=url,
+        prompt=job.packed["prompt"],
+        seed=job.seed,
+        start_time=began,
+        end_time=ended,
+        duration=ended - began,
+    )
+
+
+def details_of(job: Job) -> dict[str, Any]:
+    """The tier, what was not heeded, and why there is no picture where there is none."""
+    drawn = () if job.result is None else job.result.warnings
+    details: dict[str, Any] = {
+        "served_model": job.tier,
+        "warnings": [*job.memo["warnings"], *drawn],
+    }
+    if job.status == "cancelled":
+        details["error"] = {"code": "cancelled", "message": "the job was cancelled"}
+    if job.failure is not None:
+        details["error"] = {"code": job.failure.code, "message": job.failure.message}
+    return details

@@ -1,0 +1,92 @@
+"""From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too."""
+
+from itertools import islice
+from typing import Any
+
+from flux_ray.catalog import Tier
+from flux_ray.errors import BadRequest
+from flux_ray.gateway.bfl_fields import MAX_PIXELS, MAX_RATIO, MIN_SIDE, BflFields
+from flux_ray.gateway.openai_fields import ImageFields
+from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
+from flux_ray.gateway.sizes import fitted, size_like, sized
+from flux_ray.gateway.sources import Pictures
+from flux_ray.gateway_config import Limits
+from flux_ray.request import ImageFormat, ImageRequest, Raster
+
+
+def job_request_for(
+    sent: BflFields, name: str, tier: Tier, limits: Limits, pictures: Pictures
+) -> ImageRequest:
+    """The complete request; `name` is the route's, on which the format depends."""
+    fields = openai_fields(sent, name, tier, pictures.references)
+    return request_for(fields, tier, limits, *pictures)
+
+
+def openai_fields(
+    sent: BflFields, name: str, tier: Tier, references: tuple[Raster, ...]
+) -> ImageFields:
+    """The same wish in the words of OpenAI's routes."""
+    width, height = size_for(sent, tier, references)
+    wish: dict[str, Any] = {
+        "prompt": sent.prompt,
+        "seed": sent.seed,
+        "width": width,
+        "height": height,
+        "steps": sent.steps,
+        "guidance": sent.guidance,
+        "output_format": sent.output_format or default_format(name),
+    }
+    return ImageFields.model_validate(wish)
+
+
+def default_format(name: str) -> ImageFormat:
+    """JPEG, but for Kontext."""
+    return "png" if "kontext" in name else "jpeg"
+
+
+def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+    """The pixels that were sent, else the ratio, else the first reference's, else the default.
+
+    What BFL's own API takes is drawn as large as the tier can; clients always send some sizes.
+    """
+    width, height = pixels_for(sent, tier, references)
+    if width * height > MAX_PIXELS:
+        raise BadRequest(f"width x height must be at most {MAX_PIXELS} pixels", "width")
+    return fitted(width, height, tier)
+
+
+def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+    """Before they are fitted to the tier."""
+    default = tier.default_side, tier.default_side
+    if references:
+        default = size_like(references[0], tier)
+    if not sent.width and not sent.height and sent.aspect_ratio is not None:
+        return sized(ratio_of(sent.aspect_ratio), tier)
+    for field in ("width", "height"):
+        if 0 < (getattr(sent, field) or MIN_SIDE) < MIN_SIDE:
+            raise BadRequest(f"{field} must be 0 or at least {MIN_SIDE}", field)
+    return sent.width or default[0], sent.height or default[1]
+
+
+def ratio_of(text: str) -> float:
+    """Width by height."""
+    width, _, height = text.partition(":")
+    ratio = int(width) / int(height)
+    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+        raise BadRequest("aspect_ratio must be from 1:4 to 4:1", "aspect_ratio")
+    return ratio
+
+
+def job_warnings_for(
+    sent: BflFields, name: str, request: ImageRequest, tier: Tier
+) -> tuple[str, ...]:
+    """What the caller sent and does not get."""
+    warnings = warnings_for(openai_fields(sent, name, tier, request.references), tier)
+    warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
+    asked = sent.width or request.width, sent.height or request.height
+    if asked != (request.width, request.height):
+        drawn = f"{request.width}x{request.height}"
+        warnings.append(f"{asked[0]}x{asked[1]} is drawn as {drawn} by {tier.name}")
+    unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)
+    return (*warnings, *islice(unknown, MAX_NAMED_FIELDS))

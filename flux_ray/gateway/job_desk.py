@@ -1,0 +1,28 @@
+"""The desk of a gateway: its jobs are drawn by the router, and told of in BFL's words."""
+
+from flux_ray.gateway.bfl_message import message_for
+from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
+from flux_ray.gateway.webhooks import Poster
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.job import Job
+from flux_ray.jobs.postman import Mail
+from flux_ray.router.router import Router
+
+
+def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> Desk | None:
+    """None where there are no jobs. `poster`: else one that posts as `args.webhooks` say."""
+    if args.jobs is None or args.public_url is None:
+        return None
+    public_url = args.public_url
+
+    async def message_of(job: Job) -> bytes:
+        # A new URL each time: the first one may have expired.
+        urls = ResultUrls(public_url, await desk.url_secret())
+        return message_for(job, sample_url_of(job, urls))
+
+    poster = poster or Poster(args.webhooks)
+    mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
+    desk = Desk(args.jobs, JobDrawing(router, args).draw, mail=mail)
+    return desk

@@ -1,0 +1,89 @@
+"""Hands orders in as jobs, and finds them again for their owners."""
+
+import re
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+from starlette.requests import Request
+
+from flux_ray.errors import BadRequest, RateLimited
+from flux_ray.gateway.callers import key_of, name_of
+from flux_ray.gateway.job_drawing import KEY_CLASS
+from flux_ray.gateway.orders import Order
+from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
+from flux_ray.request import ImageRequest
+from flux_ray.router.router import Router
+
+IDEMPOTENCY_KEY = "idempotency-key"
+PARAMETER: dict[str, Any] = {
+    "name": IDEMPOTENCY_KEY,
+    "in": "header",
+    "required": False,
+    "description": "A name of the caller's own: the same request again is the same job.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+# Of a caller who has as many jobs as it may.
+AGAIN_S = 5
+
+
+class JobOrders:
+    """The way from a dialect to the jobs of this gateway."""
+
+    def __init__(self, router: Router, desk: Desk) -> None:
+        self.router = router
+        self.desk = desk
+
+    async def choose(self, order: Order) -> ImageRequest:
+        """The request of the tier that is to draw it; it stays with that."""
+        return await self.router.choose(order.target.alias, order.requests, order.caller)
+
+    async def accept(
+        self,
+        http: Request,
+        order: Order,
+        request: ImageRequest,
+        memo: dict[str, Any],
+        webhook: Webhook | None,
+    ) -> Job:
+        """The job, which is never lost. RateLimited or QuotaTooSmall if it is too much."""
+        owner = owner_of(http)
+        key = key_of(http)
+        if key is not None and key.key_class is not None:
+            memo = memo | {KEY_CLASS: key.key_class}
+        await self._check_number(owner, order.caller.allowance.max_concurrent)
+        # How many at once are jobs that wait, too: they were counted just now.
+        allowance = replace(order.caller.allowance, max_concurrent=None)
+        await self.router.count_in(request, replace(order.caller, allowance=allowance))
+        named = idempotency_of(http, await http.body())
+        return await self.desk.accept(Offer(owner, request, named, webhook, memo))
+
+    async def find(self, http: Request, job_id: str) -> Job | None:
+        """The caller's job; other people's are as if they were not there."""
+        return await self.desk.find(owner_of(http), job_id)
+
+    async def cancel(self, http: Request, job_id: str) -> None:
+        """End the caller's job, if it has not ended."""
+        await self.desk.cancel(owner_of(http), job_id)
+
+    async def _check_number(self, owner: str, limit: int | None) -> None:
+        if limit is not None and await self.desk.num_active(owner) >= limit:
+            message = f"this key has {limit} jobs that are not done: as many as it may"
+            raise RateLimited(message, None, AGAIN_S, limit, 0)
+
+
+def owner_of(http: Request) -> str:
+    """Whose its jobs are: a key's name, or a digest of whatever was sent as a key."""
+    return name_of(http)
+
+
+def idempotency_of(http: Request, body: bytes) -> Idempotency | None:
+    """The caller's own name for this request, with a digest of what it asks."""
+    sent = http.headers.get(IDEMPOTENCY_KEY)
+    if sent is None:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]{1,255}", sent):
+        raise BadRequest("idempotency-key must be 1 to 255 visible characters", IDEMPOTENCY_KEY)
+    asked = http.scope["path"].encode() + b"\n" + body
+    return Idempotency(sent, sha256(asked).hexdigest())

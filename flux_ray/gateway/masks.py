@@ -1,0 +1,59 @@
+"""Masks: untrusted bytes to the pixels that are to be drawn anew."""
+
+from PIL import Image
+
+from flux_ray.errors import BadReference
+from flux_ray.gateway.references import read, to_rgb
+from flux_ray.gateway_config import Limits
+from flux_ray.request import Mask
+
+MARK_TRANSPARENT = [255] + [0] * 255
+MARK_LIGHT = [0] * 128 + [255] * 128
+NOTHING = (
+    "marks nothing to draw: its pixels must be fully transparent there,"
+    " or white where none of it is transparent"
+)
+
+
+def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
+    """The mask in `data`, if it marks anything; the same limits as for a reference."""
+    mask = read(data, limits, name, mask_from)
+    if 255 not in mask.marks:
+        raise BadReference(f"{name} {NOTHING}", "mask")
+    return mask
+
+
+def decode_alpha(data: bytes, limits: Limits, name: str) -> Mask:
+    """The mask in the alpha channel of a picture."""
+    mask = read(data, limits, name, mask_from_alpha)
+    if 255 not in mask.marks:
+        raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
+    return mask
+
+
+def mask_from(image: Image.Image) -> Mask:
+    """By OpenAI's rule if any of it is transparent, else by that of everybody else.
+
+    Clients that paint black and white on an opaque canvas send an alpha channel too.
+    """
+    if image.has_transparency_data and not is_opaque(image):
+        return mask_from_alpha(image)
+    return mask_from_luma(image)
+
+
+def mask_from_alpha(image: Image.Image) -> Mask:
+    """OpenAI's: fully transparent pixels are drawn anew."""
+    alpha = image.convert("RGBA").getchannel("A")
+    return Mask(image.width, image.height, alpha.point(MARK_TRANSPARENT).tobytes())
+
+
+def mask_from_luma(image: Image.Image) -> Mask:
+    """BFL's, and that of OpenAI's kin: white is drawn anew, black stays."""
+    luma = to_rgb(image).convert("L")
+    return Mask(image.width, image.height, luma.point(MARK_LIGHT).tobytes())
+
+
+def is_opaque(image: Image.Image) -> bool:
+    """Whether all of it is."""
+    least, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return least == 255

@@ -1,0 +1,135 @@
+"""Webhooks at the gateway: which URLs and secrets are taken, and how a message is posted."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import httpx
+
+from flux_ray import __version__
+from flux_ray.errors import BadRequest
+from flux_ray.gateway.addresses import Refused, is_reachable, literal, place_of
+from flux_ray.gateway.fetch import Guard, Resolve, ask_resolver
+from flux_ray.gateway.signatures import headers_for, key_of
+from flux_ray.gateway_config import Webhooks
+from flux_ray.jobs.job import Webhook
+from flux_ray.jobs.postman import NotTaken
+
+MAX_URL_CHARS = 2083
+MAX_SECRET_CHARS = 1024
+# An answer is read so far that its server can end it in peace, and ignored.
+MAX_ANSWER_BYTES = 4096
+MAX_ANSWER_S = 1.0
+# A host's next address is tried then.
+CONNECT_S = 5.0
+HEADERS = {
+    "content-type": "application/json",
+    "accept": "*/*",
+    "accept-encoding": "identity",
+    "user-agent": f"flux-ray/{__version__}",
+}
+
+
+def check_webhook_url(url: str, args: Webhooks) -> None:
+    """It may be posted to, as far as it says; names are resolved when it is. BadRequest."""
+    if not args.enabled:
+        raise BadRequest("this gateway posts no webhooks", "webhook_url")
+    if not 1 <= len(url) <= MAX_URL_CHARS:
+        message = f"webhook_url has 1 to {MAX_URL_CHARS} characters"
+        raise BadRequest(message, "webhook_url")
+    try:
+        address = literal(place_of(url, args).host)
+        if address is not None and not is_reachable(address, args):
+            raise Refused
+    except Refused:
+        ports = " or ".join(map(str, args.ports))
+        message = (
+            f"webhook_url is to be the {' or '.join(args.schemes)} URL of a public host,"
+            f" on port {ports}, without a user name"
+        )
+        raise BadRequest(message, "webhook_url") from None
+
+
+def check_webhook_secret(secret: str) -> None:
+    """It can be kept and signed with. BadRequest, which does not quote it."""
+    if not 1 <= len(secret) <= MAX_SECRET_CHARS:
+        message = f"webhook_secret has 1 to {MAX_SECRET_CHARS} characters"
+        raise BadRequest(message, "webhook_secret")
+    try:
+        key_of(secret)
+    except ValueError:
+        is_usable = False
+    else:
+        is_usable = "\0" not in secret
+    if not is_usable:
+        message = "webhook_secret is plain text, or whsec_ and base64"
+        raise BadRequest(message, "webhook_secret")
+
+
+def webhook_of(url: str | None, secret: str | None, args: Webhooks) -> Webhook | None:
+    """What was sent, checked; an empty secret is none."""
+    if url is None:
+        return None
+    check_webhook_url(url, args)
+    if secret:
+        check_webhook_secret(secret)
+    return Webhook(url, secret or None)
+
+
+class Poster:
+    """Posts messages to public hosts, as far as `args` allow."""
+
+    def __init__(
+        self,
+        args: Webhooks,
+        resolve: Resolve | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.guard = Guard(args, resolve or ask_resolver)
+        self._args = args
+        self._clock = clock
+
+    async def post(self, webhook: Webhook, message_id: str, body: bytes) -> None:
+        """Until it is taken: a 2xx in time. Else NotTaken, which quotes nothing of either side."""
+        headers = HEADERS | headers_for(webhook.secret, message_id, body, self._clock())
+        try:
+            async with asyncio.timeout(self._args.timeout_s), self.guard.client(headers) as client:
+                client.timeout = httpx.Timeout(self._args.timeout_s, connect=CONNECT_S)
+                status = await self._status_of(client, webhook.url, body)
+        except Refused:
+            reason = "its URL is none that may be posted to"
+        except (TimeoutError, httpx.TimeoutException):
+            reason = "no answer in time"
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            reason = type(error).__name__
+        else:
+            if 200 <= status < 300:
+                return
+            reason = f"status {status}"
+        raise NotTaken(reason)
+
+    async def _status_of(self, client: httpx.AsyncClient, url: str, body: bytes) -> int:
+        # Before httpx writes it anew; what was allowed then may not be now.
+        check_now(url, self._args)
+        async with client.stream("POST", url, content=body) as answer:
+            with contextlib.suppress(TimeoutError, httpx.RequestError):
+                async with asyncio.timeout(MAX_ANSWER_S):
+                    await read_some(answer)
+            return answer.status_code
+
+
+def check_now(url: str, args: Webhooks) -> None:
+    """Raises Refused."""
+    if not args.enabled:
+        raise Refused
+    place_of(url, args)
+
+
+async def read_some(answer: httpx.Response) -> None:
+    """As much as a well-meant answer has."""
+    num_bytes = 0
+    async for chunk in answer.aiter_raw():
+        num_bytes += len(chunk)
+        if num_bytes > MAX_ANSWER_BYTES:
+            return

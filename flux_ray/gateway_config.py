@@ -1,0 +1,180 @@
+"""Typed configuration of the gateway: what it serves, to whom, and within which limits."""
+
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from flux_ray.cards import speed_for
+from flux_ray.catalog import TIERS, tier_for
+from flux_ray.config import Args, Seconds
+from flux_ray.job_config import JobArgs
+from flux_ray.keys import KeyClass
+
+Policy = Literal["best", "spill", "cascade"]
+# As a model's name, whatever tiers there are: the best that meets the deadline.
+AUTO = "auto"
+
+
+class Limits(Args):
+    """What the gateway refuses before it is decoded."""
+
+    max_body_bytes: int = 64 * 2**20
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 20_000_000
+    max_prompt_chars: int = 32_000
+    max_images: int = 10
+
+
+class Fetching(Args):
+    """Reference pictures by URL: from public addresses, unless `networks` names others.
+
+    `hosts`: if given, no others. `networks`: of ours, that callers may reach, such as
+    `10.1.2.0/24`. `timeout_s`: for all pictures of a request together.
+    """
+
+    enabled: bool = True
+    schemes: tuple[Literal["http", "https"], ...] = ("http", "https")
+    hosts: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = (80, 443)
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    timeout_s: Seconds = 10.0
+
+
+class Webhooks(Fetching):
+    """Where callers may have the ends of their jobs told: as for Fetching, but by https only.
+
+    `timeout_s`: for an answer; who takes longer is told again.
+    """
+
+    schemes: tuple[Literal["http", "https"], ...] = ("https",)
+    ports: tuple[int, ...] = (443,)
+    timeout_s: Seconds = 30.0
+
+
+class Alias(Args):
+    """Another name for tiers, best first; the name of another alias stands for its tiers.
+
+    `policy`: `best` is the first tier that meets the deadline. `spill` is the first tier; where the
+    caller allows it, the next one that begins within `max_wait_s`. `cascade` is the first tier, and
+    for those who stream a preview by the last one before it.
+    `max_gpu_seconds`: only tiers that do the request at that price.
+    In a config file a single tier's name is an alias too.
+    """
+
+    tiers: tuple[str, ...] = Field(min_length=1)
+    policy: Policy = "best"
+    max_wait_s: Seconds = 5.0
+    max_gpu_seconds: float | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_name(cls, value: Any) -> Any:
+        """`gpt-image-1: flux-2-dev`."""
+        return {"tiers": [value]} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check_cascade(self) -> "Alias":
+        """It needs a tier for the preview, and is not a matter of price."""
+        if self.policy == "cascade" and self.max_gpu_seconds is not None:
+            raise ValueError("max_gpu_seconds is for the policies best and spill")
+        if self.policy == "cascade" and len(self.tiers) < 2:
+            raise ValueError("tiers of a cascade are at least two: the last draws the preview")
+        return self
+
+
+class GatewayArgs(Args):
+    """The gateway application. A tier's application bears the tier's name.
+
+    `default_tier`: a tier or an alias. `card`: what the tiers run on, by which a request is priced
+    before any of its kind was measured. `deadlines`: of tiers, where neither the caller nor its
+    class says one. `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
+    `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
+    `public_url`: where clients find this gateway, which is never taken from what they send.
+    `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
+    """
+
+    tiers: tuple[str, ...] = Field(min_length=1)
+    aliases: dict[str, Alias] = Field(default_factory=dict)
+    default_tier: str | None = None
+    card: str = "h100-80gb"
+    deadlines: dict[str, Seconds] = Field(default_factory=dict)
+    keys_file: Path | None = None
+    key_classes: dict[str, KeyClass] = Field(default_factory=dict)
+    record_to: Path | None = None
+    public_url: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")
+    jobs: JobArgs | None = None
+    num_replicas: int = Field(1, ge=1)
+    max_ongoing_requests: int = Field(256, ge=1)
+    request_timeout_s: Seconds = 600.0
+    drain_timeout_s: Seconds = 660.0
+    limits: Limits = Limits()
+    fetch: Fetching = Fetching()
+    webhooks: Webhooks = Webhooks()
+
+    def alias_for(self, name: str) -> Alias | None:
+        """What a model's name stands for, by tiers only; None if there is no such name."""
+        if name in self.aliases:
+            alias = self.aliases[name]
+            return alias.model_copy(update={"tiers": self._tiers_of(name, ())})
+        if name in self.tiers:
+            return Alias(tiers=(name,))
+        if name == AUTO:
+            # The catalogue's best are its last.
+            served = [tier.name for tier in reversed(TIERS) if tier.name in self.tiers]
+            return Alias(tiers=tuple(served))
+        return None
+
+    @model_validator(mode="after")
+    def check_tiers(self) -> "GatewayArgs":
+        """Every tier has a row, and the default one is served."""
+        for name in self.tiers:
+            tier_for(name)
+        speed_for(self.card)
+        for name in self.deadlines.keys() - set(self.tiers):
+            raise ValueError(f"deadlines.{name}: {name} is not among tiers")
+        return self
+
+    @model_validator(mode="after")
+    def check_aliases(self) -> "GatewayArgs":
+        """Every alias ends at tiers that are served, and none at itself."""
+        for name, alias in self.aliases.items():
+            if name in self.tiers:
+                raise ValueError(f"aliases.{name}: a tier has that name")
+            tiers = self._tiers_of(name, ())
+            if alias.policy == "cascade" and len(tiers) < 2:
+                raise ValueError(f"aliases.{name}: its tiers are all {tiers[0]}: no cascade")
+        if self.default_tier is not None and self.alias_for(self.default_tier) is None:
+            raise ValueError(f"default_tier {self.default_tier} is not among tiers")
+        return self
+
+    @model_validator(mode="after")
+    def check_classes(self) -> "GatewayArgs":
+        """Somebody can be in them, and their tiers are served."""
+        if self.key_classes and self.keys_file is None:
+            raise ValueError("key_classes: nobody is in them without a keys_file")
+        for name, key_class in self.key_classes.items():
+            for tier in key_class.tiers or ():
+                if tier not in self.tiers:
+                    raise ValueError(f"key_classes.{name}.tiers: {tier} is not among tiers")
+        return self
+
+    @model_validator(mode="after")
+    def check_public_url(self) -> "GatewayArgs":
+        """Jobs and their pictures are told of by URL."""
+        if self.jobs is not None and self.public_url is None:
+            raise ValueError("public_url: jobs are told of by URL, and it says of which host")
+        return self
+
+    def _tiers_of(self, name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if name in path:
+            raise ValueError(f"aliases.{name}: a cycle: {' -> '.join((*path, name))}")
+        if name in self.tiers:
+            return (name,)
+        if name not in self.aliases:
+            where = f"aliases.{path[-1]}.tiers: " if path else ""
+            raise ValueError(f"{where}no tier and no alias {name!r} is served here")
+        inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
+        # Each once, where it is best.
+        return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))

@@ -1,0 +1,59 @@
+"""Jobs on the real cluster, by BFL's own client."""
+
+import warnings
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+with warnings.catch_warnings():
+    # It describes its fields as an older pydantic did.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from blackforest import BFLClient
+    from blackforest.types.general.client_config import ClientConfig
+
+from tests.cluster.test_pictures import RED_ON_BLUE, Draw, PixelsOf, check_circle
+
+WAIT = ClientConfig(sync=True, polling_interval=0.2, timeout=60)
+
+
+@pytest.fixture
+def bfl(address: str) -> BFLClient:
+    return BFLClient(api_key="a key", base_url=address)
+
+
+def fetch(url: str) -> bytes:
+    """The picture, without any key."""
+    answer = httpx.get(url)
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_bfls_client_draws_what_was_asked(bfl: BFLClient, pixels_of: PixelsOf) -> None:
+    inputs = {"prompt": RED_ON_BLUE, "width": 256, "height": 256, "steps": 4, "seed": 1}
+    answer = bfl.generate("flux-dev", inputs, WAIT)
+    assert answer.result["seed"] == 1
+    pixels = pixels_of(fetch(answer.result["sample"]))
+    assert pixels.shape == (192, 192, 3), "as large as the tier draws"
+
+
+def test_bfls_client_edits_a_file(
+    bfl: BFLClient, draw: Draw, pixels_of: PixelsOf, tmp_path: Path
+) -> None:
+    red = tmp_path / "red.png"
+    red.write_bytes(draw(RED_ON_BLUE, seed=1)[0])
+    inputs = {"prompt": "make the circle green", "input_image": str(red), "seed": 1}
+    told = bfl.generate("flux-kontext-pro", inputs)
+    result = bfl.get_polling_result(told.id, WAIT)
+    check_circle(pixels_of(fetch(result["sample"])), circle="green", background="blue")
+    assert bfl.get_task_status(told.id).status == "Ready"
+
+
+def test_a_job_draws_the_picture_of_its_seed(
+    bfl: BFLClient, draw: Draw, pixels_of: PixelsOf
+) -> None:
+    told = bfl.generate("flux-kontext-pro", {"prompt": RED_ON_BLUE, "seed": 7})
+    result = bfl.get_polling_result(told.id, WAIT)
+    [same] = draw(RED_ON_BLUE, seed=7)
+    assert np.array_equal(pixels_of(fetch(result["sample"])), pixels_of(same))

@@ -1,0 +1,312 @@
+"""A part of a picture is drawn as Flux2KleinInpaintPipeline does, and the rest stays as it is."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinInpaintPipeline, Flux2Transformer2DModel
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import Parallel
+from flux_ray.engine import flux2
+from flux_ray.engine.activations import Forward, denoise_bytes
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.inpainting import fit_mask, mask_image, token_weights
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.remembering import Remembering
+from flux_ray.engine.state import Canvas
+from flux_ray.parallel.load import build_empty
+from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
+from tests.engine.drawing import SEED, finish, reference
+
+PROMPT = "a red circle on a blue background"
+TINY = tier_for("tiny")
+
+
+def mask_of(width: int, height: int, *boxes: tuple[int, int, int, int]) -> Mask:
+    """Marked in these boxes: left, top, right, bottom."""
+    marks = np.zeros((height, width), np.uint8)
+    for left, top, right, bottom in boxes:
+        marks[top:bottom, left:right] = 255
+    return Mask(width, height, marks.tobytes())
+
+
+def circle_mask(width: int, height: int, radius: int) -> Mask:
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).circle((width // 2, height // 2), radius, fill=255)
+    return Mask(width, height, image.tobytes())
+
+
+def pixels_of(raster: Raster) -> np.ndarray:
+    return np.frombuffer(raster.rgb, np.uint8).reshape(raster.height, raster.width, 3)
+
+
+def marked(mask: Mask) -> np.ndarray:
+    return np.frombuffer(mask.marks, np.uint8).reshape(mask.height, mask.width) > 0
+
+
+def request(
+    references: tuple[Raster, ...], mask: Mask | None, size: tuple[int, int], steps: int = 4
+) -> ImageRequest:
+    return ImageRequest(
+        "id", "tiny", PROMPT, *size, steps, 1.0, SEED, references=references, mask=mask
+    )
+
+
+def draw(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, Raster]:
+    """As a rank does: the last latents and the picture."""
+    conditioning, _ = Remembering(adapter, 2**20, "cpu").encode(asked, None)
+    canvas = Canvas(asked.width, asked.height, asked.num_steps, asked.guidance)
+    state = finish(adapter, adapter.prepare(conditioning, canvas, asked.seed))
+    return state.latents, adapter.decode(state)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Flux2KleinInpaintPipeline:
+    """diffusers' own, loaded apart from the adapter's."""
+    pipeline = Flux2KleinInpaintPipeline.from_pretrained(
+        CHECKPOINT, dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_with_pipeline(
+    pipeline: Flux2KleinInpaintPipeline, asked: ImageRequest
+) -> tuple[Tensor, Raster]:
+    """The last latents and the picture."""
+    last: dict[str, Tensor] = {}
+
+    def remember(_: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        last.update(tensors)
+        return {}
+
+    assert asked.mask is not None
+    picture, *others = (image_for(raster) for raster in asked.references)
+    pictures = pipeline(
+        prompt=PROMPT,
+        image=picture,
+        mask_image=mask_image(asked.mask),
+        image_reference=others or None,
+        strength=1.0,
+        num_inference_steps=asked.num_steps,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(SEED),
+        callback_on_step_end=remember,
+        max_sequence_length=TINY.text_length,
+    ).images
+    return last["latents"], raster_for(pictures[0])
+
+
+CASES = {
+    "a box of whole tokens": request(
+        (reference(128, 128, 1),), mask_of(128, 128, (32, 48, 96, 112)), (128, 128)
+    ),
+    "a circle": request((reference(160, 96, 2),), circle_mask(160, 96, 37), (160, 96), 3),
+    "one step": request(
+        (reference(128, 128, 1),), mask_of(128, 128, (0, 0, 64, 128)), (128, 128), 1
+    ),
+    "half a token": request(
+        (reference(96, 96, 3),), mask_of(96, 96, (40, 40, 64, 72), (7, 0, 9, 9)), (96, 96), 2
+    ),
+    "no multiple": request((reference(143, 121, 4),), circle_mask(143, 121, 40), (128, 112)),
+    "another reference": request(
+        (reference(128, 128, 1), reference(112, 96, 5)), circle_mask(128, 128, 40), (128, 128)
+    ),
+    "all of it": request(
+        (reference(128, 128, 1),), mask_of(128, 128, (0, 0, 128, 128)), (128, 128)
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", CASES.values(), ids=CASES)
+def test_equals_the_pipeline_bit_for_bit(
+    pipeline: Flux2KleinInpaintPipeline, klein_adapter: Flux2, asked: ImageRequest
+) -> None:
+    """Inside of the mask: outside the pipeline decodes what is the picture here."""
+    latents, picture = draw(klein_adapter, asked)
+    expected_latents, expected_picture = draw_with_pipeline(pipeline, asked)
+    assert torch.equal(latents, expected_latents)
+    inside = marked(fit_mask(asked.mask, (asked.width, asked.height)))
+    assert (pixels_of(picture)[inside] == pixels_of(expected_picture)[inside]).all()
+
+
+def test_a_mask_of_all_changes_nothing(klein_adapter: Flux2) -> None:
+    everything = CASES["all of it"]
+    latents, picture = draw(klein_adapter, everything)
+    plain_latents, plain = draw(klein_adapter, replace(everything, mask=None))
+    assert torch.equal(latents, plain_latents)
+    assert picture == plain
+
+
+@pytest.mark.parametrize(
+    ("box", "first_row"),
+    [
+        ((16, 0, 17, 1), [0, 1, 0, 0]),
+        ((16, 0, 40, 6), [0, 1, 1, 0]),
+        ((16, 0, 40, 8), [0, 0.5, 0.25, 0]),
+        ((16, 0, 40, 16), [0, 1, 0.5, 0]),
+    ],
+)
+def test_no_mask_is_without_effect(box: tuple[int, int, int, int], first_row: list[float]) -> None:
+    """The middle of a token counts, unless a mask marks none of these."""
+    weights = token_weights(mask_of(64, 32, box), torch.zeros(1, 8, 4))
+    assert weights.shape == (1, 8, 1)
+    assert weights.view(2, 4)[0].tolist() == first_row
+
+
+def scene() -> Raster:
+    """A red circle on blue."""
+    image = Image.new("RGB", (128, 128), "blue")
+    ImageDraw.Draw(image).circle((64, 64), 36, fill="red")
+    return raster_for(image)
+
+
+def shares(pixels: np.ndarray, where: np.ndarray) -> dict[str, float]:
+    """Of each colour there."""
+    colors = nearest_colors(pixels)[where]
+    return {name: (colors == index).mean() for name, index in COLOR_INDEX.items()}
+
+
+def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
+    """Half of a circle turns green; the rest stays to the pixel, which no decoder gives back."""
+    mask = mask_of(128, 128, (64, 0, 128, 128))
+    asked = replace(request((scene(),), mask, (128, 128)), prompt="make the circle green")
+    before, after = pixels_of(scene()), pixels_of(draw(klein_adapter, asked)[1])
+    right, circle = marked(mask), marked(circle_mask(128, 128, 30))
+    assert (after[~right] == before[~right]).all()
+    assert shares(after, circle & right)["green"] > 0.9
+    assert shares(after, circle & ~right)["red"] == 1
+    both = pixels_of(draw(klein_adapter, replace(asked, mask=None))[1])
+    assert shares(both, circle & ~right)["green"] > 0.9, "without a mask it is all of the circle"
+    assert (both[~right] != before[~right]).any()
+
+
+def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
+    picture, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
+    asked = request((picture,), mask, (128, 128))
+    conditioning, _ = Remembering(klein_adapter, 2**20, "cpu").encode(asked, None)
+    canvas = Canvas(128, 128, asked.num_steps, asked.guidance, has_previews=True)
+    state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
+    preview = pixels_of(klein_adapter.preview(state))
+    changed = (preview != pixels_of(picture)).any(axis=2)
+    assert not changed[~marked(mask)].any()
+    assert changed[marked(mask)].mean() > 0.9
+    state = finish(klein_adapter, state)
+    assert torch.equal(state.latents, draw(klein_adapter, asked)[0])
+
+
+def test_a_picture_is_scaled_to_the_size_drawn_and_its_mask_alike(klein_adapter: Flux2) -> None:
+    mask = mask_of(256, 256, (128, 64, 256, 192))
+    large = raster_for(image_for(scene()).resize((256, 256), Image.Resampling.NEAREST))
+    after = pixels_of(draw(klein_adapter, request((large,), mask, (128, 128)))[1])
+    scaled = pixels_of(raster_for(image_for(large).resize((128, 128), Image.Resampling.LANCZOS)))
+    inside = marked(mask_of(128, 128, (64, 32, 128, 96)))
+    assert (after[~inside] == scaled[~inside]).all()
+    assert (after[inside] != scaled[inside]).any()
+
+
+def test_a_scaled_mask_has_two_values() -> None:
+    scaled = fit_mask(circle_mask(200, 150, 60), (128, 96))
+    assert set(scaled.marks) == {0, 255}
+    area = marked(circle_mask(128, 96, 38)).sum()
+    assert marked(scaled).sum() == pytest.approx(area, rel=0.05)
+
+
+def test_a_speck_is_not_lost_where_nothing_else_is_marked() -> None:
+    speck = mask_of(2000, 1500, (1999, 1499, 2000, 1500))
+    assert np.argwhere(marked(fit_mask(speck, (128, 96)))).tolist() == [[95, 127]]
+    assert marked(fit_mask(mask_of(64, 64, (63, 0, 64, 1)), (128, 96))).any()
+
+
+def test_pictures_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: Flux2) -> None:
+    """The same picture in two sizes, with and without a mask, with another mask."""
+    picture = reference(143, 121, 4)
+    masks = circle_mask(143, 121, 40), mask_of(143, 121, (0, 0, 70, 121))
+    asked = [
+        request((picture,), None, (128, 112)),
+        request((picture,), masks[0], (128, 112)),
+        request((picture,), masks[1], (128, 112)),
+        request((picture,), masks[1], (96, 80)),
+        request((picture, picture), masks[1], (96, 80)),
+    ]
+    remembering = Remembering(klein_adapter, 2**24, "cpu")
+
+    def draw_known(each: ImageRequest) -> Raster:
+        conditioning, _ = remembering.encode(each, None)
+        canvas = Canvas(each.width, each.height, each.num_steps)
+        state = finish(klein_adapter, klein_adapter.prepare(conditioning, canvas, SEED))
+        return klein_adapter.decode(state)
+
+    fresh = [draw(klein_adapter, each)[1] for each in asked]
+    assert [draw_known(each) for each in asked] == fresh
+    assert [draw_known(each) for each in reversed(asked)] == fresh[::-1]
+
+
+def test_an_edit_of_the_drawn_size_knows_its_picture(klein_adapter: Flux2) -> None:
+    """It is encoded as it is without a mask."""
+    remembering = Remembering(klein_adapter, 2**24, "cpu")
+    plain = request((reference(128, 128, 1),), None, (128, 128))
+    remembering.encode(plain, None)
+    masked = replace(plain, prompt="another", mask=circle_mask(128, 128, 40))
+    assert remembering.encode(masked, None)[1]
+    assert replace(masked, width=64).references_name != plain.references_name
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> Tier:
+    """64 x 64 pixels stand for a megapixel: for references, and for what is coded whole."""
+    monkeypatch.setattr(flux2, "MAX_WHOLE_PIXELS", 64 * 64)
+    return replace(tier_for("flux-2-dev"), max_reference_pixels=64 * 64)
+
+
+def test_a_large_picture_is_a_small_reference_and_kept_whole(
+    small_dev: Path, small_limits: Tier
+) -> None:
+    """Its tokens are no more than those of any reference: what a replica has memory for."""
+    adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), small_limits)
+    picture, mask = reference(160, 96, 1), mask_of(160, 96, (0, 0, 80, 96))
+    asked = replace(request((picture,), mask, (160, 96), steps=2), guidance=4.0)
+    conditioning, _ = Remembering(adapter, 2**20, "cpu").encode(asked, None)
+    assert conditioning.reference_latents.shape[1] == 5 * 3
+    assert conditioning.edit.latents.shape[1] == 10 * 6
+    vae = adapter.pipeline.vae
+    assert not vae.use_tiling, "for this picture only"
+    latents, drawn = draw(adapter, asked)
+    assert latents.shape[1] == 10 * 6
+    inside = marked(mask)
+    assert (pixels_of(drawn)[~inside] == pixels_of(picture)[~inside]).all()
+    assert (pixels_of(drawn)[inside] != pixels_of(picture)[inside]).any()
+    kept = conditioning.edit.weights[0, :, 0] == 0
+    assert torch.equal(latents[0, kept], conditioning.edit.latents[0, kept])
+
+
+def test_what_a_mask_holds_is_nothing_beside_a_step() -> None:
+    """The memory plan does not count it."""
+    dev, config = tier_for("flux-2-dev"), build_empty(lambda: Flux2Transformer2DModel()).config
+    picture = dev.max_pixels // 16**2
+    largest = Forward(dev.text_length, picture + 6 * 4096, Parallel(tensor=8), 2)
+    held = 2 * picture * config.in_channels * 2
+    assert held < 0.01 * denoise_bytes(config, largest)
+
+
+def test_dev_keeps_what_is_not_marked(small_dev: Path) -> None:
+    dev = tier_for("flux-2-dev")
+    adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), dev)
+    picture = reference(96, 64, 1)
+    whole = replace(request((picture,), mask_of(96, 64, (0, 0, 96, 64)), (96, 64)), guidance=4.0)
+    plain = draw(adapter, replace(whole, mask=None))
+    latents, drawn = draw(adapter, whole)
+    assert torch.equal(latents, plain[0]) and drawn == plain[1]
+    mask = mask_of(96, 64, (32, 16, 64, 48))
+    part = pixels_of(draw(adapter, replace(whole, mask=mask))[1])
+    assert (part[~marked(mask)] == pixels_of(picture)[~marked(mask)]).all()
+    assert (part[marked(mask)] != pixels_of(picture)[marked(mask)]).any()

@@ -1,0 +1,65 @@
+"""A desk whose jobs are ready at once, for tests in which every request has a loop of its own."""
+
+import uuid
+from typing import Any
+
+from flux_ray.jobs.job import Job, JobResult, Offer, StoredPicture
+from flux_ray.jobs.results import ResultMissing
+
+PICTURE = b"a picture"
+
+
+class FakeDesk:
+    """Keeps everything in memory."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[tuple[str, str], Job] = {}
+
+    async def open(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def accept(self, offer: Offer) -> Job:
+        job_id = str(uuid.uuid4())
+        request = offer.request
+        name = f"{job_id}/1-0.{request.encoding.format}"
+        result = JobResult((StoredPicture(name, request.seed, len(PICTURE), ""),), {})
+        packed: dict[str, Any] = {"prompt": request.prompt}
+        job = Job(
+            job_id,
+            offer.owner,
+            request.tier,
+            packed,
+            request.seed,
+            "ready",
+            progress=1.0,
+            attempt=1,
+            num_lost=0,
+            created_at_s=1.0,
+            started_at_s=2.0,
+            finished_at_s=3.0,
+            result=result,
+            memo=offer.memo,
+        )
+        self.jobs[offer.owner, job_id] = job
+        return job
+
+    async def find(self, owner: str, job_id: str) -> Job | None:
+        return self.jobs.get((owner, job_id))
+
+    async def cancel(self, owner: str, job_id: str) -> bool:
+        return False
+
+    async def num_active(self, owner: str) -> int:
+        return 0
+
+    async def url_secret(self) -> bytes:
+        return b"secret"
+
+    async def read_by_name(self, name: str) -> bytes:
+        for job in self.jobs.values():
+            if job.result is not None and job.result.pictures[0].name == name:
+                return PICTURE
+        raise ResultMissing(name)

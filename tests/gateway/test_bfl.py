@@ -1,0 +1,270 @@
+"""BFL's routes, over a real desk: submitted, asked for, answered as its own API would."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from flux_ray.errors import Overloaded, ReplicaFailed
+from flux_ray.gateway.api import build_api
+from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.job_config import JobArgs
+from flux_ray.jobs.desk import Desk
+from tests.conftest import LIMITS
+
+PUBLIC = "https://flux.example/api"
+
+
+@pytest.fixture
+def gateway_args(tmp_path) -> GatewayArgs:
+    return GatewayArgs(
+        tiers=("tiny",),
+        aliases={"flux-dev": "tiny", "flux-kontext-pro": "tiny"},
+        limits=LIMITS,
+        public_url=PUBLIC,
+        jobs=JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results"),
+    )
+
+
+@pytest.fixture
+async def desk(router, gateway_args) -> AsyncIterator[Desk]:
+    desk = Desk(gateway_args.jobs, JobDrawing(router, gateway_args).draw)
+    await desk.open()
+    yield desk
+    await desk.close()
+
+
+@pytest.fixture
+def api(router, gateway_args, desk) -> FastAPI:
+    return build_api(router, gateway_args, desk=desk)
+
+
+async def poll(client: httpx.AsyncClient, job_id: str, key: str = "k") -> dict[str, Any]:
+    """Until it is no longer pending."""
+    for _ in range(500):
+        answer = await client.get("/v1/get_result", params={"id": job_id}, headers={"x-key": key})
+        assert answer.status_code == 200, answer.text
+        if answer.json()["status"] != "Pending":
+            return answer.json()
+        await asyncio.sleep(0.01)
+    raise AssertionError("still pending")
+
+
+async def submit(client: httpx.AsyncClient, name: str = "tiny", key: str = "k", **fields: Any):
+    return await client.post(
+        f"/v1/{name}", json={"prompt": "a red circle"} | fields, headers={"x-key": key}
+    )
+
+
+async def test_a_job_is_accepted_drawn_and_fetched(client, handles):
+    answer = await submit(client, seed=5, width=96, height=64)
+    assert answer.status_code == 200
+    told = answer.json()
+    assert told["polling_url"] == f"{PUBLIC}/v1/get_result?id={told['id']}"
+    assert told["status"] == "Pending"
+    assert told["cost"] > 0
+    assert (told["input_mp"], told["output_mp"]) == (0.0, 0.01)
+    assert told["details"] == {"served_model": "tiny", "warnings": []}
+
+    result = await poll(client, told["id"])
+    assert result["status"] == "Ready"
+    assert result["progress"] == 1.0
+    sample = result["result"]
+    assert (sample["prompt"], sample["seed"]) == ("a red circle", 5)
+    assert sample["duration"] == pytest.approx(sample["end_time"] - sample["start_time"])
+    [request] = handles.requests
+    assert (request.width, request.height, request.seed) == (96, 64, 5)
+    assert request.encoding.format == "jpeg"
+
+    url = httpx.URL(sample["sample"])
+    assert str(url).startswith(f"{PUBLIC}/results/{told['id']}/")
+    fetched = await client.get(url.raw_path.decode().removeprefix("/api"))
+    assert (fetched.status_code, fetched.content) == (200, b"picture 5")
+    assert fetched.headers["content-type"] == "image/jpeg"
+
+
+async def test_other_peoples_jobs_are_not_there(client):
+    told = (await submit(client, key="anna")).json()
+    for job_id in (told["id"], "00000000-0000-0000-0000-000000000000", "../etc", ""):
+        for method, path in (("GET", "/v1/get_result"), ("POST", "/v1/cancel")):
+            answer = await client.request(
+                method, path, params={"id": job_id}, headers={"x-key": "ben"}
+            )
+            assert answer.status_code == 404
+            assert answer.json() == {
+                "id": job_id,
+                "status": "Task not found",
+                "result": None,
+                "progress": None,
+                "details": None,
+                "preview": None,
+            }
+    assert (await poll(client, told["id"], "anna"))["status"] == "Ready"
+
+
+async def test_references_come_in_their_order(client, handles, picture):
+    red, blue = (base64.b64encode(picture(64, 80, color=c)).decode() for c in ("red", "blue"))
+    answer = await submit(
+        client, "flux-kontext-pro", input_image_2=f"data:image/png;base64,{blue}", input_image=red
+    )
+    assert answer.json()["input_mp"] == 0.01
+    await poll(client, answer.json()["id"])
+    [request] = handles.requests
+    assert [raster.rgb[:3] for raster in request.references] == [b"\xff\0\0", b"\0\0\xff"]
+    assert (request.width, request.height) == (64, 80), "the first one's"
+    assert request.encoding.format == "png"
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (128, 128)),
+        ({"width": 0, "height": 0}, (128, 128)),
+        ({"width": None, "height": 100}, (128, 96)),
+        ({"width": 1024, "height": 768}, (192, 144)),
+        ({"aspect_ratio": "16:9"}, (160, 96)),
+        ({"aspect_ratio": "16:9", "width": 64, "height": 96}, (64, 96)),
+    ],
+)
+async def test_sizes_are_those_that_the_tier_draws(client, handles, fields, size):
+    told = (await submit(client, "flux-dev", **fields)).json()
+    await poll(client, told["id"])
+    [request] = handles.requests
+    assert (request.width, request.height) == size
+    has_warning = any("is drawn as" in warning for warning in told["details"]["warnings"])
+    assert has_warning == bool(fields.get("width") == 1024 or fields.get("height") == 100)
+
+
+async def test_what_has_no_effect_is_said(client):
+    told = (
+        await submit(
+            client,
+            "flux-dev",
+            steps=4,
+            guidance=3.0,
+            safety_tolerance=2,
+            prompt_upsampling=False,
+            raw=True,
+            n=3,
+            image_prompt=None,
+        )
+    ).json()
+    assert told["details"] == {
+        "served_model": "tiny",
+        "warnings": [
+            "guidance has no effect on tiny",
+            "safety_tolerance has no effect on tiny",
+            "raw has no effect on tiny",
+            "unknown field 'n' was ignored",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"seed": -1}, "seed"),
+        ({"width": 32}, "width"),
+        ({"width": 4096, "height": 2048}, "width"),
+        ({"aspect_ratio": "9:1"}, "aspect_ratio"),
+        ({"aspect_ratio": "wide"}, "aspect_ratio"),
+        ({"steps": 51}, "steps"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"input_image": "no picture"}, "input_image"),
+        ({"input_image_3": "aGk="}, "input_image_3"),
+        ({"image_prompt": "aGk="}, "image_prompt"),
+        ({"mask": "aGk="}, "mask"),
+        ({"top": 64}, "top"),
+        ({"finetune_id": "mine"}, "finetune_id"),
+    ],
+)
+async def test_wrong_fields_are_named_as_fastapi_does(client, handles, fields, field):
+    answer = await submit(client, **fields)
+    assert answer.status_code == 422
+    [failure] = answer.json()["detail"]
+    assert failure["loc"] == ["body", field]
+    assert answer.json()["message"] == failure["msg"]
+    assert not handles.requests
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+async def test_a_picture_is_filled_where_its_mask_or_its_alpha_says(
+    client, handles, picture, has_mask
+):
+    clear = picture(96, 80, mode="RGBA", color=(255, 0, 0, 0))
+    fields = {"image": base64.b64encode(clear).decode()}
+    if has_mask:
+        fields |= {
+            "image": base64.b64encode(picture(96, 80)).decode(),
+            "mask": base64.b64encode(picture(96, 80, color="white")).decode(),
+        }
+    answer = await submit(client, "flux-dev", **fields)
+    assert answer.status_code == 200, answer.text
+    assert (await poll(client, answer.json()["id"]))["status"] == "Ready"
+    [request] = handles.requests
+    assert set(request.mask.marks) == {255}
+    assert [(each.width, each.height) for each in request.references] == [(96, 80)]
+
+
+async def test_what_is_to_be_filled_is_said(client, picture):
+    answer = await submit(client, image=base64.b64encode(picture(96, 80)).decode())
+    assert answer.status_code == 422
+    assert "mask is required" in answer.json()["message"]
+
+
+async def test_other_errors_have_bfls_shape(client):
+    missing = await client.get("/v1/get_result")
+    assert missing.status_code == 422
+    assert missing.json()["detail"][0]["loc"] == ["query", "id"]
+    wrong = await client.post("/v1/tiny", content=b"prompt=x")
+    assert wrong.status_code == 415
+    assert wrong.json().keys() == {"detail", "message"}
+    assert (await client.get("/v1/tiny")).json()["detail"] == "Method Not Allowed"
+    unknown = await client.post("/v1/flux-none", json={"prompt": "x"})
+    assert unknown.status_code == 404
+
+
+async def test_a_job_waits_while_there_is_no_room(client, turns, handles):
+    turns.refusals = [Overloaded("busy", None, 1)]
+    handles.failures = [ReplicaFailed("died"), ReplicaFailed("died")]
+    told = (await submit(client)).json()
+    result = await poll(client, told["id"])
+    assert result["status"] == "Ready"
+
+
+async def test_a_job_can_be_cancelled(client, handles, monkeypatch):
+    started = asyncio.Event()
+
+    async def draw_for_ever(request, replica):
+        started.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(handles, "generate", draw_for_ever)
+    told = (await submit(client)).json()
+    await started.wait()
+    cancelled = await client.post("/v1/cancel", params={"id": told["id"]}, headers={"x-key": "k"})
+    assert cancelled.json()["status"] == "Error"
+    assert cancelled.json()["details"]["error"]["code"] == "cancelled"
+
+
+async def test_the_same_idempotency_key_is_the_same_job(client, handles):
+    async def send(words: str) -> httpx.Response:
+        headers = {"x-key": "k", "idempotency-key": "mine"}
+        return await client.post("/v1/tiny", json={"prompt": words}, headers=headers)
+
+    first, second = await send("a red circle"), await send("a red circle")
+    assert first.json()["id"] == second.json()["id"]
+    assert (await send("a blue circle")).status_code == 422
+    await poll(client, first.json()["id"])
+    assert len(handles.requests) == 1
+
+
+async def test_there_are_no_finetunes(client):
+    assert (await client.get("/v1/my_finetunes")).json() == {"finetunes": []}

@@ -1,0 +1,87 @@
+"""Pictures by name, and the secret that all gateways share."""
+
+import asyncio
+import dataclasses
+import uuid
+
+import pytest
+
+from flux_ray.jobs.database import Database
+from flux_ray.jobs.job import JobResult
+from flux_ray.jobs.packing import pack
+from flux_ray.jobs.results import ResultMissing
+from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.shelf import Shelf
+from flux_ray.request import GeneratedImage
+from tests.jobs.conftest import KEEP_S, LEASE_S
+
+IMAGE = (GeneratedImage(b"a picture", 7),)
+
+
+@pytest.fixture
+def shelf(database, folder) -> Shelf:
+    return Shelf(database, folder)
+
+
+@pytest.fixture
+def draw(store, folder, offer):
+    """`draw()`: the lease of a job, and its picture in the folder."""
+
+    async def draw():
+        await store.accept(offer(), pack(offer().request).row, True)
+        lease = await store.claim("w")
+        [picture] = await folder.write_pictures(lease.job_id, lease.attempt, IMAGE, "png")
+        return lease, picture
+
+    return draw
+
+
+async def test_a_ready_jobs_picture_is_found_by_name(shelf, store, draw, clock):
+    lease, picture = await draw()
+    with pytest.raises(ResultMissing):
+        await shelf.read(picture.name)
+    assert await store.finish(lease, JobResult((picture,), {}))
+    assert await shelf.read(picture.name) == b"a picture"
+    clock.now_s += KEEP_S
+    with pytest.raises(ResultMissing):
+        await shelf.read(picture.name)
+
+
+async def test_pictures_of_lost_attempts_are_not_there(shelf, store, draw, folder, clock):
+    lost, old = await draw()
+    clock.now_s += LEASE_S + 1
+    lease = await store.claim("another")
+    [picture] = await folder.write_pictures(lease.job_id, lease.attempt, IMAGE, "png")
+    assert await store.finish(lease, JobResult((picture,), {}))
+    assert lost.job_id == lease.job_id
+    with pytest.raises(ResultMissing):
+        await shelf.read(old.name)
+    assert await shelf.read(picture.name) == b"a picture"
+
+
+async def test_what_was_changed_on_the_disk_is_not_shown(shelf, store, draw):
+    lease, picture = await draw()
+    changed = dataclasses.replace(picture, sha256="0" * 64)
+    assert await store.finish(lease, JobResult((changed,), {}))
+    with pytest.raises(ResultMissing):
+        await shelf.read(picture.name)
+
+
+@pytest.mark.parametrize("file", ["reference-0", "1-0.jpeg", "../1-0.png", "", "1-0.png/"])
+async def test_other_names_are_unknown(shelf, store, draw, folder, file):
+    lease, picture = await draw()
+    await folder.write_references(lease.job_id, (b"somebody's own picture",))
+    assert await store.finish(lease, JobResult((picture,), {}))
+    for job_id in (lease.job_id, str(uuid.uuid4()), "%", "..", ""):
+        with pytest.raises(ResultMissing):
+            await shelf.read(f"{job_id}/{file}")
+
+
+async def test_the_secret_is_one_for_all(database_url):
+    first, second = Database(database_url), Database(database_url)
+    await first.create()
+    made = await asyncio.gather(*(shared_secret(each, "a") for each in (first, second) * 8))
+    assert len(set(made)) == 1 and len(made[0]) == 32
+    assert await shared_secret(first, "b") != made[0]
+    await first.close()
+    await second.close()
