@@ -18,8 +18,8 @@ class Metric:
 IMAGES = Metric("flux_images", "Pictures drawn.")
 STAGE_SECONDS = Metric(
     "flux_stage_seconds",
-    "Seconds of one call to the ranks: encode, prepare, denoise (one step), decode; and of the "
-    "shared text encoder, where there is one: prompt.",
+    "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; and "
+    "of the shared text encoder, where there is one: prompt.",
     labels=("tier", "stage"),
     buckets=SECONDS,
 )

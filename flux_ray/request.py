@@ -1,5 +1,6 @@
 """The values that cross process borders: a request for images, and its result."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -46,7 +47,7 @@ class ImageRequest:
     """What a caller asked for, complete: defaults filled in, everything checked.
 
     With a `mask`, the first reference is the picture that is edited: it is scaled to the size that
-    is drawn, and the rest of it stays.
+    is drawn, and the rest of it stays. `num_previews` is of each picture, while it is drawn.
     """
 
     request_id: str
@@ -61,11 +62,27 @@ class ImageRequest:
     references: tuple[Raster, ...] = ()
     encoding: Encoding = Encoding()
     mask: Mask | None = None
+    num_previews: int = 0
+
+    @property
+    def preview_steps(self) -> tuple[int, ...]:
+        """After how many steps of a picture it is previewed: evenly spread, never after the last.
+
+        They are fewer than `num_previews` where there are too few steps.
+        """
+        share = self.num_steps / (self.num_previews + 1)
+        steps = {round(number * share) for number in range(1, self.num_previews + 1)}
+        return tuple(sorted(steps - {0, self.num_steps}))
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """One seed an image: seed, seed + 1, ..."""
         return tuple(range(self.seed, self.seed + self.num_images))
+
+    @property
+    def num_denoise_steps(self) -> int:
+        """Of all its pictures."""
+        return self.num_steps * self.num_images
 
     @property
     def prompt_name(self) -> str:
@@ -124,8 +141,38 @@ class GeneratedImage:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How many denoise steps of a request are done, of all that its pictures take.
+
+    It begins anew where a second replica draws what the first did not live to finish.
+    """
+
+    num_done: int
+    num_steps: int
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.num_done / self.num_steps
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture of a request will look like; `number` counts its previews, from 0."""
+
+    tier: str
+    image: GeneratedImage
+    number: int
+
+
+# What is heard of a request before its result, in the caller's own event loop.
+News = Progress | Preview
+Hear = Callable[[News], None]
+
+
+@dataclass(frozen=True)
 class StageTimes:
-    """Seconds that a request spent in the stages of its replica.
+    """Seconds that a request spent in the stages of its replica; previews count as decoding.
 
     `is_cached`: part of what is encoded was known, so that `encode_s` says nothing of another's.
     """

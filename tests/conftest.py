@@ -10,7 +10,16 @@ from PIL import Image
 
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway_config import GatewayArgs, Limits
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import (
+    GeneratedImage,
+    Hear,
+    ImageRequest,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    StageTimes,
+)
 from flux_ray.router.calibration import Observation
 from flux_ray.router.cost import Layout
 from flux_ray.router.forecast import Forecast
@@ -28,6 +37,15 @@ LIMITS = Limits(
 )
 
 
+def news_of(request: ImageRequest) -> list[News]:
+    """What a replica lets hear of one picture; its previews are `preview <number>`."""
+    previews = [
+        Preview(request.tier, GeneratedImage(b"preview %d" % number, request.seed), number)
+        for number in range(len(request.preview_steps))
+    ]
+    return [*previews, Progress(request.num_steps, request.num_steps)]
+
+
 class FakeHandles:
     """Replicas that answer at once with `picture <seed>`, after raising what is in `failures`."""
 
@@ -40,9 +58,13 @@ class FakeHandles:
     async def connect(self, tier: str) -> None:
         pass
 
-    async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
+    async def generate(
+        self, request: ImageRequest, replica: str, hear: Hear | None = None
+    ) -> ImageResult:
         self.requests.append(request)
         self.replicas.append(replica)
+        for news in news_of(request) if hear is not None else ():
+            hear(news)
         if self.failures:
             raise self.failures.pop(0)
         return ImageResult(

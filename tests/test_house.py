@@ -22,6 +22,7 @@ NOUNS = {
     "gateway_config",
     "job_config",
     "errors",
+    "following",
     "key_store",
     "keys",
     "metrics",

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, Progress, Raster
 
 REQUEST = ImageRequest(
     "id",
@@ -33,6 +33,27 @@ def test_under_a_mask_the_first_reference_has_the_size_that_is_drawn():
     assert masked.references_name != two.references_name
     same = dataclasses.replace(two, width=9, height=8)
     assert dataclasses.replace(same, mask=masked.mask).references_name == same.references_name
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_previews", "expected"),
+    [
+        (4, 0, ()),
+        (4, 1, (2,)),
+        (4, 3, (1, 2, 3)),
+        (50, 3, (12, 25, 38)),
+        (28, 2, (9, 19)),
+        (2, 3, (1,)),
+        (1, 3, ()),
+    ],
+)
+def test_previews_are_spread_over_the_steps(num_steps, num_previews, expected):
+    request = dataclasses.replace(REQUEST, num_steps=num_steps, num_previews=num_previews)
+    assert request.preview_steps == expected
+
+
+def test_progress_is_a_share_of_all_steps():
+    assert Progress(3, REQUEST.num_denoise_steps).share == 3 / 12
 
 
 def test_a_request_is_frozen_and_survives_a_process_border():

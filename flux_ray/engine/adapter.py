@@ -28,6 +28,9 @@ class Adapter(Protocol):
     def denoise(self, state: ImageState) -> ImageState:
         """One step further. All ranks of a group take it together."""
 
+    def preview(self, state: ImageState) -> Raster:
+        """What the pixels of an unfinished image will be like; one rank is enough."""
+
     def decode(self, state: ImageState) -> Raster:
         """The pixels of a finished image; one rank is enough."""
 

@@ -163,7 +163,8 @@ class Flux2:
         latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
         if state.conditioning.edit is not None:
             latents = keep_rest(state, latents)
-        return replace(state, latents=latents, step=state.step + 1)
+        kept = velocity if state.canvas.has_previews else None
+        return replace(state, latents=latents, step=state.step + 1, velocity=kept)
 
     def velocity(self, state: ImageState) -> Tensor:
         """What the transformer says about the image's tokens; the references' are dropped."""
@@ -183,6 +184,13 @@ class Flux2:
             return_dict=False,
         )[0]
         return tokens[:, : state.latents.shape[1]]
+
+    @torch.inference_mode()
+    def preview(self, state: ImageState) -> Raster:
+        """The picture at the end of the last step's velocity: a flow is nearly straight."""
+        assert state.velocity is not None, "a preview that the canvas does not speak of"
+        latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
+        return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
 
     @torch.inference_mode()
     def decode(self, state: ImageState) -> Raster:

@@ -56,13 +56,15 @@ class Conditioning:
 class Canvas:
     """The picture to draw: its size in pixels, the number of denoise steps, and the guidance.
 
-    Only a model that was distilled with guidance heeds that.
+    Only a model that was distilled with guidance heeds that. `has_previews`: its states can be
+    previewed.
     """
 
     width: int
     height: int
     num_steps: int
     guidance: float = 1.0
+    has_previews: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class ImageState:
 
     The schedule is the image's own: images of different sizes and step counts take turns on one
     transformer, and nothing that a step changes is shared. `sigmas` has one value more than
-    `timesteps`: the end. `noise` is what an image under a mask began as.
+    `timesteps`: the end. `noise` is what an image under a mask began as, `velocity` the last
+    step's, where there are previews.
     """
 
     canvas: Canvas
@@ -82,6 +85,7 @@ class ImageState:
     sigmas: Tensor
     step: int = 0
     noise: Tensor | None = None
+    velocity: Tensor | None = None
 
     @property
     def is_done(self) -> bool:

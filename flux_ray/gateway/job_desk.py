@@ -24,5 +24,6 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
-    desk = Desk(args.jobs, JobDrawing(router, args).draw, mail=mail)
+    drawing = JobDrawing(router, args)
+    desk = Desk(args.jobs, drawing.draw, drawing.progress_of, mail)
     return desk

@@ -6,7 +6,7 @@ from flux_ray.gateway.callers import allowance_of
 from flux_ray.gateway.targets import UNLIMITED
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import ImageRequest, ImageResult, News, Progress
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -20,10 +20,23 @@ class JobDrawing:
     def __init__(self, router: Router, args: GatewayArgs) -> None:
         self.router = router
         self.args = args
+        self._progress: dict[str, float] = {}
 
     async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
         """The job's pictures; raises as the router does."""
-        return await self.router.generate(request, self.caller_of(job))
+
+        def hear(news: News) -> None:
+            if isinstance(news, Progress):
+                self._progress[request.request_id] = news.share
+
+        try:
+            return await self.router.generate(request, self.caller_of(job), hear)
+        finally:
+            self._progress.pop(request.request_id, None)
+
+    def progress_of(self, request_id: str) -> float | None:
+        """How far a request has come, from 0 to 1; None if nothing was heard of it."""
+        return self._progress.get(request_id)
 
     def caller_of(self, job: Job) -> Caller:
         """Its owner, who waits as long as it takes.

@@ -34,7 +34,7 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 EVENTS = {
     "type": "object",
-    "description": "with `stream`: each picture, and each preview where the model is a cascade",
+    "description": "with `stream`: previews, where asked for or of a cascade, and the pictures",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["event", "data"],
 }

@@ -46,6 +46,9 @@ class ImageFields(BaseModel):
     stream: bool | None = Field(
         None, description="server-sent events; previews where the model is a cascade"
     )
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="with `stream`: previews of each picture while it is drawn"
+    )
     quality: str | None = Field(
         None,
         description="`low`, `medium`, `high` and so on: steps, on tiers that are not distilled",

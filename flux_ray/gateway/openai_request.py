@@ -48,6 +48,7 @@ def request_for(
         references=references,
         encoding=encoding_for(fields),
         mask=mask,
+        num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
 
 

@@ -5,18 +5,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from flux_ray.errors import FluxError
+from flux_ray.following import follow
 from flux_ray.gateway.failures import Envelope, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
-from flux_ray.request import ImageFormat, ImageRequest, ImageResult
+from flux_ray.request import GeneratedImage, ImageFormat, ImageRequest, ImageResult, Preview
 from flux_ray.router.cascade import Part, cascade
 
 logger = logging.getLogger("ray.serve")
@@ -43,19 +45,40 @@ class Event(BaseModel):
     warnings: list[str] = []
 
 
-async def parts_of(orders: Orders, order: Order) -> AsyncGenerator[Part, None]:
+async def parts_of(orders: Orders, order: Order) -> AsyncGenerator[Part | Preview, None]:
     """The pictures as they come, by the target's policy."""
     best, *others = order.requests
     if order.target.alias.policy == "cascade" and others:
-        async with aclosing(cascade(orders.router, others[-1], best, order.caller)) as parts:
-            async for part in parts:
-                yield part
+        # The fast tier's picture is the preview.
+        early, late = (replace(each, num_previews=0) for each in (others[-1], best))
+        parts: AsyncGenerator[Part | Preview, None] = cascade(
+            orders.router, early, late, order.caller
+        )
+    elif best.num_previews:
+        parts = previewed(orders, order)
     else:
         yield Part(await orders.draw(order), is_final=True)
+        return
+    async with aclosing(parts):
+        async for part in parts:
+            yield part
+
+
+async def previewed(orders: Orders, order: Order) -> AsyncGenerator[Part | Preview, None]:
+    """Previews of the pictures while they are drawn, each once, and the pictures."""
+    num_shown = 0
+    async with aclosing(follow(lambda hear: orders.draw(order, hear))) as stream:
+        async for news in stream:
+            if isinstance(news, ImageResult):
+                yield Part(news, is_final=True)
+            # A second replica begins anew: its previews are the same.
+            elif isinstance(news, Preview) and news.number == num_shown:
+                num_shown += 1
+                yield news
 
 
 async def stream(
-    parts: AsyncGenerator[Part, None], order: Order, fields: ImageFields, kind: Kind
+    parts: AsyncGenerator[Part | Preview, None], order: Order, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
     """The answer, once there is something to send: errors until then are plain answers."""
     first = await anext(parts)
@@ -77,33 +100,40 @@ async def stream(
     return StreamingResponse(texts(), media_type=EVENT_STREAM, headers=headers)
 
 
-def texts_of(part: Part, order: Order, fields: ImageFields, kind: Kind) -> list[str]:
+def texts_of(part: Part | Preview, order: Order, fields: ImageFields, kind: Kind) -> list[str]:
     """One event a picture."""
-    request = order.request_of(part.result)
-    warnings = warnings_of(fields, part.result)
-    name = f"{kind}.{'completed' if part.is_final else 'partial_image'}"
-    return [
-        event_text(name, event_of(name, part, number, request, warnings))
-        for number in range(len(part.result.images))
+    drawn = part.result if isinstance(part, Part) else part
+    request = order.request_of(drawn)
+    warnings = warnings_of(fields, drawn)
+    events = [
+        event_of(kind, image, index, request, warnings) for image, index in indexed_images(part)
     ]
+    return [event_text(event.type, event) for event in events]
+
+
+def indexed_images(part: Part | Preview) -> list[tuple[GeneratedImage, int | None]]:
+    """Previews with their index, final pictures without."""
+    if isinstance(part, Preview):
+        return [(part.image, part.number)]
+    images = part.result.images
+    return [(image, None if part.is_final else index) for index, image in enumerate(images)]
 
 
 def event_of(
-    name: str, part: Part, number: int, request: ImageRequest, warnings: list[str]
+    kind: Kind, image: GeneratedImage, index: int | None, request: ImageRequest, warnings: list[str]
 ) -> Event:
-    """Of one picture."""
-    result: ImageResult = part.result
-    image = result.images[number]
+    """Of one picture, or of a preview."""
+    is_final = index is None
     return Event(
-        type=name,
+        type=f"{kind}.{'completed' if is_final else 'partial_image'}",
         b64_json=base64.b64encode(image.data).decode("ascii"),
         created_at=int(time.time()),
         output_format=request.encoding.format,
         size=f"{request.width}x{request.height}",
-        partial_image_index=None if part.is_final else number,
-        usage=usage_for(request) if part.is_final else None,
-        id=result.request_id,
-        model=result.tier,
+        partial_image_index=index,
+        usage=usage_for(request) if is_final else None,
+        id=request.request_id,
+        model=request.tier,
         seed=image.seed,
         warnings=warnings,
     )

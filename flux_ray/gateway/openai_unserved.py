@@ -21,7 +21,6 @@ NO_EFFECT = {
     "lora",
     "max_sequence_length",
     "moderation",
-    "partial_images",
     "perf_dump_path",
     "profile",
     "return_stage_metrics",

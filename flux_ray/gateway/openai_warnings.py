@@ -4,14 +4,15 @@ from flux_ray.catalog import Tier, tier_for
 from flux_ray.gateway.openai_fields import GUIDANCE, STEPS, ImageFields
 from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
-from flux_ray.request import ImageResult
+from flux_ray.request import ImageResult, Preview
 
 MAX_NAMED_FIELDS = 20
 
 
-def warnings_of(fields: ImageFields, result: ImageResult) -> list[str]:
+def warnings_of(fields: ImageFields, drawn: ImageResult | Preview) -> list[str]:
     """All that is to be said: of the fields first, then what its replica had to say."""
-    return [*warnings_for(fields, tier_for(result.tier)), *result.warnings]
+    said = drawn.warnings if isinstance(drawn, ImageResult) else ()
+    return [*warnings_for(fields, tier_for(drawn.tier)), *said]
 
 
 def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
@@ -42,4 +43,6 @@ def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
         names.append("quality")
     if fields.output_compression is not None and fields.output_format in (None, "png"):
         names.append("output_compression")
+    if fields.partial_images and not fields.stream:
+        names.append("partial_images")
     return names

@@ -11,7 +11,7 @@ from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -25,9 +25,9 @@ class Order(NamedTuple):
     requests: list[ImageRequest]
     caller: Caller
 
-    def request_of(self, result: ImageResult) -> ImageRequest:
+    def request_of(self, drawn: ImageResult | Preview) -> ImageRequest:
         """The one that was drawn."""
-        return next(each for each in self.requests if each.tier == result.tier)
+        return next(each for each in self.requests if each.tier == drawn.tier)
 
 
 class Orders:
@@ -53,9 +53,9 @@ class Orders:
         )
         return order
 
-    async def draw(self, order: Order) -> ImageResult:
+    async def draw(self, order: Order, hear: Hear | None = None) -> ImageResult:
         """Its pictures, by the tier that the policy prefers."""
-        return await self.router.generate_by(order.target.alias, order.requests, order.caller)
+        return await self.router.generate_by(order.target.alias, order.requests, order.caller, hear)
 
     def limit_headers(self, order: Order) -> dict[str, str]:
         """For its answer: what is left to the caller, where that is limited."""

@@ -34,20 +34,24 @@ class RankGroup:
         self._patience = patience
         self._end = end
         loop = asyncio.get_running_loop()
+        self._turn = asyncio.Lock()
         self._broken: asyncio.Future[str] = loop.create_future()
         self._watcher = loop.create_task(self._watch(), context=contextvars.Context())
 
     async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
         """The same call on every rank: rank 0's answer, or the FluxError that all of them raise.
 
-        `sizes` tells calls that take longer from others, in pixels.
+        `sizes` tells calls that take longer from others, in pixels. A call may be sent ahead of
+        the answer to the one before it: it has its time from then on.
         """
         if self._broken.done():
             raise ReplicaFailed(self._broken.result())
-        began = time.perf_counter()
         calls = [asyncio.ensure_future(getattr(rank, method).remote(*args)) for rank in self._ranks]
-        await self._wait_for_all(method, calls, self._patience.seconds_for(method, *sizes))
-        taken_s = time.perf_counter() - began
+        # Fair, so that calls have their turns in the order in which the ranks got them.
+        async with self._turn:
+            began = time.perf_counter()
+            await self._wait_for_all(method, calls, self._patience.seconds_for(method, *sizes))
+            taken_s = time.perf_counter() - began
         errors = [error for error in map(error_of, calls) if error is not None]
         if not errors:
             answer = calls[0].result()

@@ -1,7 +1,8 @@
 """The leader of a replica: takes requests, owns the rank group and the step loop. No tensors."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 import ray
@@ -11,6 +12,7 @@ from ray.util.placement_group import get_current_placement_group
 
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import TierArgs
+from flux_ray.following import follow
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.meter import Meter
@@ -19,7 +21,7 @@ from flux_ray.replica.placement import load_ranks, start_ranks
 from flux_ray.replica.process import end_process
 from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.rank import RankActor
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult, News
 
 
 def end_with(ranks: Sequence[ActorHandle[Any]]) -> None:
@@ -75,8 +77,17 @@ class Leader:
 
     async def generate(self, request: ImageRequest) -> ImageResult:
         """The request's pictures."""
+        return await self._draw(request)
+
+    async def follow(self, request: ImageRequest) -> AsyncIterator[News | ImageResult]:
+        """The request's pictures, after what is to be heard of them."""
+        async with aclosing(follow(lambda hear: self._draw(request, hear))) as stream:
+            async for news in stream:
+                yield news
+
+    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         with self._meter.count(request):
-            return await self._loop.generate(request)
+            return await self._loop.generate(request, hear)
 
     async def describe(self) -> TierArgs:
         """How this replica is laid out: what a gateway needs to price its work."""

@@ -43,8 +43,13 @@ def start_ranks(
 ) -> list[ActorHandle[Any]]:
     """One rank actor in every bundle of the leader's placement group, in order of rank."""
     # No restarts: a rank that comes back alone knows nothing of the jobs in flight.
+    # In order: the loop sends calls ahead.
     remote: Any = ray.remote
-    actor = remote(max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(rank_class)
+    actor = remote(
+        max_restarts=0,
+        concurrency_groups=CONCURRENCY_GROUPS,
+        allow_out_of_order_execution=False,
+    )(rank_class)
     # Ray's annotation says no dict of it.
     table: Any = placement_group_table(placement_group)
     bundles = bundles_for(args)

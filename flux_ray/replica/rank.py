@@ -14,7 +14,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest
+from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest, Raster
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -56,8 +56,11 @@ def in_lockstep(stage: Stage) -> Stage:
     def checked(self: "RankActor", job: int, *args: object) -> object:
         try:
             self.agree(job, stage.__name__)
-            return stage(self, job, *args)
-        except FluxError:
+            answer = stage(self, job, *args)
+            self.settle()
+            return answer
+        except FluxError as error:
+            self._mistakes[job] = error
             raise
         except Exception as error:
             # As it is, an error of torch's would load torch where it arrives: seconds, in which
@@ -100,6 +103,7 @@ class RankActor:
         self._rank = rank
         self._args = args
         self._drawings: dict[int, Drawing] = {}
+        self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
 
     def __repr__(self) -> str:
@@ -161,6 +165,22 @@ class RankActor:
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stage}".encode()) % 2**24
         )
 
+    def settle(self) -> None:
+        """Wait for the card: a step would else be timed as part of what waits for it.
+
+        That is a preview or another step, and so a request's prices would depend on its previews.
+        """
+        if self._args.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def drawing(self, job: int) -> Drawing:
+        """A job that was taken on. Calls sent before a caller's mistake was heard of hear of it."""
+        if job in self._mistakes:
+            raise self._mistakes[job]
+        return self._drawings[job]
+
     @in_lockstep
     def encode(
         self, job: int, request: ImageRequest, encoded: EncodedPrompt | None = None
@@ -178,32 +198,48 @@ class RankActor:
         """Begin the job's image of this seed."""
         from flux_ray.engine.state import Canvas
 
-        drawing = self._drawings[job]
+        drawing = self.drawing(job)
         request = drawing.request
-        canvas = Canvas(request.width, request.height, request.num_steps, request.guidance)
+        canvas = Canvas(
+            request.width,
+            request.height,
+            request.num_steps,
+            request.guidance,
+            has_previews=bool(request.preview_steps),
+        )
         drawing.seed = seed
         drawing.state = self._adapter.prepare(drawing.conditioning, canvas, seed)
 
     @in_lockstep
     def denoise(self, job: int) -> None:
         """One step of the job's image."""
-        drawing = self._drawings[job]
+        drawing = self.drawing(job)
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
     @in_lockstep
+    def preview(self, job: int) -> GeneratedImage | None:
+        """What the job's image will be like as bytes, from rank 0."""
+        return self.picture(job, self._adapter.preview)
+
+    @in_lockstep
     def decode(self, job: int) -> GeneratedImage | None:
         """The job's image as bytes, from rank 0."""
+        return self.picture(job, self._adapter.decode)
+
+    def picture(self, job: int, draw: "Callable[[ImageState], Raster]") -> GeneratedImage | None:
+        """The job's image as this draws it."""
         from flux_ray.engine.pictures import encode_picture
 
-        drawing = self._drawings[job]
-        assert drawing.state is not None, "decode before prepare"
+        drawing = self.drawing(job)
+        assert drawing.state is not None, "a picture before prepare"
         if self._rank != 0:
             return None
-        raster = self._adapter.decode(drawing.state)
+        raster = draw(drawing.state)
         return GeneratedImage(encode_picture(raster, drawing.request.encoding), drawing.seed)
 
     @in_lockstep
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""
         self._drawings.pop(job, None)
+        self._mistakes.pop(job, None)

@@ -68,8 +68,8 @@ class Layout:
 class Work:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
-    `is_masked`: a part of a picture is drawn, the first reference. Guidance is no part of it: every
-    tier is distilled, and a step is one forward.
+    `is_masked`: a part of a picture is drawn, the first reference. `num_previews` is of each
+    picture. Guidance is no part of it: every tier is distilled, and a step is one forward.
     """
 
     tier: str
@@ -80,6 +80,12 @@ class Work:
     num_images: int = 1
     format: ImageFormat = "png"
     is_masked: bool = False
+    num_previews: int = 0
+
+    @property
+    def num_decoded(self) -> int:
+        """How many times a picture is decoded and made a file of."""
+        return self.num_images * (1 + self.num_previews)
 
     @property
     def pixels(self) -> int:
@@ -129,6 +135,7 @@ def work_of(request: ImageRequest) -> Work:
         request.num_images,
         request.encoding.format,
         is_masked=request.mask is not None,
+        num_previews=len(request.preview_steps),
     )
 
 
@@ -139,7 +146,7 @@ def price(work: Work, layout: Layout) -> Cost:
     return Cost(
         encode_s=sum(encode_parts_s(work, layout)) + edit_s(work, roofline),
         denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
-        decode_s=picture_s(work, roofline) * work.num_images,
+        decode_s=picture_s(work, roofline) * work.num_decoded,
     )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError, ReplicaFailed, TierUnavailable
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult, News
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.readiness import Readiness
 
@@ -43,11 +43,13 @@ class TierHandles:
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._meeting: dict[str, asyncio.Task[None]] = {}
 
-    async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
+    async def generate(
+        self, request: ImageRequest, replica: str, hear: Hear | None = None
+    ) -> ImageResult:
         """One attempt on the replica of the request's tier that it was granted."""
         GRANTED[request.tier, request.request_id] = replica
         try:
-            return await self._attempt(request)
+            return await self._attempt(request, hear)
         except RayTaskError as error:
             # It is an instance of its cause too, but its text is a traceback.
             if isinstance(error.cause, FluxError):
@@ -77,17 +79,19 @@ class TierHandles:
         """The tiers that have a running replica."""
         return await self._readiness.ready_tiers()
 
-    async def _attempt(self, request: ImageRequest) -> ImageResult:
+    async def _attempt(self, request: ImageRequest, hear: Hear | None) -> ImageResult:
         handle = await self._handle_for(request.tier)
-        response = handle.remote(request)
+        if hear is None:
+            response: Any = handle.remote(request)
+        else:
+            response = handle.options(method_name="follow", stream=True).remote(request)
         try:
-            result: ImageResult = await response
+            return await (response if hear is None else last_of(response, hear))
         except asyncio.CancelledError:
             # Serve does this for a client that leaves, but not when our own deadline passes: the
             # replica would go on drawing for nobody.
-            response.cancel()  # type: ignore[no-untyped-call]
+            response.cancel()
             raise
-        return result
 
     async def _handle_for(self, tier: str) -> DeploymentHandle[Any]:
         if tier not in self._handles:
@@ -114,3 +118,17 @@ class TierHandles:
                 continue
             self._learn_layout(tier, args)
             return
+
+
+async def last_of(stream: AsyncIterator[News | ImageResult], hear: Hear) -> ImageResult:
+    """The result that a stream ends with; what comes before it is heard."""
+    result: ImageResult | None = None
+    # To its end, or Serve would take it for one that was given up.
+    async for value in stream:
+        if isinstance(value, ImageResult):
+            result = value
+        else:
+            hear(value)
+    if result is None:
+        raise ReplicaFailed("a replica ended its answer before the pictures")
+    return result

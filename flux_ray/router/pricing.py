@@ -32,14 +32,14 @@ def sizes_of(work: Work) -> dict[Stage, int]:
 
 
 def num_rounds(work: Work) -> dict[Stage, int]:
-    """How often a request goes through each stage: once, a step of an image, an image.
+    """How often a request goes through each stage: once, a step of an image, a picture of it.
 
     What is learned is of one round, so that neither steps nor images come into it.
     """
     return {
         "encode": 1,
         "denoise": work.num_steps * work.num_images,
-        "decode": work.num_images,
+        "decode": work.num_decoded,
     }
 
 

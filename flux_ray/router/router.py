@@ -19,7 +19,7 @@ from flux_ray.errors import (
     TierUnavailable,
 )
 from flux_ray.gateway_config import Alias
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
 from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.calibration import Observation
@@ -44,7 +44,7 @@ class Handles(Protocol):
     async def connect(self, tier: str) -> None:
         """TierUnavailable if the tier is not deployed."""
 
-    async def generate(self, request: ImageRequest, replica: str) -> ImageResult:
+    async def generate(self, request: ImageRequest, replica: str, hear: Hear | None) -> ImageResult:
         """One attempt on that replica; ReplicaFailed when it dies."""
 
     async def ready_tiers(self) -> tuple[str, ...]:
@@ -133,14 +133,23 @@ class Router:
         self.records = records
         self.turnstile = turnstile
 
-    async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
-        """The pictures of a request; a second replica draws the same ones, from the same seed."""
+    async def generate(
+        self, request: ImageRequest, caller: Caller = ANYONE, hear: Hear | None = None
+    ) -> ImageResult:
+        """The pictures of a request; a second replica draws the same ones, from the same seed.
+
+        `hear` is told how they come along: of a second replica from the beginning.
+        """
         self._record(request, caller)
-        quote = quote_for(request, self.prices)
-        return await self._generate(quote, caller, self.terms.deadline_s(request, caller))
+        quote, deadline_s = quote_for(request, self.prices), self.terms.deadline_s(request, caller)
+        return await self._generate(quote, caller, deadline_s, hear)
 
     async def generate_by(
-        self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
+        self,
+        alias: Alias,
+        requests: Sequence[ImageRequest],
+        caller: Caller = ANYONE,
+        hear: Hear | None = None,
     ) -> ImageResult:
         """The pictures of the one that the alias's policy prefers: the same request of each tier.
 
@@ -148,7 +157,7 @@ class Router:
         the one that is over first is told.
         """
         if len(requests) == 1 and alias.max_gpu_seconds is None:
-            return await self.generate(requests[0], caller)
+            return await self.generate(requests[0], caller, hear)
         began = time.monotonic()
         refusals: list[FluxError] = []
         candidates = await self._candidates(requests, caller)
@@ -157,7 +166,7 @@ class Router:
             if not refusals:
                 self._record(candidate.quote.request, caller)
             try:
-                return await self._generate(candidate.quote, caller, left_s)
+                return await self._generate(candidate.quote, caller, left_s, hear)
             except REFUSALS as error:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
@@ -211,12 +220,14 @@ class Router:
             for quote, offer, forecast in zip(quotes, offers, forecasts, strict=True)
         ]
 
-    async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
+    async def _generate(
+        self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
+    ) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         deadline = asyncio.timeout(timeout_s)
         try:
             async with deadline, self._entered(quote, caller) as stay:
-                result = await self._generate_with_retry(quote, caller, deadline_s, stay)
+                result = await self._generate_with_retry(quote, caller, deadline_s, stay, hear)
                 stay.finish(self.prices.on_all_cards(quote.tier, result.times.replica_s))
                 return result
         except TimeoutError:
@@ -232,17 +243,23 @@ class Router:
         return self.turnstile.entered(entry, caller.allowance)
 
     async def _generate_with_retry(
-        self, quote: Quote, caller: Caller, deadline_s: float, stay: Stay
+        self, quote: Quote, caller: Caller, deadline_s: float, stay: Stay, hear: Hear | None
     ) -> ImageResult:
         try:
-            return await self._attempt(quote, 1, deadline_s, caller, stay)
+            return await self._attempt(quote, 1, deadline_s, caller, stay, hear)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
         # It was taken in once: it is not refused now for what was no fault of its client.
-        return await self._attempt(quote, 2, self.terms.request_timeout_s, caller, stay)
+        return await self._attempt(quote, 2, self.terms.request_timeout_s, caller, stay, hear)
 
     async def _attempt(
-        self, quote: Quote, number: int, deadline_s: float, caller: Caller, stay: Stay
+        self,
+        quote: Quote,
+        number: int,
+        deadline_s: float,
+        caller: Caller,
+        stay: Stay,
+        hear: Hear | None,
     ) -> ImageResult:
         request = quote.request
         # It would wait for its turn for ever.
@@ -258,7 +275,7 @@ class Router:
             self.bill.enter(request.tier, quote.gpu_seconds)
         stay.begin()
         try:
-            result = await self.handles.generate(request, replica)
+            result = await self.handles.generate(request, replica, hear)
         finally:
             self.turns.end(offer.ticket_id)
         self.bill.compare(self.prices.learn(request, result.times))

@@ -36,7 +36,8 @@ def storm(address: str, seconds: float, draw: Draw, *, tier: str, num_bystanders
         dice = random.Random(number)
         while time.monotonic() < end:
             fields = {"model": tier, "prompt": "a ring", "steps": dice.choice([1, 4, 20])}
-            leave_after(address, dice.uniform(0, 0.4), fields)
+            streamed = dice.choice([{}, {"stream": True, "partial_images": 2}])
+            leave_after(address, dice.uniform(0, 0.4), fields | streamed)
 
     def keep_drawing(seed: int) -> None:
         while time.monotonic() < end:

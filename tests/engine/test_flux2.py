@@ -1,6 +1,7 @@
 """What all tiers of FLUX.2 share: taking turns, references, large pictures in tiles."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from flux_ray.engine.flux2 import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas, Conditioning
 from flux_ray.errors import BadReference
+from flux_ray.request import Raster
 from tests.engine.drawing import draw, draw_with_pipeline, finish, reference
 
 PROMPT = "a red circle on a blue background"
@@ -39,6 +41,35 @@ def test_images_take_turns_without_touching_each_other(klein_adapter: Flux2) -> 
         states[turn] = adapter.denoise(states[turn])
 
     assert [adapter.decode(state) for state in states] == alone
+
+
+def test_previews_are_where_the_flow_leads_and_change_nothing(klein_adapter: Flux2) -> None:
+    adapter = klein_adapter
+    given = adapter.encode(adapter.encode_prompt(PROMPT), ())
+    states = [adapter.prepare(given, replace(SQUARE, has_previews=True), 7)]
+    previews = []
+    while not states[-1].is_done:
+        states.append(adapter.denoise(states[-1]))
+        previews.append(adapter.preview(states[-1]))
+    last = states[-1]
+    plain = finish(adapter, adapter.prepare(given, SQUARE, 7))
+    assert torch.equal(last.latents, plain.latents)
+    assert previews[-1] == adapter.decode(last) == adapter.decode(plain)
+    assert plain.velocity is None, "nothing is kept that nobody asked for"
+
+    # To the end of the first step's straight line in one step.
+    sigma = states[0].sigmas[0]
+    clean = states[0].latents - sigma * adapter.velocity(states[0])
+    expected = adapter.decode(replace(states[0], latents=clean))
+    assert distance(previews[0], expected) < 1
+    errors = [distance(preview, previews[-1]) for preview in previews]
+    assert errors == sorted(errors, reverse=True), "each is nearer to the picture"
+
+
+def distance(one: Raster, other: Raster) -> float:
+    """The mean of the bytes' differences."""
+    pixels = [torch.frombuffer(bytearray(each.rgb), dtype=torch.uint8) for each in (one, other)]
+    return float((pixels[0].float() - pixels[1].float()).abs().mean())
 
 
 @pytest.mark.parametrize(("width", "height"), [(63, 128), (1000, 64)])

@@ -190,6 +190,20 @@ def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
     assert (both[~right] != before[~right]).any()
 
 
+def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
+    picture, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
+    asked = request((picture,), mask, (128, 128))
+    conditioning, _ = Remembering(klein_adapter, 2**20, "cpu").encode(asked, None)
+    canvas = Canvas(128, 128, asked.num_steps, asked.guidance, has_previews=True)
+    state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
+    preview = pixels_of(klein_adapter.preview(state))
+    changed = (preview != pixels_of(picture)).any(axis=2)
+    assert not changed[~marked(mask)].any()
+    assert changed[marked(mask)].mean() > 0.9
+    state = finish(klein_adapter, state)
+    assert torch.equal(state.latents, draw(klein_adapter, asked)[0])
+
+
 def test_a_picture_is_scaled_to_the_size_drawn_and_its_mask_alike(klein_adapter: Flux2) -> None:
     mask = mask_of(256, 256, (128, 64, 256, 192))
     large = raster_for(image_for(scene()).resize((256, 256), Image.Resampling.NEAREST))

@@ -90,7 +90,8 @@ async def test_requests_never_share_an_id(client, handles):
         ({"num_inference_steps": None, "step": 3}, {"num_steps": 3}),
         ({"num_inference_steps": 3, "steps": 3, "step": 3}, {"num_steps": 3}),
         ({"user": "me", "safety_identifier": "me"}, {}),
-        ({"moderation": "auto", "partial_images": 0, "enable_teacache": False}, {}),
+        ({"moderation": "auto", "enable_teacache": False}, {}),
+        ({"partial_images": 0}, {"num_previews": 0}),
     ],
 )
 async def test_fields_reach_the_router(client, handles, fields, expected):
@@ -180,6 +181,8 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"background": "transparent"}, "background", "transparent"),
         ({"background": "red"}, "background", "'auto'"),
         ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream": True, "partial_images": 4}, "partial_images", "less than or equal to 3"),
+        ({"partial_images": -1}, "partial_images", "greater than or equal to 0"),
         ({"mask": "..."}, "mask", "comes with the image"),
         ({"mask_image": "..."}, "mask_image", "comes with the image"),
     ],
@@ -263,7 +266,7 @@ def test_too_many_pixels_are_named_by_what_was_sent(fields):
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
     draw = handles.generate
 
-    async def draw_and_warn(request, replica):
+    async def draw_and_warn(request, replica, hear):
         return replace(await draw(request, replica), warnings=("the prompt was cut",))
 
     monkeypatch.setattr(handles, "generate", draw_and_warn)

@@ -1,12 +1,13 @@
 """Models that stand for several tiers: who serves a request, and who may ask whom."""
 
 import json
+from base64 import b64decode
 from datetime import UTC, datetime
 
 import httpx
 import pytest
 
-from flux_ray.errors import Overloaded, TierUnavailable
+from flux_ray.errors import Overloaded, ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.key_store import write_keys
@@ -216,6 +217,39 @@ async def test_any_model_streams_its_pictures(ask):
     events = events_of((await ask(DEV, stream=True, n=2)).text)
     assert [name for name, _ in events] == ["image_generation.completed"] * 2
     assert events[0][1]["seed"] + 1 == events[1][1]["seed"]
+
+
+async def test_pictures_are_previewed_while_they_are_drawn(ask, handles):
+    """Each preview once, though a second replica makes them all again."""
+    handles.failures = [ReplicaFailed("died")]
+    answer = await ask(DEV, stream=True, partial_images=2, seed=5)
+    events = events_of(answer.text)
+    assert [name for name, _ in events] == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    early = [event for _, event in events[:2]]
+    assert [event["partial_image_index"] for event in early] == [0, 1]
+    assert [b64decode(event["b64_json"]) for event in early] == [b"preview 0", b"preview 1"]
+    final = events[-1][1]
+    assert b64decode(final["b64_json"]) == b"picture 5"
+    assert {(event["id"], event["model"], event["seed"]) for event in early} == {
+        (final["id"], DEV, 5)
+    }
+    assert "usage" in final and "usage" not in early[0]
+    assert [request.num_previews for request in handles.requests] == [2, 2]
+
+
+async def test_an_error_after_a_preview_is_an_event(ask, handles):
+    handles.failures = [ReplicaFailed("died"), ReplicaFailed("died again")]
+    names = [name for name, _ in events_of((await ask(DEV, stream=True, partial_images=1)).text)]
+    assert names == ["image_generation.partial_image", "error"]
+
+
+async def test_a_cascades_preview_is_that_of_the_other_tier(ask, handles):
+    await ask("studio", stream=True, partial_images=2)
+    assert [request.num_previews for request in handles.requests] == [0, 0]
 
 
 async def test_errors_before_the_first_event_are_plain_answers(ask, turns):

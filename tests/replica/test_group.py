@@ -32,18 +32,22 @@ class Call:
 
 
 class FakeRank:
-    """`encode` answers, or raises, what it is told to; `die` ends it."""
+    """`encode` answers, or raises, what it is told to, one by one; `die` ends it."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
         self.encode, self.ping, self.live = Call(self._encode), Call(self._ping), Call(self._live)
         self._death = asyncio.Event()
+        self._working = asyncio.Lock()
 
     async def _encode(self, job: int) -> object:
         if isinstance(self.answer, Exception):
             raise self.answer
         if self.answer == "hang":
             await asyncio.Event().wait()
+        if self.answer == "slow":
+            async with self._working:
+                await asyncio.sleep(0.15)
         return self.answer
 
     async def _ping(self) -> int:
@@ -131,6 +135,13 @@ async def test_calls_teach_how_long_they_take() -> None:
     replica = Replica(None)
     await replica.group.call("encode", (2**30,), 1)
     assert replica.patience.seconds_for("encode", 2**30) == pytest.approx(0.2)
+
+
+async def test_a_call_that_was_sent_ahead_has_its_time_from_the_end_of_the_former() -> None:
+    replica = Replica("slow", "slow")
+    answers = await asyncio.gather(*(replica.encode() for _ in range(4)))
+    assert (answers, replica.ended) == (["slow"] * 4, 0)
+    assert 0.2 < replica.patience.seconds_for("encode", *SIZES) < 3, "what each took by itself"
 
 
 async def test_a_death_is_seen_while_nothing_runs() -> None:

@@ -8,7 +8,16 @@ import pytest
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
-from flux_ray.request import Encoded, GeneratedImage, ImageRequest, ImageResult, Raster
+from flux_ray.request import (
+    Encoded,
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    Raster,
+)
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
@@ -25,12 +34,17 @@ class FakeRanks:
         self.gate = asyncio.Event()
         self.gate.set()
         self.stepping = asyncio.Event()
+        self.turn = asyncio.Lock()
 
     async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
         job, *rest = args
         assert isinstance(job, int)
         self.sizes.add(sizes)
         self.calls.append((job, method))
+        async with self.turn:
+            return await self.answer(method, job, rest)
+
+    async def answer(self, method: str, job: int, rest: list[object]) -> object:
         if method in self.errors:
             raise self.errors[method]
         if method == "prepare":
@@ -41,7 +55,9 @@ class FakeRanks:
         if method == "encode":
             self.encoded.append(rest[1])
             return Encoded(("cut",), is_cached=True)
-        return GeneratedImage(b"png", self.seeds[job]) if method == "decode" else None
+        if method in ("decode", "preview"):
+            return GeneratedImage(method.encode(), self.seeds[job])
+        return None
 
     def methods(self, job: int) -> list[str]:
         return [method for number, method in self.calls if number == job]
@@ -71,6 +87,11 @@ async def loop(ranks: FakeRanks) -> StepLoop:
     return StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: None)
 
 
+async def after_the_answer() -> None:
+    """The client has it before the ranks forget the job."""
+    await asyncio.sleep(0)
+
+
 async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
     result = await loop.generate(REQUEST)
     assert result.request_id == "a"
@@ -78,6 +99,7 @@ async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepL
     assert result.warnings == ("cut",)
     assert result.times.is_cached
     stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode", "drop"]
+    await after_the_answer()
     assert ranks.methods(1) == stages
 
 
@@ -85,6 +107,7 @@ async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> No
     result = await loop.generate(replace(REQUEST, num_images=2))
     assert [image.seed for image in result.images] == [5, 6]
     image = ["prepare", "denoise", "denoise", "denoise", "decode"]
+    await after_the_answer()
     assert ranks.methods(1) == ["encode", *image, *image, "drop"]
 
 
@@ -110,7 +133,8 @@ async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
     ranks.gate.set()
 
     assert (await bystander).images
-    assert ranks.methods(1) == ["encode", "prepare", "denoise", "drop"]
+    known = ["encode", "prepare", "denoise", "denoise"]
+    assert ranks.methods(1) == [*known, "drop"], "nor the one that was sent ahead"
 
 
 async def test_a_client_that_left_before_its_turn_is_skipped(
@@ -137,7 +161,84 @@ async def test_a_callers_mistake_fails_its_own_request_only(
         await loop.generate(REQUEST)
     ranks.errors.clear()
     assert (await loop.generate(REQUEST)).images
-    assert ranks.methods(1) == ["encode", "drop"]
+    assert ranks.methods(1) == ["encode", "prepare", "drop"]
+
+
+async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop) -> None:
+    heard: list[News] = []
+    request = replace(REQUEST, num_previews=2, num_images=2)
+    result = await loop.generate(request, heard.append)
+    assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
+    image = ["prepare", "denoise", "preview", "denoise", "preview", "denoise", "decode"]
+    assert ranks.methods(1) == ["encode", *image, *image, "drop"]
+    assert heard == [
+        Progress(1, 6),
+        Preview("tiny", GeneratedImage(b"preview", 5), 0),
+        Progress(2, 6),
+        Preview("tiny", GeneratedImage(b"preview", 5), 1),
+        Progress(3, 6),
+        Progress(4, 6),
+        Preview("tiny", GeneratedImage(b"preview", 6), 2),
+        Progress(5, 6),
+        Preview("tiny", GeneratedImage(b"preview", 6), 3),
+        Progress(6, 6),
+    ]
+
+
+async def test_previews_are_times_of_decoding(ranks: FakeRanks) -> None:
+    told: list[tuple[str, float]] = []
+    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda *stage: told.append(stage))
+    times = (await loop.generate(replace(REQUEST, num_previews=1))).times
+    decoding = [seconds for stage, seconds in told if stage in ("preview", "decode")]
+    assert len(decoding) == 2
+    assert times.decode_s == pytest.approx(sum(decoding))
+
+
+async def test_who_has_left_hears_nothing_more(ranks: FakeRanks, loop: StepLoop) -> None:
+    heard: list[News] = []
+    ranks.gate.clear()
+    leaver = asyncio.create_task(loop.generate(replace(REQUEST, num_previews=3), heard.append))
+    await ranks.stepping.wait()
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    ranks.gate.set()
+    await loop.generate(REQUEST)
+    assert heard == []
+
+
+async def test_one_call_is_sent_ahead(ranks: FakeRanks, loop: StepLoop) -> None:
+    ranks.gate.clear()
+    request = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    assert ranks.methods(1) == ["encode", "prepare", "denoise", "denoise"]
+    ranks.gate.set()
+    await request
+
+
+async def test_a_call_that_was_sent_ahead_is_timed_from_the_end_of_the_former(
+    ranks: FakeRanks,
+) -> None:
+    told: list[tuple[str, float]] = []
+    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda *stage: told.append(stage))
+    ranks.gate.clear()
+    asyncio.get_running_loop().call_later(0.1, ranks.gate.set)
+    times = (await loop.generate(REQUEST)).times
+    first, *others = [seconds for stage, seconds in told if stage == "denoise"]
+    assert first > 0.09 > 0.05 > max(others)
+    assert times.denoise_s == pytest.approx(first + sum(others))
+
+
+async def test_the_next_job_begins_while_the_former_is_dropped(
+    ranks: FakeRanks, loop: StepLoop
+) -> None:
+    ranks.gate.clear()
+    jobs = [asyncio.create_task(loop.generate(replace(REQUEST, num_steps=1))) for _ in range(2)]
+    await ranks.stepping.wait()
+    ranks.gate.set()
+    await jobs[0]
+    await jobs[1]
+    assert ranks.calls.index((2, "encode")) == ranks.calls.index((1, "drop")) + 1
+    assert ranks.methods(2)[-1] == "drop"
 
 
 async def test_a_broken_group_fails_what_waits_too(ranks: FakeRanks, loop: StepLoop) -> None:

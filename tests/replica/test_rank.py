@@ -46,6 +46,25 @@ def test_a_picture_of_the_size_and_format(rank: RankActor) -> None:
     assert (image.format, image.size) == ("WEBP", (64, 96))
 
 
+def test_previews_are_pictures_of_the_same_kind_and_change_nothing(rank: RankActor) -> None:
+    plain = draw(rank, 1, REQUEST)
+    request = replace(REQUEST, num_previews=1, encoding=Encoding("jpeg"))
+    with_preview = replace(REQUEST, num_previews=1)
+    for each in (request, with_preview):
+        rank.encode(2, each)
+        rank.prepare(2, REQUEST.seed)
+        rank.denoise(2)
+        preview = rank.preview(2)
+        rank.denoise(2)
+        final = rank.decode(2)
+        rank.drop(2)
+        assert preview is not None and final is not None
+        image = Image.open(io.BytesIO(preview.data))
+        assert (image.format, image.size) == (each.encoding.format.upper(), (64, 96))
+        assert preview.seed == REQUEST.seed
+    assert final.data == plain != preview.data
+
+
 def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
     rank.encode(1, REQUEST)
     rank.drop(1)
@@ -60,10 +79,26 @@ def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -
     assert draw(rank, 1, REQUEST) is None
 
 
+def test_a_stage_ends_when_the_card_has_done_it(
+    rank: RankActor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stages.append("done"))
+    draw(rank, 1, REQUEST)
+    assert stages == []
+    monkeypatch.setattr(rank, "_args", ARGS.model_copy(update={"device": "cuda"}))
+    draw(rank, 1, REQUEST)
+    assert len(stages) == 4 + REQUEST.num_steps
+
+
 def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     flat = Raster(800, 64, bytes(800 * 64 * 3))
     with pytest.raises(BadReference):
         rank.encode(1, replace(REQUEST, references=(flat,)))
+    with pytest.raises(BadReference):
+        rank.prepare(1, REQUEST.seed)  # It was sent before the leader heard.
+    rank.drop(1)
+    assert draw(rank, 1, REQUEST)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA has 3 MB"), MemoryError()])

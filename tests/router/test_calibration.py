@@ -119,7 +119,7 @@ def test_three_slow_requests_are_no_change_yet() -> None:
 
 def test_what_is_learned_is_of_one_step_and_one_image() -> None:
     learned = model()
-    teach(learned, replace(WORK, num_steps=50, num_images=4), 1.7, number=3)
+    teach(learned, replace(WORK, num_steps=50, num_images=4, num_previews=3), 1.7, number=3)
     one = learned.price_work(replace(WORK, num_steps=1))
     assert one.denoise_s == pytest.approx(1.7 * price(WORK, LAYOUT).denoise_s / 28)
     assert one.decode_s == pytest.approx(1.7 * price(WORK, LAYOUT).decode_s)

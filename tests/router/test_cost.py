@@ -97,6 +97,12 @@ def test_every_step_and_every_image_is_paid_for_but_the_prompt_only_once() -> No
     assert more.total_s == more.encode_s + more.denoise_s + more.decode_s
 
 
+def test_a_preview_costs_what_decoding_a_picture_does() -> None:
+    one, more = price(KLEIN, H100), price(replace(KLEIN, num_previews=2, num_images=3), H100)
+    assert more.decode_s == pytest.approx(9 * one.decode_s)
+    assert more.denoise_s == pytest.approx(3 * one.denoise_s)
+
+
 def test_dev_at_four_megapixels_with_references_costs_hundreds_of_klein_pictures() -> None:
     work = Work("flux-2-dev", 2048, 2048, num_steps=50, references=(1024 * 1024,) * 4)
     assert price(work, H100).denoise_s > 500 * price(KLEIN, H100).denoise_s
@@ -207,6 +213,8 @@ def test_work_is_what_of_a_request_makes_it_long() -> None:
     asked = request(num_images=2, encoding=Encoding("webp"))
     assert work_of(asked) == Work("flux-2-dev", 1024, 512, 28, (), 2, "webp")
     assert work_of(asked).num_tokens == 512 + 64 * 32
+    assert work_of(request(num_previews=3)).num_previews == 3
+    assert work_of(request(num_previews=3, num_steps=2)).num_previews == 1, "as many as are made"
 
 
 def test_words_seed_and_guidance_cost_nothing() -> None:

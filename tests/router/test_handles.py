@@ -10,7 +10,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from flux_ray.config import TierArgs
 from flux_ray.errors import BadReference, ReplicaFailed, TierUnavailable
-from flux_ray.request import ImageRequest
+from flux_ray.request import ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handles as handles_module
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.handover import GRANTED, REACHABLE
@@ -26,10 +26,14 @@ def task_error(cause):
 
 
 class FakeServe:
-    """Every tier's handle answers with `value`: raised if an exception, waited for if an event."""
+    """Every tier's handle answers with `value`: raised if an exception, waited for if an event.
+
+    A stream has what is in `news` before it.
+    """
 
     def __init__(self):
         self.value = None
+        self.news = []
         self.handles_made = 0
         self.granted = []
         self.cancelled = 0
@@ -44,19 +48,20 @@ class FakeServe:
 class Handle:
     """Of a method, as `options` gives it."""
 
-    def __init__(self, fake, method_name=None):
+    def __init__(self, fake, method_name=None, stream=False):
         self.fake = fake
         self.method_name = method_name
+        self.stream = stream
 
-    def options(self, *, method_name):
-        return Handle(self.fake, method_name)
+    def options(self, *, method_name, stream=False):
+        return Handle(self.fake, method_name, stream)
 
     def remote(self, *args):
         if self.method_name == "describe":
             return Response(SimpleNamespace(value=ARGS))
-        assert self.method_name == "generate"
+        assert self.method_name == ("follow" if self.stream else "generate")
         self.fake.granted.append(GRANTED.get((args[0].tier, args[0].request_id)))
-        return Response(self.fake)
+        return Stream(self.fake) if self.stream else Response(self.fake)
 
 
 class Response:
@@ -78,6 +83,19 @@ class Response:
 
     def cancel(self):
         self.fake.cancelled += 1
+
+
+class Stream(Response):
+    """Iterable like Serve's, and not awaitable."""
+
+    __await__ = None
+
+    async def __aiter__(self):
+        for news in self.fake.news:
+            yield news
+        last = await self.result()
+        if last is not None:
+            yield last
 
 
 @pytest.fixture
@@ -170,7 +188,34 @@ async def test_other_errors_of_a_replica_stay_what_they_are(answer):
 async def test_an_attempt_that_is_given_up_is_called_off(answer):
     """asyncio cancels only our waiting; the replica would go on drawing."""
     answer.value = asyncio.Event()
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await TierHandles(("tiny",)).generate(REQUEST, "replica")
-    assert answer.cancelled == 1
+    for number, hear in enumerate((None, print), 1):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await TierHandles(("tiny",)).generate(REQUEST, "replica", hear)
+        assert answer.cancelled == number
+
+
+async def test_who_listens_hears_what_comes_before_the_result(answer):
+    result = ImageResult("id", "tiny", (), StageTimes(0, 0, 0, 0))
+    answer.value, answer.news = result, [Progress(1, 2), Progress(2, 2)]
+    heard = []
+    assert await TierHandles(("tiny",)).generate(REQUEST, "replica 3", heard.append) == result
+    assert heard == answer.news
+    assert answer.granted == ["replica 3"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (ActorDiedError(), ReplicaFailed),
+        (task_error(BadReference("no picture", "image")), BadReference),
+        (None, ReplicaFailed),
+    ],
+    ids=["a death", "a mistake", "no result"],
+)
+async def test_a_stream_may_fail_in_the_middle(answer, value, expected):
+    answer.value, answer.news = value, [Progress(1, 2)]
+    with pytest.raises(expected) as caught:
+        await TierHandles(("tiny",)).generate(REQUEST, "replica", print)
+    assert type(caught.value) is expected
+    assert GRANTED == {}

@@ -23,6 +23,7 @@ from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turnstile import Stay
 from flux_ray.router.usage import Use
+from tests.conftest import news_of
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
@@ -123,6 +124,17 @@ async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, h
     assert turns.offers[1].deadline_in_s == 5, "it is not refused for what was not its fault"
 
 
+async def test_who_listens_hears_of_a_second_replica_from_the_beginning(router, handles):
+    handles.failures = [ReplicaFailed("died")]
+    heard = []
+    request = replace(REQUEST, num_previews=1)
+    await router.generate(request, hear=heard.append)
+    assert heard == 2 * news_of(request)
+    alias = Alias(tiers=("tiny",), max_gpu_seconds=100)
+    await router.generate_by(alias, [request], hear=heard.append)
+    assert heard == 3 * news_of(request)
+
+
 async def test_a_second_death_reaches_the_caller(router, handles):
     handles.failures = [ReplicaFailed("died"), ReplicaFailed("died again")]
     with pytest.raises(ReplicaFailed, match="died again"):
@@ -151,7 +163,7 @@ class SlowHandles:
     async def connect(self, tier):
         pass
 
-    async def generate(self, request, replica):
+    async def generate(self, request, replica, hear):
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:

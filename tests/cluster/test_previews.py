@@ -1,0 +1,95 @@
+"""Previews on the way to a picture, through the whole cluster."""
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import numpy as np
+import openai
+
+from flux_ray.request import ImageRequest, News, Preview, Progress
+from flux_ray.router.handles import TierHandles
+from tests.cluster.conftest import Replica
+from tests.cluster.storm import PROMPT, Draw
+
+LONG = {"model": "tiny", "prompt": "a ring", "size": "192x192", "steps": 50}
+PREVIEWED = {"stream": True, "partial_images": 3}
+
+
+def test_the_openai_client_sees_previews_and_then_the_same_picture(
+    client: openai.OpenAI, draw: Draw, pixels_of: Callable[[bytes], np.ndarray]
+) -> None:
+    with client.images.generate(
+        model="tiny", prompt=PROMPT, stream=True, partial_images=2, extra_body={"seed": 1}
+    ) as stream:
+        events = list(stream)
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    *previews, final = [base64.b64decode(event.b64_json) for event in events]
+    assert [final] == draw(PROMPT, seed=1)
+    errors = [abs(pixels_of(each).astype(int) - pixels_of(final)).mean() for each in previews]
+    assert errors[0] > errors[1] > 0
+
+
+def test_an_edit_is_previewed_too(client: openai.OpenAI, draw: Draw) -> None:
+    with client.images.edit(
+        model="tiny-tp2",
+        image=("ring.png", draw(PROMPT, seed=1)[0]),
+        prompt="make the circle green",
+        stream=True,
+        partial_images=1,
+    ) as stream:
+        types = [event.type for event in stream]
+    assert types == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def events_of(answer: httpx.Response) -> Iterator[dict]:
+    """As they come."""
+    return (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
+
+
+def test_a_long_job_ends_when_its_client_has_seen_enough(address: str, draw: Draw) -> None:
+    began = time.monotonic()
+    draw(**LONG)
+    alone_s = time.monotonic() - began
+    url = f"{address}/v1/images/generations"
+    with httpx.stream("POST", url, json=LONG | PREVIEWED | {"n": 4}, timeout=60) as answer:
+        assert next(events_of(answer))["partial_image_index"] == 0
+    began = time.monotonic()
+    draw(PROMPT)
+    waited_s = time.monotonic() - began
+    assert waited_s < 2 * alone_s, "nearly four times as long a job held the ranks"
+
+
+def test_a_second_replica_goes_on_with_the_previews(
+    address: str, draw: Draw, replicas: Callable[[str], list[Replica]]
+) -> None:
+    (picture,) = draw(**LONG, seed=5)
+    (replica,) = replicas("tiny")
+    url = f"{address}/v1/images/generations"
+    fields = LONG | PREVIEWED | {"seed": 5}
+    with httpx.stream("POST", url, json=fields, timeout=60) as answer:
+        events = events_of(answer)
+        assert next(events)["partial_image_index"] == 0
+        replica.ranks[0].kill()
+        *previews, final = list(events)
+    assert [event["partial_image_index"] for event in previews] == [1, 2]
+    assert base64.b64decode(final["b64_json"]) == picture
+
+
+def test_whoever_has_a_picture_drawn_hears_of_every_step(address: str, draw: Draw) -> None:
+    request = ImageRequest("id", "tiny", PROMPT, 128, 128, 4, 1.0, seed=1, num_previews=1)
+    heard: list[News] = []
+    result = asyncio.run(TierHandles(("tiny",)).generate(request, "any", heard.append))
+    assert [image.data for image in result.images] == draw(PROMPT, seed=1)
+    assert [news for news in heard if isinstance(news, Progress)] == [
+        Progress(num_done, 4) for num_done in (1, 2, 3, 4)
+    ]
+    assert [type(news) for news in heard].index(Preview) == 2
