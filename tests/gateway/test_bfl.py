@@ -242,13 +242,13 @@ async def test_a_job_waits_while_there_is_no_room(client, turns, handles):
 async def test_a_job_can_be_cancelled(client, handles, monkeypatch):
     started = asyncio.Event()
 
-    async def draw_for_ever(request, replica):
+    async def draw_for_ever(request, replica, hear=None):
         started.set()
         await asyncio.sleep(60)
 
     monkeypatch.setattr(handles, "generate", draw_for_ever)
     told = (await submit(client)).json()
-    await started.wait()
+    await asyncio.wait_for(started.wait(), 10)
     cancelled = await client.post("/v1/cancel", params={"id": told["id"]}, headers={"x-key": "k"})
     assert cancelled.json()["status"] == "Error"
     assert cancelled.json()["details"]["error"]["code"] == "cancelled"
