@@ -1,6 +1,7 @@
 """The ledger's Ray hands: the named actor that keeps it, and the gateways' line to it."""
 
 import asyncio
+import contextlib
 import time
 from functools import partial
 from typing import Any
@@ -116,12 +117,13 @@ class LedgerActor:
         while True:
             wait_s = min(TICK_S, max(0.001, self._ledger.wake_at() - time.monotonic()))
             self._spoken.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._spoken.wait(), wait_s)
-            except TimeoutError:
-                for gateway in self._ledger.forget_silent(time.monotonic()):
-                    self._mailboxes.pop(gateway, None)
-                self._deliver()
+            # Also while others speak: of a few gateways one always does, and what a dead one holds
+            # would never be free.
+            for gateway in self._ledger.forget_silent(time.monotonic()):
+                self._mailboxes.pop(gateway, None)
+            self._deliver()
 
     def _deliver(self) -> None:
         for gateway, decisions in self._ledger.decide(time.monotonic()).items():

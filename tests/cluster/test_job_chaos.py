@@ -1,0 +1,187 @@
+"""Jobs on the real cluster while its gateways, leaders and ranks are killed: none is lost."""
+
+import asyncio
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from standardwebhooks.webhooks import Webhook
+
+from tests.cluster.conftest import Replica, deploy, wait_until
+from tests.cluster.storm import PROMPT, Draw
+from tests.jobs.servers import Postgres
+from tests.jobs.waiting import wait_until as wait_until_true
+from tests.webhook_receiver import WebhookReceiver, receiving
+
+NUM_JOBS = 200
+NUM_SEEDS = 10
+JOBS_PER_KILL = 16
+NUM_SUBMITTERS = 4
+LIMIT_S = 400
+PREFIX = "/with-jobs"
+APP = "gateways-with-jobs"
+SECRET = "whsec_c3Rvcm0="
+# Each is the tier's only one, or one of two gateways.
+VICTIMS = ("gateway", "gateway", "leader", "rank")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/jobs.sqlite3"
+        return
+    server = Postgres()
+    yield server.new_database()
+    server.close()
+
+
+@pytest.fixture
+async def receiver() -> Any:
+    async with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def gateways(
+    address: str, config: dict[str, Any], database: str, receiver: WebhookReceiver, tmp_path: Path
+) -> Iterator[str]:
+    """Two more, with a database of their own."""
+    url = f"{address}{PREFIX}"
+    args = {
+        "tiers": ["tiny"],
+        "card": "cpu",
+        "num_replicas": 2,
+        "public_url": url,
+        "webhooks": {"schemes": ["http"], "ports": [receiver.port], "networks": ["127.0.0.0/8"]},
+        "jobs": {
+            "database": database,
+            "results": f"{tmp_path}/results",
+            "lease_s": 3,
+            "max_running": 4,
+            "max_lost": 50,
+            "webhook_retries_s": [0.5] * 100,
+        },
+    }
+    changed = copy.deepcopy(config)
+    (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
+    changed["applications"].append(gateway | {"name": APP, "route_prefix": PREFIX, "args": args})
+    deploy(changed)
+    wait_until(lambda: is_up(url), timeout_s=120, what="gateways that take jobs")
+    yield url
+    deploy(config)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def insist(ask: Callable[[], Any]) -> dict[str, Any]:
+    """As a client does that hears nothing, or that it may come again."""
+    while True:
+        try:
+            answer = await ask()
+        except httpx.TransportError:
+            answer = None
+        if answer is not None and answer.status_code == 200:
+            return answer.json()
+        assert answer is None or answer.status_code in (404, 429, 500, 502, 503, 504), answer.text
+        await asyncio.sleep(0.2)
+
+
+class Clients:
+    """Those who hand the jobs in, and ask for them until they are done."""
+
+    def __init__(self, url: str, receiver: WebhookReceiver) -> None:
+        self.url = url
+        self.hook = f"http://127.0.0.1:{receiver.port}/moody"
+        # As many connections as jobs: none waits for another's.
+        self.http = httpx.AsyncClient(timeout=20, limits=httpx.Limits(max_connections=None))
+        self.results: dict[int, dict[str, Any]] = {}
+
+    async def submit(self, number: int) -> str:
+        body = {
+            "prompt": PROMPT,
+            "seed": number % NUM_SEEDS,
+            "width": 64,
+            "height": 64,
+            "output_format": "png",
+            "webhook_url": self.hook,
+            "webhook_secret": SECRET,
+        }
+        headers = {"x-key": "k", "idempotency-key": f"job-{number}"}
+        told = await insist(
+            lambda: self.http.post(f"{self.url}/v1/tiny", json=body, headers=headers)
+        )
+        return str(told["polling_url"])
+
+    async def follow(self, number: int) -> None:
+        """To its end."""
+        polling_url = await self.submit(number)
+        while True:
+            told = await insist(lambda: self.http.get(polling_url, headers={"x-key": "k"}))
+            if told["status"] != "Pending":
+                self.results[number] = told
+                return
+            await asyncio.sleep(1.0)
+
+    async def picture_of(self, number: int) -> bytes:
+        answer = await self.http.get(self.results[number]["result"]["sample"])
+        assert answer.status_code == 200
+        return answer.content
+
+
+def kill(victim: str, replicas: Callable[..., list[Replica]]) -> None:
+    """One process, if there is such a one now."""
+    found = replicas(APP, "gateway") if victim == "gateway" else replicas("tiny")
+    if not found:
+        return
+    chosen = random.choice(found)
+    process = chosen.ranks[0] if victim == "rank" and chosen.ranks else chosen.leader
+    process.kill()
+
+
+async def all_told(receiver: WebhookReceiver) -> bool:
+    return len(receiver.taken) >= NUM_JOBS
+
+
+@pytest.mark.slow
+async def test_every_job_ends_ready_whatever_is_killed(
+    gateways: str, receiver: WebhookReceiver, replicas: Callable[..., list[Replica]], draw: Draw
+) -> None:
+    expected = [draw(PROMPT, seed=seed, size="64x64")[0] for seed in range(NUM_SEEDS)]
+    clients, kills, began_s = Clients(gateways, receiver), [], time.monotonic()
+    async with clients.http, asyncio.timeout(LIMIT_S):
+        following = asyncio.gather(*map(clients.follow, range(NUM_JOBS)))
+        while not following.done():
+            await asyncio.wait({following}, timeout=0.5)
+            if len(clients.results) >= JOBS_PER_KILL * (len(kills) + 1):
+                kills.append(VICTIMS[len(kills) % len(VICTIMS)])
+                await asyncio.to_thread(kill, kills[-1], replicas)
+        await following
+        await wait_until_true(lambda: all_told(receiver), timeout_s=60)
+        for number, told in clients.results.items():
+            assert told["status"] == "Ready", told
+            assert await clients.picture_of(number) == expected[number % NUM_SEEDS]
+    check_messages(receiver, {told["id"] for told in clients.results.values()})
+    assert len(kills) >= 8
+    took_s = time.monotonic() - began_s
+    print(f"{NUM_JOBS} ready, {len(kills)} kills, {len(receiver.posts)} posts, {took_s:.0f} s")
+
+
+def check_messages(receiver: WebhookReceiver, job_ids: set[str]) -> None:
+    """Each job was told of, and everything that was told is signed."""
+    assert len(job_ids) == NUM_JOBS, "a job for each idempotency key"
+    assert receiver.taken.keys() == job_ids
+    for post in receiver.posts:
+        message = Webhook(SECRET).verify(post.body, post.headers)
+        assert message == json.loads(post.body)
+        assert (message["status"], message["id"]) == ("Ready", post.headers["webhook-id"])
