@@ -18,11 +18,15 @@ AUTO = "auto"
 
 
 class Limits(Args):
-    """What the gateway refuses before it is decoded."""
+    """What the gateway refuses before it is decoded.
+
+    `max_held_bytes`: of the decoded pictures of all requests that it has in hand.
+    """
 
     max_body_bytes: int = 64 * 2**20
     max_image_bytes: int = 20 * 2**20
     max_image_pixels: int = 20_000_000
+    max_held_bytes: int = 2 * 2**30
     max_prompt_chars: int = 32_000
     max_images: int = 10
 

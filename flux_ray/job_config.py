@@ -14,9 +14,9 @@ class JobArgs(Args):
     `results`: a folder, or a URL of fsspec (`s3://bucket/folder`), of which `results_options` say
     more (`endpoint_url`). `lease_s`: after so long without a sign of its worker a job is another's.
     `keep_s`: so long an ended job and its pictures are there. `max_running`: of one gateway at
-    once. `max_lost`: a job that was lost with so many workers is given up.
-    `webhook_retries_s`: pauses before a webhook that was not taken is posted again; then it is
-    given up.
+    once, of one owner three quarters of that. `max_lost`: a job that was lost with so many workers
+    is given up. `webhook_retries_s`: pauses before a webhook that was not taken is posted again;
+    then it is given up.
     """
 
     database: str = Field(
@@ -26,7 +26,7 @@ class JobArgs(Args):
     results_options: dict[str, Any] = Field(default_factory=dict)
     lease_s: Seconds = 30.0
     keep_s: Seconds = 24 * 3600.0
-    max_running: int = Field(16, ge=1)
+    max_running: int = Field(64, ge=1)
     max_lost: int = Field(5, ge=1)
     webhook_retries_s: tuple[Seconds, ...] = (1.0, 5.0, 30.0, 300.0, 1800.0)
 

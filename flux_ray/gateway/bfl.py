@@ -21,11 +21,11 @@ from flux_ray.gateway.bfl_failure import BflFailure
 from flux_ray.gateway.bfl_fields import BflFields, parse_body
 from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
-from flux_ray.gateway.callers import PARAMETERS
+from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders
 from flux_ray.gateway.openai import JSON, content_type_of
-from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.webhooks import webhook_of
@@ -79,7 +79,7 @@ class Bfl:
         content = {JSON: {"schema": BflFields.model_json_schema()}}
         extra = {
             "requestBody": {"required": True, "content": content},
-            "parameters": [*PARAMETERS, PARAMETER],
+            "parameters": [SPILL, PARAMETER],
         }
         for name in self.names:
             routes.add_api_route(
@@ -113,6 +113,13 @@ class Bfl:
         content_type_of(http, JSON)
         sent = parse_body(await http.body())
         webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
+        job = await self.jobs.known(http) or await self.hand_in(http, sent, name, webhook)
+        return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
+
+    async def hand_in(
+        self, http: Request, sent: BflFields, name: str, webhook: Webhook | None
+    ) -> Job:
+        """A new job, of which nobody has heard."""
         target = self.orders.target_of(http, name)
         pictures = await pictures_of(sent, target, self.limits, self.fetcher)
         order = self.orders.take(
@@ -120,18 +127,6 @@ class Bfl:
             target,
             lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
         )
-        job = await self.accept(http, sent, name, order, webhook)
-        return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
-
-    async def accept(
-        self,
-        http: Request,
-        sent: BflFields,
-        name: str,
-        order: Order,
-        webhook: Webhook | None,
-    ) -> Job:
-        """The job of an order, with what the answers are to say of it."""
         request = await self.jobs.choose(order)
         read = sum(each.width * each.height for each in request.references) / 1e6
         memo = {

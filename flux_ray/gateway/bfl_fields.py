@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.openai_fields import MAX_SEED, bad_request
+from flux_ray.gateway.openai_fields import MAX_SEED, bad_request, check_json
 
 IMAGES = ("input_image", *(f"input_image_{number}" for number in range(2, 9)))
 MIN_SIDE = 64
@@ -57,9 +57,7 @@ class BflFields(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
     width: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
     height: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
-    aspect_ratio: str | None = Field(
-        None, pattern=r"^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$", description="where there are no pixels"
-    )
+    aspect_ratio: str | None = Field(None, description="`auto` or W:H, where there are no pixels")
     steps: int | None = Field(None, ge=1)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     safety_tolerance: int | None = Field(None, ge=0, le=6, description="has no effect")
@@ -76,11 +74,14 @@ class BflFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, sent: Any) -> Any:
-        """A null says as much as no field, and so does an empty picture."""
+        """A null says as much as no field, and so does an empty text."""
         if not isinstance(sent, dict):
             return sent
-        empty = {name for name in ("image", "mask", *IMAGES) if sent.get(name) == ""}
-        return {k: each for k, each in sent.items() if each is not None and k not in empty}
+        return {
+            name: each
+            for name, each in sent.items()
+            if each is not None and (each != "" or name == "prompt")
+        }
 
     @property
     def unknown(self) -> list[str]:
@@ -96,6 +97,7 @@ class BflFields(BaseModel):
 
 def parse_body(body: bytes) -> BflFields:
     """The checked fields of a JSON body."""
+    check_json(body)
     try:
         fields = BflFields.model_validate_json(body)
     except ValidationError as error:

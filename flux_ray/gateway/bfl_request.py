@@ -1,5 +1,6 @@
 """From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too."""
 
+import re
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,8 @@ from flux_ray.gateway.sizes import fitted, size_like, sized
 from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageFormat, ImageRequest, Raster
+
+RATIO = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", re.A)
 
 
 def job_request_for(
@@ -33,7 +36,9 @@ def openai_fields(
         "seed": sent.seed,
         "width": width,
         "height": height,
-        "steps": sent.steps,
+        # Clients send the number of the model whose name they know: of a distilled tier seven times
+        # what it takes.
+        "steps": sent.steps if tier.is_guided else None,
         "guidance": sent.guidance,
         "output_format": sent.output_format or default_format(name),
     }
@@ -61,8 +66,8 @@ def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> t
     default = tier.default_side, tier.default_side
     if references:
         default = size_like(references[0], tier)
-    if not sent.width and not sent.height and sent.aspect_ratio is not None:
-        return sized(ratio_of(sent.aspect_ratio), tier)
+    if not sent.width and not sent.height and sent.aspect_ratio not in (None, "auto"):
+        return sized(ratio_of(str(sent.aspect_ratio)), tier)
     for field in ("width", "height"):
         if 0 < (getattr(sent, field) or MIN_SIDE) < MIN_SIDE:
             raise BadRequest(f"{field} must be 0 or at least {MIN_SIDE}", field)
@@ -71,10 +76,10 @@ def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> t
 
 def ratio_of(text: str) -> float:
     """Width by height."""
-    width, _, height = text.partition(":")
-    ratio = int(width) / int(height)
+    match = RATIO.fullmatch(text)
+    ratio = 0.0 if match is None else int(match[1]) / int(match[2])
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
-        raise BadRequest("aspect_ratio must be from 1:4 to 4:1", "aspect_ratio")
+        raise BadRequest("aspect_ratio must be from 1:4 to 4:1, like 16:9", "aspect_ratio")
     return ratio
 
 
@@ -83,6 +88,8 @@ def job_warnings_for(
 ) -> tuple[str, ...]:
     """What the caller sent and does not get."""
     warnings = warnings_for(openai_fields(sent, name, tier, request.references), tier)
+    if sent.steps is not None and not tier.is_guided:
+        warnings.append(f"steps has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     asked = sent.width or request.width, sent.height or request.height
     if asked != (request.width, request.height):

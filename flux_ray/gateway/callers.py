@@ -19,6 +19,13 @@ KEY_CHARS = 16
 # As they occur on the wire.
 SCHEMES = ("bearer", "token", "key")
 # What OpenAPI says of them.
+SPILL: dict[str, Any] = {
+    "name": ALLOW_SPILL,
+    "in": "header",
+    "required": False,
+    "description": "Whether another tier of the model will do while its first is loaded.",
+    "schema": {"type": "string", "enum": ["true", "false"]},
+}
 PARAMETERS: list[dict[str, Any]] = [
     {
         "name": DEADLINE,
@@ -27,13 +34,7 @@ PARAMETERS: list[dict[str, Any]] = [
         "description": "Seconds in which the answer is wanted; 429 at once if that cannot be.",
         "schema": {"type": "number", "exclusiveMinimum": 0},
     },
-    {
-        "name": ALLOW_SPILL,
-        "in": "header",
-        "required": False,
-        "description": "Whether another tier of the model will do while its first is loaded.",
-        "schema": {"type": "string", "enum": ["true", "false"]},
-    },
+    SPILL,
 ]
 
 

@@ -21,4 +21,7 @@ def dialect_of(request: Request) -> Dialect:
     path = path_of(request.scope)
     if path.startswith(HUB):
         return "hugging_face"
-    return "bfl" if path in request.app.state.bfl_paths else "openai"
+    bfl_paths = request.app.state.bfl_paths
+    # A model that is not served: its client has to read why.
+    is_model = request.method == "POST" and path.startswith("/v1/") and path.count("/") == 2
+    return "bfl" if path in bfl_paths or (bfl_paths and is_model) else "openai"

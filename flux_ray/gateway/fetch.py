@@ -34,7 +34,7 @@ class Fetcher:
 
     def __init__(self, fetching: Fetching, resolve: Resolve | None = None) -> None:
         self.fetching = fetching
-        self.guard = Guard(fetching, resolve or ask_resolver)
+        self.guard = Guard(fetching, resolve or resolver(RESOLVERS))
 
     async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
         """The bytes behind the URL, not after `until_s` of the loop's clock.
@@ -146,11 +146,16 @@ def pin(request: httpx.Request, address: str) -> httpx.Request:
     )
 
 
-async def ask_resolver(host: str, port: int) -> list[str]:
-    """The host's addresses, in the system's order of preference."""
+def resolver(executor: ThreadPoolExecutor) -> Resolve:
+    """Asks the system, on threads of its own."""
 
-    def ask() -> list[str]:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return [str(address[0]) for *_, address in found]
+    async def ask_resolver(host: str, port: int) -> list[str]:
+        """The host's addresses, in the system's order of preference."""
 
-    return await asyncio.get_running_loop().run_in_executor(RESOLVERS, ask)
+        def ask() -> list[str]:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return [str(address[0]) for *_, address in found]
+
+        return await asyncio.get_running_loop().run_in_executor(executor, ask)
+
+    return ask_resolver

@@ -12,7 +12,7 @@ from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_supported
+from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_json, check_supported
 from flux_ray.gateway.openai_references import MASK_FIELDS
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_of
@@ -127,6 +127,7 @@ def body_schema() -> dict[str, Any]:
 
 def parse_inputs(body: bytes) -> Inputs:
     """The checked body."""
+    check_json(body)
     try:
         return Inputs.model_validate_json(body)
     except ValidationError as error:

@@ -13,6 +13,8 @@ from flux_ray.router.router import Router
 # Of a job's memo: the class of the key that it was accepted from.
 KEY_CLASS = "key_class"
 
+QUEUE_SHARE = 0.75
+
 
 class JobDrawing:
     """What a Desk calls for each attempt at a job."""
@@ -48,6 +50,8 @@ class JobDrawing:
         return Caller(
             key=job.owner,
             weight=key_class.weight,
-            deadline_s=self.args.request_timeout_s,
+            # The rest is for the drawing: a job that gets no turn in time waits on, as one whose
+            # time is over while it is drawn was lost.
+            deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
         )

@@ -1,5 +1,6 @@
 """Hands orders in as jobs, and finds them again for their owners."""
 
+import asyncio
 import re
 from dataclasses import replace
 from hashlib import sha256
@@ -7,12 +8,13 @@ from typing import Any
 
 from starlette.requests import Request
 
-from flux_ray.errors import BadRequest, RateLimited
+from flux_ray.errors import BadRequest, RateLimited, TierUnavailable
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
+from flux_ray.jobs.results import JOB_ID
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
@@ -26,6 +28,8 @@ PARAMETER: dict[str, Any] = {
 }
 # Of a caller who has as many jobs as it may.
 AGAIN_S = 5
+# While the ledger is away, a client is not to wait for it.
+COUNT_S = 5.0
 
 
 class JobOrders:
@@ -34,6 +38,11 @@ class JobOrders:
     def __init__(self, router: Router, desk: Desk) -> None:
         self.router = router
         self.desk = desk
+
+    async def known(self, http: Request) -> Job | None:
+        """The job of the same request, if the caller gave it a name: nothing is counted again."""
+        named = idempotency_of(http, await http.body())
+        return None if named is None else await self.desk.known(owner_of(http), named)
 
     async def choose(self, order: Order) -> ImageRequest:
         """The request of the tier that is to draw it; it stays with that."""
@@ -55,17 +64,24 @@ class JobOrders:
         await self._check_number(owner, order.caller.allowance.max_concurrent)
         # How many at once are jobs that wait, too: they were counted just now.
         allowance = replace(order.caller.allowance, max_concurrent=None)
-        await self.router.count_in(request, replace(order.caller, allowance=allowance))
+        try:
+            async with asyncio.timeout(COUNT_S):
+                await self.router.count_in(request, replace(order.caller, allowance=allowance))
+        except TimeoutError:
+            raise TierUnavailable("limits cannot be counted now", None) from None
         named = idempotency_of(http, await http.body())
         return await self.desk.accept(Offer(owner, request, named, webhook, memo))
 
     async def find(self, http: Request, job_id: str) -> Job | None:
         """The caller's job; other people's are as if they were not there."""
+        if not re.fullmatch(JOB_ID, job_id, re.A):
+            return None
         return await self.desk.find(owner_of(http), job_id)
 
     async def cancel(self, http: Request, job_id: str) -> None:
         """End the caller's job, if it has not ended."""
-        await self.desk.cancel(owner_of(http), job_id)
+        if re.fullmatch(JOB_ID, job_id, re.A):
+            await self.desk.cancel(owner_of(http), job_id)
 
     async def _check_number(self, owner: str, limit: int | None) -> None:
         if limit is not None and await self.desk.num_active(owner) >= limit:

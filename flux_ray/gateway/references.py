@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flux_ray.errors import BadReference
+from flux_ray.gateway.held import HELD
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 
@@ -37,9 +38,13 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def decode(data: bytes, limits: Limits, name: str) -> Raster:
-    """The picture in `data`; errors call it by `name`, never by the client's file name."""
+    """The picture in `data`; errors call it by `name`, never by the client's file name.
+
+    Overloaded if this gateway holds as many as it may.
+    """
     rgb = read(data, limits, name, to_rgb)
     raster = Raster(rgb.width, rgb.height, rgb.tobytes())
+    HELD.add(raster, limits.max_held_bytes)
     # Known from now on: later it would hold the event loop.
     _ = raster.digest
     return raster

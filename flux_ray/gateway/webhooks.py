@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
 from flux_ray import __version__
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.addresses import Refused, is_reachable, literal, place_of
-from flux_ray.gateway.fetch import Guard, Resolve, ask_resolver
+from flux_ray.gateway.fetch import Guard, Resolve, resolver
 from flux_ray.gateway.signatures import headers_for, key_of
 from flux_ray.gateway_config import Webhooks
 from flux_ray.jobs.job import Webhook
 from flux_ray.jobs.postman import NotTaken
 
+# Not those of references: whoever names slow name servers there holds up no webhook.
+RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve-webhooks")
 MAX_URL_CHARS = 2083
 MAX_SECRET_CHARS = 1024
 # An answer is read so far that its server can end it in peace, and ignored.
@@ -86,7 +89,7 @@ class Poster:
         resolve: Resolve | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.guard = Guard(args, resolve or ask_resolver)
+        self.guard = Guard(args, resolve or resolver(RESOLVERS))
         self._args = args
         self._clock = clock
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from flux_ray.errors import FluxError, StoreLost
-from flux_ray.jobs.job import Job, JobResult, Lease
+from flux_ray.errors import FluxError, ResultsLost, StoreLost
+from flux_ray.jobs.job import Failure, Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
 from flux_ray.jobs.packing import num_blobs, unpack
 from flux_ray.jobs.results import Results
@@ -60,10 +60,10 @@ class Attempt:
 
     async def run(self) -> None:
         """Until the job has ended, or is another's."""
-        lease, store = self._lease, self._shop.store
+        lease = self._lease
         if lease.job.num_lost >= self._shop.max_lost:
             logger.error("job %s is given up: it was lost too often", lease.job_id)
-            await self._insist(lambda: store.fail(lease, LOST))
+            await self._fail(LOST)
             return
         drawing = asyncio.create_task(self._draw())
         try:
@@ -111,7 +111,8 @@ class Attempt:
         lease, store = self._lease, self._shop.store
         error = None if drawing.cancelled() else drawing.exception()
         if error is None and not drawing.cancelled():
-            await self._insist(lambda: store.finish(lease, drawing.result()))
+            if await self._insist(lambda: store.finish(lease, drawing.result())):
+                await self._remove_references()
             return
         if not isinstance(error, FluxError):
             logger.error("job %s: attempt %d failed", lease.job_id, lease.attempt, exc_info=error)
@@ -119,7 +120,19 @@ class Attempt:
         if isinstance(outcome, Again):
             await self._insist(lambda: store.give_back(lease, outcome.after_s, outcome.is_lost))
         else:
-            await self._insist(lambda: store.fail(lease, outcome))
+            await self._fail(outcome)
+
+    async def _fail(self, failure: Failure) -> None:
+        if await self._insist(lambda: self._shop.store.fail(self._lease, failure)):
+            await self._remove_references()
+
+    async def _remove_references(self) -> None:
+        """Nobody reads them after the job's end; what stays here goes when the job has expired."""
+        job = self._lease.job
+        try:
+            await self._shop.results.remove_references(job.job_id, num_blobs(job.packed))
+        except ResultsLost as error:
+            logger.warning("job %s keeps its reference pictures for now: %s", job.job_id, error)
 
     async def _give_back(self) -> None:
         try:

@@ -44,8 +44,10 @@ class Claimer(ABC):
         return len(self._running)
 
     def start(self) -> None:
-        """Begin to claim."""
-        self._claiming = spawn(self._claim_on())
+        """Begin to claim, unless it was stopped."""
+        if not self._is_stopping:
+            self._claiming = spawn(self._claim_on())
+            self._claiming.add_done_callback(self._start_again)
 
     def wake(self) -> None:
         """There is something to claim: do not wait for the next look."""
@@ -65,6 +67,11 @@ class Claimer(ABC):
             task.cancel()
         if left:
             await asyncio.wait(left)
+
+    def _start_again(self, claiming: "asyncio.Task[None]") -> None:
+        """After a mistake of ours, too: without claims everything would wait in vain."""
+        if not self._is_stopping:
+            asyncio.get_running_loop().call_later(self._pause_s, self.start)
 
     async def _claim_on(self) -> None:
         while not self._is_stopping:

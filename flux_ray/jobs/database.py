@@ -74,7 +74,9 @@ class Database:
     async def create(self) -> None:
         """Make the table where there is none. Raises StoreLost."""
         if self.is_sqlite and self._url.database:
-            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            # Prompts and secrets are for no other user of the machine.
+            folder = Path(self._url.database).parent
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         async with self.connect() as connection:
             if self.is_sqlite:
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")

@@ -10,7 +10,7 @@ from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progre
 from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Job, Offer, StoredPicture
+from flux_ray.jobs.job import Idempotency, Job, Offer, StoredPicture
 from flux_ray.jobs.mailbox import Mailbox
 from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
@@ -80,6 +80,12 @@ class Desk:
         job = await accept(self._store, self._results, offer)
         self._worker.wake()
         return job
+
+    async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
+        """The job that the owner has handed in under that name. Raises KeyReused."""
+        job = await self._store.known(owner, idempotency)
+        # Of one that has not come in whole, the offer is to be made again.
+        return None if job is None or job.status == "arriving" else job
 
     async def find(self, owner: str, job_id: str) -> Job | None:
         """The owner's job; other people's are as if they were not there."""

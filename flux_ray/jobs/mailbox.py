@@ -87,8 +87,12 @@ class Mailbox:
         await self._change(held(letter), state="given up", due_at_s=None)
 
     async def give_back(self, letter: Letter) -> None:
-        """Let another gateway post it, at once."""
-        await self._change(held(letter), due_at_s=self._database.now)
+        """Let another gateway post it, at once; it is no lost attempt.
+
+        Its number is the next attempt's: whoever gives back changes nothing afterwards.
+        """
+        # No late one has that number: only its holder makes it free.
+        await self._change(held(letter), attempt=letter.attempt - 1, due_at_s=self._database.now)
 
     async def _change(self, condition: ColumnElement[bool], **values: Any) -> None:
         named = {f"webhook_{name}": value for name, value in values.items()}

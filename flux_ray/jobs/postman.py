@@ -88,7 +88,7 @@ class Postman(Claimer):
         except asyncio.CancelledError:
             posting.cancel()
             await asyncio.wait({posting})
-            await self._give_back(letter)
+            await self._leave(letter, posting)
             raise
         except StoreLost as error:
             # Its lease ends, and it is posted once more.
@@ -119,9 +119,13 @@ class Postman(Claimer):
         )
         await self._mailbox.put_off(letter, after_s)
 
-    async def _give_back(self, letter: Letter) -> None:
+    async def _leave(self, letter: Letter, posting: "asyncio.Task[None]") -> None:
+        """Give it back, unless it is over: its end may be on its way to the mailbox already."""
         try:
-            await self._mailbox.give_back(letter)
+            if posting.cancelled():
+                await self._mailbox.give_back(letter)
+            else:
+                await self._conclude(letter, error_of(posting))
         except StoreLost as error:
             logger.warning("webhook of job %s waits for its lease: %s", letter.job_id, error)
 

@@ -6,6 +6,9 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +22,9 @@ from flux_ray.request import GeneratedImage, ImageFormat
 JOB_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 NAME = re.compile(rf"{JOB_ID}/(?:[0-9]+-[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A)
 MAX_BYTES = 128 * 2**20
+
+# A store that never answers keeps a thread: not one of those that decode pictures.
+THREADS = ThreadPoolExecutor(16, thread_name_prefix="results")
 
 T = TypeVar("T")
 
@@ -76,6 +82,13 @@ class Results:
         """The pictures of a request. Raises ResultMissing."""
         return tuple([await self._read(f"{job_id}/reference-{n}") for n in range(count)])
 
+    async def remove_references(self, job_id: str, count: int) -> None:
+        """Delete the pictures of a request, those that are there."""
+        for number in range(count):
+            path = self._path_of(f"{job_id}/reference-{number}")
+            with suppress(ResultMissing):
+                await translated(partial(self._files.rm_file, path))
+
     async def remove_job(self, job_id: str) -> None:
         """Delete all that a job has here, of lost attempts too."""
         if not re.fullmatch(JOB_ID, job_id, re.A):
@@ -92,13 +105,18 @@ class Results:
             raise ResultTooLarge(f"{name} has {len(data)} bytes: more than {self._max_bytes}")
         try:
             if isinstance(self._files, LocalFileSystem):
-                await translated(lambda: write_whole(Path(path), data))
+                await translated(lambda: self._write_file(Path(path), data))
             else:
                 # Object stores show an object when all of it came.
                 await translated(lambda: self._files.pipe_file(path, data))
         except ResultMissing as error:
             # No bucket, or no disk where the folder was: it may come back.
             raise ResultsLost(str(error)) from error
+
+    def _write_file(self, path: Path, data: bytes) -> None:
+        # Its pictures are for no other user of the machine.
+        Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(path, data)
 
     async def _read(self, name: str) -> bytes:
         path = self._path_of(name)
@@ -118,7 +136,7 @@ class Results:
 async def translated(call: Callable[[], T]) -> T:
     """What it answers, off the event loop, with errors of this module instead of the store's."""
     try:
-        return await asyncio.to_thread(call)
+        return await asyncio.get_running_loop().run_in_executor(THREADS, call)
     except FileNotFoundError as error:
         raise ResultMissing(str(error)) from error
     except Exception as error:

@@ -21,7 +21,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.errors import KeyReused, StoreLost
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import End, Failure, Job, JobResult, Lease, Offer
+from flux_ray.jobs.job import End, Failure, Idempotency, Job, JobResult, Lease, Offer
 from flux_ray.jobs.table import JOBS
 
 # What did not come in whole by then was left by a gateway that ended.
@@ -55,7 +55,7 @@ class Store:
             if row is not None:
                 return job_of(row)
             assert offer.idempotency is not None
-            if (known := await self._known(offer)) is not None:
+            if (known := await self.known(offer.owner, offer.idempotency)) is not None:
                 return known
         raise StoreLost("the job of this idempotency key comes and goes")
 
@@ -70,14 +70,17 @@ class Store:
         # Another gateway may have admitted it, for the same idempotency key.
         return job_of(row) if row is not None else await self._find(JOBS.c.job_id == job_id)
 
-    async def claim(self, worker: str) -> Lease | None:
-        """The job that has waited longest, or whose worker was lost; None if there is none."""
+    async def claim(self, worker: str, busy_owners: tuple[str, ...] = ()) -> Lease | None:
+        """The job that has waited longest, or whose worker was lost; None if there is none.
+
+        None of the busy owners' is taken.
+        """
         now = self._database.now
         waiting = JOBS.alias()
         # SQLite has one writer at a time and leaves the lock out.
         first = (
             select(waiting.c.job_id)
-            .where(waiting.c.claimable_at_s <= now)
+            .where(waiting.c.claimable_at_s <= now, waiting.c.owner.not_in(busy_owners))
             .order_by(waiting.c.claimable_at_s)
             .limit(1)
             .with_for_update(skip_locked=True)
@@ -138,18 +141,19 @@ class Store:
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
     async def num_active(self, owner: str) -> int:
-        """How many of the owner's jobs have not ended."""
-        is_active = and_(JOBS.c.owner == owner, JOBS.c.status.in_(("pending", "running")))
+        """How many of the owner's jobs have not ended, those that are still coming in too."""
+        is_active = JOBS.c.status.in_(("arriving", "pending", "running"))
         [counted] = await self._database.execute(
-            select(func.count().label("num_jobs")).where(is_active)
+            select(func.count().label("num_jobs")).where(
+                JOBS.c.owner == owner, is_active, self._is_kept()
+            )
         )
         return int(counted["num_jobs"])
 
-    async def expired(self, limit: int) -> tuple[str, ...]:
+    async def expired(self, limit: int, num_skipped: int = 0) -> tuple[str, ...]:
         """Jobs that nobody finds or hears of any more: their results may go, then they."""
-        query = (
-            select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s).limit(limit)
-        )
+        query = select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s)
+        query = query.limit(limit).offset(num_skipped)
         return tuple(row["job_id"] for row in await self._database.execute(query))
 
     async def remove(self, job_id: str) -> None:
@@ -182,17 +186,16 @@ class Store:
             values["webhook_state"] = "waiting"
         return insert(JOBS).values(values).on_conflict_do_nothing().returning(*COLUMNS)
 
-    async def _known(self, offer: Offer) -> Job | None:
-        """The job that has the offer's key; None if that has just expired: the key is free."""
-        assert offer.idempotency is not None
-        is_same = and_(JOBS.c.owner == offer.owner, JOBS.c.idempotency_key == offer.idempotency.key)
+    async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
+        """The owner's job of that key, if there is one. Raises KeyReused."""
+        is_same = and_(JOBS.c.owner == owner, JOBS.c.idempotency_key == idempotency.key)
         query = select(*COLUMNS, JOBS.c.fingerprint).where(is_same, self._is_kept())
         row = await self._run(query)
         if row is None:
             gone = and_(is_same, JOBS.c.expires_at_s <= self._database.now)
             await self._change(gone, {"idempotency_key": None})
             return None
-        if row["fingerprint"] != offer.idempotency.fingerprint:
+        if row["fingerprint"] != idempotency.fingerprint:
             raise KeyReused("this idempotency key was used with another request")
         return job_of(row)
 

@@ -3,7 +3,7 @@
 import uuid
 from typing import Any
 
-from flux_ray.jobs.job import Job, JobResult, Offer, StoredPicture
+from flux_ray.jobs.job import Idempotency, Job, JobResult, Offer, StoredPicture
 from flux_ray.jobs.results import ResultMissing
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -46,6 +46,9 @@ class FakeDesk:
         )
         self.jobs[offer.owner, job_id] = job
         return job
+
+    async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
+        return None
 
     async def find(self, owner: str, job_id: str) -> Job | None:
         return self.jobs.get((owner, job_id))

@@ -65,6 +65,15 @@ async def test_values(client, name):
     await check(client, input_image=VALUES[name])
 
 
+@pytest.mark.parametrize("path", ["/v1/tiny", "/v1/images/generations", "/models/tiny"])
+async def test_a_body_of_many_small_values(client, path):
+    body = b'{"prompt": "x", "inputs": "x", "y": [' + b"[]," * 200_000 + b"[]]}"
+    headers = KEY | {"content-type": "application/json"}
+    answer = await client.post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "too many values" in answer.text
+
+
 @pytest.mark.parametrize("url", URLS)
 async def test_urls(client, url):
     await check(client, input_image=url)

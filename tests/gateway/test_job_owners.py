@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
+import httpx
 import pytest
 
 from flux_ray.gateway.api import build_api
@@ -120,6 +121,16 @@ async def test_a_key_has_so_many_jobs_at_once(client, desk):
     assert (await submit(client, key=key_of("few"))).status_code == 200
     await desk.open()
     assert (await poll(client, jobs[1], key_of("few")))["status"] == "Ready"
+
+
+async def test_a_client_that_heard_nothing_is_not_counted_twice(client, desk):
+    async def send(words: str) -> httpx.Response:
+        headers = {"x-key": key_of("few"), "idempotency-key": words}
+        return await client.post("/v1/tiny", json={"prompt": words}, headers=headers)
+
+    jobs = {(await send(words)).json()["id"] for words in ("a", "b", "a", "b", "a")}
+    assert len(jobs) == 2
+    assert (await send("c")).status_code == 429
 
 
 async def test_a_job_is_one_request_of_its_minute(client, desk):

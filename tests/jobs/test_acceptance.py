@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from flux_ray.errors import KeyReused, ResultsLost
+from flux_ray.jobs import cleaning
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.cleaning import clean_up, keep_clean
 from flux_ray.jobs.job import Idempotency, JobResult
@@ -82,7 +83,7 @@ async def test_cleaning_goes_on_after_an_outage(store, folder, offer, clock, mon
     job = await accept(store, folder, offer())
     await store.cancel("anna", job.job_id)
     clock.now_s += KEEP_S
-    outages = [ResultsLost("away"), ResultsLost("away")]
+    outages = [ResultsLost("away"), RuntimeError("a mistake of ours")]
     remove = folder.remove_job
 
     async def fail_twice(job_id: str) -> None:
@@ -91,11 +92,30 @@ async def test_cleaning_goes_on_after_an_outage(store, folder, offer, clock, mon
         await remove(job_id)
 
     monkeypatch.setattr(folder, "remove_job", fail_twice)
-    cleaning = asyncio.create_task(keep_clean(store, folder, period_s=0.01))
+    cleaner = asyncio.create_task(keep_clean(store, folder, period_s=0.01))
 
     async def is_clean() -> bool:
         return await store.expired(10) == ()
 
     await wait_until(is_clean)
-    cleaning.cancel()
+    cleaner.cancel()
     assert outages == []
+
+
+async def test_a_folder_that_stays_holds_up_no_other(store, folder, offer, clock, monkeypatch):
+    jobs = [await accept(store, folder, offer()) for _ in range(5)]
+    for job in jobs:
+        await store.cancel("anna", job.job_id)
+        clock.now_s += 1
+    clock.now_s += KEEP_S
+    remove = folder.remove_job
+
+    async def fail_one(job_id: str) -> None:
+        if job_id == jobs[0].job_id:
+            raise ResultsLost("not permitted")
+        await remove(job_id)
+
+    monkeypatch.setattr(folder, "remove_job", fail_one)
+    monkeypatch.setattr(cleaning, "BATCH", 2)
+    assert await clean_up(store, folder) == 4
+    assert await store.expired(10) == (jobs[0].job_id,)

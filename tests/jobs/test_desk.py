@@ -64,6 +64,20 @@ async def test_a_gateway_that_closes_leaves_its_jobs_to_the_next(args, offer):
     await second.close()
 
 
+async def test_folders_are_for_nobody_else(tmp_path, offer):
+    rows, results = tmp_path / "a" / "rows", tmp_path / "b" / "results"
+    desk = Desk(JobArgs(database=f"sqlite:///{rows}/jobs.sqlite3", results=str(results)), paint)
+    await desk.open()
+    job = await desk.accept(offer())
+
+    async def is_ready() -> bool:
+        return (await desk.find("anna", job.job_id)).status == "ready"
+
+    await wait_until(is_ready)
+    await desk.close()
+    assert [oct(folder.stat().st_mode & 0o777) for folder in (rows, results)] == ["0o700"] * 2
+
+
 def test_the_default_needs_no_server():
     args = JobArgs()
     assert args.database.startswith("sqlite:///")

@@ -112,7 +112,8 @@ async def test_one_that_is_put_off_is_due_later(mailbox, end_job, clock):
 async def test_one_that_is_given_back_is_due_at_once(mailbox, end_job):
     await end_job()
     await mailbox.give_back(await mailbox.claim())
-    assert (await mailbox.claim()).num_failed == 0
+    letter = await mailbox.claim()
+    assert (letter.attempt, letter.num_failed, letter.num_lost) == (1, 0, 0)
 
 
 async def test_one_that_is_given_up_is_due_no_more(mailbox, database, end_job, clock):

@@ -182,7 +182,27 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
     await first.stop()
     receiver.hangs = False
     employ(Mailbox(database, LEASE_S))
-    assert await wait_for(job_id, "delivered") == 2
+    assert await wait_for(job_id, "delivered") == 1
+    assert len(receiver.posts) == 2
+
+
+async def test_a_gateway_that_closes_gives_back_no_letter_that_was_taken(
+    employ, receiver, database, end_job, wait_for
+):
+    class Slow(Mailbox):
+        async def delivered(self, letter) -> None:
+            if not begun.is_set():
+                begun.set()
+                await asyncio.sleep(60)
+            await super().delivered(letter)
+
+    begun = asyncio.Event()
+    job_id = await end_job()
+    first = employ(Slow(database, LEASE_S))
+    await begun.wait()
+    await first.stop()
+    assert await wait_for(job_id, "delivered") == 1
+    assert len(receiver.posts) == 1
 
 
 async def test_a_gateway_that_closes_sees_its_posts_end(employ, receiver, end_job, wait_for):

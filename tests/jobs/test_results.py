@@ -45,6 +45,18 @@ async def test_references_come_back(make_results):
         await make_results().read_references(JOB, 3)
 
 
+async def test_references_are_removed_and_nothing_else(make_results):
+    results = make_results()
+    await results.write_references(JOB, (b"one", b"two"))
+    [kept] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
+    await results.remove_references(JOB, 2)
+    for count in (1, 2):
+        with pytest.raises(ResultMissing):
+            await results.read_references(JOB, count)
+    assert await results.read_picture(kept) == b"first"
+    await results.remove_references(JOB, 2)
+
+
 async def test_attempts_do_not_meet(make_results):
     results = make_results()
     [first] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")

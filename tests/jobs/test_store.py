@@ -60,6 +60,15 @@ async def test_jobs_are_claimed_in_order_of_their_coming(store, offer, clock):
     assert await store.claim("w") is None
 
 
+async def test_busy_owners_wait_for_others(store, offer, clock):
+    first = await accept(store, offer(owner="anna"))
+    clock.now_s += 1
+    second = await accept(store, offer(owner="ben"))
+    assert (await store.claim("w", ("anna", "carl"))).job_id == second.job_id
+    assert await store.claim("w", ("anna",)) is None
+    assert (await store.claim("w")).job_id == first.job_id
+
+
 async def test_one_claimer_wins(store, offer):
     for seed in range(20):
         await accept(store, offer(seed))
@@ -211,7 +220,7 @@ async def test_a_job_that_is_not_whole_is_nobodys(store, offer, clock):
     assert job.status == "arriving"
     assert await store.claim("w") is None
     assert await store.find("anna", job.job_id) is None
-    assert await store.num_active("anna") == 0
+    assert await store.num_active("anna") == 1
     assert (await store.admit(job.job_id)).status == "pending"
     # Another gateway was at it too.
     assert (await store.admit(job.job_id)).status == "pending"
@@ -222,6 +231,7 @@ async def test_a_job_that_did_not_come_in_time_never_comes(store, offer, clock):
     job = await accept(store, offer(), is_whole=False)
     clock.now_s += ARRIVAL_S
     assert await store.admit(job.job_id) is None
+    assert await store.num_active("anna") == 0
     assert await store.expired(10) == (job.job_id,)
 
 

@@ -74,6 +74,83 @@ async def test_a_job_becomes_the_picture_of_its_seed(store, folder, offer, emplo
     assert ready.result.stages_s["denoise_s"] == 0.0
 
 
+@pytest.mark.parametrize("errors", [(), (BadRequest("too wide", "width"),)])
+async def test_references_go_when_the_job_has_ended(store, folder, offer, employ, tmp_path, errors):
+    job = await accept(store, folder, offer(references=(RED, RED)))
+    worker = employ(failing(*errors))
+    ended = await end_of(store, job)
+    await worker.stop(drain_s=5)
+    left = {path.name for path in (tmp_path / "results" / job.job_id).iterdir()}
+    assert left == (set() if errors else {"1-0.png"})
+    assert ended.status == ("failed" if errors else "ready")
+
+
+async def test_references_that_stay_cost_no_picture(
+    store, folder, offer, employ, monkeypatch, serve_log
+):
+    async def refuse(job_id: str, count: int) -> None:
+        raise ResultsLost("away")
+
+    monkeypatch.setattr(folder, "remove_references", refuse)
+    job = await accept(store, folder, offer(references=(RED,)))
+    worker = employ()
+    assert (await end_of(store, job)).status == "ready"
+    await worker.stop(drain_s=5)
+    assert f"job {job.job_id} keeps its reference pictures for now: away" in serve_log.text
+
+
+async def test_one_owner_leaves_room_for_others(store, folder, offer, employ):
+    async def generate(job: Job, request: ImageRequest) -> ImageResult:
+        return await paint(job, request, 60 if job.owner == "anna" else 0)
+
+    for seed in range(6):
+        await accept(store, folder, offer(seed))
+    worker = employ(generate, max_running=4)
+    for seed in range(2):
+        job = await accept(store, folder, offer(seed, owner="ben"))
+        assert (await end_of(store, job)).status == "ready"
+    assert worker.num_running == 3
+
+
+async def test_a_worker_goes_on_after_a_mistake_of_ours(
+    store, folder, offer, employ, monkeypatch, serve_log
+):
+    claim, mistakes = store.claim, [ValueError("a row of tomorrow"), ValueError("another")]
+
+    async def stumble(*args):
+        if mistakes:
+            raise mistakes.pop(0)
+        return await claim(*args)
+
+    monkeypatch.setattr(store, "claim", stumble)
+    employ()
+    job = await accept(store, folder, offer())
+    assert (await end_of(store, job)).status == "ready"
+    assert mistakes == [] and "a row of tomorrow" in serve_log.text
+
+
+async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypatch):
+    num_claims = 0
+
+    async def stumble(*args):
+        nonlocal num_claims
+        num_claims += 1
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(store, "claim", stumble)
+    worker = Worker(Workshop(store, folder, paint, pause_s=0.02), 4)
+    worker.start()
+
+    async def has_claimed() -> bool:
+        return num_claims > 0
+
+    await wait_until(has_claimed)
+    await worker.stop()
+    before = num_claims
+    await asyncio.sleep(0.1)
+    assert num_claims == before
+
+
 async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ):
     running: set[str] = set()
     most = 0
