@@ -28,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 REPLICA_IS_GONE = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)
 AGAIN_S = 1.0
+# From a stream's last value to its end.
+END_S = 5.0
 LearnLayout = Callable[[str, TierArgs], None]
 
 
@@ -123,8 +125,18 @@ class TierHandles:
 async def last_of(stream: AsyncIterator[News | ImageResult], hear: Hear) -> ImageResult:
     """The result that a stream ends with; what comes before it is heard."""
     result: ImageResult | None = None
-    # To its end, or Serve would take it for one that was given up.
-    async for value in stream:
+    values = aiter(stream)
+    # To its end, or Serve would take it for one that was given up. An end that does not come after
+    # the result costs nothing but a moment.
+    while True:
+        try:
+            value = await asyncio.wait_for(anext(values), None if result is None else END_S)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            if result is None:
+                raise
+            break
         if isinstance(value, ImageResult):
             result = value
         else:

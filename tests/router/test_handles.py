@@ -12,9 +12,10 @@ from flux_ray.config import TierArgs
 from flux_ray.errors import BadReference, ReplicaFailed, TierUnavailable
 from flux_ray.request import ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handles as handles_module
-from flux_ray.router.handles import TierHandles
+from flux_ray.router.handles import TierHandles, last_of
 from flux_ray.router.handover import GRANTED, REACHABLE
 
+RESULT = ImageResult("id", "tiny", (), StageTimes(0, 0, 0, 0))
 ARGS = TierArgs(tier="tiny")
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
@@ -219,3 +220,22 @@ async def test_a_stream_may_fail_in_the_middle(answer, value, expected):
         await TierHandles(("tiny",)).generate(REQUEST, "replica", print)
     assert type(caught.value) is expected
     assert GRANTED == {}
+
+
+async def test_an_end_that_does_not_come_loses_no_picture(monkeypatch):
+    async def stream_without_end():
+        yield Progress(1, 1)
+        yield RESULT
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(handles_module, "END_S", 0.01)
+    async with asyncio.timeout(5):
+        assert await last_of(stream_without_end(), lambda news: None) == RESULT
+
+
+async def test_a_stream_without_a_result_has_failed():
+    async def stream():
+        yield Progress(1, 2)
+
+    with pytest.raises(ReplicaFailed):
+        await last_of(stream(), lambda news: None)
