@@ -8,6 +8,7 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.openai_fields import MAX_SEED, bad_request, check_json
 
 IMAGES = ("input_image", *(f"input_image_{number}" for number in range(2, 9)))
+MAY_BE_EMPTY = {*IMAGES, "image", "mask", "aspect_ratio", "webhook_url", "webhook_secret"}
 MIN_SIDE = 64
 # Of the documentation: 4 MP in all, sides between 1:4 and 4:1.
 MAX_PIXELS = 4 * 1024 * 1024
@@ -74,13 +75,13 @@ class BflFields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def drop_nulls(cls, sent: Any) -> Any:
-        """A null says as much as no field, and so does an empty text."""
+        """A null says as much as no field, and so does an empty text where any text may stand."""
         if not isinstance(sent, dict):
             return sent
         return {
             name: each
             for name, each in sent.items()
-            if each is not None and (each != "" or name == "prompt")
+            if each is not None and (each != "" or name not in MAY_BE_EMPTY)
         }
 
     @property

@@ -1,8 +1,6 @@
 """Previews on the way to a picture, through the whole cluster."""
 
-import asyncio
 import base64
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +9,6 @@ import httpx
 import numpy as np
 import openai
 
-from flux_ray.request import ImageRequest, ImageResult, News, Preview, Progress
-from flux_ray.router.handles import TierHandles
 from tests.cluster.conftest import Replica
 from tests.cluster.storm import PROMPT, Draw
 
@@ -83,28 +79,3 @@ def test_a_second_replica_goes_on_with_the_previews(
         *previews, final = list(events)
     assert [event["partial_image_index"] for event in previews] == [1, 2]
     assert base64.b64decode(final["b64_json"]) == picture
-
-
-async def heard_of(request: ImageRequest) -> tuple[list[News], ImageResult]:
-    """Of the first of three tries that ends in time.
-
-    Once, right after another replica had died, the replica had answered and the stream did not end
-    here; 950 more did. In a gateway the request's own deadline ends what is left like that.
-    """
-    handles = TierHandles(("tiny",))
-    for _ in range(3):
-        heard: list[News] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(20):
-                return heard, await handles.generate(request, "any", heard.append)
-    raise AssertionError("no stream ended in time")
-
-
-def test_whoever_has_a_picture_drawn_hears_of_every_step(address: str, draw: Draw) -> None:
-    request = ImageRequest("id", "tiny", PROMPT, 128, 128, 4, 1.0, seed=1, num_previews=1)
-    heard, result = asyncio.run(heard_of(request))
-    assert [image.data for image in result.images] == draw(PROMPT, seed=1)
-    assert [news for news in heard if isinstance(news, Progress)] == [
-        Progress(num_done, 4) for num_done in (1, 2, 3, 4)
-    ]
-    assert [type(news) for news in heard].index(Preview) == 2

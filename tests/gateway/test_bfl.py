@@ -130,7 +130,7 @@ async def test_references_come_in_their_order(client, handles, picture):
         ({"aspect_ratio": "16:9"}, (160, 96)),
         ({"aspect_ratio": "16:9", "width": 64, "height": 96}, (64, 96)),
         ({"aspect_ratio": "auto"}, (128, 128)),
-        ({"aspect_ratio": "", "output_format": "", "webhook_url": ""}, (128, 128)),
+        ({"aspect_ratio": "", "mask": "", "webhook_url": ""}, (128, 128)),
         ({"aspect_ratio": "a client's own", "width": 64, "height": 96}, (64, 96)),
     ],
 )
