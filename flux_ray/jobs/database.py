@@ -30,6 +30,8 @@ from flux_ray.jobs.table import METADATA
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 # How long a statement waits for those of other processes.
 BUSY_TIMEOUT_S = 30
+SWITCH_TRIES = 10
+SWITCH_PAUSE_S = 0.1
 # Of the day on which the seconds begin that everybody else counts.
 JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
@@ -72,7 +74,16 @@ class Database:
         return self._engine.dialect.name == "sqlite"
 
     async def create(self) -> None:
-        """Make the table where there is none. Raises StoreLost."""
+        """Make the tables where there are none. Raises StoreLost."""
+        for _ in range(SWITCH_TRIES if self.is_sqlite else 0):
+            try:
+                return await self._create()
+            except StoreLost:
+                # Several that switch a new file to WAL at once do not wait for each other.
+                await asyncio.sleep(SWITCH_PAUSE_S)
+        await self._create()
+
+    async def _create(self) -> None:
         if self.is_sqlite and self._url.database:
             # Prompts and secrets are for no other user of the machine.
             folder = Path(self._url.database).parent
