@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
+from tests.listening import listening
+
 
 class Post(NamedTuple):
     """One request as it came."""
@@ -81,9 +83,5 @@ class WebhookReceiver:
 async def receiving(tls: ssl.SSLContext | None = None) -> AsyncIterator[WebhookReceiver]:
     """The server, on a free port of 127.0.0.1."""
     receiver = WebhookReceiver()
-    listening = await asyncio.start_server(receiver.answer, "127.0.0.1", 0, ssl=tls)
-    receiver.port = listening.sockets[0].getsockname()[1]
-    try:
+    async with listening(receiver.answer, tls) as receiver.port:
         yield receiver
-    finally:
-        listening.close()

@@ -108,10 +108,9 @@ def add_routes(
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         kept = KeptPictures(desk, args.public_url)
-        results = ResultRoutes(desk, args.public_url)
         # Their URLs are the right to read.
-        api.include_router(results.routes())
-        bfl = Bfl(router, args, desk, fetcher, results.urls)
+        api.include_router(ResultRoutes(desk, args.public_url).routes())
+        bfl = Bfl(router, args, desk, args.public_url, fetcher)
         dialects.append(bfl)
         api.state.bfl_paths = bfl.paths
     for dialect in (OpenAIImages(router, args, fetcher, kept), *dialects):

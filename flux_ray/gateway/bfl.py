@@ -23,15 +23,15 @@ from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway.job_orders import PARAMETER, JobOrders
+from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
 from flux_ray.gateway.openai import JSON, content_type_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
+from flux_ray.gateway.result_urls import sample_url_of, urls_for
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
-from flux_ray.jobs.job import Job, Webhook
+from flux_ray.jobs.job import Idempotency, Job, Webhook
 from flux_ray.router.router import Router
 
 RESULT = "/v1/get_result"
@@ -47,23 +47,18 @@ UNLIMITED_CREDITS = 1e9
 
 
 class Bfl:
-    """The routes. `urls` makes the signed ones of pictures."""
+    """The routes. `public_url` is where clients find them."""
 
     def __init__(
-        self,
-        router: Router,
-        args: GatewayArgs,
-        desk: Desk,
-        fetcher: Fetcher,
-        urls: Callable[[], Awaitable[ResultUrls]],
+        self, router: Router, args: GatewayArgs, desk: Desk, public_url: str, fetcher: Fetcher
     ) -> None:
         self.orders = Orders(router, args)
+        self.desk = desk
         self.jobs = JobOrders(router, desk)
         self.fetcher = fetcher
-        self.urls = urls
         self.limits = args.limits
         self.webhooks = args.webhooks
-        self.public_url = (args.public_url or "").rstrip("/")
+        self.public_url = public_url.rstrip("/")
         self.names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
 
     @property
@@ -113,11 +108,19 @@ class Bfl:
         content_type_of(http, JSON)
         sent = parse_body(await http.body())
         webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
-        job = await self.jobs.known(http) or await self.hand_in(http, sent, name, webhook)
+        named = idempotency_of(http, await http.body())
+        job = await self.jobs.known(http, named)
+        if job is None:
+            job = await self.hand_in(http, sent, name, named, webhook)
         return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
 
     async def hand_in(
-        self, http: Request, sent: BflFields, name: str, webhook: Webhook | None
+        self,
+        http: Request,
+        sent: BflFields,
+        name: str,
+        named: Idempotency | None,
+        webhook: Webhook | None,
     ) -> Job:
         """A new job, of which nobody has heard."""
         target = self.orders.target_of(http, name)
@@ -135,7 +138,7 @@ class Bfl:
             "output_mp": round(request.megapixels, 2),
             "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
         }
-        return await self.jobs.accept(http, order, request, memo, webhook)
+        return await self.jobs.accept(http, order, request, memo, named, webhook)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
         """What became of a job; other people's are as if they were not there."""
@@ -151,12 +154,9 @@ class Bfl:
         if job is None:
             body, status = Result(id=job_id, status="Task not found"), 404
         else:
-            body, status = result_of(job, await self.sample_url(job)), 200
+            urls = await urls_for(self.desk, self.public_url)
+            body, status = result_of(job, sample_url_of(job, urls)), 200
         return JSONResponse(body.model_dump(), status, {"cache-control": "no-store"})
-
-    async def sample_url(self, job: Job) -> str | None:
-        """Where the picture of a job is, if it is ready."""
-        return sample_url_of(job, await self.urls()) if job.status == "ready" else None
 
     async def credits(self, request: Request) -> Credits:
         """What the key may still use today."""

@@ -1,12 +1,10 @@
 """The pictures of BFL's routes: references in order, or one to fill where its mask says."""
 
-import asyncio
-
 from flux_ray.gateway.bfl_fields import IMAGES, BflFields
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway.masks import decode_alpha
+from flux_ray.gateway.masks import decode_with_alpha
 from flux_ray.gateway.openai_references import checked
-from flux_ray.gateway.sources import Pictures, Reader, Source, read_pictures
+from flux_ray.gateway.sources import Pictures, Source, read_pictures, reader_for
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import Limits
 
@@ -18,10 +16,10 @@ async def pictures_of(
     sources = [Source(name, getattr(sent, name)) for name in ("image", *IMAGES)]
     sources = [source for source in sources if source.content is not None]
     masks = [] if sent.mask is None else [Source("mask", sent.mask)]
-    pictures = await read_pictures(checked(iter(sources), iter(masks), target), limits, fetcher)
+    taken = checked(iter(sources), iter(masks), target)
     if sent.image is None or sent.mask is not None:
-        return pictures
-    until_s = asyncio.get_running_loop().time() + fetcher.fetching.timeout_s
-    reader = Reader(limits, fetcher, until_s)
-    mask = await reader.read(Source("image", sent.image), "image", decode_alpha)
-    return pictures._replace(mask=mask)
+        return await read_pictures(taken, limits, fetcher)
+    reader = reader_for(limits, fetcher)
+    image, *others = taken.references
+    raster, mask = await reader.read(image, "image 1", decode_with_alpha)
+    return Pictures((raster, *await reader.read_references(others, first=2)), mask)

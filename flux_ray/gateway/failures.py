@@ -19,7 +19,7 @@ from flux_ray.errors import (
 )
 from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
-from flux_ray.gateway.dialects import dialect_of
+from flux_ray.gateway.dialects import Dialect, dialect_of
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.request_id import HEADER
 
@@ -88,11 +88,8 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
         type=BadRequest.type if error.status_code < 500 else FluxError.type,
         code=CODES.get(error.status_code, BadRequest.code),
     )
-    body: BaseModel = Envelope(error=failure)
-    if dialect_of(request) == "hugging_face":
-        body = HubFailure(error=failure.message, error_type=failure.code)
-    elif dialect_of(request) == "bfl":
-        body = BflFailure(detail=failure.message, message=failure.message)
+    as_bfl = BflFailure(detail=failure.message, message=failure.message)
+    body = body_of(dialect_of(request), failure, as_bfl)
     return JSONResponse(body.model_dump(), error.status_code, dict(error.headers or {}))
 
 
@@ -110,14 +107,18 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
     """The body of an error in the words of the route's dialect, whether to come back, and when."""
-    dialect, failure, status = dialect_of(request), failure_of(error), error.status
-    body: BaseModel = Envelope(error=failure)
-    if dialect == "hugging_face":
-        body = HubFailure(error=failure.message, error_type=failure.code)
-    elif dialect == "bfl":
-        place = "query" if error.field == "id" else "body"
-        body, status = bfl_failure(error, place), bfl_status(error)
+    dialect = dialect_of(request)
+    place = "query" if error.field == "id" else "body"
+    body = body_of(dialect, failure_of(error), bfl_failure(error, place))
+    status = bfl_status(error) if dialect == "bfl" else error.status
     return JSONResponse(body.model_dump(), status, headers_for(error))
+
+
+def body_of(dialect: Dialect, failure: Failure, as_bfl: BflFailure) -> BaseModel:
+    """A failure in the dialect's shape."""
+    if dialect == "hugging_face":
+        return HubFailure(error=failure.message, error_type=failure.code)
+    return as_bfl if dialect == "bfl" else Envelope(error=failure)
 
 
 def headers_for(error: FluxError) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from flux_ray.gateway.bfl_message import message_for
 from flux_ray.gateway.job_drawing import JobDrawing
-from flux_ray.gateway.result_urls import ResultUrls, sample_url_of
+from flux_ray.gateway.result_urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
@@ -19,8 +19,7 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
     async def message_of(job: Job) -> bytes:
         # A new URL each time: the first one may have expired.
-        urls = ResultUrls(public_url, await desk.url_secret())
-        return message_for(job, sample_url_of(job, urls))
+        return message_for(job, sample_url_of(job, await urls_for(desk, public_url)))
 
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)

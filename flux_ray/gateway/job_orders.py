@@ -14,7 +14,7 @@ from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
-from flux_ray.jobs.results import JOB_ID
+from flux_ray.jobs.results import is_job_id
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
@@ -39,10 +39,9 @@ class JobOrders:
         self.router = router
         self.desk = desk
 
-    async def known(self, http: Request) -> Job | None:
+    async def known(self, http: Request, named: Idempotency | None) -> Job | None:
         """The job of the same request, if the caller gave it a name: nothing is counted again."""
-        named = idempotency_of(http, await http.body())
-        return None if named is None else await self.desk.known(owner_of(http), named)
+        return None if named is None else await self.desk.known(name_of(http), named)
 
     async def choose(self, order: Order) -> ImageRequest:
         """The request of the tier that is to draw it; it stays with that."""
@@ -54,10 +53,11 @@ class JobOrders:
         order: Order,
         request: ImageRequest,
         memo: dict[str, Any],
+        named: Idempotency | None,
         webhook: Webhook | None,
     ) -> Job:
         """The job, which is never lost. RateLimited or QuotaTooSmall if it is too much."""
-        owner = owner_of(http)
+        owner = name_of(http)
         key = key_of(http)
         if key is not None and key.key_class is not None:
             memo = memo | {KEY_CLASS: key.key_class}
@@ -68,30 +68,22 @@ class JobOrders:
             async with asyncio.timeout(COUNT_S):
                 await self.router.count_in(request, replace(order.caller, allowance=allowance))
         except TimeoutError:
-            raise TierUnavailable("limits cannot be counted now", None) from None
-        named = idempotency_of(http, await http.body())
+            raise TierUnavailable("limits cannot be counted now") from None
         return await self.desk.accept(Offer(owner, request, named, webhook, memo))
 
     async def find(self, http: Request, job_id: str) -> Job | None:
         """The caller's job; other people's are as if they were not there."""
-        if not re.fullmatch(JOB_ID, job_id, re.A):
-            return None
-        return await self.desk.find(owner_of(http), job_id)
+        return await self.desk.find(name_of(http), job_id) if is_job_id(job_id) else None
 
     async def cancel(self, http: Request, job_id: str) -> None:
         """End the caller's job, if it has not ended."""
-        if re.fullmatch(JOB_ID, job_id, re.A):
-            await self.desk.cancel(owner_of(http), job_id)
+        if is_job_id(job_id):
+            await self.desk.cancel(name_of(http), job_id)
 
     async def _check_number(self, owner: str, limit: int | None) -> None:
         if limit is not None and await self.desk.num_active(owner) >= limit:
             message = f"this key has {limit} jobs that are not done: as many as it may"
             raise RateLimited(message, None, AGAIN_S, limit, 0)
-
-
-def owner_of(http: Request) -> str:
-    """Whose its jobs are: a key's name, or a digest of whatever was sent as a key."""
-    return name_of(http)
 
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:

@@ -1,6 +1,6 @@
 """Answers by URL: pictures that were just drawn, kept for as long as those of jobs."""
 
-from flux_ray.gateway.result_urls import ResultUrls
+from flux_ray.gateway.result_urls import urls_for
 from flux_ray.jobs.desk import Desk
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -16,6 +16,6 @@ class KeptPictures:
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[str, ...]:
         """A signed one of each picture."""
-        urls = ResultUrls(self._public_url, await self._desk.url_secret())
+        urls = await urls_for(self._desk, self._public_url)
         pictures = await self._desk.keep(owner, request, result)
         return tuple(urls.url_of(picture) for picture in pictures)

@@ -3,9 +3,9 @@
 from PIL import Image
 
 from flux_ray.errors import BadReference
-from flux_ray.gateway.references import read, to_rgb
+from flux_ray.gateway.references import raster_from, read, to_rgb
 from flux_ray.gateway_config import Limits
-from flux_ray.request import Mask
+from flux_ray.request import Mask, Raster
 
 MARK_TRANSPARENT = [255] + [0] * 255
 MARK_LIGHT = [0] * 128 + [255] * 128
@@ -23,12 +23,12 @@ def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
     return mask
 
 
-def decode_alpha(data: bytes, limits: Limits, name: str) -> Mask:
-    """The mask in the alpha channel of a picture."""
-    mask = read(data, limits, name, mask_from_alpha)
+def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask]:
+    """A picture whose alpha channel is its mask."""
+    rgb, mask = read(data, limits, name, lambda image: (to_rgb(image), mask_from_alpha(image)))
     if 255 not in mask.marks:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
-    return mask
+    return raster_from(rgb, limits), mask
 
 
 def mask_from(image: Image.Image) -> Mask:

@@ -42,7 +42,11 @@ def decode(data: bytes, limits: Limits, name: str) -> Raster:
 
     Overloaded if this gateway holds as many as it may.
     """
-    rgb = read(data, limits, name, to_rgb)
+    return raster_from(read(data, limits, name, to_rgb), limits)
+
+
+def raster_from(rgb: Image.Image, limits: Limits) -> Raster:
+    """The pixels, counted while somebody holds them. Overloaded."""
     raster = Raster(rgb.width, rgb.height, rgb.tobytes())
     HELD.add(raster, limits.max_held_bytes)
     # Known from now on: later it would hold the event loop.

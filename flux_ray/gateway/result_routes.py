@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from flux_ray.errors import UnknownResult
 from flux_ray.gateway.failures import Envelope, answer_for
-from flux_ray.gateway.result_urls import PREFIX, ResultUrls
+from flux_ray.gateway.result_urls import PREFIX, urls_for
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 
@@ -21,10 +21,6 @@ class ResultRoutes:
     def __init__(self, desk: Desk, public_url: str) -> None:
         self._desk = desk
         self._public_url = public_url
-
-    async def urls(self) -> ResultUrls:
-        """With the secret that all gateways share. Raises StoreLost."""
-        return ResultUrls(self._public_url, await self._desk.url_secret())
 
     def routes(self) -> APIRouter:
         """Whatever the path below it, this answers, so that all that is wrong looks alike."""
@@ -46,7 +42,7 @@ class ResultRoutes:
     async def show(self, request: Request, name: str, exp: str = "", sig: str = "") -> Response:
         """The picture, if the URL is one of ours and there is still such a picture."""
         try:
-            urls = await self.urls()
+            urls = await urls_for(self._desk, self._public_url)
             if not urls.allows(name, exp, sig):
                 return missing(request)
             data = await self._desk.read_by_name(name)

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 
+from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Job, StoredPicture
 
 PREFIX = "/results/"
@@ -45,6 +46,11 @@ class ResultUrls:
         # What else is ever signed with this secret has other words in front.
         words = f"result {expiry} {name}".encode("utf-8", "backslashreplace")
         return hmac.digest(self._secret, words, "sha256").hex()
+
+
+async def urls_for(desk: Desk, public_url: str) -> ResultUrls:
+    """With the secret that all gateways share. Raises StoreLost."""
+    return ResultUrls(public_url, await desk.url_secret())
 
 
 def sample_url_of(job: Job, urls: ResultUrls) -> str | None:

@@ -52,13 +52,16 @@ class Pictures(NamedTuple):
 
 async def read_pictures(sources: Sources, limits: Limits, fetcher: Fetcher) -> Pictures:
     """The decoded pictures, one at a time, so that one only is in memory undecoded."""
-    reader = Reader(limits, fetcher, asyncio.get_running_loop().time() + fetcher.fetching.timeout_s)
-    references = [
-        await reader.read(source, f"image {number}", decode)
-        for number, source in enumerate(sources.references, start=1)
-    ]
+    reader = reader_for(limits, fetcher)
+    references = await reader.read_references(sources.references)
     mask = None if sources.mask is None else await reader.read(sources.mask, "mask", decode_mask)
-    return Pictures(tuple(references), mask)
+    return Pictures(references, mask)
+
+
+def reader_for(limits: Limits, fetcher: Fetcher) -> "Reader":
+    """Of one request, from now on."""
+    now_s = asyncio.get_running_loop().time()
+    return Reader(limits, fetcher, now_s + fetcher.fetching.timeout_s)
 
 
 class Reader(NamedTuple):
@@ -67,6 +70,15 @@ class Reader(NamedTuple):
     limits: Limits
     fetcher: Fetcher
     until_s: float
+
+    async def read_references(self, sources: list[Source], first: int = 1) -> tuple[Raster, ...]:
+        """The pictures, of which the first is called number `first`."""
+        return tuple(
+            [
+                await self.read(source, f"image {number}", decode)
+                for number, source in enumerate(sources, start=first)
+            ]
+        )
 
     async def read(
         self, source: Source, name: str, decode: Callable[[bytes, Limits, str], Read]

@@ -4,8 +4,10 @@ import asyncio
 import contextvars
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Coroutine
+from functools import partial
+from typing import Any, NamedTuple
 
 from flux_ray.errors import StoreLost
 
@@ -19,24 +21,39 @@ PAUSE_S = 1.0
 Work = Coroutine[Any, Any, None]
 
 
-class Claimer(ABC):
-    """Works on at most `max_running` things at once, until it is stopped."""
+class Claim(NamedTuple):
+    """Work on what was claimed, which gives it back if it is cancelled, and whose it is."""
 
-    def __init__(self, max_running: int, poll_s: float = POLL_S, pause_s: float = PAUSE_S) -> None:
+    owner: str
+    work: Work
+
+
+class Claimer(ABC):
+    """Works on at most `max_running` things at once, until it is stopped.
+
+    An owner who has `max_per_owner` of them leaves the rest to others.
+    """
+
+    def __init__(
+        self,
+        max_running: int,
+        max_per_owner: float,
+        poll_s: float = POLL_S,
+        pause_s: float = PAUSE_S,
+    ) -> None:
         self._max_running = max_running
+        self._max_per_owner = max_per_owner
         self._poll_s = poll_s
         self._pause_s = pause_s
         self._is_stopping = False
         self._news = asyncio.Event()
         self._claiming: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._held: Counter[str] = Counter()
 
     @abstractmethod
-    async def claim(self) -> Work | None:
-        """Work on what was claimed, which gives it back if it is cancelled; None: there is none.
-
-        Raises StoreLost.
-        """
+    async def claim(self, but_of: Collection[str]) -> Claim | None:
+        """One thing more, but of those owners; None: there is none. Raises StoreLost."""
 
     @property
     def num_running(self) -> int:
@@ -86,20 +103,24 @@ class Claimer(ABC):
 
     async def _claim_once(self) -> float:
         """Seconds until it is worth another look."""
+        busy = [owner for owner, num in self._held.items() if num >= self._max_per_owner]
         try:
-            work = await self.claim()
+            claim = await self.claim(busy)
         except StoreLost as error:
             logger.warning("the %s claims nothing: %s", type(self).__name__.lower(), error)
             return self._pause_s
-        if work is None:
+        if claim is None:
             return self._poll_s
-        task = spawn(work)
+        task = spawn(claim.work)
         self._running.add(task)
-        task.add_done_callback(self._make_room)
+        self._held[claim.owner] += 1
+        task.add_done_callback(partial(self._make_room, claim.owner))
         return 0.0
 
-    def _make_room(self, task: "asyncio.Task[None]") -> None:
+    def _make_room(self, owner: str, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
+        # Who has none left is not remembered.
+        self._held -= Counter({owner: 1})
         self._news.set()
 
     async def _wait_for_news(self, timeout_s: float | None) -> None:

@@ -119,6 +119,11 @@ class Database:
         task.add_done_callback(look_at)
         return await asyncio.shield(task)
 
+    async def first(self, statement: Executable) -> RowMapping | None:
+        """Its one row, if there is one. Raises StoreLost."""
+        rows = await self.execute(statement)
+        return rows[0] if rows else None
+
     async def _execute(self, statement: Executable) -> Sequence[RowMapping]:
         async with self.connect() as connection:
             return (await connection.execute(statement)).mappings().all()

@@ -99,10 +99,6 @@ class Desk:
         """How many of the owner's jobs have not ended."""
         return await self._store.num_active(owner)
 
-    async def read_picture(self, picture: StoredPicture) -> bytes:
-        """A picture of a job that was found. Raises ResultMissing and ResultsLost."""
-        return await self._results.read_picture(picture)
-
     async def read_by_name(self, name: str) -> bytes:
         """A picture of any job that is ready, whoever's. Raises ResultMissing and ResultsLost."""
         return await self._shelf.read(name)

@@ -4,11 +4,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, select, update
+from sqlalchemy import ColumnElement, and_, update
 
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Webhook
-from flux_ray.jobs.store import COLUMNS, job_of
+from flux_ray.jobs.store import COLUMNS, job_of, longest_due
 from flux_ray.jobs.table import JOBS
 
 WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt", "num_failed"))
@@ -50,28 +50,19 @@ class Mailbox:
     async def claim(self, but_of: Collection[str] = ()) -> Letter | None:
         """The letter that is due the longest, but of those owners; None if there is none."""
         now = self._database.now
-        due = JOBS.alias()
-        first = (
-            select(due.c.job_id)
-            .where(due.c.webhook_due_at_s <= now, due.c.owner.not_in(but_of))
-            .order_by(due.c.webhook_due_at_s)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
-        rows = await self._database.execute(
+        row = await self._database.first(
             update(JOBS)
-            .where(JOBS.c.job_id == first)
+            .where(JOBS.c.job_id == longest_due("webhook_due_at_s", now, but_of))
             .values(
                 webhook_attempt=JOBS.c.webhook_attempt + 1,
                 webhook_due_at_s=now + self._lease_s,
             )
             .returning(*COLUMNS, *WEBHOOK)
         )
-        for row in rows:
-            webhook = Webhook(row["webhook_url"], row["webhook_secret"])
-            return Letter(job_of(row), webhook, row["webhook_attempt"], row["webhook_num_failed"])
-        return None
+        if row is None:
+            return None
+        webhook = Webhook(row["webhook_url"], row["webhook_secret"])
+        return Letter(job_of(row), webhook, row["webhook_attempt"], row["webhook_num_failed"])
 
     async def delivered(self, letter: Letter) -> None:
         """It was taken, if late: no other attempt is needed."""

@@ -3,12 +3,11 @@
 import asyncio
 import logging
 import traceback
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.claimer import POLL_S, Claimer, Work
+from flux_ray.jobs.claimer import POLL_S, Claim, Claimer
 from flux_ray.jobs.job import Job, Webhook
 from flux_ray.jobs.mailbox import Letter, Mailbox
 
@@ -64,21 +63,16 @@ class Postman(Claimer):
         max_lost: int,
         poll_s: float = POLL_S,
     ) -> None:
-        super().__init__(MAX_POSTING, poll_s)
+        super().__init__(MAX_POSTING, MAX_POSTING_PER_OWNER, poll_s)
         self._mailbox = mailbox
         self._mail = mail
         self._retries_s = retries_s
         self._max_lost = max_lost
-        self._posting: Counter[str] = Counter()
 
-    async def claim(self) -> Work | None:
+    async def claim(self, but_of: Collection[str]) -> Claim | None:
         """The delivery of the letter that is due the longest."""
-        busy = [owner for owner, num in self._posting.items() if num >= MAX_POSTING_PER_OWNER]
-        letter = await self._mailbox.claim(busy)
-        if letter is None:
-            return None
-        self._posting[letter.job.owner] += 1
-        return self._deliver(letter)
+        letter = await self._mailbox.claim(but_of)
+        return None if letter is None else Claim(letter.job.owner, self._deliver(letter))
 
     async def _deliver(self, letter: Letter) -> None:
         posting = asyncio.create_task(self._post(letter))
@@ -93,8 +87,6 @@ class Postman(Claimer):
         except StoreLost as error:
             # Its lease ends, and it is posted once more.
             logger.warning("webhook of job %s waits for a store: %s", letter.job_id, error)
-        finally:
-            self._posting -= Counter({letter.job.owner: 1})
 
     async def _post(self, letter: Letter) -> None:
         if letter.num_lost >= self._max_lost:

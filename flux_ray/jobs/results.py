@@ -91,7 +91,7 @@ class Results:
 
     async def remove_job(self, job_id: str) -> None:
         """Delete all that a job has here, of lost attempts too."""
-        if not re.fullmatch(JOB_ID, job_id, re.A):
+        if not is_job_id(job_id):
             raise ResultMissing(f"{job_id} is no job's name")
         path = f"{self._root}/{job_id}"
         try:
@@ -131,6 +131,11 @@ class Results:
         if not NAME.fullmatch(name):
             raise ResultMissing(f"{name} is no name of ours")
         return f"{self._root}/{name}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a job could be called so."""
+    return re.fullmatch(JOB_ID, text, re.A) is not None
 
 
 async def translated(call: Callable[[], T]) -> T:

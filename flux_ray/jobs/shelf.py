@@ -3,18 +3,16 @@
 import uuid
 from dataclasses import asdict
 
-from pydantic import TypeAdapter
-from sqlalchemy import Executable, RowMapping, insert, select, update
+from sqlalchemy import Executable, insert, select, update
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import JobResult, StoredPicture
 from flux_ray.jobs.results import ResultMissing, Results
-from flux_ray.jobs.store import ARRIVAL_S
+from flux_ray.jobs.store import ARRIVAL_S, RESULT
 from flux_ray.jobs.table import JOBS
 from flux_ray.request import ImageRequest, ImageResult
 
-RESULT = TypeAdapter(JobResult)
 # No key is called so: they are nobody's jobs, and are not found as such.
 KEPT_FOR = "kept for "
 
@@ -43,12 +41,12 @@ class Shelf:
         """
         job_id = str(uuid.uuid4())
         # First the row: what is written without one would never be removed.
-        await self._run(self._arrival(job_id, owner, request))
+        await self._database.first(self._arrival(job_id, owner, request))
         pictures = await self._results.write_pictures(
             job_id, 0, result.images, request.encoding.format
         )
         kept = JobResult(pictures, asdict(result.times), result.warnings)
-        if await self._run(self._completion(job_id, kept)) is None:
+        if await self._database.first(self._completion(job_id, kept)) is None:
             raise StoreLost("the pictures took too long to be stored")
         return pictures
 
@@ -87,12 +85,8 @@ class Shelf:
             JOBS.c.status == "ready",
             JOBS.c.expires_at_s > self._database.now,
         )
-        if (row := await self._run(ready)) is not None:
+        if (row := await self._database.first(ready)) is not None:
             for picture in RESULT.validate_python(row["result"]).pictures:
                 if picture.name == name:
                     return picture
         raise ResultMissing("no job has a picture of that name")
-
-    async def _run(self, statement: Executable) -> RowMapping | None:
-        rows = await self._database.execute(statement)
-        return rows[0] if rows else None

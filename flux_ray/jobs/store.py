@@ -1,14 +1,15 @@
 """The store of jobs: accept, claim, beat, end, cancel and find, each one statement."""
 
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter
 from sqlalchemy import (
     ColumnElement,
-    Executable,
     RowMapping,
+    ScalarSelect,
     UpdateBase,
     and_,
     case,
@@ -51,7 +52,7 @@ class Store:
         One that is not whole is claimable only when it was admitted.
         """
         for _ in range(MAX_TRIES):
-            row = await self._run(self._insertion(offer, packed, is_whole))
+            row = await self._database.first(self._insertion(offer, packed, is_whole))
             if row is not None:
                 return job_of(row)
             assert offer.idempotency is not None
@@ -61,7 +62,7 @@ class Store:
 
     async def admit(self, job_id: str) -> Job | None:
         """It has come in whole; None if it never will."""
-        row = await self._run(
+        row = await self._database.first(
             update(JOBS)
             .where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving", self._is_kept())
             .values(status="pending", claimable_at_s=self._database.now, expires_at_s=None)
@@ -70,23 +71,11 @@ class Store:
         # Another gateway may have admitted it, for the same idempotency key.
         return job_of(row) if row is not None else await self._find(JOBS.c.job_id == job_id)
 
-    async def claim(self, worker: str, busy_owners: tuple[str, ...] = ()) -> Lease | None:
-        """The job that has waited longest, or whose worker was lost; None if there is none.
-
-        None of the busy owners' is taken.
-        """
+    async def claim(self, worker: str, but_of: Collection[str] = ()) -> Lease | None:
+        """The job that has waited longest or lost its worker, but of those owners; or None."""
         now = self._database.now
-        waiting = JOBS.alias()
-        # SQLite has one writer at a time and leaves the lock out.
-        first = (
-            select(waiting.c.job_id)
-            .where(waiting.c.claimable_at_s <= now, waiting.c.owner.not_in(busy_owners))
-            .order_by(waiting.c.claimable_at_s)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .scalar_subquery()
-        )
-        row = await self._run(
+        first = longest_due("claimable_at_s", now, but_of)
+        row = await self._database.first(
             update(JOBS)
             .where(JOBS.c.job_id == first)
             .values(
@@ -159,7 +148,7 @@ class Store:
     async def remove(self, job_id: str) -> None:
         """Forget a job that has expired."""
         gone = and_(JOBS.c.job_id == job_id, self._is_over())
-        await self._run(delete(JOBS).where(gone).returning(JOBS.c.job_id))
+        await self._database.first(delete(JOBS).where(gone).returning(JOBS.c.job_id))
 
     def _insertion(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> UpdateBase:
         now = self._database.now
@@ -190,7 +179,7 @@ class Store:
         """The owner's job of that key, if there is one. Raises KeyReused."""
         is_same = and_(JOBS.c.owner == owner, JOBS.c.idempotency_key == idempotency.key)
         query = select(*COLUMNS, JOBS.c.fingerprint).where(is_same, self._is_kept())
-        row = await self._run(query)
+        row = await self._database.first(query)
         if row is None:
             gone = and_(is_same, JOBS.c.expires_at_s <= self._database.now)
             await self._change(gone, {"idempotency_key": None})
@@ -211,7 +200,7 @@ class Store:
 
     async def _find(self, condition: ColumnElement[bool]) -> Job | None:
         query = select(*COLUMNS).where(condition, JOBS.c.status != "arriving", self._is_kept())
-        row = await self._run(query)
+        row = await self._database.first(query)
         return None if row is None else job_of(row)
 
     def _is_kept(self) -> ColumnElement[bool]:
@@ -224,11 +213,7 @@ class Store:
 
     async def _change(self, condition: ColumnElement[bool], values: dict[str, Any]) -> bool:
         changed = update(JOBS).where(condition).values(values).returning(JOBS.c.job_id)
-        return await self._run(changed) is not None
-
-    async def _run(self, statement: Executable) -> RowMapping | None:
-        rows = await self._database.execute(statement)
-        return rows[0] if rows else None
+        return await self._database.first(changed) is not None
 
 
 def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
@@ -238,6 +223,22 @@ def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
         "webhook_state": case((has_one, "due"), else_=None),
         "webhook_due_at_s": case((has_one, now), else_=None),
     }
+
+
+def longest_due(
+    column: str, now: ColumnElement[float], but_of: Collection[str]
+) -> ScalarSelect[str]:
+    """The job whose time in that column came first, for one of several who claim at once."""
+    due = JOBS.alias()
+    return (
+        select(due.c.job_id)
+        .where(due.c[column] <= now, due.c.owner.not_in(but_of))
+        .order_by(due.c[column])
+        .limit(1)
+        # SQLite has one writer at a time and leaves the lock out.
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

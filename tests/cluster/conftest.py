@@ -1,15 +1,18 @@
 """One real Ray with serve/laptop.yaml on it, shared by every test of this folder."""
 
 import base64
+import copy
 import io
 import os
 import random
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -92,6 +95,21 @@ def deploy(config: dict[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+
+
+@contextmanager
+def more_gateways(
+    config: dict[str, Any], url: str, name: str, args: dict[str, Any]
+) -> Iterator[None]:
+    """An application of that name beside those of `config`, whose gateways answer below `url`."""
+    changed = copy.deepcopy(config)
+    (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
+    prefix = urlsplit(url).path
+    changed["applications"].append(gateway | {"name": name, "route_prefix": prefix, "args": args})
+    deploy(changed)
+    wait_until(lambda: is_ready(url), timeout_s=120, what=name)
+    yield
+    deploy(config)
 
 
 @pytest.fixture(scope="session")

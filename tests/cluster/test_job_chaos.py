@@ -1,7 +1,6 @@
 """Jobs on the real cluster while its gateways, leaders and ranks are killed: none is lost."""
 
 import asyncio
-import copy
 import json
 import random
 import time
@@ -13,10 +12,10 @@ import httpx
 import pytest
 from standardwebhooks.webhooks import Webhook
 
-from tests.cluster.conftest import Replica, deploy, wait_until
+from tests.cluster.conftest import Replica, more_gateways
 from tests.cluster.storm import PROMPT, Draw
 from tests.jobs.servers import Postgres
-from tests.jobs.waiting import wait_until as wait_until_true
+from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving
 
 NUM_JOBS = 200
@@ -68,20 +67,8 @@ def gateways(
             "webhook_retries_s": [0.5] * 100,
         },
     }
-    changed = copy.deepcopy(config)
-    (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
-    changed["applications"].append(gateway | {"name": APP, "route_prefix": PREFIX, "args": args})
-    deploy(changed)
-    wait_until(lambda: is_up(url), timeout_s=120, what="gateways that take jobs")
-    yield url
-    deploy(config)
-
-
-def is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz").status_code == 200
-    except httpx.TransportError:
-        return False
+    with more_gateways(config, url, APP, args):
+        yield url
 
 
 async def insist(ask: Callable[[], Any]) -> dict[str, Any]:
@@ -167,7 +154,7 @@ async def test_every_job_ends_ready_whatever_is_killed(
                 kills.append(VICTIMS[len(kills) % len(VICTIMS)])
                 await asyncio.to_thread(kill, kills[-1], replicas)
         await following
-        await wait_until_true(lambda: all_told(receiver), timeout_s=60)
+        await wait_until(lambda: all_told(receiver), timeout_s=60)
         for number, told in clients.results.items():
             assert told["status"] == "Ready", told
             assert await clients.picture_of(number) == expected[number % NUM_SEEDS]

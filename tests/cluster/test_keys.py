@@ -1,6 +1,5 @@
 """Keys and what they may have, over two real gateways and a ledger that is lost."""
 
-import copy
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 
 from flux_ray.key_store import change_keys
 from flux_ray.keys import NewKey, new_key, with_key, without_key
-from tests.cluster.conftest import deploy, wait_until
+from tests.cluster.conftest import more_gateways
 from tests.cluster.storm import PROMPT
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -45,26 +44,10 @@ def gateways(
     address: str, config: dict[str, Any], keys_file: Path, keys: dict[str, NewKey]
 ) -> Iterator[str]:
     """Two more gateways, behind a prefix of their own."""
-    changed = copy.deepcopy(config)
-    (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
-    args = {"tiers": ["tiny"], "card": "cpu", "num_replicas": 2, "key_classes": CLASSES}
-    changed["applications"].append(
-        gateway
-        | {
-            "name": "gateways-with-keys",
-            "route_prefix": PREFIX,
-            "args": args | {"keys_file": str(keys_file)},
-        }
-    )
-    deploy(changed)
     url = f"{address}{PREFIX}"
-    wait_until(
-        lambda: httpx.get(f"{url}/readyz").status_code == 200,
-        timeout_s=120,
-        what="gateways that ask for keys",
-    )
-    yield url
-    deploy(config)
+    args = {"tiers": ["tiny"], "card": "cpu", "num_replicas": 2, "key_classes": CLASSES}
+    with more_gateways(config, url, "gateways-with-keys", args | {"keys_file": str(keys_file)}):
+        yield url
 
 
 def ask(url: str, secret: str, **fields: object) -> httpx.Response:

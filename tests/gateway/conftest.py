@@ -1,10 +1,31 @@
-"""A client of the gateway, without a network."""
+"""A client of the gateway, without a network, and a desk for its jobs."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx
 import pytest
 from fastapi import FastAPI
+
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.job_config import JobArgs
+from flux_ray.jobs.desk import Desk
+from tests.jobs.painter import paint
+
+
+@pytest.fixture
+def job_args(tmp_path: Path) -> JobArgs:
+    """All that is kept is in the test's own folder."""
+    return JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
+
+
+@pytest.fixture
+async def desk(gateway_args: GatewayArgs) -> AsyncIterator[Desk]:
+    """Of the gateway's args, with a painter for the cluster."""
+    desk = Desk(gateway_args.jobs, paint)
+    await desk.open()
+    yield desk
+    await desk.close()
 
 
 @pytest.fixture

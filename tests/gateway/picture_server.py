@@ -5,6 +5,8 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from tests.listening import listening
+
 
 class PictureServer:
     """`asked` are the request lines that reached it, and `hosts` what they took it for."""
@@ -71,9 +73,5 @@ async def serving(
 ) -> AsyncIterator[PictureServer]:
     """The server, on a free port of 127.0.0.1."""
     server = PictureServer(picture)
-    listening = await asyncio.start_server(server.answer, "127.0.0.1", 0, ssl=tls)
-    server.port = listening.sockets[0].getsockname()[1]
-    try:
+    async with listening(server.answer, tls) as server.port:
         yield server
-    finally:
-        listening.close()

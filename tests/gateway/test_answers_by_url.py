@@ -9,24 +9,12 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError
 from flux_ray.errors import StoreLost
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
-from flux_ray.jobs.desk import Desk
 from tests.conftest import LIMITS
-from tests.jobs.painter import paint
 
 
 @pytest.fixture
-def gateway_args(tmp_path):
-    jobs = JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
-    return GatewayArgs(tiers=("tiny",), limits=LIMITS, jobs=jobs, public_url="http://public/at")
-
-
-@pytest.fixture
-async def desk(gateway_args):
-    desk = Desk(gateway_args.jobs, paint)
-    await desk.open()
-    yield desk
-    await desk.close()
+def gateway_args(job_args):
+    return GatewayArgs(tiers=("tiny",), limits=LIMITS, jobs=job_args, public_url="http://public/at")
 
 
 @pytest.fixture

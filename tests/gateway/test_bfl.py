@@ -13,7 +13,6 @@ from flux_ray.errors import Overloaded, ReplicaFailed
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
 from tests.conftest import LIMITS
 
@@ -21,13 +20,13 @@ PUBLIC = "https://flux.example/api"
 
 
 @pytest.fixture
-def gateway_args(tmp_path) -> GatewayArgs:
+def gateway_args(job_args) -> GatewayArgs:
     return GatewayArgs(
         tiers=("tiny",),
         aliases={"flux-dev": "tiny", "flux-kontext-pro": "tiny"},
         limits=LIMITS,
         public_url=PUBLIC,
-        jobs=JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results"),
+        jobs=job_args,
     )
 
 

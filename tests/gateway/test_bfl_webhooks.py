@@ -10,7 +10,6 @@ from standardwebhooks import Webhook as Verifier
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving
@@ -26,11 +25,10 @@ async def receiver():
 
 
 @pytest.fixture
-def gateway_args(tmp_path, receiver) -> GatewayArgs:
-    jobs = JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
+def gateway_args(job_args, receiver) -> GatewayArgs:
     webhooks = {"schemes": ["http"], "ports": [receiver.port], "networks": ["127.0.0.1/32"]}
     return GatewayArgs.model_validate(
-        {"tiers": ["tiny"], "limits": LIMITS, "public_url": PUBLIC, "jobs": jobs}
+        {"tiers": ["tiny"], "limits": LIMITS, "public_url": PUBLIC, "jobs": job_args}
         | {"webhooks": webhooks}
     )
 

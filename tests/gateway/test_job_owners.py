@@ -9,7 +9,6 @@ import pytest
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.key_store import write_keys
 from flux_ray.keys import KeyFile, new_key
@@ -36,16 +35,15 @@ ANNA_TOO = new_key("anna", None, NOW)
 
 
 @pytest.fixture
-def gateway_args(tmp_path) -> GatewayArgs:
+def gateway_args(tmp_path, job_args) -> GatewayArgs:
     live = (*(each.key for each in KEYS.values()), ANNA_TOO.key)
     write_keys(tmp_path / "keys.yaml", KeyFile(keys=live))
-    jobs = JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
     return GatewayArgs.model_validate(
         {
             "tiers": ["tiny", "flux-2-klein-9b"],
             "limits": LIMITS,
             "public_url": PUBLIC,
-            "jobs": jobs,
+            "jobs": job_args,
             "keys_file": tmp_path / "keys.yaml",
             "key_classes": CLASSES,
         }

@@ -10,7 +10,6 @@ import pytest
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.result_urls import ResultUrls
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer, StoredPicture
 from flux_ray.key_store import write_keys
@@ -100,24 +99,15 @@ def test_each_secret_has_its_own():
 
 
 @pytest.fixture
-def gateway_args(tmp_path):
-    jobs = JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=f"{tmp_path}/results")
+def gateway_args(tmp_path, job_args):
     write_keys(tmp_path / "keys.yaml", KeyFile())
     return GatewayArgs(
         tiers=("tiny",),
         limits=LIMITS,
-        jobs=jobs,
+        jobs=job_args,
         public_url=PUBLIC,
         keys_file=tmp_path / "keys.yaml",
     )
-
-
-@pytest.fixture
-async def desk(gateway_args):
-    desk = Desk(gateway_args.jobs, paint)
-    await desk.open()
-    yield desk
-    await desk.close()
 
 
 @pytest.fixture

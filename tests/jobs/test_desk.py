@@ -28,7 +28,7 @@ async def test_any_gateway_answers_for_any_job(args, offer):
 
     await wait_until(is_ready)
     found = await second.find("anna", job.job_id)
-    data = await second.read_picture(found.result.pictures[0])
+    data = await second.read_by_name(found.result.pictures[0].name)
     assert data == picture_for(wanted.request, wanted.request.seed)
     assert await second.find("ben", job.job_id) is None
     await first.close()
