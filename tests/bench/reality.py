@@ -26,7 +26,7 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
 
 from tests.bench.reality_replay import measure, replay
 from tests.bench.reality_serve import Cluster, cluster
-from tests.bench.reality_work import OURS, POLICIES, Costs, Played, play, trace_of
+from tests.bench.reality_work import OURS, POLICIES, SHAPES, Costs, Played, play, trace_of
 
 # Two simulated attainments are told apart when they differ by so many standard errors.
 APART = 2.0
@@ -47,7 +47,7 @@ class Setup:
 
 
 SETUPS = (
-    Setup("tiny", 1, 0.7, 90.0, is_paced=False),
+    Setup("tiny", 1, 0.7, 180.0, is_paced=False),
     Setup("pair", 2, 0.7, 40.0, is_paced=False),
     Setup("paced", 4, 0.9, 30.0, is_paced=True),
 )
@@ -146,6 +146,7 @@ def main() -> None:
             costs = measure(place.url(OURS), setup.num_replicas)
             for shape, measured in costs.items():
                 print(f"{shape}: {measured.cost_s:.3f} s alone, {measured.unloaded_s:.3f} s in all")
+            print(f"{costs[SHAPES[0]].between_s * 1000:.1f} ms from one to the next")
             figures[setup.name] = {"reality": reality(setup, costs, place)}
             if has_order:
                 figures[setup.name]["order"] = order(setup, costs, place)

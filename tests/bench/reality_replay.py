@@ -1,9 +1,11 @@
 """The client of the reality bench: asks at the times of a trace, over HTTP, and reads the clock."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import httpx
 
@@ -12,15 +14,17 @@ from tests.bench.reality_work import PROMPT, SHAPES, Costs, Measured, Played, Se
 STAGES = ("encode", "denoise", "decode")
 NUM_WARM_UP = 5
 NUM_ALONE = 12
+# Clients of a replica that is never without somebody who waits.
+CROWD = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Seconds of the whole answer, of its stages in the replica, and in the gateway."""
+    """Seconds of the whole answer, and of its stages in the replica; and when it was there."""
 
+    ended_at: float
     latency_s: float
     service_s: float
-    gateway_s: float
 
 
 async def ask(client: httpx.AsyncClient, url: str, sent: Sent) -> Answer | None:
@@ -29,48 +33,63 @@ async def ask(client: httpx.AsyncClient, url: str, sent: Sent) -> Answer | None:
     fields = {"prompt": PROMPT, "seed": 1, **sent.shape.fields}
     began = time.perf_counter()
     answer = await client.post(url, json=fields, headers=headers)
-    latency_s = time.perf_counter() - began
+    ended_at = time.perf_counter()
     if answer.status_code in (400, 429):
         return None
     said = answer.raise_for_status().headers.get("server-timing", "")
     spent = {part.split(";dur=")[0]: float(part.split("=")[1]) for part in said.split(", ") if part}
     service_s = sum(spent.get(stage, 0.0) for stage in STAGES) / 1000
-    return Answer(latency_s, service_s, spent.get("total", 0.0) / 1000)
+    return Answer(ended_at, ended_at - began, service_s)
 
 
-def measure(url: str, num_at_once: int) -> Costs:
-    """Shapes drawn in turns by so many clients, none of which waits for another's replica.
+def measure(url: str, num_replicas: int) -> Costs:
+    """Shapes drawn in turns by as many clients as there are replicas: none of them waits.
 
-    As many as there are replicas: they share the processors. The first rounds warm the prices up.
+    They share the processors as they will later. The first rounds warm the prices up.
     """
+    between_s = seconds_between(url, num_replicas)
+    by_shape: dict[Shape, list[Answer]] = {shape: [] for shape in SHAPES}
+    for shape, answer in draw(url, num_replicas, SHAPES):
+        by_shape[shape].append(answer)
+    return {
+        shape: Measured(
+            tuple(answer.service_s for answer in answers),
+            tuple(answer.latency_s for answer in answers),
+            between_s,
+        )
+        for shape, answers in by_shape.items()
+    }
 
-    async def draw(client: httpx.AsyncClient, number: int) -> list[tuple[Shape, Answer]]:
+
+def seconds_between(url: str, num_replicas: int) -> float:
+    """How long a replica has nothing to do from one request to the next, though others wait.
+
+    The end of one travels to the ledger, and the grant of the next back.
+    """
+    shape = SHAPES[0]
+    drawn = draw(url, CROWD * num_replicas, (shape,))
+    took_s = max(answer.ended_at for _, answer in drawn) - min(a.ended_at for _, a in drawn)
+    return took_s * num_replicas / (len(drawn) - 1) - fmean(a.service_s for _, a in drawn)
+
+
+def draw(url: str, num_clients: int, shapes: Sequence[Shape]) -> list[tuple[Shape, Answer]]:
+    """So many clients, each asking again when it was answered; without the first rounds."""
+
+    async def one(client: httpx.AsyncClient, number: int) -> list[tuple[Shape, Answer]]:
         drawn = []
-        for turn in range((NUM_WARM_UP + NUM_ALONE) * len(SHAPES)):
-            shape = SHAPES[(number + turn) % len(SHAPES)]
+        for turn in range((NUM_WARM_UP + NUM_ALONE) * len(shapes)):
+            shape = shapes[(number + turn) % len(shapes)]
             answer = await ask(client, url, Sent(0.0, shape, None))
-            if answer is not None and turn >= NUM_WARM_UP * len(SHAPES):
+            if answer is not None and turn >= NUM_WARM_UP * len(shapes):
                 drawn.append((shape, answer))
         return drawn
 
-    async def all_clients() -> list[list[tuple[Shape, Answer]]]:
+    async def all_clients() -> list[tuple[Shape, Answer]]:
         async with httpx.AsyncClient(timeout=600) as client:
-            return await asyncio.gather(*(draw(client, number) for number in range(num_at_once)))
+            drawn = await asyncio.gather(*(one(client, number) for number in range(num_clients)))
+        return list(itertools.chain.from_iterable(drawn))
 
-    by_shape: dict[Shape, list[Answer]] = {shape: [] for shape in SHAPES}
-    for drawn in asyncio.run(all_clients()):
-        for shape, answer in drawn:
-            by_shape[shape].append(answer)
-    return {shape: measured(answers) for shape, answers in by_shape.items()}
-
-
-def measured(answers: Sequence[Answer]) -> Measured:
-    """The answers of one shape."""
-    return Measured(
-        tuple(answer.service_s for answer in answers),
-        tuple(answer.gateway_s for answer in answers),
-        tuple(answer.latency_s for answer in answers),
-    )
+    return asyncio.run(all_clients())
 
 
 def replay(url: str, trace: Sequence[Sent]) -> Played:

@@ -49,14 +49,14 @@ SHAPES = (Shape(128, 20, 1, 70), Shape(192, 20, 1, 20), Shape(192, 20, 4, 10))
 
 @dataclass(frozen=True)
 class Measured:
-    """A shape's requests that wait for nobody: seconds of their stages, in the gateway, and in all.
+    """A shape's requests that wait for nobody: seconds of their stages, and in all.
 
-    In the gateway is what the ledger counts a replica as taken for: grant and end travel in it.
+    `between_s`: for how long our replica is taken beside them; end and next grant travel in it.
     """
 
     service_s: tuple[float, ...]
-    gateway_s: tuple[float, ...]
     latency_s: tuple[float, ...]
+    between_s: float
 
     @property
     def unloaded_s(self) -> float:
@@ -180,12 +180,11 @@ def play(
     for sent, service_s in itertools.zip_longest(trace, services_s):
         measured = costs[sent.shape]
         number = dice.randrange(len(measured.service_s))
-        held = measured.gateway_s if policy == OURS else measured.service_s
-        outside_s.append(measured.latency_s[number] - held[number])
+        between_s = measured.between_s if policy == OURS else 0.0
+        held_s = measured.service_s[number] + between_s
+        outside_s.append(measured.latency_s[number] - held_s)
         limit_s = NO_LIMIT_S if sent.deadline_s is None else sent.deadline_s
-        actual_s = held[number]
-        if service_s is not None:
-            actual_s += service_s - measured.service_s[number]
+        actual_s = held_s if service_s is None else service_s + between_s
         arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=actual_s))
     queue = WatchedQueue(new_policy(policy))
     simulate(arrivals, [Pool(TIER, queue, num_replicas)])
