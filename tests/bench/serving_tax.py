@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from flux_ray.replica.placement import KEEPS_MEMORY
+
+if not KEEPS_MEMORY.items() <= os.environ.items():
+    # As our ranks have it: else an engine of ours would be compared with a slower one.
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
+
 import httpx
 import ray
 import uvicorn
