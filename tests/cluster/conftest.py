@@ -5,7 +5,10 @@ import copy
 import io
 import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +25,8 @@ import pytest
 import yaml
 from PIL import Image
 
-LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
+ROOT = Path(__file__).parents[2]
+LAPTOP = ROOT / "serve" / "laptop.yaml"
 BOOT_S = 400
 
 
@@ -50,6 +54,28 @@ def is_ready(address: str) -> bool:
         return httpx.get(f"{address}/readyz").status_code == 200
     except httpx.TransportError:
         return False
+
+
+@contextmanager
+def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator[psutil.Popen]:
+    """The command, with a home and a Ray of its own; whatever is left of them is killed."""
+    env = {"HOME": str(home), "RAY_AUTH_MODE": auth_mode, "RAY_ADDRESS": "local"}
+    serve = psutil.Popen(
+        [Path(sys.executable).parent / "serve", "run", config],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A shell in the background would have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        yield serve
+    finally:
+        if serve.is_running():
+            for process in (*serve.children(recursive=True), serve):
+                process.kill()
+            serve.wait(10)
 
 
 @pytest.fixture
