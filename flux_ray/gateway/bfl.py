@@ -26,7 +26,7 @@ from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
 from flux_ray.gateway.openai import JSON, content_type_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.result_urls import sample_url_of, urls_for
+from flux_ray.gateway.result_urls import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.gateway_config import GatewayArgs
@@ -155,7 +155,8 @@ class Bfl:
             body, status = Result(id=job_id, status="Task not found"), 404
         else:
             urls = await urls_for(self.desk, self.public_url)
-            body, status = result_of(job, sample_url_of(job, urls)), 200
+            body = result_of(job, sample_url_of(job, urls), preview_url_of(job, urls))
+            status = 200
         return JSONResponse(body.model_dump(), status, {"cache-control": "no-store"})
 
     async def credits(self, request: Request) -> Credits:

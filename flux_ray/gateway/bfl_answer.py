@@ -44,6 +44,12 @@ class Sample(BaseModel):
     duration: float
 
 
+class PreviewSample(BaseModel):
+    """What a job will look like: `sample` is where, until the job ends."""
+
+    sample: str
+
+
 class Result(BaseModel):
     """What is known of a job; `progress` goes from 0 to 1."""
 
@@ -52,7 +58,7 @@ class Result(BaseModel):
     result: Sample | None = None
     progress: float | None = None
     details: dict[str, Any] | None = None
-    preview: dict[str, Any] | None = None
+    preview: PreviewSample | None = None
 
 
 class Credits(BaseModel):
@@ -79,14 +85,15 @@ def accepted(job: Job, polling_url: str, webhook_url: str | None) -> Accepted:
     )
 
 
-def result_of(job: Job, sample_url: str | None) -> Result:
-    """The answer to who asks for it; `sample_url` where it is ready."""
+def result_of(job: Job, sample_url: str | None, preview_url: str | None) -> Result:
+    """The answer to who asks for it; `sample_url` where it is ready, and before `preview_url`."""
     return Result(
         id=job.job_id,
         status=STATUSES[job.status],
         result=None if sample_url is None else sample_of(job, sample_url),
         progress=job.progress,
         details=details_of(job),
+        preview=None if preview_url is None else PreviewSample(sample=preview_url),
     )
 
 

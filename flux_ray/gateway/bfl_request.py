@@ -1,6 +1,7 @@
 """From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too."""
 
 import re
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -15,6 +16,9 @@ from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageFormat, ImageRequest, Raster
 
+# Who asks for the result sees them come; a picture of few steps is there before a preview is.
+NUM_PREVIEWS = 3
+MIN_PREVIEWED_STEPS = 8
 RATIO = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", re.A)
 
 
@@ -23,7 +27,9 @@ def job_request_for(
 ) -> ImageRequest:
     """The complete request; `name` is the route's, on which the format depends."""
     fields = openai_fields(sent, name, tier, pictures.references)
-    return request_for(fields, tier, limits, *pictures)
+    request = request_for(fields, tier, limits, *pictures)
+    is_long = request.num_steps >= MIN_PREVIEWED_STEPS
+    return replace(request, num_previews=NUM_PREVIEWS if is_long else 0)
 
 
 def openai_fields(

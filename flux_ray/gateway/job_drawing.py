@@ -6,7 +6,7 @@ from flux_ray.gateway.callers import allowance_of
 from flux_ray.gateway.targets import UNLIMITED
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
-from flux_ray.request import ImageRequest, ImageResult, News, Progress
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, News, Progress
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -23,6 +23,7 @@ class JobDrawing:
         self.router = router
         self.args = args
         self._progress: dict[str, float] = {}
+        self._previews: dict[str, GeneratedImage] = {}
 
     async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
         """The job's pictures; raises as the router does."""
@@ -30,15 +31,22 @@ class JobDrawing:
         def hear(news: News) -> None:
             if isinstance(news, Progress):
                 self._progress[request.request_id] = news.share
+            else:
+                self._previews[request.request_id] = news.image
 
         try:
             return await self.router.generate(request, self.caller_of(job), hear)
         finally:
             self._progress.pop(request.request_id, None)
+            self._previews.pop(request.request_id, None)
 
     def progress_of(self, request_id: str) -> float | None:
         """How far a request has come, from 0 to 1; None if nothing was heard of it."""
         return self._progress.get(request_id)
+
+    def preview_of(self, request_id: str) -> GeneratedImage | None:
+        """What a request's picture will look like; None if nothing was heard of that."""
+        return self._previews.get(request_id)
 
     def caller_of(self, job: Job) -> Caller:
         """Its owner, who waits as long as it takes.

@@ -1,4 +1,4 @@
-"""URLs of finished pictures: whoever has one may read that picture, for a while."""
+"""URLs of jobs' pictures: whoever has one may read that picture, for a while."""
 
 import hmac
 import re
@@ -58,3 +58,8 @@ def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
     if job.status != "ready" or job.result is None:
         return None
     return urls.url_of(job.result.pictures[0])
+
+
+def preview_url_of(job: Job, urls: ResultUrls) -> str | None:
+    """Where what it will look like is, if it runs and that is known."""
+    return None if job.preview is None else urls.url_of(job.preview)

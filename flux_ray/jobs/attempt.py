@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -10,9 +11,10 @@ from flux_ray.errors import FluxError, ResultsLost, StoreLost
 from flux_ray.jobs.job import Failure, Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
 from flux_ray.jobs.packing import num_blobs, unpack
+from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,10 +27,12 @@ MAX_BEAT_S = 2.0
 Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 # How far a request has come, from 0 to 1, by its id; None if nobody knows.
 ProgressOf = Callable[[str], float | None]
+# What it will look like, by its id; None as long as nobody knows.
+PreviewOf = Callable[[str], GeneratedImage | None]
 T = TypeVar("T")
 
 
-def unknown_progress(request_id: str) -> float | None:
+def unheard(request_id: str) -> None:
     """Nobody knows."""
     return None
 
@@ -44,7 +48,8 @@ class Workshop:
     store: Store
     results: Results
     generate: Generate
-    progress_of: ProgressOf = unknown_progress
+    progress_of: ProgressOf = unheard
+    preview_of: PreviewOf = unheard
     pause_s: float = 1.0
     max_lost: int = 5
 
@@ -67,10 +72,11 @@ class Attempt:
             return
         drawing = asyncio.create_task(self._draw())
         try:
-            if await self._watch(drawing):
-                await self._conclude(drawing)
-            else:
-                logger.info("job %s was cancelled, or is another worker's", lease.job_id)
+            async with self._previews():
+                if await self._watch(drawing):
+                    await self._conclude(drawing)
+                else:
+                    logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
             # First: another would have it drawn at the same time.
             await end(drawing)
@@ -78,6 +84,20 @@ class Attempt:
             raise
         finally:
             await end(drawing)
+
+    @property
+    def _beat_s(self) -> float:
+        return min(self._shop.store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
+
+    def _previews(self) -> AbstractAsyncContextManager[None]:
+        """They are shown while this is open, if the request asks for any."""
+        lease, shop = self._lease, self._shop
+        if not lease.job.packed.get("num_previews"):
+            return nullcontext()
+        previews = Previews(
+            lease, shop.store, shop.results, lambda: shop.preview_of(self._request_id)
+        )
+        return previews.shown(self._beat_s)
 
     async def _draw(self) -> JobResult:
         job, results = self._lease.job, self._shop.results
@@ -95,9 +115,8 @@ class Attempt:
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost."""
         store = self._shop.store
-        beat_s = min(store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
         while True:
-            done, _ = await asyncio.wait({drawing}, timeout=beat_s)
+            done, _ = await asyncio.wait({drawing}, timeout=self._beat_s)
             if done:
                 return True
             try:

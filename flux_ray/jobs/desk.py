@@ -6,7 +6,7 @@ import logging
 from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Generate, ProgressOf, Workshop, unknown_progress
+from flux_ray.jobs.attempt import Generate, PreviewOf, ProgressOf, Workshop, unheard
 from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
@@ -36,8 +36,9 @@ class Desk:
         self,
         args: JobArgs,
         generate: Generate,
-        progress_of: ProgressOf = unknown_progress,
+        progress_of: ProgressOf = unheard,
         mail: Mail | None = None,
+        preview_of: PreviewOf = unheard,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
@@ -45,7 +46,7 @@ class Desk:
         self._shelf = Shelf(self._database, self._results, args.keep_s)
         self._url_secret: bytes | None = None
         workshop = Workshop(
-            self._store, self._results, generate, progress_of, max_lost=args.max_lost
+            self._store, self._results, generate, progress_of, preview_of, max_lost=args.max_lost
         )
         self._worker = Worker(workshop, args.max_running)
         self._postman: Postman | None = None
@@ -100,7 +101,7 @@ class Desk:
         return await self._store.num_active(owner)
 
     async def read_by_name(self, name: str) -> bytes:
-        """A picture of any job that is ready, whoever's. Raises ResultMissing and ResultsLost."""
+        """A picture of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""
         return await self._shelf.read(name)
 
     async def keep(

@@ -79,7 +79,7 @@ class Job:
     """A row of the store. Times are of the database's clock, in seconds since 1970.
 
     `packed` is the request without its pictures. `num_lost` counts the workers that were lost with
-    it. `progress` goes from 0 to 1.
+    it. `progress` goes from 0 to 1. While it runs, `result` has its previews.
     """
 
     job_id: str
@@ -98,6 +98,13 @@ class Job:
     result: JobResult | None = None
     failure: Failure | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def preview(self) -> StoredPicture | None:
+        """What it will look like, as far as is known while it runs."""
+        if self.status != "running" or self.result is None:
+            return None
+        return self.result.pictures[-1]
 
 
 @dataclass(frozen=True)

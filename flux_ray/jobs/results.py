@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,7 +20,9 @@ from flux_ray.jobs.job import StoredPicture
 from flux_ray.request import GeneratedImage, ImageFormat
 
 JOB_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-NAME = re.compile(rf"{JOB_ID}/(?:[0-9]+-[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A)
+NAME = re.compile(
+    rf"{JOB_ID}/(?:[0-9]+-(?:preview-)?[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A
+)
 MAX_BYTES = 128 * 2**20
 
 # A store that never answers keeps a thread: not one of those that decode pictures.
@@ -58,13 +60,20 @@ class Results:
         self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
     ) -> tuple[StoredPicture, ...]:
         """Keep the pictures of an attempt. Raises ResultTooLarge."""
-        stored = []
-        for number, image in enumerate(images):
-            name = f"{job_id}/{attempt}-{number}.{format}"
-            await self._write(name, image.data)
-            digest = hashlib.sha256(image.data).hexdigest()
-            stored.append(StoredPicture(name, image.seed, len(image.data), digest))
-        return tuple(stored)
+        names = (f"{job_id}/{attempt}-{number}.{format}" for number in range(len(images)))
+        return tuple([await self._keep(*each) for each in zip(names, images, strict=True)])
+
+    async def write_preview(
+        self, job_id: str, attempt: int, number: int, image: GeneratedImage, format: ImageFormat
+    ) -> StoredPicture:
+        """Keep what an attempt's picture will look like. Raises ResultTooLarge."""
+        return await self._keep(f"{job_id}/{attempt}-preview-{number}.{format}", image)
+
+    async def remove_previews(
+        self, job_id: str, attempt: int, count: int, format: ImageFormat
+    ) -> None:
+        """Delete those of an attempt that are there."""
+        await self._remove(f"{job_id}/{attempt}-preview-{n}.{format}" for n in range(count))
 
     async def read_picture(self, picture: StoredPicture) -> bytes:
         """The very bytes that were written. Raises ResultMissing."""
@@ -84,10 +93,7 @@ class Results:
 
     async def remove_references(self, job_id: str, count: int) -> None:
         """Delete the pictures of a request, those that are there."""
-        for number in range(count):
-            path = self._path_of(f"{job_id}/reference-{number}")
-            with suppress(ResultMissing):
-                await translated(partial(self._files.rm_file, path))
+        await self._remove(f"{job_id}/reference-{number}" for number in range(count))
 
     async def remove_job(self, job_id: str) -> None:
         """Delete all that a job has here, of lost attempts too."""
@@ -98,6 +104,16 @@ class Results:
             await translated(lambda: self._files.rm(path, recursive=True))
         except ResultMissing:
             return
+
+    async def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with suppress(ResultMissing):
+                await translated(partial(self._files.rm_file, self._path_of(name)))
+
+    async def _keep(self, name: str, image: GeneratedImage) -> StoredPicture:
+        await self._write(name, image.data)
+        digest = hashlib.sha256(image.data).hexdigest()
+        return StoredPicture(name, image.seed, len(image.data), digest)
 
     async def _write(self, name: str, data: bytes) -> None:
         path = self._path_of(name)

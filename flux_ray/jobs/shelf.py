@@ -1,9 +1,9 @@
-"""The shelf: finished pictures by their names, and those that were drawn without a job."""
+"""The shelf: pictures of jobs by their names, and those that were drawn without a job."""
 
 import uuid
 from dataclasses import asdict
 
-from sqlalchemy import Executable, insert, select, update
+from sqlalchemy import Executable, and_, insert, or_, select, update
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.database import Database
@@ -80,12 +80,12 @@ class Shelf:
 
     async def _find(self, name: str) -> StoredPicture:
         """As its job's row tells of it."""
-        ready = select(JOBS.c.result).where(
-            JOBS.c.job_id == name.partition("/")[0],
-            JOBS.c.status == "ready",
-            JOBS.c.expires_at_s > self._database.now,
+        is_kept = and_(JOBS.c.status == "ready", JOBS.c.expires_at_s > self._database.now)
+        is_previewed = and_(JOBS.c.status == "running", JOBS.c.result.is_not(None))
+        named = select(JOBS.c.result).where(
+            JOBS.c.job_id == name.partition("/")[0], or_(is_kept, is_previewed)
         )
-        if (row := await self._database.first(ready)) is not None:
+        if (row := await self._database.first(named)) is not None:
             for picture in RESULT.validate_python(row["result"]).pictures:
                 if picture.name == name:
                     return picture

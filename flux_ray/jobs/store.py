@@ -22,7 +22,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.errors import KeyReused, StoreLost
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import End, Failure, Idempotency, Job, JobResult, Lease, Offer
+from flux_ray.jobs.job import (
+    End,
+    Failure,
+    Idempotency,
+    Job,
+    JobResult,
+    Lease,
+    Offer,
+    StoredPicture,
+)
 from flux_ray.jobs.table import JOBS
 
 # What did not come in whole by then was left by a gateway that ended.
@@ -82,6 +91,7 @@ class Store:
                 status="running",
                 worker=worker,
                 progress=0.0,
+                result=None,
                 attempt=JOBS.c.attempt + 1,
                 num_lost=JOBS.c.num_lost + case((JOBS.c.status == "running", 1), else_=0),
                 started_at_s=func.coalesce(JOBS.c.started_at_s, now),
@@ -98,11 +108,16 @@ class Store:
             values["progress"] = progress
         return await self._change(held(lease), values)
 
+    async def show(self, lease: Lease, previews: tuple[StoredPicture, ...]) -> bool:
+        """What it will look like, until it ends or is another's; False as for beat."""
+        return await self._change(held(lease), {"result": asdict(JobResult(previews, {}))})
+
     async def give_back(self, lease: Lease, after_s: float = 0.0, is_lost: bool = False) -> bool:
         """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would."""
         values = {
             "status": "pending",
             "worker": None,
+            "result": None,
             "num_lost": JOBS.c.num_lost + int(is_lost),
             "claimable_at_s": self._database.now + after_s,
         }
@@ -190,6 +205,8 @@ class Store:
 
     async def _end(self, condition: ColumnElement[bool], status: str, **values: Any) -> bool:
         now = self._database.now
+        # Of one without a result, no preview is left either.
+        values = {"result": None} | values
         values |= {
             "status": status,
             "claimable_at_s": None,

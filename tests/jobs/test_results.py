@@ -57,6 +57,18 @@ async def test_references_are_removed_and_nothing_else(make_results):
     await results.remove_references(JOB, 2)
 
 
+async def test_previews_are_removed_and_nothing_else(make_results):
+    results = make_results()
+    previews = [await results.write_preview(JOB, 1, n, IMAGES[n], "png") for n in range(2)]
+    [kept] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
+    assert [await results.read_picture(each) for each in previews] == [b"first", b"second"]
+    await results.remove_previews(JOB, 1, 3, "png")
+    for preview in previews:
+        with pytest.raises(ResultMissing):
+            await results.read_picture(preview)
+    assert await results.read_picture(kept) == b"first"
+
+
 async def test_attempts_do_not_meet(make_results):
     results = make_results()
     [first] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")

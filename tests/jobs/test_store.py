@@ -110,6 +110,21 @@ async def test_a_beat_keeps_the_lease(store, offer, clock):
     assert (await store.find("anna", job.job_id)).progress == 0.5
 
 
+async def test_previews_are_there_while_their_lease_is(store, offer, clock):
+    job = await accept(store, offer())
+    late = await store.claim("late")
+    assert await store.show(late, RESULT.pictures)
+    assert (await store.find("anna", job.job_id)).preview == RESULT.pictures[0]
+    clock.now_s += LEASE_S
+    lease = await store.claim("w")
+    assert not await store.show(late, RESULT.pictures)
+    assert (await store.find("anna", job.job_id)).result is None
+    assert await store.show(lease, RESULT.pictures)
+    assert await store.fail(lease, FAILURE)
+    assert (await store.find("anna", job.job_id)).result is None
+    assert not await store.show(lease, RESULT.pictures)
+
+
 async def test_a_late_worker_ends_nothing(store, offer, clock):
     job = await accept(store, offer())
     late = await store.claim("late")
