@@ -37,19 +37,6 @@ from flux_ray.router.turnstile import Turnstile
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 
-# Gateways and leaders only wait, in one asyncio loop: Serve's own. On the threads that it would
-# make for them and for their handles, each message would change threads, which costs milliseconds
-# a request. What has no need of a processor of its own takes none.
-ON_SERVES_LOOP: dict[str, Any] = {
-    "num_cpus": 0,
-    "runtime_env": {
-        "env_vars": {
-            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        }
-    },
-}
-
 
 @serve.ingress()
 class Gateway:
@@ -89,7 +76,7 @@ def build_gateway(args: GatewayArgs) -> Application:
         name="gateway",
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.max_ongoing_requests,
-        ray_actor_options=ON_SERVES_LOOP,
+        ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.drain_timeout_s,
@@ -108,8 +95,8 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
         name=args.tier,
         **replicas_of(args),
         max_ongoing_requests=args.max_ongoing_requests,
-        # The bundles are its ranks'.
-        ray_actor_options=ON_SERVES_LOOP,
+        # The leader needs nothing: the bundles are its ranks'.
+        ray_actor_options={"num_cpus": 0},
         placement_group_bundles=bundles_for(args),
         placement_group_strategy=strategy_for(args.parallel),
         request_router_config=granted_replica_first(),

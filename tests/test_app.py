@@ -2,9 +2,8 @@
 
 from ray.serve import Application
 
-from flux_ray.app import ON_SERVES_LOOP, build_gateway, build_tier, replicas_of
+from flux_ray.app import build_tier, replicas_of
 from flux_ray.config import Parallel, TierArgs
-from flux_ray.gateway_config import GatewayArgs
 
 
 def deployments_of(application: Application) -> dict[str, object]:
@@ -55,15 +54,3 @@ def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
     encoder = deployments["flux-2-dev-text-encoder"]
     assert encoder.num_replicas == 1
     assert encoder._replica_config.ray_actor_options["num_gpus"] == 1
-
-
-def test_what_only_waits_runs_on_serves_loop_and_what_computes_does_not() -> None:
-    args = TierArgs(tier="flux-2-dev", weights="x/y@z", text_encoder="shared")
-    deployments = deployments_of(build_tier(args)) | deployments_of(
-        build_gateway(GatewayArgs(tiers=("tiny",), card="cpu"))
-    )
-    options = {name: each._replica_config.ray_actor_options for name, each in deployments.items()}
-    environment = ON_SERVES_LOOP["runtime_env"]
-    assert options["flux-2-dev"]["runtime_env"] == environment
-    assert options["gateway"]["runtime_env"] == environment
-    assert "runtime_env" not in options["flux-2-dev-text-encoder"]

@@ -12,14 +12,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
 
-# On processors glibc would give the memory of a step's tensors back to the system, and fetch it
-# again for the next, page by page: a twentieth of the time, and now and then a fifth.
-KEEPS_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
-
 
 def bundles_for(args: TierArgs) -> list[dict[str, float]]:
     """The placement group of a replica: one bundle a rank; the leader sits in the first one."""
@@ -32,11 +24,6 @@ def bundles_for(args: TierArgs) -> list[dict[str, float]]:
 def strategy_for(parallel: Parallel) -> str:
     """Ray's name for how near to each other the bundles must be."""
     return "STRICT_PACK" if parallel.num_nodes == 1 else "PACK"
-
-
-def environment_for(args: TierArgs) -> dict[str, str]:
-    """What a rank's process is started with."""
-    return KEEPS_MEMORY if args.device == "cpu" else {}
 
 
 def ranks_by_node(node_of_bundle: Mapping[int, str], num_nodes: int) -> list[int]:
@@ -70,7 +57,6 @@ def start_ranks(
         actor.options(
             num_cpus=bundles[bundle]["CPU"],
             num_gpus=bundles[bundle].get("GPU", 0.0),
-            runtime_env={"env_vars": environment_for(args)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group, placement_group_bundle_index=bundle
             ),

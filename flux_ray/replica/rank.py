@@ -14,6 +14,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
+from flux_ray.replica.process import keep_memory
 from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest, Raster
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class RankActor:
     _store: "TCPStore"
 
     def __init__(self, rank: int, args: TierArgs) -> None:
+        if args.device == "cpu":
+            keep_memory()
         # All ranks spend these seconds at once, before any has to wait for another.
         load_engine()
         self._rank = rank

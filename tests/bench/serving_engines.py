@@ -50,7 +50,9 @@ class TinyEngine:
 
         from flux_ray.engine.adapter import load_adapter
         from flux_ray.engine.loading import Placement
+        from flux_ray.replica.process import keep_memory
 
+        keep_memory()
         torch.set_num_threads(1)
         self._adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
         self._lock = asyncio.Lock()

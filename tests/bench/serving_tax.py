@@ -14,12 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
-
-from flux_ray.replica.placement import KEEPS_MEMORY
-
-if not KEEPS_MEMORY.items() <= os.environ.items():
-    # As our ranks have it: else an engine of ours would be compared with a slower one.
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEPS_MEMORY)
+# As `make serve` has it.
+os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
+os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
 
 import httpx
 import ray

