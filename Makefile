@@ -10,16 +10,16 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Ray switches token authentication on and off by itself where this is not said.
 RAY_AUTH_MODE ?= token
 export RAY_AUTH_MODE
-# Ours never block Serve's loop. On a thread of its own, each of a request's messages changes
-# threads twice.
-export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
-export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 # Everything here talks to this machine; a proxy for the outside would be asked otherwise.
 export NO_PROXY := $(NO_PROXY),127.0.0.1,localhost
 export no_proxy := $(NO_PROXY)
 
 .PHONY: serve test test-slow lint format bench clean
 
+# Ours never block Serve's loop; on threads of their own each of a request's messages changes
+# threads twice. Not of tests: a script without a loop cannot use a handle then.
+serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
+serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 serve: $(VENV)/serve.stamp
 	$(BIN)/serve run $(CONFIG)
 
