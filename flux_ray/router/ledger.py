@@ -53,6 +53,16 @@ class Decision(NamedTuple):
     refusal: Refusal | None = None
 
 
+class Heard(NamedTuple):
+    """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
+
+    It is told of these again, in case that this never arrives.
+    """
+
+    unknown: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+
+
 class Backlog(NamedTuple):
     """GPU seconds of a tier: waiting, left of what runs, and arrived since the ledger began."""
 

@@ -19,7 +19,7 @@ from flux_ray.router.allowances import (
 )
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Backlog, Decision, Ledger, Offer, Statement
+from flux_ray.router.ledger import Backlog, Decision, Heard, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost
 from flux_ray.router.usage import Row
@@ -43,8 +43,12 @@ class Mailbox:
 
     def put(self, decisions: list[Decision]) -> None:
         """Add them, and wake whoever listens."""
-        self._decisions += decisions
+        self.keep(decisions)
         self._filled.set()
+
+    def keep(self, decisions: list[Decision]) -> None:
+        """Add them for the next time: they were told, but perhaps not heard."""
+        self._decisions += decisions
 
     async def after(self, heard: int) -> tuple[int, list[Decision]]:
         """The last decision's number, and those after number `heard`; waits if there is none."""
@@ -52,10 +56,8 @@ class Mailbox:
         self._first = max(self._first, heard + 1)
         if not self._decisions:
             self._filled.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._filled.wait(), LISTEN_S)
-            except TimeoutError:
-                return heard, []
         return self._first + len(self._decisions) - 1, list(self._decisions)
 
 
@@ -70,18 +72,21 @@ class LedgerActor:
         self._spoken = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
 
-    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
-        """Write down a gateway's statement; the tickets that it has to offer again."""
+    async def say(self, gateway: str, statement: Statement) -> Heard:
+        """Write down a gateway's statement; what to tell it at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         unknown = self._ledger.hear(gateway, statement, time.monotonic())
-        self._deliver()
+        decisions = self._ledger.decide(time.monotonic())
+        told = decisions.pop(gateway, [])
+        self._mailbox(gateway).keep(told)
+        self._deliver(decisions)
         self._spoken.set()
-        return unknown
+        return Heard(unknown, tuple(told))
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         """A gateway waits here for what is decided about its tickets."""
-        return await self._mailboxes.setdefault(gateway, Mailbox()).after(heard)
+        return await self._mailbox(gateway).after(heard)
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone, for who has to choose among tiers."""
@@ -123,11 +128,14 @@ class LedgerActor:
             # would never be free.
             for gateway in self._ledger.forget_silent(time.monotonic()):
                 self._mailboxes.pop(gateway, None)
-            self._deliver()
+            self._deliver(self._ledger.decide(time.monotonic()))
 
-    def _deliver(self) -> None:
-        for gateway, decisions in self._ledger.decide(time.monotonic()).items():
-            self._mailboxes.setdefault(gateway, Mailbox()).put(decisions)
+    def _deliver(self, decisions: dict[str, list[Decision]]) -> None:
+        for gateway, each in decisions.items():
+            self._mailbox(gateway).put(each)
+
+    def _mailbox(self, gateway: str) -> Mailbox:
+        return self._mailboxes.setdefault(gateway, Mailbox())
 
 
 class RemoteLedger:
@@ -136,10 +144,10 @@ class RemoteLedger:
     def __init__(self) -> None:
         self._actor: Any = None
 
-    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+    async def say(self, gateway: str, statement: Statement) -> Heard:
         """Make a statement."""
-        unknown: tuple[str, ...] = await self._call(ANSWER_S, "say", gateway, statement)
-        return unknown
+        heard: Heard = await self._call(ANSWER_S, "say", gateway, statement)
+        return heard
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         """Wait for decisions."""

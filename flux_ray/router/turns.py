@@ -11,7 +11,7 @@ from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Decision, Offer, Statement
+from flux_ray.router.ledger import Decision, Heard, Offer, Statement
 from flux_ray.router.ticket import Refusal
 
 logger = logging.getLogger("ray.serve")
@@ -36,8 +36,8 @@ class LedgerLost(Exception):
 class Line(Protocol):
     """The way to the ledger. All of it raises LedgerLost."""
 
-    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
-        """Make a statement; the known tickets that the ledger lacks."""
+    async def say(self, gateway: str, statement: Statement) -> Heard:
+        """Make a statement; what there is to tell at once."""
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
@@ -133,14 +133,16 @@ class Turns:
             is_beat = not is_heard or await self._wait_for_news()
             statement = self._statement(tell_all=is_beat)
             try:
-                unknown = await self._line.say(self._gateway, statement)
+                heard = await self._line.say(self._gateway, statement)
             except LedgerLost as error:
                 logger.warning("the ledger did not hear: %s", error)
                 is_heard = False
                 await asyncio.sleep(AGAIN_S)
                 continue
             is_heard = True
-            lost = [self._turns[ticket_id] for ticket_id in unknown if ticket_id in self._turns]
+            for decision in heard.decisions:
+                self._hear(decision)
+            lost = [self._turns[each] for each in heard.unknown if each in self._turns]
             if lost:
                 self._new += lost
                 self._news.set()

@@ -8,7 +8,7 @@ import pytest
 
 from flux_ray.errors import DeadlineTooShort, Overloaded
 from flux_ray.router import turns as turns_module
-from flux_ray.router.ledger import Decision, Ledger, Offer, Statement
+from flux_ray.router.ledger import Decision, Heard, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost, Turns
 
@@ -19,17 +19,21 @@ class FakeLine:
     def __init__(self) -> None:
         self.lose()
         self.is_down = False
+        self.loses_replies = False
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
         self.decided: list[Decision] = []
 
-    async def say(self, gateway: str, statement: Statement) -> tuple[str, ...]:
+    async def say(self, gateway: str, statement: Statement) -> Heard:
         if self.is_down:
             raise LedgerLost
         unknown = self.ledger.hear(gateway, statement, time.monotonic())
-        self.decided += self.ledger.decide(time.monotonic()).get(gateway, [])
-        return unknown
+        told = self.ledger.decide(time.monotonic()).get(gateway, [])
+        self.decided += told
+        if self.loses_replies:
+            raise LedgerLost
+        return Heard(unknown, tuple(told))
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         await asyncio.sleep(0.001)
@@ -129,6 +133,25 @@ async def test_a_grant_that_was_lost_is_made_good(turns: Turns, line: FakeLine) 
     await asyncio.sleep(0.03)
     line.is_down = False
     assert await within(first) == "a"
+
+
+async def test_a_grant_whose_reply_was_lost_is_heard_of_by_listening(turns: Turns, line: FakeLine):
+    line.loses_replies = True
+    assert await within(turns.take(offer("x"))) == "a"
+    line.loses_replies = False
+    await asyncio.sleep(0.05)
+    assert line.running_s() == pytest.approx(10, abs=0.5)
+
+
+async def test_a_grant_comes_with_the_reply(turns: Turns, line: FakeLine, monkeypatch) -> None:
+    async def silence(_gateway: str, _heard: int) -> tuple[int, list[Decision]]:
+        return await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(line, "listen", silence)
+    assert await within(turns.take(offer("x"))) == "a"
+    second = asyncio.create_task(turns.take(offer("y")))
+    turns.end("x")
+    assert await within(second) == "a"
 
 
 async def test_while_the_ledger_is_away_requests_wait(turns: Turns, line: FakeLine) -> None:
