@@ -1,9 +1,13 @@
-"""A process of a replica: how it holds its memory, and how it ends when it is of no use."""
+"""A process of a replica: what it loads, how it holds its memory, and how it ends."""
 
+import contextlib
 import ctypes
 import logging
 import os
-from typing import NoReturn
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NoReturn, cast
 
 # Of glibc's `mallopt`, and what it is given: bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -21,6 +25,22 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(MMAP_THRESHOLD, MAX_MAPPED_BYTES)
         mallopt(TRIM_THRESHOLD, MAX_FREE_BYTES)
+
+
+@contextlib.contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Import as if these packages were not installed, where they are not loaded yet.
+
+    A name that is None in `sys.modules` is one that the import system does not find.
+    """
+    modules = cast(dict[str, ModuleType | None], sys.modules)
+    absent = [package for package in packages if package not in modules]
+    modules.update(dict.fromkeys(absent))
+    try:
+        yield
+    finally:
+        for package in absent:
+            del modules[package]
 
 
 def end_process() -> NoReturn:

@@ -1,10 +1,12 @@
-"""How a process of a replica holds its memory, seen from outside: in page faults."""
+"""What a process of a replica loads, and how it holds its memory: seen from outside."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from flux_ray.replica.process import hidden
 
 USE_AND_FREE = """
 import resource, sys, threading
@@ -41,3 +43,39 @@ def test_memory_is_not_fetched_again_and_again() -> None:
     num_pages = 16 * 2**20 // 4096
     assert num_faults("as it is") >= num_pages
     assert num_faults("keep") < num_pages / 10
+
+
+LOAD_AND_DRAW = """
+import sys, warnings
+from flux_ray.replica.rank import UNUSED_BY_DIFFUSERS, load_engine
+load_engine()
+print([each for each in UNUSED_BY_DIFFUSERS if each in sys.modules])
+
+from flux_ray.catalog import tier_for
+from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.loading import Placement
+from flux_ray.engine.state import Canvas
+adapter = load_adapter(tier_for("tiny"), None, Placement("bfloat16", "cpu", quantization="int8"))
+state = adapter.prepare(adapter.encode(adapter.encode_prompt("x"), ()), Canvas(64, 64, 1), 1)
+adapter.decode(adapter.denoise(state))
+print("torchao" in sys.modules)
+"""
+
+
+def test_a_rank_loads_of_quantizers_only_what_it_uses() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_DRAW],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.splitlines() == ["[]", "True"]
+
+
+def test_what_was_hidden_can_be_imported_afterwards() -> None:
+    sys.modules.pop("this", None)
+    with hidden("this", "json"), pytest.raises(ModuleNotFoundError):
+        import this  # noqa: F401
+    assert "this" not in sys.modules
+    assert sys.modules["json"] is not None
