@@ -20,6 +20,10 @@ export no_proxy := $(NO_PROXY)
 # threads twice. Not of tests: a script without a loop cannot use a handle then.
 serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
+# Proxies reach gateways by gRPC instead of actor calls: two milliseconds less.
+serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
+# With an arena a thread, ranks on processors fetch their memory from the system again and again.
+serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp
 	$(BIN)/serve run $(CONFIG)
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.cluster.conftest import Replica, deploy, wait_until
-from tests.cluster.faulty import BUG, OUT_OF_MEMORY
+from tests.cluster.faulty_rank import BUG, OUT_OF_MEMORY
 from tests.cluster.groups import TIER, group_with
 from tests.cluster.random_klein import save_random_klein
 from tests.cluster.storm import PROMPT, Draw, storm
