@@ -1,7 +1,6 @@
 """One rank: the process that holds the model, or its part of it, and the images being drawn."""
 
 import functools
-import gc
 import os
 import threading
 import zlib
@@ -14,7 +13,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.replica.process import hidden, keep_memory
+from flux_ray.replica.process import keep_memory, load_engine
 from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest, Raster
 
 if TYPE_CHECKING:
@@ -29,10 +28,6 @@ Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
 CONCURRENCY_GROUPS = {"control": 1, "watch": 1}
-
-# diffusers loads all of these that are installed, whether or not a checkpoint asks for them: a
-# quarter of what a rank spends until it is there. We import those that we use, where we do.
-UNUSED_BY_DIFFUSERS = ("bitsandbytes", "peft", "torchao")
 
 
 class StageFailed(Exception):
@@ -81,18 +76,6 @@ def describe(error: Exception) -> str:
 
     is_memory = isinstance(error, (MemoryError, OutOfMemoryError))
     return f"{'out of memory: ' if is_memory else ''}{type(error).__name__}: {error}"
-
-
-def load_engine() -> None:
-    """Import torch and the models: only here, where the GPU is; leader and gateway never do."""
-    # Looking for garbage among what is only being made takes a fifth of the time. Nothing of it
-    # will ever be garbage.
-    gc.disable()
-    with hidden(*UNUSED_BY_DIFFUSERS):
-        import flux_ray.engine.adapter  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
 
 
 class RankActor:

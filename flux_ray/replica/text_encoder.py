@@ -12,7 +12,7 @@ from flux_ray.config import TierArgs
 from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError
 from flux_ray.replica.patience import Patience
-from flux_ray.replica.process import end_process
+from flux_ray.replica.process import end_process, load_engine
 from flux_ray.request import EncodedPrompt
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class TextEncoder:
         await self.encode_prompt("warm-up")
 
     def _load(self) -> None:
+        load_engine()
         import torch
 
         from flux_ray.engine.loading import Placement

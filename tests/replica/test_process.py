@@ -46,8 +46,8 @@ def test_memory_is_not_fetched_again_and_again() -> None:
 
 
 LOAD_AND_DRAW = """
-import sys, warnings
-from flux_ray.replica.rank import UNUSED_BY_DIFFUSERS, load_engine
+import sys
+from flux_ray.replica.process import UNUSED_BY_DIFFUSERS, load_engine
 load_engine()
 print([each for each in UNUSED_BY_DIFFUSERS if each in sys.modules])
 
@@ -62,7 +62,7 @@ print("torchao" in sys.modules)
 """
 
 
-def test_a_rank_loads_of_quantizers_only_what_it_uses() -> None:
+def test_of_quantizers_only_those_in_use_are_loaded() -> None:
     run = subprocess.run(
         [sys.executable, "-c", LOAD_AND_DRAW],
         check=True,
