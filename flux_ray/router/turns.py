@@ -19,6 +19,9 @@ logger = logging.getLogger("ray.serve")
 BEAT_S = 0.5
 # Ray starts a lost ledger anew within a second or two.
 AGAIN_S = 0.2
+# The work ahead of a request may take so much longer than priced, and who comes back at the
+# promised moment would be refused again.
+OVERRUN = 0.05
 
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
 
@@ -191,4 +194,5 @@ def error_for(refusal: Refusal) -> FluxError:
     """When to come back, in whole seconds; or that it is of no use."""
     if math.isinf(refusal.retry_after_s):
         return DeadlineTooShort(refusal.reason)
-    return Overloaded(refusal.reason, None, max(1, math.ceil(refusal.retry_after_s)))
+    away_s = (1 + OVERRUN) * refusal.retry_after_s
+    return Overloaded(refusal.reason, None, max(1, math.ceil(away_s)))

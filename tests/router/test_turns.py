@@ -10,7 +10,8 @@ from flux_ray.errors import DeadlineTooShort, Overloaded
 from flux_ray.router import turns as turns_module
 from flux_ray.router.ledger import Decision, Heard, Ledger, Offer, Statement
 from flux_ray.router.queue import TierQueue
-from flux_ray.router.turns import LedgerLost, Turns
+from flux_ray.router.ticket import Refusal
+from flux_ray.router.turns import LedgerLost, Turns, error_for
 
 
 class FakeLine:
@@ -84,6 +85,11 @@ async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: Turns) -
     with pytest.raises(Overloaded) as caught:
         await within(turns.take(offer("y", cost_s=5, deadline_in_s=6)))
     assert caught.value.retry_after_s in (9, 10)
+
+
+@pytest.mark.parametrize(("free_in_s", "retry_after_s"), [(0.0, 1), (2.8, 3), (2.95, 4), (60, 63)])
+def test_what_is_ahead_may_take_a_little_longer_than_priced(free_in_s, retry_after_s) -> None:
+    assert error_for(Refusal("full", free_in_s)).retry_after_s == retry_after_s
 
 
 async def test_a_deadline_that_nobody_could_meet_is_told_as_such(turns: Turns) -> None:
