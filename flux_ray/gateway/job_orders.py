@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from flux_ray.errors import BadRequest, RateLimited, TierUnavailable
+from flux_ray.errors import BadRequest, TierUnavailable
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
@@ -26,8 +26,6 @@ PARAMETER: dict[str, Any] = {
     "description": "A name of the caller's own: the same request again is the same job.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
-# Of a caller who has as many jobs as it may.
-AGAIN_S = 5
 # While the ledger is away, a client is not to wait for it.
 COUNT_S = 5.0
 
@@ -61,15 +59,15 @@ class JobOrders:
         key = key_of(http)
         if key is not None and key.key_class is not None:
             memo = memo | {KEY_CLASS: key.key_class}
-        await self._check_number(owner, order.caller.allowance.max_concurrent)
-        # How many at once are jobs that wait, too: they were counted just now.
+        # How many at once are jobs that wait, too: the store counts them.
+        max_active = order.caller.allowance.max_concurrent
         allowance = replace(order.caller.allowance, max_concurrent=None)
         try:
             async with asyncio.timeout(COUNT_S):
                 await self.router.count_in(request, replace(order.caller, allowance=allowance))
         except TimeoutError:
             raise TierUnavailable("limits cannot be counted now") from None
-        return await self.desk.accept(Offer(owner, request, named, webhook, memo))
+        return await self.desk.accept(Offer(owner, request, named, webhook, memo, max_active))
 
     async def find(self, http: Request, job_id: str) -> Job | None:
         """The caller's job; other people's are as if they were not there."""
@@ -79,11 +77,6 @@ class JobOrders:
         """End the caller's job, if it has not ended."""
         if is_job_id(job_id):
             await self.desk.cancel(name_of(http), job_id)
-
-    async def _check_number(self, owner: str, limit: int | None) -> None:
-        if limit is not None and await self.desk.num_active(owner) >= limit:
-            message = f"this key has {limit} jobs that are not done: as many as it may"
-            raise RateLimited(message, None, AGAIN_S, limit, 0)
 
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:

@@ -12,8 +12,8 @@ from flux_ray.jobs.store import Store
 async def accept(store: Store, results: Results, offer: Offer) -> Job:
     """The job, which from now on is never lost.
 
-    Raises KeyReused, StoreLost, ResultsLost and ResultTooLarge: it was not accepted, or that is not
-    known; offered again with its idempotency key, it is the same job.
+    Raises KeyReused, RateLimited, StoreLost, ResultsLost and ResultTooLarge: it was not accepted,
+    or that is not known; offered again with its idempotency key, it is the same job.
     """
     packed = await asyncio.to_thread(pack, offer.request)
     job = await store.accept(offer, packed.row, is_whole=not packed.blobs)

@@ -18,6 +18,7 @@ from sqlalchemy import (
     extract,
     func,
     literal,
+    select,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
@@ -107,26 +108,35 @@ class Database:
         except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
             raise StoreLost(str(error)) from error
 
-    async def execute(self, statement: Executable) -> Sequence[RowMapping]:
+    async def execute(self, statement: Executable, turn: str | None = None) -> Sequence[RowMapping]:
         """Its rows. Raises StoreLost.
+
+        Of statements with the same `turn`, each sees what those before it did.
 
         Whoever is cancelled leaves the statement to its end: cut off in the middle, a connection
         would be left over with its thread.
         """
-        task = asyncio.create_task(self._execute(statement))
+        task = asyncio.create_task(self._execute(statement, turn))
         self._statements.add(task)
         task.add_done_callback(self._statements.discard)
         task.add_done_callback(look_at)
         return await asyncio.shield(task)
 
-    async def first(self, statement: Executable) -> RowMapping | None:
-        """Its one row, if there is one. Raises StoreLost."""
-        rows = await self.execute(statement)
+    async def first(self, statement: Executable, turn: str | None = None) -> RowMapping | None:
+        """Its one row, if there is one; `turn` as for execute. Raises StoreLost."""
+        rows = await self.execute(statement, turn)
         return rows[0] if rows else None
 
-    async def _execute(self, statement: Executable) -> Sequence[RowMapping]:
+    async def _execute(self, statement: Executable, turn: str | None) -> Sequence[RowMapping]:
         async with self.connect() as connection:
-            return (await connection.execute(statement)).mappings().all()
+            # SQLite has one writer at a time anyway.
+            if turn is None or self.is_sqlite:
+                return (await connection.execute(statement)).mappings().all()
+            await connection.exec_driver_sql("BEGIN")
+            await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(turn))))
+            rows = (await connection.execute(statement)).mappings().all()
+            await connection.exec_driver_sql("COMMIT")
+            return rows
 
     async def close(self) -> None:
         """Give the connections back, after the last statement."""

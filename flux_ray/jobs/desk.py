@@ -77,7 +77,7 @@ class Desk:
         await self._database.close()
 
     async def accept(self, offer: Offer) -> Job:
-        """As acceptance.accept; drawn at once where there is room."""
+        """As acceptance.accept; drawn at once where there is a worker for it."""
         job = await accept(self._store, self._results, offer)
         self._worker.wake()
         return job
@@ -95,10 +95,6 @@ class Desk:
     async def cancel(self, owner: str, job_id: str) -> bool:
         """End it, running or not; False if there is nothing of the owner's to end."""
         return await self._store.cancel(owner, job_id)
-
-    async def num_active(self, owner: str) -> int:
-        """How many of the owner's jobs have not ended."""
-        return await self._store.num_active(owner)
 
     async def read_by_name(self, name: str) -> bytes:
         """A picture of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""

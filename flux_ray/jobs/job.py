@@ -37,7 +37,8 @@ class Webhook:
 class Offer:
     """A request to be kept until it is done; `owner` is a hash of the caller's key.
 
-    `memo` is JSON that the dialect wants back when it answers.
+    `memo` is JSON that the dialect wants back when it answers. `max_active`: so many jobs of the
+    owner may not have ended, this one included.
     """
 
     owner: str
@@ -45,6 +46,7 @@ class Offer:
     idempotency: Idempotency | None = None
     webhook: Webhook | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    max_active: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from sqlalchemy import (
+    Column,
     ColumnElement,
     RowMapping,
     ScalarSelect,
@@ -15,12 +16,14 @@ from sqlalchemy import (
     case,
     delete,
     func,
+    literal,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from flux_ray.errors import KeyReused, StoreLost
+from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import (
     End,
@@ -37,6 +40,8 @@ from flux_ray.jobs.table import JOBS
 # What did not come in whole by then was left by a gateway that ended.
 ARRIVAL_S = 3600.0
 MAX_TRIES = 5
+# Of an owner who has as many jobs as it may.
+AGAIN_S = 5
 
 COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
 RESULT = TypeAdapter(JobResult)
@@ -58,15 +63,19 @@ class Store:
     async def accept(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> Job:
         """The job of an offer, a new one or that of the same key; raises KeyReused.
 
+        RateLimited if its owner has as many as it may, whoever else takes some in for it just now.
         One that is not whole is claimable only when it was admitted.
         """
+        turn = None if offer.max_active is None else offer.owner
         for _ in range(MAX_TRIES):
-            row = await self._database.first(self._insertion(offer, packed, is_whole))
+            row = await self._database.first(self._insertion(offer, packed, is_whole), turn)
             if row is not None:
                 return job_of(row)
-            assert offer.idempotency is not None
-            if (known := await self.known(offer.owner, offer.idempotency)) is not None:
+            named = offer.idempotency
+            if named and (known := await self.known(offer.owner, named)):
                 return known
+            if offer.max_active is not None:
+                raise too_many(offer.max_active)
         raise StoreLost("the job of this idempotency key comes and goes")
 
     async def admit(self, job_id: str) -> Job | None:
@@ -144,16 +153,6 @@ class Store:
         """The owner's job; other people's are as if they were not there."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
-    async def num_active(self, owner: str) -> int:
-        """How many of the owner's jobs have not ended, those that are still coming in too."""
-        is_active = JOBS.c.status.in_(("arriving", "pending", "running"))
-        [counted] = await self._database.execute(
-            select(func.count().label("num_jobs")).where(
-                JOBS.c.owner == owner, is_active, self._is_kept()
-            )
-        )
-        return int(counted["num_jobs"])
-
     async def expired(self, limit: int, num_skipped: int = 0) -> tuple[str, ...]:
         """Jobs that nobody finds or hears of any more: their results may go, then they."""
         query = select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s)
@@ -188,7 +187,19 @@ class Store:
             values["webhook_url"] = webhook.url
             values["webhook_secret"] = webhook.secret
             values["webhook_state"] = "waiting"
-        return insert(JOBS).values(values).on_conflict_do_nothing().returning(*COLUMNS)
+        row = select(*(bound(value, JOBS.c[name]) for name, value in values.items()))
+        if offer.max_active is not None:
+            row = row.where(self._num_active(offer.owner) < offer.max_active)
+        inserted = insert(JOBS).from_select(list(values), row.where(true()))
+        return inserted.on_conflict_do_nothing().returning(*COLUMNS)
+
+    def _num_active(self, owner: str) -> ScalarSelect[int]:
+        """How many of the owner's jobs have not ended, those that are still coming in too."""
+        mates = JOBS.alias()
+        is_active = mates.c.status.in_(("arriving", "pending", "running"))
+        is_kept = func.coalesce(mates.c.expires_at_s > self._database.now, True)
+        query = select(func.count()).select_from(mates)
+        return query.where(mates.c.owner == owner, is_active, is_kept).scalar_subquery()
 
     async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
         """The owner's job of that key, if there is one. Raises KeyReused."""
@@ -231,6 +242,17 @@ class Store:
     async def _change(self, condition: ColumnElement[bool], values: dict[str, Any]) -> bool:
         changed = update(JOBS).where(condition).values(values).returning(JOBS.c.job_id)
         return await self._database.first(changed) is not None
+
+
+def bound(value: Any, column: Column[Any]) -> ColumnElement[Any]:
+    """The value as what the column holds, or SQL as it is."""
+    return value if isinstance(value, ColumnElement) else literal(value, column.type)
+
+
+def too_many(limit: int) -> RateLimited:
+    """How many at once are jobs that wait, too."""
+    message = f"this key has {limit} jobs that are not done: as many as it may"
+    return RateLimited(message, None, AGAIN_S, limit, 0)
 
 
 def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
+from tests.jobs.conftest import num_active
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
 
@@ -35,9 +36,9 @@ async def test_any_gateway_answers_for_any_job(args, offer):
 
     await second.open()
     waiting = await second.accept(offer(seed=8))
-    assert await first.num_active("anna") == 1
+    assert await num_active(first._store, "anna") == 1
     assert await first.cancel("anna", waiting.job_id)
-    assert await second.num_active("anna") == 0
+    assert await num_active(second._store, "anna") == 0
     await first.close()
     await second.close()
 

@@ -4,16 +4,17 @@ import asyncio
 import dataclasses
 import sqlite3
 import time
+from contextlib import asynccontextmanager
 
 import pytest
 from sqlalchemy import text
 
-from flux_ray.errors import KeyReused, StoreLost
+from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Failure, Idempotency, JobResult, StoredPicture, Webhook
+from flux_ray.jobs.job import Failure, Idempotency, Job, JobResult, StoredPicture, Webhook
 from flux_ray.jobs.packing import pack, unpack
 from flux_ray.jobs.store import ARRIVAL_S, Store
-from tests.jobs.conftest import KEEP_S, LEASE_S
+from tests.jobs.conftest import KEEP_S, LEASE_S, num_active
 
 RESULT = JobResult((StoredPicture("name", 7, 3, "0" * 64),), {"denoise_s": 0.5}, ("a warning",))
 FAILURE = Failure("content_refused", "no")
@@ -219,7 +220,7 @@ async def test_the_same_key_is_the_same_job(store, offer):
     assert other.job_id != jobs[0].job_id
     with pytest.raises(KeyReused):
         await accept(store, offer(idempotency=Idempotency("key", "other words")))
-    assert await store.num_active("anna") == 1
+    assert await num_active(store, "anna") == 1
 
 
 async def test_a_key_is_free_when_its_job_has_expired(store, offer, clock):
@@ -235,7 +236,7 @@ async def test_a_job_that_is_not_whole_is_nobodys(store, offer, clock):
     assert job.status == "arriving"
     assert await store.claim("w") is None
     assert await store.find("anna", job.job_id) is None
-    assert await store.num_active("anna") == 1
+    assert await num_active(store, "anna") == 1
     assert (await store.admit(job.job_id)).status == "pending"
     # Another gateway was at it too.
     assert (await store.admit(job.job_id)).status == "pending"
@@ -246,7 +247,7 @@ async def test_a_job_that_did_not_come_in_time_never_comes(store, offer, clock):
     job = await accept(store, offer(), is_whole=False)
     clock.now_s += ARRIVAL_S
     assert await store.admit(job.job_id) is None
-    assert await store.num_active("anna") == 0
+    assert await num_active(store, "anna") == 0
     assert await store.expired(10) == (job.job_id,)
 
 
@@ -261,7 +262,7 @@ async def test_an_expired_job_is_absent_and_then_removed(store, offer, clock):
     assert await store.expired(10) == (job.job_id,)
     await store.remove(job.job_id)
     assert await store.expired(10) == ()
-    assert await store.num_active("anna") == 1
+    assert await num_active(store, "anna") == 1
 
 
 async def test_an_owners_jobs_are_counted_until_they_end(store, offer):
@@ -270,7 +271,46 @@ async def test_an_owners_jobs_are_counted_until_they_end(store, offer):
     await accept(store, offer(owner="ben"))
     await store.finish(await store.claim("w"), RESULT)
     await store.claim("w")
-    assert await store.num_active("anna") == 2
+    assert await num_active(store, "anna") == 2
+
+
+@asynccontextmanager
+async def all_at_once(database):
+    """Nobody writes before its end: then everybody does."""
+    async with database.connect() as connection:
+        if database.is_sqlite:
+            await connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            await connection.exec_driver_sql("BEGIN")
+            await connection.exec_driver_sql("LOCK TABLE flux_jobs IN SHARE MODE")
+        yield
+        await connection.exec_driver_sql("COMMIT")
+
+
+async def test_an_owner_has_no_more_jobs_than_it_may(database_url, offer):
+    databases = [Database(database_url) for _ in range(4)]
+    await asyncio.gather(*(database.create() for database in databases))
+    gateways = [Store(database, LEASE_S, KEEP_S) for database in databases]
+    wanted = [offer(seed, max_active=3) for seed in range(20)]
+    async with all_at_once(databases[0]):
+        accepting = [
+            asyncio.create_task(accept(gateways[each.request.seed % 4], each)) for each in wanted
+        ]
+        await asyncio.sleep(0.5)
+    outcomes = await asyncio.gather(*accepting, return_exceptions=True)
+    refused = [each for each in outcomes if isinstance(each, RateLimited)]
+    assert (len(refused), len(outcomes)) == (17, 20)
+    assert {(each.limit, each.left, each.status) for each in refused} == {(3, 0, 429)}
+    assert await num_active(gateways[0], "anna") == 3
+    await accept(gateways[0], offer(owner="ben", max_active=1))
+    job = next(each for each in outcomes if isinstance(each, Job))
+    await gateways[1].cancel("anna", job.job_id)
+    again = offer(idempotency=Idempotency("key", "words"), max_active=3)
+    known = await accept(gateways[0], again)
+    assert await accept(gateways[1], again) == known, "it is one of the three"
+    with pytest.raises(RateLimited):
+        await accept(gateways[1], offer(idempotency=Idempotency("other", "words"), max_active=3))
+    await asyncio.gather(*(database.close() for database in databases))
 
 
 async def test_a_webhook_is_kept_for_its_time(store, database, offer):
@@ -308,7 +348,7 @@ async def test_who_is_cancelled_leaves_no_statement_half_done(store, offer):
         await asyncio.sleep(number / 10_000)
         claiming.cancel()
         await asyncio.wait({claiming})
-    counted = await store.num_active("anna")
+    counted = await num_active(store, "anna")
     assert counted == 20
 
 
