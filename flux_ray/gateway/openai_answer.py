@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from flux_ray.catalog import Tier, tier_for
-from flux_ray.request import ImageFormat, ImageRequest, ImageResult, Raster
+from flux_ray.request import ImageFormat, ImageRequest, ImageResult
 
 
 class Picture(BaseModel):
@@ -89,7 +89,7 @@ def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[Pictu
 def usage_for(request: ImageRequest) -> Usage:
     """How much the transformer reads and draws."""
     tier = tier_for(request.tier)
-    image_tokens = sum(reference_tokens(reference, tier) for reference in request.references)
+    image_tokens = sum(reference_tokens(*size, tier) for size in request.reference_sizes)
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
     details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
@@ -101,11 +101,10 @@ def usage_for(request: ImageRequest) -> Usage:
     )
 
 
-def reference_tokens(reference: Raster, tier: Tier) -> int:
+def reference_tokens(width: int, height: int, tier: Tier) -> int:
     """Of a reference as the model reads it: scaled down, each side rounded down, to its limit."""
-    num_pixels = reference.width * reference.height
-    scale = min(1.0, math.sqrt(tier.max_reference_pixels / num_pixels))
-    return num_patches(int(reference.width * scale), int(reference.height * scale), tier)
+    scale = min(1.0, math.sqrt(tier.max_reference_pixels / (width * height)))
+    return num_patches(int(width * scale), int(height * scale), tier)
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:

@@ -150,6 +150,12 @@ async def test_a_mask_as_a_text_part(client, handles, picture):
     assert handles.requests[0].mask == Mask(*SIZE, LEFT.tobytes())
 
 
+async def test_the_picture_that_is_edited_is_counted_at_the_size_that_is_drawn(client, picture):
+    files = {"image": ("a", picture(*SIZE)), "mask": ("m", ERASED)}
+    answer = await client.post(EDITS, data=PROMPT | {"size": "192x160"}, files=files)
+    assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == 12 * 10
+
+
 async def test_a_mask_is_of_the_first_of_two_images(client, handles, picture):
     files = [
         ("image[]", ("a", picture(*SIZE))),
