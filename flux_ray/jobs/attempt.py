@@ -131,7 +131,7 @@ class Attempt:
         error = None if drawing.cancelled() else drawing.exception()
         if error is None and not drawing.cancelled():
             if await self._insist(lambda: store.finish(lease, drawing.result())):
-                await self._remove_references()
+                await remove_references(self._shop.results, lease.job)
             return
         if not isinstance(error, FluxError):
             logger.error("job %s: attempt %d failed", lease.job_id, lease.attempt, exc_info=error)
@@ -143,15 +143,7 @@ class Attempt:
 
     async def _fail(self, failure: Failure) -> None:
         if await self._insist(lambda: self._shop.store.fail(self._lease, failure)):
-            await self._remove_references()
-
-    async def _remove_references(self) -> None:
-        """Nobody reads them after the job's end; what stays here goes when the job has expired."""
-        job = self._lease.job
-        try:
-            await self._shop.results.remove_references(job.job_id, num_blobs(job.packed))
-        except ResultsLost as error:
-            logger.warning("job %s keeps its reference pictures for now: %s", job.job_id, error)
+            await remove_references(self._shop.results, self._lease.job)
 
     async def _give_back(self) -> None:
         try:
@@ -167,6 +159,14 @@ class Attempt:
             except StoreLost as error:
                 logger.warning("job %s waits for a store: %s", self._lease.job_id, error)
                 await asyncio.sleep(self._shop.pause_s)
+
+
+async def remove_references(results: Results, job: Job) -> None:
+    """Nobody reads them after the job's end; what stays here goes when the job has expired."""
+    try:
+        await results.remove_references(job.job_id, num_blobs(job.packed))
+    except ResultsLost as error:
+        logger.warning("job %s keeps its reference pictures for now: %s", job.job_id, error)
 
 
 async def end(task: "asyncio.Task[JobResult]") -> None:

@@ -6,7 +6,14 @@ import logging
 from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Generate, PreviewOf, ProgressOf, Workshop, unheard
+from flux_ray.jobs.attempt import (
+    Generate,
+    PreviewOf,
+    ProgressOf,
+    Workshop,
+    remove_references,
+    unheard,
+)
 from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
@@ -94,7 +101,12 @@ class Desk:
 
     async def cancel(self, owner: str, job_id: str) -> bool:
         """End it, running or not; False if there is nothing of the owner's to end."""
-        return await self._store.cancel(owner, job_id)
+        if not await self._store.cancel(owner, job_id):
+            return False
+        job = await self._store.find(owner, job_id)
+        if job is not None:
+            await remove_references(self._results, job)
+        return True
 
     async def read_by_name(self, name: str) -> bytes:
         """A picture of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""

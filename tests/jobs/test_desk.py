@@ -5,9 +5,12 @@ from pydantic import ValidationError
 
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
+from flux_ray.request import Raster
 from tests.jobs.conftest import num_active
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
+
+RED = Raster(1, 1, b"\xff\0\0")
 
 
 @pytest.fixture
@@ -15,7 +18,7 @@ def args(database_url, tmp_path) -> JobArgs:
     return JobArgs(database=database_url, results=str(tmp_path / "results"))
 
 
-async def test_any_gateway_answers_for_any_job(args, offer):
+async def test_any_gateway_answers_for_any_job(args, offer, tmp_path):
     async def never(job, request):
         return await paint(job, request, 60)
 
@@ -35,10 +38,13 @@ async def test_any_gateway_answers_for_any_job(args, offer):
     await first.close()
 
     await second.open()
-    waiting = await second.accept(offer(seed=8))
+    waiting = await second.accept(offer(seed=8, references=(RED,)))
+    folder = tmp_path / "results" / waiting.job_id
+    assert [path.name for path in folder.iterdir()] == ["reference-0"]
     assert await num_active(first._store, "anna") == 1
     assert await first.cancel("anna", waiting.job_id)
     assert await num_active(second._store, "anna") == 0
+    assert not list(folder.iterdir()), "nobody reads its references"
     await first.close()
     await second.close()
 
