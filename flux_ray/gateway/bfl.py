@@ -39,6 +39,9 @@ RESULT = "/v1/get_result"
 CANCEL = "/v1/cancel"
 CREDITS = "/v1/credits"
 FINETUNES = "/v1/my_finetunes"
+BFL = "/v1/{}"
+# ComfyUI's nodes send to BFL through their maker's server.
+COMFY = "/proxy/bfl/{}/generate"
 # What a path may be made of; these are others' already.
 _NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 TAKEN = {"images/generations", "images/edits", "cancel"}
@@ -59,14 +62,14 @@ class Bfl:
         self.limits = args.limits
         self.webhooks = args.webhooks
         self.public_url = public_url.rstrip("/")
-        self.names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
+        names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
+        # By the path at which jobs of it are handed in.
+        self.names = {path.format(n): n for n in names for path in (BFL, COMFY)}
 
     @property
     def paths(self) -> frozenset[str]:
         """All of its routes: their errors have BFL's shape."""
-        return frozenset(
-            {RESULT, CANCEL, CREDITS, FINETUNES, *(f"/v1/{name}" for name in self.names)}
-        )
+        return frozenset({RESULT, CANCEL, CREDITS, FINETUNES, *self.names})
 
     def routes(self) -> APIRouter:
         """A route for each tier and alias, with a description of its own."""
@@ -76,9 +79,9 @@ class Bfl:
             "requestBody": {"required": True, "content": content},
             "parameters": [SPILL, PARAMETER],
         }
-        for name in self.names:
+        for path, name in self.names.items():
             routes.add_api_route(
-                f"/v1/{name}",
+                path,
                 self.route_for(name),
                 methods=["POST"],
                 response_model=Accepted,

@@ -94,7 +94,8 @@ def token_of(headers: Headers) -> str:
     """The API key, or whatever else is sent in its place."""
     sent = headers.get("authorization", "").strip()
     if not sent:
-        return headers.get("x-key", "").strip()
+        # BFL's clients, and ComfyUI's nodes.
+        return (headers.get("x-key") or headers.get("x-api-key", "")).strip()
     scheme, _, token = sent.partition(" ")
     return token.strip() if scheme.lower() in SCHEMES else sent
 

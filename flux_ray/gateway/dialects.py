@@ -8,6 +8,8 @@ from starlette.types import Scope
 Dialect = Literal["openai", "bfl", "hugging_face"]
 # Hugging Face's raw endpoint.
 HUB = "/models/"
+# Of ComfyUI's nodes for BFL's models.
+COMFY = "/proxy/bfl/"
 
 
 def path_of(scope: Scope) -> str:
@@ -23,5 +25,7 @@ def dialect_of(request: Request) -> Dialect:
         return "hugging_face"
     bfl_paths = request.app.state.bfl_paths
     # A model that is not served: its client has to read why.
-    is_model = request.method == "POST" and path.startswith("/v1/") and path.count("/") == 2
+    is_model = request.method == "POST" and (
+        (path.startswith("/v1/") and path.count("/") == 2) or path.startswith(COMFY)
+    )
     return "bfl" if path in bfl_paths or (bfl_paths and is_model) else "openai"

@@ -18,7 +18,7 @@ OPEN = frozenset({"/health", "/readyz", "/openapi.json"})
 # Below these, the URL itself is the right to read.
 OPEN_BELOW = (PREFIX,)
 # One text for all that may be wrong with a key.
-REFUSAL = "send a valid API key, as `Authorization: Bearer` or as `x-key`"
+REFUSAL = "send a valid API key, as `Authorization: Bearer`, `x-key` or `x-api-key`"
 
 
 class Keys(Protocol):

@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flux_ray.errors import BadRequest
 
-MAX_SEED = 2**63 - 1
+# As torch has it, and clients that draw one.
+MAX_SEED = 2**64 - 1
 MAX_JSON_VALUES = 100_000
 # One field each, under the names that other servers give it.
 STEPS = ("num_inference_steps", "steps", "step")

@@ -11,10 +11,28 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy.engine import Dialect
 
 METADATA = MetaData()
+
+
+class Unsigned64(TypeDecorator[int]):
+    """Up to 2**64 - 1, which databases do not have: the upper half is kept as negative."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        """For the database."""
+        return value if value is None or value < 2**63 else value - 2**64
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
+        """From it."""
+        return value if value is None or value >= 0 else value + 2**64
+
 
 JOBS = Table(
     "flux_jobs",
@@ -23,7 +41,7 @@ JOBS = Table(
     Column("owner", String(128), nullable=False),
     Column("tier", String(128), nullable=False),
     Column("packed", JSON, nullable=False),
-    Column("seed", BigInteger, nullable=False),
+    Column("seed", Unsigned64, nullable=False),
     Column("memo", JSON, nullable=False),
     Column("status", String(16), nullable=False),
     Column("progress", Double, nullable=False, default=0.0),

@@ -106,6 +106,35 @@ async def test_other_peoples_jobs_are_not_there(client):
     assert (await poll(client, told["id"], "anna"))["status"] == "Ready"
 
 
+async def test_comfys_nodes_hand_in_at_a_path_of_their_own(client, handles):
+    sent = {
+        "prompt": "a red circle",
+        "prompt_upsampling": False,
+        # Half of what they draw is above 2**63.
+        "seed": 2**64 - 1,
+        "width": 64,
+        "height": 96,
+        "safety_tolerance": 6,
+        "output_format": "png",
+        "image_prompt": None,
+    }
+    answer = await client.post(
+        "/proxy/bfl/flux-dev/generate", json=sent, headers={"X-API-KEY": "comfy"}
+    )
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told["polling_url"] == f"{PUBLIC}/v1/get_result?id={told['id']}"
+    result = await poll(client, told["id"], "comfy")
+    assert (result["status"], result["result"]["seed"]) == ("Ready", 2**64 - 1)
+    [request] = handles.requests
+    assert (request.seed, request.width, request.height) == (2**64 - 1, 64, 96)
+
+    for path in ("/proxy/bfl/flux-dev/generate", "/proxy/bfl/flux-none/generate"):
+        answer = await client.post(path, json={})
+        assert 400 <= answer.status_code < 500
+        assert "detail" in answer.json() and "error" not in answer.json(), "as BFL's"
+
+
 async def test_references_come_in_their_order(client, handles, picture):
     red, blue = (base64.b64encode(picture(64, 80, color=c)).decode() for c in ("red", "blue"))
     answer = await submit(

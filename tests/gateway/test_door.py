@@ -104,7 +104,7 @@ async def test_nobody_learns_what_is_wrong_with_a_key(client):
     assert len({answer.content for answer in answers}) == 1
     for answer in answers:
         assert answer.json()["error"] == {
-            "message": "send a valid API key, as `Authorization: Bearer` or as `x-key`",
+            "message": "send a valid API key, as `Authorization: Bearer`, `x-key` or `x-api-key`",
             "type": "invalid_request_error",
             "param": None,
             "code": "invalid_api_key",

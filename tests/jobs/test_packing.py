@@ -11,7 +11,7 @@ from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 RED = Raster(3, 2, b"\xff\x00\x00" * 6)
 BLUE = Raster(2, 2, b"\x00\x00\xff" * 4)
 REQUEST = ImageRequest(
-    "r", "tiny", "a “red” circle", 64, 48, 4, 1.5, 2**63 - 1, 2, (RED, BLUE), Encoding("webp", 80)
+    "r", "tiny", "a “red” circle", 64, 48, 4, 1.5, 2**64 - 1, 2, (RED, BLUE), Encoding("webp", 80)
 )
 
 

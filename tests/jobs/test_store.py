@@ -24,14 +24,15 @@ async def accept(store, offer, is_whole=True):
     return await store.accept(offer, pack(offer.request).row, is_whole)
 
 
-async def test_an_accepted_job_is_found_as_it_was_offered(store, offer, clock):
-    accepted = await accept(store, offer(seed=2**62, memo={"cost": 1.5}))
+@pytest.mark.parametrize("seed", [0, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+async def test_an_accepted_job_is_found_as_it_was_offered(store, offer, clock, seed):
+    accepted = await accept(store, offer(seed=seed, memo={"cost": 1.5}))
     found = await store.find("anna", accepted.job_id)
     assert found == accepted
-    assert (found.status, found.seed, found.tier, found.progress) == ("pending", 2**62, "tiny", 0)
+    assert (found.status, found.seed, found.tier, found.progress) == ("pending", seed, "tiny", 0)
     assert (found.created_at_s, found.memo) == (clock.now_s, {"cost": 1.5})
     request = unpack(found.packed, (), "r")
-    assert request == offer(seed=2**62).request
+    assert request == offer(seed=seed).request
 
 
 @pytest.mark.parametrize("prompt", ["\0", "\ud800", "'; DROP TABLE flux_jobs; --", "🖼" * 32_000])
