@@ -23,6 +23,7 @@ from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.result_routes import ResultRoutes
+from flux_ray.gateway.targets import names_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router
@@ -105,6 +106,7 @@ def add_routes(
     """All dialects, and what asks for no key."""
     kept = None
     dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
+    api.state.names = names_of(args)
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         kept = KeptPictures(desk, args.public_url)

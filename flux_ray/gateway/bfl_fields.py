@@ -17,6 +17,9 @@ PICTURE = "base64, with or without a data prefix, or a URL"
 # Without them the caller would get another picture than asked.
 UNSERVED = {
     "image_prompt": "pictures as prompts are not served: send input_image",
+    "images": "send input_image, input_image_2 and so on",
+    "image_url": "send input_image",
+    **{f"input_image_{number}": "there are eight input images at most" for number in range(9, 17)},
     "control_image": "control images are not served",
     "preprocessed_image": "control images are not served",
     "top": "expanding is not served",
@@ -42,7 +45,7 @@ class BflFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, title="BflFields")
 
-    prompt: str
+    prompt: str = Field("", description="may be empty where `image` is filled")
     input_image: str | None = Field(None, description=PICTURE)
     input_image_2: str | None = Field(None, description=PICTURE)
     input_image_3: str | None = Field(None, description=PICTURE)
@@ -66,7 +69,7 @@ class BflFields(BaseModel):
     raw: bool | None = Field(None, description="has no effect")
     output_format: Literal["jpeg", "png", "webp"] | None = None
     webhook_url: str | None = Field(
-        None, min_length=1, max_length=2083, description="https, where the end is told of"
+        None, max_length=2083, description="https, where the end is told of"
     )
     webhook_secret: str | None = Field(
         None, max_length=1024, description="what that is signed with"
@@ -103,8 +106,10 @@ def parse_body(body: bytes) -> BflFields:
         fields = BflFields.model_validate_json(body)
     except ValidationError as error:
         raise bad_request(error) from None
+    if fields.image is None and not fields.prompt.strip():
+        raise BadRequest("prompt is empty", "prompt")
     for name, reason in UNSERVED.items():
         # Some clients send every field that they know.
-        if (fields.model_extra or {}).get(name) not in (None, "", 0, False):
+        if (fields.model_extra or {}).get(name) not in (None, "", 0, False, []):
             raise BadRequest(reason, name)
     return fields

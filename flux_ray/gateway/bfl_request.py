@@ -63,12 +63,13 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
     """
     width, height = pixels_for(sent, tier, references)
     if width * height > MAX_PIXELS:
-        raise BadRequest(f"width x height must be at most {MAX_PIXELS} pixels", "width")
+        field = "width" if sent.width else "height"
+        raise BadRequest(f"width x height must be at most {MAX_PIXELS} pixels", field)
     return fitted(width, height, tier)
 
 
-def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
-    """Before they are fitted to the tier."""
+def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[float, float]:
+    """Before they are fitted to the tier; of one side alone, in the ratio of the default."""
     default = tier.default_side, tier.default_side
     if references:
         default = size_like(references[0], tier)
@@ -77,6 +78,10 @@ def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> t
     for field in ("width", "height"):
         if 0 < (getattr(sent, field) or MIN_SIDE) < MIN_SIDE:
             raise BadRequest(f"{field} must be 0 or at least {MIN_SIDE}", field)
+    if sent.width and not sent.height:
+        return sent.width, sent.width * default[1] / default[0]
+    if sent.height and not sent.width:
+        return sent.height * default[0] / default[1], sent.height
     return sent.width or default[0], sent.height or default[1]
 
 
@@ -97,9 +102,10 @@ def job_warnings_for(
     if sent.steps is not None and not tier.is_guided:
         warnings.append(f"steps has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
-    asked = sent.width or request.width, sent.height or request.height
-    if asked != (request.width, request.height):
-        drawn = f"{request.width}x{request.height}"
-        warnings.append(f"{asked[0]}x{asked[1]} is drawn as {drawn} by {tier.name}")
+    drawn = request.width, request.height
+    asked = pixels_for(sent, tier, request.references) if sent.width or sent.height else drawn
+    if asked != drawn:
+        width, height = map(round, asked)
+        warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")
     unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)
     return (*warnings, *islice(unknown, MAX_NAMED_FIELDS))

@@ -10,6 +10,20 @@ Dialect = Literal["openai", "bfl", "hugging_face"]
 HUB = "/models/"
 # Of ComfyUI's nodes for BFL's models.
 COMFY = "/proxy/bfl/"
+# OpenAI's other routes of one word: who asks for them wants to read that in its words.
+OPENAIS = {
+    "batches",
+    "completions",
+    "conversations",
+    "embeddings",
+    "files",
+    "images",
+    "models",
+    "moderations",
+    "responses",
+    "uploads",
+    "videos",
+}
 
 
 def path_of(scope: Scope) -> str:
@@ -25,7 +39,15 @@ def dialect_of(request: Request) -> Dialect:
         return "hugging_face"
     bfl_paths = request.app.state.bfl_paths
     # A model that is not served: its client has to read why.
-    is_model = request.method == "POST" and (
-        (path.startswith("/v1/") and path.count("/") == 2) or path.startswith(COMFY)
-    )
-    return "bfl" if path in bfl_paths or (bfl_paths and is_model) else "openai"
+    return "bfl" if path in bfl_paths or (bfl_paths and model_in(request)) else "openai"
+
+
+def model_in(request: Request) -> str | None:
+    """The model of which a path of BFL's is, whether or not it is served; None of other paths."""
+    path = path_of(request.scope)
+    if request.method != "POST":
+        return None
+    if path.startswith(COMFY):
+        return path.removeprefix(COMFY).removesuffix("/generate")
+    name = path.removeprefix("/v1/")
+    return None if name == path or "/" in name or name in OPENAIS else name

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.openai_references import PICTURE_FIELDS
+from flux_ray.gateway.openai_references import PICTURE_FIELDS, listed
 from flux_ray.gateway_config import Limits
 
 MAX_FORM_FILES = 32
@@ -46,10 +46,10 @@ def text_parts(form: FormData) -> dict[str, str]:
     """The parts that are no pictures, each name once."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
-        if name in PICTURE_FIELDS:
+        if listed(name) in PICTURE_FIELDS:
             continue
         if isinstance(value, UploadFile):
-            raise BadRequest(f"{name[:80]} must be text, not a file", name[:80])
+            raise BadRequest(f"{name[:80]} is no picture that is read here", name[:80])
         if name in parts:
             raise BadRequest(f"{name[:80]} was sent twice", name[:80])
         parts[name] = value

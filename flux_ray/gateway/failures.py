@@ -19,9 +19,10 @@ from flux_ray.errors import (
 )
 from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
-from flux_ray.gateway.dialects import Dialect, dialect_of
+from flux_ray.gateway.dialects import Dialect, dialect_of, model_in
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.request_id import HEADER
+from flux_ray.gateway.targets import unknown
 
 # The only logger that Serve writes to its log files.
 logger = logging.getLogger("ray.serve")
@@ -83,6 +84,10 @@ async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own: no such route, wrong method, a body that is no multipart."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 404 and dialect_of(request) == "bfl":
+        model = model_in(request)
+        if model is not None:
+            return answer_for(request, unknown(model, request.app.state.names))
     failure = Failure(
         message=error.detail,
         type=BadRequest.type if error.status_code < 500 else FluxError.type,

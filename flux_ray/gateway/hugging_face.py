@@ -13,11 +13,11 @@ from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_json, check_supported
-from flux_ray.gateway.openai_references import MASK_FIELDS
+from flux_ray.gateway.openai_references import MASK_FIELDS, REFERENCE_FIELDS
 from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_warnings import warnings_of
+from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.sources import Source, Sources, read_pictures
+from flux_ray.gateway.sources import Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageFormat, Raster
@@ -30,6 +30,8 @@ FORMATS: dict[str, ImageFormat] = {
 }
 # OpenAI's, of which this route has but one way.
 NOT_HERE = {"model", "n", "response_format", "stream"} | MASK_FIELDS
+# Of the old API: how to wait, which is not for the client to say here.
+OPTIONS = "options"
 
 
 class TargetSize(BaseModel):
@@ -56,7 +58,12 @@ class Inputs(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     inputs: str
-    parameters: Parameters = Parameters()
+    parameters: Parameters | None = None
+
+    @property
+    def wish(self) -> Parameters:
+        """All of them, sent or not."""
+        return self.parameters or Parameters()
 
 
 class HuggingFace:
@@ -93,7 +100,7 @@ class HuggingFace:
         )
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
-        warnings = warnings_of(fields, result)
+        warnings = [*warnings_of(fields, result), *unknown_in(sent)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
@@ -105,7 +112,7 @@ class HuggingFace:
 
     async def references_of(self, sent: Inputs, target: Target) -> tuple[Raster, ...]:
         """The picture to edit, if there is one."""
-        if sent.parameters.prompt is None:
+        if sent.wish.prompt is None:
             return ()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
@@ -121,7 +128,7 @@ def body_schema() -> dict[str, Any]:
     fields = ImageFields.model_json_schema()["properties"].items()
     parameters["properties"] |= {name: each for name, each in fields if name not in NOT_HERE}
     parameters["properties"]["target_size"] = parts["TargetSize"]
-    schema["properties"]["parameters"] = parameters
+    schema["properties"]["parameters"] = {"anyOf": [parameters, {"type": "null"}]}
     return schema
 
 
@@ -129,19 +136,35 @@ def parse_inputs(body: bytes) -> Inputs:
     """The checked body."""
     check_json(body)
     try:
-        return Inputs.model_validate_json(body)
+        sent = Inputs.model_validate_json(body)
     except ValidationError as error:
         raise bad_request(error) from None
+    elsewhere = {**(sent.model_extra or {}), **(sent.wish.model_extra or {})}
+    for name in elsewhere.keys() & REFERENCE_FIELDS:
+        raise BadReference("a picture is sent as inputs, and its words as parameters.prompt", name)
+    if sent.wish.prompt is None and is_picture(sent.inputs):
+        raise BadRequest("what to do with the picture is to be said in parameters.prompt", "prompt")
+    return sent
+
+
+def unknown_in(sent: Inputs) -> list[str]:
+    """What nobody looked at, beside the parameters."""
+    names = sorted((sent.model_extra or {}).keys() - {OPTIONS})[:MAX_NAMED_FIELDS]
+    return [f"unknown field {name[:80]!r} was ignored" for name in names]
 
 
 def fields_of(sent: Inputs, output_format: ImageFormat) -> ImageFields:
     """The same wish in the words of OpenAI's routes, whose checks then hold here too."""
-    extra: dict[str, Any] = dict(sent.parameters.model_extra or {})
+    extra: dict[str, Any] = dict(sent.wish.model_extra or {})
     for name in NOT_HERE & extra.keys():
         raise BadRequest(f"{name} is not for this route", name)
-    if sent.parameters.target_size is not None:
-        extra |= sent.parameters.target_size.model_dump()
-    prompt = sent.inputs if sent.parameters.prompt is None else sent.parameters.prompt
+    if sent.wish.target_size is not None:
+        extra |= sent.wish.target_size.model_dump()
+    for one, other in (("width", "height"), ("height", "width")):
+        # Each of them may be sent alone: that is a square.
+        if extra.get(one) is not None and extra.get(other) is None:
+            extra[other] = extra[one]
+    prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt
     try:
         fields = ImageFields.model_validate(
             {"output_format": output_format} | extra | {"prompt": prompt}

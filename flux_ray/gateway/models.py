@@ -50,7 +50,7 @@ class Models:
         """Both answer GET."""
         routes = APIRouter(tags=["models"], responses={"default": {"model": Envelope}})
         routes.add_api_route("/v1/models", self.list_models)
-        routes.add_api_route("/v1/models/{model}", self.show_model)
+        routes.add_api_route("/v1/models/{model:path}", self.show_model)
         return routes
 
     async def list_models(self) -> ModelList:

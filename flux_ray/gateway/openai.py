@@ -32,6 +32,8 @@ from flux_ray.router.router import Router
 
 JSON = "application/json"
 FORM = "multipart/form-data"
+# Aliases of that name stand for OpenAI's, whose clients read URLs unless they ask otherwise.
+URL_MODELS = "dall-e-"
 EVENTS = {
     "type": "object",
     "description": "with `stream`: previews, where asked for or of a cascade, and the pictures",
@@ -129,11 +131,18 @@ class OpenAIImages:
         warnings = warnings_of(fields, result)
         drawn = order.request_of(result)
         urls = None
-        if fields.response_format == "url" and self.kept is not None:
+        if self.kept is not None and wants_url(fields):
             urls = await self.kept.urls_of(order.caller.key, drawn, result)
         answer = answer_for(drawn, result, warnings, started_s, urls)
         answer.headers.update(self.orders.limit_headers(order))
         return answer
+
+
+def wants_url(fields: ImageFields) -> bool:
+    """Whether the pictures are to be fetched: also who says nothing, of models that do so then."""
+    if fields.response_format is None:
+        return (fields.model or "").startswith(URL_MODELS)
+    return fields.response_format == "url"
 
 
 def required(sources: Sources) -> Sources:

@@ -115,6 +115,8 @@ def bad_request(error: ValidationError) -> BadRequest:
 
 def check_supported(fields: ImageFields) -> None:
     """Raises for what would change the answer and is not there yet."""
+    if not fields.prompt.strip():
+        raise BadRequest("prompt is empty", "prompt")
     for names in (STEPS, GUIDANCE):
         check_same(fields, names)
     if fields.background == "transparent":

@@ -1,5 +1,6 @@
 """The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ PICTURE_FIELDS = REFERENCE_FIELDS | MASK_FIELDS
 # How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
 WRAPPERS = ("image_url", "url", "b64_json")
 MAX_DEPTH = 4
+_NUMBERED = re.compile(r"\[[0-9]{1,3}\]$")
 
 
 def sources_in_json(fields: Mapping[str, Any], target: Target) -> Sources:
@@ -30,11 +32,17 @@ def sources_in_json(fields: Mapping[str, Any], target: Target) -> Sources:
     return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
 
 
+def listed(name: str) -> str:
+    """A form's `image[0]` is its `image[]`: some clients number them."""
+    return _NUMBERED.sub("[]", name)
+
+
 def sources_in_form(form: FormData, target: Target) -> Sources:
     """The pictures of a form, as files or as text, in its order."""
 
     def of(wanted: set[str]) -> Iterator[Source]:
-        parts = ((name, value) for name, value in form.multi_items() if name in wanted)
+        parts = ((listed(name), value) for name, value in form.multi_items())
+        parts = ((name, value) for name, value in parts if name in wanted)
         return (Source(name, value) for name, value in parts if value)
 
     return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)

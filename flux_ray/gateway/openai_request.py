@@ -23,7 +23,8 @@ def request_for(
     mask: Mask | None = None,
 ) -> ImageRequest:
     """The complete request; its id is ours, for two clients may send the same one."""
-    check_prompt(fields.prompt, limits)
+    if len(fields.prompt) > limits.max_prompt_chars:
+        raise BadRequest(f"prompt is longer than {limits.max_prompt_chars} characters", "prompt")
     num_images = fields.n or 1
     if num_images > limits.max_images:
         raise BadRequest(f"n must be 1 to {limits.max_images}", "n")
@@ -50,14 +51,6 @@ def request_for(
         mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
-
-
-def check_prompt(prompt: str, limits: Limits) -> None:
-    """A prompt says something, and is passed on as it is."""
-    if not prompt.strip():
-        raise BadRequest("prompt is empty", "prompt")
-    if len(prompt) > limits.max_prompt_chars:
-        raise BadRequest(f"prompt is longer than {limits.max_prompt_chars} characters", "prompt")
 
 
 def check_mask(mask: Mask, references: tuple[Raster, ...], tier: Tier) -> None:

@@ -18,6 +18,8 @@ from flux_ray.request import Mask, Raster
 Read = TypeVar("Read")
 
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+# What PNG, JPEG and WEBP begin with in base64; no prompt is one long word.
+_PICTURE = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|UklGR)\S{50}", re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
 # Both alphabets, and no line breaks.
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -101,6 +103,11 @@ class Reader(NamedTuple):
 def is_url(text: str) -> bool:
     """Base64 has no colon, but in its data prefix."""
     return bool(_SCHEME.match(text)) and text[:5].lower() != "data:"
+
+
+def is_picture(text: str) -> bool:
+    """Whether that is base64 of a picture, and not words."""
+    return _PICTURE.match(text) is not None
 
 
 def decode_base64(text: str, limits: Limits, name: str) -> bytes:

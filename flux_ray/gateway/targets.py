@@ -44,10 +44,7 @@ def target_for(
         raise BadRequest(f"model is required, one of: {', '.join(names_of(args))}", "model")
     alias = args.alias_for(name)
     if alias is None:
-        raise UnknownTier(
-            f"no model {name[:80]!r} is served here; there are: {', '.join(names_of(args))}",
-            "model",
-        )
+        raise unknown(name, names_of(args))
     tiers = alias.tiers
     if alias.policy == "spill" and not may_spill:
         tiers = tiers[:1]
@@ -57,6 +54,12 @@ def target_for(
     if not usable:
         raise LicenseForbids(f"this key may not use {name}: its licence is another", "model")
     return Target(name, alias, usable)
+
+
+def unknown(name: str, names: tuple[str, ...]) -> UnknownTier:
+    """Nothing of that name is among these."""
+    message = f"no model {name[:80]!r} is served here; there are: {', '.join(names)}"
+    return UnknownTier(message, "model")
 
 
 def names_of(args: GatewayArgs) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError
 
 from flux_ray.errors import StoreLost
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.gateway_config import Alias, GatewayArgs
 from tests.conftest import LIMITS
 
 
@@ -74,6 +74,26 @@ async def test_the_default_and_b64_are_as_before(openai, client):
     body = {"prompt": "a ring", "response_format": "url"}
     plain = (await client.post("/v1/images/generations", json=body)).json()
     assert {*plain["data"][0]} == {"url", "seed"}
+
+
+async def test_clients_of_dall_e_read_urls_unless_they_ask_otherwise(router, gateway_args, desk):
+    args = gateway_args.model_copy(update={"aliases": {"dall-e-3": Alias(tiers=("tiny",))}})
+    api = build_api(router, args, desk=desk)
+    async with client_of(api) as openai:
+        answer = await openai.images.generate(model="dall-e-3", prompt="a ring")
+        assert (answer.data[0].b64_json, answer.data[0].url[:18]) == (None, "http://public/at/r")
+        for fields in ({"model": "tiny"}, {"model": "dall-e-3", "response_format": "b64_json"}):
+            answer = await openai.images.generate(prompt="a ring", **fields)
+            assert (answer.data[0].url, bool(answer.data[0].b64_json)) == (None, True)
+
+
+async def test_clients_of_dall_e_get_bytes_where_nothing_is_kept(router):
+    api = build_api(
+        router, GatewayArgs(tiers=("tiny",), limits=LIMITS, aliases={"dall-e-3": "tiny"})
+    )
+    async with client_of(api) as openai:
+        answer = await openai.images.generate(model="dall-e-3", prompt="a ring")
+    assert answer.data[0].b64_json
 
 
 async def test_a_stream_has_the_bytes_and_says_so(client):

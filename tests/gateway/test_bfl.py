@@ -129,10 +129,28 @@ async def test_comfys_nodes_hand_in_at_a_path_of_their_own(client, handles):
     [request] = handles.requests
     assert (request.seed, request.width, request.height) == (2**64 - 1, 64, 96)
 
-    for path in ("/proxy/bfl/flux-dev/generate", "/proxy/bfl/flux-none/generate"):
-        answer = await client.post(path, json={})
-        assert 400 <= answer.status_code < 500
-        assert "detail" in answer.json() and "error" not in answer.json(), "as BFL's"
+
+@pytest.mark.parametrize("path", ["/v1/flux-none", "/proxy/bfl/flux-none/generate"])
+async def test_a_model_that_is_not_served(client, path):
+    answer = await client.post(path, json={"prompt": "a ring"})
+    message = "no model 'flux-none' is served here; there are: tiny, flux-dev, flux-kontext-pro"
+    assert (answer.status_code, answer.json()["message"]) == (404, message)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/chat/completions"])
+async def test_openais_other_routes_are_missed_in_its_words(client, path):
+    answer = await client.post(path, json={})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("words", [{}, {"prompt": ""}, {"prompt": None}])
+async def test_what_is_filled_needs_no_words(client, handles, picture, words):
+    clear = base64.b64encode(picture(96, 80, mode="RGBA", color=(255, 0, 0, 0))).decode()
+    sent = {"image": clear} | words
+    answer = await client.post("/v1/flux-dev", json=sent, headers={"x-key": "k"})
+    assert answer.status_code == 200, answer.text
+    result = await poll(client, answer.json()["id"])
+    assert (result["status"], result["result"]["prompt"]) == ("Ready", "")
 
 
 async def test_references_come_in_their_order(client, handles, picture):
@@ -153,7 +171,8 @@ async def test_references_come_in_their_order(client, handles, picture):
     [
         ({}, (128, 128)),
         ({"width": 0, "height": 0}, (128, 128)),
-        ({"width": None, "height": 100}, (128, 96)),
+        ({"width": None, "height": 100}, (96, 96)),
+        ({"width": 1024}, (192, 192)),
         ({"width": 1024, "height": 768}, (192, 144)),
         ({"aspect_ratio": "16:9"}, (160, 96)),
         ({"aspect_ratio": "16:9", "width": 64, "height": 96}, (64, 96)),
@@ -202,6 +221,7 @@ async def test_what_has_no_effect_is_said(client):
     [
         ({"prompt": " "}, "prompt"),
         ({"prompt": None}, "prompt"),
+        ({"prompt": "x" * 33_000}, "prompt"),
         ({"seed": -1}, "seed"),
         ({"width": 32}, "width"),
         ({"width": 4096, "height": 2048}, "width"),
@@ -210,6 +230,9 @@ async def test_what_has_no_effect_is_said(client):
         ({"output_format": "gif"}, "output_format"),
         ({"input_image": "no picture"}, "input_image"),
         ({"input_image_3": "aGk="}, "input_image_3"),
+        ({"input_image_9": "aGk="}, "input_image_9"),
+        ({"images": ["aGk="]}, "images"),
+        ({"image_url": "https://example.org/a.png"}, "image_url"),
         ({"image_prompt": "aGk="}, "image_prompt"),
         ({"mask": "aGk="}, "mask"),
         ({"top": 64}, "top"),

@@ -158,6 +158,22 @@ async def test_an_over_long_text_part_is_named(router, picture, name, words):
     assert len(answer.text) < 300
 
 
+async def test_numbered_files_are_a_list(client, handles, picture):
+    files = [(f"image[{number}]", ("a", picture(64, 64))) for number in range(2)]
+    answer = await client.post(PATH, data=PROMPT, files=files)
+    assert answer.status_code == 200, answer.text
+    assert len(handles.requests[0].references) == 2
+
+
+async def test_a_file_that_nobody_reads_is_named(client, picture):
+    files = {"image": ("a", picture()), "markup": ("m", picture())}
+    error = (await client.post(PATH, data=PROMPT, files=files)).json()["error"]
+    assert (error["message"], error["param"]) == (
+        "markup is no picture that is read here",
+        "markup",
+    )
+
+
 @pytest.mark.parametrize(
     ("size", "image_tokens"),
     [

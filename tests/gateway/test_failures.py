@@ -18,7 +18,7 @@ REQUEST = {"prompt": "a red circle"}
         ("GET", "/", 404, "not_found"),
         ("GET", "/nothing", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
-        ("GET", "/v1/models/", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
         ("POST", "/v1/images/generations/", 404, "not_found"),
         ("GET", PATH, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),

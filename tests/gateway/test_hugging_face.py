@@ -7,6 +7,7 @@ import pytest
 from flux_ray.errors import Overloaded
 
 PATH = "/models/tiny"
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode()
 
 
 @pytest.fixture
@@ -63,6 +64,11 @@ async def test_what_has_no_effect_is_said(ask):
         ("", {}, 400, "prompt is empty"),
         ("a ring", {"width": 100, "height": 64}, 400, "multiples of 16"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
+        ("a ring", {"image": "aGk="}, 400, "a picture is sent as inputs"),
+        ("a ring", {"images": ["aGk="]}, 400, "a picture is sent as inputs"),
+        (PNG, {}, 400, "what to do with the picture"),
+        (PNG, {"num_inference_steps": 4}, 400, "what to do with the picture"),
+        (f"data:image/png;base64,{PNG}", {}, 400, "what to do with the picture"),
         ("a ring", {"mask": "aGVsbG8="}, 400, "mask is not for this route"),
         ("a ring", {"mask_image": "aGVsbG8="}, 400, "mask_image is not for this route"),
         ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
@@ -79,6 +85,26 @@ async def test_mistakes_are_told_in_its_words(ask, handles, inputs, parameters, 
     assert answer.status_code == status
     assert words in answer.json()["error"], answer.text
     assert handles.requests == []
+
+
+@pytest.mark.parametrize("start", ["/9j/", "UklGR", "iVBORw0KGgo"])
+async def test_words_that_begin_like_a_picture_are_words(ask, handles, start):
+    assert (await ask(f"{start} is how a picture begins in base64, as nobody knows")).is_success
+    assert handles.requests[0].prompt.startswith(start)
+
+
+async def test_one_side_alone_is_a_square(ask, handles):
+    for fields in ({"width": 96}, {"height": 96}):
+        assert (await ask("a ring", **fields)).status_code == 200
+    assert {(each.width, each.height) for each in handles.requests} == {(96, 96)}
+
+
+async def test_what_is_beside_the_parameters(client, handles):
+    body = {"inputs": "a ring", "parameters": None, "options": {"use_cache": False}, "seed": 7}
+    answer = await client.post(PATH, json=body)
+    assert answer.headers["x-flux-warnings"] == "unknown field 'seed' was ignored"
+    answer = await client.post(PATH, json={"inputs": "a ring", "image": "aGk="})
+    assert (answer.status_code, len(handles.requests)) == (400, 1)
 
 
 async def test_an_unknown_model_and_a_refusal(ask, turns):

@@ -1,8 +1,10 @@
 """Models, health and the OpenAPI description."""
 
+import httpx
 import pytest
 
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.api import build_api
 from flux_ray.gateway.targets import target_for
 from flux_ray.gateway_config import GatewayArgs
 
@@ -15,6 +17,15 @@ async def test_models(client):
     assert model["license"] == "apache-2.0"
     assert (model["default_size"], model["default_steps"]) == ("128x128", 4)
     assert (await client.get("/v1/models/tiny")).json() == model
+
+
+async def test_a_name_with_a_slash(router, client):
+    name = "black-forest-labs/FLUX.1-dev"
+    api = build_api(router, GatewayArgs(tiers=("tiny",), aliases={name: "tiny"}))
+    transport = httpx.ASGITransport(app=api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        for path in (name, name.replace("/", "%2F")):
+            assert (await client.get(f"/v1/models/{path}")).json()["id"] == name
 
 
 async def test_a_tier_that_is_not_served_here(client):
