@@ -87,6 +87,8 @@ class FakeTurns:
     def __init__(self) -> None:
         self.offers: list[Offer] = []
         self.ended: list[str] = []
+        self.done: list[str] = []
+        self.left_s: dict[str, list[float]] = {}
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
@@ -99,8 +101,13 @@ class FakeTurns:
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         return tuple(self.forecasts.get(offer.tier, Forecast(0.0)) for offer in offers)
 
-    def end(self, ticket_id: str) -> None:
+    def progress(self, ticket_id: str, left_s: float) -> None:
+        self.left_s.setdefault(ticket_id, []).append(left_s)
+
+    def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         self.ended.append(ticket_id)
+        if is_done:
+            self.done.append(ticket_id)
 
 
 @pytest.fixture(scope="session")

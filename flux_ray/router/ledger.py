@@ -37,12 +37,15 @@ class Statement:
 
     `known`, now and then: all that it waits for or runs. What else the ledger has of it has ended,
     and what the ledger lacks it has to offer again; so neither ever has to trust a single message.
+    `done` ended with what was wanted, `ended` otherwise. `left_s`: what running ones still take.
     """
 
     offers: tuple[Offer, ...] = ()
     ended: tuple[str, ...] = ()
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: frozenset[str] | None = None
+    done: tuple[str, ...] = ()
+    left_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Decision(NamedTuple):
@@ -111,8 +114,7 @@ class Ledger:
         """Write down a statement; the tickets of `known` that nobody offered."""
         account = self._accounts.setdefault(gateway, Account(now))
         account.heard_at = now
-        for ticket_id in statement.ended:
-            self._end(ticket_id, now)
+        self._follow(account, statement, now)
         if statement.known is not None:
             for ticket_id in account.tiers.keys() - statement.known:
                 self._end(ticket_id, now)
@@ -189,6 +191,22 @@ class Ledger:
 
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)
+
+    def _follow(self, account: Account, statement: Statement, now: float) -> None:
+        """What became of tickets that were granted."""
+        for ticket_id in statement.done:
+            self._finish(ticket_id, now)
+        for ticket_id in statement.ended:
+            self._end(ticket_id, now)
+        for ticket_id, left_s in statement.left_s.items():
+            if ticket_id in account.tiers:
+                self._queues[account.tiers[ticket_id]].progress(ticket_id, left_s, now)
+
+    def _finish(self, ticket_id: str, now: float) -> None:
+        """As _end; what it took tells how far off prices are."""
+        tier = self._strike_out(ticket_id)
+        if tier is not None:
+            self._queues[tier].finish(ticket_id, now)
 
     def _end(self, ticket_id: str, now: float) -> None:
         tier = self._strike_out(ticket_id)

@@ -4,17 +4,23 @@ from typing import NamedTuple
 
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
+from flux_ray.router.cost import Cost
 from flux_ray.router.ledger import Offer
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.usage import Use
 
 
 class Quote(NamedTuple):
-    """`cost_s` are seconds of one replica, `gpu_seconds` those of all its cards."""
+    """`cost` is of one replica, `gpu_seconds` of all its cards."""
 
     request: ImageRequest
-    cost_s: float
+    cost: Cost
     gpu_seconds: float
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds of one replica, in all."""
+        return self.cost.total_s
 
     @property
     def tier(self) -> str:
@@ -29,8 +35,8 @@ class Quote(NamedTuple):
 
 def quote_for(request: ImageRequest, prices: CostModel) -> Quote:
     """By what is known now."""
-    cost_s = prices.price(request).total_s
-    return Quote(request, cost_s, prices.on_all_cards(request.tier, cost_s))
+    cost = prices.price(request)
+    return Quote(request, cost, prices.on_all_cards(request.tier, cost.total_s))
 
 
 def offer_for(

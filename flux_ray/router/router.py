@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from flux_ray.errors import (
@@ -27,6 +28,7 @@ from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Offer
+from flux_ray.router.pace import followed
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.quote import Quote, offer_for, quote_for
 from flux_ray.router.turnstile import Stay
@@ -60,8 +62,11 @@ class Turns(Protocol):
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
 
-    def end(self, ticket_id: str) -> None:
-        """The turn is over."""
+    def progress(self, ticket_id: str, left_s: float) -> None:
+        """So long it still takes."""
+
+    def end(self, ticket_id: str, *, is_done: bool = False) -> None:
+        """The turn is over, and the request done or not."""
 
 
 class Turnstile(Protocol):
@@ -274,10 +279,13 @@ class Router:
         if number == 1:
             self.bill.enter(request.tier, quote.gpu_seconds)
         stay.begin()
+        hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
+        is_done = False
         try:
             result = await self.handles.generate(request, replica, hear)
+            is_done = True
         finally:
-            self.turns.end(offer.ticket_id)
+            self.turns.end(offer.ticket_id, is_done=is_done)
         self.bill.compare(self.prices.learn(request, result.times))
         return result
 

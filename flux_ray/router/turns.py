@@ -57,14 +57,20 @@ class Turn:
     asked_at: float
     granted: "asyncio.Future[str]"
     replica: str | None = None
-    began_at: float = math.inf
+    # What was left of it when that was last known.
+    left: tuple[float, float] = (math.inf, 0.0)
+
+    def left_s(self, now: float) -> float:
+        """How long it still takes, once it was granted."""
+        left_s, known_at = self.left
+        return max(0.0, left_s - (now - known_at))
 
     def offer_at(self, now: float) -> Offer:
         """The offer for a ledger that has never heard of it, or has been lost."""
         deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
         if self.replica is None:
             return replace(self.offer, deadline_in_s=deadline_in_s)
-        left_s = max(0.0, self.offer.cost_s - (now - self.began_at))
+        left_s = self.left_s(now)
         return replace(self.offer, deadline_in_s=deadline_in_s, cost_s=left_s, runs_on=self.replica)
 
 
@@ -82,6 +88,8 @@ class Turns:
         self._turns: dict[str, Turn] = {}
         self._new: list[Turn] = []
         self._ended: list[str] = []
+        self._done: list[str] = []
+        self._moved: set[str] = set()
         self._news = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -110,10 +118,17 @@ class Turns:
             logger.warning("tiers are chosen without the ledger: %s", error)
             return (Forecast(0.0),) * len(offers)
 
-    def end(self, ticket_id: str) -> None:
-        """The turn is over, however it ended."""
+    def progress(self, ticket_id: str, left_s: float) -> None:
+        """So long the request whose turn it is still takes; the ledger hears of it in a while."""
+        turn = self._turns.get(ticket_id)
+        if turn is not None:
+            turn.left = left_s, time.monotonic()
+            self._moved.add(ticket_id)
+
+    def end(self, ticket_id: str, *, is_done: bool = False) -> None:
+        """The turn is over; `is_done`: with what was wanted of it."""
         if self._turns.pop(ticket_id, None) is not None:
-            self._ended.append(ticket_id)
+            (self._done if is_done else self._ended).append(ticket_id)
             self._news.set()
 
     def stop(self) -> None:
@@ -163,9 +178,17 @@ class Turns:
         now = time.monotonic()
         # A client that has left cancelled what it waited for.
         offers = tuple(turn.offer_at(now) for turn in self._new if not turn.granted.cancelled())
-        ended, self._new, self._ended = tuple(self._ended), [], []
-        known = frozenset(self._turns) if tell_all else None
-        return Statement(offers, ended, self._reachable(), known)
+        moved = ((each, self._turns[each]) for each in self._moved if each in self._turns)
+        statement = Statement(
+            offers,
+            tuple(self._ended),
+            self._reachable(),
+            frozenset(self._turns) if tell_all else None,
+            tuple(self._done),
+            {ticket_id: turn.left_s(now) for ticket_id, turn in moved},
+        )
+        self._new, self._ended, self._done, self._moved = [], [], [], set()
+        return statement
 
     async def _listen(self) -> None:
         heard = 0
@@ -184,7 +207,7 @@ class Turns:
         if turn is None or turn.granted.done():
             return
         if decision.replica is not None:
-            turn.replica, turn.began_at = decision.replica, time.monotonic()
+            turn.replica, turn.left = decision.replica, (turn.offer.cost_s, time.monotonic())
             turn.granted.set_result(decision.replica)
         elif decision.refusal is not None:
             turn.granted.set_exception(error_for(decision.refusal))

@@ -6,6 +6,7 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.choice import COLD_START_S, Candidate, in_order
+from flux_ray.router.cost import Cost
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.quote import Quote
 
@@ -15,7 +16,7 @@ def candidate(tier: str, cost_s: float, wait_s: float | None, **changed) -> Cand
     is_refused = changed.pop("is_refused", False)
     gpu_seconds = changed.pop("gpu_seconds", cost_s)
     deadline_s = changed.pop("deadline_s", 10.0)
-    quote = Quote(request, cost_s, gpu_seconds)
+    quote = Quote(request, Cost(0.0, cost_s, 0.0), gpu_seconds)
     return Candidate(quote, deadline_s, Forecast(wait_s, is_refused))
 
 

@@ -70,6 +70,24 @@ async def test_it_is_priced_once(handles, turns, bill, monkeypatch):
     assert sorted(priced) == ["tiny", "tiny", "tiny-tp2"]
 
 
+async def test_the_ledger_hears_of_long_requests_and_of_those_that_are_followed(
+    router, handles, turns
+):
+    await router.generate(REQUEST)
+    assert turns.left_s == {}, "it is over too soon"
+    heard = []
+    await router.generate(replace(REQUEST, request_id="heard"), hear=heard.append)
+    assert heard == news_of(REQUEST)
+    # Far more than it is, on a processor.
+    await router.generate(replace(REQUEST, request_id="long", num_steps=5000))
+    assert [*turns.left_s] == ["tiny-heard-1", "tiny-long-1"]
+    handles.failures = [BadRequest("no")]
+    with pytest.raises(BadRequest):
+        await router.generate(replace(REQUEST, request_id="wrong"))
+    assert turns.done == ["tiny-id-1", "tiny-heard-1", "tiny-long-1"]
+    assert turns.ended == [*turns.done, "tiny-wrong-1"]
+
+
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
     await router.generate(REQUEST, Caller(deadline_s=1000))
     await router.generate(REQUEST)

@@ -171,6 +171,20 @@ async def test_while_the_ledger_is_away_requests_wait(turns: Turns, line: FakeLi
     assert await within(waiting) == "a"
 
 
+async def test_the_ledger_hears_how_long_it_still_takes(turns: Turns, line: FakeLine) -> None:
+    await within(turns.take(offer("x")))
+    turns.progress("x", 30.0)
+    turns.progress("never", 30.0)
+    await asyncio.sleep(0.05)
+    assert line.running_s() == pytest.approx(30, abs=0.5)
+    line.lose()
+    await asyncio.sleep(0.1)
+    assert line.running_s() == pytest.approx(30, abs=0.5), "it is told again as it was known"
+    turns.end("x", is_done=True)
+    await asyncio.sleep(0.05)
+    assert line.running_s() == 0
+
+
 async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: FakeLine) -> None:
     turns.end("never")
     assert await within(turns.take(offer("x"))) == "a"
