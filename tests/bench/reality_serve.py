@@ -77,11 +77,12 @@ class Ingress:
             return Response()
         await self._connect()
         ticket = ticket_of(request.request_id, time.monotonic())
-        handover.GRANTED[request.request_id] = await self._turn(ticket)
+        granted = TIER, request.request_id
+        handover.GRANTED[granted] = await self._turn(ticket)
         try:
             await self._handle.remote(request)
         finally:
-            del handover.GRANTED[request.request_id]
+            del handover.GRANTED[granted]
             self._queue.finish(request.request_id, time.monotonic())
             self._hand_over()
         return Response()

@@ -102,15 +102,19 @@ class Played:
         served = sorted(latency for latency in self.latencies_s if latency is not None)
         return served[min(int(share * len(served)), len(served) - 1)] if served else math.nan
 
+    @property
+    def met(self) -> list[bool]:
+        """Whether each request met its deadline."""
+        return [
+            latency_s is not None and latency_s <= (sent.deadline_s or math.inf)
+            for sent, latency_s in zip(self.trace, self.latencies_s, strict=True)
+        ]
+
     def attainment(self, costs: Costs | None = None) -> float:
         """The share that met its deadline; by the seconds of `costs`, where they are given."""
-        met = total = 0.0
-        for sent, latency_s in zip(self.trace, self.latencies_s, strict=True):
-            weight = 1.0 if costs is None else costs[sent.shape].cost_s
-            limit_s = math.inf if sent.deadline_s is None else sent.deadline_s
-            total += weight
-            met += weight * (latency_s is not None and latency_s <= limit_s)
-        return met / total
+        weights = [1.0 if costs is None else costs[sent.shape].cost_s for sent in self.trace]
+        met = sum(weight for weight, is_met in zip(weights, self.met, strict=True) if is_met)
+        return met / sum(weights)
 
 
 def median(values: Sequence[float]) -> float:
