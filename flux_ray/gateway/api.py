@@ -37,6 +37,7 @@ class Dialect(Protocol):
 
 
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
+COMFY_KEY = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False)
 
 
 def lifespan_of(desk: Desk | None) -> Lifespan[FastAPI]:
@@ -88,7 +89,7 @@ def build_api(
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))
         # The door has the say; these are what OpenAPI tells of it.
-        guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY)]
+        guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
     add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)

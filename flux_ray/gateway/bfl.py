@@ -22,6 +22,7 @@ from flux_ray.gateway.bfl_fields import BflFields, parse_body
 from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
+from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
 from flux_ray.gateway.openai import JSON, content_type_of
@@ -39,9 +40,7 @@ RESULT = "/v1/get_result"
 CANCEL = "/v1/cancel"
 CREDITS = "/v1/credits"
 FINETUNES = "/v1/my_finetunes"
-BFL = "/v1/{}"
-# ComfyUI's nodes send to BFL through their maker's server.
-COMFY = "/proxy/bfl/{}/generate"
+PATHS = ("/v1/{}", f"{COMFY}{{}}{GENERATE}")
 # What a path may be made of; these are others' already.
 _NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 TAKEN = {"images/generations", "images/edits", "cancel"}
@@ -64,7 +63,7 @@ class Bfl:
         self.public_url = public_url.rstrip("/")
         names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
         # By the path at which jobs of it are handed in.
-        self.names = {path.format(n): n for n in names for path in (BFL, COMFY)}
+        self.names = {path.format(n): n for n in names for path in PATHS}
 
     @property
     def paths(self) -> frozenset[str]:
@@ -115,7 +114,9 @@ class Bfl:
         job = await self.jobs.known(http, named)
         if job is None:
             job = await self.hand_in(http, sent, name, named, webhook)
-        return accepted(job, f"{self.public_url}{RESULT}?id={job.job_id}", sent.webhook_url)
+        # ComfyUI's nodes say who they are only where the URL is relative to their own base.
+        base = "" if path_of(http.scope).startswith(COMFY) else self.public_url
+        return accepted(job, f"{base}{RESULT}?id={job.job_id}", sent.webhook_url)
 
     async def hand_in(
         self,

@@ -73,8 +73,8 @@ def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> t
     default = tier.default_side, tier.default_side
     if references:
         default = size_like(references[0], tier)
-    if not sent.width and not sent.height and sent.aspect_ratio not in (None, "auto"):
-        return sized(ratio_of(str(sent.aspect_ratio)), tier)
+    if not (sent.width and sent.height) and sent.aspect_ratio not in (None, "auto"):
+        default = sized(ratio_of(str(sent.aspect_ratio)), tier)
     for field in ("width", "height"):
         if 0 < (getattr(sent, field) or MIN_SIDE) < MIN_SIDE:
             raise BadRequest(f"{field} must be 0 or at least {MIN_SIDE}", field)
@@ -103,9 +103,8 @@ def job_warnings_for(
         warnings.append(f"steps has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     drawn = request.width, request.height
-    asked = pixels_for(sent, tier, request.references) if sent.width or sent.height else drawn
-    if asked != drawn:
-        width, height = map(round, asked)
+    width, height = map(round, pixels_for(sent, tier, request.references))
+    if (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
         warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")
     unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)
     return (*warnings, *islice(unknown, MAX_NAMED_FIELDS))

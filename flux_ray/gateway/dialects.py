@@ -8,20 +8,26 @@ from starlette.types import Scope
 Dialect = Literal["openai", "bfl", "hugging_face"]
 # Hugging Face's raw endpoint.
 HUB = "/models/"
-# Of ComfyUI's nodes for BFL's models.
+# ComfyUI's nodes send to BFL through their maker's server: `/proxy/bfl/<model>/generate`.
 COMFY = "/proxy/bfl/"
+GENERATE = "/generate"
 # OpenAI's other routes of one word: who asks for them wants to read that in its words.
 OPENAIS = {
+    "assistants",
     "batches",
     "completions",
+    "containers",
     "conversations",
     "embeddings",
+    "evals",
     "files",
     "images",
     "models",
     "moderations",
     "responses",
+    "threads",
     "uploads",
+    "vector_stores",
     "videos",
 }
 
@@ -47,7 +53,7 @@ def model_in(request: Request) -> str | None:
     path = path_of(request.scope)
     if request.method != "POST":
         return None
-    if path.startswith(COMFY):
-        return path.removeprefix(COMFY).removesuffix("/generate")
+    if path.startswith(COMFY) and path.endswith(GENERATE):
+        return path.removeprefix(COMFY).removesuffix(GENERATE)
     name = path.removeprefix("/v1/")
     return None if name == path or "/" in name or name in OPENAIS else name

@@ -85,9 +85,9 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
     """Starlette's own: no such route, wrong method, a body that is no multipart."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404 and dialect_of(request) == "bfl":
-        model = model_in(request)
-        if model is not None:
-            return answer_for(request, unknown(model, request.app.state.names))
+        model, names = model_in(request), request.app.state.names
+        if model is not None and model not in names:
+            return answer_for(request, unknown(model, names))
     failure = Failure(
         message=error.detail,
         type=BadRequest.type if error.status_code < 500 else FluxError.type,

@@ -13,7 +13,7 @@ from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_json, check_supported
-from flux_ray.gateway.openai_references import MASK_FIELDS, REFERENCE_FIELDS
+from flux_ray.gateway.openai_references import MASK_FIELDS, PICTURE_FIELDS, REFERENCE_FIELDS
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_of
 from flux_ray.gateway.orders import Orders
@@ -32,6 +32,8 @@ FORMATS: dict[str, ImageFormat] = {
 NOT_HERE = {"model", "n", "response_format", "stream"} | MASK_FIELDS
 # Of the old API: how to wait, which is not for the client to say here.
 OPTIONS = "options"
+# Proxies and clients take no more.
+MAX_HEADER_CHARS = 4096
 
 
 class TargetSize(BaseModel):
@@ -106,7 +108,7 @@ class HuggingFace:
         if warnings:
             # Names that a client made up are among them; a header is ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-            headers["x-flux-warnings"] = text
+            headers["x-flux-warnings"] = text[:MAX_HEADER_CHARS]
         media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
@@ -139,17 +141,22 @@ def parse_inputs(body: bytes) -> Inputs:
         sent = Inputs.model_validate_json(body)
     except ValidationError as error:
         raise bad_request(error) from None
-    elsewhere = {**(sent.model_extra or {}), **(sent.wish.model_extra or {})}
-    for name in elsewhere.keys() & REFERENCE_FIELDS:
+    inside = {name for name in said_in(sent.wish) if name in REFERENCE_FIELDS}
+    for name in sorted(inside | (said_in(sent) & PICTURE_FIELDS)):
         raise BadReference("a picture is sent as inputs, and its words as parameters.prompt", name)
     if sent.wish.prompt is None and is_picture(sent.inputs):
         raise BadRequest("what to do with the picture is to be said in parameters.prompt", "prompt")
     return sent
 
 
+def said_in(sent: Inputs | Parameters) -> set[str]:
+    """The other fields that say anything."""
+    return {name for name, each in (sent.model_extra or {}).items() if each not in (None, "", [])}
+
+
 def unknown_in(sent: Inputs) -> list[str]:
     """What nobody looked at, beside the parameters."""
-    names = sorted((sent.model_extra or {}).keys() - {OPTIONS})[:MAX_NAMED_FIELDS]
+    names = sorted(said_in(sent) - {OPTIONS})[:MAX_NAMED_FIELDS]
     return [f"unknown field {name[:80]!r} was ignored" for name in names]
 
 
@@ -160,10 +167,10 @@ def fields_of(sent: Inputs, output_format: ImageFormat) -> ImageFields:
         raise BadRequest(f"{name} is not for this route", name)
     if sent.wish.target_size is not None:
         extra |= sent.wish.target_size.model_dump()
-    for one, other in (("width", "height"), ("height", "width")):
-        # Each of them may be sent alone: that is a square.
-        if extra.get(one) is not None and extra.get(other) is None:
-            extra[other] = extra[one]
+    if sent.wish.prompt is None:
+        # Each side may be sent alone: that is a square, where there is no picture to be like.
+        sides = [extra[name] for name in ("width", "height") if extra.get(name) is not None]
+        extra |= dict.fromkeys(("width", "height"), sides[0]) if len(sides) == 1 else {}
     prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt
     try:
         fields = ImageFields.model_validate(

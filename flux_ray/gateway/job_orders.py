@@ -15,6 +15,7 @@ from flux_ray.gateway.orders import Order
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
 from flux_ray.jobs.results import is_job_id
+from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
@@ -59,8 +60,10 @@ class JobOrders:
         key = key_of(http)
         if key is not None and key.key_class is not None:
             memo = memo | {KEY_CLASS: key.key_class}
-        # How many at once are jobs that wait, too: the store counts them.
+        # How many at once are jobs that wait, too: the store counts them, exactly in the end.
         max_active = order.caller.allowance.max_concurrent
+        if max_active is not None and await self.desk.num_active(owner) >= max_active:
+            raise too_many(max_active)
         allowance = replace(order.caller.allowance, max_concurrent=None)
         try:
             async with asyncio.timeout(COUNT_S):

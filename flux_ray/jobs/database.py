@@ -1,4 +1,4 @@
-"""The way to the database: SQLite or PostgreSQL, one statement a transaction, and its clock."""
+"""The way to the database: SQLite or PostgreSQL, its transactions and its clock."""
 
 import asyncio
 import logging
@@ -36,6 +36,11 @@ SWITCH_PAUSE_S = 0.1
 # Of the day on which the seconds begin that everybody else counts.
 JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
+# One that is cut off in its turn is not to keep the others out for ever.
+BEGIN_TURN = (
+    f"BEGIN; SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S}s';"
+    f" SET LOCAL idle_in_transaction_session_timeout = '{BUSY_TIMEOUT_S}s'"
+)
 # Gateways that start at once create the table one after another.
 CREATION_LOCK = 7_355_608
 
@@ -132,7 +137,7 @@ class Database:
             # SQLite has one writer at a time anyway.
             if turn is None or self.is_sqlite:
                 return (await connection.execute(statement)).mappings().all()
-            await connection.exec_driver_sql("BEGIN")
+            await connection.exec_driver_sql(BEGIN_TURN)
             await connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(turn))))
             rows = (await connection.execute(statement)).mappings().all()
             await connection.exec_driver_sql("COMMIT")
@@ -163,7 +168,7 @@ def url_for(url: str) -> URL:
 
 
 def engine_for(url: URL) -> AsyncEngine:
-    """Every statement is a transaction: no caller can leave one open, and none upgrades its lock.
+    """Statements are transactions, but for turns: no caller leaves one open or upgrades its lock.
 
     A connection that the server ended is replaced before it is used. Errors are logged, and are not
     to tell what a statement holds.

@@ -108,6 +108,10 @@ class Desk:
             await remove_references(self._results, job)
         return True
 
+    async def num_active(self, owner: str) -> int:
+        """How many of the owner's jobs have not ended."""
+        return await self._store.num_active(owner)
+
     async def read_by_name(self, name: str) -> bytes:
         """A picture of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""
         return await self._shelf.read(name)

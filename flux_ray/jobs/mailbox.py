@@ -8,7 +8,8 @@ from sqlalchemy import ColumnElement, and_, update
 
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Webhook
-from flux_ray.jobs.store import COLUMNS, job_of, longest_due
+from flux_ray.jobs.rows import COLUMNS, job_of
+from flux_ray.jobs.store import longest_due
 from flux_ray.jobs.table import JOBS
 
 WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt", "num_failed"))

@@ -1,22 +1,18 @@
-"""The store of jobs: accept, claim, beat, end, cancel and find, each one statement."""
+"""The store of jobs: accept, claim, beat, end, cancel and find, each one transaction."""
 
 import uuid
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from pydantic import TypeAdapter
 from sqlalchemy import (
-    Column,
     ColumnElement,
-    RowMapping,
     ScalarSelect,
     UpdateBase,
     and_,
     case,
     delete,
     func,
-    literal,
     select,
     true,
     update,
@@ -35,6 +31,7 @@ from flux_ray.jobs.job import (
     Offer,
     StoredPicture,
 )
+from flux_ray.jobs.rows import COLUMNS, bound, job_of
 from flux_ray.jobs.table import JOBS
 
 # What did not come in whole by then was left by a gateway that ended.
@@ -42,10 +39,6 @@ ARRIVAL_S = 3600.0
 MAX_TRIES = 5
 # Of an owner who has as many jobs as it may.
 AGAIN_S = 5
-
-COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
-RESULT = TypeAdapter(JobResult)
-FAILURE = TypeAdapter(Failure)
 
 
 class Store:
@@ -67,14 +60,15 @@ class Store:
         One that is not whole is claimable only when it was admitted.
         """
         turn = None if offer.max_active is None else offer.owner
-        for _ in range(MAX_TRIES):
+        for tries in range(MAX_TRIES):
             row = await self._database.first(self._insertion(offer, packed, is_whole), turn)
             if row is not None:
                 return job_of(row)
             named = offer.idempotency
             if named and (known := await self.known(offer.owner, named)):
                 return known
-            if offer.max_active is not None:
+            # Else the key was that of an expired job, and is free now.
+            if offer.max_active is not None and (named is None or tries):
                 raise too_many(offer.max_active)
         raise StoreLost("the job of this idempotency key comes and goes")
 
@@ -153,6 +147,12 @@ class Store:
         """The owner's job; other people's are as if they were not there."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
+    async def num_active(self, owner: str) -> int:
+        """How many of the owner's jobs have not ended, those that are still coming in too."""
+        query = select(self._num_active(owner).label("num_jobs"))
+        [counted] = await self._database.execute(query)
+        return int(counted["num_jobs"])
+
     async def expired(self, limit: int, num_skipped: int = 0) -> tuple[str, ...]:
         """Jobs that nobody finds or hears of any more: their results may go, then they."""
         query = select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s)
@@ -194,7 +194,6 @@ class Store:
         return inserted.on_conflict_do_nothing().returning(*COLUMNS)
 
     def _num_active(self, owner: str) -> ScalarSelect[int]:
-        """How many of the owner's jobs have not ended, those that are still coming in too."""
         mates = JOBS.alias()
         is_active = mates.c.status.in_(("arriving", "pending", "running"))
         is_kept = func.coalesce(mates.c.expires_at_s > self._database.now, True)
@@ -244,11 +243,6 @@ class Store:
         return await self._database.first(changed) is not None
 
 
-def bound(value: Any, column: Column[Any]) -> ColumnElement[Any]:
-    """The value as what the column holds, or SQL as it is."""
-    return value if isinstance(value, ColumnElement) else literal(value, column.type)
-
-
 def too_many(limit: int) -> RateLimited:
     """How many at once are jobs that wait, too."""
     message = f"this key has {limit} jobs that are not done: as many as it may"
@@ -287,13 +281,3 @@ def held(lease: Lease) -> ColumnElement[bool]:
         JOBS.c.attempt == lease.attempt,
         JOBS.c.status == "running",
     )
-
-
-def job_of(row: RowMapping) -> Job:
-    """The row as a value."""
-    values = {name: row[name] for name in Job.__dataclass_fields__}
-    if values["result"] is not None:
-        values["result"] = RESULT.validate_python(values["result"])
-    if values["failure"] is not None:
-        values["failure"] = FAILURE.validate_python(values["failure"])
-    return Job(**values)

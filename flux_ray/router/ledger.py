@@ -37,7 +37,7 @@ class Statement:
 
     `known`, now and then: all that it waits for or runs. What else the ledger has of it has ended,
     and what the ledger lacks it has to offer again; so neither ever has to trust a single message.
-    `done` ended with what was wanted, `ended` otherwise. `left_s`: what running ones still take.
+    `done`: which of the ended had what they wanted. `left_s`: what running ones still take.
     """
 
     offers: tuple[Offer, ...] = ()
@@ -45,7 +45,7 @@ class Statement:
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: frozenset[str] | None = None
     done: tuple[str, ...] = ()
-    left_s: Mapping[str, float] = field(default_factory=dict)
+    left_s: tuple[tuple[str, float], ...] = ()
 
 
 class Decision(NamedTuple):
@@ -198,7 +198,7 @@ class Ledger:
             self._finish(ticket_id, now)
         for ticket_id in statement.ended:
             self._end(ticket_id, now)
-        for ticket_id, left_s in statement.left_s.items():
+        for ticket_id, left_s in statement.left_s:
             if ticket_id in account.tiers:
                 self._queues[account.tiers[ticket_id]].progress(ticket_id, left_s, now)
 

@@ -11,24 +11,33 @@ FOLLOWED_S = 2.0
 
 
 class Pace:
-    """Of one attempt, from its first step on."""
+    """Of one attempt, from its first step on: the price of what is left, at the pace so far."""
 
     def __init__(self, quote: Quote) -> None:
-        request, cost = quote.request, quote.cost
-        self._step_s = cost.denoise_s / request.num_denoise_steps
+        self._request = request = quote.request
+        self._step_s = quote.cost.denoise_s / request.num_denoise_steps
         num_decoded = request.num_images * (1 + len(request.preview_steps))
-        # What comes between steps is in their pace; this is what comes after the last.
-        self._tail_s = cost.decode_s / num_decoded
-        self._first: tuple[int, float] | None = None
+        self._decode_s = quote.cost.decode_s / num_decoded
+        self._first: tuple[float, float] | None = None
 
     def left_s(self, progress: Progress, now: float) -> float:
         """Seconds until it is done."""
+        priced_s = self._priced_s(progress.num_done)
         if self._first is None:
-            self._first = progress.num_done, now
-        num_before, began_at = self._first
-        if progress.num_done > num_before:
-            self._step_s = (now - began_at) / (progress.num_done - num_before)
-        return (progress.num_steps - progress.num_done) * self._step_s + self._tail_s
+            self._first = priced_s, now
+        at_first_s, began_at = self._first
+        pace = (now - began_at) / (at_first_s - priced_s) if priced_s < at_first_s else 1.0
+        return priced_s * pace
+
+    def _priced_s(self, num_done: int) -> float:
+        """Of the steps that are left, and the pictures and previews that are not decoded."""
+        request = self._request
+        num_before, step = divmod(num_done - 1, request.num_steps)
+        num_shown = sum(each < step + 1 for each in request.preview_steps)
+        num_decoded = num_before * (1 + len(request.preview_steps)) + num_shown
+        num_to_decode = request.num_images * (1 + len(request.preview_steps)) - num_decoded
+        num_left = request.num_denoise_steps - num_done
+        return num_left * self._step_s + num_to_decode * self._decode_s
 
 
 def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> Hear | None:

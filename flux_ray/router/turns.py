@@ -128,7 +128,9 @@ class Turns:
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """The turn is over; `is_done`: with what was wanted of it."""
         if self._turns.pop(ticket_id, None) is not None:
-            (self._done if is_done else self._ended).append(ticket_id)
+            self._ended.append(ticket_id)
+            if is_done:
+                self._done.append(ticket_id)
             self._news.set()
 
     def stop(self) -> None:
@@ -185,7 +187,7 @@ class Turns:
             self._reachable(),
             frozenset(self._turns) if tell_all else None,
             tuple(self._done),
-            {ticket_id: turn.left_s(now) for ticket_id, turn in moved},
+            tuple((ticket_id, turn.left_s(now)) for ticket_id, turn in moved),
         )
         self._new, self._ended, self._done, self._moved = [], [], [], set()
         return statement

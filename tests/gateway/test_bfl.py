@@ -123,7 +123,10 @@ async def test_comfys_nodes_hand_in_at_a_path_of_their_own(client, handles):
     )
     assert answer.status_code == 200, answer.text
     told = answer.json()
-    assert told["polling_url"] == f"{PUBLIC}/v1/get_result?id={told['id']}"
+    # The nodes send their key to URLs that are relative to their base, and to no others.
+    assert told["polling_url"] == f"/v1/get_result?id={told['id']}"
+    answer = await client.get(told["polling_url"], headers={"X-API-KEY": "comfy"})
+    assert answer.status_code == 200, answer.text
     result = await poll(client, told["id"], "comfy")
     assert (result["status"], result["result"]["seed"]) == ("Ready", 2**64 - 1)
     [request] = handles.requests
@@ -173,6 +176,7 @@ async def test_references_come_in_their_order(client, handles, picture):
         ({"width": 0, "height": 0}, (128, 128)),
         ({"width": None, "height": 100}, (96, 96)),
         ({"width": 1024}, (192, 192)),
+        ({"width": 96, "aspect_ratio": "16:9"}, (96, 64)),
         ({"width": 1024, "height": 768}, (192, 144)),
         ({"aspect_ratio": "16:9"}, (160, 96)),
         ({"aspect_ratio": "16:9", "width": 64, "height": 96}, (64, 96)),

@@ -167,7 +167,7 @@ async def test_openapi_tells_of_keys(client):
     described = (await client.get("/openapi.json")).json()
     schemes = described["components"]["securitySchemes"].values()
     assert {scheme["type"] for scheme in schemes} == {"http", "apiKey"}
-    assert len(described["paths"][PATH]["post"]["security"]) == 2
+    assert len(described["paths"][PATH]["post"]["security"]) == 3
     assert "security" not in described["paths"]["/health"]["get"]
 
 

@@ -103,8 +103,13 @@ async def test_what_is_beside_the_parameters(client, handles):
     body = {"inputs": "a ring", "parameters": None, "options": {"use_cache": False}, "seed": 7}
     answer = await client.post(PATH, json=body)
     assert answer.headers["x-flux-warnings"] == "unknown field 'seed' was ignored"
-    answer = await client.post(PATH, json={"inputs": "a ring", "image": "aGk="})
-    assert (answer.status_code, len(handles.requests)) == (400, 1)
+    for name in ("image", "mask"):
+        answer = await client.post(PATH, json={"inputs": "a ring", name: "aGk="})
+        assert (answer.status_code, len(handles.requests)) == (400, 1)
+    nothing = {"image": None, "url": "", "images": []}
+    body = {"inputs": "a ring", "parameters": nothing, "seed": None, **nothing}
+    answer = await client.post(PATH, json=body)
+    assert (answer.status_code, "x-flux-warnings" in answer.headers) == (200, False)
 
 
 async def test_an_unknown_model_and_a_refusal(ask, turns):

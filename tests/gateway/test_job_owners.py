@@ -24,6 +24,7 @@ NOW = datetime(2026, 11, 1, tzinfo=UTC)
 CLASSES = {
     "few": {"max_concurrent": 2},
     "quick": {"requests_per_minute": 2},
+    "both": {"max_concurrent": 2, "requests_per_minute": 4},
     "small": {"megapixels_per_day": 0.04},
     "poor": {"gpu_seconds_per_day": 1.5},
     "klein": {"licenses": ["flux-non-commercial"], "tiers": ["flux-2-klein-9b"]},
@@ -119,6 +120,14 @@ async def test_a_key_has_so_many_jobs_at_once(client, desk):
     assert (await submit(client, key=key_of("few"))).status_code == 200
     await desk.open()
     assert (await poll(client, jobs[1], key_of("few")))["status"] == "Ready"
+
+
+async def test_what_was_too_many_is_no_request_of_its_minute(client, desk):
+    for _ in range(2):
+        assert (await submit(client, key=key_of("both"))).status_code == 200
+    for _ in range(3):
+        answer = await submit(client, key=key_of("both"))
+        assert "2 jobs that are not done" in answer.json()["message"]
 
 
 async def test_a_client_that_heard_nothing_is_not_counted_twice(client, desk):

@@ -4,7 +4,6 @@ import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
-from sqlalchemy import select
 
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Offer
@@ -85,9 +84,3 @@ def offer() -> Callable[..., Offer]:
         return Offer(owner, request, **rest)
 
     return make
-
-
-async def num_active(store: Store, owner: str) -> int:
-    """How many of the owner's jobs its limit counts."""
-    counted = select(store._num_active(owner).label("num_jobs"))
-    return (await store._database.first(counted))["num_jobs"]

@@ -6,7 +6,6 @@ from pydantic import ValidationError
 from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.request import Raster
-from tests.jobs.conftest import num_active
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
 
@@ -41,9 +40,9 @@ async def test_any_gateway_answers_for_any_job(args, offer, tmp_path):
     waiting = await second.accept(offer(seed=8, references=(RED,)))
     folder = tmp_path / "results" / waiting.job_id
     assert [path.name for path in folder.iterdir()] == ["reference-0"]
-    assert await num_active(first._store, "anna") == 1
+    assert await first.num_active("anna") == 1
     assert await first.cancel("anna", waiting.job_id)
-    assert await num_active(second._store, "anna") == 0
+    assert await second.num_active("anna") == 0
     assert not list(folder.iterdir()), "nobody reads its references"
     await first.close()
     await second.close()

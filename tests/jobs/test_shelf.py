@@ -17,7 +17,7 @@ from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.shelf import KEPT_FOR, Shelf
 from flux_ray.jobs.store import ARRIVAL_S
 from flux_ray.request import GeneratedImage
-from tests.jobs.conftest import KEEP_S, LEASE_S, num_active
+from tests.jobs.conftest import KEEP_S, LEASE_S
 from tests.jobs.painter import paint
 
 IMAGE = (GeneratedImage(b"a picture", 7),)
@@ -91,7 +91,7 @@ async def test_what_was_drawn_without_a_job_is_kept_as_long(shelf, store, folder
     assert await store.find("anna", job_id) is None
     job = await store.find(KEPT_FOR + "anna", job_id)
     assert (job.status, job.result.pictures, job.packed) == ("ready", (picture,), {})
-    assert await num_active(store, "anna") == 0
+    assert await store.num_active("anna") == 0
     assert await store.claim("w") is None
     clock.now_s += KEEP_S - 1
     assert await clean_up(store, folder) == 0

@@ -14,7 +14,7 @@ from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Failure, Idempotency, Job, JobResult, StoredPicture, Webhook
 from flux_ray.jobs.packing import pack, unpack
 from flux_ray.jobs.store import ARRIVAL_S, Store
-from tests.jobs.conftest import KEEP_S, LEASE_S, num_active
+from tests.jobs.conftest import KEEP_S, LEASE_S
 
 RESULT = JobResult((StoredPicture("name", 7, 3, "0" * 64),), {"denoise_s": 0.5}, ("a warning",))
 FAILURE = Failure("content_refused", "no")
@@ -221,14 +221,16 @@ async def test_the_same_key_is_the_same_job(store, offer):
     assert other.job_id != jobs[0].job_id
     with pytest.raises(KeyReused):
         await accept(store, offer(idempotency=Idempotency("key", "other words")))
-    assert await num_active(store, "anna") == 1
+    assert await store.num_active("anna") == 1
 
 
-async def test_a_key_is_free_when_its_job_has_expired(store, offer, clock):
+@pytest.mark.parametrize("max_active", [None, 1])
+async def test_a_key_is_free_when_its_job_has_expired(store, offer, clock, max_active):
     first = await accept(store, offer(idempotency=Idempotency("key", "words")))
     await store.finish(await store.claim("w"), RESULT)
     clock.now_s += KEEP_S
-    second = await accept(store, offer(idempotency=Idempotency("key", "other words")))
+    again = offer(idempotency=Idempotency("key", "other words"), max_active=max_active)
+    second = await accept(store, again)
     assert second.job_id != first.job_id
 
 
@@ -237,7 +239,7 @@ async def test_a_job_that_is_not_whole_is_nobodys(store, offer, clock):
     assert job.status == "arriving"
     assert await store.claim("w") is None
     assert await store.find("anna", job.job_id) is None
-    assert await num_active(store, "anna") == 1
+    assert await store.num_active("anna") == 1
     assert (await store.admit(job.job_id)).status == "pending"
     # Another gateway was at it too.
     assert (await store.admit(job.job_id)).status == "pending"
@@ -248,7 +250,7 @@ async def test_a_job_that_did_not_come_in_time_never_comes(store, offer, clock):
     job = await accept(store, offer(), is_whole=False)
     clock.now_s += ARRIVAL_S
     assert await store.admit(job.job_id) is None
-    assert await num_active(store, "anna") == 0
+    assert await store.num_active("anna") == 0
     assert await store.expired(10) == (job.job_id,)
 
 
@@ -263,7 +265,7 @@ async def test_an_expired_job_is_absent_and_then_removed(store, offer, clock):
     assert await store.expired(10) == (job.job_id,)
     await store.remove(job.job_id)
     assert await store.expired(10) == ()
-    assert await num_active(store, "anna") == 1
+    assert await store.num_active("anna") == 1
 
 
 async def test_an_owners_jobs_are_counted_until_they_end(store, offer):
@@ -272,7 +274,7 @@ async def test_an_owners_jobs_are_counted_until_they_end(store, offer):
     await accept(store, offer(owner="ben"))
     await store.finish(await store.claim("w"), RESULT)
     await store.claim("w")
-    assert await num_active(store, "anna") == 2
+    assert await store.num_active("anna") == 2
 
 
 @asynccontextmanager
@@ -302,7 +304,7 @@ async def test_an_owner_has_no_more_jobs_than_it_may(database_url, offer):
     refused = [each for each in outcomes if isinstance(each, RateLimited)]
     assert (len(refused), len(outcomes)) == (17, 20)
     assert {(each.limit, each.left, each.status) for each in refused} == {(3, 0, 429)}
-    assert await num_active(gateways[0], "anna") == 3
+    assert await gateways[0].num_active("anna") == 3
     await accept(gateways[0], offer(owner="ben", max_active=1))
     job = next(each for each in outcomes if isinstance(each, Job))
     await gateways[1].cancel("anna", job.job_id)
@@ -349,7 +351,7 @@ async def test_who_is_cancelled_leaves_no_statement_half_done(store, offer):
         await asyncio.sleep(number / 10_000)
         claiming.cancel()
         await asyncio.wait({claiming})
-    counted = await num_active(store, "anna")
+    counted = await store.num_active("anna")
     assert counted == 20
 
 

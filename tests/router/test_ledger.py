@@ -86,10 +86,10 @@ def test_what_is_said_to_run_on_a_replica_that_is_gone_brings_it_not_back(ledger
 def test_what_still_runs_is_as_long_as_its_gateway_says(ledger):
     ledger.hear("g", Statement(offers=(offer("x", 5.0), offer("y", 5.0))), 0.0)
     ledger.decide(0.0)
-    ledger.hear("g", Statement(left_s={"x": 9.0, "unknown": 3.0}), 1.0)
-    ledger.hear("h", Statement(replicas=REPLICAS, left_s={"y": 90.0}), 1.0)
+    ledger.hear("g", Statement(left_s=(("x", 9.0), ("unknown", 3.0))), 1.0)
+    ledger.hear("h", Statement(replicas=REPLICAS, left_s=(("y", 90.0),)), 1.0)
     assert ledger.backlog("tiny", 1.0).running_s == pytest.approx(9.0 + 4.0), "y is g's"
-    ledger.hear("g", Statement(left_s={"x": 0.5}), 2.0)
+    ledger.hear("g", Statement(left_s=(("x", 0.5),)), 2.0)
     assert ledger.backlog("tiny", 2.0).running_s == pytest.approx(0.5 + 3.0)
 
 
@@ -102,7 +102,7 @@ def test_what_is_done_tells_how_far_off_prices_are(ledger):
         at = 10.0 * (number + 1)
         ledger.hear("g", Statement(offers=(offer(f"{number}", 4.0, 60.0),)), at)
         assert granted(ledger.decide(at)["g"])
-        ledger.hear("g", Statement(done=(f"{number}",)), at + 2.0)
+        ledger.hear("g", Statement(ended=(f"{number}",), done=(f"{number}",)), at + 2.0)
     ledger.hear("g", Statement(offers=(hasty[1],)), 200.0)
     assert granted(ledger.decide(200.0)["g"])
     assert ledger.backlog("tiny", 200.0).running_s == pytest.approx(4.0)

@@ -20,18 +20,27 @@ def test_at_the_first_step_it_is_as_priced() -> None:
     assert Pace(quote()).left_s(Progress(1, 10), 50.0) == pytest.approx(9 * 1.0 + 2.0)
 
 
-def test_then_it_is_as_fast_as_its_own_steps() -> None:
+def test_then_all_that_is_left_is_as_slow_as_its_own_steps() -> None:
     pace = Pace(quote())
     pace.left_s(Progress(1, 10), 50.0)
-    assert pace.left_s(Progress(3, 10), 54.0) == pytest.approx(7 * 2.0 + 2.0)
-    assert pace.left_s(Progress(10, 10), 68.0) == pytest.approx(2.0)
+    assert pace.left_s(Progress(3, 10), 54.0) == pytest.approx(2 * (7.0 + 2.0))
+    assert pace.left_s(Progress(10, 10), 68.0) == pytest.approx(4.0)
 
 
-def test_what_comes_last_is_one_picture() -> None:
-    """The others, and the previews, are among the steps."""
-    request = replace(REQUEST, num_images=2, num_previews=1)
-    pace = Pace(quote(request))
-    assert pace.left_s(Progress(20, 20), 0.0) == pytest.approx(0.5)
+@pytest.mark.parametrize("slowness", [1.0, 1.5])
+def test_pictures_and_previews_between_the_steps_are_counted(slowness: float) -> None:
+    """Each of four pictures: four steps of 1 s, a preview after two and a picture of 0.5 s each."""
+    request = replace(REQUEST, num_steps=4, num_images=4, num_previews=1)
+    assert request.preview_steps == (2,)
+    pace, now, done = Pace(Quote(request, Cost(1.0, 16.0, 4.0), 21.0)), 0.0, 0
+    end = 20.0 * slowness
+    for _ in range(4):
+        for step in range(1, 5):
+            now, done = now + slowness, done + 1
+            left_s = pace.left_s(Progress(done, 16), now)
+            assert done == 1 or left_s == pytest.approx(end - now)
+            now += 0.5 * slowness * (step in (2, 4))
+    assert now == end
 
 
 def test_nobody_listens_to_what_is_over_at_once() -> None:

@@ -1,0 +1,28 @@
+"""Jobs as rows of their table, and back."""
+
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import Column, ColumnElement, RowMapping, literal
+
+from flux_ray.jobs.job import Failure, Job, JobResult
+from flux_ray.jobs.table import JOBS
+
+COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
+RESULT = TypeAdapter(JobResult)
+FAILURE = TypeAdapter(Failure)
+
+
+def bound(value: Any, column: Column[Any]) -> ColumnElement[Any]:
+    """The value as what the column holds, or SQL as it is."""
+    return value if isinstance(value, ColumnElement) else literal(value, column.type)
+
+
+def job_of(row: RowMapping) -> Job:
+    """The row as a value."""
+    values = {name: row[name] for name in Job.__dataclass_fields__}
+    if values["result"] is not None:
+        values["result"] = RESULT.validate_python(values["result"])
+    if values["failure"] is not None:
+        values["failure"] = FAILURE.validate_python(values["failure"])
+    return Job(**values)
