@@ -136,6 +136,8 @@ def is_better(one: Sequence[bool], other: Sequence[bool]) -> bool:
     """Whether so much more of `one` is true, request by request, that it is no luck."""
     ahead = [a - b for a, b in zip(one, other, strict=True)]
     pieces = [fmean(ahead[at : at + PIECE]) for at in range(0, len(ahead) - PIECE + 1, PIECE)]
+    if len(pieces) < 2:
+        return False
     return fmean(pieces) > APART * stdev(pieces) / math.sqrt(len(pieces))
 
 

@@ -20,7 +20,7 @@ from flux_ray.config import TierArgs
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
-from flux_ray.request import ImageRequest, ImageResult, StageTimes
+from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.ticket import Ticket
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
@@ -38,13 +38,17 @@ class PacedLeader(Leader):
         self._args = args
         self._turn = asyncio.Lock()
 
-    async def generate(self, request: ImageRequest) -> ImageResult:
+    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         """No pictures, after the time of its steps; one request at a time."""
         num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()
         async with self._turn:
             began = time.perf_counter()
-            await asyncio.sleep(PACED_STEP_S * request.num_steps * num_pixels / PACED_PIXELS)
+            step_s = PACED_STEP_S * num_pixels / PACED_PIXELS / request.num_images
+            for number in range(request.num_denoise_steps):
+                await asyncio.sleep(began + (number + 1) * step_s - time.perf_counter())
+                if hear is not None:
+                    hear(Progress(number + 1, request.num_denoise_steps))
             denoise_s = time.perf_counter() - began
             times = StageTimes(began - queued_at, 0.0, denoise_s, 0.0)
         return ImageResult(request.request_id, request.tier, (), times)
