@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -19,6 +19,9 @@ from tests.cluster.storm import PROMPT, Draw, storm
 
 LONG_JOB = {"size": "192x192", "steps": 30}
 KILLED_LIMIT_S, HUNG_LIMIT_S = 10, 15
+# A group is replaced in little more than it takes to start: a machine that is slow at that may take
+# longer than the limits.
+START_SHARE = 1.25
 NUM_TRIES = 3
 Replicas = Callable[[str], list[Replica]]
 
@@ -38,20 +41,39 @@ class Client(threading.Thread):
         self.answered_at = time.monotonic()
 
 
+class Group(NamedTuple):
+    """How many ranks it has, and how long it took to start."""
+
+    num_ranks: int
+    start_s: float
+
+    def allows(self, limit_s: float) -> float:
+        """The limit on this machine."""
+        return limit_s + max(0.0, START_SHARE * self.start_s - KILLED_LIMIT_S)
+
+
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def num_ranks(
+def group(
     request: pytest.FixtureRequest,
     address: str,
     config: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[int]:
+) -> Iterator[Group]:
     """A group of so many ranks serves."""
     args: dict[str, Any] = {"parallel": {"tensor": request.param}}
     if request.param == 3:
         args["weights"] = str(tmp_path_factory.mktemp("klein") / "weights")
         save_random_klein(Path(args["weights"]))
+    began = time.monotonic()
     with group_with(config, deploy, **args):
-        yield request.param
+        start_s = time.monotonic() - began
+        print(f"\n{request.param} ranks: started in {start_s:.1f} s")
+        yield Group(request.param, start_s)
+
+
+@pytest.fixture(scope="module")
+def num_ranks(group: Group) -> int:
+    return group.num_ranks
 
 
 @pytest.mark.parametrize(
@@ -117,14 +139,15 @@ def break_one(replica: Replica, how: str) -> None:
     ],
 )
 def test_a_broken_process_is_replaced_and_no_picture_is_lost(
-    replica: Replica, replicas: Replicas, draw: Draw, how: str, limit_s: float
+    group: Group, replica: Replica, replicas: Replicas, draw: Draw, how: str, limit_s: float
 ) -> None:
     """The best of three tries counts for the clock: something else may hold the processors."""
+    limit_s = group.allows(limit_s)
     tries_s = [seconds_without(replica, draw, how)]
     while min(tries_s) >= limit_s and len(tries_s) < NUM_TRIES:
         (again,) = replicas(TIER)
         tries_s.append(seconds_without(again, draw, how))
-    assert min(tries_s) < limit_s, tries_s
+    assert min(tries_s) < limit_s, (tries_s, group.start_s)
 
 
 def seconds_without(replica: Replica, draw: Draw, how: str) -> float:
@@ -150,8 +173,9 @@ def seconds_without(replica: Replica, draw: Draw, how: str) -> float:
 
 @pytest.mark.parametrize("failure", [BUG, OUT_OF_MEMORY])
 def test_an_error_on_one_rank_only_costs_no_picture(
-    replica: Replica, draw: Draw, tmp_path: Path, failure: str
+    group: Group, replica: Replica, draw: Draw, tmp_path: Path, failure: str
 ) -> None:
+    limit_s = group.allows(KILLED_LIMIT_S)
     order = tmp_path / "order"
     expected = draw(str(order), model=TIER, seed=3)
     recovery_s = math.inf
@@ -162,6 +186,6 @@ def test_an_error_on_one_rank_only_costs_no_picture(
         recovery_s = min(recovery_s, time.monotonic() - began)
         assert not order.exists()
         print(f"\n{failure}: drawn elsewhere after {recovery_s:.1f} s")
-        if recovery_s < KILLED_LIMIT_S:
+        if recovery_s < limit_s:
             break
-    assert recovery_s < KILLED_LIMIT_S
+    assert recovery_s < limit_s, group.start_s
