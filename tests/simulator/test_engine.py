@@ -203,6 +203,23 @@ def test_reports_help_where_estimates_are_wrong() -> None:
     assert told < blind
 
 
+def slowness() -> float:
+    """Of this machine at heaps and dicts, beside one that does these in 0.4 s: its caches tell."""
+
+    def seconds() -> float:
+        dice, begin = random.Random(0), time.perf_counter()
+        heap: list[tuple[float, int]] = []
+        names: dict[str, int] = {}
+        for number in range(200_000):
+            heapq.heappush(heap, (dice.random(), number))
+            names[str(number)] = number
+        while heap:
+            names.pop(str(heapq.heappop(heap)[1]))
+        return time.perf_counter() - begin
+
+    return max(1.0, min(seconds() for _ in range(3)) / 0.4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("load", [0.95, 1.2])
 def test_a_million_requests_on_ten_thousand_gpus(load: float) -> None:
@@ -211,7 +228,9 @@ def test_a_million_requests_on_ten_thousand_gpus(load: float) -> None:
     begin = time.perf_counter()
     arrivals = poisson(num_gpus * load, 1_000_000, deadline_s=3.0, is_exponential=False)
     tier = simulate(arrivals, [Pool("tiny", TierQueue(), num_gpus)]).tiers["tiny"]
-    assert time.perf_counter() - begin < 120
+    taken_s = time.perf_counter() - begin
+    print(f"\na million requests in {taken_s:.0f} s")
+    assert taken_s < 120 * slowness()
     assert tier.num_arrived == 1_000_000
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     assert grown_kib < 200_000
