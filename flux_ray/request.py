@@ -119,6 +119,14 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class StageAnswer:
+    """What a rank says of one stage of a request, and the seconds that it took."""
+
+    value: object
+    seconds: float
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """What a shared text encoder says of a prompt: a tensor's bytes, its shape and torch dtype.
 

@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.patience import Patience
-from flux_ray.request import Encoded
+from flux_ray.request import Encoded, StageAnswer
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,33 +38,48 @@ class RankGroup:
         self._broken: asyncio.Future[str] = loop.create_future()
         self._watcher = loop.create_task(self._watch(), context=contextvars.Context())
 
-    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
-        """The same call on every rank: rank 0's answer, or the FluxError that all of them raise.
+    async def run(
+        self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
+    ) -> list[StageAnswer]:
+        """These stages on every rank: rank 0's answers, or the FluxError that all of them raise.
 
-        `sizes` tells calls that take longer from others, in pixels. A call may be sent ahead of
+        `sizes` tells stages that take longer from others, in pixels. A call may be sent ahead of
         the answer to the one before it: it has its time from then on.
         """
         if self._broken.done():
             raise ReplicaFailed(self._broken.result())
-        calls = [asyncio.ensure_future(getattr(rank, method).remote(*args)) for rank in self._ranks]
+        calls: list[asyncio.Future[list[StageAnswer]]] = [
+            asyncio.ensure_future(rank.run.remote(job, stages, *payload)) for rank in self._ranks
+        ]
         # Fair, so that calls have their turns in the order in which the ranks got them.
         async with self._turn:
             began = time.perf_counter()
-            await self._wait_for_all(method, calls, self._patience.seconds_for(method, *sizes))
+            name, timeout_s = "+".join(stages), self._patience.seconds_for(*stages, sizes=sizes)
+            await self._wait_for_all(name, calls, timeout_s)
             taken_s = time.perf_counter() - began
         errors = [error for error in map(error_of, calls) if error is not None]
-        if not errors:
-            answer = calls[0].result()
+        if errors and len(errors) < len(calls):
+            raise self.break_up(f"{name} failed on some ranks only", errors[0])
+        if errors:
+            raise errors[0] from None
+        answers = stretched(calls[0].result(), taken_s)
+        self._learn(stages, sizes, answers)
+        return answers
+
+    def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
+        """What the longest of the last such stages took; infinite for one that was never seen."""
+        return self._patience.longest_s(stage, sizes)
+
+    def _learn(
+        self, stages: tuple[str, ...], sizes: tuple[int, ...], answers: list[StageAnswer]
+    ) -> None:
+        for stage, answer in zip(stages, answers, strict=True):
             # What was known says nothing of how long it takes to make it.
-            if not (isinstance(answer, Encoded) and answer.is_cached):
-                self._patience.learn(taken_s, method, *sizes)
-            return answer
-        if len(errors) < len(calls):
-            raise self.break_up(f"{method} failed on some ranks only", errors[0])
-        raise errors[0] from None
+            if not (isinstance(answer.value, Encoded) and answer.value.is_cached):
+                self._patience.learn(answer.seconds, stage, sizes)
 
     async def _wait_for_all(
-        self, method: str, calls: list[asyncio.Future[object]], timeout_s: float
+        self, name: str, calls: list[asyncio.Future[list[StageAnswer]]], timeout_s: float
     ) -> None:
         """Return when every rank has answered or raised a FluxError."""
         clock = asyncio.get_running_loop().time
@@ -82,14 +97,14 @@ class RankGroup:
                 raise ReplicaFailed(self._broken.result())
             done = {call for call in pending if call.done()}
             if not done and first is None:
-                raise self.break_up(f"{method} took longer than {timeout_s:.1f} s")
+                raise self.break_up(f"{name} took longer than {timeout_s:.1f} s")
             if not done:
-                raise self.break_up(f"{method} failed on some ranks only", first)
+                raise self.break_up(f"{name} failed on some ranks only", first)
             pending -= done
             for error in filter(None, map(error_of, done)):
                 # The other ranks may wait for this one in a collective, for ever.
                 if not isinstance(error, FluxError):
-                    raise self.break_up(f"{method} failed on a rank", error)
+                    raise self.break_up(f"{name} failed on a rank", error)
                 if first is None:
                     first, end_s = error, min(end_s, clock() + GRACE_S)
 
@@ -113,7 +128,13 @@ class RankGroup:
         return failed
 
 
-def error_of(call: asyncio.Future[object]) -> BaseException | None:
+def stretched(answers: list[StageAnswer], taken_s: float) -> list[StageAnswer]:
+    """Their call took the ranks longer than rank 0 worked on it: each stage its share of that."""
+    factor = taken_s / sum(answer.seconds for answer in answers)
+    return [StageAnswer(answer.value, answer.seconds * factor) for answer in answers]
+
+
+def error_of(call: asyncio.Future[list[StageAnswer]]) -> BaseException | None:
     """What a rank raised, without the wrapping that carried it here."""
     error = call.exception()
     return error.cause if isinstance(error, RayTaskError) else error

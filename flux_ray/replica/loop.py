@@ -1,6 +1,6 @@
 """The step loop: the one caller of the ranks, one request at a time. Knows no Ray.
 
-Batching will replace `StepLoop` and `calls_for`; `generate` is all that the leader sees of them.
+Batching will replace `StepLoop`; `generate` is all that the leader sees of it.
 """
 
 import asyncio
@@ -9,12 +9,13 @@ import contextvars
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.prompts import Prompts
+from flux_ray.replica.stages import calls_of, sizes_of, stages_of
 from flux_ray.request import (
     Encoded,
     GeneratedImage,
@@ -24,11 +25,11 @@ from flux_ray.request import (
     News,
     Preview,
     Progress,
+    StageAnswer,
     StageTimes,
 )
 
 Observe = Callable[[str, float], None]
-Call = tuple[str, *tuple[object, ...]]
 
 # Calls that the ranks have at a time. The second is there when they have done the first, or a
 # short step would wait as long for its call as it takes. One more would be a step more that is
@@ -37,13 +38,19 @@ NUM_IN_FLIGHT = 2
 
 
 class Ranks(Protocol):
-    """The same call on every rank, answered by rank 0. Raises FluxError only.
+    """The same stages of a job on every rank, answered by rank 0. Raises FluxError only.
 
     Calls begin and end in the order in which they were made. After one that raised, the job's
-    others raise too.
+    others raise too. `payload`, the request and its prompt where that was encoded elsewhere, comes
+    with the first.
     """
 
-    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object: ...
+    async def run(
+        self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
+    ) -> list[StageAnswer]: ...
+
+    def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
+        """What the longest of the last such stages took; infinite for one that was never seen."""
 
 
 @dataclass(eq=False)
@@ -55,7 +62,7 @@ class Job:
     result: asyncio.Future[ImageResult]
     hear: Hear | None = None
     queued_at: float = field(default_factory=time.perf_counter)
-    has_begun: bool = False
+    is_on_ranks: bool = False
 
     @property
     def has_left(self) -> bool:
@@ -72,39 +79,17 @@ class Job:
             self.result.set_result(outcome)
 
 
-def calls_for(request: ImageRequest, encoded: object) -> Iterator[Call]:
-    """The calls that draw a request, in order; between any two of them it may be dropped."""
-    yield "encode", request, encoded
-    for seed in request.seeds:
-        yield "prepare", seed
-        for number in range(1, request.num_steps + 1):
-            yield ("denoise",)
-            if number in request.preview_steps:
-                yield ("preview",)
-        yield ("decode",)
-
-
-def sizes_of(request: ImageRequest) -> tuple[int, int]:
-    """What makes a request's calls long: the pixels of its canvas and of its references."""
-    references = sum(raster.width * raster.height for raster in request.references)
-    return request.width * request.height, references
-
-
 class Stopwatch:
-    """Seconds by method, and each of them told to `observe`."""
+    """Seconds by stage, and each of them told to `observe`."""
 
     def __init__(self, observe: Observe) -> None:
         self._observe = observe
         self._seconds: dict[str, float] = defaultdict(float)
 
-    async def measure(self, method: str, call: Awaitable[object]) -> object:
-        """The call's answer. Of one sent ahead, the time from now: the former has ended."""
-        began = time.perf_counter()
-        answer = await call
-        seconds = time.perf_counter() - began
-        self._seconds[method] += seconds
-        self._observe(method, seconds)
-        return answer
+    def add(self, stage: str, seconds: float) -> None:
+        """One more of them."""
+        self._seconds[stage] += seconds
+        self._observe(stage, seconds)
 
     def total(self, queue_s: float, is_cached: bool) -> StageTimes:
         """The times of a request; preparing noise counts as encoding."""
@@ -123,18 +108,18 @@ class Gathering:
         self.said = Encoded((), is_cached=False)
         self._num_previews = self._num_done = 0
 
-    def take(self, method: str, answer: object) -> None:
+    def take(self, stage: str, value: object) -> None:
         """One more answer."""
-        if isinstance(answer, Encoded):
-            self.said = answer
-        elif method == "denoise":
+        if isinstance(value, Encoded):
+            self.said = value
+        elif stage == "denoise":
             self._num_done += 1
             self._tell(Progress(self._num_done, self._job.request.num_denoise_steps))
-        elif isinstance(answer, GeneratedImage) and method == "preview":
-            self._tell(Preview(self._job.request.tier, answer, self._num_previews))
+        elif isinstance(value, GeneratedImage) and stage == "preview":
+            self._tell(Preview(self._job.request.tier, value, self._num_previews))
             self._num_previews += 1
-        elif isinstance(answer, GeneratedImage):
-            self.images.append(answer)
+        elif isinstance(value, GeneratedImage):
+            self.images.append(value)
 
     def _tell(self, news: News) -> None:
         if self._job.hear is not None and not self._job.has_left:
@@ -181,19 +166,21 @@ class StepLoop:
 
     async def _drop(self, job: Job) -> None:
         """The ranks forget it, if they know it. Those of a group that is broken will end."""
-        if not job.has_begun:
-            return
-        with contextlib.suppress(FluxError):
-            await self._ranks.call("drop", sizes_of(job.request), job.number)
+        if job.is_on_ranks:
+            with contextlib.suppress(FluxError):
+                await self._ranks.run(job.number, ("drop",), sizes_of(job.request))
 
     async def _draw(self, job: Job) -> ImageResult | None:
         """The result, or None if the client left in between."""
         request, times = job.request, Stopwatch(self._observe)
         queue_s = time.perf_counter() - job.queued_at
-        encoded = await times.measure("prompt", self._prompts.encode_prompt(request.prompt))
+        began = time.perf_counter()
+        encoded = await self._prompts.encode_prompt(request.prompt)
+        times.add("prompt", time.perf_counter() - began)
         gathered = Gathering(job)
-        async for method, answer in self._answers(job, calls_for(request, encoded), times):
-            gathered.take(method, answer)
+        async for stage, answer in self._answers(job, encoded):
+            times.add(stage, answer.seconds)
+            gathered.take(stage, answer.value)
         if job.has_left:
             return None
         return ImageResult(
@@ -204,22 +191,24 @@ class StepLoop:
             gathered.said.warnings,
         )
 
-    async def _answers(
-        self, job: Job, calls: Iterator[Call], times: Stopwatch
-    ) -> AsyncIterator[tuple[str, object]]:
-        """What the ranks say to each method, until the client has left. Calls are sent ahead."""
+    async def _answers(self, job: Job, encoded: object) -> AsyncIterator[tuple[str, StageAnswer]]:
+        """What the ranks say to each stage, until the client has left. Calls are sent ahead."""
         sizes = sizes_of(job.request)
-        in_flight: deque[tuple[str, asyncio.Task[object]]] = deque()
+        calls = calls_of(stages_of(job.request), lambda stage: self._ranks.longest_s(stage, sizes))
+        payload: tuple[object, ...] = (job.request, encoded)
+        in_flight: deque[tuple[tuple[str, ...], asyncio.Task[list[StageAnswer]]]] = deque()
         try:
             while not job.has_left:
-                for method, *args in itertools.islice(calls, NUM_IN_FLIGHT - len(in_flight)):
-                    job.has_begun = True
-                    call = self._ranks.call(method, sizes, job.number, *args)
-                    in_flight.append((method, asyncio.create_task(call)))
+                for stages in itertools.islice(calls, NUM_IN_FLIGHT - len(in_flight)):
+                    call = self._ranks.run(job.number, stages, sizes, *payload)
+                    in_flight.append((stages, asyncio.create_task(call)))
+                    job.is_on_ranks, payload = True, ()
                 if not in_flight:
+                    job.is_on_ranks = False
                     return
-                method, answer = in_flight.popleft()
-                yield method, await times.measure(method, answer)
+                stages, answers = in_flight.popleft()
+                for stage, answer in zip(stages, await answers, strict=True):
+                    yield stage, answer
         finally:
             # After a failure, or of a client that has left: asyncio complains of errors unheard.
             await asyncio.gather(*(call for _, call in in_flight), return_exceptions=True)

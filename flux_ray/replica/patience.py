@@ -1,5 +1,6 @@
 """How long a call may take before whoever was called is taken for hung."""
 
+import math
 from collections import defaultdict, deque
 
 FACTOR = 10
@@ -21,14 +22,16 @@ class Patience:
             lambda: deque(maxlen=NUM_REMEMBERED)
         )
 
-    def seconds_for(self, method: str, *sizes: int) -> float:
-        """For a call of that kind; the limit for one that was never seen."""
-        seen = self._seconds.get(kind_of(method, sizes))
-        if not seen:
-            return self._limit_s
-        return min(self._limit_s, max(self._floor_s, FACTOR * max(seen)))
+    def seconds_for(self, *methods: str, sizes: tuple[int, ...] = ()) -> float:
+        """For all of these together; the limit where one of them was never seen."""
+        longest_s = sum(self.longest_s(method, sizes) for method in methods)
+        return min(self._limit_s, max(self._floor_s, FACTOR * longest_s))
 
-    def learn(self, seconds: float, method: str, *sizes: int) -> None:
+    def longest_s(self, method: str, sizes: tuple[int, ...] = ()) -> float:
+        """What the longest of the last such calls took; infinite for one that was never seen."""
+        return max(self._seconds.get(kind_of(method, sizes), ()), default=math.inf)
+
+    def learn(self, seconds: float, method: str, sizes: tuple[int, ...] = ()) -> None:
         """One such call took so long."""
         self._seconds[kind_of(method, sizes)].append(seconds)
 

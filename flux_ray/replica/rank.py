@@ -1,12 +1,12 @@
 """One rank: the process that holds the model, or its part of it, and the images being drawn."""
 
-import functools
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -14,7 +14,14 @@ from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.process import keep_memory, load_engine
-from flux_ray.request import Encoded, EncodedPrompt, GeneratedImage, ImageRequest, Raster
+from flux_ray.request import (
+    Encoded,
+    EncodedPrompt,
+    GeneratedImage,
+    ImageRequest,
+    Raster,
+    StageAnswer,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -23,8 +30,6 @@ if TYPE_CHECKING:
     from flux_ray.engine.remembering import Remembering
     from flux_ray.engine.state import Conditioning, ImageState
     from flux_ray.parallel.mesh import Endpoint, Mesh
-
-Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
 CONCURRENCY_GROUPS = {"control": 1, "watch": 1}
@@ -36,38 +41,17 @@ class StageFailed(Exception):
 
 @dataclass
 class Drawing:
-    """A job on this rank: what its images share, and the one being drawn."""
+    """A job on this rank: what its images share, and the one being drawn.
 
-    request: ImageRequest
-    conditioning: "Conditioning"
-    seed: int = 0
-    state: "ImageState | None" = None
-
-
-def in_lockstep(stage: Stage) -> Stage:
-    """Before it works, a stage sees that all ranks were called for the same job and stage.
-
-    One loop makes all calls, to every rank in the same order, so they do agree, and on who was
-    cancelled too: that is a call that comes to none of them. If it ever were otherwise, the model
-    itself would not notice, and mix two users' tensors.
+    `encoded` is its prompt, where the shared text encoder encoded it; `seeds` are still to come.
     """
 
-    @functools.wraps(stage)
-    def checked(self: "RankActor", job: int, *args: object) -> object:
-        try:
-            self.agree(job, stage.__name__)
-            answer = stage(self, job, *args)
-            self.settle()
-            return answer
-        except FluxError as error:
-            self._mistakes[job] = error
-            raise
-        except Exception as error:
-            # As it is, an error of torch's would load torch where it arrives: seconds, in which
-            # the leader answers nobody.
-            raise StageFailed(describe(error)) from error
-
-    return cast(Stage, checked)
+    request: ImageRequest
+    encoded: EncodedPrompt | None
+    seeds: list[int]
+    conditioning: "Conditioning | None" = None
+    seed: int = 0
+    state: "ImageState | None" = None
 
 
 def describe(error: Exception) -> str:
@@ -79,7 +63,7 @@ def describe(error: Exception) -> str:
 
 
 class RankActor:
-    """The engine's stages as actor calls, by job number. Only the step loop calls them."""
+    """The engine's stages by job number. Only the step loop has them run."""
 
     _mesh: "Mesh"
     _adapter: "Adapter"
@@ -146,14 +130,51 @@ class RankActor:
         """Never returns: the call ends when the rank does."""
         threading.Event().wait()
 
-    def agree(self, job: int, stage: str) -> None:
-        """Raise LockstepBroken unless all ranks are here, for this job, after as many calls."""
+    def run(
+        self,
+        job: int,
+        stages: tuple[str, ...],
+        request: ImageRequest | None = None,
+        encoded: EncodedPrompt | None = None,
+    ) -> list[StageAnswer]:
+        """These stages of a job, one after the other; with the first call comes its request.
+
+        A caller's mistake is raised as it is, also by calls that were sent before it was heard of;
+        any other error as StageFailed.
+        """
+        try:
+            self.agree(job, stages)
+            if request is not None:
+                self._drawings[job] = Drawing(request, encoded, list(request.seeds))
+            return [self.run_one(job, stage) for stage in stages]
+        except FluxError as error:
+            self._mistakes[job] = error
+            raise
+        except Exception as error:
+            # As it is, an error of torch's would load torch where it arrives: seconds, in which
+            # the leader answers nobody.
+            raise StageFailed(describe(error)) from error
+
+    def run_one(self, job: int, stage: str) -> StageAnswer:
+        """One stage, until it is done."""
+        began = time.perf_counter()
+        value = getattr(self, stage)(job)
+        self.settle()
+        return StageAnswer(value, time.perf_counter() - began)
+
+    def agree(self, job: int, stages: tuple[str, ...]) -> None:
+        """Raise LockstepBroken unless all ranks are here, for this job, after as many calls.
+
+        One loop makes all calls, to every rank in the same order, so they do agree, and on who was
+        cancelled too: that is a call that comes to none of them. If it ever were otherwise, the
+        model itself would not notice, and mix two users' tensors.
+        """
         from flux_ray.parallel.mesh import assert_same
 
         self._num_calls += 1
         # Short enough for its square to fit.
         assert_same(
-            self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stage}".encode()) % 2**24
+            self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
         )
 
     def settle(self) -> None:
@@ -167,26 +188,20 @@ class RankActor:
             torch.cuda.synchronize()
 
     def drawing(self, job: int) -> Drawing:
-        """A job that was taken on. Calls sent before a caller's mistake was heard of hear of it."""
+        """A job that was taken on."""
         if job in self._mistakes:
             raise self._mistakes[job]
         return self._drawings[job]
 
-    @in_lockstep
-    def encode(
-        self, job: int, request: ImageRequest, encoded: EncodedPrompt | None = None
-    ) -> Encoded:
-        """Take on a job: encode its prompt and its references, where they are not known.
+    def encode(self, job: int) -> Encoded:
+        """Encode a job's prompt and its references, where they are not known."""
+        drawing = self.drawing(job)
+        drawing.conditioning, is_cached = self._encoding.encode(drawing.request, drawing.encoded)
+        drawing.encoded = None
+        return Encoded(drawing.conditioning.warnings, is_cached)
 
-        `encoded` comes from the shared text encoder, where there is one.
-        """
-        conditioning, is_cached = self._encoding.encode(request, encoded)
-        self._drawings[job] = Drawing(request, conditioning)
-        return Encoded(conditioning.warnings, is_cached)
-
-    @in_lockstep
-    def prepare(self, job: int, seed: int) -> None:
-        """Begin the job's image of this seed."""
+    def prepare(self, job: int) -> None:
+        """Begin the job's next image."""
         from flux_ray.engine.state import Canvas
 
         drawing = self.drawing(job)
@@ -198,38 +213,40 @@ class RankActor:
             request.guidance,
             has_previews=bool(request.preview_steps),
         )
-        drawing.seed = seed
-        drawing.state = self._adapter.prepare(drawing.conditioning, canvas, seed)
+        assert drawing.conditioning is not None, "prepare before encode"
+        drawing.seed = drawing.seeds.pop(0)
+        drawing.state = self._adapter.prepare(drawing.conditioning, canvas, drawing.seed)
 
-    @in_lockstep
     def denoise(self, job: int) -> None:
         """One step of the job's image."""
         drawing = self.drawing(job)
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
-    @in_lockstep
     def preview(self, job: int) -> GeneratedImage | None:
         """What the job's image will be like as bytes, from rank 0."""
-        return self.picture(job, self._adapter.preview)
+        return self.picture(self.drawing(job), self._adapter.preview)
 
-    @in_lockstep
     def decode(self, job: int) -> GeneratedImage | None:
-        """The job's image as bytes, from rank 0."""
-        return self.picture(job, self._adapter.decode)
+        """The job's image as bytes, from rank 0. With its last one the job is over."""
+        drawing = self.drawing(job)
+        image = self.picture(drawing, self._adapter.decode)
+        if not drawing.seeds:
+            self.drop(job)
+        return image
 
-    def picture(self, job: int, draw: "Callable[[ImageState], Raster]") -> GeneratedImage | None:
+    def picture(
+        self, drawing: Drawing, draw: "Callable[[ImageState], Raster]"
+    ) -> GeneratedImage | None:
         """The job's image as this draws it."""
         from flux_ray.engine.pictures import encode_picture
 
-        drawing = self.drawing(job)
         assert drawing.state is not None, "a picture before prepare"
         if self._rank != 0:
             return None
         raster = draw(drawing.state)
         return GeneratedImage(encode_picture(raster, drawing.request.encoding), drawing.seed)
 
-    @in_lockstep
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""
         self._drawings.pop(job, None)

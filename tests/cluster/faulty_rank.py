@@ -5,7 +5,7 @@ Neither the leader nor the gateway is imported here, for it starts as fast as on
 
 from pathlib import Path
 
-from flux_ray.replica.rank import RankActor, in_lockstep
+from flux_ray.replica.rank import RankActor
 
 BUG, OUT_OF_MEMORY = "bug", "out of memory"
 
@@ -13,7 +13,6 @@ BUG, OUT_OF_MEMORY = "bug", "out of memory"
 class FaultyRank(RankActor):
     """Fails once: the file is gone when the request is drawn again."""
 
-    @in_lockstep
     def denoise(self, job: int) -> None:
         """One step, unless a file says otherwise."""
         order = Path(self._drawings[job].request.prompt)

@@ -1,6 +1,8 @@
 """The rank group over ranks that are plain objects: agreement, and every way to break."""
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -11,6 +13,7 @@ from flux_ray.replica import group
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.rank import StageFailed
+from flux_ray.request import Encoded, StageAnswer
 
 SIZES = (64 * 64, 0)
 
@@ -32,15 +35,15 @@ class Call:
 
 
 class FakeRank:
-    """`encode` answers, or raises, what it is told to, one by one; `die` ends it."""
+    """`run` answers, or raises, what it is told to, one by one; `die` ends it."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
-        self.encode, self.ping, self.live = Call(self._encode), Call(self._ping), Call(self._live)
+        self.run, self.ping, self.live = Call(self._run), Call(self._ping), Call(self._live)
         self._death = asyncio.Event()
         self._working = asyncio.Lock()
 
-    async def _encode(self, job: int) -> object:
+    async def _run(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer]:
         if isinstance(self.answer, Exception):
             raise self.answer
         if self.answer == "hang":
@@ -48,7 +51,8 @@ class FakeRank:
         if self.answer == "slow":
             async with self._working:
                 await asyncio.sleep(0.15)
-        return self.answer
+        # A tenth of a second, it says, whatever the clock says.
+        return [StageAnswer(self.answer, 0.1) for _ in stages]
 
     async def _ping(self) -> int:
         return 1
@@ -68,7 +72,7 @@ class Replica:
         self.ranks = [FakeRank(answer) for answer in answers]
         self.ended = 0
         self.patience = Patience(floor_s, limit_s=10)
-        self.patience.learn(0.001, "encode", *SIZES)
+        self.patience.learn(0.001, "encode", SIZES)
         self.group = RankGroup(self.ranks, self.patience, end=self.end)
 
     def end(self) -> None:
@@ -76,7 +80,8 @@ class Replica:
 
     async def encode(self) -> object:
         async with asyncio.timeout(5):
-            return await self.group.call("encode", SIZES, 1)
+            (answer,) = await self.group.run(1, ("encode",), SIZES)
+            return answer.value
 
 
 async def test_rank_0_answers_for_all() -> None:
@@ -133,15 +138,37 @@ async def test_a_mistake_on_one_rank_is_waited_for_only_shortly(
 
 async def test_calls_teach_how_long_they_take() -> None:
     replica = Replica(None)
-    await replica.group.call("encode", (2**30,), 1)
-    assert replica.patience.seconds_for("encode", 2**30) == pytest.approx(0.2)
+    await replica.group.run(1, ("encode",), (2**30,))
+    assert replica.patience.seconds_for("encode", sizes=(2**30,)) == pytest.approx(0.2)
+
+
+async def test_what_was_known_teaches_nothing() -> None:
+    replica = Replica(Encoded((), is_cached=True))
+    await replica.group.run(1, ("encode",), (2**30,))
+    assert replica.group.longest_s("encode", (2**30,)) == math.inf
+
+
+async def test_stages_of_one_call_share_the_time_that_it_took() -> None:
+    replica = Replica("slow", floor_s=60)
+    began = time.perf_counter()
+    answers = await replica.group.run(1, ("encode", "prepare", "denoise"), SIZES)
+    taken_s = time.perf_counter() - began
+    assert 0.15 < sum(answer.seconds for answer in answers) <= taken_s
+    assert answers[0].seconds == pytest.approx(answers[2].seconds)
+    assert replica.group.longest_s("prepare", SIZES) == pytest.approx(answers[1].seconds)
+
+
+async def test_a_call_is_named_by_its_stages() -> None:
+    replica = Replica(BUG)
+    with pytest.raises(ReplicaFailed, match=r"prepare\+denoise failed on a rank"):
+        await replica.group.run(1, ("prepare", "denoise"), SIZES)
 
 
 async def test_a_call_that_was_sent_ahead_has_its_time_from_the_end_of_the_former() -> None:
     replica = Replica("slow", "slow")
     answers = await asyncio.gather(*(replica.encode() for _ in range(4)))
     assert (answers, replica.ended) == (["slow"] * 4, 0)
-    assert 0.2 < replica.patience.seconds_for("encode", *SIZES) < 3, "what each took by itself"
+    assert 0.2 < replica.patience.seconds_for("encode", sizes=SIZES) < 3, "what each took by itself"
 
 
 async def test_a_death_is_seen_while_nothing_runs() -> None:

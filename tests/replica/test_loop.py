@@ -1,6 +1,7 @@
 """The step loop over ranks that only take notes: who is drawn, dropped, skipped, failed."""
 
 import asyncio
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
+from flux_ray.replica.stages import SHORT_S
 from flux_ray.request import (
     Encoded,
     GeneratedImage,
@@ -17,50 +19,65 @@ from flux_ray.request import (
     Preview,
     Progress,
     Raster,
+    StageAnswer,
 )
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
 
 class FakeRanks:
-    """Notes every call; `gate` holds the steps, `errors` are raised by the method of that name."""
+    """Notes every stage; `gate` holds the steps, `errors` are raised by the stage of that name.
+
+    A stage takes `stage_s`, as far as the ranks say so, and `expected_s`, as far as they foresee.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str]] = []
+        self.num_calls = 0
+        self.stage_s = 0.25
+        self.expected_s = math.inf
         self.sizes: set[tuple[int, ...]] = set()
         self.encoded: list[object] = []
-        self.seeds: dict[int, int] = {}
+        self.seeds: dict[int, list[int]] = {}
         self.errors: dict[str, Exception] = {}
         self.gate = asyncio.Event()
         self.gate.set()
         self.stepping = asyncio.Event()
         self.turn = asyncio.Lock()
 
-    async def call(self, method: str, sizes: tuple[int, ...], *args: object) -> object:
-        job, *rest = args
-        assert isinstance(job, int)
-        self.sizes.add(sizes)
-        self.calls.append((job, method))
-        async with self.turn:
-            return await self.answer(method, job, rest)
+    def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
+        return self.expected_s
 
-    async def answer(self, method: str, job: int, rest: list[object]) -> object:
-        if method in self.errors:
-            raise self.errors[method]
-        if method == "prepare":
-            (self.seeds[job],) = rest  # type: ignore[assignment]
-        if method == "denoise":
+    async def run(
+        self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
+    ) -> list[StageAnswer]:
+        self.num_calls += 1
+        self.sizes.add(sizes)
+        self.calls += [(job, stage) for stage in stages]
+        if payload:
+            request, encoded = payload
+            assert isinstance(request, ImageRequest)
+            self.seeds[job] = [0, *request.seeds]
+            self.encoded.append(encoded)
+        async with self.turn:
+            return [StageAnswer(await self.answer(job, stage), self.stage_s) for stage in stages]
+
+    async def answer(self, job: int, stage: str) -> object:
+        if stage in self.errors:
+            raise self.errors[stage]
+        if stage == "prepare":
+            del self.seeds[job][0]
+        if stage == "denoise":
             self.stepping.set()
             await self.gate.wait()
-        if method == "encode":
-            self.encoded.append(rest[1])
+        if stage == "encode":
             return Encoded(("cut",), is_cached=True)
-        if method in ("decode", "preview"):
-            return GeneratedImage(method.encode(), self.seeds[job])
+        if stage in ("decode", "preview"):
+            return GeneratedImage(stage.encode(), self.seeds[job][0])
         return None
 
-    def methods(self, job: int) -> list[str]:
-        return [method for number, method in self.calls if number == job]
+    def stages(self, job: int) -> list[str]:
+        return [stage for number, stage in self.calls if number == job]
 
 
 @pytest.fixture
@@ -87,35 +104,43 @@ async def loop(ranks: FakeRanks) -> StepLoop:
     return StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: None)
 
 
-async def after_the_answer() -> None:
-    """The client has it before the ranks forget the job."""
-    await asyncio.sleep(0)
-
-
 async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
     result = await loop.generate(REQUEST)
     assert result.request_id == "a"
     assert [image.seed for image in result.images] == [5]
     assert result.warnings == ("cut",)
     assert result.times.is_cached
-    stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode", "drop"]
-    await after_the_answer()
-    assert ranks.methods(1) == stages
+    stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
+    assert (ranks.stages(1), ranks.num_calls) == (stages, len(stages))
+
+
+async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> None:
+    alone = await loop.generate(REQUEST)
+    stages, ranks.num_calls = ranks.stages(1), 0
+    ranks.expected_s = SHORT_S / 2.5
+    heard: list[News] = []
+    together = await loop.generate(REQUEST, heard.append)
+    assert (ranks.stages(2), ranks.num_calls) == (stages, 3)
+    assert (together.images, together.warnings) == (alone.images, alone.warnings)
+    assert replace(together.times, queue_s=0, encode_s=0) == replace(
+        alone.times, queue_s=0, encode_s=0
+    )
+    assert heard == [Progress(done, 3) for done in (1, 2, 3)]
 
 
 async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> None:
     result = await loop.generate(replace(REQUEST, num_images=2))
     assert [image.seed for image in result.images] == [5, 6]
     image = ["prepare", "denoise", "denoise", "denoise", "decode"]
-    await after_the_answer()
-    assert ranks.methods(1) == ["encode", *image, *image, "drop"]
+    assert ranks.stages(1) == ["encode", *image, *image]
 
 
 async def test_times_are_told(ranks: FakeRanks) -> None:
     told: list[str] = []
     loop = StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: told.append(stage))
     times = (await loop.generate(REQUEST)).times
-    assert min(times.queue_s, times.encode_s, times.denoise_s, times.decode_s) > 0
+    assert min(times.queue_s, times.encode_s - 2 * ranks.stage_s) > 0
+    assert (times.denoise_s, times.decode_s) == (3 * ranks.stage_s, ranks.stage_s)
     assert told == ["prompt", "encode", "prepare", "denoise", "denoise", "denoise", "decode"]
 
 
@@ -129,12 +154,12 @@ async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
 
     leaver.cancel()
     await asyncio.wait([leaver])
-    assert ranks.methods(1)[-1] == "denoise", "the step that runs is not interrupted"
+    assert ranks.stages(1)[-1] == "denoise", "the step that runs is not interrupted"
     ranks.gate.set()
 
     assert (await bystander).images
     known = ["encode", "prepare", "denoise", "denoise"]
-    assert ranks.methods(1) == [*known, "drop"], "nor the one that was sent ahead"
+    assert ranks.stages(1) == [*known, "drop"], "nor the one that was sent ahead"
 
 
 async def test_a_client_that_left_before_its_turn_is_skipped(
@@ -150,7 +175,7 @@ async def test_a_client_that_left_before_its_turn_is_skipped(
 
     await first
     assert (await loop.generate(REQUEST)).images
-    assert ranks.methods(2) == []
+    assert ranks.stages(2) == []
 
 
 async def test_a_callers_mistake_fails_its_own_request_only(
@@ -161,7 +186,7 @@ async def test_a_callers_mistake_fails_its_own_request_only(
         await loop.generate(REQUEST)
     ranks.errors.clear()
     assert (await loop.generate(REQUEST)).images
-    assert ranks.methods(1) == ["encode", "prepare", "drop"]
+    assert ranks.stages(1) == ["encode", "prepare", "drop"]
 
 
 async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop) -> None:
@@ -170,7 +195,7 @@ async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop)
     result = await loop.generate(request, heard.append)
     assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
     image = ["prepare", "denoise", "preview", "denoise", "preview", "denoise", "decode"]
-    assert ranks.methods(1) == ["encode", *image, *image, "drop"]
+    assert ranks.stages(1) == ["encode", *image, *image]
     assert heard == [
         Progress(1, 6),
         Preview("tiny", GeneratedImage(b"preview", 5), 0),
@@ -210,35 +235,22 @@ async def test_one_call_is_sent_ahead(ranks: FakeRanks, loop: StepLoop) -> None:
     ranks.gate.clear()
     request = asyncio.create_task(loop.generate(REQUEST))
     await ranks.stepping.wait()
-    assert ranks.methods(1) == ["encode", "prepare", "denoise", "denoise"]
+    assert ranks.stages(1) == ["encode", "prepare", "denoise", "denoise"]
     ranks.gate.set()
     await request
-
-
-async def test_a_call_that_was_sent_ahead_is_timed_from_the_end_of_the_former(
-    ranks: FakeRanks,
-) -> None:
-    told: list[tuple[str, float]] = []
-    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda *stage: told.append(stage))
-    ranks.gate.clear()
-    asyncio.get_running_loop().call_later(0.1, ranks.gate.set)
-    times = (await loop.generate(REQUEST)).times
-    first, *others = [seconds for stage, seconds in told if stage == "denoise"]
-    assert first > 0.09 > 0.05 > max(others)
-    assert times.denoise_s == pytest.approx(first + sum(others))
 
 
 async def test_the_next_job_begins_while_the_former_is_dropped(
     ranks: FakeRanks, loop: StepLoop
 ) -> None:
     ranks.gate.clear()
-    jobs = [asyncio.create_task(loop.generate(replace(REQUEST, num_steps=1))) for _ in range(2)]
+    leaver = asyncio.create_task(loop.generate(REQUEST))
+    other = asyncio.create_task(loop.generate(REQUEST))
     await ranks.stepping.wait()
+    leaver.cancel()
     ranks.gate.set()
-    await jobs[0]
-    await jobs[1]
+    await other
     assert ranks.calls.index((2, "encode")) == ranks.calls.index((1, "drop")) + 1
-    assert ranks.methods(2)[-1] == "drop"
 
 
 async def test_a_broken_group_fails_what_waits_too(ranks: FakeRanks, loop: StepLoop) -> None:

@@ -1,5 +1,7 @@
 """How long is waited for a call."""
 
+import math
+
 import pytest
 
 from flux_ray.replica.patience import NUM_REMEMBERED, Patience
@@ -13,37 +15,52 @@ def patience() -> Patience:
 
 
 def test_what_was_never_seen_gets_the_limit(patience: Patience) -> None:
-    patience.learn(0.1, "denoise", MEGAPIXEL, 0)
-    assert patience.seconds_for("decode", MEGAPIXEL, 0) == 60
-    assert patience.seconds_for("denoise", 4 * MEGAPIXEL, 0) == 60
-    assert patience.seconds_for("denoise", MEGAPIXEL, MEGAPIXEL) == 60
+    patience.learn(0.1, "denoise", (MEGAPIXEL, 0))
+    assert patience.seconds_for("decode", sizes=(MEGAPIXEL, 0)) == 60
+    assert patience.seconds_for("denoise", sizes=(4 * MEGAPIXEL, 0)) == 60
+    assert patience.seconds_for("denoise", sizes=(MEGAPIXEL, MEGAPIXEL)) == 60
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, 5), (0.7, 7), (30, 60)])
 def test_ten_times_as_long_between_floor_and_limit(
     patience: Patience, seconds: float, expected: float
 ) -> None:
-    patience.learn(seconds, "denoise", MEGAPIXEL, 0)
-    assert patience.seconds_for("denoise", MEGAPIXEL, 0) == pytest.approx(expected)
+    patience.learn(seconds, "denoise", (MEGAPIXEL, 0))
+    assert patience.seconds_for("denoise", sizes=(MEGAPIXEL, 0)) == pytest.approx(expected)
 
 
 def test_sizes_that_are_about_the_same_are_alike(patience: Patience) -> None:
-    patience.learn(0.7, "denoise", MEGAPIXEL, 0)
-    assert patience.seconds_for("denoise", MEGAPIXEL + 100_000, 0) == pytest.approx(7)
+    patience.learn(0.7, "denoise", (MEGAPIXEL, 0))
+    assert patience.seconds_for("denoise", sizes=(MEGAPIXEL + 100_000, 0)) == pytest.approx(7)
 
 
 def test_the_longest_of_the_last_ones_counts(patience: Patience) -> None:
     for seconds in (3, 0.7, 0.6):
-        patience.learn(seconds, "encode", 0)
-    assert patience.seconds_for("encode", 0) == pytest.approx(30)
+        patience.learn(seconds, "encode", (0,))
+    assert patience.seconds_for("encode", sizes=(0,)) == pytest.approx(30)
     for _ in range(NUM_REMEMBERED - 1):
-        patience.learn(0.6, "encode", 0)
-    assert patience.seconds_for("encode", 0) == pytest.approx(6), "a slow start is forgotten"
+        patience.learn(0.6, "encode", (0,))
+    timeout_s = patience.seconds_for("encode", sizes=(0,))
+    assert timeout_s == pytest.approx(6), "a slow start is forgotten"
+
+
+def test_calls_that_come_together_have_the_time_of_all(patience: Patience) -> None:
+    patience.learn(0.7, "denoise")
+    patience.learn(0.2, "decode")
+    assert patience.seconds_for("denoise", "denoise", "decode") == pytest.approx(16)
+    assert patience.seconds_for("denoise", "preview") == 60
+
+
+def test_the_longest_is_told_and_infinite_where_there_is_none(patience: Patience) -> None:
+    for seconds in (0.2, 0.7, 0.1):
+        patience.learn(seconds, "denoise")
+    assert patience.longest_s("denoise") == 0.7
+    assert patience.longest_s("denoise", (MEGAPIXEL,)) == math.inf
 
 
 def test_little_is_remembered_whatever_is_asked_for(patience: Patience) -> None:
     for pixels in range(1, 100_000, 7):
-        patience.learn(0.1, "denoise", pixels, pixels)
-        patience.seconds_for("decode", pixels, 0)
+        patience.learn(0.1, "denoise", (pixels, pixels))
+        patience.seconds_for("decode", sizes=(pixels, 0))
     assert len(patience._seconds) < 20
     assert all(len(times) <= NUM_REMEMBERED for times in patience._seconds.values())

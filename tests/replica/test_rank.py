@@ -1,7 +1,9 @@
 """A rank without Ray: the engine's stages by job number."""
 
 import io
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +21,14 @@ ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32")
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 96, num_steps=2, guidance=1.0, seed=5)
 
 
+def run(rank: RankActor, job: int, stages: str, request: ImageRequest | None = None) -> list[Any]:
+    """What they answer; the request comes with the first."""
+    return [answer.value for answer in rank.run(job, tuple(stages.split()), request)]
+
+
 def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
-    rank.encode(job, request)
-    rank.prepare(job, request.seed)
-    for _ in range(request.num_steps):
-        rank.denoise(job)
-    image = rank.decode(job)
-    rank.drop(job)
+    run(rank, job, "encode prepare", request)
+    image = run(rank, job, "denoise " * request.num_steps + "decode")[-1]
     return image and image.data
 
 
@@ -51,13 +54,8 @@ def test_previews_are_pictures_of_the_same_kind_and_change_nothing(rank: RankAct
     request = replace(REQUEST, num_previews=1, encoding=Encoding("jpeg"))
     with_preview = replace(REQUEST, num_previews=1)
     for each in (request, with_preview):
-        rank.encode(2, each)
-        rank.prepare(2, REQUEST.seed)
-        rank.denoise(2)
-        preview = rank.preview(2)
-        rank.denoise(2)
-        final = rank.decode(2)
-        rank.drop(2)
+        *_, preview = run(rank, 2, "encode prepare denoise preview", each)
+        *_, final = run(rank, 2, "denoise decode")
         assert preview is not None and final is not None
         image = Image.open(io.BytesIO(preview.data))
         assert (image.format, image.size) == (each.encoding.format.upper(), (64, 96))
@@ -66,12 +64,32 @@ def test_previews_are_pictures_of_the_same_kind_and_change_nothing(rank: RankAct
 
 
 def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
-    rank.encode(1, REQUEST)
-    rank.drop(1)
-    rank.drop(1)
+    run(rank, 1, "encode", REQUEST)
+    run(rank, 1, "drop")
+    run(rank, 1, "drop")
     with pytest.raises(StageFailed, match="KeyError: 1"):
-        rank.denoise(1)
+        run(rank, 1, "denoise")
     assert not rank._drawings
+
+
+def test_a_job_is_over_with_its_last_picture(rank: RankActor) -> None:
+    request = replace(REQUEST, num_images=2)
+    image = "prepare denoise denoise decode"
+    *_, first = run(rank, 1, f"encode {image}", request)
+    assert rank._drawings
+    *_, second = run(rank, 1, image)
+    assert not rank._drawings
+    assert (first.seed, second.seed) == request.seeds
+    assert first.data == draw(rank, 1, REQUEST)
+    assert second.data == draw(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))
+
+
+def test_each_stage_says_what_it_took(rank: RankActor) -> None:
+    began = time.perf_counter()
+    answers = rank.run(1, ("encode", "prepare", "denoise", "drop"), REQUEST)
+    taken_s = time.perf_counter() - began
+    assert min(answer.seconds for answer in answers) > 0
+    assert taken_s / 2 < sum(answer.seconds for answer in answers) < taken_s
 
 
 def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,16 +106,16 @@ def test_a_stage_ends_when_the_card_has_done_it(
     assert stages == []
     monkeypatch.setattr(rank, "_args", ARGS.model_copy(update={"device": "cuda"}))
     draw(rank, 1, REQUEST)
-    assert len(stages) == 4 + REQUEST.num_steps
+    assert len(stages) == 3 + REQUEST.num_steps
 
 
 def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     flat = Raster(800, 64, bytes(800 * 64 * 3))
     with pytest.raises(BadReference):
-        rank.encode(1, replace(REQUEST, references=(flat,)))
+        run(rank, 1, "encode prepare", replace(REQUEST, references=(flat,)))
     with pytest.raises(BadReference):
-        rank.prepare(1, REQUEST.seed)  # It was sent before the leader heard.
-    rank.drop(1)
+        run(rank, 1, "denoise decode")  # It was sent before the leader heard.
+    run(rank, 1, "drop")
     assert draw(rank, 1, REQUEST)
 
 
@@ -111,34 +129,34 @@ def test_out_of_memory_is_told_in_words(
         raise error
 
     monkeypatch.setattr(rank._adapter, "denoise", fail)
-    rank.encode(1, REQUEST)
-    rank.prepare(1, 1)
+    run(rank, 1, "encode prepare", REQUEST)
     with pytest.raises(StageFailed, match=r"out of memory: (OutOf)?MemoryError"):
-        rank.denoise(1)
-    rank.drop(1)
+        run(rank, 1, "denoise")
+    run(rank, 1, "drop")
 
 
-def come(mesh: Mesh, jobs: tuple[int, ...], stages: tuple[str, ...]) -> str:
+def come(mesh: Mesh, jobs: tuple[int, ...], calls: tuple[tuple[str, ...], ...]) -> str:
     rank = RankActor.__new__(RankActor)
     rank._mesh, rank._num_calls = mesh, 0
-    rank.agree(7, "encode")
+    rank.agree(7, ("encode",))
     try:
-        rank.agree(jobs[mesh.world.rank], stages[mesh.world.rank])
+        rank.agree(jobs[mesh.world.rank], calls[mesh.world.rank])
     except LockstepBroken:
         return "broken"
     return "agreed"
 
 
 @pytest.mark.parametrize(
-    ("jobs", "stages", "expected"),
+    ("jobs", "calls", "expected"),
     [
-        ((1, 1, 1), ("denoise",) * 3, "agreed"),
-        ((1, 1, 2), ("denoise",) * 3, "broken"),
-        ((1, 1, 1), ("denoise", "drop", "denoise"), "broken"),
+        ((1, 1, 1), (("denoise",),) * 3, "agreed"),
+        ((1, 1, 2), (("denoise",),) * 3, "broken"),
+        ((1, 1, 1), (("denoise",), ("drop",), ("denoise",)), "broken"),
+        ((1, 1, 1), (("denoise",), ("denoise",), ("denoise", "denoise")), "broken"),
     ],
-    ids=["the same", "another job", "another stage"],
+    ids=["the same", "another job", "another stage", "a stage more"],
 )
 def test_ranks_work_only_on_the_same_thing(
-    run_ranks: Ranks, jobs: tuple[int, ...], stages: tuple[str, ...], expected: str
+    run_ranks: Ranks, jobs: tuple[int, ...], calls: tuple[tuple[str, ...], ...], expected: str
 ) -> None:
-    assert run_ranks(Parallel(tensor=3), come, jobs, stages) == [expected] * 3
+    assert run_ranks(Parallel(tensor=3), come, jobs, calls) == [expected] * 3

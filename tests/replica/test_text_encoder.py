@@ -45,8 +45,8 @@ async def test_ranks_without_one_hold_what_ranks_with_one_would() -> None:
     )
     for rank in (colocated, shared):
         rank.load(rank.meet())
-    colocated.encode(1, REQUEST)
-    shared.encode(1, REQUEST, encoded)
+    colocated.run(1, ("encode",), REQUEST)
+    shared.run(1, ("encode",), REQUEST, encoded)
     embeds = [rank._drawings[1].conditioning.prompt.embeds for rank in (colocated, shared)]
     assert torch.equal(*embeds)
     assert torch.equal(embeds[0], unpack(encoded, "cpu").embeds)
