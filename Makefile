@@ -20,8 +20,10 @@ export no_proxy := $(NO_PROXY)
 # threads twice. Not of tests: a script without a loop cannot use a handle then.
 serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
-# Proxies reach gateways by gRPC instead of actor calls: two milliseconds less.
+# Proxies reach gateways by gRPC instead of actor calls: two milliseconds less. Serve's limit of four
+# megabytes would make an error of every answer with more in it.
 serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
+serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 2147483647
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp

@@ -1,0 +1,36 @@
+"""What `make serve` sets for Serve, on a Serve of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT
+
+LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """That `serve run` would have: in its place is a script that tells."""
+    serve = tmp_path / "serve"
+    serve.write_text("#!/bin/sh\nexec env -0\n")
+    serve.chmod(0o755)
+    command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={tmp_path}"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
+
+
+def test_answers_of_many_megabytes_arrive(environment: dict[str, str]) -> None:
+    """Eight pictures in one answer are: on Serve's gRPC way, by default, errors."""
+    assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
+    run = subprocess.run(
+        [sys.executable, str(LARGE_ANSWER), "16000000"],
+        env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
