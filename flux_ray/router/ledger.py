@@ -18,7 +18,7 @@ class Offer:
     """A request as its gateway tells of it: clocks differ, so its deadline is so far from now.
 
     `runs_on` is the replica that it was granted before, and `cost_s` then what is left: the ledger
-    may have been lost meanwhile.
+    may have been lost meanwhile. `is_news`: it was granted by its gateway, which is alone.
     """
 
     ticket_id: str
@@ -29,6 +29,7 @@ class Offer:
     weight: float = 1.0
     affinity: tuple[tuple[str, float], ...] = ()
     runs_on: str | None = None
+    is_news: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ class Decision(NamedTuple):
 class Heard(NamedTuple):
     """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
 
-    It is told of these again, in case that this never arrives.
+    It is told of these again, in case that this never arrives. `is_alone`: no other gateway is
+    known, that may want the same replica.
     """
 
     unknown: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    is_alone: bool = False
 
 
 class Backlog(NamedTuple):
@@ -109,9 +112,12 @@ class Ledger:
         self._owner: dict[str, str] = {}
         self._arrived_s: dict[str, float] = {}
         self._decisions: dict[str, list[Decision]] = {}
+        self._began_at: float | None = None
 
     def hear(self, gateway: str, statement: Statement, now: float) -> tuple[str, ...]:
         """Write down a statement; the tickets of `known` that nobody offered."""
+        if self._began_at is None:
+            self._began_at = now
         account = self._accounts.setdefault(gateway, Account(now))
         account.heard_at = now
         self._follow(account, statement, now)
@@ -123,6 +129,11 @@ class Ledger:
             if offer.ticket_id not in self._owner:
                 self._enter(gateway, offer, now)
         return tuple((statement.known or frozenset()) - account.tiers.keys())
+
+    def is_alone(self, gateway: str, now: float) -> bool:
+        """Whether no other gateway lives: a ledger that has just begun does not know that."""
+        has_heard_all = self._began_at is not None and now - self._began_at > SILENCE_S
+        return has_heard_all and self._accounts.keys() == {gateway}
 
     def decide(self, now: float) -> dict[str, list[Decision]]:
         """What has been decided since the last call, by gateway."""
@@ -175,15 +186,16 @@ class Ledger:
         self._owner[ticket.ticket_id] = gateway
         self._accounts[gateway].tiers[ticket.ticket_id] = ticket.tier
         queue = self._queue(offer.tier)
-        if offer.runs_on is not None:
-            # On a replica that is gone it will fail, and come again under another id.
-            if offer.runs_on in self._names(offer.tier):
-                queue.adopt(ticket, offer.runs_on, now)
-            return
-        self._arrived_s[offer.tier] = self._arrived_s.get(offer.tier, 0.0) + offer.cost_s
-        refusal = queue.offer(ticket, now)
-        if refusal is not None:
-            self._refuse(ticket.ticket_id, refusal)
+        if offer.runs_on is None or offer.is_news:
+            self._arrived_s[offer.tier] = self._arrived_s.get(offer.tier, 0.0) + offer.cost_s
+        if offer.runs_on is None:
+            refusal = queue.offer(ticket, now)
+            if refusal is not None:
+                self._refuse(ticket.ticket_id, refusal)
+        # On a replica that is gone it will fail, and come again under another id.
+        elif offer.runs_on in self._names(offer.tier):
+            enter = queue.begin if offer.is_news else queue.adopt
+            enter(ticket, offer.runs_on, now)
 
     def _refuse(self, ticket_id: str, refusal: Refusal) -> None:
         self._tell(ticket_id, Decision(ticket_id, None, refusal))

@@ -82,7 +82,8 @@ class LedgerActor:
         self._mailbox(gateway).keep(told)
         self._deliver(decisions)
         self._spoken.set()
-        return Heard(unknown, tuple(told))
+        is_alone = self._ledger.is_alone(gateway, time.monotonic())
+        return Heard(unknown, tuple(told), is_alone)
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         """A gateway waits here for what is decided about its tickets."""

@@ -128,6 +128,15 @@ class TierQueue:
                 return Forecast(wait_s, is_refused=True)
         return Forecast(wait_s, is_refused=slack_s < -SAME_S)
 
+    def begin(self, ticket: Ticket, replica: str, now: float) -> None:
+        """The ticket arrives, and began on this replica at once: there was nothing to decide."""
+        self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
+        self._review_shares(now)
+        self._patience.see(self._slack_s(ticket, now))
+        self._patience.decide(ticket.cost_s, is_served=True)
+        self._caches.note(ticket, replica)
+        self.adopt(ticket, replica, now)
+
     def adopt(self, ticket: Ticket, replica: str, now: float) -> None:
         """The replica runs this ticket already: what is known is from before this queue.
 

@@ -59,6 +59,13 @@ class Turn:
     replica: str | None = None
     # What was left of it when that was last known.
     left: tuple[float, float] = (math.inf, 0.0)
+    # It was granted here, and the ledger has not been told.
+    is_news: bool = False
+
+    def begin(self, replica: str) -> None:
+        """It is granted this replica."""
+        self.replica, self.left = replica, (self.offer.cost_s, time.monotonic())
+        self.granted.set_result(replica)
 
     def left_s(self, now: float) -> float:
         """How long it still takes, once it was granted."""
@@ -70,8 +77,13 @@ class Turn:
         deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
         if self.replica is None:
             return replace(self.offer, deadline_in_s=deadline_in_s)
-        left_s = self.left_s(now)
-        return replace(self.offer, deadline_in_s=deadline_in_s, cost_s=left_s, runs_on=self.replica)
+        return replace(
+            self.offer,
+            deadline_in_s=deadline_in_s,
+            cost_s=self.left_s(now),
+            runs_on=self.replica,
+            is_news=self.is_news,
+        )
 
 
 class Turns:
@@ -90,6 +102,7 @@ class Turns:
         self._ended: list[str] = []
         self._done: list[str] = []
         self._moved: set[str] = set()
+        self._is_alone = False
         self._news = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -101,6 +114,9 @@ class Turns:
         self._start()
         loop = asyncio.get_running_loop()
         turn = Turn(offer, time.monotonic(), loop.create_future())
+        if (replica := self._undisputed(offer)) is not None:
+            turn.is_news = True
+            turn.begin(replica)
         self._turns[offer.ticket_id] = turn
         self._new.append(turn)
         self._news.set()
@@ -138,6 +154,14 @@ class Turns:
         for task in self._tasks.values():
             task.cancel()
 
+    def _undisputed(self, offer: Offer) -> str | None:
+        """The only replica, if nobody else can want it: the ledger would say the same, later."""
+        names = self._reachable().get(offer.tier, ())
+        if not self._is_alone or len(names) != 1 or offer.cost_s > offer.deadline_in_s:
+            return None
+        is_idle = all(turn.offer.tier != offer.tier for turn in self._turns.values())
+        return names[0] if is_idle else None
+
     def _start(self) -> None:
         """Also again, after a mistake of ours: without them every request would wait in vain."""
         loop = asyncio.get_running_loop()
@@ -156,10 +180,10 @@ class Turns:
                 heard = await self._line.say(self._gateway, statement)
             except LedgerLost as error:
                 logger.warning("the ledger did not hear: %s", error)
-                is_heard = False
+                is_heard = self._is_alone = False
                 await asyncio.sleep(AGAIN_S)
                 continue
-            is_heard = True
+            is_heard, self._is_alone = True, heard.is_alone
             for decision in heard.decisions:
                 self._hear(decision)
             lost = [self._turns[each] for each in heard.unknown if each in self._turns]
@@ -178,8 +202,11 @@ class Turns:
     def _statement(self, *, tell_all: bool) -> Statement:
         self._news.clear()
         now = time.monotonic()
-        # A client that has left cancelled what it waited for.
-        offers = tuple(turn.offer_at(now) for turn in self._new if not turn.granted.cancelled())
+        # Clients may have left already.
+        new = [turn for turn in self._new if turn.offer.ticket_id in self._turns]
+        offers = tuple(turn.offer_at(now) for turn in new)
+        for turn in new:
+            turn.is_news = False
         moved = ((each, self._turns[each]) for each in self._moved if each in self._turns)
         statement = Statement(
             offers,
@@ -209,8 +236,7 @@ class Turns:
         if turn is None or turn.granted.done():
             return
         if decision.replica is not None:
-            turn.replica, turn.left = decision.replica, (turn.offer.cost_s, time.monotonic())
-            turn.granted.set_result(decision.replica)
+            turn.begin(decision.replica)
         elif decision.refusal is not None:
             turn.granted.set_exception(error_for(decision.refusal))
 

@@ -167,3 +167,37 @@ def test_after_any_run_the_books_are_at_zero(seed):
     ledger.hear("g", Statement(), now + SILENCE_S + 1)
     ledger.forget_silent(now + SILENCE_S + 1)
     assert ledger.backlog("tiny", now + SILENCE_S + 1)[:2] == (0.0, 0.0)
+
+
+def test_what_began_by_itself_is_booked_as_if_it_had_been_granted(ledger):
+    begun = offer("x", runs_on="a", is_news=True)
+    ledger.hear("g", Statement(offers=(begun, begun)), 0.0)
+    assert ledger.decide(0.0) == {}
+    assert ledger.backlog("tiny", 0.0) == (0.0, 1.0, 1.0)
+    ledger.hear("g", Statement(offers=(offer("y"), offer("z"))), 0.0)
+    assert granted(ledger.decide(0.0)["g"]) == {"y": "b"}
+    ledger.hear("g", Statement(ended=("x",)), 0.5)
+    assert granted(ledger.decide(0.5)["g"]) == {"z": "a"}
+
+
+def test_two_that_began_on_one_replica_come_one_after_the_other(ledger):
+    """Two gateways, each of which was alone a moment ago."""
+    for gateway, name in (("g", "x"), ("h", "y")):
+        begun = offer(name, runs_on="a", is_news=True)
+        ledger.hear(gateway, Statement(offers=(begun,), replicas=REPLICAS), 0.0)
+    assert ledger.backlog("tiny", 0.0) == (0.0, 2.0, 2.0)
+    for gateway, name in (("g", "x"), ("h", "y")):
+        ledger.hear(gateway, Statement(ended=(name,)), 1.0)
+    assert ledger.backlog("tiny", 1.0)[:2] == (0.0, 0.0)
+
+
+def test_a_gateway_is_alone_where_no_other_was_heard_of_for_a_while(ledger):
+    assert not ledger.is_alone("g", SILENCE_S)
+    assert ledger.is_alone("g", SILENCE_S + 0.1)
+    assert not ledger.is_alone("h", SILENCE_S + 0.1)
+    ledger.hear("g", Statement(), SILENCE_S)
+    ledger.hear("h", Statement(), SILENCE_S)
+    assert not ledger.is_alone("g", SILENCE_S + 0.1)
+    ledger.hear("g", Statement(), 2 * SILENCE_S)
+    ledger.forget_silent(2 * SILENCE_S + 0.1)
+    assert ledger.is_alone("g", 2 * SILENCE_S + 0.1)

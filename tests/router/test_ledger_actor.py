@@ -60,3 +60,13 @@ async def test_a_reply_tells_nothing_of_other_gateways():
     [decision] = (await actor.listen("two", 0))[1]
     assert (decision.ticket_id, decision.replica) == ("second", "one")
     actor._ticker.cancel()
+
+
+async def test_a_gateway_hears_whether_it_is_alone(silence_s):
+    actor = LedgerActor()
+    assert not (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
+    await asyncio.sleep(1.2 * silence_s)
+    assert (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
+    assert not (await actor.say("two", Statement(replicas=REPLICAS))).is_alone
+    assert not (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
+    actor._ticker.cancel()

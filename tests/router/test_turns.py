@@ -1,6 +1,7 @@
 """A gateway's side of the ledger, over a real ledger that can be lost with all it knows."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
@@ -21,6 +22,8 @@ class FakeLine:
         self.lose()
         self.is_down = False
         self.loses_replies = False
+        self.is_alone = False
+        self.offers: list[Offer] = []
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
@@ -29,12 +32,13 @@ class FakeLine:
     async def say(self, gateway: str, statement: Statement) -> Heard:
         if self.is_down:
             raise LedgerLost
+        self.offers += statement.offers
         unknown = self.ledger.hear(gateway, statement, time.monotonic())
         told = self.ledger.decide(time.monotonic()).get(gateway, [])
         self.decided += told
         if self.loses_replies:
             raise LedgerLost
-        return Heard(unknown, tuple(told))
+        return Heard(unknown, tuple(told), self.is_alone)
 
     async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
         await asyncio.sleep(0.001)
@@ -192,3 +196,88 @@ async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: Fake
     turns.end("x")
     await asyncio.sleep(0.05)
     assert line.running_s() == 0
+
+
+@pytest.fixture
+async def alone(turns: Turns, line: FakeLine) -> Turns:
+    """Of a gateway that knows that it is."""
+    line.is_alone = True
+    await within(turns.take(offer("first")))
+    turns.end("first")
+    await asyncio.sleep(0.05)
+    line.offers.clear()
+    return turns
+
+
+async def begins_at_once(turns: Turns, offer: Offer) -> bool:
+    """Whether it has its turn before the ledger can have heard of it."""
+    taking = asyncio.create_task(turns.take(offer))
+    await asyncio.sleep(0)
+    is_done = taking.done()
+    with contextlib.suppress(DeadlineTooShort):
+        await within(taking)
+    return is_done
+
+
+async def test_who_is_alone_takes_the_only_replica_at_once_and_tells(
+    alone: Turns, line: FakeLine
+) -> None:
+    assert await begins_at_once(alone, offer("x"))
+    await asyncio.sleep(0.05)
+    [told] = line.offers
+    assert (told.ticket_id, told.runs_on, told.is_news) == ("x", "a", True)
+    backlog = line.ledger.backlog("tiny", time.monotonic())
+    assert backlog == (0.0, pytest.approx(10, abs=0.5), pytest.approx(20, abs=0.5))
+    waiting = asyncio.create_task(alone.take(offer("y")))
+    await asyncio.sleep(0.03)
+    assert not waiting.done()
+    alone.end("x")
+    assert await within(waiting) == "a"
+
+
+async def test_what_was_begun_here_is_told_again_to_a_lost_ledger_as_old(
+    alone: Turns, line: FakeLine
+) -> None:
+    assert await begins_at_once(alone, offer("x"))
+    await asyncio.sleep(0.03)
+    line.lose()
+    await asyncio.sleep(0.1)
+    assert [each.is_news for each in line.offers] == [True, False]
+    assert line.running_s() == pytest.approx(10, abs=0.5)
+    assert line.ledger.backlog("tiny", time.monotonic()).arrived_s == 0
+
+
+async def test_who_leaves_before_it_was_told_leaves_nothing(alone: Turns, line: FakeLine) -> None:
+    taking = asyncio.create_task(alone.take(offer("x")))
+    await asyncio.sleep(0)
+    assert taking.done()
+    alone.end("x")
+    await asyncio.sleep(0.05)
+    assert (line.offers, line.running_s()) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "deadline_in_s"), [(("a", "b"), 60.0), ((), 60.0), (("a",), 9.0)]
+)
+async def test_where_there_is_something_to_decide_the_ledger_does(
+    alone: Turns,
+    monkeypatch: pytest.MonkeyPatch,
+    replicas: tuple[str, ...],
+    deadline_in_s: float,
+) -> None:
+    monkeypatch.setattr(alone, "_reachable", lambda: {"tiny": replicas})
+    assert alone._undisputed(offer("x", deadline_in_s=deadline_in_s)) is None
+
+
+async def test_a_gateway_that_may_not_be_alone_asks(turns: Turns, line: FakeLine) -> None:
+    assert not await begins_at_once(turns, offer("x"))
+
+
+async def test_who_hears_no_more_from_the_ledger_asks_it(alone: Turns, line: FakeLine) -> None:
+    line.is_down = True
+    await asyncio.sleep(0.05)
+    taking = asyncio.create_task(alone.take(offer("x")))
+    await asyncio.sleep(0.02)
+    assert not taking.done()
+    line.is_down = False
+    assert await within(taking) == "a"
