@@ -17,6 +17,8 @@ from flux_ray.router.ticket import Refusal
 logger = logging.getLogger("ray.serve")
 
 BEAT_S = 0.5
+# News that nobody waits for come so late: the request itself, or its answer, goes first.
+QUIET_S = 0.02
 # Ray starts a lost ledger anew within a second or two.
 AGAIN_S = 0.2
 # The work ahead of a request may take so much longer than priced, and who comes back at the
@@ -119,7 +121,7 @@ class Turns:
             turn.begin(replica)
         self._turns[offer.ticket_id] = turn
         self._new.append(turn)
-        self._news.set()
+        self._tell()
         try:
             return await turn.granted
         except BaseException:
@@ -147,12 +149,19 @@ class Turns:
             self._ended.append(ticket_id)
             if is_done:
                 self._done.append(ticket_id)
-            self._news.set()
+            self._tell()
 
     def stop(self) -> None:
         """Talk to the ledger no more."""
         for task in self._tasks.values():
             task.cancel()
+
+    def _tell(self) -> None:
+        """Have the ledger told what is new."""
+        if self._is_alone and all(turn.granted.done() for turn in self._turns.values()):
+            asyncio.get_running_loop().call_later(QUIET_S, self._news.set)
+        else:
+            self._news.set()
 
     def _undisputed(self, offer: Offer) -> str | None:
         """The only replica, if nobody else can want it: the ledger would say the same, later."""

@@ -24,6 +24,7 @@ class FakeLine:
         self.loses_replies = False
         self.is_alone = False
         self.offers: list[Offer] = []
+        self.num_told = 0
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
@@ -33,6 +34,7 @@ class FakeLine:
         if self.is_down:
             raise LedgerLost
         self.offers += statement.offers
+        self.num_told += bool(statement.offers or statement.ended)
         unknown = self.ledger.hear(gateway, statement, time.monotonic())
         told = self.ledger.decide(time.monotonic()).get(gateway, [])
         self.decided += told
@@ -281,3 +283,31 @@ async def test_who_hears_no_more_from_the_ledger_asks_it(alone: Turns, line: Fak
     assert not taking.done()
     line.is_down = False
     assert await within(taking) == "a"
+
+
+async def test_who_is_alone_tells_a_little_later_and_less_often(
+    alone: Turns, line: FakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "BEAT_S", 60)
+    # The beat that goes on is of the former length.
+    await asyncio.sleep(0.05)
+    line.num_told = 0
+    await alone.take(offer("x"))
+    alone.end("x")
+    await alone.take(offer("y"))
+    await asyncio.sleep(0.005)
+    assert line.num_told == 0
+    await asyncio.sleep(0.05)
+    assert line.num_told == 1
+    assert line.running_s() == pytest.approx(10, abs=0.5)
+
+
+async def test_who_is_alone_tells_at_once_what_somebody_waits_for(
+    alone: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "QUIET_S", 60)
+    await alone.take(offer("x"))
+    waiting = asyncio.create_task(alone.take(offer("y")))
+    await asyncio.sleep(0.03)
+    alone.end("x")
+    assert await within(waiting) == "a"
