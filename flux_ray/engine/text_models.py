@@ -67,6 +67,9 @@ def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: in
             f"a text encoder of {config.num_hidden_layers} layers has no hidden state {num_layers}"
         )
     config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        # One each, or transformers does not write the configuration. Mistral's has none.
+        config.layer_types = config.layer_types[:num_layers]
 
     def build() -> PreTrainedModel:
         model = model_class(config)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from flux_ray.config import Parallel
+from flux_ray.engine.architectures import mistral, qwen3_4b
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.text_models import (
     TextModel,
@@ -238,3 +239,13 @@ def test_a_prefix_that_is_not_clear_is_refused(names: list[str]) -> None:
 def test_an_encoder_with_too_few_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="of 28 layers has no hidden state 30"):
         qwen3(CHECKPOINT / "text_encoder", 30)
+
+
+@pytest.mark.parametrize(("text_model", "num_layers"), [(mistral, 30), (qwen3_4b, 27)])
+def test_the_part_that_is_built_can_be_written(
+    tmp_path: Path, text_model: Callable[[int], TextModel], num_layers: int
+) -> None:
+    """transformers refuses to where not each of its layers has a type, and nothing else has."""
+    config = build_empty(text_model(num_layers).build).config
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).num_hidden_layers == num_layers
