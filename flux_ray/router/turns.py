@@ -165,11 +165,11 @@ class Turns:
 
     def _undisputed(self, offer: Offer) -> str | None:
         """The only replica, if nobody else can want it: the ledger would say the same, later."""
-        names = self._reachable().get(offer.tier, ())
-        if not self._is_alone or len(names) != 1 or offer.cost_s > offer.deadline_in_s:
+        if not self._is_alone or offer.cost_s > offer.deadline_in_s:
             return None
+        names = self._reachable().get(offer.tier, ())
         is_idle = all(turn.offer.tier != offer.tier for turn in self._turns.values())
-        return names[0] if is_idle else None
+        return names[0] if is_idle and len(names) == 1 else None
 
     def _start(self) -> None:
         """Also again, after a mistake of ours: without them every request would wait in vain."""

@@ -1,6 +1,5 @@
 """A large answer through Serve's proxy, in the environment that this script is run in."""
 
-import socket
 import sys
 
 import httpx
@@ -22,10 +21,7 @@ class Large:
         return Response(b"x" * num_bytes)
 
 
-def main(num_bytes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def main(port: int, num_bytes: int) -> None:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Large.bind(), name="large")
@@ -36,4 +32,4 @@ def main(num_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -23,11 +23,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
 
 
-def test_answers_of_many_megabytes_arrive(environment: dict[str, str]) -> None:
+def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
     """Eight pictures in one answer are: on Serve's gRPC way, by default, errors."""
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     run = subprocess.run(
-        [sys.executable, str(LARGE_ANSWER), "16000000"],
+        [sys.executable, str(LARGE_ANSWER), str(port), "16000000"],
         env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
