@@ -106,7 +106,7 @@ class Gathering:
         self._job = job
         self.images: list[GeneratedImage] = []
         self.said = Encoded((), is_cached=False)
-        self._num_previews = self._num_done = 0
+        self._num_previews = self._num_done = self._num_told = 0
 
     def take(self, stage: str, value: object) -> None:
         """One more answer."""
@@ -114,12 +114,17 @@ class Gathering:
             self.said = value
         elif stage == "denoise":
             self._num_done += 1
-            self._tell(Progress(self._num_done, self._job.request.num_denoise_steps))
         elif isinstance(value, GeneratedImage) and stage == "preview":
             self._tell(Preview(self._job.request.tier, value, self._num_previews))
             self._num_previews += 1
         elif isinstance(value, GeneratedImage):
             self.images.append(value)
+
+    def tell_progress(self) -> None:
+        """How far it is now. Steps that are answered at once would look as if they took no time."""
+        if self._num_done > self._num_told:
+            self._num_told = self._num_done
+            self._tell(Progress(self._num_done, self._job.request.num_denoise_steps))
 
     def _tell(self, news: News) -> None:
         if self._job.hear is not None and not self._job.has_left:
@@ -178,9 +183,11 @@ class StepLoop:
         encoded = await self._prompts.encode_prompt(request.prompt)
         times.add("prompt", time.perf_counter() - began)
         gathered = Gathering(job)
-        async for stage, answer in self._answers(job, encoded):
-            times.add(stage, answer.seconds)
-            gathered.take(stage, answer.value)
+        async for answers in self._answers(job, encoded):
+            for stage, answer in answers:
+                times.add(stage, answer.seconds)
+                gathered.take(stage, answer.value)
+            gathered.tell_progress()
         if job.has_left:
             return None
         return ImageResult(
@@ -191,8 +198,13 @@ class StepLoop:
             gathered.said.warnings,
         )
 
-    async def _answers(self, job: Job, encoded: object) -> AsyncIterator[tuple[str, StageAnswer]]:
-        """What the ranks say to each stage, until the client has left. Calls are sent ahead."""
+    async def _answers(
+        self, job: Job, encoded: object
+    ) -> AsyncIterator[list[tuple[str, StageAnswer]]]:
+        """What the ranks say to each stage, call by call. Calls are sent ahead.
+
+        Until the client has left.
+        """
         sizes = sizes_of(job.request)
         calls = calls_of(stages_of(job.request), lambda stage: self._ranks.longest_s(stage, sizes))
         payload: tuple[object, ...] = (job.request, encoded)
@@ -207,8 +219,7 @@ class StepLoop:
                     job.is_on_ranks = False
                     return
                 stages, answers = in_flight.popleft()
-                for stage, answer in zip(stages, await answers, strict=True):
-                    yield stage, answer
+                yield list(zip(stages, await answers, strict=True))
         finally:
             # After a failure, or of a client that has left: asyncio complains of errors unheard.
             await asyncio.gather(*(call for _, call in in_flight), return_exceptions=True)
