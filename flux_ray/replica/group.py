@@ -4,13 +4,11 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
+from flux_ray.replica.line import framed
 from flux_ray.replica.patience import Patience
 from flux_ray.request import Encoded, StageAnswer
 
@@ -20,6 +18,19 @@ logger = logging.getLogger("ray.serve")
 GRACE_S = 1.0
 
 
+class Rank(Protocol):
+    """What the group needs of each of its ranks."""
+
+    def call(self, frame: bytes) -> asyncio.Future[list[StageAnswer]]:
+        """Have it run what `framed` the arguments, after what it was called for before."""
+
+    def ping(self) -> Awaitable[int]:
+        """Its process id."""
+
+    async def live(self) -> None:
+        """Return when it is dead."""
+
+
 class RankGroup:
     """Calls go to all ranks or to none; a rank that dies, hangs or errs ends the group.
 
@@ -27,9 +38,7 @@ class RankGroup:
     actor at once, where a living one would be sent their second try.
     """
 
-    def __init__(
-        self, ranks: Sequence[ActorHandle[Any]], patience: Patience, end: Callable[[], None]
-    ) -> None:
+    def __init__(self, ranks: Sequence[Rank], patience: Patience, end: Callable[[], None]) -> None:
         self._ranks = ranks
         self._patience = patience
         self._end = end
@@ -48,16 +57,15 @@ class RankGroup:
         """
         if self._broken.done():
             raise ReplicaFailed(self._broken.result())
-        calls: list[asyncio.Future[list[StageAnswer]]] = [
-            asyncio.ensure_future(rank.run.remote(job, stages, *payload)) for rank in self._ranks
-        ]
+        frame = framed((job, stages, *payload))
+        calls = [rank.call(frame) for rank in self._ranks]
         # Fair, so that calls have their turns in the order in which the ranks got them.
         async with self._turn:
             began = time.perf_counter()
             name, timeout_s = "+".join(stages), self._patience.seconds_for(*stages, sizes=sizes)
             await self._wait_for_all(name, calls, timeout_s)
             taken_s = time.perf_counter() - began
-        errors = [error for error in map(error_of, calls) if error is not None]
+        errors = [error for error in map(asyncio.Future.exception, calls) if error is not None]
         if errors and len(errors) < len(calls):
             raise self.break_up(f"{name} failed on some ranks only", errors[0])
         if errors:
@@ -101,7 +109,7 @@ class RankGroup:
             if not done:
                 raise self.break_up(f"{name} failed on some ranks only", first)
             pending -= done
-            for error in filter(None, map(error_of, done)):
+            for error in filter(None, map(asyncio.Future.exception, done)):
                 # The other ranks may wait for this one in a collective, for ever.
                 if not isinstance(error, FluxError):
                     raise self.break_up(f"{name} failed on a rank", error)
@@ -110,10 +118,10 @@ class RankGroup:
 
     async def ping(self) -> None:
         """Return if every rank answers."""
-        await asyncio.gather(*(rank.ping.remote() for rank in self._ranks))
+        await asyncio.gather(*(rank.ping() for rank in self._ranks))
 
     async def _watch(self) -> None:
-        lives = [asyncio.ensure_future(rank.live.remote()) for rank in self._ranks]
+        lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
         await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         self.break_up("a rank died")
 
@@ -132,9 +140,3 @@ def stretched(answers: list[StageAnswer], taken_s: float) -> list[StageAnswer]:
     """Their call took the ranks longer than rank 0 worked on it: each stage its share of that."""
     factor = taken_s / sum(answer.seconds for answer in answers)
     return [StageAnswer(answer.value, answer.seconds * factor) for answer in answers]
-
-
-def error_of(call: asyncio.Future[list[StageAnswer]]) -> BaseException | None:
-    """What a rank raised, without the wrapping that carried it here."""
-    error = call.exception()
-    return error.cause if isinstance(error, RayTaskError) else error

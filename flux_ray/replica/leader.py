@@ -63,9 +63,9 @@ class Leader:
         if text_encoder is not None:
             prompts = EncodedElsewhere(text_encoder, args.step_timeout_s)
         async with asyncio.timeout(args.load_timeout_s):
-            await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
+            loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
         self._meter = Meter(args.tier)
-        self._group = RankGroup(ranks, patience, lambda: end_with(ranks))
+        self._group = RankGroup(loaded, patience, lambda: end_with(ranks))
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
         await self._loop.generate(warm_up_request(tier_for(args.tier)))

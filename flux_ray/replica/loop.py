@@ -140,8 +140,8 @@ class StepLoop:
         self._observe = observe
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._numbers = itertools.count(1)
-        # In a request's context the rank calls would be its children, and Ray would cancel them
-        # with it: on one rank only, perhaps, and the ranks would run different jobs from then on.
+        # In a request's context what the loop asks of Ray would be the request's, and Ray would
+        # cancel it for all that come after.
         self.pump = asyncio.get_running_loop().create_task(
             self._run(), context=contextvars.Context()
         )

@@ -1,7 +1,8 @@
 """Where the ranks of a group sit in the cluster, and how they are started there."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flux_ray.config import Parallel, TierArgs
+from flux_ray.replica.line import Line, connect
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
 
 
@@ -43,13 +45,8 @@ def start_ranks(
 ) -> list[ActorHandle[Any]]:
     """One rank actor in every bundle of the leader's placement group, in order of rank."""
     # No restarts: a rank that comes back alone knows nothing of the jobs in flight.
-    # In order: the loop sends calls ahead.
     remote: Any = ray.remote
-    actor = remote(
-        max_restarts=0,
-        concurrency_groups=CONCURRENCY_GROUPS,
-        allow_out_of_order_execution=False,
-    )(rank_class)
+    actor = remote(max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(rank_class)
     # Ray's annotation says no dict of it.
     table: Any = placement_group_table(placement_group)
     bundles = bundles_for(args)
@@ -67,8 +64,37 @@ def start_ranks(
     ]
 
 
-async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> None:
+@dataclass(frozen=True)
+class LoadedRank:
+    """One rank as its group sees it. `work` is the actor's call that ends with it."""
+
+    actor: ActorHandle[Any]
+    line: Line
+    work: asyncio.Future[None]
+
+    def call(self, frame: bytes) -> asyncio.Future[Any]:
+        """What the rank answers to what `framed` a call."""
+        return self.line.call(frame)
+
+    def ping(self) -> Awaitable[int]:
+        """Its process id."""
+        pid: Awaitable[int] = self.actor.ping.remote()
+        return pid
+
+    async def live(self) -> None:
+        """Return when it is dead. A node that is gone closes no line; Ray finds out."""
+        await asyncio.wait((self.line.closed, self.work), return_when=asyncio.FIRST_COMPLETED)
+
+
+async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:
     """Return when every rank has its part of the model; a rank's own error comes through."""
     # A reference: its value is the ranks' alone, and needs torch to be read.
     endpoint: Any = ranks[0].meet.remote()
     await asyncio.gather(*(rank.load.remote(endpoint) for rank in ranks))
+    return await asyncio.gather(*map(put_to_work, ranks))
+
+
+async def put_to_work(rank: ActorHandle[Any]) -> LoadedRank:
+    """From now on it answers its line and nothing else but pings."""
+    line = await connect(await rank.listen.remote())
+    return LoadedRank(rank, line, asyncio.ensure_future(rank.work.remote()))

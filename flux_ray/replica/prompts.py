@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any, Protocol
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -19,7 +18,7 @@ class Prompts(Protocol):
         """Return when prompts can be encoded."""
 
     async def encode_prompt(self, prompt: str) -> object:
-        """A reference to an EncodedPrompt, or None. Raises FluxError only."""
+        """An EncodedPrompt, or None. Raises FluxError only."""
 
 
 class EncodedByRanks:
@@ -47,14 +46,13 @@ class EncodedElsewhere:
         await self._handle.encode_prompt.remote("warm-up")
 
     async def encode_prompt(self, prompt: str) -> object:
-        """A reference, so that N ranks are not sent N copies: a prompt can be 16 MB."""
+        """As the text encoder has it: 16 MB for the largest."""
         try:
-            encoded = await asyncio.wait_for(self._ask(prompt), self._timeout_s)
+            return await asyncio.wait_for(self._ask(prompt), self._timeout_s)
         except TimeoutError:
             raise ReplicaFailed(
                 f"the text encoder took longer than {self._timeout_s:g} s"
             ) from None
-        return ray.put(encoded)
 
     async def _ask(self, prompt: str) -> EncodedPrompt:
         try:

@@ -1,7 +1,6 @@
 """One rank: the process that holds the model, or its part of it, and the images being drawn."""
 
 import os
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
+from flux_ray.replica.line import Address, Extension, StageFailed
 from flux_ray.replica.process import keep_memory, load_engine
 from flux_ray.request import (
     Encoded,
@@ -32,11 +32,7 @@ if TYPE_CHECKING:
     from flux_ray.parallel.mesh import Endpoint, Mesh
 
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
-CONCURRENCY_GROUPS = {"control": 1, "watch": 1}
-
-
-class StageFailed(Exception):
-    """What a rank tells its leader of an error that is no caller's mistake."""
+CONCURRENCY_GROUPS = {"control": 1}
 
 
 @dataclass
@@ -62,6 +58,12 @@ def describe(error: Exception) -> str:
     return f"{'out of memory: ' if is_memory else ''}{type(error).__name__}: {error}"
 
 
+def node_address() -> str:
+    """Where the cluster's other nodes find this one."""
+    host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return host
+
+
 class RankActor:
     """The engine's stages by job number. Only the step loop has them run."""
 
@@ -69,6 +71,7 @@ class RankActor:
     _adapter: "Adapter"
     _encoding: "Remembering"
     _store: "TCPStore"
+    _extension: Extension
 
     def __init__(self, rank: int, args: TierArgs) -> None:
         if args.device == "cpu":
@@ -89,7 +92,7 @@ class RankActor:
         """Where the others find this rank, the first. Its node's own address: they may be far."""
         from flux_ray.parallel.mesh import Endpoint, open_store
 
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        host = node_address()
         self._store = open_store(host, self._args.load_timeout_s)
         return Endpoint(host, self._store.port)
 
@@ -125,10 +128,18 @@ class RankActor:
         """The process id."""
         return os.getpid()
 
-    @ray.method(concurrency_group="watch")
-    def live(self) -> None:
-        """Never returns: the call ends when the rank does."""
-        threading.Event().wait()
+    def listen(self) -> Address:
+        """Where the leader finds this rank. A group on one node is reached from nowhere else."""
+        is_local = self._args.parallel.num_nodes == 1
+        self._extension = Extension("127.0.0.1" if is_local else node_address())
+        return self._extension.address
+
+    def work(self) -> None:
+        """Answer the leader's calls until it is gone, on the thread that loaded the model.
+
+        torch has a number of threads, and CUDA a card, for every thread.
+        """
+        self._extension.answer(self.run)
 
     def run(
         self,

@@ -12,7 +12,8 @@ from PIL import Image
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.errors import BadReference
 from flux_ray.parallel.mesh import LockstepBroken, Mesh
-from flux_ray.replica.rank import RankActor, StageFailed
+from flux_ray.replica.line import StageFailed
+from flux_ray.replica.rank import RankActor
 from flux_ray.request import Encoding, ImageRequest, Raster
 from tests.ranks import Ranks
 

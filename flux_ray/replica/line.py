@@ -1,0 +1,139 @@
+"""The line between a leader and a rank: calls and answers over a socket.
+
+Ray's own actor calls take five times as long, there and back, and the rank does nothing meanwhile;
+from some megabytes on, theirs are the quicker ones. And Ray cancels the calls of a request that is
+cancelled: on one rank only, perhaps, and the ranks would run different jobs from then on. Nothing
+cancels what is in a socket.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import hmac
+import pickle
+import secrets
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flux_ray.errors import FluxError
+
+SIZE = struct.Struct("!Q")
+TOKEN_BYTES = 32
+# A stranger that connects and is silent holds up the leader for so long.
+TOKEN_S = 5.0
+# What a leader reads ahead: an answer is a picture, and asyncio's 64 KiB would be many small reads.
+READ_BYTES = 2**22
+
+
+class StageFailed(Exception):
+    """What a rank tells its leader of an error that is no caller's mistake."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a rank listens for its leader, and what the leader says first to be believed."""
+
+    host: str
+    port: int
+    token: bytes = field(repr=False)
+
+
+def framed(value: object) -> bytes:
+    """A value as it goes over the line: its pickle, after the bytes that it has."""
+    data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    return SIZE.pack(len(data)) + data
+
+
+class Extension:
+    """A rank's end. Nothing is unpickled before the token was right."""
+
+    def __init__(self, host: str) -> None:
+        self._socket = socket.create_server((host, 0))
+        self.address = Address(
+            host, self._socket.getsockname()[1], secrets.token_bytes(TOKEN_BYTES)
+        )
+
+    def answer(self, run: Callable[..., object]) -> None:
+        """Run the leader's calls, one after the other, until it is gone."""
+        with self._meet_leader() as connection, connection.makefile("rwb") as line:
+            self._socket.close()
+            while header := line.read(SIZE.size):
+                call = pickle.loads(line.read(*SIZE.unpack(header)))
+                line.write(framed(outcome_of(run, call)))
+                line.flush()
+
+    def _meet_leader(self) -> socket.socket:
+        while True:
+            connection, _ = self._socket.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if hmac.compare_digest(token_from(connection), self.address.token):
+                return connection
+            connection.close()
+
+
+def token_from(connection: socket.socket) -> bytes:
+    """What whoever connected says first; less where it is too slow or has left."""
+    connection.settimeout(TOKEN_S)
+    said = b""
+    with contextlib.suppress(OSError):
+        said = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
+    connection.settimeout(None)
+    return said
+
+
+def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
+    """What it returned, or what it raised of what a leader is told."""
+    try:
+        return run(*call)
+    except (FluxError, StageFailed) as error:
+        return error
+
+
+class Line:
+    """A leader's end: calls are answered in the order in which they were made."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        # Of no request, as the group's watcher.
+        self.closed = asyncio.get_running_loop().create_task(
+            self._listen(reader), context=contextvars.Context()
+        )
+
+    def call(self, frame: bytes) -> asyncio.Future[Any]:
+        """The answer to what `framed` a call's arguments; none comes once the line is closed."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append(answer)
+        self._writer.write(frame)
+        return answer
+
+    def close(self) -> None:
+        """The rank ends its work when it is done with what it was called for."""
+        self._writer.close()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                said = await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
+                settle(self._waiting.popleft(), pickle.loads(said))
+
+
+def settle(answer: asyncio.Future[Any], outcome: object) -> None:
+    """Give it to whoever still waits for it."""
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
+
+
+async def connect(address: Address) -> Line:
+    """The leader's end of a line to the rank that listens there."""
+    reader, writer = await asyncio.open_connection(address.host, address.port, limit=READ_BYTES)
+    writer.write(address.token)
+    return Line(reader, writer)

@@ -1,0 +1,123 @@
+"""The line from a leader to a rank, over real sockets: order, errors, strangers, and its end."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+
+from flux_ray.errors import BadReference
+from flux_ray.replica import line as module
+from flux_ray.replica.line import Address, Extension, Line, StageFailed, connect, framed
+
+
+def run(order: str, *payload: object) -> object:
+    """What a rank does: as it is told."""
+    if order == "mistake":
+        raise BadReference("too small", "image")
+    if order == "bug":
+        raise StageFailed("KeyError: 'a bug'")
+    if order == "end":
+        raise SystemExit
+    return order, threading.get_ident(), payload
+
+
+@pytest.fixture
+def address() -> Iterator[Address]:
+    """Of a rank on a thread, as an actor's call would have it; it ends with its leader."""
+    extension = Extension("127.0.0.1")
+
+    def work() -> None:
+        with contextlib.suppress(SystemExit):
+            extension.answer(run)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield extension.address
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+async def line(address: Address) -> AsyncIterator[Line]:
+    line = await connect(address)
+    yield line
+    line.close()
+
+
+async def answers_to(line: Line, *calls: tuple[object, ...]) -> list[object]:
+    async with asyncio.timeout(10):
+        waiting = [line.call(framed(call)) for call in calls]
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_calls_are_answered_in_order_and_on_one_thread(line: Line) -> None:
+    answers = await answers_to(line, *((f"{number}", number) for number in range(50)))
+    orders, threads, payloads = zip(*answers, strict=True)
+    assert orders == tuple(map(str, range(50)))
+    assert payloads == tuple((number,) for number in range(50))
+    assert len(set(threads)) == 1
+
+
+async def test_a_large_call_and_its_large_answer_come_whole(line: Line) -> None:
+    large = bytes(range(256)) * 2**16
+    (answer,) = await answers_to(line, ("draw", large))
+    assert isinstance(answer, tuple)
+    assert answer[2] == (large,)
+
+
+async def test_what_a_rank_raised_is_raised(line: Line) -> None:
+    mistake, bug, answer = await answers_to(line, ("mistake",), ("bug",), ("draw",))
+    assert type(mistake) is BadReference
+    assert (str(mistake), mistake.field) == ("too small", "image")
+    assert type(bug) is StageFailed
+    assert isinstance(answer, tuple), "and the rank works on"
+
+
+async def test_a_call_that_was_given_up_shifts_no_answers(line: Line) -> None:
+    given_up = line.call(framed(("first",)))
+    given_up.cancel()
+    (answer,) = await answers_to(line, ("second",))
+    assert isinstance(answer, tuple)
+    assert answer[0] == "second"
+
+
+async def test_a_line_is_closed_when_the_rank_has_ended(line: Line) -> None:
+    waiting = line.call(framed(("end",)))
+    async with asyncio.timeout(5):
+        await line.closed
+    assert not waiting.done(), "the group ends it, and tells why"
+
+
+def say_nothing(address: Address) -> socket.socket:
+    return socket.create_connection((address.host, address.port))
+
+
+def say_something_else(address: Address) -> socket.socket:
+    stranger = say_nothing(address)
+    stranger.sendall(b"x" * module.TOKEN_BYTES + framed(("end",)))
+    return stranger
+
+
+def leave(address: Address) -> socket.socket:
+    stranger = say_nothing(address)
+    stranger.close()
+    return stranger
+
+
+@pytest.mark.parametrize("come", [say_nothing, say_something_else, leave])
+async def test_a_stranger_is_not_believed(
+    come: Callable[[Address], socket.socket], address: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOKEN_S", 0.1)
+    with come(address):
+        line = await connect(address)
+        (answer,) = await answers_to(line, ("draw",))
+    assert isinstance(answer, tuple)
+    line.close()
+
+
+def test_a_token_is_in_no_log() -> None:
+    assert "secret" not in repr(Address("127.0.0.1", 1, b"secret"))
