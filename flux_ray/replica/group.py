@@ -1,7 +1,6 @@
 """The rank group: N rank actors that are called and ended as one."""
 
 import asyncio
-import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,8 +26,8 @@ class Rank(Protocol):
     def ping(self) -> Awaitable[int]:
         """Its process id."""
 
-    async def live(self) -> None:
-        """Return when it is dead."""
+    async def live(self) -> BaseException | None:
+        """Return when it is dead, and of what, as far as is known."""
 
 
 class RankGroup:
@@ -45,7 +44,7 @@ class RankGroup:
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
         self._broken: asyncio.Future[str] = loop.create_future()
-        self._watcher = loop.create_task(self._watch(), context=contextvars.Context())
+        self._watcher = loop.create_task(self._watch())
 
     async def run(
         self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
@@ -122,8 +121,8 @@ class RankGroup:
 
     async def _watch(self) -> None:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
-        await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
-        self.break_up("a rank died")
+        dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
+        self.break_up("a rank died", dead.pop().result())
 
     def break_up(self, reason: str, error: BaseException | None = None) -> ReplicaFailed:
         """End the group, once; what is returned is for whoever waits for it."""

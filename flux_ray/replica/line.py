@@ -3,12 +3,11 @@
 Ray's own actor calls take five times as long, there and back, and the rank does nothing meanwhile;
 from some megabytes on, theirs are the quicker ones. And Ray cancels the calls of a request that is
 cancelled: on one rank only, perhaps, and the ranks would run different jobs from then on. Nothing
-cancels what is in a socket.
+cancels what is in a socket. Between nodes it is as open as what ranks exchange: to the cluster.
 """
 
 import asyncio
 import contextlib
-import contextvars
 import hmac
 import pickle
 import secrets
@@ -23,7 +22,7 @@ from flux_ray.errors import FluxError
 
 SIZE = struct.Struct("!Q")
 TOKEN_BYTES = 32
-# A stranger that connects and is silent holds up the leader for so long.
+# A stranger that connects and falls silent holds up the leader for so long.
 TOKEN_S = 5.0
 # What a leader reads ahead: an answer is a picture, and asyncio's 64 KiB would be many small reads.
 READ_BYTES = 2**22
@@ -52,7 +51,8 @@ class Extension:
     """A rank's end. Nothing is unpickled before the token was right."""
 
     def __init__(self, host: str) -> None:
-        self._socket = socket.create_server((host, 0))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
         self.address = Address(
             host, self._socket.getsockname()[1], secrets.token_bytes(TOKEN_BYTES)
         )
@@ -80,7 +80,8 @@ def token_from(connection: socket.socket) -> bytes:
     connection.settimeout(TOKEN_S)
     said = b""
     with contextlib.suppress(OSError):
-        said = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
+        while more := connection.recv(TOKEN_BYTES - len(said)):
+            said += more
     connection.settimeout(None)
     return said
 
@@ -99,16 +100,14 @@ class Line:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._waiting: deque[asyncio.Future[Any]] = deque()
-        # Of no request, as the group's watcher.
-        self.closed = asyncio.get_running_loop().create_task(
-            self._listen(reader), context=contextvars.Context()
-        )
+        self.closed = asyncio.get_running_loop().create_task(self._listen(reader))
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:
         """The answer to what `framed` a call's arguments; none comes once the line is closed."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
-        self._writer.write(frame)
+        if not self._writer.is_closing():
+            self._writer.write(frame)
         return answer
 
     def close(self) -> None:

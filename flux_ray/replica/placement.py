@@ -81,9 +81,11 @@ class LoadedRank:
         pid: Awaitable[int] = self.actor.ping.remote()
         return pid
 
-    async def live(self) -> None:
+    async def live(self) -> BaseException | None:
         """Return when it is dead. A node that is gone closes no line; Ray finds out."""
-        await asyncio.wait((self.line.closed, self.work), return_when=asyncio.FIRST_COMPLETED)
+        ends = (self.line.closed, self.work)
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        return done.pop().exception()
 
 
 async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:

@@ -1,5 +1,6 @@
 """One rank: the process that holds the model, or its part of it, and the images being drawn."""
 
+import logging
 import os
 import time
 import zlib
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from flux_ray.engine.remembering import Remembering
     from flux_ray.engine.state import Conditioning, ImageState
     from flux_ray.parallel.mesh import Endpoint, Mesh
+
+logger = logging.getLogger("ray.serve")
 
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
 CONCURRENCY_GROUPS = {"control": 1}
@@ -139,7 +142,12 @@ class RankActor:
 
         torch has a number of threads, and CUDA a card, for every thread.
         """
-        self._extension.answer(self.run)
+        try:
+            self._extension.answer(self.run)
+        except Exception:
+            # The leader sees a closed line, and ends both.
+            logger.exception("%r cannot answer", self)
+            raise
 
     def run(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from flux_ray.request import ImageRequest
 
 # What people take for at once: so late may a preview come, and so long may ranks work on for a
-# client that has left. Every call is half a millisecond in which they do not, and costs processors.
+# client that has left. In a fifth of a millisecond a call they do not, and it costs processors.
 SHORT_S = 0.1
 
 

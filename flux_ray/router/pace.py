@@ -8,6 +8,8 @@ from flux_ray.router.quote import Quote
 
 # What takes less is over before the ledger would make anything of it, and listening costs a little.
 FOLLOWED_S = 2.0
+# News that come together say nothing of how fast the steps were.
+MIN_MEASURED_S = 0.05
 
 
 class Pace:
@@ -26,8 +28,9 @@ class Pace:
         if self._first is None:
             self._first = priced_s, now
         at_first_s, began_at = self._first
-        pace = (now - began_at) / (at_first_s - priced_s) if priced_s < at_first_s else 1.0
-        return priced_s * pace
+        if now - began_at < MIN_MEASURED_S or priced_s >= at_first_s:
+            return priced_s
+        return priced_s * (now - began_at) / (at_first_s - priced_s)
 
     def _priced_s(self, num_done: int) -> float:
         """Of the steps that are left, and the pictures and previews that are not decoded."""

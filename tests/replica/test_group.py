@@ -47,8 +47,9 @@ class FakeRank:
     async def ping(self) -> int:
         return 1
 
-    async def live(self) -> None:
+    async def live(self) -> Exception:
         await self._death.wait()
+        return RuntimeError("of a cold")
 
     def die(self) -> None:
         self._death.set()
@@ -171,5 +172,5 @@ async def test_a_death_is_seen_while_nothing_runs() -> None:
 async def test_a_death_fails_the_call_that_would_hang() -> None:
     replica = Replica(None, "hang", floor_s=60)
     asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die)
-    with pytest.raises(ReplicaFailed, match="a rank died"):
+    with pytest.raises(ReplicaFailed, match="a rank died: of a cold"):
         await replica.encode()

@@ -33,7 +33,7 @@ def address() -> Iterator[Address]:
         with contextlib.suppress(SystemExit):
             extension.answer(run)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     yield extension.address
     thread.join(5)

@@ -1,9 +1,13 @@
 """What a replica asks of the cluster, and which rank gets which bundle of it."""
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from flux_ray.config import Parallel, TierArgs
-from flux_ray.replica.placement import bundles_for, ranks_by_node, strategy_for
+from flux_ray.replica.placement import LoadedRank, bundles_for, ranks_by_node, strategy_for
 
 
 def test_one_bundle_a_rank() -> None:
@@ -32,3 +36,22 @@ def test_ranks_of_a_node_are_neighbours_and_the_leaders_node_is_first() -> None:
 def test_more_nodes_than_allowed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 nodes, parallel\.num_nodes is 2"):
         ranks_by_node({0: "a", 1: "b", 2: "c"}, num_nodes=2)
+
+
+@pytest.mark.parametrize("what", ["its line is closed", "its line fails", "Ray finds it dead"])
+async def test_a_rank_is_dead_when_either_says_so(what: str) -> None:
+    """A process closes its line sooner than Ray hears of it; a node that is gone closes none."""
+    loop = asyncio.get_running_loop()
+    closed, work = loop.create_future(), loop.create_future()
+    line: Any = SimpleNamespace(closed=closed)
+    actor: Any = None
+    watching = asyncio.ensure_future(LoadedRank(actor, line, work).live())
+    await asyncio.sleep(0)
+    assert not watching.done()
+    error = None if what == "its line is closed" else RuntimeError(what)
+    if error is None:
+        closed.set_result(None)
+    else:
+        (work if what == "Ray finds it dead" else closed).set_exception(error)
+    async with asyncio.timeout(5):
+        assert await watching is error

@@ -27,6 +27,12 @@ def test_then_all_that_is_left_is_as_slow_as_its_own_steps() -> None:
     assert pace.left_s(Progress(10, 10), 68.0) == pytest.approx(4.0)
 
 
+def test_news_that_come_together_say_nothing_of_the_pace() -> None:
+    pace = Pace(quote())
+    pace.left_s(Progress(1, 10), 50.0)
+    assert pace.left_s(Progress(3, 10), 50.001) == pytest.approx(7.0 + 2.0)
+
+
 @pytest.mark.parametrize("slowness", [1.0, 1.5])
 def test_pictures_and_previews_between_the_steps_are_counted(slowness: float) -> None:
     """Each of four pictures: four steps of 1 s, a preview after two and a picture of 0.5 s each."""
