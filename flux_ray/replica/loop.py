@@ -18,6 +18,7 @@ from flux_ray.replica.prompts import Prompts
 from flux_ray.replica.stages import calls_of, sizes_of, stages_of
 from flux_ray.request import (
     Encoded,
+    EncodedPrompt,
     GeneratedImage,
     Hear,
     ImageRequest,
@@ -31,9 +32,9 @@ from flux_ray.request import (
 
 Observe = Callable[[str, float], None]
 
-# Calls that the ranks have at a time. The second is there when they have done the first, or a
-# short step would wait as long for its call as it takes. One more would be a step more that is
-# made for a client that has left.
+# Calls that the ranks have at a time. The second is there when they have done the first, and they
+# do not wait for the leader to read that. One more would be a step more that is made for a client
+# that has left.
 NUM_IN_FLIGHT = 2
 
 
@@ -199,11 +200,11 @@ class StepLoop:
         )
 
     async def _answers(
-        self, job: Job, encoded: object
+        self, job: Job, encoded: EncodedPrompt | None
     ) -> AsyncIterator[list[tuple[str, StageAnswer]]]:
-        """What the ranks say to each stage, call by call. Calls are sent ahead.
+        """What the ranks say to each stage, call by call, until the client has left.
 
-        Until the client has left.
+        Calls are sent ahead.
         """
         sizes = sizes_of(job.request)
         calls = calls_of(stages_of(job.request), lambda stage: self._ranks.longest_s(stage, sizes))

@@ -17,8 +17,8 @@ class Prompts(Protocol):
     async def wait_until_loaded(self) -> None:
         """Return when prompts can be encoded."""
 
-    async def encode_prompt(self, prompt: str) -> object:
-        """An EncodedPrompt, or None. Raises FluxError only."""
+    async def encode_prompt(self, prompt: str) -> EncodedPrompt | None:
+        """None where the ranks encode it themselves. Raises FluxError only."""
 
 
 class EncodedByRanks:
@@ -45,7 +45,7 @@ class EncodedElsewhere:
         """Serve holds the call back until there is a replica."""
         await self._handle.encode_prompt.remote("warm-up")
 
-    async def encode_prompt(self, prompt: str) -> object:
+    async def encode_prompt(self, prompt: str) -> EncodedPrompt:
         """As the text encoder has it: 16 MB for the largest."""
         try:
             return await asyncio.wait_for(self._ask(prompt), self._timeout_s)

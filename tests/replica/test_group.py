@@ -16,8 +16,6 @@ from flux_ray.replica.patience import Patience
 from flux_ray.request import Encoded, StageAnswer
 
 SIZES = (64 * 64, 0)
-
-
 MISTAKE = BadReference("too small", "image")
 BUG = StageFailed("KeyError: 'a bug'")
 
@@ -83,8 +81,9 @@ async def test_rank_0_answers_for_all() -> None:
 
 async def test_a_mistake_that_all_ranks_see_is_the_callers() -> None:
     replica = Replica(MISTAKE, MISTAKE, MISTAKE)
-    with pytest.raises(BadReference):
+    with pytest.raises(BadReference) as caught:
         await replica.encode()
+    assert type(caught.value) is BadReference
     assert replica.ended == 0
 
 
