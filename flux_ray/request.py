@@ -6,6 +6,10 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Literal
 
+# Of the values that gateways, the ledger, replicas and job rows tell each other. Raise it with
+# every change of one of them: code of two numbers runs side by side while a cluster is upgraded.
+PROTOCOL = 1
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -36,10 +40,14 @@ class Mask:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a picture becomes bytes; `quality` (0..100) counts for jpeg and webp."""
+    """How a picture becomes bytes; `quality` (0..100) counts for jpeg and webp.
+
+    `scaled_to`: width and height to which it is scaled first, where that is not how it is drawn.
+    """
 
     format: ImageFormat = "png"
     quality: int = 95
+    scaled_to: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +181,19 @@ class Preview:
     number: int
 
 
+@dataclass(frozen=True)
+class QueuePosition:
+    """Where a waiting request stands: 0 is next, and in so many seconds it is done.
+
+    `expected_s` is the ledger's forecast of now; None where no replica is up.
+    """
+
+    position: int
+    expected_s: float | None
+
+
 # What is heard of a request before its result, in the caller's own event loop.
-News = Progress | Preview
+News = QueuePosition | Progress | Preview
 Hear = Callable[[News], None]
 
 

@@ -6,7 +6,7 @@ from flux_ray.gateway.callers import allowance_of
 from flux_ray.gateway.targets import UNLIMITED
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, News, Progress
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, News, Preview, Progress
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -31,7 +31,7 @@ class JobDrawing:
         def hear(news: News) -> None:
             if isinstance(news, Progress):
                 self._progress[request.request_id] = news.share
-            else:
+            elif isinstance(news, Preview):
                 self._previews[request.request_id] = news.image
 
         try:
