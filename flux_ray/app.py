@@ -51,6 +51,7 @@ class Gateway:
 
         def learn_layout(tier: str, tier_args: TierArgs) -> None:
             prices.lay_out(tier, Layout.of(tier_args, args.card))
+            turns.cold_starts[tier] = tier_args.cold_start_s
 
         handles = TierHandles(args.tiers, learn_layout)
         ledger = RemoteLedger()

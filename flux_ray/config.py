@@ -40,6 +40,11 @@ class Lora(Args):
     scale: float = 1.0
 
 
+# What a replica takes to start that does not scale, the weights being on the node's disk.
+COLD_START_S = 20.0
+GROUP_COLD_START_S = 60.0
+
+
 class Autoscaling(Args):
     """How many replicas a tier may have, and what calls for one more: GPU seconds, not requests.
 
@@ -104,6 +109,13 @@ class TierArgs(Args):
     min_step_timeout_s: Seconds = 5.0
     load_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0
+
+    @property
+    def cold_start_s(self) -> float:
+        """From the order of a replica until its first request, weights and all."""
+        if self.autoscaling is not None:
+            return self.autoscaling.cold_start_s
+        return GROUP_COLD_START_S if self.parallel.num_ranks > 1 else COLD_START_S
 
     @property
     def num_threads(self) -> int:

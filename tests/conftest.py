@@ -23,7 +23,7 @@ from flux_ray.request import (
 from flux_ray.router.calibration import Observation
 from flux_ray.router.cost import Layout
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Offer
+from flux_ray.router.messages import Offer
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
@@ -92,7 +92,7 @@ class FakeTurns:
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
-    async def take(self, offer: Offer) -> str:
+    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)

@@ -141,7 +141,7 @@ def test_names_say_what_is_inside():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_short_and_say_their_job(path):
     source = path.read_text()
-    assert len(source.splitlines()) <= 300
+    assert len(source.splitlines()) <= 400
     tree = ast.parse(source)
     assert ast.get_docstring(tree)
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -62,4 +62,5 @@ class JobDrawing:
             # time is over while it is drawn was lost.
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
+            is_job=True,
         )

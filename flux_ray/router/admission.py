@@ -6,6 +6,7 @@ from itertools import takewhile
 from operator import attrgetter
 
 from flux_ray.router.forecast import (
+    NEVER,
     SAME_S,
     Waiting,
     capacity_curve,
@@ -40,12 +41,12 @@ def give_way(
     for other in ahead:
         play(other, free)
     queued = list(line)
-    late_anyway = _late(queued, new, free, frozenset())
+    late_anyway = frozenset(_late(queued, free, frozenset()))
     queued.insert(bisect_left(queued, new.key, key=key_of), new)
     leaving: list[Waiting] = []
-    while late := _late(queued, new, free, frozenset(late_anyway)):
+    while late := _late(queued, free, late_anyway):
         head = queued[: queued.index(late[0]) + 1]
-        victim = _victim(head, new, free, frozenset(late_anyway))
+        victim = _victim(head, new, free, late_anyway)
         if victim is new:
             return [new]
         leaving.append(victim)
@@ -68,14 +69,13 @@ def wait_of(new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: 
 
 
 def _late(
-    queued: list[Waiting], new: Waiting, free: list[float], late_anyway: frozenset[Waiting]
+    queued: list[Waiting], free: list[float], late_anyway: frozenset[Waiting]
 ) -> list[Waiting]:
     starts = play(queued, free.copy())
     return [
         waiting
         for waiting, start in zip(queued, starts, strict=True)
-        if (start > waiting.due + SAME_S if waiting is new else start == float("inf"))
-        and waiting not in late_anyway
+        if start == NEVER and waiting not in late_anyway
     ]
 
 
@@ -86,7 +86,7 @@ def _victim(
     longer.sort(key=lambda waiting: waiting.ticket.cost_s, reverse=True)
     for candidate in longer[:MAX_TRIED]:
         rest = [waiting for waiting in head if waiting is not candidate]
-        if candidate not in late_anyway and not _late(rest, new, free, late_anyway):
+        if candidate not in late_anyway and not _late(rest, free, late_anyway):
             return candidate
     return new
 
@@ -109,19 +109,20 @@ def _first_crowded(
     """Who first would start too late; looked at are the newcomer and the end of each block."""
     before_s = sum(other.total for other in ahead)
     curve = capacity_curve(slots, now)
-    if level(curve, before_s + line.before(new.key)[1], now) > new.due + SAME_S:
+    if level(curve, before_s + line.before(new.key)[1], now) > new.latest_start + SAME_S:
         return new
     pieces = iter(curve)
     until, num, taken = next(pieces)
     work_s = before_s + new.ticket.cost_s
     for block in line.blocks:
         work_s += block.total
-        last = block.keys[-1]
-        if last < new.key:
+        last = block.items[-1]
+        if last.key < new.key:
             continue
-        due = last[0]
-        while until < due:
+        # As level() has it: the work before the last one only grows.
+        ahead_s = work_s - block.amounts[-1]
+        while not num or num * until - taken < ahead_s:
             until, num, taken = next(pieces)
-        if work_s - block.amounts[-1] > num * due - taken + SAME_S:
-            return block.items[-1]
+        if (ahead_s + taken) / num > last.latest_start + SAME_S:
+            return last
     return None

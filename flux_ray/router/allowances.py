@@ -1,7 +1,8 @@
 """What keys may have, and what they have had: the books of all gateways' limits."""
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -80,7 +81,9 @@ class Present:
 
 
 class Allowances:
-    """Counts for all gateways. Every method is told the time of day: seconds since the epoch.
+    """Counts for all gateways. Every method is told the time, of a clock that nobody sets.
+
+    `date`: seconds since the epoch. Only what a key may have in a day goes by it.
 
     What a key has at once is exact while the ledger lives. Requests a minute are those let in
     during the last 60 seconds, whichever 60 those are; a day is one of UTC, and what is in hand
@@ -91,7 +94,8 @@ class Allowances:
     two seconds of the ledger. The requests of the last minute are forgotten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, date: Callable[[], float] = time.time) -> None:
+        self._date = date
         self._gateways: dict[str, Present] = {}
         # By key: the requests of the last minute, the oldest first, each with its time.
         self._recent: dict[str, dict[str, float]] = {}
@@ -140,7 +144,7 @@ class Allowances:
         ):
             if limit_a_day is not None:
                 left_today = max(0.0, limit_a_day - had)
-                standings.append(Standing(limit_a_day, left_today, DAY_S - now % DAY_S))
+                standings.append(Standing(limit_a_day, left_today, self._rest_of_day_s()))
         return min(standings, key=lambda each: each.left / each.limit, default=None)
 
     def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[Row]) -> None:
@@ -180,7 +184,7 @@ class Allowances:
                 present.news |= news
 
     def _forget(self, now: float) -> None:
-        self._usage.forget(now)
+        self._usage.forget(self._date())
         for silent in [g for g, each in self._gateways.items() if is_silent(each, now)]:
             del self._gateways[silent]
         for key in list(self._recent):
@@ -235,7 +239,7 @@ class Allowances:
         ):
             limit: float | None = getattr(allowance, name)
             if limit is not None and had + wanted > limit:
-                wait_s = math.inf if wanted > limit else DAY_S - now % DAY_S
+                wait_s = math.inf if wanted > limit else self._rest_of_day_s()
                 reason = f"this key may use {limit:.6g} {unit}s a day; this takes {wanted:.3g}"
                 left = max(0.0, limit - had)
                 return Denial(reason, wait_s, limit, left, is_daily=True, name=name)
@@ -243,11 +247,14 @@ class Allowances:
 
     def _spent(self, key: str, now: float, but: tuple[str, str] | None = None) -> Use:
         """Today, with what is in hand at its price."""
-        spent = self._usage.of(key, now)
+        spent = self._usage.of(key, self._date())
         for entry, _ in self._in_hand(key, now):
             if (entry.request_id, entry.tier) != but:
                 spent += entry.use
         return spent
+
+    def _rest_of_day_s(self) -> float:
+        return DAY_S - self._date() % DAY_S
 
     def _last_minute(self, key: str, now: float) -> dict[str, float]:
         recent = self._recent.get(key, {})

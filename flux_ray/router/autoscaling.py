@@ -8,8 +8,8 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 from flux_ray.router.budgeted import Budgeted, BudgetTerms, cluster_budget
-from flux_ray.router.ledger import Backlog
 from flux_ray.router.ledger_actor import RemoteLedger
+from flux_ray.router.messages import Backlog
 from flux_ray.router.scaling import LastGoodTarget, Scaler, ScalingRules
 from flux_ray.router.scaling_state import Scaling, ScalingState
 from flux_ray.router.turns import LedgerLost
@@ -32,6 +32,7 @@ class LedgerPolicy:
         self, tier: str, rules: dict[str, Any], terms: dict[str, Any] | None = None
     ) -> None:
         self._tier = tier
+        self._cold_start_s = ScalingRules(**rules).cold_start_s
         self._scaler: Scaling = LastGoodTarget(Scaler(ScalingRules(**rules)))
         if terms is not None:
             # Within: a tier whose scaler fails still says what it holds.
@@ -62,7 +63,7 @@ class LedgerPolicy:
 
     async def _hear(self) -> None:
         try:
-            self._backlog = await self._ledger.backlog(self._tier)
+            self._backlog = await self._ledger.backlog(self._tier, self._cold_start_s)
             self._heard_at = time.monotonic()
         except LedgerLost as error:
             logger.warning("the scaling of %s keeps its target: %s", self._tier, error)

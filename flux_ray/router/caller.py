@@ -11,7 +11,7 @@ class Caller:
 
     `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
     within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
-    `allowance`: what the key may have, through all gateways.
+    `allowance`: what the key may have, through all gateways. `is_job`: nobody waits for it.
     """
 
     key: str = ""
@@ -19,6 +19,7 @@ class Caller:
     deadline_s: float | None = None
     may_spill: bool = False
     allowance: Allowance = UNLIMITED
+    is_job: bool = False
 
 
 ANYONE = Caller()

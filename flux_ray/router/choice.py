@@ -8,9 +8,6 @@ from flux_ray.gateway_config import Alias
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.quote import Quote
 
-# Of a tier with no replica: what a rank group takes to start, where nobody has measured it.
-COLD_START_S = 60.0
-
 
 class Candidate(NamedTuple):
     """A request as one tier would do it; `deadline_s` is from now, as `forecast` is."""
@@ -21,9 +18,8 @@ class Candidate(NamedTuple):
 
     @property
     def wait_s(self) -> float:
-        """Until it begins."""
-        wait_s = self.forecast.wait_s
-        return COLD_START_S if wait_s is None else wait_s
+        """Until it begins, on a replica that has to be started if there is none."""
+        return self.forecast.wait_s
 
     @property
     def done_s(self) -> float:

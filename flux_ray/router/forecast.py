@@ -19,18 +19,15 @@ MAX_SINGLE = 400
 
 
 class Forecast(NamedTuple):
-    """What would become of a request that came now: how long it would wait, if it were taken.
+    """What would become of a request that came now: how long it would wait, if it were taken."""
 
-    `wait_s` is None where there is no replica that it could wait for.
-    """
-
-    wait_s: float | None
+    wait_s: float
     is_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """A ticket in line. By `due` it should start, after `latest_start` it is hopeless."""
+    """A ticket in line, which `due` orders. After `latest_start` it is hopeless."""
 
     ticket: Ticket
     due: float

@@ -1,80 +1,34 @@
-"""The books of the cluster: which requests wait and run on which tier, and on whose behalf."""
+"""The books of the cluster: which requests wait and run on which tier, and on whose behalf.
+
+Between gateways and ledger, whatever the order of messages:
+- A gateway reports by numbered statements: what came, what ended, how long running work still
+  takes. One that is late or doubled has a number that was heard before, and is passed over.
+- The reply tells what is decided at once; what is decided later is kept in the gateway's outbox
+  (outbox.py), numbered, until it says that it has heard it.
+- A message that is lost costs half a second: twice a second a statement names all that its gateway
+  knows. What the ledger has beyond that has ended. What the ledger lacks is asked for, and comes
+  with the replica that it runs on. What was granted and not heard is told again.
+- A ledger that is lost is built anew from that, and a gateway that falls silent leaves nothing.
+- The replicas of a tier are those that Serve names. What runs on one that is gone stays on the
+  books until its gateway says that it ended.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from flux_ray.config import COLD_START_S
+from flux_ray.request import QueuePosition
+from flux_ray.router.arrivals import Arrivals
 from flux_ray.router.forecast import Forecast
+from flux_ray.router.messages import Backlog, Decision, Offer, Statement
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.ticket import Refusal, Ticket
 
 # A gateway speaks twice a second. One that is silent for so long is dead, and so are its clients.
 SILENCE_S = 5.0
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A request as its gateway tells of it: clocks differ, so its deadline is so far from now.
-
-    `runs_on` is the replica that it was granted before, and `cost_s` then what is left: the ledger
-    may have been lost meanwhile. `is_news`: it was granted by its gateway, which is alone.
-    """
-
-    ticket_id: str
-    tier: str
-    cost_s: float
-    deadline_in_s: float
-    key: str = ""
-    weight: float = 1.0
-    affinity: tuple[tuple[str, float], ...] = ()
-    runs_on: str | None = None
-    is_news: bool = False
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What a gateway says: what came, what ended, and which replicas it can reach, by tier.
-
-    `known`, now and then: all that it waits for or runs. What else the ledger has of it has ended,
-    and what the ledger lacks it has to offer again; so neither ever has to trust a single message.
-    `done`: which of the ended had what they wanted. `left_s`: what running ones still take.
-    """
-
-    offers: tuple[Offer, ...] = ()
-    ended: tuple[str, ...] = ()
-    replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    known: frozenset[str] | None = None
-    done: tuple[str, ...] = ()
-    left_s: tuple[tuple[str, float], ...] = ()
-
-
-class Decision(NamedTuple):
-    """A ticket's turn on a replica, or why it gets none."""
-
-    ticket_id: str
-    replica: str | None
-    refusal: Refusal | None = None
-
-
-class Heard(NamedTuple):
-    """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
-
-    It is told of these again, in case that this never arrives. `is_alone`: no other gateway is
-    known, that may want the same replica.
-    """
-
-    unknown: tuple[str, ...] = ()
-    decisions: tuple[Decision, ...] = ()
-    is_alone: bool = False
-
-
-class Backlog(NamedTuple):
-    """GPU seconds of a tier: waiting, left of what runs, and arrived since the ledger began."""
-
-    waiting_s: float = 0.0
-    running_s: float = 0.0
-    arrived_s: float = 0.0
+# Where everybody stands is looked up that often, whoever asks.
+POSITIONS_S = 1.0
 
 
 def ticket_of(offer: Offer, now: float) -> Ticket:
@@ -87,15 +41,18 @@ def ticket_of(offer: Offer, now: float) -> Ticket:
         offer.key,
         offer.weight,
         offer.affinity,
+        offer.has_deadline,
+        offer.is_job,
     )
 
 
 @dataclass
 class Account:
-    """A gateway as the ledger knows it: its live tickets with their tiers, and its replicas."""
+    """A gateway as the ledger knows it: its live tickets, and the replicas that it can reach."""
 
     heard_at: float
-    tiers: dict[str, str] = field(default_factory=dict)
+    number: int = 0
+    offers: dict[str, Offer] = field(default_factory=dict)
     replicas: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
@@ -110,30 +67,51 @@ class Ledger:
         self._queues: dict[str, TierQueue] = {}
         self._accounts: dict[str, Account] = {}
         self._owner: dict[str, str] = {}
-        self._arrived_s: dict[str, float] = {}
+        self._arrivals = Arrivals()
         self._decisions: dict[str, list[Decision]] = {}
-        self._began_at: float | None = None
+        # By tier, once Serve was heard.
+        self._served: dict[str, frozenset[str]] = {}
+        self._positions: dict[str, tuple[float, dict[str, QueuePosition]]] = {}
+        self._cold_starts: dict[str, float] = {}
+        # Tiers of whose replicas anybody has spoken, and be it that there are none: of others
+        # nobody knows that they have to be started.
+        self._seen: set[str] = set()
+
+    @property
+    def tiers(self) -> frozenset[str]:
+        """Those of which anything was heard."""
+        return frozenset(self._queues)
 
     def hear(self, gateway: str, statement: Statement, now: float) -> tuple[str, ...]:
         """Write down a statement; the tickets of `known` that nobody offered."""
-        if self._began_at is None:
-            self._began_at = now
         account = self._accounts.setdefault(gateway, Account(now))
         account.heard_at = now
+        if statement.number:
+            if statement.number <= account.number:
+                return ()
+            account.number = statement.number
         self._follow(account, statement, now)
-        if statement.known is not None:
-            for ticket_id in account.tiers.keys() - statement.known:
-                self._end(ticket_id, now)
-        self._see_replicas(account, statement.replicas, now)
+        for tier, cold_start_s in statement.cold_starts.items():
+            self.learn_cold_start(tier, cold_start_s)
+        self._see_views(account, statement.replicas, now)
         for offer in statement.offers:
             if offer.ticket_id not in self._owner:
                 self._enter(gateway, offer, now)
-        return tuple((statement.known or frozenset()) - account.tiers.keys())
+        if statement.known is None:
+            return ()
+        return self._reconcile(gateway, statement.known, statement.waiting, now)
 
-    def is_alone(self, gateway: str, now: float) -> bool:
-        """Whether no other gateway lives: a ledger that has just begun does not know that."""
-        has_heard_all = self._began_at is not None and now - self._began_at > SILENCE_S
-        return has_heard_all and self._accounts.keys() == {gateway}
+    def see_replicas(self, tier: str, names: Iterable[str], now: float) -> None:
+        """Serve says that these are the replicas of the tier."""
+        if self._served.get(tier) != frozenset(names):
+            self._served[tier] = frozenset(names)
+            self._settle_replicas(tier, now)
+
+    def learn_cold_start(self, tier: str, cold_start_s: float) -> None:
+        """What a replica of the tier takes to start, by its args."""
+        self._cold_starts[tier] = cold_start_s
+        if tier in self._seen:
+            self._queue(tier).learn_cold_start(cold_start_s)
 
     def decide(self, now: float) -> dict[str, list[Decision]]:
         """What has been decided since the last call, by gateway."""
@@ -142,7 +120,7 @@ class Ledger:
             for ticket, replica in grants:
                 self._tell(ticket.ticket_id, Decision(ticket.ticket_id, replica))
             for ticket, refusal in refused:
-                self._refuse(ticket.ticket_id, refusal)
+                self._refuse(ticket.ticket_id, refusal, now)
         decisions, self._decisions = self._decisions, {}
         return decisions
 
@@ -151,7 +129,7 @@ class Ledger:
         silent = [g for g, a in self._accounts.items() if now - a.heard_at > SILENCE_S]
         for gateway in silent:
             account = self._accounts[gateway]
-            for ticket_id in list(account.tiers):
+            for ticket_id in list(account.offers):
                 self._end(ticket_id, now)
             del self._accounts[gateway]
             for tier in account.replicas:
@@ -163,13 +141,24 @@ class Ledger:
         if tier not in self._queues:
             return Backlog()
         queue = self._queues[tier]
-        return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrived_s.get(tier, 0.0))
+        return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
 
     def forecast(self, offer: Offer, now: float) -> Forecast:
         """What would become of a request that is not offered yet."""
-        if offer.tier not in self._queues:
-            return Forecast(None)
-        return self._queues[offer.tier].forecast(ticket_of(offer, now), now)
+        return self._queue(offer.tier).forecast(ticket_of(offer, now), now)
+
+    def positions(
+        self, gateway: str, ticket_ids: Iterable[str], now: float
+    ) -> tuple[tuple[str, QueuePosition], ...]:
+        """Where tickets of a gateway stand that wait, as of a second ago at most."""
+        offers = self._accounts[gateway].offers
+        found = []
+        for ticket_id in ticket_ids:
+            if ticket_id in offers:
+                position = self._positions_in(offers[ticket_id].tier, now).get(ticket_id)
+                if position is not None:
+                    found.append((ticket_id, position))
+        return tuple(found)
 
     def wake_at(self) -> float:
         """When `decide` has something to decide even if nobody speaks."""
@@ -184,22 +173,22 @@ class Ledger:
     def _enter(self, gateway: str, offer: Offer, now: float) -> None:
         ticket = ticket_of(offer, now)
         self._owner[ticket.ticket_id] = gateway
-        self._accounts[gateway].tiers[ticket.ticket_id] = ticket.tier
+        self._accounts[gateway].offers[ticket.ticket_id] = offer
         queue = self._queue(offer.tier)
-        if offer.runs_on is None or offer.is_news:
-            self._arrived_s[offer.tier] = self._arrived_s.get(offer.tier, 0.0) + offer.cost_s
-        if offer.runs_on is None:
-            refusal = queue.offer(ticket, now)
-            if refusal is not None:
-                self._refuse(ticket.ticket_id, refusal)
-        # On a replica that is gone it will fail, and come again under another id.
-        elif offer.runs_on in self._names(offer.tier):
-            enter = queue.begin if offer.is_news else queue.adopt
-            enter(ticket, offer.runs_on, now)
+        is_counted = offer.is_counted or offer.runs_on is not None
+        is_new = self._arrivals.count(offer, now, is_counted=is_counted)
+        if offer.runs_on is not None:
+            queue.adopt(ticket, offer.runs_on, now)
+            return
+        refusal = queue.offer(ticket, now, is_new=is_new)
+        if refusal is not None:
+            self._refuse(ticket.ticket_id, refusal, now)
 
-    def _refuse(self, ticket_id: str, refusal: Refusal) -> None:
-        self._tell(ticket_id, Decision(ticket_id, None, refusal))
-        self._strike_out(ticket_id)
+    def _refuse(self, ticket_id: str, refusal: Refusal, now: float) -> None:
+        # It may have left after it gave way.
+        if ticket_id in self._owner:
+            self._tell(ticket_id, Decision(ticket_id, None, refusal))
+            self._strike_out(ticket_id, now)
 
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)
@@ -211,26 +200,51 @@ class Ledger:
         for ticket_id in statement.ended:
             self._end(ticket_id, now)
         for ticket_id, left_s in statement.left_s:
-            if ticket_id in account.tiers:
-                self._queues[account.tiers[ticket_id]].progress(ticket_id, left_s, now)
+            if ticket_id in account.offers:
+                self._queues[account.offers[ticket_id].tier].progress(ticket_id, left_s, now)
+
+    def _reconcile(
+        self, gateway: str, known: frozenset[str], waiting: frozenset[str], now: float
+    ) -> tuple[str, ...]:
+        """Let the books say what the gateway knows; what it knows and they lack."""
+        account = self._accounts[gateway]
+        for ticket_id in account.offers.keys() - known:
+            self._end(ticket_id, now)
+        for ticket_id in waiting & account.offers.keys():
+            replica = self._queues[account.offers[ticket_id].tier].replica_of(ticket_id)
+            if replica is not None:
+                self._tell(ticket_id, Decision(ticket_id, replica))
+        return tuple(sorted(known - account.offers.keys()))
 
     def _finish(self, ticket_id: str, now: float) -> None:
         """As _end; what it took tells how far off prices are."""
-        tier = self._strike_out(ticket_id)
-        if tier is not None:
-            self._queues[tier].finish(ticket_id, now)
+        offer = self._strike_out(ticket_id, now, is_done=True)
+        if offer is not None:
+            self._queues[offer.tier].finish(ticket_id, now)
 
     def _end(self, ticket_id: str, now: float) -> None:
-        tier = self._strike_out(ticket_id)
-        if tier is not None:
-            self._queues[tier].cancel(ticket_id, now)
+        offer = self._strike_out(ticket_id, now)
+        if offer is not None:
+            self._queues[offer.tier].cancel(ticket_id, now)
 
-    def _strike_out(self, ticket_id: str) -> str | None:
-        """Its tier, or None if it has been struck out before."""
+    def _strike_out(self, ticket_id: str, now: float, *, is_done: bool = False) -> Offer | None:
+        """Its offer, or None if it has been struck out before."""
         gateway = self._owner.pop(ticket_id, None)
-        return None if gateway is None else self._accounts[gateway].tiers.pop(ticket_id)
+        if gateway is None:
+            return None
+        offer = self._accounts[gateway].offers.pop(ticket_id)
+        if not is_done:
+            self._arrivals.put_back(offer, now)
+        return offer
 
-    def _see_replicas(
+    def _positions_in(self, tier: str, now: float) -> dict[str, QueuePosition]:
+        at, positions = self._positions.get(tier, (-math.inf, {}))
+        if now - at >= POSITIONS_S:
+            positions = self._queues[tier].positions(now)
+            self._positions[tier] = now, positions
+        return positions
+
+    def _see_views(
         self, account: Account, replicas: Mapping[str, tuple[str, ...]], now: float
     ) -> None:
         for tier, names in replicas.items():
@@ -239,11 +253,16 @@ class Ledger:
                 self._settle_replicas(tier, now)
 
     def _settle_replicas(self, tier: str, now: float) -> None:
-        for ticket in self._queue(tier).set_replicas(sorted(self._names(tier)), now):
-            # Its gateway notices the death itself, and offers it again under another id.
-            self._strike_out(ticket.ticket_id)
+        queue = self._queue(tier)
+        queue.learn_cold_start(self._cold_starts.get(tier, COLD_START_S))
+        self._seen.add(tier)
+        names = self._names(tier)
+        # What those that are gone had stays on the books: their gateways say when it has ended.
+        queue.set_replicas(names, now, draining=sorted(queue.replicas - names))
 
     def _names(self, tier: str) -> frozenset[str]:
-        """Only replicas that all gateways can reach: any of them may be granted one."""
-        views = [a.replicas[tier] for a in self._accounts.values() if tier in a.replicas]
-        return frozenset.intersection(*views) if views else frozenset()
+        """As Serve says; as long as it was not heard, all that any gateway can reach."""
+        if tier in self._served:
+            return self._served[tier]
+        views = (account.replicas.get(tier, frozenset()) for account in self._accounts.values())
+        return frozenset().union(*views)

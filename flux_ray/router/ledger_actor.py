@@ -2,13 +2,23 @@
 
 import asyncio
 import contextlib
+import logging
+import os
 import time
-from functools import partial
-from typing import Any
+import uuid
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
+from flux_ray.request import PROTOCOL
+
+# The module, not what is in it: its items are replaced.
+from flux_ray.router import handover
 from flux_ray.router.allowances import (
     Allowance,
     Allowances,
@@ -17,28 +27,44 @@ from flux_ray.router.allowances import (
     Shared,
     Standing,
 )
+from flux_ray.router.background import keep_running
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Backlog, Decision, Heard, Ledger, Offer, Statement
+from flux_ray.router.ledger import Ledger
+from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.outbox import Outbox, Receipt
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turns import LedgerLost
 from flux_ray.router.usage import Row
 
-NAME = "flux-ray-ledger"
+logger = logging.getLogger("ray.serve")
+
+# Code that speaks another protocol has a ledger of its own: while a cluster is upgraded both live,
+# and the old one ends when nobody has spoken to it for a while.
+NAME = f"flux-ray-ledger-{PROTOCOL}"
 NAMESPACE = "flux-ray"
+IDLE_S = 60.0
 LISTEN_S = 5.0
 TICK_S = 0.5
+# A new ledger hears first what all gateways have: each speaks twice a second.
+REJOIN_S = 0.6
 ANSWER_S = 5.0
+# A request waits for it before it begins to wait, and can do without.
+FORECAST_S = 1.0
+# A ledger that leaves so many calls in a row unanswered hangs.
+MAX_UNANSWERED = 2
 # From the end of one request until the next is at the replica, on a busy machine: it would be idle.
 LEAD_S = 0.05
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Mailbox:
-    """Decisions for one gateway, kept until it says that it has heard them."""
+    """A gateway's outbox, at which it waits."""
 
     def __init__(self) -> None:
-        self._first = 1
-        self._decisions: list[Decision] = []
+        self._outbox: Outbox[Decision] = Outbox(uuid.uuid4().hex)
         self._filled = asyncio.Event()
 
     def put(self, decisions: list[Decision]) -> None:
@@ -48,88 +74,170 @@ class Mailbox:
 
     def keep(self, decisions: list[Decision]) -> None:
         """Add them for the next time: they were told, but perhaps not heard."""
-        self._decisions += decisions
+        self._outbox.put(decisions)
 
-    async def after(self, heard: int) -> tuple[int, list[Decision]]:
-        """The last decision's number, and those after number `heard`; waits if there is none."""
-        del self._decisions[: max(0, heard + 1 - self._first)]
-        self._first = max(self._first, heard + 1)
-        if not self._decisions:
+    async def after(self, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
+        """The decisions after a receipt, and the receipt for them; waits if there is none."""
+        heard, decisions = self._outbox.after(receipt)
+        if not decisions:
             self._filled.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._filled.wait(), LISTEN_S)
-        return self._first + len(self._decisions) - 1, list(self._decisions)
+            heard, decisions = self._outbox.after(receipt)
+        return heard, decisions
+
+
+def end_process() -> None:
+    """Ray starts the actor anew."""
+    logging.shutdown()
+    os._exit(1)
+
+
+def ends_on_error(
+    method: Callable[Concatenate["LedgerActor", P], Awaitable[T]],
+) -> Callable[Concatenate["LedgerActor", P], Awaitable[T]]:
+    """An unforeseen error ends the ledger: what it wrote may be half of it. It is built anew."""
+
+    @wraps(method)
+    async def call(self: "LedgerActor", *args: P.args, **kwargs: P.kwargs) -> T:
+        self.spoken_at = time.monotonic()
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception:
+            logger.exception("the ledger ends, and is built anew: %s failed", method.__name__)
+            self.end()
+            raise
+
+    return call
+
+
+async def connect(tier: str) -> Any:
+    """Connect to a tier as a gateway does: Serve tells this process of its replicas then."""
+    from ray import serve
+
+    handle = await asyncio.to_thread(serve.get_app_handle, tier)
+    return handle.options(method_name="generate")
 
 
 class LedgerActor:
     """One for the cluster. What it loses by dying, the gateways tell it again."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        connect: Callable[[str], Awaitable[Any]] = connect,
+        end: Callable[[], None] = end_process,
+        rejoin_s: float = REJOIN_S,
+    ) -> None:
+        self.end = end
+        self.spoken_at = time.monotonic()
+        self._connect = connect
+        self._decides_from = time.monotonic() + rejoin_s
         self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
         self._allowances = Allowances()
         self._mailboxes: dict[str, Mailbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
+        # By tier, what keeps them, and what holds its handle.
+        self._watching: dict[str, asyncio.Task[None]] = {}
 
+    @ends_on_error
     async def say(self, gateway: str, statement: Statement) -> Heard:
         """Write down a gateway's statement; what to tell it at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
-        unknown = self._ledger.hear(gateway, statement, time.monotonic())
-        decisions = self._ledger.decide(time.monotonic())
+        now = time.monotonic()
+        unknown = self._ledger.hear(gateway, statement, now)
+        decisions = self._decide(now)
         told = decisions.pop(gateway, [])
         self._mailbox(gateway).keep(told)
         self._deliver(decisions)
         self._spoken.set()
-        is_alone = self._ledger.is_alone(gateway, time.monotonic())
-        return Heard(unknown, tuple(told), is_alone)
+        positions = self._ledger.positions(gateway, statement.watched, now)
+        return Heard(unknown, tuple(told), positions)
 
-    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+    @ends_on_error
+    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         """A gateway waits here for what is decided about its tickets."""
-        return await self._mailbox(gateway).after(heard)
+        return await self._mailbox(gateway).after(receipt)
 
+    @ends_on_error
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone, for who has to choose among tiers."""
         now = time.monotonic()
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
 
-    async def backlog(self, tier: str) -> Backlog:
-        """For the policies that scale a tier."""
+    @ends_on_error
+    async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
+        """For the policies that scale a tier, which know what a replica of it takes to start."""
+        self._ledger.learn_cold_start(tier, cold_start_s)
         return self._ledger.backlog(tier, time.monotonic())
 
+    @ends_on_error
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
         """Merge what a gateway learned; what all of them did."""
         self._prices = merged(self._prices, snapshot)
         return self._prices
 
+    @ends_on_error
     async def enter(
         self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
     ) -> Denial | Standing | None:
         """Count a request against what its key may have; why not, or what is left to it."""
-        return self._allowances.admit(gateway, entry, allowance, rows, time.time())
+        return self._allowances.admit(gateway, entry, allowance, rows, time.monotonic())
 
+    @ends_on_error
     async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
         """A request that was counted has ended."""
         self._allowances.leave(gateway, request_id, tier, rows)
 
+    @ends_on_error
     async def share_usage(
         self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
     ) -> Shared:
         """What a gateway has in hand and knows of today; what it does not know yet."""
-        return self._allowances.share(gateway, entries, rows, time.time(), tells_all=tells_all)
+        return self._allowances.share(gateway, entries, rows, time.monotonic(), tells_all=tells_all)
 
     async def _tick(self) -> None:
-        while True:
-            wait_s = min(TICK_S, max(0.001, self._ledger.wake_at() - time.monotonic()))
-            self._spoken.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._spoken.wait(), wait_s)
-            # Also while others speak: of a few gateways one always does, and what a dead one holds
-            # would never be free.
-            for gateway in self._ledger.forget_silent(time.monotonic()):
-                self._mailboxes.pop(gateway, None)
-            self._deliver(self._ledger.decide(time.monotonic()))
+        try:
+            while True:
+                wait_s = min(TICK_S, max(0.001, self._ledger.wake_at() - time.monotonic()))
+                self._spoken.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._spoken.wait(), wait_s)
+                self._look_around(time.monotonic())
+        except Exception:
+            logger.exception("the ledger ends, and is built anew: its ticks failed")
+            self.end()
+
+    def _look_around(self, now: float) -> None:
+        """See what nobody tells."""
+        if now - self.spoken_at > IDLE_S:
+            logger.info("nobody speaks to this ledger any more")
+            ray.kill(ray.get_runtime_context().current_actor)
+        # Also while others speak: of a few gateways one always does, and what a dead one holds
+        # would never be free.
+        for gateway in self._ledger.forget_silent(now):
+            self._mailboxes.pop(gateway, None)
+        for tier in self._ledger.tiers - self._watching.keys():
+            self._watching[tier] = keep_running(partial(self._watch, tier), f"watching {tier}")
+        self._deliver(self._decide(now))
+
+    async def _watch(self, tier: str) -> None:
+        """Hear of the tier's replicas from Serve, for as long as this process lives."""
+        try:
+            handle = await self._connect(tier)
+        except (RayError, RayServeException) as error:
+            logger.info("%s cannot be watched yet: %s", tier, error)
+            await asyncio.sleep(TICK_S)
+            return
+        await asyncio.Event().wait()
+        del handle
+
+    def _decide(self, now: float) -> dict[str, list[Decision]]:
+        for tier, names in handover.REACHABLE.items():
+            self._ledger.see_replicas(tier, names, now)
+        return self._ledger.decide(now) if now >= self._decides_from else {}
 
     def _deliver(self, decisions: dict[str, list[Decision]]) -> None:
         for gateway, each in decisions.items():
@@ -140,31 +248,39 @@ class LedgerActor:
 
 
 class RemoteLedger:
-    """The line to the ledger, which is started by whoever needs it first."""
+    """The line to the ledger, which is started by whoever needs it first.
 
-    def __init__(self) -> None:
+    Who waits for one that hangs ends it, and Ray starts it anew.
+    """
+
+    def __init__(self, start: Callable[[], Any] | None = None) -> None:
+        self._start = start or start_ledger
         self._actor: Any = None
+        self._starting: asyncio.Future[Any] | None = None
+        self._num_unanswered = 0
+        # Of its own, and one: it stands still while Ray's head is away.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
 
     async def say(self, gateway: str, statement: Statement) -> Heard:
         """Make a statement."""
         heard: Heard = await self._call(ANSWER_S, "say", gateway, statement)
         return heard
 
-    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         """Wait for decisions."""
-        news: tuple[int, list[Decision]] = await self._call(
-            LISTEN_S + ANSWER_S, "listen", gateway, heard
+        news: tuple[Receipt, list[Decision]] = await self._call(
+            LISTEN_S + ANSWER_S, "listen", gateway, receipt
         )
         return news
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
-        forecasts: tuple[Forecast, ...] = await self._call(ANSWER_S, "forecast", offers)
+        forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
         return forecasts
 
-    async def backlog(self, tier: str) -> Backlog:
+    async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
         """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
-        backlog: Backlog = await self._call(ANSWER_S, "backlog", tier)
+        backlog: Backlog = await self._call(ANSWER_S, "backlog", tier, cold_start_s)
         return backlog
 
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
@@ -196,13 +312,35 @@ class RemoteLedger:
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
         try:
-            if self._actor is None:
-                # Both block until Ray's head answers.
-                self._actor = await asyncio.to_thread(start_ledger)
-            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), timeout_s)
-        except (RayActorError, RayTaskError, TimeoutError, ValueError) as error:
-            self._actor = None
+            async with asyncio.timeout(timeout_s):
+                actor = await self._connected()
+                answer = await getattr(actor, method).remote(*args)
+        except TimeoutError as error:
+            self._note_silence()
+            raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
+        except (RayError, ValueError) as error:
+            # It died, or ends; Ray gives whoever asks by name the one that lives.
+            self._actor, self._num_unanswered = None, 0
             raise LedgerLost(f"{method}: {error}") from error
+        self._num_unanswered = 0
+        return answer
+
+    async def _connected(self) -> Any:
+        """The ledger's handle. Who waits for Ray's head wait for one call to it."""
+        if self._actor is None:
+            if self._starting is None or self._starting.done():
+                loop = asyncio.get_running_loop()
+                self._starting = loop.run_in_executor(self._thread, self._start)
+            self._actor = await asyncio.shield(self._starting)
+        return self._actor
+
+    def _note_silence(self) -> None:
+        """End a ledger that answers nobody: a stopped process never comes back by itself."""
+        self._num_unanswered += 1
+        if self._actor is not None and self._num_unanswered >= MAX_UNANSWERED:
+            logger.error("the ledger hangs, and is started anew")
+            self._num_unanswered = 0
+            self._thread.submit(partial(ray.kill, self._actor, no_restart=False))
 
 
 def start_ledger() -> Any:

@@ -1,13 +1,13 @@
 """What gateways learned of prices, shared through the ledger: it outlives any one of them."""
 
 import asyncio
-import contextvars
 import logging
 from typing import Protocol
 
+from flux_ray.router.background import keep_running
 from flux_ray.router.calibration import Snapshot
 from flux_ray.router.pricing import CostModel
-from flux_ray.router.turns import LedgerLost, tell_of_end
+from flux_ray.router.turns import LedgerLost
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,10 +31,7 @@ class PriceExchange:
 
     def start(self) -> None:
         """From now on, every few seconds."""
-        self._task = asyncio.get_running_loop().create_task(
-            self._run(), context=contextvars.Context()
-        )
-        self._task.add_done_callback(tell_of_end)
+        self._task = keep_running(self._run, "the exchange of prices")
 
     async def _run(self) -> None:
         while True:

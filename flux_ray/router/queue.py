@@ -1,8 +1,10 @@
 """The queue of a tier, one for the whole cluster: who is taken in, whose turn it is, and where."""
 
+import heapq
 from collections.abc import Iterable
 from itertools import count
 
+from flux_ray.request import QueuePosition
 from flux_ray.router.admission import MAX_PLAYED, Line, give_way, wait_of
 from flux_ray.router.caches import Caches
 from flux_ray.router.forecast import (
@@ -15,15 +17,14 @@ from flux_ray.router.forecast import (
     level,
     play,
 )
-from flux_ray.router.patience import Patience
 from flux_ray.router.shares import Shares
 from flux_ray.router.slots import Slot, Slots
 from flux_ray.router.spread import Spread
 from flux_ray.router.sums import SortedSums
 from flux_ray.router.ticket import Grant, Refusal, Refused, Ticket
 
-# What a refused request may count on of the patience of now, when it comes again.
-KEPT_PATIENCE = 0.5
+# A start that takes longer than it should: so much of the usual time is still to be counted on.
+OVERDUE_SHARE = 0.25
 
 
 class TierQueue:
@@ -32,14 +33,18 @@ class TierQueue:
     A plain object: every method is told the time, and none waits. Call take() after anything else,
     and at wake_at().
 
-    Taken in is a ticket that will start by its due time: its latest start, or earlier where long
-    work crowds out short (patience.py). Where it would be late, or make another late, the longest
-    waiting ticket without which all are in time gives way, or the newcomer if none is longer
-    (admission.py). Keys that ask for more than their share of the GPU seconds wait behind all
-    others (shares.py); what is behind gives way to what is in front.
+    Who said a deadline should start by its latest start; who said none waits in order of arrival.
+    Keys that ask for more than their share of the GPU seconds wait behind all others (shares.py),
+    and of both the jobs behind the people. What is behind gives way to what is in front.
+
+    A ticket is taken in if it will start by its latest start. Where it would be late, or make
+    another late, the longest waiting ticket without which all are in time gives way, or the
+    newcomer if none is longer (admission.py). Nobody is refused who could be served in time, and
+    whoever cannot be is told so by their latest start, wherever in the line they are.
 
     `lead_s`: a ticket is handed over that long before its slot is free. `max_waiting_s` bounds the
-    line in GPU seconds. `cold_start_s`: with no replica at all, one is hoped for after that time.
+    line in GPU seconds. `cold_start_s`: what a replica takes to start; where none is up, whoever
+    asks for one counts on a first replica after that time.
     """
 
     def __init__(
@@ -52,19 +57,33 @@ class TierQueue:
         share_window_s: float = 60.0,
     ) -> None:
         self.lead_s = lead_s
+        self.cold_start_s = cold_start_s
         self._max_waiting_s = max_waiting_s
-        self._cold_start_s = cold_start_s
         self._slots = Slots(slots_per_replica, lead_s)
-        self._patience = Patience()
         self._shares = Shares(share_window_s)
         self._spread = Spread()
         self._caches = Caches()
-        # In front: keys within their share.
-        self._lines: tuple[Line, Line] = (SortedSums(), SortedSums())
+        # Keys within their share: people, jobs; then keys that are over it: people, jobs.
+        self._lines: tuple[Line, ...] = tuple(SortedSums() for _ in range(4))
         self._places: dict[str, tuple[int, Waiting]] = {}
+        # By latest start; those that have left the line are passed over.
+        self._ends: list[tuple[float, int, str]] = []
         self._of_key: dict[str, dict[str, None]] = {}
         self._gave_way: list[Refused] = []
         self._numbers = count()
+        # When somebody last asked for a replica while none was up.
+        self._hoped_at = -NEVER
+
+    @property
+    def replicas(self) -> frozenset[str]:
+        """Those that are up or expected, not those that drain."""
+        return self._slots.names
+
+    def learn_cold_start(self, cold_start_s: float) -> None:
+        """What a replica takes to start, from now on."""
+        if cold_start_s != self.cold_start_s:
+            self.cold_start_s = cold_start_s
+            self._slots.hope(None)
 
     def set_replicas(
         self, names: Iterable[str], now: float, draining: Iterable[str] = ()
@@ -81,7 +100,7 @@ class TierQueue:
         return lost
 
     def add_replica(self, name: str, now: float) -> None:
-        """It is up and free; nothing changes if that is known."""
+        """It is up; nothing changes if that is known, and what it runs it goes on running."""
         self._slots.add(name)
 
     def expect_replica(self, name: str, ready_at: float, now: float) -> None:
@@ -96,49 +115,61 @@ class TierQueue:
         """It is gone. What it had been given is returned, and forgotten here."""
         return self._slots.lose(name)
 
-    def offer(self, ticket: Ticket, now: float) -> Refusal | None:
-        """A ticket arrives; None if it is taken in. ValueError if one of that id is here."""
+    def replica_of(self, ticket_id: str) -> str | None:
+        """The replica that a ticket was granted; None if it waits or is not here."""
+        return self._slots.replica_of(ticket_id)
+
+    def offer(self, ticket: Ticket, now: float, *, is_new: bool = True) -> Refusal | None:
+        """A ticket arrives; None if it is taken in. ValueError if one of that id is here.
+
+        `is_new`: its work was never asked for before; only then it counts towards its key's share.
+        """
         if ticket.ticket_id in self._places or self._slots.holds(ticket.ticket_id):
             raise ValueError(f"ticket {ticket.ticket_id} is here already")
         slack_s = self._slack_s(ticket, now)
-        self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
+        if is_new:
+            self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
         self._review_shares(now)
         if slack_s < -SAME_S:
             return Refusal("the deadline is shorter than the work", NEVER)
-        self._patience.see(slack_s)
+        self._hope(now)
         new, place = self._newcomer(ticket, slack_s, now)
         reason = self._objection(new, place, now)
         if reason is None:
             self._enter(new, place)
+            self._note_end(new)
             return None
-        self._patience.decide(ticket.cost_s, is_served=False)
-        return Refusal(reason, self._retry_after_s(slack_s, now))
+        return Refusal(reason, self._retry_after_s(new, place, now))
 
     def forecast(self, ticket: Ticket, now: float) -> Forecast:
         """What offer() would say, and when its turn would come; nothing changes."""
         slack_s = self._slack_s(ticket, now)
-        if not self._slots.num:
-            return Forecast(None, is_refused=slack_s < self._cold_start_s)
-        new, place = self._newcomer(ticket, slack_s, now)
-        ahead, line = self._lines[:place], self._lines[place]
-        wait_s = 0.0
-        if line or not self._slots.can_take(now):
-            wait_s = wait_of(new, ahead, line, self._slots, now)
-            if give_way(new, ahead, line, self._slots, now) == [new]:
-                return Forecast(wait_s, is_refused=True)
-        return Forecast(wait_s, is_refused=slack_s < -SAME_S)
+        had_hope, hoped_at = self._slots.is_hoping, self._hoped_at
+        self._hope(now)
+        try:
+            return self._forecast(*self._newcomer(ticket, slack_s, now), now)
+        finally:
+            # Nobody has asked for a replica yet.
+            self._hoped_at = hoped_at
+            if not had_hope:
+                self._slots.hope(None)
 
-    def begin(self, ticket: Ticket, replica: str, now: float) -> None:
-        """The ticket arrives, and began on this replica at once: there was nothing to decide."""
-        self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
-        self._review_shares(now)
-        self._patience.see(self._slack_s(ticket, now))
-        self._patience.decide(ticket.cost_s, is_served=True)
-        self._caches.note(ticket, replica)
-        self.adopt(ticket, replica, now)
+    def positions(self, now: float) -> dict[str, QueuePosition]:
+        """Where everybody in line stands, by ticket, and in how many seconds it should be done."""
+        if not self._places:
+            return {}
+        self._hope(now)
+        free = free_times(self._slots, len(self._places), now)
+        positions: dict[str, QueuePosition] = {}
+        for line in self._lines:
+            for waiting, start in zip(line, play(line, free), strict=True):
+                ticket = waiting.ticket
+                done_s = None if start == NEVER else start - now + ticket.cost_s
+                positions[ticket.ticket_id] = QueuePosition(len(positions), done_s)
+        return positions
 
     def adopt(self, ticket: Ticket, replica: str, now: float) -> None:
-        """The replica runs this ticket already: what is known is from before this queue.
+        """The replica runs this ticket already, whether that is known to be up or not.
 
         `cost_s` is what is left of it. Nothing changes if it is known to be granted.
         """
@@ -150,15 +181,12 @@ class TierQueue:
     def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
         """Whose turn it is now and on which replica; and who has waited in vain."""
         refused, self._gave_way = self._gave_way, []
+        while (waiting := self._next_end()) is not None and waiting.latest_start < now - SAME_S:
+            self._dismiss(waiting, "its deadline can no longer be met", refused, now)
         grants: list[Grant] = []
         for line in self._lines:
-            while (waiting := line.first()) is not None:
-                if waiting.latest_start < now - SAME_S:
-                    self._dismiss(waiting, "its deadline can no longer be met", refused, now)
-                elif self._slots.can_take(now):
-                    self._hand_over(waiting, grants, refused, now)
-                else:
-                    break
+            while (first := line.first()) is not None and self._slots.can_take(now):
+                self._hand_over(first, grants, refused, now)
         return grants, refused
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
@@ -181,18 +209,17 @@ class TierQueue:
 
     def wake_at(self) -> float | None:
         """When take() has something to do though nothing else happens."""
-        firsts = [first for line in self._lines if (first := line.first()) is not None]
-        if not firsts:
+        first = self._next_end()
+        if first is None:
             return None
         # A little later, so that it is surely hopeless then.
-        times = [first.latest_start + 2 * SAME_S for first in firsts]
+        hopeless_at = first.latest_start + 2 * SAME_S
         next_at = self._slots.next_at()
-        return min(times if next_at is None else [*times, next_at])
+        return hopeless_at if next_at is None else min(hopeless_at, next_at)
 
     def waiting_s(self, now: float) -> float:
         """GPU seconds in line."""
-        front, behind = self._lines
-        return front.total + behind.total
+        return sum(line.total for line in self._lines)
 
     def running_s(self, now: float) -> float:
         """GPU seconds granted and not done, as far as is known."""
@@ -208,21 +235,46 @@ class TierQueue:
 
     def _newcomer(self, ticket: Ticket, slack_s: float, now: float) -> tuple[Waiting, int]:
         """It, and the line for it."""
-        due = now + min(slack_s, self._patience.limit_s)
-        new = Waiting(ticket, due, now + slack_s, next(self._numbers))
-        return new, int(ticket.key in self._shares.over)
+        latest_start = now + slack_s
+        # The longer of two that are in no hurry must not go first only for being longer.
+        due = latest_start if ticket.has_deadline else ticket.deadline
+        return Waiting(ticket, due, latest_start, next(self._numbers)), self._place_for(ticket)
+
+    def _place_for(self, ticket: Ticket) -> int:
+        return 2 * (ticket.key in self._shares.over) + ticket.is_job
+
+    def _hope(self, now: float) -> None:
+        """Count on a first replica where none is up or expected: somebody asks for it."""
+        if self._slots.names:
+            return
+        is_asked_anew = not self._places and now - self._hoped_at > 2 * self.cold_start_s
+        self._hoped_at = now
+        if not self._slots.is_hoping or is_asked_anew:
+            self._slots.hope(now + self.cold_start_s)
+        elif self._slots.hoped_for_at < now:
+            self._slots.hope(now + OVERDUE_SHARE * self.cold_start_s)
+
+    def _forecast(self, new: Waiting, place: int, now: float) -> Forecast:
+        ahead, line = self._lines[:place], self._lines[place]
+        wait_s = 0.0
+        if self._is_anybody_before(place) or not self._slots.can_take(now):
+            wait_s = wait_of(new, ahead, line, self._slots, now)
+            if give_way(new, ahead, line, self._slots, now) == [new]:
+                return Forecast(wait_s, is_refused=True)
+        return Forecast(wait_s, is_refused=new.latest_start < now - SAME_S)
+
+    def _is_anybody_before(self, place: int) -> bool:
+        return any(self._lines[: place + 1])
 
     def _objection(self, new: Waiting, place: int, now: float) -> str | None:
-        line = self._lines[place]
-        if not line and self._slots.can_take(now):
+        if not self._is_anybody_before(place) and self._slots.can_take(now):
             return None
         if self.waiting_s(now) + new.ticket.cost_s > self._max_waiting_s:
             return "the queue is full"
-        if not self._slots.num:
-            is_hopeless = new.latest_start < now + self._cold_start_s
-            return "no replica is up" if is_hopeless else None
-        leaving = give_way(new, self._lines[:place], line, self._slots, now)
+        leaving = give_way(new, self._lines[:place], self._lines[place], self._slots, now)
         if leaving == [new]:
+            if self._slots.is_hoping:
+                return f"no replica is up, and one takes {self.cold_start_s:.0f} s to start"
             return "it could not be done by its deadline"
         for waiting in leaving:
             self._dismiss(waiting, "it gave way to shorter work", self._gave_way, now)
@@ -240,21 +292,17 @@ class TierQueue:
         self._leave(ticket.ticket_id)
         self._slots.start(slot, ticket, now)
         self._caches.note(ticket, slot.replica)
-        self._patience.decide(ticket.cost_s, is_served=True)
         grants.append(Grant(ticket, slot.replica))
 
     def _dismiss(self, waiting: Waiting, reason: str, refused: list[Refused], now: float) -> None:
-        ticket = waiting.ticket
-        self._leave(ticket.ticket_id)
-        self._patience.decide(ticket.cost_s, is_served=False)
-        retry_after_s = self._retry_after_s(0.0, now)
-        refused.append(Refused(ticket, Refusal(reason, retry_after_s)))
+        self._leave(waiting.ticket.ticket_id)
+        retry_after_s = self._retry_after_s(waiting, self._place_for(waiting.ticket), now)
+        refused.append(Refused(waiting.ticket, Refusal(reason, retry_after_s)))
 
-    def _retry_after_s(self, slack_s: float, now: float) -> float:
-        """When all that waits has begun, and a slot is free within what a newcomer can wait."""
-        if not self._slots.num:
-            return max(self._cold_start_s - slack_s, 0.0)
-        kept_s = min(slack_s, KEPT_PATIENCE * self._patience.limit_s)
+    def _retry_after_s(self, waiting: Waiting, place: int, now: float) -> float:
+        """After how long it would be taken in, with as much time as now, if nobody else came."""
+        self._hope(now)
+        slack_s = max(waiting.latest_start - now, 0.0)
         num_waiting = len(self._places)
         if num_waiting > MAX_PLAYED:
             begun = free = level(capacity_curve(self._slots, now), self.waiting_s(now), now)
@@ -263,7 +311,33 @@ class TierQueue:
             starts = [start for line in self._lines for start in play(line, times)]
             begun = max((start for start in starts if start < NEVER), default=now)
             free = times[0]
-        return max(begun - now, free - kept_s - now, 0.0) + 2 * SAME_S
+        if self._would_be_last(waiting, place):
+            # Nobody stands behind it whom it could make late.
+            begun = now
+        return max(begun - now, free - slack_s - now, 0.0) + 2 * SAME_S
+
+    def _would_be_last(self, waiting: Waiting, place: int) -> bool:
+        line = self._lines[place]
+        return line.before(waiting.key)[0] == len(line) and not any(self._lines[place + 1 :])
+
+    def _next_end(self) -> Waiting | None:
+        """The waiting ticket that is hopeless first."""
+        while self._ends:
+            _, number, ticket_id = self._ends[0]
+            entry = self._places.get(ticket_id)
+            if entry is not None and entry[1].number == number:
+                return entry[1]
+            heapq.heappop(self._ends)
+        return None
+
+    def _note_end(self, waiting: Waiting) -> None:
+        if len(self._ends) > 2 * len(self._places) + 64:
+            kept = (waiting for _, waiting in self._places.values())
+            self._ends = [(each.latest_start, each.number, each.ticket.ticket_id) for each in kept]
+            heapq.heapify(self._ends)
+        else:
+            entry = (waiting.latest_start, waiting.number, waiting.ticket.ticket_id)
+            heapq.heappush(self._ends, entry)
 
     def _enter(self, waiting: Waiting, place: int) -> None:
         ticket = waiting.ticket
@@ -286,4 +360,4 @@ class TierQueue:
             for ticket_id in list(self._of_key.get(key, ())):
                 _, waiting = self._places[ticket_id]
                 self._leave(ticket_id)
-                self._enter(waiting, int(key in self._shares.over))
+                self._enter(waiting, self._place_for(waiting.ticket))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Cost
-from flux_ray.router.ledger import Offer
+from flux_ray.router.messages import Offer
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.usage import Use
 
@@ -47,8 +47,27 @@ def offer_for(
     affinity: tuple[tuple[str, float], ...] = (),
 ) -> Offer:
     """What the ledger hears of an attempt."""
+    request = quote.request
     # Two tiers may have the same request.
-    ticket_id = f"{quote.tier}-{quote.request.request_id}-{number}"
+    ticket_id = f"{quote.tier}-{request.request_id}-{number}"
     return Offer(
-        ticket_id, quote.tier, quote.cost_s, deadline_s, caller.key, caller.weight, affinity
+        ticket_id,
+        quote.tier,
+        quote.cost_s,
+        deadline_s,
+        caller.key,
+        caller.weight,
+        affinity,
+        has_deadline=caller.deadline_s is not None and not caller.is_job,
+        is_job=caller.is_job,
+        work=work_of(request),
     )
+
+
+def work_of(request: ImageRequest) -> str:
+    """A name for what is to be done, by which a request is known when it comes again.
+
+    The seed is not in it: whose caller said none gets another one each time.
+    """
+    size = f"{request.width}x{request.height}x{request.num_images}"
+    return f"{request.prompt_name} {size} {request.num_steps} {len(request.references)}"

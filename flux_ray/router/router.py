@@ -27,7 +27,7 @@ from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Offer
+from flux_ray.router.messages import Offer
 from flux_ray.router.pace import followed
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.quote import Quote, offer_for, quote_for
@@ -56,8 +56,11 @@ class Handles(Protocol):
 class Turns(Protocol):
     """The way to the ledger, which grants replicas."""
 
-    async def take(self, offer: Offer) -> str:
-        """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met."""
+    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
+        """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
+
+        `hear` is told where the request stands meanwhile.
+        """
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
@@ -72,7 +75,9 @@ class Turns(Protocol):
 class Turnstile(Protocol):
     """The way to the counts of what keys have."""
 
-    def entered(self, entry: Entry, allowance: Allowance) -> AbstractAsyncContextManager[Stay]:
+    def entered(
+        self, entry: Entry, allowance: Allowance, within_s: float | None = None
+    ) -> AbstractAsyncContextManager[Stay]:
         """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
 
     def standing(self, key: str) -> Standing | None:
@@ -186,7 +191,8 @@ class Router:
 
     async def count_in(self, request: ImageRequest, caller: Caller) -> None:
         """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
-        async with self._entered(quote_for(request, self.prices), caller):
+        within_s = self.terms.deadline_s(request, caller)
+        async with self._entered(quote_for(request, self.prices), caller, within_s):
             pass
 
     def gpu_seconds(self, request: ImageRequest) -> float:
@@ -229,10 +235,11 @@ class Router:
         self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
     ) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
-        deadline = asyncio.timeout(timeout_s)
+        began, deadline = time.monotonic(), asyncio.timeout(timeout_s)
         try:
-            async with deadline, self._entered(quote, caller) as stay:
-                result = await self._generate_with_retry(quote, caller, deadline_s, stay, hear)
+            async with deadline, self._entered(quote, caller, deadline_s) as stay:
+                left_s = deadline_s - (time.monotonic() - began)
+                result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
                 stay.finish(self.prices.on_all_cards(quote.tier, result.times.replica_s))
                 return result
         except TimeoutError:
@@ -240,22 +247,27 @@ class Router:
                 raise
             raise DeadlinePassed(f"the request was not done after {timeout_s:g} seconds") from None
 
-    def _entered(self, quote: Quote, caller: Caller) -> AbstractAsyncContextManager[Stay]:
+    def _entered(
+        self, quote: Quote, caller: Caller, within_s: float
+    ) -> AbstractAsyncContextManager[Stay]:
         if self.turnstile is None:
             return nullcontext(Stay(quote.use, quote.cost_s))
         request_id = quote.request.request_id
         entry = Entry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
-        return self.turnstile.entered(entry, caller.allowance)
+        return self.turnstile.entered(entry, caller.allowance, within_s)
 
     async def _generate_with_retry(
         self, quote: Quote, caller: Caller, deadline_s: float, stay: Stay, hear: Hear | None
     ) -> ImageResult:
+        began = time.monotonic()
         try:
             return await self._attempt(quote, 1, deadline_s, caller, stay, hear)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
-        # It was taken in once: it is not refused now for what was no fault of its client.
-        return await self._attempt(quote, 2, self.terms.request_timeout_s, caller, stay, hear)
+        # It was taken in once: it is not refused now for what was no fault of its client. It waits
+        # where it came, before those who came later.
+        left_s = self.terms.request_timeout_s - (time.monotonic() - began)
+        return await self._attempt(quote, 2, left_s, caller, stay, hear)
 
     async def _attempt(
         self,
@@ -272,7 +284,7 @@ class Router:
         affinity = affinity_of(request, self.prices)
         offer = offer_for(quote, number, deadline_s, caller, affinity)
         try:
-            replica = await self.turns.take(offer)
+            replica = await self.turns.take(offer, hear)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise

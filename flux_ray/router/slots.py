@@ -10,6 +10,8 @@ from flux_ray.router.sums import SortedSums
 from flux_ray.router.ticket import Ticket
 
 free_at_of = attrgetter("free_at")
+# Stands for a first replica, where none is up and none is known to be starting.
+HOPED_FOR = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,36 +52,67 @@ class Slots:
     @property
     def names(self) -> frozenset[str]:
         """Replicas that are up or expected, not those that drain."""
-        return frozenset(self._replicas)
+        return self._replicas.keys() - {HOPED_FOR}
 
     @property
     def num(self) -> int:
         """Slots that take tickets now or soon."""
         return len(self._replicas) * self.num_per_replica
 
+    @property
+    def is_hoping(self) -> bool:
+        """Whether a first replica is counted on."""
+        return HOPED_FOR in self._replicas
+
+    @property
+    def hoped_for_at(self) -> float:
+        """When that should be up."""
+        return self._replicas[HOPED_FOR][0].free_at
+
+    def hope(self, ready_at: float | None) -> None:
+        """Count on a first replica from that time on; None: on none."""
+        self._pop(HOPED_FOR)
+        if ready_at is not None:
+            self.expect(HOPED_FOR, ready_at)
+
     def holds(self, ticket_id: str) -> bool:
         """Whether it was granted and is not done."""
         return ticket_id in self._by_ticket
+
+    def replica_of(self, ticket_id: str) -> str | None:
+        """The replica that a ticket was granted and is not done on."""
+        slot = self._by_ticket.get(ticket_id)
+        return None if slot is None else slot.replica
 
     def expect(self, name: str, ready_at: float) -> None:
         """A replica is starting."""
         if name in self._replicas:
             return
+        self._pop(HOPED_FOR)
         self._replicas[name] = self._expected[name] = self._new(name)
         for slot in self._replicas[name]:
             slot.is_expected = True
             self._enter_busy(slot, ready_at)
 
     def add(self, name: str) -> None:
-        """A replica is up and free; one that is known to be up already stays as it is."""
+        """A replica is up; one that is known to be up already stays as it is.
+
+        One that was thought to be gone comes back with what it runs.
+        """
         expected = self._expected.pop(name, [])
         if name in self._replicas and not expected:
             return
         for slot in expected:
             self._leave_busy(slot)
-        self._replicas[name] = self._new(name)
-        for slot in self._replicas[name]:
-            self._enter_idle(slot)
+        self._pop(HOPED_FOR)
+        self._replicas[name] = slots = self._leaving.pop(name, None) or self._new(name)
+        for slot in slots:
+            slot.is_leaving = False
+            if slot.tickets:
+                self._enter_busy(slot, slot.free_at)
+        for slot in slots:
+            if not slot.tickets:
+                self._enter_idle(slot)
 
     def drain(self, name: str) -> None:
         """Nothing new for it; what it runs goes on."""
@@ -89,9 +122,7 @@ class Slots:
 
     def lose(self, name: str) -> list[Ticket]:
         """It is gone; what it had been given and has not done."""
-        slots = self._leaving.pop(name, None)
-        if slots is None:
-            slots = self._pop(name)
+        slots = [*self._leaving.pop(name, ()), *self._pop(name)]
         lost = [ticket for slot in slots for ticket in slot.tickets]
         for ticket in lost:
             del self._by_ticket[ticket.ticket_id]
@@ -122,9 +153,19 @@ class Slots:
         return best
 
     def adopt(self, name: str, ticket: Ticket, now: float) -> None:
-        """The replica, which may be news too, runs this ticket already."""
-        self.add(name)
-        self.start(min(self._replicas[name], key=lambda slot: len(slot.tickets)), ticket, now)
+        """The replica runs this ticket already; if it is not known to be up, it may come to be."""
+        if name in self._replicas and name not in self._expected:
+            slots = self._replicas[name]
+            self.start(min(slots, key=lambda slot: len(slot.tickets)), ticket, now)
+            return
+        slots = self._leaving.setdefault(name, self._new(name))
+        slot = min(slots, key=lambda slot: len(slot.tickets))
+        slot.is_leaving = True
+        if not slot.tickets:
+            slot.begun_at = slot.free_at = now
+        slot.free_at = max(now, slot.free_at) + ticket.cost_s
+        slot.tickets.append(ticket)
+        self._by_ticket[ticket.ticket_id] = slot
 
     def start(self, slot: Slot, ticket: Ticket, now: float) -> None:
         """The ticket is granted to this slot."""

@@ -12,6 +12,8 @@ class Ticket:
     latency. `deadline` is a time on the caller's clock. Work of one `key` is paid from one purse,
     `weight` times as large as that of a key of weight 1. `affinity` names cached things (hashes of
     the prompt, of references) with the seconds that a replica holding them saves.
+    `has_deadline`: its caller said one; else it waits in order of arrival, and until then at most.
+    `is_job`: nobody waits for it, and it waits behind those for whom somebody does.
     """
 
     ticket_id: str
@@ -21,6 +23,8 @@ class Ticket:
     key: str = ""
     weight: float = 1.0
     affinity: tuple[tuple[str, float], ...] = ()
+    has_deadline: bool = True
+    is_job: bool = False
 
 
 class Refusal(NamedTuple):

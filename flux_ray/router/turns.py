@@ -1,37 +1,35 @@
 """A gateway's side of the ledger: it asks for turns, hears when they come, and tells what ended."""
 
 import asyncio
-import contextvars
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
+from flux_ray.request import Hear
+from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.forecast import Forecast
-from flux_ray.router.ledger import Decision, Heard, Offer, Statement
+from flux_ray.router.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.outbox import Receipt
 from flux_ray.router.ticket import Refusal
+from flux_ray.router.turn_book import TurnBook
 
 logger = logging.getLogger("ray.serve")
 
 BEAT_S = 0.5
-# News that nobody waits for come so late: the request itself, or its answer, goes first.
-QUIET_S = 0.02
-# Ray starts a lost ledger anew within a second or two.
-AGAIN_S = 0.2
+# That a request has ended is told so much later: its answer goes first.
+QUIET_S = 0.005
 # The work ahead of a request may take so much longer than priced, and who comes back at the
 # promised moment would be refused again.
 OVERRUN = 0.05
+# Serve tells all processes of a new replica within that time.
+REACH_S = 1.0
+# Within that time a ledger that hangs is replaced.
+LEDGER_BACK_S = 15
 
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
-
-
-def tell_of_end(task: "asyncio.Task[None]") -> None:
-    """A mistake of ours, that somebody has to hear of."""
-    if not task.cancelled():
-        logger.error("this gateway talks to the ledger no more", exc_info=task.exception())
 
 
 class LedgerLost(Exception):
@@ -47,83 +45,58 @@ class Line(Protocol):
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
 
-    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
-        """Decisions after number `heard`, and the number of the last; none after a while."""
-
-
-@dataclass
-class Turn:
-    """A request of this gateway, from its arrival to its end."""
-
-    offer: Offer
-    asked_at: float
-    granted: "asyncio.Future[str]"
-    replica: str | None = None
-    # What was left of it when that was last known.
-    left: tuple[float, float] = (math.inf, 0.0)
-    # It was granted here, and the ledger has not been told.
-    is_news: bool = False
-
-    def begin(self, replica: str) -> None:
-        """It is granted this replica."""
-        self.replica, self.left = replica, (self.offer.cost_s, time.monotonic())
-        self.granted.set_result(replica)
-
-    def left_s(self, now: float) -> float:
-        """How long it still takes, once it was granted."""
-        left_s, known_at = self.left
-        return max(0.0, left_s - (now - known_at))
-
-    def offer_at(self, now: float) -> Offer:
-        """The offer for a ledger that has never heard of it, or has been lost."""
-        deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
-        if self.replica is None:
-            return replace(self.offer, deadline_in_s=deadline_in_s)
-        return replace(
-            self.offer,
-            deadline_in_s=deadline_in_s,
-            cost_s=self.left_s(now),
-            runs_on=self.replica,
-            is_news=self.is_news,
-        )
+    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
+        """Decisions after those of the receipt, and the receipt for them; none after a while."""
 
 
 class Turns:
     """All requests of this gateway that wait for a turn or have one.
 
-    Two tasks of its own talk to the ledger, in an empty context: Ray would cancel what they have
-    in flight with the request that they were started by.
+    Two tasks of its own talk to the ledger. `cold_starts`: what a replica of a tier takes to start,
+    as far as that is known.
     """
 
     def __init__(self, line: Line, reachable: Reachable, gateway: str) -> None:
+        self.cold_starts: dict[str, float] = {}
         self._line = line
         self._reachable = reachable
         self._gateway = gateway
-        self._turns: dict[str, Turn] = {}
-        self._new: list[Turn] = []
-        self._ended: list[str] = []
-        self._done: list[str] = []
-        self._moved: set[str] = set()
-        self._is_alone = False
+        self._book = TurnBook()
         self._news = asyncio.Event()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._heard = Receipt()
+        self._tasks: list[asyncio.Task[None]] = []
 
-    async def take(self, offer: Offer) -> str:
-        """The replica whose turn it is, as soon as it is. Overloaded if the ledger refuses.
+    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
+        """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
-        Cancelling gives the turn back. Else `end` has to be called once.
+        Overloaded if the ledger refuses, or by the deadline if it says nothing. Cancelling gives
+        the turn back. Else `end` has to be called once.
         """
         self._start()
-        loop = asyncio.get_running_loop()
-        turn = Turn(offer, time.monotonic(), loop.create_future())
-        if (replica := self._undisputed(offer)) is not None:
-            turn.is_news = True
-            turn.begin(replica)
-        self._turns[offer.ticket_id] = turn
-        self._new.append(turn)
-        self._tell()
+        granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        def decide(decision: Decision) -> None:
+            if granted.done():
+                return
+            if decision.replica is not None:
+                granted.set_result(decision.replica)
+            elif decision.refusal is not None:
+                granted.set_exception(error_for(decision.refusal))
+
+        self._book.ask(offer, time.monotonic(), decide, hear)
+        self._news.set()
+        # Of its own: the ledger may hang.
+        deadline = asyncio.timeout(offer.deadline_in_s)
         try:
-            return await turn.granted
+            async with deadline:
+                replica = await granted
+            await self._reach(offer.tier, replica)
+            return replica
+        except TimeoutError:
+            self.end(offer.ticket_id)
+            if not deadline.expired():
+                raise
+            raise Overloaded("its deadline came before its turn", None, LEDGER_BACK_S) from None
         except BaseException:
             self.end(offer.ticket_id)
             raise
@@ -138,66 +111,52 @@ class Turns:
 
     def progress(self, ticket_id: str, left_s: float) -> None:
         """So long the request whose turn it is still takes; the ledger hears of it in a while."""
-        turn = self._turns.get(ticket_id)
-        if turn is not None:
-            turn.left = left_s, time.monotonic()
-            self._moved.add(ticket_id)
+        self._book.progress(ticket_id, left_s, time.monotonic())
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """The turn is over; `is_done`: with what was wanted of it."""
-        if self._turns.pop(ticket_id, None) is not None:
-            self._ended.append(ticket_id)
-            if is_done:
-                self._done.append(ticket_id)
-            self._tell()
+        if self._book.end(ticket_id, is_done=is_done):
+            asyncio.get_running_loop().call_later(QUIET_S, self._news.set)
 
     def stop(self) -> None:
         """Talk to the ledger no more."""
-        for task in self._tasks.values():
+        for task in self._tasks:
             task.cancel()
 
-    def _tell(self) -> None:
-        """Have the ledger told what is new."""
-        if self._is_alone and all(turn.granted.done() for turn in self._turns.values()):
-            asyncio.get_running_loop().call_later(QUIET_S, self._news.set)
-        else:
-            self._news.set()
-
-    def _undisputed(self, offer: Offer) -> str | None:
-        """The only replica, if nobody else can want it: the ledger would say the same, later."""
-        if not self._is_alone or offer.cost_s > offer.deadline_in_s:
-            return None
-        names = self._reachable().get(offer.tier, ())
-        is_idle = all(turn.offer.tier != offer.tier for turn in self._turns.values())
-        return names[0] if is_idle and len(names) == 1 else None
+    async def _reach(self, tier: str, replica: str) -> None:
+        """Wait a moment for a replica of which the ledger knows already, and this gateway not."""
+        end = time.monotonic() + REACH_S
+        while replica not in self._reachable().get(tier, ()):
+            if time.monotonic() >= end:
+                return
+            await asyncio.sleep(0.01)
 
     def _start(self) -> None:
-        """Also again, after a mistake of ours: without them every request would wait in vain."""
-        loop = asyncio.get_running_loop()
-        for name, talk in (("speak", self._speak), ("listen", self._listen)):
-            if name not in self._tasks or self._tasks[name].done():
-                task = loop.create_task(talk(), context=contextvars.Context())
-                task.add_done_callback(tell_of_end)
-                self._tasks[name] = task
+        if not self._tasks:
+            self._tasks = [
+                keep_running(self._speak, "what tells the ledger"),
+                keep_running(self._listen, "what hears the ledger"),
+            ]
 
     async def _speak(self) -> None:
-        is_heard = True
+        """Make one statement after the other."""
         while True:
-            is_beat = not is_heard or await self._wait_for_news()
-            statement = self._statement(tell_all=is_beat)
+            is_beat = not self._book.has_to_tell_all and await self._wait_for_news()
+            self._news.clear()
+            statement = self._book.statement(
+                time.monotonic(), self._reachable(), self.cold_starts, is_beat=is_beat
+            )
             try:
-                heard = await self._line.say(self._gateway, statement)
+                reply = await self._line.say(self._gateway, statement)
             except LedgerLost as error:
                 logger.warning("the ledger did not hear: %s", error)
-                is_heard = self._is_alone = False
+                self._book.missed()
                 await asyncio.sleep(AGAIN_S)
                 continue
-            is_heard, self._is_alone = True, heard.is_alone
-            for decision in heard.decisions:
-                self._hear(decision)
-            lost = [self._turns[each] for each in heard.unknown if each in self._turns]
-            if lost:
-                self._new += lost
+            except BaseException:
+                self._book.missed()
+                raise
+            if self._book.heard(reply, time.monotonic()):
                 self._news.set()
 
     async def _wait_for_news(self) -> bool:
@@ -208,46 +167,16 @@ class Turns:
             return True
         return False
 
-    def _statement(self, *, tell_all: bool) -> Statement:
-        self._news.clear()
-        now = time.monotonic()
-        # Clients may have left already.
-        new = [turn for turn in self._new if turn.offer.ticket_id in self._turns]
-        offers = tuple(turn.offer_at(now) for turn in new)
-        for turn in new:
-            turn.is_news = False
-        moved = ((each, self._turns[each]) for each in self._moved if each in self._turns)
-        statement = Statement(
-            offers,
-            tuple(self._ended),
-            self._reachable(),
-            frozenset(self._turns) if tell_all else None,
-            tuple(self._done),
-            tuple((ticket_id, turn.left_s(now)) for ticket_id, turn in moved),
-        )
-        self._new, self._ended, self._done, self._moved = [], [], [], set()
-        return statement
-
     async def _listen(self) -> None:
-        heard = 0
+        """Hear what is decided later than at once."""
         while True:
             try:
-                heard, decisions = await self._line.listen(self._gateway, heard)
+                heard, decisions = await self._line.listen(self._gateway, self._heard)
             except LedgerLost:
-                heard = 0
                 await asyncio.sleep(AGAIN_S)
                 continue
-            for decision in decisions:
-                self._hear(decision)
-
-    def _hear(self, decision: Decision) -> None:
-        turn = self._turns.get(decision.ticket_id)
-        if turn is None or turn.granted.done():
-            return
-        if decision.replica is not None:
-            turn.begin(decision.replica)
-        elif decision.refusal is not None:
-            turn.granted.set_exception(error_for(decision.refusal))
+            self._book.decide(decisions, time.monotonic())
+            self._heard = heard
 
 
 def error_for(refusal: Refusal) -> FluxError:

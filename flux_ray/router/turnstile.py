@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from flux_ray.errors import FluxError, QuotaSpent, QuotaTooSmall, RateLimited
+from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared, Standing
-from flux_ray.router.turns import AGAIN_S, LedgerLost, tell_of_end
+from flux_ray.router.background import AGAIN_S, keep_running
+from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.usage import Name, Row, Usage, Use
 
 logger = logging.getLogger("ray.serve")
@@ -93,8 +94,13 @@ class Turnstile:
         self._leaving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def entered(self, entry: Entry, allowance: Allowance) -> AsyncIterator[Stay]:
-        """The request inside is counted; RateLimited or QuotaTooSmall if it may not be."""
+    async def entered(
+        self, entry: Entry, allowance: Allowance, within_s: float | None = None
+    ) -> AsyncIterator[Stay]:
+        """The request inside is counted; RateLimited or QuotaTooSmall if it may not be.
+
+        Overloaded if the ledger does not say so within that time.
+        """
         stay = Stay(entry.use, entry.cost_s)
         if allowance == UNLIMITED:
             yield stay
@@ -104,7 +110,7 @@ class Turnstile:
         # Before the ledger hears of it: what it has and this has not would be struck out.
         self._entries[name] = entry
         try:
-            await self._enter(entry, allowance)
+            await self._enter_within(within_s, entry, allowance)
             yield stay
         except asyncio.CancelledError:
             stay.break_off()
@@ -151,6 +157,19 @@ class Turnstile:
         self._has_heard.set()
         self._tells_all = shared.tell_all
 
+    async def _enter_within(
+        self, within_s: float | None, entry: Entry, allowance: Allowance
+    ) -> None:
+        deadline = asyncio.timeout(within_s)
+        try:
+            async with deadline:
+                await self._enter(entry, allowance)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            reason = "its deadline came before its key's limits were known"
+            raise Overloaded(reason, None, LEDGER_BACK_S) from None
+
     async def _enter(self, entry: Entry, allowance: Allowance) -> None:
         while True:
             try:
@@ -188,12 +207,8 @@ class Turnstile:
             logger.warning("request %s ends later in the ledger: %s", entry.request_id, error)
 
     def _start(self) -> None:
-        """Also again, after a mistake of ours."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(
-                self._share(), context=contextvars.Context()
-            )
-            self._task.add_done_callback(tell_of_end)
+        if self._task is None:
+            self._task = keep_running(self._share, "what shares the use of keys")
 
     async def _share(self) -> None:
         while True:

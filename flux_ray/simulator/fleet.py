@@ -19,10 +19,6 @@ from flux_ray.simulator.outcome import Outcome
 from flux_ray.simulator.values import Arrival, Failure, Pool
 from flux_ray.simulator.workloads import sample_of
 
-# From the order of a replica until its first request, the weights being on the node's disk: assumed
-# until replicas have measured it.
-COLD_START_S = 20.0
-GROUP_COLD_START_S = 60.0
 NUM_SAMPLES = 2000
 # A request may wait for what its deadline leaves beside its own work, and never for nothing.
 LEAST_WAIT_SHARE = 0.1
@@ -91,8 +87,7 @@ def tier_model(
     mean_s = mean_cost_s(args.tier, layout)
     scaling = args.autoscaling
     least = most = begin = args.num_replicas
-    cold_start_s = GROUP_COLD_START_S if layout.num_ranks > 1 else COLD_START_S
-    rules = ScalingRules(max(slo_scale - 1, LEAST_WAIT_SHARE) * mean_s, cold_start_s)
+    rules = ScalingRules(max(slo_scale - 1, LEAST_WAIT_SHARE) * mean_s, args.cold_start_s)
     if scaling is not None:
         # As Serve does, it begins with the least.
         begin = least = scaling.min_replicas

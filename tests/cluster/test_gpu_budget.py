@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.router.ledger import Offer, Statement
+from flux_ray.router.messages import Offer, Statement
 from tests.cluster.conftest import deploy, wait_until
 
 DEV, KLEIN = "flux-2-dev", "flux-2-klein-4b"

@@ -21,15 +21,21 @@ class Told:
 
     def __init__(self, **allowance):
         self.allowance = Allowance(**allowance)
-        self.books = Allowances()
+        self.date = NOON
+        self.books = self.new_books()
         self.usages = {}
 
+    def new_books(self):
+        return Allowances(lambda: self.date)
+
     def enter(self, request_id, now=0.0, gateway="g", **fields):
+        self.date = NOON + now
         rows = self.usage(gateway).rows()
         asked = entry(request_id, **fields)
         return self.books.enter(gateway, asked, self.allowance, rows, NOON + now)
 
     def standing(self, now=0.0, key="alice"):
+        self.date = NOON + now
         return self.books.standing(key, self.allowance, NOON + now)
 
     def leave(self, request_id, use=None, now=0.0, gateway="g", key="alice", tier="tiny"):
@@ -38,6 +44,7 @@ class Told:
         self.books.leave(gateway, request_id, tier, usage.rows_of(key))
 
     def share(self, *entries, now=0.0, gateway="g"):
+        self.date = NOON + now
         usage = self.usage(gateway)
         usage.merge(self.books.share(gateway, entries, usage.rows(), NOON + now).rows)
 
@@ -161,7 +168,7 @@ def test_a_lost_ledger_is_told_what_is_in_hand_and_what_the_day_took():
     told.share(gateway="g")
     told.share(gateway="h")
     told.enter("y", gateway="g", gpu_seconds=4.0)
-    told.books = Allowances()
+    told.books = told.new_books()
     assert told.enter("z", gateway="h", gpu_seconds=11.5).is_daily, "told with the request itself"
     told.share(entry("y", gpu_seconds=4.0), gateway="g")
     denial = told.enter("z", gateway="h", gpu_seconds=8.0)
@@ -187,7 +194,7 @@ def test_nothing_is_kept_of_keys_that_are_gone():
     assert len(told.books._recent) == 100
     told.share(now=61.0)
     assert len(told.books._recent) == 0
-    told.books.share("g", (), (), NOON + 3 * DAY_S)
+    told.share(now=3 * DAY_S)
     assert told.books._usage.rows() == ()
 
 
@@ -294,3 +301,20 @@ def test_a_denial_names_its_limit(limit, value):
     told = Told(**{limit: value})
     told.enter("x")
     assert told.enter("y").name == limit
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_limits_go_by_a_clock_that_nobody_sets(jump_s):
+    """The date jumps by an hour; a minute stays one, and who runs is not forgotten."""
+    date = [NOON]
+    books = Allowances(lambda: date[0])
+    often, at_once = Allowance(requests_per_minute=2), Allowance(max_concurrent=1)
+    for number in range(2):
+        assert books.enter("g", entry(f"{number}"), often, (), float(number)) is None
+        books.leave("g", f"{number}", "tiny", ())
+    assert books.enter("g", entry("runs", "bob"), at_once, (), 2.0) is None
+    date[0] += jump_s
+    denial = books.enter("g", entry("2"), often, (), 3.0)
+    assert denial is not None and denial.retry_after_s == pytest.approx(57.0)
+    assert books.enter("h", entry("second", "bob"), at_once, (), 3.0) is not None
+    assert books.enter("g", entry("2"), often, (), 61.5) is None

@@ -14,7 +14,7 @@ from flux_ray.app import replicas_of
 from flux_ray.config import TierArgs
 from flux_ray.router import autoscaling, budgeted
 from flux_ray.router.budgeted import GpuBudget
-from flux_ray.router.ledger import Backlog
+from flux_ray.router.messages import Backlog
 
 HUB = "owner/name@revision"
 
@@ -30,7 +30,7 @@ class Books:
 
     waiting_s: float
 
-    async def backlog(self, tier):
+    async def backlog(self, tier, cold_start_s):
         return Backlog(self.waiting_s)
 
 

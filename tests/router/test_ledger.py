@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from flux_ray.router.ledger import SILENCE_S, Decision, Ledger, Offer, Statement
+from flux_ray.request import QueuePosition
+from flux_ray.router.ledger import SILENCE_S, Ledger
+from flux_ray.router.messages import Decision, Offer, Statement
 from flux_ray.router.queue import TierQueue
 
 REPLICAS = {"tiny": ("a", "b")}
@@ -116,19 +118,53 @@ def test_a_gateway_that_falls_silent_leaves_nothing(ledger):
     assert ledger.backlog("tiny", SILENCE_S + 0.1)[:2] == (0.0, 0.0)
 
 
-def test_only_replicas_that_all_gateways_reach_are_granted(ledger):
-    ledger.hear("h", Statement(replicas={"tiny": ("b", "c")}), 0.0)
+def test_the_replicas_are_those_that_serve_names_whatever_gateways_see(ledger):
+    """A gateway that is new, cut off or stuck takes nothing from the others, and gives nothing."""
+    ledger.see_replicas("tiny", ("b",), 0.0)
+    for name, view in (("new", ()), ("stuck", ("gone",))):
+        ledger.hear(name, Statement(replicas={"tiny": view}), 0.0)
     ledger.hear("g", Statement(offers=(offer("x"), offer("y"))), 0.0)
     assert granted(ledger.decide(0.0)["g"]) == {"x": "b"}
 
 
-def test_the_work_of_a_replica_that_is_gone_is_struck_out(ledger):
+def test_until_serve_was_heard_the_replicas_are_all_that_any_gateway_reaches(ledger):
+    ledger.hear("h", Statement(replicas={"tiny": ("b", "c")}), 0.0)
+    ledger.hear("new", Statement(replicas={"tiny": ()}), 0.0)
+    ledger.hear("g", Statement(offers=tuple(offer(name) for name in "wxyz")), 0.0)
+    assert set(granted(ledger.decide(0.0)["g"]).values()) == {"a", "b", "c"}
+
+
+def test_a_replica_that_is_away_for_a_moment_comes_back_with_what_it_runs(ledger):
+    ledger.see_replicas("tiny", ("a",), 0.0)
+    ledger.hear("g", Statement(offers=(offer("x", 30.0, 600.0), offer("y", 30.0, 600.0))), 0.0)
+    assert granted(ledger.decide(0.0)["g"]) == {"x": "a"}
+    ledger.see_replicas("tiny", (), 1.0)
+    assert ledger.decide(1.0) == {}
+    ledger.see_replicas("tiny", ("a",), 2.0)
+    assert ledger.decide(2.0) == {}
+    assert ledger.backlog("tiny", 2.0) == (30.0, 28.0, 60.0)
+    ledger.hear("g", Statement(ended=("x",), done=("x",)), 30.0)
+    assert granted(ledger.decide(30.0)["g"]) == {"y": "a"}
+
+
+def test_what_runs_where_nobody_knows_of_is_on_the_books_when_that_is_known():
+    """A new ledger hears of running requests before it hears of their replicas."""
+    ledger = Ledger(TierQueue)
+    ledger.hear("g", Statement(offers=(offer("x", 27.0, 600.0, runs_on="a"), offer("y"))), 0.0)
+    ledger.see_replicas("tiny", ("a",), 0.5)
+    assert ledger.decide(0.5) == {}
+    assert ledger.backlog("tiny", 0.5).running_s == pytest.approx(26.5)
+
+
+def test_the_work_of_a_replica_that_is_gone_stays_until_its_gateway_says_that_it_ended(ledger):
     ledger.hear("g", Statement(offers=(offer("x"), offer("y"))), 0.0)
     lost = next(d.ticket_id for d in ledger.decide(0.0)["g"] if d.replica == "a")
     ledger.hear("g", Statement(replicas={"tiny": ("b",)}), 0.1)
-    assert ledger.backlog("tiny", 0.1).running_s == pytest.approx(0.9)
+    assert ledger.backlog("tiny", 0.1).running_s == pytest.approx(1.8)
     ledger.hear("g", Statement(ended=(lost,)), 0.2)
     assert ledger.backlog("tiny", 0.2).running_s == pytest.approx(0.8)
+    ledger.hear("g", Statement(offers=(offer("z"),)), 0.2)
+    assert ledger.decide(0.2) == {}
 
 
 def test_with_no_replica_requests_wait(ledger):
@@ -169,35 +205,74 @@ def test_after_any_run_the_books_are_at_zero(seed):
     assert ledger.backlog("tiny", now + SILENCE_S + 1)[:2] == (0.0, 0.0)
 
 
-def test_what_began_by_itself_is_booked_as_if_it_had_been_granted(ledger):
-    begun = offer("x", runs_on="a", is_news=True)
-    ledger.hear("g", Statement(offers=(begun, begun)), 0.0)
+def test_what_was_granted_and_not_heard_is_told_again(ledger):
+    ledger.hear("g", Statement(offers=(offer("x"),)), 0.0)
+    [decision] = ledger.decide(0.0)["g"]
+    beat = Statement(known=frozenset({"x"}), waiting=frozenset({"x"}))
+    ledger.hear("g", beat, 0.5)
+    assert ledger.decide(0.5) == {"g": [decision]}
+    ledger.hear("g", Statement(known=frozenset({"x"})), 1.0)
+    assert ledger.decide(1.0) == {}
+
+
+def test_a_statement_that_is_late_or_doubled_changes_nothing(ledger):
+    first = Statement(offers=(offer("x"),), number=1)
+    ledger.hear("g", first, 0.0)
+    ledger.decide(0.0)
+    ledger.hear("g", Statement(known=frozenset({"x"}), number=3), 0.2)
+    ledger.hear("g", Statement(known=frozenset(), number=2), 0.3)
+    ledger.hear("g", first, 0.3)
+    assert ledger.backlog("tiny", 0.3) == (0.0, pytest.approx(0.7), 1.0)
+
+
+def test_with_no_replica_who_cannot_wait_for_one_hears_so_at_once():
+    ledger = Ledger(TierQueue)
+    ledger.learn_cold_start("tiny", 60.0)
+    ledger.hear("g", Statement(offers=(offer("nobody knows yet", 1.0, 8.0),)), 0.0)
     assert ledger.decide(0.0) == {}
-    assert ledger.backlog("tiny", 0.0) == (0.0, 1.0, 1.0)
-    ledger.hear("g", Statement(offers=(offer("y"), offer("z"))), 0.0)
-    assert granted(ledger.decide(0.0)["g"]) == {"y": "b"}
-    ledger.hear("g", Statement(ended=("x",)), 0.5)
-    assert granted(ledger.decide(0.5)["g"]) == {"z": "a"}
+    ledger.hear("g", Statement((offer("x", 1.0, 8.0),), replicas={"tiny": ()}), 0.0)
+    [decision] = [each for each in ledger.decide(0.0)["g"] if each.ticket_id == "x"]
+    assert decision.refusal is not None
+    assert "no replica is up" in decision.refusal.reason
+    assert decision.refusal.retry_after_s == pytest.approx(53.0, abs=0.01)
+    ledger.hear("g", Statement((offer("y", 1.0, 80.0),)), 0.0)
+    assert "y" not in granted(ledger.decide(0.0).get("g", []))
 
 
-def test_two_that_began_on_one_replica_come_one_after_the_other(ledger):
-    """Two gateways, each of which was alone a moment ago."""
-    for gateway, name in (("g", "x"), ("h", "y")):
-        begun = offer(name, runs_on="a", is_news=True)
-        ledger.hear(gateway, Statement(offers=(begun,), replicas=REPLICAS), 0.0)
-    assert ledger.backlog("tiny", 0.0) == (0.0, 2.0, 2.0)
-    for gateway, name in (("g", "x"), ("h", "y")):
-        ledger.hear(gateway, Statement(ended=(name,)), 1.0)
-    assert ledger.backlog("tiny", 1.0)[:2] == (0.0, 0.0)
+def test_work_arrives_once_however_often_its_client_comes_back(ledger):
+    ledger.hear("g", Statement(offers=(offer("busy", 100.0, 600.0), offer("too", 100.0, 600.0))), 0)
+    ledger.decide(0.0)
+    for number in range(10):
+        now = 1.0 + 5 * number
+        ledger.hear("g", Statement(offers=(offer(f"{number}", 10.0, 20.0, work="a cat"),)), now)
+        assert ledger.decide(now)["g"][0].refusal is not None
+    assert ledger.backlog("tiny", 50.0).arrived_s == 210.0
+    ledger.hear("g", Statement(offers=(offer("other", 10.0, 20.0, work="a dog"),)), 60.0)
+    assert ledger.backlog("tiny", 60.0).arrived_s == 220.0
 
 
-def test_a_gateway_is_alone_where_no_other_was_heard_of_for_a_while(ledger):
-    assert not ledger.is_alone("g", SILENCE_S)
-    assert ledger.is_alone("g", SILENCE_S + 0.1)
-    assert not ledger.is_alone("h", SILENCE_S + 0.1)
-    ledger.hear("g", Statement(), SILENCE_S)
-    ledger.hear("h", Statement(), SILENCE_S)
-    assert not ledger.is_alone("g", SILENCE_S + 0.1)
-    ledger.hear("g", Statement(), 2 * SILENCE_S)
-    ledger.forget_silent(2 * SILENCE_S + 0.1)
-    assert ledger.is_alone("g", 2 * SILENCE_S + 0.1)
+def test_work_that_is_put_back_or_tried_again_arrives_once(ledger):
+    for number in range(5):
+        name = f"job-{number}"
+        ledger.hear("g", Statement(offers=(offer(name, 3.0, work="job"),)), number)
+        assert granted(ledger.decide(number)["g"])[name] is not None
+        ledger.hear("g", Statement(ended=(name,)), number + 0.5)
+    assert ledger.backlog("tiny", 5.0) == (0.0, 0.0, 3.0)
+    for number in range(2):
+        name = f"done-{number}"
+        ledger.hear("g", Statement(offers=(offer(name, 3.0, work="other"),)), 10 + number)
+        ledger.decide(10 + number)
+        ledger.hear("g", Statement(ended=(name,), done=(name,)), 10.5 + number)
+    assert ledger.backlog("tiny", 12.0).arrived_s == 9.0, "two requests for the same"
+
+
+def test_who_waits_hears_where(ledger):
+    offers = tuple(offer(name, 2.0, 60.0, has_deadline=False) for name in "vwxyz")
+    ledger.hear("g", Statement(offers=offers), 0.0)
+    ledger.decide(0.0)
+    at = ledger.positions("g", ("v", "x", "y", "z", "never"), 1.0)
+    assert dict(at) == {
+        "x": QueuePosition(0, pytest.approx(3.0)),
+        "y": QueuePosition(1, pytest.approx(3.0)),
+        "z": QueuePosition(2, pytest.approx(5.0)),
+    }

@@ -1,16 +1,29 @@
 """The actor around the ledger, without Ray: when it looks at what nobody tells it."""
 
 import asyncio
+import threading
 import time
 
 import pytest
 
 from flux_ray.router import ledger, ledger_actor
-from flux_ray.router.ledger import Offer, Statement
-from flux_ray.router.ledger_actor import LedgerActor
+from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger
+from flux_ray.router.messages import Offer, Statement
+from flux_ray.router.outbox import Receipt
+from flux_ray.router.turns import LedgerLost
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = Offer("ours", "tiny", 30.0, 600.0)
+
+
+async def never_connected(tier: str) -> None:
+    """Serve is not heard of."""
+    await asyncio.Event().wait()
+
+
+def new_actor(**options) -> LedgerActor:
+    """In this process, without Ray; it decides from the first moment on."""
+    return LedgerActor(connect=never_connected, **{"rejoin_s": 0.0} | options)
 
 
 @pytest.fixture
@@ -20,13 +33,13 @@ def silence_s(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 async def test_a_dead_gateway_is_forgotten_while_others_speak_all_the_time(silence_s):
-    actor = LedgerActor()
+    actor = new_actor()
     dead, alive = (Offer(name, "tiny", 30.0, 600.0) for name in ("dead", "alive"))
     await actor.say("dead", Statement((dead,), replicas=REPLICAS))
-    assert (await actor.listen("dead", 0))[1][0].replica == "one"
+    assert (await actor.listen("dead", Receipt()))[1][0].replica == "one"
     end = time.monotonic() + 20 * silence_s
     await actor.say("alive", Statement((alive,), replicas=REPLICAS))
-    listening = asyncio.create_task(actor.listen("alive", 0))
+    listening = asyncio.create_task(actor.listen("alive", Receipt()))
     while not listening.done():
         assert time.monotonic() < end, "the dead one's request still holds the replica"
         await actor.say("alive", Statement(replicas=REPLICAS))
@@ -39,34 +52,118 @@ async def test_a_dead_gateway_is_forgotten_while_others_speak_all_the_time(silen
 async def test_what_a_reply_tells_is_told_to_who_listens_too_but_without_haste(monkeypatch):
     """The reply may be lost. Where it is not, telling it again at once is work for nothing."""
     monkeypatch.setattr(ledger_actor, "LISTEN_S", 0.2)
-    actor = LedgerActor()
-    listening = asyncio.create_task(actor.listen("alive", 0))
+    actor = new_actor()
+    listening = asyncio.create_task(actor.listen("alive", Receipt()))
     await asyncio.sleep(0)
     heard = await actor.say("alive", Statement((OFFER,), replicas=REPLICAS))
     assert [each.replica for each in heard.decisions] == ["one"]
     await asyncio.sleep(0.05)
     assert not listening.done()
-    assert await listening == (1, list(heard.decisions))
-    assert await actor.listen("alive", 1) == (1, [])
+    receipt, decisions = await listening
+    assert decisions == list(heard.decisions)
+    assert await actor.listen("alive", receipt) == (receipt, [])
     actor._ticker.cancel()
 
 
 async def test_a_reply_tells_nothing_of_other_gateways():
-    actor = LedgerActor()
+    actor = new_actor()
     first, second = (Offer(name, "tiny", 30.0, 600.0) for name in ("first", "second"))
     await actor.say("one", Statement((first,), replicas=REPLICAS))
     assert (await actor.say("two", Statement((second,), replicas=REPLICAS))).decisions == ()
     assert (await actor.say("one", Statement(ended=("first",)))).decisions == ()
-    [decision] = (await actor.listen("two", 0))[1]
+    [decision] = (await actor.listen("two", Receipt()))[1]
     assert (decision.ticket_id, decision.replica) == ("second", "one")
     actor._ticker.cancel()
 
 
-async def test_a_gateway_hears_whether_it_is_alone(silence_s):
-    actor = LedgerActor()
-    assert not (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
-    await asyncio.sleep(1.2 * silence_s)
-    assert (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
-    assert not (await actor.say("two", Statement(replicas=REPLICAS))).is_alone
-    assert not (await actor.say("one", Statement(replicas=REPLICAS))).is_alone
+async def test_the_grant_of_a_gateway_that_was_silent_is_not_lost(silence_s, monkeypatch):
+    """What it heard of its former outbox counts for nothing in the new one."""
+    monkeypatch.setattr(ledger_actor, "LISTEN_S", 0.05)
+    actor = new_actor()
+    await actor.say("g", Statement((OFFER,), replicas=REPLICAS))
+    receipt, _ = await actor.listen("g", Receipt())
+    await actor.say("other", Statement(replicas=REPLICAS))
+    while "g" in actor._mailboxes:
+        await asyncio.sleep(0.05)
+        await actor.say("other", Statement())
+    again = Offer("again", "tiny", 30.0, 600.0)
+    await actor.say("g", Statement((again,), replicas=REPLICAS))
+    receipt, [decision] = await actor.listen("g", receipt)
+    assert (decision.ticket_id, decision.replica) == ("again", "one")
+    assert await actor.listen("g", receipt) == (receipt, [])
     actor._ticker.cancel()
+
+
+async def test_a_new_ledger_decides_when_all_gateways_have_spoken():
+    """What runs is told by another gateway a moment after the first has asked."""
+    actor = new_actor(rejoin_s=0.3)
+    assert (await actor.say("one", Statement((OFFER,), replicas=REPLICAS))).decisions == ()
+    running = Offer("theirs", "tiny", 30.0, 600.0, runs_on="one")
+    await actor.say("two", Statement((running,), replicas=REPLICAS))
+    listening = asyncio.create_task(actor.listen("one", Receipt()))
+    await asyncio.sleep(0.5)
+    assert not listening.done()
+    await actor.say("two", Statement(ended=("theirs",)))
+    assert (await listening)[1][0].replica == "one"
+    actor._ticker.cancel()
+
+
+async def test_an_unforeseen_error_ends_the_ledger(serve_log):
+    ended = asyncio.Event()
+    actor = new_actor(end=ended.set)
+    with pytest.raises(AttributeError):
+        await actor.say("g", None)
+    assert ended.is_set()
+
+
+async def test_an_unforeseen_error_between_calls_ends_the_ledger(serve_log):
+    ended = asyncio.Event()
+    actor = new_actor(end=ended.set)
+    actor._ledger.forget_silent = None
+    await actor.say("g", Statement((OFFER,), replicas=REPLICAS))
+    await ended.wait()
+    assert "its ticks failed" in serve_log.text
+
+
+class Silent:
+    """An actor that answers nothing."""
+
+    def __getattr__(self, method):
+        return self
+
+    async def remote(self, *args):
+        await asyncio.Event().wait()
+
+
+async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log):
+    killed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(ledger_actor, "ANSWER_S", 0.05)
+    monkeypatch.setattr(
+        ledger_actor.ray, "kill", lambda actor, no_restart: loop.call_soon_threadsafe(killed.set)
+    )
+    line = RemoteLedger(Silent)
+    for _ in range(ledger_actor.MAX_UNANSWERED):
+        assert not killed.is_set()
+        with pytest.raises(LedgerLost):
+            await line.say("g", Statement())
+    await killed.wait()
+    assert line._actor is not None, "it comes back under the same handle"
+
+
+async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
+    monkeypatch.setattr(ledger_actor, "ANSWER_S", 0.05)
+    head = threading.Event()
+    calls = []
+
+    def start():
+        calls.append("start")
+        head.wait()
+        return Silent()
+
+    line = RemoteLedger(start)
+    for _ in range(3):
+        with pytest.raises(LedgerLost):
+            await line.say("g", Statement())
+    assert calls == ["start"]
+    head.set()

@@ -23,8 +23,13 @@ def test_a_free_replica_is_there_at_once():
     assert queue_of("a").forecast(ticket("x", 1.0), 0.0) == Forecast(0.0)
 
 
-def test_with_no_replica_nobody_knows():
-    assert queue_of().forecast(ticket("x", 1.0), 0.0) == Forecast(None)
+def test_with_no_replica_it_waits_for_one_to_start():
+    queue = TierQueue(cold_start_s=20.0)
+    assert queue.forecast(ticket("x", 1.0), 0.0) == Forecast(20.0)
+    assert queue.forecast(ticket("x", 1.0, 20.0), 0.0) == Forecast(20.0, is_refused=True)
+    assert queue.forecast(ticket("x", 1.0), 15.0) == Forecast(20.0), "nobody has asked for it"
+    queue.offer(ticket("first", 2.0), 15.0)
+    assert queue.forecast(ticket("x", 1.0), 25.0) == Forecast(pytest.approx(12.0))
 
 
 def test_what_is_before_it_is_waited_for_and_nothing_else():

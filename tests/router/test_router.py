@@ -38,7 +38,7 @@ async def test_result_comes_back_from_the_replica_whose_turn_it_was(router, hand
 async def test_the_offer_says_price_deadline_and_key(router, turns):
     await router.generate(REQUEST, Caller(key="someone", weight=2.0, deadline_s=2.5))
     (offer,) = turns.offers
-    assert (offer.tier, offer.deadline_in_s) == ("tiny", 2.5)
+    assert (offer.tier, offer.deadline_in_s) == ("tiny", pytest.approx(2.5, abs=0.5))
     assert (offer.key, offer.weight) == ("someone", 2.0)
     fresh = CostModel({"tiny": Layout("cpu", dtype="float32")})
     assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
@@ -91,7 +91,7 @@ async def test_the_ledger_hears_of_long_requests_and_of_those_that_are_followed(
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
     await router.generate(REQUEST, Caller(deadline_s=1000))
     await router.generate(REQUEST)
-    assert [offer.deadline_in_s for offer in turns.offers] == [5, 5]
+    assert [offer.deadline_in_s for offer in turns.offers] == pytest.approx([5, 5], abs=0.5)
 
 
 async def test_what_it_took_corrects_the_price(router, turns):
@@ -139,7 +139,8 @@ async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, h
     await router.generate(REQUEST, Caller(deadline_s=0.5))
     assert handles.requests == [REQUEST, REQUEST]
     assert turns.ended == ["tiny-id-1", "tiny-id-2"], "as two turns"
-    assert turns.offers[1].deadline_in_s == 5, "it is not refused for what was not its fault"
+    left_s = turns.offers[1].deadline_in_s
+    assert left_s == pytest.approx(5, abs=0.5), "it is not refused for what was not its fault"
 
 
 async def test_who_listens_hears_of_a_second_replica_from_the_beginning(router, handles):
@@ -217,7 +218,7 @@ class FakeTurnstile:
         self.stays = []
 
     @asynccontextmanager
-    async def entered(self, entry, allowance):
+    async def entered(self, entry, allowance, within_s=None):
         self.entries.append((entry, allowance))
         if entry.tier in self.spent:
             raise QuotaSpent("no more today", None, 1000)

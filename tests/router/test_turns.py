@@ -1,15 +1,18 @@
 """A gateway's side of the ledger, over a real ledger that can be lost with all it knows."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 
 from flux_ray.errors import DeadlineTooShort, Overloaded
+from flux_ray.request import News, QueuePosition
+from flux_ray.router import background
 from flux_ray.router import turns as turns_module
-from flux_ray.router.ledger import Decision, Heard, Ledger, Offer, Statement
+from flux_ray.router.ledger import Ledger
+from flux_ray.router.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.outbox import Receipt
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.ticket import Refusal
 from flux_ray.router.turns import LedgerLost, Turns, error_for
@@ -22,9 +25,8 @@ class FakeLine:
         self.lose()
         self.is_down = False
         self.loses_replies = False
-        self.is_alone = False
+        self.is_hanging = False
         self.offers: list[Offer] = []
-        self.num_told = 0
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
@@ -33,21 +35,23 @@ class FakeLine:
     async def say(self, gateway: str, statement: Statement) -> Heard:
         if self.is_down:
             raise LedgerLost
+        if self.is_hanging:
+            await asyncio.get_running_loop().create_future()
         self.offers += statement.offers
-        self.num_told += bool(statement.offers or statement.ended)
         unknown = self.ledger.hear(gateway, statement, time.monotonic())
         told = self.ledger.decide(time.monotonic()).get(gateway, [])
         self.decided += told
         if self.loses_replies:
             raise LedgerLost
-        return Heard(unknown, tuple(told), self.is_alone)
+        positions = self.ledger.positions(gateway, statement.watched, time.monotonic())
+        return Heard(unknown, tuple(told), positions)
 
-    async def listen(self, gateway: str, heard: int) -> tuple[int, list[Decision]]:
+    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         await asyncio.sleep(0.001)
         if self.is_down:
             raise LedgerLost
         decided, self.decided = self.decided, []
-        return heard + len(decided), decided
+        return receipt, decided
 
     def running_s(self) -> float:
         return self.ledger.backlog("tiny", time.monotonic()).running_s
@@ -63,6 +67,7 @@ async def turns(line: FakeLine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     """Of a gateway that reaches one replica, `a`."""
     monkeypatch.setattr(turns_module, "BEAT_S", 0.01)
     monkeypatch.setattr(turns_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(background, "AGAIN_S", 0.01)
     turns = Turns(line, lambda: {"tiny": ("a",)}, "g")
     yield turns
     turns.stop()
@@ -156,7 +161,7 @@ async def test_a_grant_whose_reply_was_lost_is_heard_of_by_listening(turns: Turn
 
 
 async def test_a_grant_comes_with_the_reply(turns: Turns, line: FakeLine, monkeypatch) -> None:
-    async def silence(_gateway: str, _heard: int) -> tuple[int, list[Decision]]:
+    async def silence(_gateway: str, _receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         return await asyncio.get_running_loop().create_future()
 
     monkeypatch.setattr(line, "listen", silence)
@@ -200,114 +205,55 @@ async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: Fake
     assert line.running_s() == 0
 
 
-@pytest.fixture
-async def alone(turns: Turns, line: FakeLine) -> Turns:
-    """Of a gateway that knows that it is."""
-    line.is_alone = True
-    await within(turns.take(offer("first")))
-    turns.end("first")
-    await asyncio.sleep(0.05)
-    line.offers.clear()
-    return turns
-
-
-async def begins_at_once(turns: Turns, offer: Offer) -> bool:
-    """Whether it has its turn before the ledger can have heard of it."""
-    taking = asyncio.create_task(turns.take(offer))
-    await asyncio.sleep(0)
-    is_done = taking.done()
-    with contextlib.suppress(DeadlineTooShort):
-        await within(taking)
-    return is_done
-
-
-async def test_who_is_alone_takes_the_only_replica_at_once_and_tells(
-    alone: Turns, line: FakeLine
-) -> None:
-    assert await begins_at_once(alone, offer("x"))
-    await asyncio.sleep(0.05)
-    [told] = line.offers
-    assert (told.ticket_id, told.runs_on, told.is_news) == ("x", "a", True)
-    backlog = line.ledger.backlog("tiny", time.monotonic())
-    assert backlog == (0.0, pytest.approx(10, abs=0.5), pytest.approx(20, abs=0.5))
-    waiting = asyncio.create_task(alone.take(offer("y")))
+async def test_who_waits_hears_where_and_for_how_long(turns: Turns) -> None:
+    await within(turns.take(offer("x")))
+    heard: asyncio.Queue[News] = asyncio.Queue()
+    ahead = asyncio.create_task(turns.take(offer("y")))
     await asyncio.sleep(0.03)
-    assert not waiting.done()
-    alone.end("x")
-    assert await within(waiting) == "a"
+    waiting = asyncio.create_task(turns.take(offer("z", 20.0, 600.0), heard.put_nowait))
+    position = await within(heard.get())
+    assert position == QueuePosition(1, pytest.approx(40, abs=1))
+    for each in (ahead, waiting):
+        each.cancel()
+    await asyncio.wait([ahead, waiting])
 
 
-async def test_what_was_begun_here_is_told_again_to_a_lost_ledger_as_old(
-    alone: Turns, line: FakeLine
+async def test_a_ledger_that_hangs_breaks_no_deadline(turns: Turns, line: FakeLine) -> None:
+    line.is_hanging = True
+    with pytest.raises(Overloaded) as caught:
+        await within(turns.take(offer("x", 0.1, 0.2)))
+    assert caught.value.retry_after_s
+    line.is_hanging = False
+
+
+async def test_a_mistake_of_ours_ends_neither_speaking_nor_listening(
+    turns: Turns, line: FakeLine, serve_log: pytest.LogCaptureFixture
 ) -> None:
-    assert await begins_at_once(alone, offer("x"))
-    await asyncio.sleep(0.03)
-    line.lose()
+    """Nobody asks for anything in between that would start them again."""
+    mistakes = [RuntimeError("of ours"), RuntimeError("another")]
+    speak = line.say
+
+    async def say(gateway: str, statement: Statement) -> Heard:
+        if mistakes:
+            raise mistakes.pop()
+        return await speak(gateway, statement)
+
+    line.say = say  # type: ignore[method-assign]
+    assert await within(turns.take(offer("x"))) == "a"
+    assert not mistakes
+    assert "begins again" in serve_log.text
+
+
+async def test_a_grant_of_a_replica_that_is_not_known_here_yet_waits_until_it_is(
+    line: FakeLine,
+) -> None:
+    """The ledger may hear of a new replica before this gateway does."""
+    seen: dict[str, tuple[str, ...]] = {}
+    turns = Turns(line, lambda: seen, "g")
+    line.ledger.see_replicas("tiny", ("new",), time.monotonic())
+    taking = asyncio.create_task(turns.take(offer("x")))
     await asyncio.sleep(0.1)
-    assert [each.is_news for each in line.offers] == [True, False]
-    assert line.running_s() == pytest.approx(10, abs=0.5)
-    assert line.ledger.backlog("tiny", time.monotonic()).arrived_s == 0
-
-
-async def test_who_leaves_before_it_was_told_leaves_nothing(alone: Turns, line: FakeLine) -> None:
-    taking = asyncio.create_task(alone.take(offer("x")))
-    await asyncio.sleep(0)
-    assert taking.done()
-    alone.end("x")
-    await asyncio.sleep(0.05)
-    assert (line.offers, line.running_s()) == ([], 0)
-
-
-@pytest.mark.parametrize(
-    ("replicas", "deadline_in_s"), [(("a", "b"), 60.0), ((), 60.0), (("a",), 9.0)]
-)
-async def test_where_there_is_something_to_decide_the_ledger_does(
-    alone: Turns,
-    monkeypatch: pytest.MonkeyPatch,
-    replicas: tuple[str, ...],
-    deadline_in_s: float,
-) -> None:
-    monkeypatch.setattr(alone, "_reachable", lambda: {"tiny": replicas})
-    assert alone._undisputed(offer("x", deadline_in_s=deadline_in_s)) is None
-
-
-async def test_a_gateway_that_may_not_be_alone_asks(turns: Turns, line: FakeLine) -> None:
-    assert not await begins_at_once(turns, offer("x"))
-
-
-async def test_who_hears_no_more_from_the_ledger_asks_it(alone: Turns, line: FakeLine) -> None:
-    line.is_down = True
-    await asyncio.sleep(0.05)
-    taking = asyncio.create_task(alone.take(offer("x")))
-    await asyncio.sleep(0.02)
     assert not taking.done()
-    line.is_down = False
-    assert await within(taking) == "a"
-
-
-async def test_who_is_alone_tells_a_little_later_and_less_often(
-    alone: Turns, line: FakeLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(turns_module, "BEAT_S", 60)
-    # The beat that goes on is of the former length.
-    await asyncio.sleep(0.05)
-    line.num_told = 0
-    await alone.take(offer("x"))
-    alone.end("x")
-    await alone.take(offer("y"))
-    await asyncio.sleep(0.005)
-    assert line.num_told == 0
-    await asyncio.sleep(0.05)
-    assert line.num_told == 1
-    assert line.running_s() == pytest.approx(10, abs=0.5)
-
-
-async def test_who_is_alone_tells_at_once_what_somebody_waits_for(
-    alone: Turns, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(turns_module, "QUIET_S", 60)
-    await alone.take(offer("x"))
-    waiting = asyncio.create_task(alone.take(offer("y")))
-    await asyncio.sleep(0.03)
-    alone.end("x")
-    assert await within(waiting) == "a"
+    seen["tiny"] = ("new",)
+    assert await within(taking) == "new"
+    turns.stop()

@@ -1,0 +1,173 @@
+"""What a gateway has asked of the ledger and not heard the end of: the pure half of its line."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from flux_ray.request import QueuePosition
+from flux_ray.router.messages import Decision, Heard, Offer, Statement
+
+Decide = Callable[[Decision], None]
+Watch = Callable[[QueuePosition], None]
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request of this gateway, from its arrival to its end.
+
+    `decide` is called once, with what the ledger decided. `watch`, if anybody wants to know, hears
+    where it stands while it waits.
+    """
+
+    offer: Offer
+    asked_at: float
+    decide: Decide
+    watch: Watch | None = None
+    replica: str | None = None
+    is_decided: bool = False
+    # What was left of it when that was last known.
+    left: tuple[float, float] = (math.inf, 0.0)
+
+    def left_s(self, now: float) -> float:
+        """How long it still takes, once it was granted."""
+        left_s, known_at = self.left
+        return max(0.0, left_s - (now - known_at))
+
+    def offer_at(self, now: float) -> Offer:
+        """The offer for a ledger that has never heard of it, or has been lost."""
+        deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
+        if self.replica is None:
+            return replace(self.offer, deadline_in_s=deadline_in_s)
+        left_s = self.left_s(now)
+        return replace(self.offer, deadline_in_s=deadline_in_s, cost_s=left_s, runs_on=self.replica)
+
+
+@dataclass
+class News:
+    """What the ledger has not been told."""
+
+    offers: list[Turn]
+    ended: list[str]
+    done: list[str]
+    moved: set[str]
+
+    def before(self, later: "News") -> "News":
+        """This and what came after it."""
+        return News(
+            self.offers + later.offers,
+            self.ended + later.ended,
+            self.done + later.done,
+            self.moved | later.moved,
+        )
+
+
+def nothing() -> News:
+    """To begin with."""
+    return News([], [], [], set())
+
+
+class TurnBook:
+    """All requests of this gateway that wait for a turn or have one. Told the time, never waits.
+
+    Make a statement; then call heard() with the reply, or missed(). One statement at a time.
+    """
+
+    def __init__(self) -> None:
+        self._turns: dict[str, Turn] = {}
+        self._news = nothing()
+        self._said = nothing()
+        self._number = 0
+        self._tells_all = True
+
+    @property
+    def has_to_tell_all(self) -> bool:
+        """The ledger may have lost what it was told, or never heard it."""
+        return self._tells_all
+
+    def ask(self, offer: Offer, now: float, decide: Decide, watch: Watch | None = None) -> None:
+        """A request wants its turn."""
+        turn = Turn(offer, now, decide, watch)
+        self._turns[offer.ticket_id] = turn
+        self._news.offers.append(turn)
+
+    def progress(self, ticket_id: str, left_s: float, now: float) -> None:
+        """So long a request that was granted still takes; unknown ones are ignored."""
+        turn = self._turns.get(ticket_id)
+        if turn is not None:
+            turn.left = left_s, now
+            self._news.moved.add(ticket_id)
+
+    def end(self, ticket_id: str, *, is_done: bool = False) -> bool:
+        """The turn is over, with what was wanted or without; whether it was known."""
+        if self._turns.pop(ticket_id, None) is None:
+            return False
+        self._news.ended.append(ticket_id)
+        if is_done:
+            self._news.done.append(ticket_id)
+        return True
+
+    def statement(
+        self,
+        now: float,
+        replicas: Mapping[str, tuple[str, ...]],
+        cold_starts: Mapping[str, float],
+        *,
+        is_beat: bool = False,
+    ) -> Statement:
+        """What is new; and on a beat, or where the last was not heard, all that is known."""
+        tells_all = is_beat or self._tells_all
+        said, self._news = self._news, nothing()
+        # Clients may have left already.
+        said.offers = [turn for turn in said.offers if turn.offer.ticket_id in self._turns]
+        self._said = said
+        self._number += 1
+        moved = [(each, self._turns[each]) for each in sorted(said.moved) if each in self._turns]
+        news = Statement(
+            tuple(turn.offer_at(now) for turn in said.offers),
+            tuple(said.ended),
+            replicas,
+            done=tuple(said.done),
+            left_s=tuple((ticket_id, turn.left_s(now)) for ticket_id, turn in moved),
+            number=self._number,
+        )
+        if not tells_all:
+            return news
+        waiting = {each: turn for each, turn in self._turns.items() if not turn.is_decided}
+        return replace(
+            news,
+            known=frozenset(self._turns),
+            waiting=frozenset(waiting),
+            watched=tuple(each for each, turn in waiting.items() if turn.watch is not None),
+            cold_starts=cold_starts,
+        )
+
+    def heard(self, reply: Heard, now: float) -> bool:
+        """The ledger's answer to the last statement; whether it has to be told more."""
+        self._tells_all = False
+        for turn in self._said.offers:
+            turn.offer = replace(turn.offer, is_counted=True)
+        self._said = nothing()
+        self.decide(reply.decisions, now)
+        for ticket_id, position in reply.positions:
+            turn = self._turns.get(ticket_id)
+            if turn is not None and turn.watch is not None and not turn.is_decided:
+                turn.watch(position)
+        lacking = [self._turns[each] for each in reply.unknown if each in self._turns]
+        self._news.offers += lacking
+        return bool(lacking)
+
+    def missed(self) -> None:
+        """The last statement may have been heard or not: it is made again, with all else."""
+        self._news, self._said = self._said.before(self._news), nothing()
+        self._tells_all = True
+
+    def decide(self, decisions: Iterable[Decision], now: float) -> None:
+        """Act on what was decided; on what is told again, or of a request that left, not."""
+        for decision in decisions:
+            turn = self._turns.get(decision.ticket_id)
+            if turn is None or turn.is_decided:
+                continue
+            turn.is_decided = True
+            if decision.replica is not None:
+                turn.replica, turn.left = decision.replica, (turn.offer.cost_s, now)
+            turn.decide(decision)
