@@ -1,20 +1,12 @@
 """How much work was asked for: each piece once, however often it is refused or put back."""
 
 from collections import deque
-from typing import Protocol
+
+from flux_ray.router.messages import Offer
 
 # Who was refused, or left, and comes back within that time asks for the same work.
 REMEMBERED_S = 600.0
 Name = tuple[str, str, str | float]
-
-
-class Asked(Protocol):
-    """What is known of a request: its tier, who asks, the name of the work and its price."""
-
-    tier: str
-    key: str
-    work: str
-    cost_s: float
 
 
 class Arrivals:
@@ -30,21 +22,21 @@ class Arrivals:
         self._undone: dict[Name, deque[float]] = {}
         self._order: deque[tuple[float, Name]] = deque()
 
-    def count(self, asked: Asked, now: float, *, is_counted: bool = False) -> bool:
+    def count(self, offer: Offer, now: float, *, is_counted: bool = False) -> bool:
         """Whether the work is new; if so it is counted. `is_counted`: it was, by whoever asks."""
         self._forget(now)
-        times = self._undone.get(name_of(asked))
+        times = self._undone.get(name_of(offer))
         if times:
             times.popleft()
             return False
         if is_counted:
             return False
-        self._total_s[asked.tier] = self._total_s.get(asked.tier, 0.0) + asked.cost_s
+        self._total_s[offer.tier] = self._total_s.get(offer.tier, 0.0) + offer.cost_s
         return True
 
-    def put_back(self, asked: Asked, now: float) -> None:
+    def put_back(self, offer: Offer, now: float) -> None:
         """The request has ended undone."""
-        name = name_of(asked)
+        name = name_of(offer)
         self._undone.setdefault(name, deque()).append(now)
         self._order.append((now, name))
 
@@ -62,6 +54,6 @@ class Arrivals:
                 self._undone.pop(name, None)
 
 
-def name_of(asked: Asked) -> Name:
+def name_of(offer: Offer) -> Name:
     """Of the work."""
-    return asked.tier, asked.key, asked.work or asked.cost_s
+    return offer.tier, offer.key, offer.work or offer.cost_s

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -94,12 +94,12 @@ def end_process() -> None:
 
 
 def ends_on_error(
-    method: Callable[Concatenate["LedgerActor", P], Awaitable[T]],
-) -> Callable[Concatenate["LedgerActor", P], Awaitable[T]]:
+    method: Callable[Concatenate[Any, P], Awaitable[T]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """An unforeseen error ends the ledger: what it wrote may be half of it. It is built anew."""
 
     @wraps(method)
-    async def call(self: "LedgerActor", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
         self.spoken_at = time.monotonic()
         try:
             return await method(self, *args, **kwargs)
@@ -168,9 +168,10 @@ class LedgerActor:
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
 
     @ends_on_error
-    async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
+    async def backlog(self, tier: str, cold_start_s: float | None = None) -> Backlog:
         """For the policies that scale a tier, which know what a replica of it takes to start."""
-        self._ledger.learn_cold_start(tier, cold_start_s)
+        if cold_start_s is not None:
+            self._ledger.learn_cold_start(tier, cold_start_s)
         return self._ledger.backlog(tier, time.monotonic())
 
     @ends_on_error

@@ -52,7 +52,7 @@ class Slots:
     @property
     def names(self) -> frozenset[str]:
         """Replicas that are up or expected, not those that drain."""
-        return self._replicas.keys() - {HOPED_FOR}
+        return frozenset(self._replicas.keys() - {HOPED_FOR})
 
     @property
     def num(self) -> int:

@@ -149,9 +149,9 @@ class TurnBook:
         self._said = nothing()
         self.decide(reply.decisions, now)
         for ticket_id, position in reply.positions:
-            turn = self._turns.get(ticket_id)
-            if turn is not None and turn.watch is not None and not turn.is_decided:
-                turn.watch(position)
+            waiting = self._turns.get(ticket_id)
+            if waiting is not None and waiting.watch is not None and not waiting.is_decided:
+                waiting.watch(position)
         lacking = [self._turns[each] for each in reply.unknown if each in self._turns]
         self._news.offers += lacking
         return bool(lacking)

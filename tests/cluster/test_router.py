@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.cluster.conftest import Replica, deploy, is_ready, wait_until
@@ -15,6 +16,8 @@ from tests.cluster.storm import PROMPT, Draw
 
 LONG = {"size": "192x192", "steps": 20, "n": 4}
 RECOVERY_S = 10
+# What a busy machine may add to an answer.
+SLOW_S = 10
 Replicas = Callable[[str], list[Replica]]
 
 
@@ -84,6 +87,26 @@ def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw
         client.join(60)
     assert answers == [expected] * 3
     wait_until(lambda: backlog("tiny") == (0.0, 0.0), timeout_s=RECOVERY_S, what="a ledger at zero")
+
+
+def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(address: str, draw: Draw) -> None:
+    """Stopped it answers nobody, and does not die by itself."""
+    from ray._private.state import state
+
+    def ledgers() -> set[int]:
+        actors = state.actor_table(None, actor_state_name="ALIVE").values()
+        return {actor["Pid"] for actor in actors if actor["ActorClassName"] == "LedgerActor"}
+
+    draw(PROMPT)
+    [hung] = ledgers()
+    psutil.Process(hung).suspend()
+    began = time.monotonic()
+    refused = ask(address, 3)
+    assert refused.status_code == 429, refused.text
+    assert int(refused.headers["retry-after"]) > 0
+    assert time.monotonic() - began < 5 + SLOW_S
+    assert draw(PROMPT)
+    wait_until(lambda: ledgers() and hung not in ledgers(), timeout_s=60, what="another ledger")
 
 
 @pytest.mark.parametrize("how", ["left", "gateway", "tiny"])
