@@ -14,7 +14,7 @@ export RAY_AUTH_MODE
 export NO_PROXY := $(NO_PROXY),127.0.0.1,localhost
 export no_proxy := $(NO_PROXY)
 
-.PHONY: serve test test-slow lint format bench clean
+.PHONY: serve test test-slow test-drill lint format bench clean
 
 # Ours never block Serve's loop; on threads of their own each of a request's messages changes
 # threads twice. Not of tests: a script without a loop cannot use a handle then.
@@ -34,6 +34,9 @@ test: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
+
+test-drill: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m drill
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
