@@ -29,11 +29,16 @@ serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp
 	$(BIN)/serve run $(CONFIG)
 
+# In two processes, but for what starts a Ray: that takes both processors by itself.
+IN_TWO := -n 2 --dist loadgroup --ignore tests/cluster
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest tests/cluster
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(IN_TWO)
+	$(BIN)/python -m pytest -m slow tests/cluster
 
 test-drill: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m drill

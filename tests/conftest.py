@@ -35,6 +35,16 @@ settings.register_profile("change", max_examples=100, print_blob=True, **SLOW_MA
 settings.register_profile("thorough", settings.get_profile("change"), max_examples=2_000)
 settings.load_profile("change")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Spread files over the processes of `-n 2`; whoever asks for `run_ranks` shares one."""
+    if config.getoption("dist", "no") == "loadgroup":
+        for item in items:
+            has_ranks = "run_ranks" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ranks" if has_ranks else str(item.path)))
+
+
 LIMITS = Limits(
     max_body_bytes=1_000_000,
     max_image_bytes=200_000,
