@@ -14,7 +14,7 @@ export RAY_AUTH_MODE
 export NO_PROXY := $(NO_PROXY),127.0.0.1,localhost
 export no_proxy := $(NO_PROXY)
 
-.PHONY: serve test test-slow lint format bench clean
+.PHONY: serve test test-slow test-drill lint format bench clean
 
 # Ours never block Serve's loop; on threads of their own each of a request's messages changes
 # threads twice. Not of tests: a script without a loop cannot use a handle then.
@@ -29,11 +29,19 @@ serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp
 	$(BIN)/serve run $(CONFIG)
 
+# In two processes, but for what starts a Ray: that takes both processors by itself.
+IN_TWO := -n 2 --dist loadgroup --ignore tests/cluster
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_TWO)
+	$(BIN)/python -m pytest tests/cluster
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(IN_TWO)
+	$(BIN)/python -m pytest -m slow tests/cluster
+
+test-drill: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m drill
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from fastapi import FastAPI
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from flux_ray.gateway.api import build_api
@@ -27,6 +28,22 @@ from flux_ray.router.messages import Offer
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
+
+# A property fails for an example, never for a machine that is slow at making one.
+SLOW_MACHINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("change", max_examples=100, print_blob=True, **SLOW_MACHINE)
+settings.register_profile("thorough", settings.get_profile("change"), max_examples=2_000)
+settings.load_profile("change")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Spread files over the processes of `-n 2`; whoever asks for `run_ranks` shares one."""
+    if config.getoption("dist", "no") == "loadgroup":
+        for item in items:
+            has_ranks = "run_ranks" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ranks" if has_ranks else str(item.path)))
+
 
 LIMITS = Limits(
     max_body_bytes=1_000_000,

@@ -12,19 +12,26 @@ BOOT_S = 400
 
 @contextmanager
 def group_with(
-    config: dict[str, Any], deploy: Callable[[dict[str, Any]], None], **args: object
+    config: dict[str, Any],
+    deploy: Callable[[dict[str, Any]], None],
+    *,
+    stays: bool = False,
+    **args: object,
 ) -> Iterator[None]:
-    """While it lasts, the tier has these args besides its own, and its ranks fail on demand."""
+    """While it lasts, the tier has these args besides its own.
+
+    It keeps them afterwards if it `stays`: for tests that come last (`LAST` in conftest.py), of
+    which each changes it anyway. To start a group that nobody asks takes as long as a test.
+    """
     changed = copy.deepcopy(config)
     (application,) = (app for app in changed["applications"] if app["name"] == TIER)
-    application["import_path"] = "tests.cluster.faulty:build_tier"
-    # Two processors carry three ranks, a text encoder and the other tier.
-    application["args"] |= {"num_cpus": 0.25, **args}
+    application["args"] |= args
     deploy(changed)
     wait_until_running()
     yield
-    deploy(config)
-    wait_until_running()
+    if not stays:
+        deploy(config)
+        wait_until_running()
 
 
 def wait_until_running() -> None:
@@ -34,4 +41,4 @@ def wait_until_running() -> None:
     end = time.monotonic() + BOOT_S
     while serve.status().applications[TIER].status != "RUNNING":
         assert time.monotonic() < end, serve.status().applications[TIER]
-        time.sleep(0.1)
+        time.sleep(0.05)

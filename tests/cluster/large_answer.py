@@ -25,7 +25,7 @@ def main(port: int, num_bytes: int) -> None:
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=1)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Large.bind(), name="large")
-    answer = httpx.get(f"http://127.0.0.1:{port}/{num_bytes}", timeout=60, trust_env=False)
+    answer = httpx.get(f"http://127.0.0.1:{port}/{num_bytes}", timeout=300, trust_env=False)
     print("answered", answer.status_code, len(answer.content))
     serve.shutdown()
     ray.shutdown()

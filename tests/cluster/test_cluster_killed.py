@@ -15,12 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from tests.cluster.conftest import LAPTOP, serve_run, wait_until
+from tests.cluster.conftest import LAPTOP, PATIENCE_S, serve_run, wait_until
 from tests.cluster.storm import PROMPT
 
 NUM_JOBS = 24
 NUM_READY_AT_KILL = 3
-LIMIT_S = 120
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ class Client:
     """Hands the jobs in, a seed each, and asks for them."""
 
     def __init__(self, address: str) -> None:
-        self.http = httpx.Client(base_url=address, timeout=60)
+        self.http = httpx.Client(base_url=address, timeout=PATIENCE_S)
         self.polling_urls: list[str] = []
 
     def submit(self) -> None:
@@ -68,7 +67,7 @@ class Client:
         return {seed: told["result"] for seed, told in enumerate(answers) if told["result"]}
 
     def wait_for(self, count: int) -> None:
-        wait_until(lambda: len(self.ready()) >= count, timeout_s=LIMIT_S, what=f"{count} ready")
+        wait_until(lambda: len(self.ready()) >= count, what=f"{count} ready")
 
     def fetch(self, result: dict[str, Any]) -> bytes:
         answer = self.http.get(result["sample"])
@@ -102,7 +101,7 @@ def kill(serve: psutil.Popen) -> None:
     for process in stopped:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    _, alive = psutil.wait_procs(stopped, timeout=10)
+    _, alive = psutil.wait_procs(stopped, timeout=PATIENCE_S)
     assert not alive
 
 
@@ -134,7 +133,10 @@ def test_a_killed_cluster_ends_every_job_when_it_is_started_again(
     assert at_kill.total() == NUM_JOBS
 
     began_s = time.monotonic()
-    with httpx.Client(base_url=address, timeout=60) as http, serve_run(config_file, tmp_path):
+    with (
+        httpx.Client(base_url=address, timeout=PATIENCE_S) as http,
+        serve_run(config_file, tmp_path),
+    ):
         client.http = http
         wait_until_ready(address)
         boot_s = time.monotonic() - began_s

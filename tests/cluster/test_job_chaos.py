@@ -12,7 +12,7 @@ import httpx
 import pytest
 from standardwebhooks.webhooks import Webhook
 
-from tests.cluster.conftest import Replica, more_gateways
+from tests.cluster.conftest import PATIENCE_S, Replica, more_gateways
 from tests.cluster.storm import PROMPT, Draw
 from tests.jobs.servers import Postgres
 from tests.jobs.waiting import wait_until
@@ -22,7 +22,7 @@ NUM_JOBS = 200
 NUM_SEEDS = 10
 JOBS_PER_KILL = 16
 NUM_SUBMITTERS = 4
-LIMIT_S = 400
+LIMIT_S = 1200
 PREFIX = "/with-jobs"
 APP = "gateways-with-jobs"
 SECRET = "whsec_c3Rvcm0="
@@ -154,7 +154,7 @@ async def test_every_job_ends_ready_whatever_is_killed(
                 kills.append(VICTIMS[len(kills) % len(VICTIMS)])
                 await asyncio.to_thread(kill, kills[-1], replicas)
         await following
-        await wait_until(lambda: all_told(receiver), timeout_s=60)
+        await wait_until(lambda: all_told(receiver), timeout_s=PATIENCE_S)
         for number, told in clients.results.items():
             assert told["status"] == "Ready", told
             assert await clients.picture_of(number) == expected[number % NUM_SEEDS]

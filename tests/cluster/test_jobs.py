@@ -13,19 +13,20 @@ with warnings.catch_warnings():
     from blackforest import BFLClient
     from blackforest.types.general.client_config import ClientConfig
 
+from tests.cluster.conftest import PATIENCE_S
 from tests.cluster.test_pictures import RED_ON_BLUE, Draw, PixelsOf, check_circle
 
-WAIT = ClientConfig(sync=True, polling_interval=0.2, timeout=60)
+WAIT = ClientConfig(sync=True, polling_interval=0.2, timeout=PATIENCE_S)
 
 
 @pytest.fixture
 def bfl(address: str) -> BFLClient:
-    return BFLClient(api_key="a key", base_url=address)
+    return BFLClient(api_key="a key", base_url=address, timeout=PATIENCE_S)
 
 
 def fetch(url: str) -> bytes:
     """The picture, without any key."""
-    answer = httpx.get(url)
+    answer = httpx.get(url, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return answer.content
 

@@ -13,7 +13,7 @@ import pytest
 
 from flux_ray.key_store import change_keys
 from flux_ray.keys import NewKey, new_key, with_key, without_key
-from tests.cluster.conftest import more_gateways
+from tests.cluster.conftest import PATIENCE_S, more_gateways, wait_until
 from tests.cluster.storm import PROMPT
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
@@ -53,7 +53,7 @@ def gateways(
 def ask(url: str, secret: str, **fields: object) -> httpx.Response:
     body = {"prompt": PROMPT, "size": "128x128", **fields}
     return httpx.post(
-        f"{url}/v1/images/generations", json=body, headers={"x-key": secret}, timeout=60
+        f"{url}/v1/images/generations", json=body, headers={"x-key": secret}, timeout=PATIENCE_S
     )
 
 
@@ -83,8 +83,8 @@ def test_a_lost_ledger_forgets_no_day(gateways: str, keys: dict[str, NewKey]) ->
     assert answer.headers["x-ratelimit-limit"] == "0.02"
     assert answer.headers["x-ratelimit-remaining"] == "0.003616"
     assert ask(gateways, keys["small"].secret).status_code == 429
-    # Both gateways have told each other by then.
-    time.sleep(5)
+    # Both gateways have told each other by then: each speaks to the ledger every two seconds.
+    time.sleep(8)
     ray.kill(start_ledger(), no_restart=False)
     for _ in range(4):
         answer = ask(gateways, keys["small"].secret)
@@ -97,7 +97,10 @@ def test_keys_change_without_a_restart(
     old, new = keys["narrow"], new_key("narrow-1", "narrow", NOW)
     change_keys(keys_file, lambda file: with_key(file, new.key))
     change_keys(keys_file, lambda file: without_key(file, old.key.prefix, NOW))
-    time.sleep(1.1)
+    wait_until(
+        lambda: all(ask(gateways, old.secret).status_code == 401 for _ in range(8)),
+        what="gateways that have read the keys again",
+    )
     for _ in range(4):
         assert ask(gateways, old.secret).status_code == 401
         assert ask(gateways, new.secret).status_code == 200

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT
+from tests.cluster.conftest import PATIENCE_S, ROOT
 
 LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
 
@@ -31,6 +31,6 @@ def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int
         env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
+from tests.cluster.conftest import PATIENCE_S
 
 RED_ON_BLUE = "a red circle on a blue background"
 Draw = Callable[..., list[bytes]]
@@ -161,7 +162,7 @@ def test_bad_input_is_told_and_the_server_goes_on(
     address: str, draw: Draw, fields: dict[str, str], status: int, named: str
 ) -> None:
     good = {"model": "tiny", "prompt": RED_ON_BLUE}
-    answer = httpx.post(f"{address}/v1/images/generations", json=good | fields)
+    answer = httpx.post(f"{address}/v1/images/generations", json=good | fields, timeout=PATIENCE_S)
     assert answer.status_code == status
     assert answer.json()["error"]["param"] == named
     assert draw(RED_ON_BLUE)

@@ -1,4 +1,7 @@
-"""The simulator beside the cluster: what `tests/bench/reality.py` measures, held to its limits."""
+"""The simulator beside the cluster: what `tests/bench/reality.py` measures, held to its limits.
+
+A drill: who else takes a processor meanwhile is in no simulation.
+"""
 
 import json
 import subprocess
@@ -10,7 +13,6 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench" / "reality.py"
 MOST_OFF = 0.2
-# The machine may be others' too.
 NUM_TRIES = 2
 
 
@@ -32,7 +34,7 @@ def furthest_off() -> float:
     return max(abs(latencies[name]["ratio"] - 1) for name in ("p50", "p95"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_latencies_are_those_that_were_simulated() -> None:
     tries = [furthest_off()]
     while min(tries) > MOST_OFF and len(tries) < NUM_TRIES:

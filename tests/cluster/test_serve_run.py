@@ -4,10 +4,11 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from tests.cluster.conftest import LAPTOP, serve_run
+from tests.cluster.conftest import LAPTOP, PATIENCE_S, serve_run, wait_until
 
 
 @pytest.fixture
@@ -19,15 +20,23 @@ def serve(tmp_path: Path, port: int) -> Iterator[psutil.Popen]:
         yield serve
 
 
+def is_drawn(address: str, tier: str) -> bool:
+    body = {"model": tier, "prompt": "a red circle"}
+    answer = httpx.post(f"{address}/v1/images/generations", json=body, timeout=PATIENCE_S)
+    return answer.status_code == 200
+
+
 @pytest.mark.slow
 def test_it_serves_and_leaves_nothing_behind(
     serve: psutil.Popen, port: int, wait_until_ready: Callable[[str], None]
 ) -> None:
-    wait_until_ready(f"http://127.0.0.1:{port}")
+    address = f"http://127.0.0.1:{port}"
+    wait_until_ready(address)
+    wait_until(lambda: is_drawn(address, "tiny-tp2"), what="a picture of two ranks")
     children = serve.children(recursive=True)
     assert any("RankActor" in " ".join(child.cmdline()) for child in children)
 
     serve.send_signal(signal.SIGINT)
-    serve.wait(30)
-    _, alive = psutil.wait_procs(children, timeout=10)
+    serve.wait(PATIENCE_S)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
     assert not alive

@@ -5,7 +5,7 @@ from typing import Any
 
 import psutil
 
-from tests.cluster.conftest import Replica, deploy
+from tests.cluster.conftest import PATIENCE_S, Replica, deploy
 from tests.cluster.groups import TIER, group_with
 from tests.cluster.storm import PROMPT, Draw
 
@@ -14,12 +14,12 @@ def test_a_shared_text_encoder_changes_no_picture(
     config: dict[str, Any], draw: Draw, replicas: Callable[[str], list[Replica]]
 ) -> None:
     expected = draw(PROMPT, model=TIER, seed=1)
-    with group_with(config, deploy, text_encoder="shared"):
+    with group_with(config, deploy, stays=True, text_encoder="shared"):
         (before,) = replicas(TIER)
         assert draw(PROMPT, model=TIER, seed=1) == expected
 
         (encoder,) = replicas(TIER, f"{TIER}-text-encoder")
         encoder.leader.kill()
-        psutil.wait_procs([encoder.leader], timeout=10)
+        psutil.wait_procs([encoder.leader], timeout=PATIENCE_S)
         assert draw(PROMPT, model=TIER, seed=1) == expected
         assert replicas(TIER) == [before], "the ranks outlived it"

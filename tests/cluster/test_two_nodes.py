@@ -17,7 +17,7 @@ def test_a_group_over_two_nodes_draws_the_same_and_outlives_one() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

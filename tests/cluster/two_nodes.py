@@ -23,7 +23,7 @@ from flux_ray.config import Parallel, TierArgs
 from flux_ray.request import ImageRequest
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
-RECOVERY_S = 120
+RECOVERY_S = 300
 
 
 def request_for(tier: str) -> ImageRequest:
@@ -65,7 +65,8 @@ def draw_again(handle: DeploymentHandle, tier: str) -> bytes:
 
 
 def main() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    head = {**NODE, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     lost = cluster.add_node(**NODE)
     cluster.add_node(**NODE)
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)

@@ -5,13 +5,7 @@ from ray.serve import Application
 
 from flux_ray.app import replicas_of
 from flux_ray.config import TierArgs
-
-
-class Unranked:
-    """No ranks and no model."""
-
-    async def __call__(self) -> None:
-        """Serve asks for one."""
+from tests.cluster.unranked_replica import Unranked
 
 
 def build_tier(args: TierArgs) -> Application:

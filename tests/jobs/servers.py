@@ -34,6 +34,7 @@ class Postgres:
         # Not pytest's folder: others cannot enter it.
         self.folder = Path(tempfile.mkdtemp(prefix="flux-ray-postgres-"))
         self._user: dict[str, object] = {}
+        self._emptied: list[str] = []
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
             os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
@@ -93,11 +94,24 @@ class Postgres:
         return f"postgresql://flux@/{database}?host={self.folder}"
 
     def new_database(self) -> str:
-        """The URL of an empty database."""
+        """The URL of an empty database: one that was given back, before another is made."""
+        if self._emptied:
+            return self._emptied.pop()
         name = f"t{uuid.uuid4().hex}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return self.url(name)
+
+    def give_back(self, url: str) -> None:
+        """Empty a database for the next who wants one: a new one is hundreds of files."""
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
+            )
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        self._emptied.append(url)
 
 
 class S3:

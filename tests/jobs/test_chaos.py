@@ -131,7 +131,7 @@ async def storm(database: Database, gateways: Gateways) -> None:
         query = "SELECT count(*) FROM flux_jobs WHERE webhook_state = 'delivered'"
         return await count(database, query) == NUM_JOBS
 
-    await wait_until(are_told, timeout_s=120)
+    await wait_until(are_told, timeout_s=600)
     # Time for those who come late.
     await asyncio.sleep(2 * LEASE_S)
 
@@ -140,7 +140,7 @@ async def wait_for_ends(database: Database, num_jobs: int) -> None:
     async def are_there() -> bool:
         return await count(database, "SELECT count(*) FROM ends") >= num_jobs
 
-    await wait_until(are_there, timeout_s=120)
+    await wait_until(are_there, timeout_s=600)
 
 
 async def count(database: Database, query: str) -> int:

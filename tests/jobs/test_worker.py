@@ -154,11 +154,15 @@ async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypat
 async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ):
     running: set[str] = set()
     most = 0
+    are_three = asyncio.Event()
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal most
         running.add(request.request_id)
         most = max(most, len(running))
+        if most == 3:
+            are_three.set()
+        await are_three.wait()
         result = await paint(job, request, 0.02)
         running.remove(request.request_id)
         return result
@@ -206,7 +210,7 @@ async def test_a_cancelled_job_is_drawn_no_further(store, folder, offer, employ)
 
     await wait_until(is_running)
     assert await store.cancel("anna", job.job_id)
-    await asyncio.wait_for(stopped.wait(), 5)
+    await asyncio.wait_for(stopped.wait(), 60)
     assert (await end_of(store, job)).status == "cancelled"
 
 
@@ -262,7 +266,7 @@ async def test_a_worker_may_end_what_it_began(store, folder, offer, employ):
         return worker.num_running == 2
 
     await wait_until(is_busy)
-    await worker.stop(drain_s=5)
+    await worker.stop(drain_s=60)
     ends = [(await store.find("anna", job.job_id)).status for job in jobs]
     assert sorted(ends) == ["pending", "ready", "ready"]
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def wait_until(check: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+async def wait_until(check: Callable[[], Awaitable[bool]], timeout_s: float = 300.0) -> None:
     """Looks again and again; TimeoutError if it does not come true."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -207,7 +207,7 @@ def slowness() -> float:
     """Of this machine at heaps and dicts, beside one that does these in 0.4 s: its caches tell."""
 
     def seconds() -> float:
-        dice, begin = random.Random(0), time.perf_counter()
+        dice, begin = random.Random(0), time.process_time()
         heap: list[tuple[float, int]] = []
         names: dict[str, int] = {}
         for number in range(200_000):
@@ -215,7 +215,7 @@ def slowness() -> float:
             names[str(number)] = number
         while heap:
             names.pop(str(heapq.heappop(heap)[1]))
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     return max(1.0, min(seconds() for _ in range(3)) / 0.4)
 
@@ -225,10 +225,10 @@ def slowness() -> float:
 def test_a_million_requests_on_ten_thousand_gpus(load: float) -> None:
     num_gpus = 10_000
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    begin = time.perf_counter()
+    begin = time.process_time()
     arrivals = poisson(num_gpus * load, 1_000_000, deadline_s=3.0, is_exponential=False)
     tier = simulate(arrivals, [Pool("tiny", TierQueue(), num_gpus)]).tiers["tiny"]
-    taken_s = time.perf_counter() - begin
+    taken_s = time.process_time() - begin
     print(f"\na million requests in {taken_s:.0f} s")
     assert taken_s < 120 * slowness()
     assert tier.num_arrived == 1_000_000

@@ -18,7 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("run"))
     models.build_tokenizer().save_pretrained(run.folder / "tokenizer")
     train_text_encoder.train(run, train.load_tokenizer(run), steps=2)
-    train_vae.train(run, steps=2, pool_size=32)
+    train_vae.train(run, steps=2, pool_size=8)
     train_transformer.train(
         run,
         vae=train.load_vae(run, "vae"),
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         steps=2,
         pool_scale=0.002,
     )
-    train_vae.train_decoder(run, steps=2, pool_size=32)
+    train_vae.train_decoder(run, steps=2, pool_size=8)
     return run
 
 
@@ -60,11 +60,11 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_vae.train(Impatient(tmp_path), steps=3, pool_size=32)
+        train_vae.train(Impatient(tmp_path), steps=3, pool_size=8)
     model = models.build_vae()
     optimizer = torch.optim.AdamW(model.parameters())
     assert Run(tmp_path).resume("vae", model, [optimizer]) == 2
-    train_vae.train(Run(tmp_path), steps=3, pool_size=32)
+    train_vae.train(Run(tmp_path), steps=3, pool_size=8)
     assert (tmp_path / "vae.pt").exists() and not (tmp_path / "vae.resume.pt").exists()
 
 
