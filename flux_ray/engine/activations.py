@@ -1,7 +1,8 @@
 """The activation model: bytes that a stage of a request needs at its peak, besides the weights.
 
 Counted in whole tensors that are alive at once in eager mode, with attention that does not keep its
-scores; the tests hold it to within 10 % of what the modules allocate on the meta device.
+scores; the tests hold it to within 10 % of what the modules allocate on the meta device. What
+CUDA's libraries allocate besides was measured (tests/bench/results) and is counted apart.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,12 @@ from flux_ray.catalog import Tier
 from flux_ray.config import Parallel
 from flux_ray.parallel.sequence import num_padded
 from flux_ray.workload import MAX_WHOLE_PIXELS
+
+# What a stage of the VAE takes on a card, of what its modules allocate themselves: convolutions in
+# bf16 copy what goes in and comes out to channels last. Decoding a megapixel in klein-4b measured
+# 2.553 GB on an H100 where the modules have 1.611, which is 1.585; encoding is taken as decoding.
+CARD_CONVOLUTIONS = 1.6
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
     and both joined (mlp_ratio + 1). Ulysses keeps 14 beside the projection: query and key, all
     three stacked, sent and received (2 + 3 x 3), and the answer on its way back (3). A double block
     keeps 8, all whole. torchao makes FP8 of activations through fp32, with 6.5 of what it is given:
-    both joined in a single block, one in a double block, where 5 are kept by then.
+    both joined in a single block, one in a double block, where 5 are kept by then. Rotary tables
+    come to that, two of a head's width in fp32.
     """
     parts, ratio = forward.parallel.sequence, config.mlp_ratio
     tokens = (num_padded(forward.num_text, parts) + num_padded(forward.num_image, parts)) // parts
@@ -72,8 +80,10 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
         split, whole = max(split, joined + 6.5 * (ratio + 1)), 12.0
     units = max(3 + split / forward.parallel.tensor, whole)
     inputs = held_bytes(config, forward.num_text, forward.num_image, forward.size)
+    # Of the image that is drawn, not of those that wait.
+    tables = (forward.num_text + forward.num_image) * 2 * sum(config.axes_dims_rope) * FP32
     width = config.num_attention_heads * config.attention_head_dim
-    return int(tokens * width * units * forward.size) + inputs
+    return int(tokens * width * units * forward.size + tables) + inputs
 
 
 def decode_bytes(vae: Any, pixels: int, size: int) -> int:
@@ -89,10 +99,18 @@ def encode_bytes(vae: Any, pixels: int, size: int) -> int:
     return int(5 * vae.block_out_channels[0] * pixels * size)
 
 
-def prompt_bytes(config: Any, num_text: int, num_ranks: int, size: int) -> int:
-    """The hidden states of all layers are kept to the end; the last MLP has three of its width."""
+def prompt_bytes(
+    config: Any, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
+) -> int:
+    """The hidden states of all layers are kept to the end; the last MLP has three of its width.
+
+    Where torchao makes FP8 of activations, its last product has one of that width and 6.5 more.
+    """
     kept = (config.num_hidden_layers + 2) * config.hidden_size
-    return int(num_text * (kept + 3 * config.intermediate_size // num_ranks) * size)
+    units = 1 + 6.5 if quantizes_activations else 3
+    inner = units * config.intermediate_size / num_ranks
+    # A hundredth for the rest: ids, cosines and sines. As measured.
+    return int(1.01 * num_text * (kept + inner) * size)
 
 
 def held_bytes(config: Any, num_text: int, num_image: int, size: int) -> int:

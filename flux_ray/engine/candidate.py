@@ -11,6 +11,7 @@ from flux_ray.cards import Card
 from flux_ray.catalog import Tier
 from flux_ray.config import Quantization, TierArgs
 from flux_ray.engine.activations import (
+    CARD_CONVOLUTIONS,
     Demand,
     Forward,
     decode_bytes,
@@ -158,13 +159,20 @@ class Candidate:
         """Decoding the picture, or encoding a reference, or a tile of a picture under a mask."""
         config, size = self.model.vae.config, self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
-        return max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))
+        peak = max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))
+        return peak if self.card is None else int(peak * CARD_CONVOLUTIONS)
 
     def prompt_peak(self, num_ranks: int) -> int:
         """Encoding one prompt."""
         module, quantization = self.model.text_encoder, self.args.encoder_quantization
         plan, length, size = self.model.text_model.plan, self.tier.text_length, self.dtype.itemsize
-        peak = prompt_bytes(module.config, length, num_ranks, size)
+        peak = prompt_bytes(
+            module.config,
+            length,
+            num_ranks,
+            size,
+            quantizes_activations=self.uses_fp8_units(quantization),
+        )
         return peak + self.unpacked(module, plan, Axis(0, num_ranks), quantization)
 
     def held(self, demand: Demand) -> int:

@@ -5,7 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
@@ -22,7 +27,15 @@ from flux_ray.engine.loading import (
     load_transformer,
 )
 from flux_ray.engine.pictures import image_for, raster_for
-from flux_ray.engine.state import Canvas, Conditioning, Edit, ImageState, PromptEmbeds
+from flux_ray.engine.rotary import TableEmbedder
+from flux_ray.engine.state import (
+    Canvas,
+    Conditioning,
+    Edit,
+    ImageState,
+    PromptEmbeds,
+    StepInputs,
+)
 from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
@@ -47,6 +60,8 @@ class Flux2:
         self.prompts = prompts
         self.tier = tier
         self.device = pipeline.vae.device
+        self.rotary = TableEmbedder(pipeline.transformer.pos_embed)
+        pipeline.transformer.pos_embed = self.rotary
 
     @classmethod
     def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
@@ -141,7 +156,19 @@ class Flux2:
             latent_ids,
             scheduler.timesteps,
             scheduler.sigmas,
+            self.step_inputs(conditioning, canvas, latent_ids),
             noise=None if conditioning.edit is None else latents,
+        )
+
+    def step_inputs(self, given: Conditioning, canvas: Canvas, latent_ids: Tensor) -> StepInputs:
+        """Compute what the transformer is given alike at every step of an image."""
+        ids = latent_ids
+        if given.reference_ids is not None:
+            ids = torch.cat([ids, given.reference_ids], dim=1)
+        return StepInputs(
+            text_rotary=self.rotary.table(given.prompt.text_ids),
+            image_rotary=self.rotary.table(ids),
+            guidance=torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
         )
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
@@ -168,19 +195,18 @@ class Flux2:
 
     def velocity(self, state: ImageState) -> Tensor:
         """What the transformer says about the image's tokens; the references' are dropped."""
-        given, latents, ids = state.conditioning, state.latents, state.latent_ids
-        if given.reference_latents is not None and given.reference_ids is not None:
+        given, fixed, latents = state.conditioning, state.fixed, state.latents
+        if given.reference_latents is not None:
             latents = torch.cat([latents, given.reference_latents], dim=1)
-            ids = torch.cat([ids, given.reference_ids], dim=1)
         timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
         tokens: Tensor = self.pipeline.transformer(
             hidden_states=latents.to(given.prompt.embeds.dtype),
             timestep=timestep / FULL_TIMESTEP,
             # A model that was distilled without it has no embedding for it, and drops it.
-            guidance=torch.full([1], state.canvas.guidance, dtype=torch.float32).to(self.device),
+            guidance=fixed.guidance,
             encoder_hidden_states=given.prompt.embeds,
-            txt_ids=given.prompt.text_ids,
-            img_ids=ids,
+            txt_ids=fixed.text_rotary,
+            img_ids=fixed.image_rotary,
             return_dict=False,
         )[0]
         return tokens[:, : state.latents.shape[1]]
@@ -196,7 +222,7 @@ class Flux2:
     def decode(self, state: ImageState) -> Raster:
         """Undo packing and normalisation, then the VAE: above a megapixel tile by tile."""
         pipeline, vae = self.pipeline, self.pipeline.vae
-        latents = pipeline._unpack_latents_with_ids(state.latents, state.latent_ids)
+        latents = unpack_latents(state)
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
@@ -210,6 +236,19 @@ class Flux2:
         image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
         edit = state.conditioning.edit
         return raster_for(image if edit is None else paste_rest(edit, image))
+
+
+def unpack_latents(state: ImageState) -> Tensor:
+    """Put the tokens back in their places, [1, channels, rows, columns].
+
+    klein's method is that of all FLUX.2 pipelines, and takes the size: without it the device has to
+    be waited for twice, to learn the largest ids.
+    """
+    rows, columns = (side // TOKEN_SIDE for side in (state.canvas.height, state.canvas.width))
+    unpacked: Tensor = Flux2KleinPipeline._unpack_latents_with_ids(
+        state.latents, state.latent_ids, rows, columns
+    )
+    return unpacked
 
 
 def load_parts(source: Source, placement: Placement) -> DiffusionPipeline:

@@ -68,6 +68,19 @@ class Canvas:
 
 
 @dataclass(frozen=True)
+class StepInputs:
+    """What the transformer is given alike at every step of one image, and lives as long as it.
+
+    Rotary tables of the text and of the image with its references, [1, tokens, 2 x head_dim] in
+    fp32, made by `rotary.TableEmbedder`; the guidance, [1].
+    """
+
+    text_rotary: Tensor
+    image_rotary: Tensor
+    guidance: Tensor
+
+
+@dataclass(frozen=True)
 class ImageState:
     """One image between two denoise steps.
 
@@ -83,6 +96,7 @@ class ImageState:
     latent_ids: Tensor
     timesteps: Tensor
     sigmas: Tensor
+    fixed: StepInputs
     step: int = 0
     noise: Tensor | None = None
     velocity: Tensor | None = None

@@ -60,6 +60,7 @@ class Ulysses:
         self.axis = axis
         self.attention = attention
         self._keep: Tensor | None = None
+        self._num_text = 0
         self._num_image = 0
 
     def enter(
@@ -68,12 +69,21 @@ class Ulysses:
         """Cut the model's inputs to this rank's tokens. They come by name."""
         assert not args, "a sequence-parallel model takes keyword arguments"
         image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
-        self._num_image = image.shape[1]
-        keep = real_tokens(text.shape[1], image.shape[1], self.axis.size)
-        self._keep = None if keep is None else keep.to(image.device)
+        self._look_at(text.shape[1], image.shape[1], image.device)
         cut = {name: own_part(inputs[name], 1, self.axis) for name in TOKENS}
         ids = {name: own_part(inputs[name], inputs[name].ndim - 2, self.axis) for name in IDS}
         return args, inputs | cut | ids
+
+    def _look_at(self, num_text: int, num_image: int, device: torch.device) -> None:
+        """Find the pads, unless the step before had as many tokens: a copy that a device waits for.
+
+        Steps of one image follow each other.
+        """
+        if (num_text, num_image) == (self._num_text, self._num_image):
+            return
+        keep = real_tokens(num_text, num_image, self.axis.size)
+        self._keep = None if keep is None else keep.to(device)
+        self._num_text, self._num_image = num_text, num_image
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The image tokens of all ranks, without pads."""
@@ -114,6 +124,7 @@ class Ulysses:
 
 
 TOKENS = ("hidden_states", "encoder_hidden_states")
+# Position ids, or what an engine made of them: along the last but one dimension are tokens.
 IDS = ("img_ids", "txt_ids")
 
 

@@ -118,19 +118,22 @@ def test_the_loader_holds_what_was_planned_to_the_byte(quantization: str | None)
 @pytest.mark.parametrize(
     ("quantization", "tensor", "gigabytes", "alone"),
     [
-        (None, 1, 102.4, 67.7),
-        (None, 2, 54.3, 36.3),
-        (None, 4, 30.3, 20.6),
-        (None, 8, 18.3, 12.8),
-        ("fp8", 2, 30.3, 20.6),
-        ("fp8", 4, 18.3, 12.8),
-        ("fp8", 8, 12.3, 8.8),
+        (None, 1, 103.4, 68.7),
+        (None, 2, 55.3, 37.3),
+        (None, 4, 31.3, 21.6),
+        (None, 8, 19.3, 13.8),
+        ("fp8", 2, 31.3, 21.6),
+        ("fp8", 4, 19.3, 13.8),
+        ("fp8", 8, 13.3, 9.8),
     ],
 )
 def test_a_card_of_dev_holds_at_a_megapixel_what_was_counted_before(
     quantization: str | None, tensor: int, gigabytes: float, alone: float
 ) -> None:
-    """`alone` is without the text encoder. One card has no NCCL here: 0.7 less."""
+    """`alone` is without the text encoder. One card has no NCCL here: 0.7 less.
+
+    Decoding was measured since, and takes a card 1.0 more.
+    """
     options = {"quantization": quantization, "encoder_quantization": quantization}
     planned = candidate("flux-2-dev", parallel=Parallel(tensor=tensor), **options)
     apart = replace(planned, args=planned.args.model_copy(update={"text_encoder": "shared"}))
@@ -143,15 +146,16 @@ def test_a_card_of_dev_holds_at_a_megapixel_what_was_counted_before(
 @pytest.mark.parametrize(
     ("quantization", "encoder", "gigabytes", "fits"),
     [
-        (None, None, 16.5, False),
-        ("fp8", None, 12.9, False),
-        ("fp8", "fp8", 10.1, False),
-        ("nf4", "nf4", 7.3, True),
+        (None, None, 17.5, False),
+        ("fp8", None, 13.9, False),
+        ("fp8", "fp8", 11.1, False),
+        ("nf4", "nf4", 8.3, False),
     ],
 )
-def test_klein_4b_draws_a_megapixel_on_8_gb_in_four_bits_only(
+def test_klein_4b_draws_no_megapixel_on_8_gb_beside_its_encoder(
     quantization: str | None, encoder: str | None, gigabytes: float, fits: bool
 ) -> None:
+    """A card takes 0.97 GB more for decoding than was counted before it was measured."""
     planned = candidate(
         "flux-2-klein-4b",
         "rtx4060-8gb",
@@ -166,7 +170,7 @@ def test_klein_4b_draws_a_megapixel_on_8_gb_in_four_bits_only(
 def test_klein_4b_in_fp8_draws_a_megapixel_on_8_gb_if_its_encoder_is_elsewhere() -> None:
     planned = candidate("flux-2-klein-4b", "rtx4060-8gb", quantization="fp8", text_encoder="shared")
     total = planned.rank(default_demand(planned.tier)).total
-    assert total / GB == pytest.approx(6.6, abs=0.25)
+    assert total / GB == pytest.approx(7.5, abs=0.25)
     assert total <= planned.card.usable_bytes
 
 
@@ -181,11 +185,10 @@ def test_the_text_encoder_is_split_over_all_ranks_and_the_transformer_over_its_a
 def test_sequence_ranks_share_the_activations() -> None:
     demand = largest_demand(tier_for("flux-2-dev"))
     activations = [
-        candidate("flux-2-dev", parallel=Parallel(tensor=2, sequence=sequence))
-        .rank(demand)
-        .activations
+        candidate("flux-2-dev", parallel=Parallel(tensor=2, sequence=sequence)).denoise_peak(demand)
         for sequence in (2, 4)
     ]
+    # Of a step: each rank is given room for a whole picture's decoding.
     assert activations[1] < 0.65 * activations[0]
 
 
