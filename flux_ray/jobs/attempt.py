@@ -58,11 +58,17 @@ class Workshop:
 
 
 class Attempt:
-    """Cancel run() and the job is given back."""
+    """Cancel run() and the job is given back.
 
-    def __init__(self, lease: Lease, workshop: Workshop) -> None:
+    `is_leaving`: its gateway ends, and is not to wait for what others may begin as well.
+    """
+
+    def __init__(
+        self, lease: Lease, workshop: Workshop, is_leaving: Callable[[], bool] = lambda: False
+    ) -> None:
         self._lease = lease
         self._shop = workshop
+        self._is_leaving = is_leaving
         # Of no other attempt: one whose lease was lost may still be drawn somewhere.
         self._request_id = f"{lease.job_id}-{lease.attempt}"
 
@@ -78,6 +84,9 @@ class Attempt:
             async with self._previews():
                 if await self._watch(drawing):
                     await self._conclude(drawing)
+                elif self._is_idle():
+                    await end(drawing)
+                    await self._give_back()
                 else:
                     logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
@@ -91,6 +100,10 @@ class Attempt:
     @property
     def _beat_s(self) -> float:
         return min(self._shop.store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
+
+    def _is_idle(self) -> bool:
+        """It only waits for a replica, at a gateway that ends."""
+        return self._is_leaving() and self._shop.standing_of(self._request_id) is not None
 
     def _previews(self) -> AbstractAsyncContextManager[None]:
         """They are shown while this is open, if the request asks for any."""
@@ -116,12 +129,14 @@ class Attempt:
         return JobResult(pictures, asdict(drawn.times), drawn.warnings)
 
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
-        """Beat until it is drawn; False if the lease is lost."""
+        """Beat until it is drawn; False if the lease is lost, or is to be given back."""
         shop, request_id = self._shop, self._request_id
         while True:
             done, _ = await asyncio.wait({drawing}, timeout=self._beat_s)
             if done:
                 return True
+            if self._is_idle():
+                return False
             try:
                 progress, standing = shop.progress_of(request_id), shop.standing_of(request_id)
                 if not await shop.store.beat(self._lease, progress, standing):

@@ -53,9 +53,9 @@ Clock = Callable[[], float]
 class Database:
     """Connections to one database.
 
-    Whether a lease has run out is for the database's clock to say: it is one for all gateways, so
-    that one whose clock is wrong takes nobody's lease and loses none. `clock` takes its place in
-    tests.
+    Its clock says when what is kept has expired and when a pause is over, for it is one for all
+    gateways. It may be set: no lease of a job goes by it, and no pause becomes longer. `clock`
+    takes its place in tests.
     """
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
@@ -37,6 +38,7 @@ class Desk:
     """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
 
     `mail`: how their ends are told of to webhooks; without it that is left to other gateways.
+    `tiers`: jobs of others are left to other gateways too.
     Unless said otherwise, everything raises StoreLost.
     """
 
@@ -48,6 +50,7 @@ class Desk:
         mail: Mail | None = None,
         preview_of: PreviewOf = unheard,
         standing_of: StandingOf = unheard,
+        tiers: Collection[str] | None = None,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
@@ -63,7 +66,7 @@ class Desk:
             max_lost=args.max_lost,
             standing_of=standing_of,
         )
-        self._worker = Worker(workshop, args.max_running)
+        self._worker = Worker(workshop, args.max_running, tiers=tiers)
         self._postman: Postman | None = None
         if mail is not None:
             mailbox = Mailbox(self._database, mail.lease_s)
@@ -77,6 +80,10 @@ class Desk:
         except StoreLost as error:
             logger.warning("jobs cannot be taken yet: %s", error)
             self._tasks.append(spawn(self._begin_later()))
+
+    def stop_claiming(self) -> None:
+        """Leave what is not claimed yet to other gateways; all else goes on."""
+        self._worker.stop_claiming()
 
     async def close(self, drain_s: float = 0.0) -> None:
         """See jobs end for `drain_s`, and leave the rest to other gateways."""

@@ -16,7 +16,7 @@ ARRIVAL_S = 3600.0
 
 
 def insertion(
-    database: Database, offer: Offer, packed: dict[str, Any], is_whole: bool
+    database: Database, offer: Offer, packed: dict[str, Any], is_whole: bool, protocol: int
 ) -> UpdateBase:
     """Insert a job, unless its idempotency key is taken or its owner has as many as it may."""
     now = database.now
@@ -30,9 +30,10 @@ def insertion(
         "memo": offer.memo,
         "metadata": dict(offer.metadata),
         "created_at_s": now,
+        "protocol": protocol,
     }
     if is_whole:
-        values |= {"status": "pending", "claimable_at_s": now}
+        values |= {"status": "pending", "claimable_at_s": now, "put_off_s": 0.0}
     else:
         values |= {"status": "arriving", "expires_at_s": now + ARRIVAL_S}
     if (idempotency := offer.idempotency) is not None:

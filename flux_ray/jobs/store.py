@@ -1,12 +1,11 @@
 """The store of jobs: accept, claim, beat, end, cancel and find, each one transaction."""
 
-from collections.abc import Collection
+import time
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    ScalarSelect,
     and_,
     case,
     delete,
@@ -16,6 +15,7 @@ from sqlalchemy import (
 )
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
+from flux_ray.jobs.claiming import Sign, Wanted, claim_of, next_job, running, sign_of
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
@@ -32,10 +32,15 @@ from flux_ray.jobs.job import (
 )
 from flux_ray.jobs.listing import num_before, page_of
 from flux_ray.jobs.rows import COLUMNS, job_of
+from flux_ray.jobs.silence import Clock, Silence
 from flux_ray.jobs.table import JOBS
-from flux_ray.request import QueuePosition
+from flux_ray.request import PROTOCOL, QueuePosition
 
 MAX_TRIES = 5
+# A lost worker is noticed so much later than it has to be, at most.
+MAX_WATCH_PERIOD_S = 1.0
+LOOKS_PER_LEASE = 10
+EVERYTHING = Wanted()
 # Of an owner who has as many jobs as it may.
 AGAIN_S = 5
 
@@ -43,14 +48,25 @@ AGAIN_S = 5
 class Store:
     """Jobs in a database that several gateways share. Everything raises StoreLost.
 
-    `lease_s`: a worker that is silent for so long has lost its job. `keep_s`: an ended job is found
-    for so long.
+    `lease_s`: a worker that gives no sign for so long has lost its job, by the `clock` of whoever
+    watches, which nobody sets. `keep_s`: an ended job is found for so long, by the database's clock
+    like all that is kept: it is for the caller's days, and the gateways that wrote it may be gone.
+    `protocol`: of the requests that are packed here; those of a later one are left to others.
     """
 
-    def __init__(self, database: Database, lease_s: float, keep_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        lease_s: float,
+        keep_s: float,
+        clock: Clock = time.monotonic,
+        protocol: int = PROTOCOL,
+    ) -> None:
         self._database = database
         self.lease_s = lease_s
+        self.protocol = protocol
         self._keep_s = keep_s
+        self._silence: Silence[Sign] = Silence(lease_s, clock)
 
     async def accept(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> Job:
         """The job of an offer, a new one or that of the same key; raises KeyReused.
@@ -61,7 +77,7 @@ class Store:
         turn = None if offer.max_active is None else offer.owner
         for tries in range(MAX_TRIES):
             row = await self._database.first(
-                insertion(self._database, offer, packed, is_whole), turn
+                insertion(self._database, offer, packed, is_whole, self.protocol), turn
             )
             if row is not None:
                 return job_of(row)
@@ -78,32 +94,34 @@ class Store:
         row = await self._database.first(
             update(JOBS)
             .where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving", self._is_kept())
-            .values(status="pending", claimable_at_s=self._database.now, expires_at_s=None)
+            .values(
+                status="pending",
+                claimable_at_s=self._database.now,
+                put_off_s=0.0,
+                expires_at_s=None,
+            )
             .returning(*COLUMNS)
         )
         # Another gateway may have admitted it, for the same idempotency key.
         return job_of(row) if row is not None else await self._find(JOBS.c.job_id == job_id)
 
-    async def claim(self, worker: str, but_of: Collection[str] = ()) -> Lease | None:
-        """The job that has waited longest or lost its worker, but of those owners; or None."""
+    @property
+    def watch_period_s(self) -> float:
+        """How often `watch` is to be called."""
+        return min(self.lease_s / LOOKS_PER_LEASE, MAX_WATCH_PERIOD_S)
+
+    async def watch(self) -> bool:
+        """Look for signs of life of all workers; whether some job's gave none for `lease_s`."""
+        begun_s = self._silence.begin()
+        rows = await self._database.execute(running())
+        self._silence.look({row["job_id"]: sign_of(row) for row in rows}, begun_s)
+        return bool(self._silence.silent)
+
+    async def claim(self, worker: str, wanted: Wanted = EVERYTHING) -> Lease | None:
+        """The job that has waited longest or lost its worker, of those that are wanted; or None."""
         now = self._database.now
-        first = longest_due("claimable_at_s", now, but_of)
-        row = await self._database.first(
-            update(JOBS)
-            .where(JOBS.c.job_id == first)
-            .values(
-                status="running",
-                worker=worker,
-                progress=0.0,
-                result=None,
-                standing=None,
-                attempt=JOBS.c.attempt + 1,
-                num_lost=JOBS.c.num_lost + case((JOBS.c.status == "running", 1), else_=0),
-                started_at_s=func.coalesce(JOBS.c.started_at_s, now),
-                claimable_at_s=now + self.lease_s,
-            )
-            .returning(*COLUMNS)
-        )
+        job_id = next_job(wanted, self._silence.silent, now, self.protocol)
+        row = await self._database.first(claim_of(worker, job_id, now, self.lease_s))
         return None if row is None else Lease(job_of(row))
 
     async def beat(
@@ -118,6 +136,7 @@ class Store:
         """
         values: dict[str, Any] = {
             "claimable_at_s": self._database.now + self.lease_s,
+            "beat": func.coalesce(JOBS.c.beat, 0) + 1,
             "standing": None if standing is None else asdict(standing),
         }
         if progress is not None:
@@ -129,14 +148,18 @@ class Store:
         return await self._change(held(lease), {"result": asdict(JobResult(previews, {}))})
 
     async def give_back(self, lease: Lease, after_s: float = 0.0, is_lost: bool = False) -> bool:
-        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would."""
+        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would.
+
+        At once: it keeps its place before those that came later.
+        """
         values = {
             "status": "pending",
             "worker": None,
             "result": None,
             "standing": None,
             "num_lost": JOBS.c.num_lost + int(is_lost),
-            "claimable_at_s": self._database.now + after_s,
+            "claimable_at_s": self._database.now + after_s if after_s else JOBS.c.created_at_s,
+            "put_off_s": after_s,
         }
         return await self._change(held(lease), values)
 
@@ -254,22 +277,6 @@ def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
         "webhook_state": case((has_one, "due"), else_=None),
         "webhook_due_at_s": case((has_one, now), else_=None),
     }
-
-
-def longest_due(
-    column: str, now: ColumnElement[float], but_of: Collection[str]
-) -> ScalarSelect[str]:
-    """The job whose time in that column came first, for one of several who claim at once."""
-    due = JOBS.alias()
-    return (
-        select(due.c.job_id)
-        .where(due.c[column] <= now, due.c.owner.not_in(but_of))
-        .order_by(due.c[column])
-        .limit(1)
-        # SQLite has one writer at a time and leaves the lock out.
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

@@ -152,14 +152,15 @@ async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypat
 
 
 async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ):
-    running: set[str] = set()
-    most = 0
+    running, most = set[str](), 0
+    three = asyncio.Barrier(3)
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal most
         running.add(request.request_id)
         most = max(most, len(running))
-        result = await paint(job, request, 0.02)
+        await three.wait()
+        result = await paint(job, request)
         running.remove(request.request_id)
         return result
 
