@@ -30,6 +30,7 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
         drawing.progress_of,
         mail,
         drawing.preview_of,
+        drawing.standing_of,
         tiers=args.tiers,
     )
     return desk
