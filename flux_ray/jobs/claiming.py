@@ -101,7 +101,7 @@ def next_job(
     """
     due = JOBS.alias()
     # The index holds nothing else.
-    conditions = [due.c.claimable_at_s.is_not(None)]
+    conditions: list[ColumnElement[bool]] = [due.c.claimable_at_s.is_not(None)]
     is_waiting = and_(due.c.status == "pending", is_due(due.c, "claimable_at_s", "put_off_s", now))
     conditions.append(or_(is_waiting, is_silent(due.c, silent)))
     conditions.append(func.coalesce(due.c.protocol, 0) <= protocol)

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
+from flux_ray.jobs.abandoned import Abandoned
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import (
     Generate,
@@ -16,8 +17,8 @@ from flux_ray.jobs.attempt import (
     remove_references,
     unheard,
 )
-from flux_ray.jobs.claimer import spawn
-from flux_ray.jobs.cleaning import keep_clean
+from flux_ray.jobs.claimer import repeat, spawn
+from flux_ray.jobs.cleaning import PERIOD_S, keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, Status, StoredPicture
 from flux_ray.jobs.mailbox import Mailbox
@@ -71,6 +72,7 @@ class Desk:
         if mail is not None:
             mailbox = Mailbox(self._database, mail.lease_s)
             self._postman = Postman(mailbox, mail, args.webhook_retries_s, args.max_lost)
+        self._abandoned = Abandoned(self._database, self._store, tiers, args.keep_s)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -164,6 +166,13 @@ class Desk:
         if self._postman is not None:
             self._postman.start()
         self._tasks.append(spawn(keep_clean(self._store, self._results)))
+        self._tasks.append(spawn(repeat(self._end_abandoned, PERIOD_S)))
+
+    async def _end_abandoned(self) -> None:
+        try:
+            await self._abandoned.end_all(self._worker.unread)
+        except StoreLost as error:
+            logger.warning("jobs that nobody takes stay for now: %s", error)
 
     async def _begin_later(self) -> None:
         while True:

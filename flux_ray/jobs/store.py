@@ -180,6 +180,13 @@ class Store:
         )
         return await self._end(is_theirs, "cancelled")
 
+    async def abandon(self, job_id: str, attempt: int, failure: Failure) -> bool:
+        """End a job that nobody takes; False if somebody did since that attempt."""
+        is_left = and_(
+            JOBS.c.job_id == job_id, JOBS.c.attempt == attempt, JOBS.c.status == "pending"
+        )
+        return await self._end(is_left, "failed", failure=asdict(failure))
+
     async def find(self, owner: str, job_id: str) -> Job | None:
         """The owner's job; other people's are as if they were not there."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))

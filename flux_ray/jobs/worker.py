@@ -54,11 +54,16 @@ class Worker(Claimer):
         if self._watching is not None:
             self._watching.cancel()
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Return the ids of jobs that it could not read."""
+        return frozenset(self._unread)
+
     async def claim(self, busy: Busy) -> Claim | None:
         """An attempt at the job that has waited longest."""
         if self._tiers is not None and self._tiers <= busy.pools:
             return None
-        wanted = Wanted(self._tiers, busy.pools, busy.owners, frozenset(self._unread))
+        wanted = Wanted(self._tiers, busy.pools, busy.owners, self.unread)
         lease = await self._shop.store.claim(self.name, wanted)
         if lease is None:
             return None
