@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray._private.worker import global_worker
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
@@ -67,7 +68,18 @@ class Gateway:
         bill = Bill()
         turnstile = Turnstile(ledger, name, bill.limit)
         router = Router(handles, turns, prices, bill, terms, records, turnstile)
-        return build_api(router, args, desk=desk_for(router, args), proxy_sends_id=True)
+        desk = desk_for(router, args)
+        return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
+
+
+def is_stopping() -> bool:
+    """Whether Serve has begun to end this replica, which it tells it only after its last request.
+
+    False where Serve does not say so in these words: then it is seen at the end only.
+    """
+    worker = global_worker
+    replica = getattr(worker.actors.get(worker.actor_id), "_replica_impl", None)
+    return bool(getattr(replica, "_shutting_down", False))
 
 
 def build_gateway(args: GatewayArgs) -> Application:

@@ -19,6 +19,7 @@ FluxError                 500  server_error
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+  OutOfMemory             500  it needs more memory than the cards have: tried again, it would too
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
@@ -158,6 +159,12 @@ class ReplicaFailed(FluxError):
     status = 503
     code = "replica_failed"
     retry_after_s = 5
+
+
+class OutOfMemory(FluxError):
+    """The request needed more memory than its cards have left; sent again, it would fail again."""
+
+    code = "out_of_memory"
 
 
 class StoreLost(FluxError):

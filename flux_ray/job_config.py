@@ -13,10 +13,10 @@ class JobArgs(Args):
     `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
     `results`: a folder, or a URL of fsspec (`s3://bucket/folder`), of which `results_options` say
     more (`endpoint_url`). `lease_s`: after so long without a sign of its worker a job is another's.
-    `keep_s`: so long an ended job and its pictures are there. `max_running`: of one gateway at
-    once, of one owner three quarters of that. `max_lost`: a job that was lost with so many workers
-    is given up. `webhook_retries_s`: pauses before a webhook that was not taken is posted again;
-    then it is given up.
+    `keep_s`: so long an ended job and its pictures are there, and so long one waits that no gateway
+    takes. `max_running`: of one gateway and tier at once, of one owner three quarters of that.
+    `max_lost`: a job that was lost with so many workers is given up. `webhook_retries_s`: pauses
+    before a webhook that was not taken is posted again; then it is given up.
     """
 
     database: str = Field(

@@ -1,7 +1,6 @@
 """The gateway's HTTP application: its routes, its middleware and its error handlers."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -12,6 +11,7 @@ from starlette.types import Lifespan
 from flux_ray import __version__
 from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
+from flux_ray.gateway.desk_hours import IsStopping, lifespan_of, never
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
 from flux_ray.gateway.fetch import Fetcher
@@ -40,21 +40,7 @@ BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
 COMFY_KEY = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=False)
 
 
-def lifespan_of(desk: Desk | None) -> Lifespan[FastAPI]:
-    """The desk works while the application is served; what is not done then is left to others."""
-
-    @asynccontextmanager
-    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        if desk is not None:
-            await desk.open()
-        yield
-        if desk is not None:
-            await desk.close()
-
-    return lifespan
-
-
-def bare_api(desk: Desk | None) -> FastAPI:
+def bare_api(lifespan: Lifespan[FastAPI]) -> FastAPI:
     """Without routes."""
     return FastAPI(
         title="flux-ray",
@@ -64,7 +50,7 @@ def bare_api(desk: Desk | None) -> FastAPI:
         redoc_url=None,
         # The redirect's address would be made of the Host header.
         redirect_slashes=False,
-        lifespan=lifespan_of(desk),
+        lifespan=lifespan,
     )
 
 
@@ -73,6 +59,7 @@ def build_api(
     args: GatewayArgs,
     *,
     desk: Desk | None = None,
+    is_stopping: IsStopping = never,
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
     max_body_s: float = MAX_BODY_S,
@@ -80,9 +67,10 @@ def build_api(
     """A plain ASGI application. ValueError says why the keys file cannot be used.
 
     `desk`: of the jobs, where `args.jobs` is given; it is open while the application is.
+    `is_stopping`: whether the gateway is to end, from when on its desk claims no more jobs.
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
-    api = bare_api(desk)
+    api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
     max_bytes = args.limits.max_body_bytes
     api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
     guards: Sequence[Dependency] = ()

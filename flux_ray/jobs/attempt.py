@@ -14,7 +14,7 @@ from flux_ray.jobs.packing import num_blobs, unpack
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePosition
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,6 +29,8 @@ Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 ProgressOf = Callable[[str], float | None]
 # What it will look like, by its id; None as long as nobody knows.
 PreviewOf = Callable[[str], GeneratedImage | None]
+# Where it stands in its tier's queue, by its id; None if it does not wait, or nobody knows.
+StandingOf = Callable[[str], QueuePosition | None]
 T = TypeVar("T")
 
 
@@ -52,14 +54,21 @@ class Workshop:
     preview_of: PreviewOf = unheard
     pause_s: float = 1.0
     max_lost: int = 5
+    standing_of: StandingOf = unheard
 
 
 class Attempt:
-    """Cancel run() and the job is given back."""
+    """Cancel run() and the job is given back.
 
-    def __init__(self, lease: Lease, workshop: Workshop) -> None:
+    `is_leaving`: its gateway ends, and is not to wait for what others may begin as well.
+    """
+
+    def __init__(
+        self, lease: Lease, workshop: Workshop, is_leaving: Callable[[], bool] = lambda: False
+    ) -> None:
         self._lease = lease
         self._shop = workshop
+        self._is_leaving = is_leaving
         # Of no other attempt: one whose lease was lost may still be drawn somewhere.
         self._request_id = f"{lease.job_id}-{lease.attempt}"
 
@@ -75,6 +84,9 @@ class Attempt:
             async with self._previews():
                 if await self._watch(drawing):
                     await self._conclude(drawing)
+                elif self._is_idle():
+                    await end(drawing)
+                    await self._give_back()
                 else:
                     logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
@@ -88,6 +100,10 @@ class Attempt:
     @property
     def _beat_s(self) -> float:
         return min(self._shop.store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
+
+    def _is_idle(self) -> bool:
+        """It only waits for a replica, at a gateway that ends."""
+        return self._is_leaving() and self._shop.standing_of(self._request_id) is not None
 
     def _previews(self) -> AbstractAsyncContextManager[None]:
         """They are shown while this is open, if the request asks for any."""
@@ -113,14 +129,17 @@ class Attempt:
         return JobResult(pictures, asdict(drawn.times), drawn.warnings)
 
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
-        """Beat until it is drawn; False if the lease is lost."""
-        store = self._shop.store
+        """Beat until it is drawn; False if the lease is lost, or is to be given back."""
+        shop, request_id = self._shop, self._request_id
         while True:
             done, _ = await asyncio.wait({drawing}, timeout=self._beat_s)
             if done:
                 return True
+            if self._is_idle():
+                return False
             try:
-                if not await store.beat(self._lease, self._shop.progress_of(self._request_id)):
+                progress, standing = shop.progress_of(request_id), shop.standing_of(request_id)
+                if not await shop.store.beat(self._lease, progress, standing):
                     return False
             except StoreLost as error:
                 # Whoever takes the job meanwhile: only one of us can finish it.

@@ -5,7 +5,7 @@ import contextvars
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,14 +22,25 @@ Work = Coroutine[Any, Any, None]
 
 
 class Claim(NamedTuple):
-    """Work on what was claimed, which gives it back if it is cancelled, and whose it is."""
+    """Work on what was claimed, which gives it back if it is cancelled, and whose it is.
+
+    `pool`: of what it takes up room; those of other pools find theirs.
+    """
 
     owner: str
     work: Work
+    pool: str = ""
+
+
+class Busy(NamedTuple):
+    """What is not claimed now: of pools without room, and of owners with enough in a pool."""
+
+    pools: frozenset[str]
+    owners: frozenset[tuple[str, str]]
 
 
 class Claimer(ABC):
-    """Works on at most `max_running` things at once, until it is stopped.
+    """Works on at most `max_running` things of a pool at once, until it is stopped.
 
     An owner who has `max_per_owner` of them leaves the rest to others.
     """
@@ -49,11 +60,12 @@ class Claimer(ABC):
         self._news = asyncio.Event()
         self._claiming: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
-        self._held: Counter[str] = Counter()
+        # By pool and owner.
+        self._held: Counter[tuple[str, str]] = Counter()
 
     @abstractmethod
-    async def claim(self, but_of: Collection[str]) -> Claim | None:
-        """One thing more, but of those owners; None: there is none. Raises StoreLost."""
+    async def claim(self, busy: Busy) -> Claim | None:
+        """One thing more, but of what is busy; None: there is none. Raises StoreLost."""
 
     @property
     def num_running(self) -> int:
@@ -70,10 +82,14 @@ class Claimer(ABC):
         """There is something to claim: do not wait for the next look."""
         self._news.set()
 
-    async def stop(self, drain_s: float = 0.0) -> None:
-        """Claim no more, see work end for `drain_s`, and give the rest back to others at once."""
+    def stop_claiming(self) -> None:
+        """Claim no more; what runs goes on."""
         self._is_stopping = True
         self._news.set()
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Claim no more, see work end for `drain_s`, and give the rest back to others at once."""
+        self.stop_claiming()
         if self._claiming is not None:
             # A claim under way is seen to its end: its lease would have to run out.
             await asyncio.wait({self._claiming})
@@ -94,18 +110,25 @@ class Claimer(ABC):
         while not self._is_stopping:
             # Before the look: what comes during it is looked for again.
             self._news.clear()
-            pause_s = await self._claim_once() if self._has_room() else None
+            pause_s = await self._claim_once()
             if pause_s != 0:
                 await self._wait_for_news(pause_s)
 
-    def _has_room(self) -> bool:
-        return self.num_running < self._max_running
+    @property
+    def busy(self) -> Busy:
+        """Return what it has no room for."""
+        held: Counter[str] = Counter()
+        for (pool, _), num in self._held.items():
+            held[pool] += num
+        return Busy(
+            frozenset(pool for pool, num in held.items() if num >= self._max_running),
+            frozenset(each for each, num in self._held.items() if num >= self._max_per_owner),
+        )
 
     async def _claim_once(self) -> float:
         """Seconds until it is worth another look."""
-        busy = [owner for owner, num in self._held.items() if num >= self._max_per_owner]
         try:
-            claim = await self.claim(busy)
+            claim = await self.claim(self.busy)
         except StoreLost as error:
             logger.warning("the %s claims nothing: %s", type(self).__name__.lower(), error)
             return self._pause_s
@@ -113,17 +136,18 @@ class Claimer(ABC):
             return self._poll_s
         task = spawn(claim.work)
         self._running.add(task)
-        self._held[claim.owner] += 1
-        task.add_done_callback(partial(self._make_room, claim.owner))
+        place = (claim.pool, claim.owner)
+        self._held[place] += 1
+        task.add_done_callback(partial(self._make_room, place))
         return 0.0
 
-    def _make_room(self, owner: str, task: "asyncio.Task[None]") -> None:
+    def _make_room(self, place: tuple[str, str], task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
         # Who has none left is not remembered.
-        self._held -= Counter({owner: 1})
+        self._held -= Counter({place: 1})
         self._news.set()
 
-    async def _wait_for_news(self, timeout_s: float | None) -> None:
+    async def _wait_for_news(self, timeout_s: float) -> None:
         """There is more to claim or more room, it is to stop, or the time is over."""
         if self._is_stopping:
             return
@@ -138,6 +162,20 @@ def spawn(work: Work) -> "asyncio.Task[None]":
     task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
     task.add_done_callback(tell_of_failure)
     return task
+
+
+async def repeat(make: Callable[[], Work], period_s: float) -> None:
+    """Do work again and again, `period_s` after the last time, for ever.
+
+    Each round is a task, which tells of its failure: a mistake of ours ends only that round.
+    """
+    while True:
+        round_ = spawn(make())
+        try:
+            await asyncio.wait({round_})
+        finally:
+            round_.cancel()
+        await asyncio.sleep(period_s)
 
 
 def tell_of_failure(task: "asyncio.Task[None]") -> None:

@@ -1,10 +1,9 @@
 """Removes what has expired: first a job's pictures, then its row, so that none is forgotten."""
 
-import asyncio
 import logging
 
 from flux_ray.errors import ResultsLost, StoreLost
-from flux_ray.jobs.claimer import spawn
+from flux_ray.jobs.claimer import repeat
 from flux_ray.jobs.results import ResultMissing, Results
 from flux_ray.jobs.store import Store
 
@@ -50,14 +49,5 @@ async def clean_once(store: Store, results: Results) -> None:
 
 
 async def keep_clean(store: Store, results: Results, period_s: float = PERIOD_S) -> None:
-    """For ever. Several gateways may do so: what is gone already is no error.
-
-    Each round is a task, which tells of its failure: a mistake of ours ends only that round.
-    """
-    while True:
-        cleaning = spawn(clean_once(store, results))
-        try:
-            await asyncio.wait({cleaning})
-        finally:
-            cleaning.cancel()
-        await asyncio.sleep(period_s)
+    """For ever. Several gateways may do so: what is gone already is no error."""
+    await repeat(lambda: clean_once(store, results), period_s)

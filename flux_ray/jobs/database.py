@@ -26,7 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.table import METADATA
+from flux_ray.jobs.migrations.schema import migrate
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 # How long a statement waits for those of other processes.
@@ -41,7 +41,7 @@ BEGIN_TURN = (
     f"BEGIN; SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S}s';"
     f" SET LOCAL idle_in_transaction_session_timeout = '{BUSY_TIMEOUT_S}s'"
 )
-# Gateways that start at once create the table one after another.
+# Gateways that start at once make or change the tables one after another.
 CREATION_LOCK = 7_355_608
 
 # It logs what each statement holds.
@@ -53,9 +53,9 @@ Clock = Callable[[], float]
 class Database:
     """Connections to one database.
 
-    Whether a lease has run out is for the database's clock to say: it is one for all gateways, so
-    that one whose clock is wrong takes nobody's lease and loses none. `clock` takes its place in
-    tests.
+    Its clock says when what is kept has expired and when a pause is over, for it is one for all
+    gateways. It may be set: no lease of a job goes by it, and no pause becomes longer. `clock`
+    takes its place in tests.
     """
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
@@ -80,7 +80,7 @@ class Database:
         return self._engine.dialect.name == "sqlite"
 
     async def create(self) -> None:
-        """Make the tables where there are none. Raises StoreLost."""
+        """Make the tables, or bring them to what this release needs. Raises StoreLost."""
         for _ in range(SWITCH_TRIES if self.is_sqlite else 0):
             try:
                 return await self._create()
@@ -101,7 +101,7 @@ class Database:
             else:
                 await connection.exec_driver_sql("BEGIN")
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATION_LOCK})")
-            await connection.run_sync(METADATA.create_all)
+            await connection.run_sync(migrate)
             await connection.exec_driver_sql("COMMIT")
 
     @asynccontextmanager

@@ -2,22 +2,25 @@
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from flux_ray.errors import StoreLost
 from flux_ray.job_config import JobArgs
+from flux_ray.jobs.abandoned import Abandoned
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import (
     Generate,
     PreviewOf,
     ProgressOf,
+    StandingOf,
     Workshop,
     remove_references,
     unheard,
 )
-from flux_ray.jobs.claimer import spawn
-from flux_ray.jobs.cleaning import keep_clean
+from flux_ray.jobs.claimer import repeat, spawn
+from flux_ray.jobs.cleaning import PERIOD_S, keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Idempotency, Job, Offer, StoredPicture
+from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, Status, StoredPicture
 from flux_ray.jobs.mailbox import Mailbox
 from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
@@ -36,6 +39,7 @@ class Desk:
     """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
 
     `mail`: how their ends are told of to webhooks; without it that is left to other gateways.
+    `tiers`: jobs of others are left to other gateways too.
     Unless said otherwise, everything raises StoreLost.
     """
 
@@ -46,6 +50,8 @@ class Desk:
         progress_of: ProgressOf = unheard,
         mail: Mail | None = None,
         preview_of: PreviewOf = unheard,
+        standing_of: StandingOf = unheard,
+        tiers: Collection[str] | None = None,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
@@ -53,13 +59,20 @@ class Desk:
         self._shelf = Shelf(self._database, self._results, args.keep_s)
         self._url_secret: bytes | None = None
         workshop = Workshop(
-            self._store, self._results, generate, progress_of, preview_of, max_lost=args.max_lost
+            self._store,
+            self._results,
+            generate,
+            progress_of,
+            preview_of,
+            max_lost=args.max_lost,
+            standing_of=standing_of,
         )
-        self._worker = Worker(workshop, args.max_running)
+        self._worker = Worker(workshop, args.max_running, tiers=tiers)
         self._postman: Postman | None = None
         if mail is not None:
             mailbox = Mailbox(self._database, mail.lease_s)
             self._postman = Postman(mailbox, mail, args.webhook_retries_s, args.max_lost)
+        self._abandoned = Abandoned(self._database, self._store, tiers, args.keep_s)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
@@ -69,6 +82,10 @@ class Desk:
         except StoreLost as error:
             logger.warning("jobs cannot be taken yet: %s", error)
             self._tasks.append(spawn(self._begin_later()))
+
+    def stop_claiming(self) -> None:
+        """Leave what is not claimed yet to other gateways; all else goes on."""
+        self._worker.stop_claiming()
 
     async def close(self, drain_s: float = 0.0) -> None:
         """See jobs end for `drain_s`, and leave the rest to other gateways."""
@@ -108,6 +125,21 @@ class Desk:
             await remove_references(self._results, job)
         return True
 
+    async def list(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        before: ListPlace | None = None,
+        state: Status | None = None,
+    ) -> tuple[Job, ...]:
+        """A page of the owner's jobs, newest first, as Store.list."""
+        return await self._store.list(owner, limit=limit, before=before, state=state)
+
+    async def position_of(self, job_id: str) -> int | None:
+        """How many jobs of its tier are claimed before it; None if it does not wait for that."""
+        return await self._store.position_of(job_id)
+
     async def num_active(self, owner: str) -> int:
         """How many of the owner's jobs have not ended."""
         return await self._store.num_active(owner)
@@ -134,6 +166,13 @@ class Desk:
         if self._postman is not None:
             self._postman.start()
         self._tasks.append(spawn(keep_clean(self._store, self._results)))
+        self._tasks.append(spawn(repeat(self._end_abandoned, PERIOD_S)))
+
+    async def _end_abandoned(self) -> None:
+        try:
+            await self._abandoned.end_all(self._worker.unread)
+        except StoreLost as error:
+            logger.warning("jobs that nobody takes stay for now: %s", error)
 
     async def _begin_later(self) -> None:
         while True:

@@ -4,12 +4,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, select, update
 
+from flux_ray.jobs.claiming import is_due
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Webhook
 from flux_ray.jobs.rows import COLUMNS, job_of
-from flux_ray.jobs.store import longest_due
 from flux_ray.jobs.table import JOBS
 
 WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt", "num_failed"))
@@ -42,6 +42,8 @@ class Mailbox:
     """Letters in a database that several gateways share. Everything raises StoreLost.
 
     `lease_s`: a gateway that is silent for so long has lost its letter; another posts it again.
+    That goes by the database's clock: where it is set, a letter is posted once more, or a little
+    sooner, as letters may be.
     """
 
     def __init__(self, database: Database, lease_s: float) -> None:
@@ -53,10 +55,11 @@ class Mailbox:
         now = self._database.now
         row = await self._database.first(
             update(JOBS)
-            .where(JOBS.c.job_id == longest_due("webhook_due_at_s", now, but_of))
+            .where(JOBS.c.job_id == longest_due(now, but_of))
             .values(
                 webhook_attempt=JOBS.c.webhook_attempt + 1,
                 webhook_due_at_s=now + self._lease_s,
+                webhook_put_off_s=self._lease_s,
             )
             .returning(*COLUMNS, *WEBHOOK)
         )
@@ -72,7 +75,10 @@ class Mailbox:
     async def put_off(self, letter: Letter, after_s: float) -> None:
         """It was not taken: once more, `after_s` from now."""
         due_at_s = self._database.now + after_s
-        await self._change(held(letter), num_failed=letter.num_failed + 1, due_at_s=due_at_s)
+        num_failed = letter.num_failed + 1
+        await self._change(
+            held(letter), num_failed=num_failed, due_at_s=due_at_s, put_off_s=after_s
+        )
 
     async def give_up(self, letter: Letter) -> None:
         """It is not tried again."""
@@ -90,6 +96,22 @@ class Mailbox:
         named = {f"webhook_{name}": value for name, value in values.items()}
         changed = update(JOBS).where(condition).values(named).returning(JOBS.c.job_id)
         await self._database.execute(changed)
+
+
+def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSelect[str]:
+    """The job whose letter has waited longest, for one of several who claim at once."""
+    due = JOBS.alias()
+    is_there = due.c.webhook_due_at_s.is_not(None)
+    has_come = is_due(due.c, "webhook_due_at_s", "webhook_put_off_s", now)
+    return (
+        select(due.c.job_id)
+        .where(is_there, has_come, due.c.owner.not_in(but_of))
+        .order_by(due.c.webhook_due_at_s)
+        .limit(1)
+        # SQLite has one writer at a time and leaves the lock out.
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
 
 
 def held(letter: Letter) -> ColumnElement[bool]:

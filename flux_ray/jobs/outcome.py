@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from flux_ray.errors import FluxError, Overloaded, RateLimited, TierUnavailable
+from flux_ray.errors import FluxError, OutOfMemory, Overloaded, RateLimited, TierUnavailable
 from flux_ray.jobs.job import Failure
+from flux_ray.jobs.reading import Unreadable
 from flux_ray.jobs.results import ResultTooLarge
 
 FIRST_PAUSE_S = 1.0
@@ -24,10 +25,13 @@ def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
 
     A job waits for its turn as long as that takes. What may be the job's own fault is tried again
     too, as a whole cluster may have died under it; how often, the worker decides by `num_lost`.
+    What needs more memory than a card has would need it again: that is its end.
     """
     if isinstance(error, (Overloaded, RateLimited, TierUnavailable)):
         return Again(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
-    if isinstance(error, FluxError) and error.status < 500:
+    if isinstance(error, Unreadable):
+        return Again(MAX_PAUSE_S, is_lost=False)
+    if isinstance(error, OutOfMemory) or (isinstance(error, FluxError) and error.status < 500):
         return Failure(error.code, error.message)
     if isinstance(error, ResultTooLarge):
         return LOST

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.claimer import POLL_S, Claim, Claimer
+from flux_ray.jobs.claimer import POLL_S, Busy, Claim, Claimer
 from flux_ray.jobs.job import Job, Webhook
 from flux_ray.jobs.mailbox import Letter, Mailbox
 
@@ -69,9 +69,11 @@ class Postman(Claimer):
         self._retries_s = retries_s
         self._max_lost = max_lost
 
-    async def claim(self, but_of: Collection[str]) -> Claim | None:
+    async def claim(self, busy: Busy) -> Claim | None:
         """The delivery of the letter that is due the longest."""
-        letter = await self._mailbox.claim(but_of)
+        if busy.pools:
+            return None
+        letter = await self._mailbox.claim([owner for _, owner in busy.owners])
         return None if letter is None else Claim(letter.job.owner, self._deliver(letter))
 
     async def _deliver(self, letter: Letter) -> None:

@@ -1,26 +1,23 @@
 """The store of jobs: accept, claim, beat, end, cancel and find, each one transaction."""
 
-import uuid
-from collections.abc import Collection
+import time
 from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    ScalarSelect,
-    UpdateBase,
     and_,
     case,
     delete,
     func,
     select,
-    true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
+from flux_ray.jobs.claiming import Sign, Wanted, claim_of, next_job, running, sign_of
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
     End,
     Failure,
@@ -28,15 +25,22 @@ from flux_ray.jobs.job import (
     Job,
     JobResult,
     Lease,
+    ListPlace,
     Offer,
+    Status,
     StoredPicture,
 )
-from flux_ray.jobs.rows import COLUMNS, bound, job_of
+from flux_ray.jobs.listing import num_before, page_of
+from flux_ray.jobs.rows import COLUMNS, job_of
+from flux_ray.jobs.silence import Clock, Silence
 from flux_ray.jobs.table import JOBS
+from flux_ray.request import PROTOCOL, QueuePosition
 
-# What did not come in whole by then was left by a gateway that ended.
-ARRIVAL_S = 3600.0
 MAX_TRIES = 5
+# A lost worker is noticed so much later than it has to be, at most.
+MAX_WATCH_PERIOD_S = 1.0
+LOOKS_PER_LEASE = 10
+EVERYTHING = Wanted()
 # Of an owner who has as many jobs as it may.
 AGAIN_S = 5
 
@@ -44,14 +48,25 @@ AGAIN_S = 5
 class Store:
     """Jobs in a database that several gateways share. Everything raises StoreLost.
 
-    `lease_s`: a worker that is silent for so long has lost its job. `keep_s`: an ended job is found
-    for so long.
+    `lease_s`: a worker that gives no sign for so long has lost its job, by the `clock` of whoever
+    watches, which nobody sets. `keep_s`: an ended job is found for so long, by the database's clock
+    like all that is kept: it is for the caller's days, and the gateways that wrote it may be gone.
+    `protocol`: of the requests that are packed here; those of a later one are left to others.
     """
 
-    def __init__(self, database: Database, lease_s: float, keep_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        lease_s: float,
+        keep_s: float,
+        clock: Clock = time.monotonic,
+        protocol: int = PROTOCOL,
+    ) -> None:
         self._database = database
         self.lease_s = lease_s
+        self.protocol = protocol
         self._keep_s = keep_s
+        self._silence: Silence[Sign] = Silence(lease_s, clock)
 
     async def accept(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> Job:
         """The job of an offer, a new one or that of the same key; raises KeyReused.
@@ -61,7 +76,9 @@ class Store:
         """
         turn = None if offer.max_active is None else offer.owner
         for tries in range(MAX_TRIES):
-            row = await self._database.first(self._insertion(offer, packed, is_whole), turn)
+            row = await self._database.first(
+                insertion(self._database, offer, packed, is_whole, self.protocol), turn
+            )
             if row is not None:
                 return job_of(row)
             named = offer.idempotency
@@ -77,36 +94,51 @@ class Store:
         row = await self._database.first(
             update(JOBS)
             .where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving", self._is_kept())
-            .values(status="pending", claimable_at_s=self._database.now, expires_at_s=None)
+            .values(
+                status="pending",
+                claimable_at_s=self._database.now,
+                put_off_s=0.0,
+                expires_at_s=None,
+            )
             .returning(*COLUMNS)
         )
         # Another gateway may have admitted it, for the same idempotency key.
         return job_of(row) if row is not None else await self._find(JOBS.c.job_id == job_id)
 
-    async def claim(self, worker: str, but_of: Collection[str] = ()) -> Lease | None:
-        """The job that has waited longest or lost its worker, but of those owners; or None."""
+    @property
+    def watch_period_s(self) -> float:
+        """How often `watch` is to be called."""
+        return min(self.lease_s / LOOKS_PER_LEASE, MAX_WATCH_PERIOD_S)
+
+    async def watch(self) -> bool:
+        """Look for signs of life of all workers; whether some job's gave none for `lease_s`."""
+        begun_s = self._silence.begin()
+        rows = await self._database.execute(running())
+        self._silence.look({row["job_id"]: sign_of(row) for row in rows}, begun_s)
+        return bool(self._silence.silent)
+
+    async def claim(self, worker: str, wanted: Wanted = EVERYTHING) -> Lease | None:
+        """The job that has waited longest or lost its worker, of those that are wanted; or None."""
         now = self._database.now
-        first = longest_due("claimable_at_s", now, but_of)
-        row = await self._database.first(
-            update(JOBS)
-            .where(JOBS.c.job_id == first)
-            .values(
-                status="running",
-                worker=worker,
-                progress=0.0,
-                result=None,
-                attempt=JOBS.c.attempt + 1,
-                num_lost=JOBS.c.num_lost + case((JOBS.c.status == "running", 1), else_=0),
-                started_at_s=func.coalesce(JOBS.c.started_at_s, now),
-                claimable_at_s=now + self.lease_s,
-            )
-            .returning(*COLUMNS)
-        )
+        job_id = next_job(wanted, self._silence.silent, now, self.protocol)
+        row = await self._database.first(claim_of(worker, job_id, now, self.lease_s))
         return None if row is None else Lease(job_of(row))
 
-    async def beat(self, lease: Lease, progress: float | None = None) -> bool:
-        """Keep the lease; False if it is no more: cancelled, or another's."""
-        values: dict[str, Any] = {"claimable_at_s": self._database.now + self.lease_s}
+    async def beat(
+        self,
+        lease: Lease,
+        progress: float | None = None,
+        standing: QueuePosition | None = None,
+    ) -> bool:
+        """Keep the lease; False if it is no more: cancelled, or another's.
+
+        `standing`: where the worker waits with it; None: it does not, or does not know.
+        """
+        values: dict[str, Any] = {
+            "claimable_at_s": self._database.now + self.lease_s,
+            "beat": func.coalesce(JOBS.c.beat, 0) + 1,
+            "standing": None if standing is None else asdict(standing),
+        }
         if progress is not None:
             values["progress"] = progress
         return await self._change(held(lease), values)
@@ -116,13 +148,18 @@ class Store:
         return await self._change(held(lease), {"result": asdict(JobResult(previews, {}))})
 
     async def give_back(self, lease: Lease, after_s: float = 0.0, is_lost: bool = False) -> bool:
-        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would."""
+        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would.
+
+        At once: it keeps its place before those that came later.
+        """
         values = {
             "status": "pending",
             "worker": None,
             "result": None,
+            "standing": None,
             "num_lost": JOBS.c.num_lost + int(is_lost),
-            "claimable_at_s": self._database.now + after_s,
+            "claimable_at_s": self._database.now + after_s if after_s else JOBS.c.created_at_s,
+            "put_off_s": after_s,
         }
         return await self._change(held(lease), values)
 
@@ -143,13 +180,40 @@ class Store:
         )
         return await self._end(is_theirs, "cancelled")
 
+    async def abandon(self, job_id: str, attempt: int, failure: Failure) -> bool:
+        """End a job that nobody takes; False if somebody did since that attempt."""
+        is_left = and_(
+            JOBS.c.job_id == job_id, JOBS.c.attempt == attempt, JOBS.c.status == "pending"
+        )
+        return await self._end(is_left, "failed", failure=asdict(failure))
+
     async def find(self, owner: str, job_id: str) -> Job | None:
         """The owner's job; other people's are as if they were not there."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
+    async def list(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        before: ListPlace | None = None,
+        state: Status | None = None,
+    ) -> tuple[Job, ...]:
+        """The owner's jobs, newest first, those of one state only; `before`: the last page's end.
+
+        Jobs that come or go meanwhile move nobody to another page.
+        """
+        page = page_of(owner, limit, before, state, self._is_kept())
+        return tuple(map(job_of, await self._database.execute(page)))
+
+    async def position_of(self, job_id: str) -> int | None:
+        """How many jobs of its tier are claimed before it; None if it does not wait for that."""
+        row = await self._database.first(num_before(job_id))
+        return None if row is None else int(row["num_jobs"])
+
     async def num_active(self, owner: str) -> int:
         """How many of the owner's jobs have not ended, those that are still coming in too."""
-        query = select(self._num_active(owner).label("num_jobs"))
+        query = select(num_active(self._database, owner).label("num_jobs"))
         [counted] = await self._database.execute(query)
         return int(counted["num_jobs"])
 
@@ -163,42 +227,6 @@ class Store:
         """Forget a job that has expired."""
         gone = and_(JOBS.c.job_id == job_id, self._is_over())
         await self._database.first(delete(JOBS).where(gone).returning(JOBS.c.job_id))
-
-    def _insertion(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> UpdateBase:
-        now = self._database.now
-        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        values = {
-            "job_id": str(uuid.uuid4()),
-            "owner": offer.owner,
-            "tier": offer.request.tier,
-            "packed": packed,
-            "seed": offer.request.seed,
-            "memo": offer.memo,
-            "created_at_s": now,
-        }
-        if is_whole:
-            values |= {"status": "pending", "claimable_at_s": now}
-        else:
-            values |= {"status": "arriving", "expires_at_s": now + ARRIVAL_S}
-        if (idempotency := offer.idempotency) is not None:
-            values["idempotency_key"] = idempotency.key
-            values["fingerprint"] = idempotency.fingerprint
-        if (webhook := offer.webhook) is not None:
-            values["webhook_url"] = webhook.url
-            values["webhook_secret"] = webhook.secret
-            values["webhook_state"] = "waiting"
-        row = select(*(bound(value, JOBS.c[name]) for name, value in values.items()))
-        if offer.max_active is not None:
-            row = row.where(self._num_active(offer.owner) < offer.max_active)
-        inserted = insert(JOBS).from_select(list(values), row.where(true()))
-        return inserted.on_conflict_do_nothing().returning(*COLUMNS)
-
-    def _num_active(self, owner: str) -> ScalarSelect[int]:
-        mates = JOBS.alias()
-        is_active = mates.c.status.in_(("arriving", "pending", "running"))
-        is_kept = func.coalesce(mates.c.expires_at_s > self._database.now, True)
-        query = select(func.count()).select_from(mates)
-        return query.where(mates.c.owner == owner, is_active, is_kept).scalar_subquery()
 
     async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
         """The owner's job of that key, if there is one. Raises KeyReused."""
@@ -216,7 +244,7 @@ class Store:
     async def _end(self, condition: ColumnElement[bool], status: str, **values: Any) -> bool:
         now = self._database.now
         # Of one without a result, no preview is left either.
-        values = {"result": None} | values
+        values = {"result": None, "standing": None} | values
         values |= {
             "status": status,
             "claimable_at_s": None,
@@ -256,22 +284,6 @@ def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
         "webhook_state": case((has_one, "due"), else_=None),
         "webhook_due_at_s": case((has_one, now), else_=None),
     }
-
-
-def longest_due(
-    column: str, now: ColumnElement[float], but_of: Collection[str]
-) -> ScalarSelect[str]:
-    """The job whose time in that column came first, for one of several who claim at once."""
-    due = JOBS.alias()
-    return (
-        select(due.c.job_id)
-        .where(due.c[column] <= now, due.c.owner.not_in(but_of))
-        .order_by(due.c[column])
-        .limit(1)
-        # SQLite has one writer at a time and leaves the lock out.
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
 
 
 def held(lease: Lease) -> ColumnElement[bool]:

@@ -1,4 +1,7 @@
-"""The tables of jobs and of shared secrets, the same in SQLite and in PostgreSQL."""
+"""The tables of jobs and of shared secrets, the same in SQLite and in PostgreSQL.
+
+What changes here needs a migration beside it: a test compares them.
+"""
 
 from sqlalchemy import (
     JSON,
@@ -67,6 +70,18 @@ JOBS = Table(
     Column("webhook_num_failed", Integer, nullable=False, default=0),
     # Not before; while it is posted, the lease's end. Null unless it is due.
     Column("webhook_due_at_s", Double),
+    # Gateways of an earlier release leave out what follows.
+    # The caller's own words about it.
+    Column("metadata", JSON(none_as_null=True)),
+    # Where it stands in the queue of its tier, while its worker waits for a replica.
+    Column("standing", JSON(none_as_null=True)),
+    # Of the release that packed the request.
+    Column("protocol", Integer),
+    # Counts the signs of life of its workers: by them others see that a lease is kept.
+    Column("beat", Integer),
+    # The longest that may be left until `claimable_at_s`: else the clock was set back meanwhile.
+    Column("put_off_s", Double),
+    Column("webhook_put_off_s", Double),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
@@ -74,6 +89,17 @@ for name in ("claimable_at_s", "expires_at_s", "webhook_due_at_s"):
     column = JOBS.c[name]
     is_set = column.is_not(None)
     Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
+
+is_set = JOBS.c.claimable_at_s.is_not(None)
+Index(
+    "flux_jobs_by_tier",
+    JOBS.c.tier,
+    JOBS.c.claimable_at_s,
+    sqlite_where=is_set,
+    postgresql_where=is_set,
+)
+# For a page of an owner's jobs, newest first.
+Index("flux_jobs_listed", JOBS.c.owner, JOBS.c.created_at_s, JOBS.c.job_id)
 
 # What all gateways sign with, as hexadecimal digits.
 SECRETS = Table(

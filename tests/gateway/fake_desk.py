@@ -19,7 +19,10 @@ class FakeDesk:
     async def open(self) -> None:
         pass
 
-    async def close(self) -> None:
+    def stop_claiming(self) -> None:
+        pass
+
+    async def close(self, drain_s: float = 0.0) -> None:
         pass
 
     async def accept(self, offer: Offer) -> Job:

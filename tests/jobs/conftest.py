@@ -1,7 +1,7 @@
 """Stores to test with: SQLite and PostgreSQL, whose time a test may tell, a folder and S3."""
 
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
@@ -14,6 +14,8 @@ from tests.jobs.servers import S3, Postgres
 
 LEASE_S = 10.0
 KEEP_S = 100.0
+# So many that none of the pauses between them is too long.
+NUM_LOOKS = 16
 
 
 class Clock:
@@ -61,8 +63,21 @@ async def database(database_url, clock) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-def store(database) -> Store:
-    return Store(database, LEASE_S, KEEP_S)
+def store(database, clock) -> Store:
+    return Store(database, LEASE_S, KEEP_S, clock)
+
+
+@pytest.fixture
+def pass_s(store, clock) -> Callable[[float], Awaitable[None]]:
+    """`await pass_s(5)`: time passes, on every clock, and the store watches meanwhile."""
+
+    async def go_on(seconds: float) -> None:
+        await store.watch()
+        for _ in range(NUM_LOOKS):
+            clock.now_s += seconds / NUM_LOOKS
+            await store.watch()
+
+    return go_on
 
 
 @pytest.fixture(scope="session")

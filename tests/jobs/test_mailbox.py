@@ -69,11 +69,11 @@ async def test_nobody_hears_who_did_not_ask(mailbox, database, end_job):
     assert await state_of(database, job_id) == (None, 0, 0, None)
 
 
-async def test_a_late_worker_makes_nothing_due_again(store, mailbox, offer, clock):
+async def test_a_late_worker_makes_nothing_due_again(store, mailbox, offer, pass_s):
     wanted = offer(webhook=WEBHOOK)
     await store.accept(wanted, pack(wanted.request).row, True)
     late = await store.claim("late")
-    clock.now_s += 10
+    await pass_s(10)
     assert await store.finish(await store.claim("w"), RESULT)
     await mailbox.delivered(await mailbox.claim())
     assert not await store.finish(late, RESULT)

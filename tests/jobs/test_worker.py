@@ -152,18 +152,15 @@ async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypat
 
 
 async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ):
-    running: set[str] = set()
-    most = 0
-    are_three = asyncio.Event()
+    running, most = set[str](), 0
+    three = asyncio.Barrier(3)
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal most
         running.add(request.request_id)
         most = max(most, len(running))
-        if most == 3:
-            are_three.set()
-        await are_three.wait()
-        result = await paint(job, request, 0.02)
+        await three.wait()
+        result = await paint(job, request)
         running.remove(request.request_id)
         return result
 
@@ -356,7 +353,7 @@ async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer
         await gone_on.wait()
         return await paint(job, request)
 
-    async def no_beat(lease, progress=None) -> bool:
+    async def no_beat(lease, progress=None, standing=None) -> bool:
         raise StoreLost("away")
 
     job = await accept(store, folder, offer())

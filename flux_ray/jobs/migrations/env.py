@@ -1,0 +1,13 @@
+"""What alembic runs: the migrations, on the connection and in the transaction that it is given."""
+
+from alembic import context
+
+from flux_ray.jobs.migrations.schema import VERSION_TABLE
+from flux_ray.jobs.table import METADATA
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=METADATA,
+    version_table=VERSION_TABLE,
+)
+context.run_migrations()
