@@ -14,8 +14,8 @@ from ray import cloudpickle
 
 from flux_ray.config import Parallel
 
-PATIENCE_S = 120
-MEETING_S = 60.0
+PATIENCE_S = 600
+MEETING_S = 300.0
 
 
 class RankFailed(AssertionError):

@@ -183,6 +183,11 @@ def more_gateways(
     deploy(config)
 
 
+def are_running(status: Any) -> bool:
+    """All applications."""
+    return {application.status for application in status.applications.values()} == {"RUNNING"}
+
+
 @pytest.fixture(scope="session")
 def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> Iterator[str]:
     """Where the gateway listens. What `serve run` does, on two logical CPUs."""
@@ -204,6 +209,7 @@ def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> 
     deploy(config)
     address = f"http://127.0.0.1:{config['http_options']['port']}"
     wait_until_ready(address)
+    wait_until(lambda: are_running(serve.status()), timeout_s=BOOT_S, what="every tier")
     yield address
     serve.shutdown()
     ray.shutdown()

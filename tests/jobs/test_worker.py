@@ -152,15 +152,15 @@ async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypat
 
 
 async def test_so_many_jobs_run_at_once_and_no_more(store, folder, offer, employ):
-    running, most = set[str](), 0
-    three = asyncio.Barrier(3)
+    running, most, are_three = set[str](), 0, asyncio.Event()
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
         nonlocal most
         running.add(request.request_id)
-        most = max(most, len(running))
-        await three.wait()
-        result = await paint(job, request)
+        if (most := max(most, len(running))) == 3:
+            are_three.set()
+        await are_three.wait()
+        result = await paint(job, request, 0.02)
         running.remove(request.request_id)
         return result
 
