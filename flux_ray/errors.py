@@ -18,15 +18,17 @@ FluxError                 500  server_error
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
+    ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
 
-Arguments are positional only, so that every error survives a process border.
+Arguments are positional only, so that every error survives a process border. Where the code on
+the other side is older and does not know its class, it arrives as the nearest one that is known.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class FluxError(Exception):
@@ -45,10 +47,23 @@ class FluxError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return revived, (tuple(kind.__name__ for kind in type(self).__mro__), self.args)
+
     @property
     def shown(self) -> str:
         """What the caller reads."""
         return self.message
+
+
+def revived(kinds: tuple[str, ...], args: tuple[Any, ...]) -> FluxError:
+    """An error of the first of these classes that this code knows, as it was pickled."""
+    known: type[FluxError] = next(globals()[kind] for kind in kinds if kind in globals())
+    try:
+        return known(*args)
+    except TypeError:
+        # A class has other arguments in another version; these two are those of every error.
+        return known(*args[:2])
 
 
 class BadRequest(FluxError):
@@ -150,6 +165,16 @@ class TierUnavailable(FluxError):
     status = 503
     code = "tier_unavailable"
     retry_after_s = 5
+
+
+class ProtocolMismatch(TierUnavailable):
+    """The code of `protocol` cannot read a request, or an answer, of other code."""
+
+    def __init__(self, message: str, field: str | None = None, protocol: int = 0) -> None:
+        super().__init__(message, field)
+        # As every argument, it has to survive a process border.
+        self.args = (message, field, protocol)
+        self.protocol = protocol
 
 
 class ReplicaFailed(FluxError):

@@ -14,7 +14,7 @@ from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.line import Address, Extension, StageFailed
-from flux_ray.replica.process import keep_memory, load_engine
+from flux_ray.replica.process import card_here, keep_memory, load_engine
 from flux_ray.request import (
     Encoded,
     EncodedPrompt,
@@ -130,6 +130,11 @@ class RankActor:
     def ping(self) -> int:
         """The process id."""
         return os.getpid()
+
+    @ray.method(concurrency_group="control")
+    def card(self) -> str | None:
+        """The row of its card in `cards`, if there is one."""
+        return card_here(self._args.device)
 
     def listen(self) -> Address:
         """Where the leader finds this rank. A group on one node is reached from nowhere else."""
