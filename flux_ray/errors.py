@@ -20,6 +20,7 @@ FluxError                 500  server_error
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
     ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+  OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
@@ -175,6 +176,12 @@ class ProtocolMismatch(TierUnavailable):
         # As every argument, it has to survive a process border.
         self.args = (message, field, protocol)
         self.protocol = protocol
+
+
+class OutOfMemory(FluxError):
+    """The request takes more memory than a replica has: trying again would not help."""
+
+    code = "out_of_memory"
 
 
 class ReplicaFailed(FluxError):

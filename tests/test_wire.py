@@ -8,7 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from flux_ray import errors, request, wire
-from flux_ray.errors import BadReference, FluxError, Overloaded, ProtocolMismatch, ReplicaFailed
+from flux_ray.errors import BadReference, FluxError, OutOfMemory, Overloaded, ProtocolMismatch
 from flux_ray.request import (
     PROTOCOL,
     Encoding,
@@ -161,7 +161,7 @@ def test_a_newer_description_is_understood_as_far_as_it_goes() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        ReplicaFailed("too large"),
+        OutOfMemory("too large"),
         BadReference("no picture", "image"),
         Overloaded("later", None, 7),
         ProtocolMismatch("what?", None, 3),
@@ -185,8 +185,8 @@ def test_an_error_of_a_class_that_is_not_known_here_is_the_nearest_that_is(
     sent = pickle.dumps(StillTooBusy("come later", "now", "here", "because"))
     arrived = pickle.loads(sent)
     assert (type(arrived), arrived.message) == (Overloaded, "come later")
-    unknown = pickle.dumps(ReplicaFailed("too large"))
-    monkeypatch.delattr(errors, "ReplicaFailed")
+    unknown = pickle.dumps(OutOfMemory("too large"))
+    monkeypatch.delattr(errors, "OutOfMemory")
     arrived = pickle.loads(unknown)
     assert (type(arrived), arrived.message) == (FluxError, "too large")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import psutil
 import pytest
 
@@ -171,21 +172,34 @@ def seconds_without(replica: Replica, draw: Draw, how: str) -> float:
     return recovery_s
 
 
-@pytest.mark.parametrize("failure", [BUG, OUT_OF_MEMORY])
 def test_an_error_on_one_rank_only_costs_no_picture(
-    group: Group, replica: Replica, draw: Draw, tmp_path: Path, failure: str
+    group: Group, replica: Replica, draw: Draw, tmp_path: Path
 ) -> None:
     limit_s = group.allows(KILLED_LIMIT_S)
     order = tmp_path / "order"
     expected = draw(str(order), model=TIER, seed=3)
     recovery_s = math.inf
     for _ in range(2):
-        order.write_text(failure)
+        order.write_text(BUG)
         began = time.monotonic()
         assert draw(str(order), model=TIER, seed=3) == expected
         recovery_s = min(recovery_s, time.monotonic() - began)
         assert not order.exists()
-        print(f"\n{failure}: drawn elsewhere after {recovery_s:.1f} s")
+        print(f"\ndrawn elsewhere after {recovery_s:.1f} s")
         if recovery_s < limit_s:
             break
     assert recovery_s < limit_s, group.start_s
+
+
+def test_a_request_that_takes_too_much_memory_ends_one_group_and_no_second_one(
+    address: str, replica: Replica, draw: Draw, tmp_path: Path
+) -> None:
+    order = tmp_path / "order"
+    expected = draw(str(order), model=TIER, seed=3)
+    order.write_text(OUT_OF_MEMORY)
+    fields = {"model": TIER, "prompt": str(order), "seed": 3}
+    answer = httpx.post(f"{address}/v1/images/generations", json=fields, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
+    assert answer.headers["x-should-retry"] == "false"
+    assert not order.exists()
+    assert draw(str(order), model=TIER, seed=3) == expected
