@@ -8,12 +8,12 @@ an answer, what is not understood is left out. Bytes are handed on as they are, 
 """
 
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from flux_ray.errors import ProtocolMismatch
-from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, News, Preview, Progress
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, News
 
 # The keys of a call and of an answer, besides what `pack_call` is given. They never change: the
 # request routers of old tiers read them in new gateways too.
@@ -40,7 +40,7 @@ class Description:
 REQUEST = TypeAdapter(ImageRequest)
 DESCRIPTION = TypeAdapter(Description)
 ANSWERS: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, Progress, Preview)
+    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, *get_args(News))
 }
 
 
