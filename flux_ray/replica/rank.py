@@ -54,6 +54,14 @@ class Drawing:
     state: "ImageState | None" = None
 
 
+def describe(error: Exception) -> str:
+    """The error in one line."""
+    from torch import OutOfMemoryError
+
+    is_memory = isinstance(error, (MemoryError, OutOfMemoryError))
+    return f"{'out of memory: ' if is_memory else ''}{type(error).__name__}: {error}"
+
+
 def node_address() -> str:
     """Where the cluster's other nodes find this one."""
     host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -172,7 +180,7 @@ class RankActor:
             if lacking is None:
                 # As it is, an error of torch's would load torch where it arrives: seconds, in which
                 # the leader answers nobody.
-                raise StageFailed(f"{type(error).__name__}: {error}") from error
+                raise StageFailed(describe(error)) from error
         # The error is gone by now, and what it held.
         self.make_room(job)
         self._mistakes[job] = lacking
