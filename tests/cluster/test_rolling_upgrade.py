@@ -16,8 +16,8 @@ import pytest
 from flux_ray.request import PROTOCOL
 from flux_ray.wire import pack_call
 from tests.cluster.conftest import ROOT, deploy, is_ready, wait_until
-from tests.cluster.newer_code import SHARP, VERSION, save_newer_code
 from tests.cluster.storm import PROMPT
+from tests.newer_code import SHARP, VERSION, save_newer_code
 
 GATEWAYS, PREFIX = "gateways-to-upgrade", "/to-upgrade"
 NUM_SEEDS = 4
@@ -128,7 +128,10 @@ def draw_by(url: str, prompt: str, seed: int) -> bytes:
 
 
 class Cluster:
-    """The shared one, with a tier of two replicas and two gateways of their own, old or new."""
+    """The shared one, with two gateways more: they are old or new, and so is the tier.
+
+    Of a new tier there are two replicas: the first is up before the old one goes.
+    """
 
     def __init__(self, config: dict[str, Any], address: str, folder: Path) -> None:
         self._config = config
@@ -150,7 +153,7 @@ class Cluster:
         """Deploy both so, and return when they are. What does not change is left as it is."""
         changed = copy.deepcopy(self._config)
         applications = {each["name"]: each for each in changed["applications"]}
-        applications["tiny"]["args"] |= {"num_replicas": 2}
+        applications["tiny"]["args"] |= {"num_replicas": 1 + tier}
         own = {"name": GATEWAYS, "route_prefix": PREFIX, "args": self._gateway_args}
         applications[GATEWAYS] = applications["gateway"] | own
         for name, version in (("tiny", tier), (GATEWAYS, gateways)):
@@ -175,7 +178,7 @@ class Cluster:
         return (version == VERSION) == (gateways == NEW) and self._protocols() == {PROTOCOL + tier}
 
     def _protocols(self) -> set[int]:
-        """Of the tier's replicas, of two of which some are asked."""
+        """Of the tier's replicas: at random, some of them are asked."""
         from ray import serve
 
         handle = serve.get_app_handle("tiny").options(method_name="describe")

@@ -23,8 +23,25 @@ FIELD = f'''
 '''
 
 
+# Python runs this when it starts. Ray puts the folder that a driver was started in before
+# PYTHONPATH, and so would have old code imported from there.
+FINDER = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class Newer:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{folder!r}]) if name == "flux_ray" else None
+
+
+sys.meta_path.insert(0, Newer)
+"""
+
+
 def save_newer_code(folder: Path) -> None:
-    """A copy of the package, below that folder."""
+    """A copy of the package, for processes that have this folder in their PYTHONPATH."""
     package = folder / "flux_ray"
     source = Path(flux_ray.__file__).parent
     shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -38,3 +55,4 @@ def save_newer_code(folder: Path) -> None:
     request.write_text(changed)
     start = package / "__init__.py"
     start.write_text(re.sub('__version__ = ".*"', f'__version__ = "{VERSION}"', start.read_text()))
+    (folder / "sitecustomize.py").write_text(FINDER.format(folder=str(folder)))
