@@ -78,11 +78,14 @@ class TierHandles:
 
         From the first call on the tiers are watched.
         """
-        for tier in set(self._tiers) - self._watching.keys():
-            # Of no request: a client that leaves does not cancel it.
-            self._watching[tier] = asyncio.get_running_loop().create_task(
-                self._watch(tier), context=contextvars.Context()
-            )
+        for tier in self._tiers:
+            # Again after a mistake of ours, or the tier would keep its price for ever.
+            if tier not in self._watching or self._watching[tier].done():
+                # Of no request: a client that leaves does not cancel it.
+                self._watching[tier] = asyncio.get_running_loop().create_task(
+                    self._watch(tier), context=contextvars.Context()
+                )
+                self._watching[tier].add_done_callback(tell_of_end)
         return {tier: REACHABLE[tier] for tier in self._tiers if tier in REACHABLE}
 
     async def ready_tiers(self) -> tuple[str, ...]:
@@ -149,6 +152,12 @@ class TierHandles:
             except TimeoutError:
                 response.cancel()
                 raise ReplicaFailed(f"replica {replica} of {tier} does not answer") from None
+
+
+def tell_of_end(task: "asyncio.Task[None]") -> None:
+    """A mistake of ours, that somebody has to hear of."""
+    if not task.cancelled():
+        logger.error("a tier is watched no more", exc_info=task.exception())
 
 
 @contextmanager

@@ -194,6 +194,25 @@ async def test_a_tier_that_comes_later_is_met_then(answer, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
+async def test_a_watch_that_a_mistake_has_ended_is_begun_again(answer, monkeypatch):
+    failed = []
+
+    def learn(tier, descriptions):
+        failed.append(descriptions)
+        if len(failed) == 2:
+            raise ValueError("a mistake of ours")
+
+    handles = TierHandles(("tiny",), learn)
+    for up in (("a", "b"), ("a",), ("a", "b")):
+        monkeypatch.setitem(REACHABLE, "tiny", up)
+        before = len(failed)
+        handles.reachable()
+        await until(lambda before=before: len(failed) > before)
+        await asyncio.sleep(0.01)
+    await until(lambda: len(failed[-1]) == 2)
+
+
+@pytest.mark.usefixtures("quick")
 async def test_each_replica_is_asked_once_and_itself(answer, monkeypatch):
     told = {}
     handles = TierHandles(("tiny",), told.__setitem__)
