@@ -24,6 +24,7 @@ from flux_ray.router.bill import Bill
 from flux_ray.router.budgeted import BudgetTerms
 from flux_ray.router.config_check import check_possible
 from flux_ray.router.cost import Layout
+from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.ledger_actor import RemoteLedger
 from flux_ray.router.price_exchange import PriceExchange
@@ -49,15 +50,13 @@ class Gateway:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
-
-        def learn_layout(tier: str, tier_args: TierArgs) -> None:
-            prices.lay_out(tier, Layout.of(tier_args, args.card))
-            turns.cold_starts[tier] = tier_args.cold_start_s
-
-        handles = TierHandles(args.tiers, learn_layout)
+        cold_starts: dict[str, float] = {}
+        handles = TierHandles(args.tiers, learn_layouts(prices, args.card, cold_starts))
         ledger = RemoteLedger()
         name = uuid.uuid4().hex
-        turns = Turns(ledger, handles.reachable, gateway=name)
+        # From now on it watches the tiers: the first request is priced by what they say.
+        handles.reachable()
+        turns = Turns(ledger, handles.reachable, name, cold_starts)
         PriceExchange(ledger, prices).start()
         records = None
         if args.record_to is not None:

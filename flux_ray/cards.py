@@ -8,10 +8,13 @@ Collectives are 0.3 of what NVLink's data sheet says for both directions, or wha
 without peer access.
 """
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
 PROCESSOR = "cpu"
+# Of what a card's row and CUDA say of its memory: one of another size is another card.
+MEMORY_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,13 @@ def speed_for(name: str) -> Speed:
         return SPEEDS[name]
     except KeyError:
         raise ValueError(f"no card named {name!r}; known cards: {', '.join(SPEEDS)}") from None
+
+
+def card_of(device: str, total_bytes: int) -> str | None:
+    """The row of a device by what CUDA calls it and by its memory; None if it has none."""
+    for name, card in CARDS.items():
+        chip = re.sub(r"(?<=rtx)(?=\d)", " ?", name.split("-")[0])
+        is_chip = re.search(rf"(?<![a-z0-9]){chip}(?![a-z0-9])", device.lower()) is not None
+        if is_chip and abs(total_bytes / card.usable_bytes - 1) < MEMORY_TOLERANCE:
+            return name
+    return None

@@ -18,16 +18,18 @@ FluxError                 500  server_error
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
+    ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
-  OutOfMemory             500  it needs more memory than the cards have: tried again, it would too
+  OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
   DeadlinePassed          504  the request took longer than the gateway waits
 
-Arguments are positional only, so that every error survives a process border.
+Arguments are positional only, so that every error survives a process border. Where the code on
+the other side is older and does not know its class, it arrives as the nearest one that is known.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class FluxError(Exception):
@@ -46,10 +48,23 @@ class FluxError(Exception):
     def __str__(self) -> str:
         return self.message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return revived, (tuple(kind.__name__ for kind in type(self).__mro__), self.args)
+
     @property
     def shown(self) -> str:
         """What the caller reads."""
         return self.message
+
+
+def revived(kinds: tuple[str, ...], args: tuple[Any, ...]) -> FluxError:
+    """An error of the first of these classes that this code knows, as it was pickled."""
+    known: type[FluxError] = next(globals()[kind] for kind in kinds if kind in globals())
+    try:
+        return known(*args)
+    except TypeError:
+        # A class has other arguments in another version; these two are those of every error.
+        return known(*args[:2])
 
 
 class BadRequest(FluxError):
@@ -153,18 +168,28 @@ class TierUnavailable(FluxError):
     retry_after_s = 5
 
 
+class ProtocolMismatch(TierUnavailable):
+    """The code of `protocol` cannot read a request, or an answer, of other code."""
+
+    def __init__(self, message: str, field: str | None = None, protocol: int = 0) -> None:
+        super().__init__(message, field)
+        # As every argument, it has to survive a process border.
+        self.args = (message, field, protocol)
+        self.protocol = protocol
+
+
+class OutOfMemory(FluxError):
+    """The request takes more memory than a replica has: trying again would not help."""
+
+    code = "out_of_memory"
+
+
 class ReplicaFailed(FluxError):
     """A rank died or its replica did; the request may be sent again with the same seed."""
 
     status = 503
     code = "replica_failed"
     retry_after_s = 5
-
-
-class OutOfMemory(FluxError):
-    """The request needed more memory than its cards have left; sent again, it would fail again."""
-
-    code = "out_of_memory"
 
 
 class StoreLost(FluxError):

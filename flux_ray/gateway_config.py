@@ -91,9 +91,10 @@ class Alias(Args):
 class GatewayArgs(Args):
     """The gateway application. A tier's application bears the tier's name.
 
-    `default_tier`: a tier or an alias. `card`: what the tiers run on, by which a request is priced
-    before any of its kind was measured. `deadlines`: of tiers, where neither the caller nor its
-    class says one. `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
+    `default_tier`: a tier or an alias. `card`: what a tier is priced by until one of its replicas
+    has told its own, and where that one is not in `cards`.
+    `deadlines`: of tiers, where neither the caller nor its class says one.
+    `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
     `public_url`: where clients find this gateway, which is never taken from what they send.
     `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.

@@ -218,10 +218,14 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """The pictures of one request, and what it took."""
+    """The pictures of one request, and what it took.
+
+    `layout` is what the replica that drew them calls its layout in its `describe`.
+    """
 
     request_id: str
     tier: str
     images: tuple[GeneratedImage, ...]
     times: StageTimes
     warnings: tuple[str, ...] = ()
+    layout: str = ""

@@ -28,6 +28,7 @@ NOUNS = {
     "keys",
     "metrics",
     "request",
+    "wire",
     "workload",
 }
 # Of our own rooms: whom each may import besides itself. The nouns see each other only.

@@ -50,6 +50,10 @@ class Remembering:
         # A mask is never remembered: it is quicker made than found.
         return self._adapter.edit(given, picture, mask), is_known
 
+    def forget(self) -> None:
+        """Make room: all of it can be made again."""
+        self._cache = Cache(self._cache.max_bytes, bytes_of)
+
     def _references(
         self,
         request: ImageRequest,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from flux_ray.errors import FluxError, ReplicaFailed
+from flux_ray.errors import FluxError, OutOfMemory, ReplicaFailed
 from flux_ray.replica.line import framed
 from flux_ray.replica.patience import Patience
 from flux_ray.request import Encoded, StageAnswer
@@ -15,6 +15,8 @@ logger = logging.getLogger("ray.serve")
 
 # All ranks find a caller's mistake at the same place, so they tell of it together.
 GRACE_S = 1.0
+# So long a leader lives on, for its last answer to be on its way.
+LAST_WORDS_S = 1.0
 
 
 class Rank(Protocol):
@@ -44,6 +46,7 @@ class RankGroup:
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
         self._broken: asyncio.Future[str] = loop.create_future()
+        self._ended = asyncio.Event()
         self._watcher = loop.create_task(self._watch())
 
     async def run(
@@ -55,6 +58,8 @@ class RankGroup:
         the answer to the one before it: it has its time from then on.
         """
         if self._broken.done():
+            # Who heard of it while this process lives would be sent here again.
+            await self._ended.wait()
             raise ReplicaFailed(self._broken.result())
         frame = framed((job, stages, *payload))
         calls = [rank.call(frame) for rank in self._ranks]
@@ -109,11 +114,24 @@ class RankGroup:
                 raise self.break_up(f"{name} failed on some ranks only", first)
             pending -= done
             for error in filter(None, map(asyncio.Future.exception, done)):
-                # The other ranks may wait for this one in a collective, for ever.
-                if not isinstance(error, FluxError):
-                    raise self.break_up(f"{name} failed on a rank", error)
+                failure = self._failure_by(name, error)
+                if failure is not None:
+                    raise failure
                 if first is None:
                     first, end_s = error, min(end_s, clock() + GRACE_S)
+
+    def _failure_by(self, name: str, error: BaseException) -> FluxError | None:
+        """What to raise at once after an error of one rank that ends the group; None if it doesn't.
+
+        The other ranks may wait for this one in a collective, for ever.
+        """
+        if isinstance(error, OutOfMemory) and len(self._ranks) > 1:
+            # Elsewhere it would end another group: its caller is told before this one ends.
+            self.break_up(f"{name} ran out of memory", error, LAST_WORDS_S)
+            return error
+        if isinstance(error, FluxError):
+            return None
+        return self.break_up(f"{name} failed on a rank", error)
 
     async def ping(self) -> None:
         """Return if every rank answers."""
@@ -124,15 +142,24 @@ class RankGroup:
         dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         self.break_up("a rank died", dead.pop().result())
 
-    def break_up(self, reason: str, error: BaseException | None = None) -> ReplicaFailed:
-        """End the group, once; what is returned is for whoever waits for it."""
+    def break_up(
+        self, reason: str, error: BaseException | None = None, after_s: float = 0.0
+    ) -> ReplicaFailed:
+        """End the group, once, after a while; what is returned is for whoever waits for it."""
         if not self._broken.done():
             self._broken.set_result(reason if error is None else f"{reason}: {error}")
             logger.error("The replica ends: %s", self._broken.result(), exc_info=error)
-            self._end()
+            if after_s:
+                asyncio.get_running_loop().call_later(after_s, self._finish)
+            else:
+                self._finish()
         failed = ReplicaFailed(self._broken.result())
         failed.__cause__ = error
         return failed
+
+    def _finish(self) -> None:
+        self._ended.set()
+        self._end()
 
 
 def stretched(answers: list[StageAnswer], taken_s: float) -> list[StageAnswer]:

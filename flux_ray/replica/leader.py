@@ -1,11 +1,15 @@
 """The leader of a replica: takes requests, owns the rank group and the step loop. No tensors."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import ray
+from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import get_current_placement_group
@@ -21,7 +25,8 @@ from flux_ray.replica.placement import load_ranks, start_ranks
 from flux_ray.replica.process import end_process
 from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.rank import RankActor
-from flux_ray.request import Hear, ImageRequest, ImageResult, News
+from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
 
 def end_with(ranks: Sequence[ActorHandle[Any]]) -> None:
@@ -45,6 +50,14 @@ def warm_up_request(tier: Tier) -> ImageRequest:
     )
 
 
+def description_of(args: TierArgs, card: str | None) -> Description:
+    """Of the replica of Serve that this process is, and that starts now."""
+    replica = serve.get_replica_context().replica_id.unique_id
+    layout = sha256(f"{args.model_dump_json()} {card}".encode()).hexdigest()[:16]
+    fields = args.model_dump(mode="json")
+    return Description(PROTOCOL, replica, layout, fields, card, time.time())
+
+
 class Leader:
     """One Serve replica = one rank group."""
 
@@ -54,7 +67,6 @@ class Leader:
         self, args: TierArgs, text_encoder: DeploymentHandle[Any] | None = None
     ) -> None:
         """Serve awaits this: the replica is RUNNING once it has drawn a picture."""
-        self._args = args
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
         ranks = start_ranks(self.rank_class, args, placement_group)
@@ -68,6 +80,7 @@ class Leader:
         self._group = RankGroup(loaded, patience, lambda: end_with(ranks))
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
+        self._description = description_of(args, await ranks[0].card.remote())
         await self._loop.generate(warm_up_request(tier_for(args.tier)))
 
     def _end_with_loop(self, pump: asyncio.Task[None]) -> None:
@@ -75,23 +88,26 @@ class Leader:
         if not pump.cancelled():
             self._group.break_up("the step loop ended", pump.exception())
 
-    async def generate(self, request: ImageRequest) -> ImageResult:
-        """The request's pictures."""
-        return await self._draw(request)
+    async def generate(self, call: Wire) -> Wire:
+        """The images of the request in a call; ProtocolMismatch for one that is not understood."""
+        return pack_answer(await self._draw(request_from(call)))
 
-    async def follow(self, request: ImageRequest) -> AsyncIterator[News | ImageResult]:
-        """The request's pictures, after what is to be heard of them."""
+    async def follow(self, call: Wire) -> AsyncIterator[Wire]:
+        """The request's images, after what is to be heard of them."""
+        request = request_from(call)
         async with aclosing(follow(lambda hear: self._draw(request, hear))) as stream:
             async for news in stream:
-                yield news
+                yield pack_answer(news)
 
     async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         with self._meter.count(request):
-            return await self._loop.generate(request, hear)
+            result = await self._loop.generate(request, hear)
+        return replace(result, layout=self._description.layout)
 
-    async def describe(self) -> TierArgs:
-        """How this replica is laid out: what a gateway needs to price its work."""
-        return self._args
+    async def describe(self, call: Wire) -> Wire:
+        """What a gateway has to know of this replica: its version, and what prices go by."""
+        description: Wire = packed(self._description)
+        return description
 
     async def check_health(self) -> None:
         """Serve's question: do all ranks answer?"""

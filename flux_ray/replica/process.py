@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn, cast
 
+from flux_ray.cards import PROCESSOR, card_of
+
 # Of glibc's `mallopt`, and what it is given: bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MAX_FREE_BYTES = 2**30
@@ -58,6 +60,16 @@ def load_engine() -> None:
 
     gc.freeze()
     gc.enable()
+
+
+def card_here(device: str) -> str | None:
+    """The row of this process's card in `cards`; None if it has none."""
+    if device == "cpu":
+        return PROCESSOR
+    import torch
+
+    card = torch.cuda.get_device_properties(0)
+    return card_of(card.name, card.total_memory)
 
 
 def end_process() -> NoReturn:

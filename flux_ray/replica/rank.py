@@ -14,7 +14,8 @@ from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.line import Address, Extension, StageFailed
-from flux_ray.replica.process import keep_memory, load_engine
+from flux_ray.replica.memory import free_memory, out_of_memory
+from flux_ray.replica.process import card_here, keep_memory, load_engine
 from flux_ray.request import (
     Encoded,
     EncodedPrompt,
@@ -131,6 +132,11 @@ class RankActor:
         """The process id."""
         return os.getpid()
 
+    @ray.method(concurrency_group="control")
+    def card(self) -> str | None:
+        """The row of its card in `cards`, if there is one."""
+        return card_here(self._args.device)
+
     def listen(self) -> Address:
         """Where the leader finds this rank. A group on one node is reached from nowhere else."""
         is_local = self._args.parallel.num_nodes == 1
@@ -158,8 +164,8 @@ class RankActor:
     ) -> list[StageAnswer]:
         """These stages of a job, one after the other; with the first call comes its request.
 
-        A caller's mistake is raised as it is, also by calls that were sent before it was heard of;
-        any other error as StageFailed.
+        A caller's mistake is raised as it is, also by calls that were sent before it was heard of,
+        and so is OutOfMemory; any other error as StageFailed.
         """
         try:
             self.agree(job, stages)
@@ -170,9 +176,25 @@ class RankActor:
             self._mistakes[job] = error
             raise
         except Exception as error:
-            # As it is, an error of torch's would load torch where it arrives: seconds, in which
-            # the leader answers nobody.
-            raise StageFailed(describe(error)) from error
+            lacking = out_of_memory(error, self._args.tier)
+            if lacking is None:
+                # As it is, an error of torch's would load torch where it arrives: seconds, in which
+                # the leader answers nobody.
+                raise StageFailed(describe(error)) from error
+        # The error is gone by now, and what it held.
+        self.make_room(job)
+        self._mistakes[job] = lacking
+        raise lacking
+
+    def make_room(self, job: int) -> None:
+        """Forget a job that took too much memory, and whatever can be made again.
+
+        Among several ranks that is of no use: their group ends, out of step as they are.
+        """
+        self._drawings.pop(job, None)
+        if self._args.parallel.num_ranks == 1:
+            self._encoding.forget()
+            free_memory(self._args.device)
 
     def run_one(self, job: int, stage: str) -> StageAnswer:
         """One stage, until it is done."""

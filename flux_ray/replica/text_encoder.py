@@ -11,6 +11,7 @@ from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError
+from flux_ray.replica.memory import free_memory, out_of_memory
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.process import end_process, load_engine
 from flux_ray.request import EncodedPrompt
@@ -63,9 +64,13 @@ class TextEncoder:
                 )
             except FluxError:
                 raise
-            except Exception:
-                logger.exception("The text encoder ends")
-                end_process()
+            except Exception as error:
+                lacking = out_of_memory(error, self._args.tier)
+                if lacking is None:
+                    logger.exception("The text encoder ends")
+                    end_process()
+                free_memory(self._args.device)
+                raise lacking from None
             if not encoded.is_cached:
                 self._patience.learn(time.perf_counter() - began, "encode_prompt")
             return encoded

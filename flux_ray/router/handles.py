@@ -3,92 +3,103 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+import random
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from flux_ray.config import TierArgs
-from flux_ray.errors import FluxError, ReplicaFailed, TierUnavailable
-from flux_ray.request import Hear, ImageRequest, ImageResult, News
+from flux_ray.errors import FluxError, ProtocolMismatch, ReplicaFailed, TierUnavailable
+from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.router.descriptions import Descriptions, Learn, learn_nothing
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.readiness import Readiness
+from flux_ray.wire import (
+    Description,
+    Wire,
+    answer_from,
+    description_from,
+    pack_call,
+    pack_request,
+)
 
 logger = logging.getLogger("ray.serve")
 
-REPLICA_IS_GONE = (RayActorError, NodeDiedError, ObjectLostError, WorkerCrashedError)
 AGAIN_S = 1.0
+# A tier's replicas come and go in minutes; a look at what Serve says of them costs nothing.
+LOOK_S = 0.25
+# A replica answers at once, or hangs.
+ASK_S = 10.0
 # From a stream's last value to its end.
 END_S = 5.0
-LearnLayout = Callable[[str, TierArgs], None]
 
 
 class TierHandles:
     """One Serve handle a tier. A tier's application bears its name."""
 
-    def __init__(
-        self, tiers: tuple[str, ...], learn_layout: LearnLayout = lambda tier, args: None
-    ) -> None:
+    def __init__(self, tiers: tuple[str, ...], learn: Learn = learn_nothing) -> None:
         self._tiers = tiers
-        self._learn_layout = learn_layout
+        self._descriptions = Descriptions(self._ask, learn)
         self._readiness = Readiness(tiers)
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._meeting: dict[str, asyncio.Task[None]] = {}
+        self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
         self, request: ImageRequest, replica: str, hear: Hear | None = None
     ) -> ImageResult:
-        """One attempt on the replica of the request's tier that it was granted."""
-        GRANTED[request.tier, request.request_id] = replica
-        try:
-            return await self._attempt(request, hear)
-        except RayTaskError as error:
-            # It is an instance of its cause too, but its text is a traceback.
-            if isinstance(error.cause, FluxError):
-                raise error.cause from None
-            raise
-        except REPLICA_IS_GONE as error:
-            raise ReplicaFailed(f"a replica of {request.tier} died") from error
-        except (BackPressureError, DeploymentUnavailableError) as error:
-            raise TierUnavailable(f"{request.tier} cannot serve now", "model") from error
-        finally:
-            GRANTED.pop((request.tier, request.request_id), None)
+        """One attempt on the replica of the request's tier that it was granted.
+
+        Or on one of another version, where that one cannot read the request. ProtocolMismatch if
+        there is none.
+        """
+        call, refused = pack_request(request), set[int]()
+        while True:
+            try:
+                with granted(call, replica), as_ours(request.tier):
+                    return await self._attempt(call, hear)
+            except ProtocolMismatch as error:
+                refused.add(error.protocol)
+                other = self._other_than(refused, request.tier)
+                if other is None:
+                    raise
+                logger.info("request %s goes to %s: %s", request.request_id, other, error)
+                replica = other
 
     async def connect(self, tier: str) -> None:
         """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""
         await self._handle_for(tier)
 
     def reachable(self) -> Mapping[str, tuple[str, ...]]:
-        """The names of the replicas that this process knows of, by tier. Never waits."""
-        for tier in set(self._tiers) - self._meeting.keys():
-            # Of no request: a client that leaves does not cancel it.
-            self._meeting[tier] = asyncio.get_running_loop().create_task(
-                self._meet(tier), context=contextvars.Context()
-            )
+        """The names of the replicas that this process knows of, by tier. Never waits.
+
+        From the first call on the tiers are watched.
+        """
+        for tier in self._tiers:
+            # Again after a mistake of ours, or the tier would keep its price for ever.
+            if tier not in self._watching or self._watching[tier].done():
+                # Of no request: a client that leaves does not cancel it.
+                self._watching[tier] = asyncio.get_running_loop().create_task(
+                    self._watch(tier), context=contextvars.Context()
+                )
+                self._watching[tier].add_done_callback(tell_of_end)
         return {tier: REACHABLE[tier] for tier in self._tiers if tier in REACHABLE}
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that have a running replica."""
         return await self._readiness.ready_tiers()
 
-    async def _attempt(self, request: ImageRequest, hear: Hear | None) -> ImageResult:
-        handle = await self._handle_for(request.tier)
+    async def _attempt(self, call: Wire, hear: Hear | None) -> ImageResult:
+        handle = await self._handle_for(call["tier"])
         if hear is None:
-            response: Any = handle.remote(request)
+            response: Any = handle.remote(call)
         else:
-            response = handle.options(method_name="follow", stream=True).remote(request)
+            response = handle.options(method_name="follow", stream=True).remote(call)
         try:
-            return await (response if hear is None else last_of(response, hear))
+            return await (result_of(response) if hear is None else last_of(response, hear))
         except asyncio.CancelledError:
             # Serve does this for a client that leaves, but not when our own deadline passes: the
             # replica would go on drawing for nobody.
@@ -107,22 +118,88 @@ class TierHandles:
             self._handles[tier] = handle.options(method_name="generate")
         return self._handles[tier]
 
-    async def _meet(self, tier: str) -> None:
-        """Connect to a tier as soon as it is deployed, and hear how its replicas are laid out."""
+    def _other_than(self, protocols: set[int], tier: str) -> str | None:
+        """A replica that may read what those of these protocols did not: best one of ours."""
+        others = {
+            replica: description.protocol
+            for replica, description in self._descriptions.of(tier).items()
+            if description.protocol not in protocols
+        }
+        ours = [replica for replica, protocol in others.items() if protocol == PROTOCOL]
+        return random.choice(ours or list(others)) if others else None
+
+    async def _watch(self, tier: str) -> None:
+        """Connect to a tier as soon as it is deployed, and have its replicas described."""
         while True:
             try:
-                handle = await self._handle_for(tier)
-                # It waits for a replica.
-                args = await handle.options(method_name="describe").remote()
-            except (TierUnavailable, RayError, RayServeException) as error:
+                with as_ours(tier):
+                    await self._handle_for(tier)
+                break
+            except FluxError as error:
                 logger.info("%s cannot be asked yet: %s", tier, error)
                 await asyncio.sleep(AGAIN_S)
-                continue
-            self._learn_layout(tier, args)
-            return
+        while True:
+            self._descriptions.see(tier, REACHABLE.get(tier, ()))
+            await asyncio.sleep(LOOK_S)
+
+    async def _ask(self, tier: str, replica: str) -> Description:
+        call = pack_call(tier, f"describe {replica}")
+        with granted(call, replica), as_ours(tier):
+            handle = await self._handle_for(tier)
+            response: Any = handle.options(method_name="describe").remote(call)
+            try:
+                return description_from(await asyncio.wait_for(response, ASK_S))
+            except TimeoutError:
+                response.cancel()
+                raise ReplicaFailed(f"replica {replica} of {tier} does not answer") from None
 
 
-async def last_of(stream: AsyncIterator[News | ImageResult], hear: Hear) -> ImageResult:
+def tell_of_end(task: "asyncio.Task[None]") -> None:
+    """A mistake of ours, that somebody has to hear of."""
+    if not task.cancelled():
+        logger.error("a tier is watched no more", exc_info=task.exception())
+
+
+@contextmanager
+def granted(call: Wire, replica: str) -> Iterator[None]:
+    """While it is open, Serve is told that this call is for that replica."""
+    name = call["tier"], call["request_id"]
+    GRANTED[name] = replica
+    try:
+        yield
+    finally:
+        GRANTED.pop(name, None)
+
+
+@contextmanager
+def as_ours(tier: str) -> Iterator[None]:
+    """Turn whatever Ray raises of a call to that tier into an error of ours."""
+    try:
+        yield
+    except RayTaskError as error:
+        # It is an instance of its cause too, but its text is a traceback.
+        if isinstance(error.cause, FluxError):
+            raise error.cause from None
+        if isinstance(error.cause, RayError):
+            raise ReplicaFailed(f"a replica of {tier} lost what it needs") from error
+        raise FluxError(f"{tier} failed on this request") from error
+    except (TaskCancelledError, ReplicaUnavailableError) as error:
+        raise ReplicaFailed(f"a replica of {tier} gave the request up") from error
+    except RayServeException as error:
+        raise TierUnavailable(f"{tier} cannot serve now", "model") from error
+    except RayError as error:
+        raise ReplicaFailed(f"a replica of {tier} died") from error
+
+
+async def result_of(response: Any) -> ImageResult:
+    """The result that a replica answers with."""
+    result = answer_from(await response)
+    if not isinstance(result, ImageResult):
+        raise ReplicaFailed("a replica answered without the images")
+    return result
+
+
+async def last_of(stream: AsyncIterator[Wire], hear: Hear) -> ImageResult:
     """The result that a stream ends with; what comes before it is heard."""
     result: ImageResult | None = None
     values = aiter(stream)
@@ -130,16 +207,17 @@ async def last_of(stream: AsyncIterator[News | ImageResult], hear: Hear) -> Imag
     # the result costs nothing but a moment.
     while True:
         try:
-            value = await asyncio.wait_for(anext(values), None if result is None else END_S)
+            answer = await asyncio.wait_for(anext(values), None if result is None else END_S)
         except StopAsyncIteration:
             break
         except TimeoutError:
             if result is None:
                 raise
             break
+        value = answer_from(answer)
         if isinstance(value, ImageResult):
             result = value
-        else:
+        elif value is not None:
             hear(value)
     if result is None:
         raise ReplicaFailed("a replica ended its answer before the pictures")

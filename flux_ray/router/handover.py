@@ -3,7 +3,7 @@
 Items are replaced whole, so that neither needs a lock.
 """
 
-# The replica of a request that is being handed over, by its tier and id.
+# The replica of a call that is being made, by its tier and request id.
 GRANTED: dict[tuple[str, str], str] = {}
 # The replicas that this process can reach, by tier.
 REACHABLE: dict[str, tuple[str, ...]] = {}

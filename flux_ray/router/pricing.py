@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -55,15 +56,15 @@ class CostModel:
     ) -> None:
         self.layouts = dict(layouts)
         self._clock = clock
-        self._learned: dict[tuple[str, str], Calibration] = {
-            (tier, stage): Calibration() for tier in layouts for stage in STAGES
-        }
+        # Of the layouts that a tier has, or had: what was measured in one says nothing of another.
+        self._named: dict[tuple[str, str], Layout] = {}
+        self._learned: defaultdict[tuple[str, Layout, str], Calibration] = defaultdict(Calibration)
 
-    def lay_out(self, tier: str, layout: Layout) -> None:
-        """The tier's replicas are laid out so. What was learned of another layout is forgotten."""
-        if self.layouts[tier] != layout:
-            self.layouts[tier] = layout
-            self._learned |= {(tier, stage): Calibration() for stage in STAGES}
+    def lay_out(self, tier: str, layout: Layout, name: str = "") -> None:
+        """Price the tier's requests by this layout from now on; its results call it `name`."""
+        self.layouts[tier] = layout
+        if name:
+            self._named[tier, name] = layout
 
     def price(self, request: ImageRequest) -> Cost:
         """Seconds of one replica; TierUnavailable for a tier that is not served here."""
@@ -71,53 +72,60 @@ class CostModel:
 
     def price_work(self, work: Work) -> Cost:
         """The same, of what is known of a request without its prompt and pictures."""
-        prior, sizes = self._prior(work), sizes_of(work)
-        ratios = {stage: self._learned[work.tier, stage].ratio(sizes[stage]) for stage in STAGES}
-        return Cost(
-            encode_s=prior.encode_s * ratios["encode"],
-            denoise_s=prior.denoise_s * ratios["denoise"],
-            decode_s=prior.decode_s * ratios["decode"],
-        )
+        if work.tier not in self.layouts:
+            raise TierUnavailable(f"{work.tier} is not served here", "model")
+        return self._price_in(self.layouts[work.tier], work)
 
-    def on_all_cards(self, tier: str, seconds: float) -> float:
-        """GPU seconds of a replica's seconds: for quotas, and for tiers beside each other."""
-        return seconds * self.layouts[tier].num_ranks
+    def on_all_cards(self, tier: str, seconds: float, name: str = "") -> float:
+        """GPU seconds of a replica's seconds: for quotas, and for tiers beside each other.
+
+        `name` is that of its layout, where it is known.
+        """
+        return seconds * self._named.get((tier, name), self.layouts[tier]).num_ranks
 
     def encode_parts_s(self, request: ImageRequest) -> tuple[float, float]:
         """Of its encoding, what a replica saves that knows the prompt, and the references."""
         work, layout = work_of(request), self.layouts[request.tier]
         if not layout.has_cache:
             return 0.0, 0.0
-        ratio = self._learned[work.tier, "encode"].ratio(sizes_of(work)["encode"])
+        ratio = self._learned[work.tier, layout, "encode"].ratio(sizes_of(work)["encode"])
         prompt_s, references_s = encode_parts_s(work, layout)
         # A shared text encoder knows it for all replicas.
         return 0.0 if layout.is_encoder_shared else prompt_s * ratio, references_s * ratio
 
-    def learn(self, request: ImageRequest, times: StageTimes) -> tuple[Observation, ...]:
-        """Take in what a request took; each observation's `error` is that of the price before."""
-        return self.learn_work(work_of(request), times)
+    def learn(
+        self, request: ImageRequest, times: StageTimes, name: str = ""
+    ) -> tuple[Observation, ...]:
+        """Take in what a request took; each observation's `error` is that of the price before.
 
-    def learn_work(self, work: Work, times: StageTimes) -> tuple[Observation, ...]:
+        `name` is that of its replica's layout: one that nobody told of teaches nothing.
+        """
+        return self.learn_work(work_of(request), times, name)
+
+    def learn_work(self, work: Work, times: StageTimes, name: str = "") -> tuple[Observation, ...]:
         """The same. A stage that took no time, or no number of seconds, teaches nothing.
 
         Nor does encoding what a replica knew.
         """
+        layout = self._named.get((work.tier, name)) if name else self.layouts[work.tier]
+        if layout is None:
+            return ()
         observations = tuple(
             seen
-            for seen in self._observations(work, times)
+            for seen in self._observations(layout, work, times)
             if is_time(seen.measured_s) and not (times.is_cached and seen.stage == "encode")
         )
         now_s = self._clock()
         for seen in observations:
-            self._learned[work.tier, seen.stage].add(seen, now_s)
+            self._learned[work.tier, layout, seen.stage].add(seen, now_s)
         return observations
 
     def snapshot(self) -> Snapshot:
         """All that was learned, as plain values that JSON takes."""
         return merged(
             tuple(
-                Row(tier, repr(self.layouts[tier]), stage, bucket, window)
-                for (tier, stage), calibration in self._learned.items()
+                Row(tier, repr(layout), stage, bucket, window)
+                for (tier, layout, stage), calibration in self._learned.items()
                 for bucket, window in calibration.windows.items()
             )
         )
@@ -125,24 +133,33 @@ class CostModel:
     def restore(self, snapshot: Any) -> None:
         """Learn from a snapshot, or from JSON of one, besides what is known.
 
-        What it says of other tiers, and of tiers that have another layout by now, is left out.
+        What it says of other tiers, and of layouts that no replica of a tier has told of, is left
+        out.
         """
+        layouts = {(tier, repr(layout)): layout for tier, layout in self.layouts.items()}
+        layouts |= {(tier, repr(layout)): layout for (tier, _), layout in self._named.items()}
         for row in (Row(*row) for row in snapshot):
-            layout = self.layouts.get(row.tier)
-            known = row.stage in STAGES and 0 <= row.bucket < NUM_BUCKETS
-            if known and repr(layout) == row.layout:
+            layout = layouts.get((row.tier, row.layout))
+            if layout is not None and row.stage in STAGES and 0 <= row.bucket < NUM_BUCKETS:
                 ratios = (Ratio(*ratio) for ratio in row.ratios)
-                calibration = self._learned[row.tier, row.stage]
+                calibration = self._learned[row.tier, layout, row.stage]
                 calibration.merge(row.bucket, (each for each in ratios if is_time(each.value)))
 
-    def _prior(self, work: Work) -> Cost:
-        try:
-            return price(work, self.layouts[work.tier])
-        except KeyError:
-            raise TierUnavailable(f"{work.tier} is not served here", "model") from None
+    def _price_in(self, layout: Layout, work: Work) -> Cost:
+        prior, sizes = price(work, layout), sizes_of(work)
+        ratios = {
+            stage: self._learned[work.tier, layout, stage].ratio(sizes[stage]) for stage in STAGES
+        }
+        return Cost(
+            encode_s=prior.encode_s * ratios["encode"],
+            denoise_s=prior.denoise_s * ratios["denoise"],
+            decode_s=prior.decode_s * ratios["decode"],
+        )
 
-    def _observations(self, work: Work, times: StageTimes) -> tuple[Observation, ...]:
-        prior, predicted = self._prior(work), self.price_work(work)
+    def _observations(
+        self, layout: Layout, work: Work, times: StageTimes
+    ) -> tuple[Observation, ...]:
+        prior, predicted = price(work, layout), self._price_in(layout, work)
         sizes, rounds = sizes_of(work), num_rounds(work)
         return tuple(
             Observation(

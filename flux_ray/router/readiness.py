@@ -17,6 +17,9 @@ REFRESH_S = 1.0
 ANSWER_S = 5.0
 # Longer than a controller takes to come back; then the last word counts for nothing.
 MAX_AGE_S = 60.0
+# Replicas in these states get requests: also those of a node that is drained, until others have
+# started, and those that a controller that came back has not looked at yet.
+SERVING = {"RUNNING", "PENDING_MIGRATION", "RECOVERING"}
 
 
 class Readiness:
@@ -62,6 +65,6 @@ def is_up(application: ApplicationStatusOverview) -> bool:
     """Whether a request can pass through."""
     deployments = application.deployments.values()
     return bool(deployments) and all(
-        any(state == "RUNNING" and count > 0 for state, count in deployment.replica_states.items())
+        any(state in SERVING and count > 0 for state, count in deployment.replica_states.items())
         for deployment in deployments
     )

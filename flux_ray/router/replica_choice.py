@@ -1,6 +1,7 @@
 """Serve's request router of a tier: a request goes to the replica that the ledger granted it.
 
-Serve makes one in every process that has a handle.
+Serve makes one in every process that has a handle. It is the code of the tier, also in gateways of
+another version: what it reads of calls and of `handover` never changes.
 """
 
 from typing import Any
@@ -12,8 +13,6 @@ from ray.serve.request_router import (
     RequestRouter,
     RunningReplica,
 )
-
-from flux_ray.request import ImageRequest
 
 # The module, not what is in it: Serve pickles this class with copies of its globals.
 from flux_ray.router import handover
@@ -52,6 +51,7 @@ class GrantedReplica(FIFOMixin, RequestRouter):
 def granted_for(pending_request: PendingRequest | None) -> str | None:
     """The replica that the request was granted; None for one of another caller."""
     args: Any = () if pending_request is None else pending_request.args
-    if not args or not isinstance(args[0], ImageRequest):
+    if not args or not isinstance(args[0], dict):
         return None
-    return handover.GRANTED.get((args[0].tier, args[0].request_id))
+    call: dict[str, Any] = args[0]
+    return handover.GRANTED.get((call.get("tier", ""), call.get("request_id", "")))

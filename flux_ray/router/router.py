@@ -240,7 +240,8 @@ class Router:
             async with deadline, self._entered(quote, caller, deadline_s) as stay:
                 left_s = deadline_s - (time.monotonic() - began)
                 result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
-                stay.finish(self.prices.on_all_cards(quote.tier, result.times.replica_s))
+                replica_s = result.times.replica_s
+                stay.finish(self.prices.on_all_cards(quote.tier, replica_s, result.layout))
                 return result
         except TimeoutError:
             if not deadline.expired():
@@ -298,7 +299,7 @@ class Router:
             is_done = True
         finally:
             self.turns.end(offer.ticket_id, is_done=is_done)
-        self.bill.compare(self.prices.learn(request, result.times))
+        self.bill.compare(self.prices.learn(request, result.times, result.layout))
         return result
 
     def _record(self, request: ImageRequest, caller: Caller) -> None:

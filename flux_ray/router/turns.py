@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
@@ -56,8 +57,14 @@ class Turns:
     as far as that is known.
     """
 
-    def __init__(self, line: Line, reachable: Reachable, gateway: str) -> None:
-        self.cold_starts: dict[str, float] = {}
+    def __init__(
+        self,
+        line: Line,
+        reachable: Reachable,
+        gateway: str,
+        cold_starts: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self._cold_starts = cold_starts
         self._line = line
         self._reachable = reachable
         self._gateway = gateway
@@ -144,7 +151,7 @@ class Turns:
             is_beat = not self._book.has_to_tell_all and await self._wait_for_news()
             self._news.clear()
             statement = self._book.statement(
-                time.monotonic(), self._reachable(), self.cold_starts, is_beat=is_beat
+                time.monotonic(), self._reachable(), self._cold_starts, is_beat=is_beat
             )
             try:
                 reply = await self._line.say(self._gateway, statement)

@@ -16,13 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.app import build_gateway, tier_application
+from flux_ray.cards import PROCESSOR
 from flux_ray.config import TierArgs
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.replica.leader import Leader
+from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.ticket import Ticket
+from flux_ray.wire import pack_request
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
 
 PLAIN = "plain"
@@ -35,7 +37,7 @@ class PacedLeader(Leader):
     """Passes time instead of computing: as many replicas as one likes on few processors."""
 
     async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
-        self._args = args
+        self._description = description_of(args, PROCESSOR)
         self._turn = asyncio.Lock()
 
     async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
@@ -77,14 +79,14 @@ class Ingress:
             os.urandom(8).hex(), TIER, PROMPT, side, side, fields["steps"], 1.0, 1, fields["n"]
         )
         if self._is_serves:
-            await self._handle.remote(request)
+            await self._handle.remote(pack_request(request))
             return Response()
         await self._connect()
         ticket = ticket_of(request.request_id, time.monotonic())
         granted = TIER, request.request_id
         handover.GRANTED[granted] = await self._turn(ticket)
         try:
-            await self._handle.remote(request)
+            await self._handle.remote(pack_request(request))
         finally:
             del handover.GRANTED[granted]
             self._queue.finish(request.request_id, time.monotonic())

@@ -10,10 +10,11 @@ from ray import serve
 from ray.serve import Application
 
 from flux_ray.app import tier_application
+from flux_ray.cards import PROCESSOR
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
-from flux_ray.replica.leader import Leader
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+from flux_ray.replica.leader import Leader, description_of
+from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
 
 FAKE_S = 0.05
 NUM_FAKES = 4
@@ -110,10 +111,10 @@ class FakeLeader(Leader):
     """A replica of ours without ranks."""
 
     async def __init__(self, args: TierArgs) -> None:
-        self._args = args
+        self._description = description_of(args, PROCESSOR)
         self._engine = FakeEngine()
 
-    async def generate(self, request: ImageRequest) -> ImageResult:
+    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         data = await self._engine.draw(request.prompt, request.seed)
         times = StageTimes(0.0, FAKE_S / 10, FAKE_S * 0.8, FAKE_S / 10)
         return ImageResult(

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from flux_ray.app import build_tier
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.request import ImageRequest
+from flux_ray.wire import answer_from, pack_request
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
 RECOVERY_S = 300
@@ -49,7 +50,8 @@ def largest_difference(one: bytes, other: bytes) -> int:
 
 
 def draw(handle: DeploymentHandle, tier: str) -> bytes:
-    return handle.generate.remote(request_for(tier)).result(timeout_s=60).images[0].data
+    answer = handle.generate.remote(pack_request(request_for(tier))).result(timeout_s=60)
+    return answer_from(answer).images[0].data
 
 
 def draw_again(handle: DeploymentHandle, tier: str) -> bytes:

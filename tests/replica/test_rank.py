@@ -120,20 +120,8 @@ def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     assert draw(rank, 1, REQUEST)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA has 3 MB"), MemoryError()])
-def test_out_of_memory_is_told_in_words(
-    rank: RankActor, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    """The error itself is not: where it arrives, it would load torch."""
-
-    def fail(state: object) -> None:
-        raise error
-
-    monkeypatch.setattr(rank._adapter, "denoise", fail)
-    run(rank, 1, "encode prepare", REQUEST)
-    with pytest.raises(StageFailed, match=r"out of memory: (OutOf)?MemoryError"):
-        run(rank, 1, "denoise")
-    run(rank, 1, "drop")
+def test_a_rank_knows_its_card(rank: RankActor) -> None:
+    assert rank.card() == "cpu"
 
 
 def come(mesh: Mesh, jobs: tuple[int, ...], calls: tuple[tuple[str, ...], ...]) -> str:

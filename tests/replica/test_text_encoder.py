@@ -8,7 +8,7 @@ import torch
 
 from flux_ray.config import TierArgs
 from flux_ray.engine.text_encoder import unpack
-from flux_ray.errors import BadRequest
+from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.rank import RankActor
@@ -65,12 +65,13 @@ def raising(error: Exception) -> Callable[[str], None]:
     ("encode", "expected"),
     [
         (raising(BadRequest("no such words", "prompt")), BadRequest),
-        (raising(torch.OutOfMemoryError("CUDA")), Ending),
+        (raising(torch.OutOfMemoryError("CUDA")), OutOfMemory),
+        (raising(RuntimeError("CUDA error: unspecified launch failure")), Ending),
         (lambda prompt: time.sleep(0.3), Ending),
     ],
-    ids=["a caller's mistake", "an error", "hung"],
+    ids=["a caller's mistake", "too much", "an error", "hung"],
 )
-async def test_only_a_callers_mistake_leaves_it_alive(
+async def test_only_what_one_prompt_did_leaves_it_alive(
     monkeypatch: pytest.MonkeyPatch, encode: Callable[[str], None], expected: type[Exception]
 ) -> None:
     encoder = await started()

@@ -5,19 +5,44 @@ from types import SimpleNamespace
 
 import pytest
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RaySystemError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+)
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
 
 from flux_ray.config import TierArgs
-from flux_ray.errors import BadReference, ReplicaFailed, TierUnavailable
-from flux_ray.request import ImageRequest, ImageResult, Progress, StageTimes
+from flux_ray.errors import (
+    BadReference,
+    FluxError,
+    ProtocolMismatch,
+    ReplicaFailed,
+    TierUnavailable,
+)
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handles as handles_module
 from flux_ray.router.handles import TierHandles, last_of
 from flux_ray.router.handover import GRANTED, REACHABLE
+from flux_ray.wire import Description, pack_answer, packed, request_from
 
 RESULT = ImageResult("id", "tiny", (), StageTimes(0, 0, 0, 0))
 ARGS = TierArgs(tier="tiny")
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
+
+
+def description(replica, protocol=PROTOCOL):
+    fields = ARGS.model_dump(mode="json")
+    return Description(protocol, replica, "as it is", fields, "cpu", started_at_s=ord(replica[-1]))
 
 
 def task_error(cause):
@@ -29,11 +54,15 @@ def task_error(cause):
 class FakeServe:
     """Every tier's handle answers with `value`: raised if an exception, waited for if an event.
 
-    A stream has what is in `news` before it.
+    A stream has what is in `news` before it. `by_replica` are the answers of some replicas only,
+    and `described` what each says of itself.
     """
 
     def __init__(self):
         self.value = None
+        self.by_replica = {}
+        self.described = {"a": description("a"), "b": description("b")}
+        self.asked = []
         self.news = []
         self.handles_made = 0
         self.granted = []
@@ -57,12 +86,18 @@ class Handle:
     def options(self, *, method_name, stream=False):
         return Handle(self.fake, method_name, stream)
 
-    def remote(self, *args):
+    def remote(self, call):
+        assert call["protocol"] == PROTOCOL
+        replica = GRANTED.get((call["tier"], call["request_id"]))
         if self.method_name == "describe":
-            return Response(SimpleNamespace(value=ARGS))
+            self.fake.asked.append(replica)
+            return Response(SimpleNamespace(value=packed(self.fake.described[replica])))
         assert self.method_name == ("follow" if self.stream else "generate")
-        self.fake.granted.append(GRANTED.get((args[0].tier, args[0].request_id)))
-        return Stream(self.fake) if self.stream else Response(self.fake)
+        assert request_from(call).prompt == "a ring"
+        self.fake.granted.append(replica)
+        value = self.fake.by_replica.get(replica, self.fake.value)
+        answering = SimpleNamespace(value=value, news=self.fake.news, fake=self.fake)
+        return Stream(answering) if self.stream else Response(answering)
 
 
 class Response:
@@ -80,10 +115,10 @@ class Response:
             await value.wait()
         if isinstance(value, BaseException):
             raise value
-        return value
+        return pack_answer(value) if isinstance(value, ImageResult) else value
 
     def cancel(self):
-        self.fake.cancelled += 1
+        self.fake.fake.cancelled += 1
 
 
 class Stream(Response):
@@ -93,7 +128,7 @@ class Stream(Response):
 
     async def __aiter__(self):
         for news in self.fake.news:
-            yield news
+            yield pack_answer(news)
         last = await self.result()
         if last is not None:
             yield last
@@ -107,38 +142,137 @@ def answer(monkeypatch):
 
 
 async def test_a_handle_is_made_once(answer):
-    answer.value = "result"
+    answer.value = RESULT
     handles = TierHandles(("tiny",))
-    assert [await handles.generate(REQUEST, "replica") for _ in range(3)] == ["result"] * 3
+    assert [await handles.generate(REQUEST, "replica") for _ in range(3)] == [RESULT] * 3
     assert answer.handles_made == 1
 
 
 async def test_serve_is_told_whose_turn_it_is_while_it_chooses(answer):
+    answer.value = RESULT
     await TierHandles(("tiny",)).generate(REQUEST, "replica 3")
     assert answer.granted == ["replica 3"]
     assert GRANTED == {}
 
 
-async def test_a_tier_is_met_without_a_request(answer):
-    """Its replicas are to be known, and their layout, before the first one comes."""
-    layouts = {}
-    handles = TierHandles(("tiny",), layouts.__setitem__)
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - of a fake, which tells nobody
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    for name in ("AGAIN_S", "LOOK_S"):
+        monkeypatch.setattr(handles_module, name, 0.001)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_tier_is_met_without_a_request(answer, monkeypatch):
+    """Its replicas are to be known, and their layouts, before the first one comes."""
+    told = {}
+    handles = TierHandles(("tiny",), told.__setitem__)
     assert handles.reachable() == {}, "nobody waits for that"
-    await asyncio.sleep(0.05)
-    handles.reachable()
-    assert (answer.handles_made, layouts) == (1, {"tiny": ARGS})
+    await until(lambda: answer.handles_made)
+    monkeypatch.setitem(REACHABLE, "tiny", ("a",))
+    await until(lambda: told)
+    assert (answer.handles_made, told) == (1, {"tiny": (description("a"),)})
+    assert GRANTED == {}
 
 
+@pytest.mark.usefixtures("quick")
 async def test_a_tier_that_comes_later_is_met_then(answer, monkeypatch):
-    monkeypatch.setattr(handles_module, "AGAIN_S", 0.01)
-    layouts = {}
-    handles = TierHandles(("flux-2-klein-4b",), layouts.__setitem__)
+    tier, told = "flux-2-klein-4b", {}
+    handles = TierHandles((tier,), told.__setitem__)
     handles.reachable()
-    await asyncio.sleep(0.05)
-    assert layouts == {}
+    await until(lambda: answer.handles_made > 1)
+    assert told == {}
     monkeypatch.setattr(serve, "get_app_handle", lambda tier: Handle(answer))
-    await asyncio.sleep(0.05)
-    assert layouts == {"flux-2-klein-4b": ARGS}
+    monkeypatch.setitem(REACHABLE, tier, ("a",))
+    await until(lambda: told)
+    assert told == {tier: (description("a"),)}
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_watch_that_a_mistake_has_ended_is_begun_again(answer, monkeypatch):
+    failed = []
+
+    def learn(tier, descriptions):
+        failed.append(descriptions)
+        if len(failed) == 2:
+            raise ValueError("a mistake of ours")
+
+    handles = TierHandles(("tiny",), learn)
+    for up in (("a", "b"), ("a",), ("a", "b")):
+        monkeypatch.setitem(REACHABLE, "tiny", up)
+        before = len(failed)
+        handles.reachable()
+        await until(lambda before=before: len(failed) > before)
+        await asyncio.sleep(0.01)
+    await until(lambda: len(failed[-1]) == 2)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_each_replica_is_asked_once_and_itself(answer, monkeypatch):
+    told = {}
+    handles = TierHandles(("tiny",), told.__setitem__)
+    monkeypatch.setitem(REACHABLE, "tiny", ("a",))
+    handles.reachable()
+    await until(lambda: told)
+    monkeypatch.setitem(REACHABLE, "tiny", ("a", "b"))
+    await until(lambda: len(told["tiny"]) == 2)
+    answer.value = RESULT
+    for _ in range(3):
+        await handles.generate(REQUEST, "a")
+    assert answer.asked == ["a", "b"], "no request costs another round trip"
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_request_that_a_replica_cannot_read_goes_to_one_that_can(answer, monkeypatch):
+    for name, protocol in (("old", PROTOCOL - 1), ("older", PROTOCOL - 2), ("ours", PROTOCOL)):
+        answer.described[name] = description(name, protocol)
+        answer.by_replica[name] = task_error(ProtocolMismatch("what?", None, protocol))
+    answer.by_replica["ours"] = RESULT
+    monkeypatch.setitem(REACHABLE, "tiny", ("old", "older", "ours"))
+    told = {}
+    handles = TierHandles(("tiny",), told.__setitem__)
+    handles.reachable()
+    await until(lambda: len(told.get("tiny", ())) == 3)
+    for hear in (None, print):
+        answer.granted.clear()
+        assert await handles.generate(REQUEST, "old", hear) == RESULT
+        assert answer.granted == ["old", "ours"]
+    assert GRANTED == {}
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_request_that_no_replica_can_read_is_told_to_come_back(answer, monkeypatch):
+    for name in ("old", "as old"):
+        answer.described[name] = description(name, PROTOCOL - 1)
+        answer.by_replica[name] = task_error(ProtocolMismatch("what?", None, PROTOCOL - 1))
+    monkeypatch.setitem(REACHABLE, "tiny", ("as old", "old"))
+    told = {}
+    handles = TierHandles(("tiny",), told.__setitem__)
+    handles.reachable()
+    await until(lambda: len(told.get("tiny", ())) == 2)
+    with pytest.raises(TierUnavailable) as caught:
+        await handles.generate(REQUEST, "old")
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 5)
+    assert answer.granted == ["old"]
+
+
+async def test_news_of_a_kind_that_is_not_known_here_are_left_out(answer):
+    result = pack_answer(RESULT)
+    result["value"]["sharpness"] = 3
+    later = {"protocol": PROTOCOL + 1, "kind": "Sharpened", "value": {}}
+
+    async def stream():
+        for news in (later, pack_answer(Progress(1, 1)), result):
+            yield news
+
+    heard = []
+    assert await last_of(stream(), heard.append) == RESULT
+    assert heard == [Progress(1, 1)]
 
 
 async def test_the_replicas_that_serve_has_told_of_are_reachable(answer, monkeypatch):
@@ -163,7 +297,12 @@ async def test_a_tier_that_is_not_deployed(answer):
         (ActorUnavailableError("gone", None), ReplicaFailed),
         (BackPressureError(1, 1), TierUnavailable),
         (DeploymentUnavailableError("tiny"), TierUnavailable),
-        (RaySystemError("other"), RaySystemError),
+        (RayServeException("the controller is away"), TierUnavailable),
+        (RaySystemError("other"), ReplicaFailed),
+        (OutOfMemoryError("the node's"), ReplicaFailed),
+        (GetTimeoutError("late"), ReplicaFailed),
+        (RequestCancelledError("id"), ReplicaFailed),
+        (task_error(RaySystemError("what the replica had called is gone")), ReplicaFailed),
     ],
 )
 async def test_rays_errors(answer, raised, expected):
@@ -180,19 +319,26 @@ async def test_our_errors_come_out_of_rays_wrapping(answer):
     assert caught.value is cause
 
 
-async def test_other_errors_of_a_replica_stay_what_they_are(answer):
-    answer.value = task_error(KeyError("bug"))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize("cause", [KeyError("bug"), TypeError("seven values, not six")])
+async def test_another_error_of_a_replica_is_no_error_of_the_gateways_own(answer, cause):
+    """As Serve raises it, it is an instance of its cause: the gateway's own, it would seem."""
+    answer.value = task_error(cause)
+    with pytest.raises(FluxError) as caught:
         await TierHandles(("tiny",)).generate(REQUEST, "replica")
+    assert type(caught.value) is FluxError
+    assert not isinstance(caught.value, RayError)
+    assert "Traceback" not in caught.value.shown
 
 
 async def test_an_attempt_that_is_given_up_is_called_off(answer):
     """asyncio cancels only our waiting; the replica would go on drawing."""
     answer.value = asyncio.Event()
+    handles = TierHandles(("tiny",))
+    await handles.connect("tiny")
     for number, hear in enumerate((None, print), 1):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await TierHandles(("tiny",)).generate(REQUEST, "replica", hear)
+                await handles.generate(REQUEST, "replica", hear)
         assert answer.cancelled == number
 
 
@@ -224,8 +370,8 @@ async def test_a_stream_may_fail_in_the_middle(answer, value, expected):
 
 async def test_an_end_that_does_not_come_loses_no_picture(monkeypatch):
     async def stream_without_end():
-        yield Progress(1, 1)
-        yield RESULT
+        yield pack_answer(Progress(1, 1))
+        yield pack_answer(RESULT)
         await asyncio.sleep(60)
 
     monkeypatch.setattr(handles_module, "END_S", 0.01)
@@ -235,7 +381,7 @@ async def test_an_end_that_does_not_come_loses_no_picture(monkeypatch):
 
 async def test_a_stream_without_a_result_has_failed():
     async def stream():
-        yield Progress(1, 2)
+        yield pack_answer(Progress(1, 2))
 
     with pytest.raises(ReplicaFailed):
         await last_of(stream(), lambda news: None)

@@ -36,6 +36,9 @@ def application(**replica_states):
         ({"tiny": application(RUNNING=0)}, ()),
         ({"tiny": application(RUNNING=1, STARTING=1)}, ("tiny",)),
         ({"gateway": application(RUNNING=1)}, ()),
+        ({"tiny": application(PENDING_MIGRATION=1, STARTING=1)}, ("tiny",)),
+        ({"tiny": application(RECOVERING=1)}, ("tiny",)),
+        ({"tiny": application(STOPPING=1, UPDATING=1)}, ()),
     ],
 )
 async def test_ready_tiers(monkeypatch, applications, expected):

@@ -1,0 +1,81 @@
+"""A leader without Serve: what it makes of calls, and what it says of itself."""
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from flux_ray.errors import ProtocolMismatch
+from flux_ray.replica.leader import Leader
+from flux_ray.request import (
+    PROTOCOL,
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    Progress,
+    StageTimes,
+)
+from flux_ray.wire import Description, answer_from, description_from, pack_call, pack_request
+
+REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=1, guidance=1.0, seed=5)
+RESULT = ImageResult("a", "tiny", (GeneratedImage(b"png", 5),), StageTimes(0, 0, 0, 0))
+DESCRIPTION = Description(PROTOCOL, "r1", "as it is", {"tier": "tiny"}, "cpu", 1.0)
+
+
+class FakeLoop:
+    """Draws at once."""
+
+    def __init__(self) -> None:
+        self.drawn: list[ImageRequest] = []
+
+    async def generate(self, request: ImageRequest, hear: Any = None) -> ImageResult:
+        self.drawn.append(request)
+        if hear is not None:
+            hear(Progress(1, 1))
+        return RESULT
+
+
+class FakeMeter:
+    """Counts nothing."""
+
+    @contextmanager
+    def count(self, request: ImageRequest) -> Any:
+        yield
+
+
+@pytest.fixture
+def leader() -> Any:
+    leader: Any = Leader.__new__(Leader)
+    leader._loop, leader._meter, leader._description = FakeLoop(), FakeMeter(), DESCRIPTION
+    return leader
+
+
+async def said(leader: Any, call: Any, *, is_followed: bool) -> list[Any]:
+    if not is_followed:
+        return [await leader.generate(call)]
+    return [each async for each in leader.follow(call)]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+async def test_a_result_says_how_its_replica_is_laid_out(leader: Any, is_followed: bool) -> None:
+    *news, last = await said(leader, pack_request(REQUEST), is_followed=is_followed)
+    assert [answer_from(each) for each in news] == [Progress(1, 1)] * is_followed
+    result = answer_from(last)
+    assert isinstance(result, ImageResult)
+    assert (result.images, result.layout) == (RESULT.images, DESCRIPTION.layout)
+    assert leader._loop.drawn == [REQUEST]
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+async def test_what_it_does_not_know_of_a_request_is_refused(
+    leader: Any, is_followed: bool
+) -> None:
+    call = pack_request(REQUEST) | {"protocol": PROTOCOL + 1}
+    call["request"] |= {"sharpness": 1.0}
+    with pytest.raises(ProtocolMismatch, match="sharpness"):
+        await said(leader, call, is_followed=is_followed)
+    assert leader._loop.drawn == []
+
+
+async def test_it_tells_of_itself(leader: Any) -> None:
+    assert description_from(await leader.describe(pack_call("tiny", "x"))) == DESCRIPTION
