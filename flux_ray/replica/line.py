@@ -9,22 +9,27 @@ cancels what is in a socket. Between nodes it is as open as what ranks exchange:
 import asyncio
 import contextlib
 import hmac
+import io
 import pickle
 import secrets
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from flux_ray.errors import FluxError
+from flux_ray.request import Raster
 
 SIZE = struct.Struct("!Q")
+# Of an answer: the bytes of its pickle, and how many buffers follow that.
+ANSWER = struct.Struct("!QQ")
 TOKEN_BYTES = 32
 # A stranger that connects and falls silent holds up the leader for so long.
 TOKEN_S = 5.0
-# What a leader reads ahead: an answer is a picture, and asyncio's 64 KiB would be many small reads.
+# What a leader reads ahead: an answer may be an image's pixels, and of asyncio's 64 KiB they would
+# be many small reads.
 READ_BYTES = 2**22
 
 
@@ -47,6 +52,40 @@ def framed(value: object) -> bytes:
     return SIZE.pack(len(data)) + data
 
 
+class AnswerPickler(pickle.Pickler):
+    """Leaves pixels where they are: they are sent as they lie in memory, after the pickle."""
+
+    def reducer_override(self, value: object) -> Any:
+        """As pickle asks it."""
+        if isinstance(value, Raster):
+            return Raster, (value.width, value.height, pickle.PickleBuffer(value.rgb))
+        return NotImplemented
+
+
+def answer_parts(value: object) -> Iterator[bytes | memoryview]:
+    """Yield an answer as it goes over the line: its pickle, then each buffer after its size."""
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    AnswerPickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append).dump(value)
+    yield ANSWER.pack(file.tell(), len(buffers))
+    yield file.getbuffer()
+    for buffer in buffers:
+        data = buffer.raw()
+        yield SIZE.pack(data.nbytes)
+        yield data
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Any:
+    """Return what `answer_parts` took apart; its buffers become the pixels as they were read."""
+    num_bytes, num_buffers = ANSWER.unpack(await reader.readexactly(ANSWER.size))
+    data = await reader.readexactly(num_bytes)
+    buffers = [
+        await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
+        for _ in range(num_buffers)
+    ]
+    return pickle.loads(data, buffers=buffers)
+
+
 class Extension:
     """A rank's end. Nothing is unpickled before the token was right."""
 
@@ -63,7 +102,8 @@ class Extension:
             self._socket.close()
             while header := line.read(SIZE.size):
                 call = pickle.loads(line.read(*SIZE.unpack(header)))
-                line.write(framed(outcome_of(run, call)))
+                for part in answer_parts(outcome_of(run, call)):
+                    line.write(part)
                 line.flush()
 
     def _meet_leader(self) -> socket.socket:
@@ -117,8 +157,8 @@ class Line:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                said = await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
-                settle(self._waiting.popleft(), pickle.loads(said))
+                outcome = await read_answer(reader)
+                settle(self._waiting.popleft(), outcome)
 
 
 def settle(answer: asyncio.Future[Any], outcome: object) -> None:

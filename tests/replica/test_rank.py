@@ -1,25 +1,61 @@
 """A rank without Ray: the engine's stages by job number."""
 
-import io
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.errors import BadReference
 from flux_ray.parallel.mesh import LockstepBroken, Mesh
 from flux_ray.replica.line import StageFailed
 from flux_ray.replica.rank import RankActor
-from flux_ray.request import Encoding, ImageRequest, Raster
+from flux_ray.request import ImageRequest, Raster
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
 ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32")
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 96, num_steps=2, guidance=1.0, seed=5)
+
+
+class FakeCard:
+    """Takes a quarter of a second a stage, on a clock of its own, once somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.queued_ms = 0.0
+
+    def queue(self, stage: Callable[[int], object], job: int) -> object:
+        """What a stage of the rank does with it."""
+        self.log.append("stage")
+        self.queued_ms += 250.0
+        return stage(job)
+
+    def event(self, *, enable_timing: bool) -> "FakeEvent":
+        assert enable_timing
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    """A place in the queue of a fake card."""
+
+    def __init__(self, card: FakeCard) -> None:
+        self._card = card
+        self._at_ms = -1.0
+
+    def record(self) -> None:
+        self._at_ms = self._card.queued_ms
+
+    def synchronize(self) -> None:
+        self._card.log.append("wait")
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        assert self._card.log[-1] == "wait", "asked of a card that may not have come so far"
+        return end._at_ms - self._at_ms
 
 
 def run(rank: RankActor, job: int, stages: str, request: ImageRequest | None = None) -> list[Any]:
@@ -30,7 +66,7 @@ def run(rank: RankActor, job: int, stages: str, request: ImageRequest | None = N
 def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
     run(rank, job, "encode prepare", request)
     image = run(rank, job, "denoise " * request.num_steps + "decode")[-1]
-    return image and image.data
+    return image and image.raster.rgb
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +80,20 @@ def test_logs_say_whose_rank_it_is(rank: RankActor) -> None:
     assert repr(rank) == "tiny rank 0"
 
 
-def test_a_picture_of_the_size_and_format(rank: RankActor) -> None:
-    data = draw(rank, 1, replace(REQUEST, encoding=Encoding("webp")))
-    image = Image.open(io.BytesIO(data))
-    assert (image.format, image.size) == ("WEBP", (64, 96))
+def test_an_image_is_answered_as_its_pixels(rank: RankActor) -> None:
+    *_, image = run(rank, 1, "encode prepare denoise denoise decode", REQUEST)
+    raster = image.raster
+    assert (raster.width, raster.height, len(raster.rgb)) == (64, 96, 64 * 96 * 3)
+    assert image.seed == REQUEST.seed
 
 
-def test_previews_are_pictures_of_the_same_kind_and_change_nothing(rank: RankActor) -> None:
+def test_previews_are_images_of_the_same_kind_and_change_nothing(rank: RankActor) -> None:
     plain = draw(rank, 1, REQUEST)
-    request = replace(REQUEST, num_previews=1, encoding=Encoding("jpeg"))
-    with_preview = replace(REQUEST, num_previews=1)
-    for each in (request, with_preview):
-        *_, preview = run(rank, 2, "encode prepare denoise preview", each)
-        *_, final = run(rank, 2, "denoise decode")
-        assert preview is not None and final is not None
-        image = Image.open(io.BytesIO(preview.data))
-        assert (image.format, image.size) == (each.encoding.format.upper(), (64, 96))
-        assert preview.seed == REQUEST.seed
-    assert final.data == plain != preview.data
+    *_, preview = run(rank, 2, "encode prepare denoise preview", replace(REQUEST, num_previews=1))
+    *_, final = run(rank, 2, "denoise decode")
+    assert (preview.raster.width, preview.raster.height) == (64, 96)
+    assert preview.seed == final.seed == REQUEST.seed
+    assert final.raster.rgb == plain != preview.raster.rgb
 
 
 def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
@@ -81,8 +113,8 @@ def test_a_job_is_over_with_its_last_picture(rank: RankActor) -> None:
     *_, second = run(rank, 1, image)
     assert not rank._drawings
     assert (first.seed, second.seed) == request.seeds
-    assert first.data == draw(rank, 1, REQUEST)
-    assert second.data == draw(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))
+    assert first.raster.rgb == draw(rank, 1, REQUEST)
+    assert second.raster.rgb == draw(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))
 
 
 def test_each_stage_says_what_it_took(rank: RankActor) -> None:
@@ -98,16 +130,20 @@ def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -
     assert draw(rank, 1, REQUEST) is None
 
 
-def test_a_stage_ends_when_the_card_has_done_it(
+def test_the_card_is_waited_for_once_a_call(
     rank: RankActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: stages.append("done"))
-    draw(rank, 1, REQUEST)
-    assert stages == []
+    """Each stage's time is the card's, and its queue is never emptied in between."""
+    card = FakeCard()
+    monkeypatch.setattr(torch.cuda, "Event", card.event)
     monkeypatch.setattr(rank, "_args", ARGS.model_copy(update={"device": "cuda"}))
-    draw(rank, 1, REQUEST)
-    assert len(stages) == 3 + REQUEST.num_steps
+    for name in ("encode", "prepare", "denoise"):
+        stage = getattr(rank, name)
+        monkeypatch.setattr(rank, name, partial(card.queue, stage))
+    answers = rank.run(1, ("encode", "prepare", "denoise", "denoise"), REQUEST)
+    assert card.log == ["stage"] * 4 + ["wait"]
+    assert [answer.seconds for answer in answers] == pytest.approx([0.25] * 4)
+    run(rank, 1, "drop")
 
 
 def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
