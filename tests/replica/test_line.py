@@ -10,7 +10,16 @@ import pytest
 
 from flux_ray.errors import BadReference
 from flux_ray.replica import line as module
-from flux_ray.replica.line import Address, Extension, Line, StageFailed, connect, framed
+from flux_ray.replica.line import (
+    Address,
+    Extension,
+    Line,
+    StageFailed,
+    answer_parts,
+    connect,
+    framed,
+)
+from flux_ray.request import DrawnImage, Raster
 
 
 def run(order: str, *payload: object) -> object:
@@ -66,6 +75,20 @@ async def test_a_large_call_and_its_large_answer_come_whole(line: Line) -> None:
     (answer,) = await answers_to(line, ("draw", large))
     assert isinstance(answer, tuple)
     assert answer[2] == (large,)
+
+
+async def test_pixels_come_as_they_lay_in_memory(line: Line) -> None:
+    """However many, among other things, and none of them as part of a pickle."""
+    rasters = [Raster(256, 256 * n, bytes(range(256)) * 768 * n) for n in range(4)]
+    answers = await answers_to(line, ("draw", *rasters), ("draw", DrawnImage(rasters[3], 7)))
+    first, second = answers
+    assert isinstance(first, tuple) and isinstance(second, tuple)
+    assert first[2] == tuple(rasters)
+    assert second[2] == (DrawnImage(rasters[3], 7),)
+    assert all(type(raster.rgb) is bytes for raster in first[2])
+    _, pickled, *buffers = answer_parts(rasters[1:])
+    assert len(pickled) < 1000
+    assert [bytes(data) for data in buffers[1::2]] == [raster.rgb for raster in rasters[1:]]
 
 
 async def test_what_a_rank_raised_is_raised(line: Line) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,21 @@ class FakeEncoder:
         if isinstance(self.answer, Exception):
             raise self.answer
         return (prompt, self.answer)
+
+
+class SlowEncoder(FakeEncoder):
+    """Takes its time; `encoded` tells of each prompt."""
+
+    seconds = 0.02
+
+    def __init__(self) -> None:
+        super().__init__("embeds")
+        self.encoded: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def encode_prompt(self, prompt: str) -> object:
+        await asyncio.sleep(self.seconds)
+        self.encoded[prompt].set()
+        return await super().encode_prompt(prompt)
 
 
 def files() -> Files:
@@ -306,4 +322,56 @@ async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> 
         await loop.generate(REQUEST)
     assert ranks.calls == [], "the ranks never heard of it"
     encoder.answer = "embeds"
+    assert (await loop.generate(REQUEST)).images
+
+
+async def test_the_next_prompt_is_encoded_while_this_one_is_drawn(ranks: FakeRanks) -> None:
+    """And costs the ranks no time."""
+    encoder = SlowEncoder()
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    first = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    second = asyncio.create_task(loop.generate(replace(REQUEST, prompt="a ring")))
+    async with asyncio.timeout(10):
+        await encoder.encoded["a ring"].wait()
+    assert ranks.stages(2) == [], "the ranks are in the middle of the first"
+    ranks.gate.set()
+    times = [(await each).times for each in (first, second)]
+    assert ranks.encoded == [(REQUEST.prompt, "embeds"), ("a ring", "embeds")]
+    waited_s = [each.encode_s - 2 * ranks.stage_s for each in times]
+    assert waited_s[0] >= encoder.seconds > waited_s[1]
+
+
+async def test_prompts_of_few_are_held_for_the_ranks(ranks: FakeRanks) -> None:
+    """Each is megabytes."""
+    encoder = SlowEncoder()
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    prompts = [f"prompt {number}" for number in range(6)]
+    waiting = [
+        asyncio.create_task(loop.generate(replace(REQUEST, prompt=prompt))) for prompt in prompts
+    ]
+    async with asyncio.timeout(10):
+        await encoder.encoded[prompts[2]].wait()
+        await asyncio.sleep(3 * encoder.seconds)
+        assert not encoder.encoded[prompts[3]].is_set()
+        ranks.gate.set()
+        await asyncio.gather(*waiting)
+    assert [prompt for prompt, _ in ranks.encoded] == prompts
+
+
+async def test_a_prompt_that_fails_ahead_costs_neither_neighbour(ranks: FakeRanks) -> None:
+    encoder = FakeEncoder("embeds")
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    first = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    encoder.answer = ReplicaFailed("the text encoder died")
+    with pytest.raises(ReplicaFailed, match="text encoder"):
+        await loop.generate(REQUEST)
+    assert not first.done(), "who fails hears of it at once"
+    encoder.answer = "embeds"
+    ranks.gate.set()
+    assert (await first).images
     assert (await loop.generate(REQUEST)).images
