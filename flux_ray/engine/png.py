@@ -17,8 +17,12 @@ FILTER_UP = 2
 
 def encode_png(raster: Raster) -> bytes:
     """Return the raster as a PNG file; nothing of it is lost."""
+    return file_of(raster, isal_zlib.compress(filtered(raster), LEVEL))
+
+
+def file_of(raster: Raster, data: bytes) -> bytes:
+    """Return the PNG file of a raster's filtered rows, which are compressed already."""
     header = struct.pack("!IIBBBBB", raster.width, raster.height, BITS_PER_CHANNEL, RGB, 0, 0, 0)
-    data = isal_zlib.compress(filtered(raster), LEVEL)
     return b"".join(
         (SIGNATURE, *chunk(b"IHDR", header), *chunk(b"IDAT", data), *chunk(b"IEND", b""))
     )
