@@ -14,7 +14,7 @@ from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.line import Address, Extension, StageFailed
 from flux_ray.replica.process import keep_memory, load_engine
-from flux_ray.replica.timer import CardTimer, HostTimer, Timer
+from flux_ray.replica.timer import CardTimer, HostTimer, Launched, Timer, follows
 from flux_ray.request import (
     DrawnImage,
     Encoded,
@@ -143,7 +143,7 @@ class RankActor:
         torch has a number of threads, and CUDA a card, for every thread.
         """
         try:
-            self._extension.answer(self.run)
+            self._extension.answer(self.run, follows)
         except Exception:
             # The leader sees a closed line, and ends both.
             logger.exception("%r cannot answer", self)
@@ -155,9 +155,10 @@ class RankActor:
         stages: tuple[str, ...],
         request: ImageRequest | None = None,
         encoded: EncodedPrompt | None = None,
-    ) -> list[StageAnswer]:
+    ) -> list[StageAnswer] | Launched:
         """These stages of a job, one after the other; with the first call comes its request.
 
+        Steps on a card are only launched: the next ones can be queued behind them.
         A caller's mistake is raised as it is, also by calls that were sent before it was heard of;
         any other error as StageFailed.
         """
@@ -174,15 +175,17 @@ class RankActor:
             # the leader answers nobody.
             raise StageFailed(describe(error)) from error
 
-    def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer]:
-        """The stages, until the last one is done: on a card, none waits for the one before it."""
-        timer: Timer = CardTimer() if self._args.device == "cuda" else HostTimer()
+    def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
+        """The stages; on a card, none waits for the one before it."""
+        is_on_card = self._args.device == "cuda"
+        timer: Timer = CardTimer() if is_on_card else HostTimer()
         timer.mark()
         values = []
         for stage in stages:
             values.append(getattr(self, stage)(job))
             timer.mark()
-        return [StageAnswer(*each) for each in zip(values, timer.laps_s(), strict=True)]
+        launched = Launched(values, timer, describe)
+        return launched if is_on_card and follows(job, stages) else launched.answers()
 
     def agree(self, job: int, stages: tuple[str, ...]) -> None:
         """Raise LockstepBroken unless all ranks are here, for this job, after as many calls.

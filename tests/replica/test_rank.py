@@ -14,6 +14,7 @@ from flux_ray.errors import BadReference
 from flux_ray.parallel.mesh import LockstepBroken, Mesh
 from flux_ray.replica.line import StageFailed
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.timer import Launched
 from flux_ray.request import ImageRequest, Raster
 from tests.ranks import Ranks
 
@@ -28,6 +29,7 @@ class FakeCard:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.queued_ms = 0.0
+        self.fault: Exception | None = None
 
     def queue(self, stage: Callable[[int], object], job: int) -> object:
         """What a stage of the rank does with it."""
@@ -50,8 +52,13 @@ class FakeEvent:
     def record(self) -> None:
         self._at_ms = self._card.queued_ms
 
+    def query(self) -> bool:
+        return "wait" in self._card.log
+
     def synchronize(self) -> None:
         self._card.log.append("wait")
+        if self._card.fault is not None:
+            raise self._card.fault
 
     def elapsed_time(self, end: "FakeEvent") -> float:
         assert self._card.log[-1] == "wait", "asked of a card that may not have come so far"
@@ -60,7 +67,9 @@ class FakeEvent:
 
 def run(rank: RankActor, job: int, stages: str, request: ImageRequest | None = None) -> list[Any]:
     """What they answer; the request comes with the first."""
-    return [answer.value for answer in rank.run(job, tuple(stages.split()), request)]
+    answers = rank.run(job, tuple(stages.split()), request)
+    assert isinstance(answers, list)
+    return [answer.value for answer in answers]
 
 
 def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
@@ -120,6 +129,7 @@ def test_a_job_is_over_with_its_last_picture(rank: RankActor) -> None:
 def test_each_stage_says_what_it_took(rank: RankActor) -> None:
     began = time.perf_counter()
     answers = rank.run(1, ("encode", "prepare", "denoise", "drop"), REQUEST)
+    assert isinstance(answers, list)
     taken_s = time.perf_counter() - began
     assert min(answer.seconds for answer in answers) > 0
     assert taken_s / 2 < sum(answer.seconds for answer in answers) < taken_s
@@ -130,19 +140,47 @@ def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -
     assert draw(rank, 1, REQUEST) is None
 
 
-def test_the_card_is_waited_for_once_a_call(
-    rank: RankActor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each stage's time is the card's, and its queue is never emptied in between."""
+@pytest.fixture
+def card(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -> FakeCard:
+    """The rank takes it for its own."""
     card = FakeCard()
     monkeypatch.setattr(torch.cuda, "Event", card.event)
     monkeypatch.setattr(rank, "_args", ARGS.model_copy(update={"device": "cuda"}))
     for name in ("encode", "prepare", "denoise"):
-        stage = getattr(rank, name)
-        monkeypatch.setattr(rank, name, partial(card.queue, stage))
+        monkeypatch.setattr(rank, name, partial(card.queue, getattr(rank, name)))
+    return card
+
+
+def test_the_card_is_waited_for_once_a_call(rank: RankActor, card: FakeCard) -> None:
+    """Each stage's time is the card's, and its queue is never emptied in between."""
     answers = rank.run(1, ("encode", "prepare", "denoise", "denoise"), REQUEST)
+    assert isinstance(answers, list)
     assert card.log == ["stage"] * 4 + ["wait"]
     assert [answer.seconds for answer in answers] == pytest.approx([0.25] * 4)
+    run(rank, 1, "drop")
+
+
+def test_steps_are_queued_behind_each_other(rank: RankActor, card: FakeCard) -> None:
+    """Each call's answer is its own, whenever it is asked for."""
+    rank.run(1, ("encode", "prepare"), REQUEST)
+    card.log.clear()
+    first, second = rank.run(1, ("denoise",)), rank.run(1, ("denoise",))
+    assert isinstance(first, Launched) and isinstance(second, Launched)
+    assert card.log == ["stage"] * 2, "nobody has waited"
+    assert not first.is_done()
+    assert [answer.seconds for answer in first.outcome()] == [0.25]
+    assert [answer.seconds for answer in second.outcome()] == [0.25]
+    run(rank, 1, "drop")
+
+
+def test_a_fault_of_a_kernel_is_told_in_words(rank: RankActor, card: FakeCard) -> None:
+    rank.run(1, ("encode", "prepare"), REQUEST)
+    launched = rank.run(1, ("denoise",))
+    assert isinstance(launched, Launched)
+    card.fault = RuntimeError("CUDA error: an illegal memory access")
+    with pytest.raises(StageFailed, match="RuntimeError: CUDA error: an illegal"):
+        launched.outcome()
+    card.fault = None
     run(rank, 1, "drop")
 
 
