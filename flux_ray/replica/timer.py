@@ -67,7 +67,7 @@ class CardTimer:
 
     def is_done(self) -> bool:
         """Whether the card has come to the last mark."""
-        return bool(self._marks[-1].query())
+        return bool(self._marks[-1].query())  # type: ignore[no-untyped-call]
 
     def laps_s(self) -> list[float]:
         """Return the seconds between marks; an error of a kernel comes out here."""
