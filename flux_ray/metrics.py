@@ -18,8 +18,9 @@ class Metric:
 IMAGES = Metric("flux_images", "Pictures drawn.")
 STAGE_SECONDS = Metric(
     "flux_stage_seconds",
-    "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; and "
-    "of the shared text encoder, where there is one: prompt.",
+    "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; of "
+    "the shared text encoder, where there is one: prompt; and of making an image's file, while the "
+    "ranks go on: file.",
     labels=("tier", "stage"),
     buckets=SECONDS,
 )

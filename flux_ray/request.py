@@ -149,6 +149,14 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
+class DrawnImage:
+    """One image as the ranks answer it: pixels, of which a file is still to be made."""
+
+    raster: Raster
+    seed: int
+
+
+@dataclass(frozen=True)
 class GeneratedImage:
     """One picture as encoded bytes."""
 
@@ -192,8 +200,13 @@ class QueuePosition:
     expected_s: float | None
 
 
+@dataclass(frozen=True)
+class RanksDone:
+    """The replica is free for another request: only files are still made of this one's images."""
+
+
 # What is heard of a request before its result, in the caller's own event loop.
-News = QueuePosition | Progress | Preview
+News = QueuePosition | Progress | Preview | RanksDone
 Hear = Callable[[News], None]
 
 
@@ -202,6 +215,7 @@ class StageTimes:
     """Seconds that a request spent in the stages of its replica; previews count as decoding.
 
     `is_cached`: part of what is encoded was known, so that `encode_s` says nothing of another's.
+    `file_s` is of the threads that make files of the images, while the ranks do something else.
     """
 
     queue_s: float
@@ -209,10 +223,11 @@ class StageTimes:
     denoise_s: float
     decode_s: float
     is_cached: bool = False
+    file_s: float = 0.0
 
     @property
     def replica_s(self) -> float:
-        """In which the replica worked on it."""
+        """Seconds in which its ranks worked on it, and on nothing else."""
         return self.encode_s + self.denoise_s + self.decode_s
 
 

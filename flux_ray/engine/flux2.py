@@ -27,6 +27,7 @@ from flux_ray.engine.loading import (
     load_transformer,
 )
 from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.pixels import raster_of
 from flux_ray.engine.rotary import TableEmbedder
 from flux_ray.engine.state import (
     Canvas,
@@ -233,9 +234,9 @@ class Flux2:
             pixels = vae.decode(latents, return_dict=False)[0]
         finally:
             vae.use_tiling = False
-        image = pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+        raster = raster_of(pipeline.image_processor.postprocess(pixels, output_type="pt")[0])
         edit = state.conditioning.edit
-        return raster_for(image if edit is None else paste_rest(edit, image))
+        return raster if edit is None else raster_for(paste_rest(edit, image_for(raster)))
 
 
 def unpack_latents(state: ImageState) -> Tensor:

@@ -4,6 +4,7 @@ import io
 
 from PIL import Image
 
+from flux_ray.engine.png import encode_png
 from flux_ray.request import Encoding, Raster
 
 
@@ -17,9 +18,18 @@ def raster_for(image: Image.Image) -> Raster:
     return Raster(image.width, image.height, image.convert("RGB").tobytes())
 
 
+def scaled(raster: Raster, size: tuple[int, int]) -> Raster:
+    """Return the raster with this width and height."""
+    return raster_for(image_for(raster).resize(size, Image.Resampling.LANCZOS))
+
+
 def encode_picture(raster: Raster, encoding: Encoding) -> bytes:
-    """The raster as a png, jpeg or webp file."""
+    """The raster as a png, jpeg or webp file, scaled to the size that is asked for."""
+    size = encoding.scaled_to
+    if size is not None and size != (raster.width, raster.height):
+        raster = scaled(raster, size)
+    if encoding.format == "png":
+        return encode_png(raster)
     buffer = io.BytesIO()
-    options = {} if encoding.format == "png" else {"quality": encoding.quality}
-    image_for(raster).save(buffer, format=encoding.format, **options)
+    image_for(raster).save(buffer, format=encoding.format, quality=encoding.quality)
     return buffer.getvalue()

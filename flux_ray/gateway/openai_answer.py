@@ -134,6 +134,7 @@ def server_timing(result: ImageResult, started_s: float) -> str:
         "encode": result.times.encode_s,
         "denoise": result.times.denoise_s,
         "decode": result.times.decode_s,
+        "file": result.times.file_s,
         "total": time.monotonic() - started_s,
     }
     return ", ".join(f"{stage};dur={1000 * taken_s:.1f}" for stage, taken_s in stages_s.items())

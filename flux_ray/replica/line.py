@@ -9,23 +9,31 @@ cancels what is in a socket. Between nodes it is as open as what ranks exchange:
 import asyncio
 import contextlib
 import hmac
+import io
 import pickle
 import secrets
+import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flux_ray.errors import FluxError
+from flux_ray.request import Raster
 
 SIZE = struct.Struct("!Q")
+# Of an answer: the bytes of its pickle, and how many buffers follow that.
+ANSWER = struct.Struct("!QQ")
 TOKEN_BYTES = 32
 # A stranger that connects and falls silent holds up the leader for so long.
 TOKEN_S = 5.0
-# What a leader reads ahead: an answer is a picture, and asyncio's 64 KiB would be many small reads.
+# What a leader reads ahead: an answer may be an image's pixels, and of asyncio's 64 KiB they would
+# be many small reads.
 READ_BYTES = 2**22
+# While the card works, a rank looks so often whether it is done, or another call is there.
+POLL_MS = 1
 
 
 class StageFailed(Exception):
@@ -47,6 +55,53 @@ def framed(value: object) -> bytes:
     return SIZE.pack(len(data)) + data
 
 
+class AnswerPickler(pickle.Pickler):
+    """Leaves pixels where they are: they are sent as they lie in memory, after the pickle."""
+
+    def reducer_override(self, value: object) -> Any:
+        """As pickle asks it."""
+        if isinstance(value, Raster):
+            return Raster, (value.width, value.height, pickle.PickleBuffer(value.rgb))
+        return NotImplemented
+
+
+def answer_parts(value: object) -> Iterator[memoryview]:
+    """Yield an answer as it goes over the line: its pickle, then each buffer after its size."""
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO(bytes(ANSWER.size))
+    file.seek(ANSWER.size)
+    AnswerPickler(file, pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append).dump(value)
+    head = file.getbuffer()
+    ANSWER.pack_into(head, 0, len(head) - ANSWER.size, len(buffers))
+    yield head
+    for buffer in buffers:
+        data = buffer.raw()
+        yield memoryview(SIZE.pack(data.nbytes))
+        yield data
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Any:
+    """Return what `answer_parts` took apart; its buffers become the pixels as they were read."""
+    num_bytes, num_buffers = ANSWER.unpack(await reader.readexactly(ANSWER.size))
+    data = await reader.readexactly(num_bytes)
+    buffers = [
+        await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
+        for _ in range(num_buffers)
+    ]
+    return pickle.loads(data, buffers=buffers)
+
+
+@runtime_checkable
+class Underway(Protocol):
+    """What a call returns whose answer is not there yet: the card has still to do it."""
+
+    def is_done(self) -> bool:
+        """Whether `outcome` would not wait."""
+
+    def outcome(self) -> object:
+        """Wait for the answer and return it; StageFailed if it failed after all."""
+
+
 class Extension:
     """A rank's end. Nothing is unpickled before the token was right."""
 
@@ -57,14 +112,17 @@ class Extension:
             host, self._socket.getsockname()[1], secrets.token_bytes(TOKEN_BYTES)
         )
 
-    def answer(self, run: Callable[..., object]) -> None:
-        """Run the leader's calls, one after the other, until it is gone."""
-        with self._meet_leader() as connection, connection.makefile("rwb") as line:
+    def answer(
+        self, run: Callable[..., object], follows: Callable[..., bool] = lambda *call: False
+    ) -> None:
+        """Run the leader's calls, one after the other, until it is gone.
+
+        A call that `follows` is begun while the one before it is under way, so that the card never
+        waits for it; every other one when that is answered.
+        """
+        with self._meet_leader() as connection:
             self._socket.close()
-            while header := line.read(SIZE.size):
-                call = pickle.loads(line.read(*SIZE.unpack(header)))
-                line.write(framed(outcome_of(run, call)))
-                line.flush()
+            Dialogue(connection, run, follows).hold()
 
     def _meet_leader(self) -> socket.socket:
         while True:
@@ -73,6 +131,63 @@ class Extension:
             if hmac.compare_digest(token_from(connection), self.address.token):
                 return connection
             connection.close()
+
+
+class Dialogue:
+    """Calls and their answers, in one order; at most one answer is due when a call is begun."""
+
+    def __init__(
+        self, connection: socket.socket, run: Callable[..., object], follows: Callable[..., bool]
+    ) -> None:
+        self._connection = connection
+        self._run = run
+        self._follows = follows
+        self._underway: Underway | None = None
+        self._more = select.poll()
+        self._more.register(connection, select.POLLIN)
+
+    def hold(self) -> None:
+        """Return when the leader is gone."""
+        while (call := self._next_call()) is not None:
+            if not self._follows(*call):
+                self._answer_former()
+            outcome = outcome_of(self._run, call)
+            self._answer_former()
+            if isinstance(outcome, Underway):
+                self._underway = outcome
+            else:
+                self._send(outcome)
+
+    def _next_call(self) -> tuple[Any, ...] | None:
+        """The next call; while there is none, what is done meanwhile is answered."""
+        while self._underway is not None and not self._has_said_more():
+            if self._underway.is_done():
+                self._answer_former()
+        header = self._receive(SIZE.size)
+        if len(header) < SIZE.size:
+            return None
+        call: tuple[Any, ...] = pickle.loads(self._receive(*SIZE.unpack(header)))
+        return call
+
+    def _has_said_more(self) -> bool:
+        return bool(self._more.poll(POLL_MS))
+
+    def _receive(self, num_bytes: int) -> bytearray:
+        """So many; less if the leader is gone."""
+        data = bytearray(num_bytes)
+        rest = memoryview(data)
+        while rest and (num_read := self._connection.recv_into(rest)):
+            rest = rest[num_read:]
+        return data[: num_bytes - len(rest)] if rest else data
+
+    def _answer_former(self) -> None:
+        if self._underway is not None:
+            underway, self._underway = self._underway, None
+            self._send(outcome_of(underway.outcome, ()))
+
+    def _send(self, outcome: object) -> None:
+        for part in answer_parts(outcome):
+            self._connection.sendall(part)
 
 
 def token_from(connection: socket.socket) -> bytes:
@@ -117,8 +232,8 @@ class Line:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                said = await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
-                settle(self._waiting.popleft(), pickle.loads(said))
+                outcome = await read_answer(reader)
+                settle(self._waiting.popleft(), outcome)
 
 
 def settle(answer: asyncio.Future[Any], outcome: object) -> None:

@@ -8,29 +8,24 @@ import contextlib
 import contextvars
 import itertools
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
+from flux_ray.replica.files import Files
+from flux_ray.replica.job import Gathering, Job, Observe, Stopwatch
 from flux_ray.replica.prompts import Prompts
 from flux_ray.replica.stages import calls_of, sizes_of, stages_of
 from flux_ray.request import (
-    Encoded,
     EncodedPrompt,
-    GeneratedImage,
     Hear,
     ImageRequest,
     ImageResult,
-    News,
-    Preview,
-    Progress,
+    RanksDone,
     StageAnswer,
-    StageTimes,
 )
-
-Observe = Callable[[str, float], None]
 
 # Calls that the ranks have at a time. The second is there when they have done the first, and they
 # do not wait for the leader to read that. One more would be a step more that is made for a client
@@ -54,92 +49,24 @@ class Ranks(Protocol):
         """What the longest of the last such stages took; infinite for one that was never seen."""
 
 
-@dataclass(eq=False)
-class Job:
-    """A request in this replica. A client that leaves cancels `result`; nothing else does."""
-
-    number: int
-    request: ImageRequest
-    result: asyncio.Future[ImageResult]
-    hear: Hear | None = None
-    queued_at: float = field(default_factory=time.perf_counter)
-    is_on_ranks: bool = False
-
-    @property
-    def has_left(self) -> bool:
-        """Whether nobody waits for the result any more."""
-        return self.result.done()
-
-    def finish(self, outcome: ImageResult | FluxError | None) -> None:
-        """Tell the client, if it is still there."""
-        if self.has_left or outcome is None:
-            return
-        if isinstance(outcome, FluxError):
-            self.result.set_exception(outcome)
-        else:
-            self.result.set_result(outcome)
-
-
-class Stopwatch:
-    """Seconds by stage, and each of them told to `observe`."""
-
-    def __init__(self, observe: Observe) -> None:
-        self._observe = observe
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    def add(self, stage: str, seconds: float) -> None:
-        """One more of them."""
-        self._seconds[stage] += seconds
-        self._observe(stage, seconds)
-
-    def total(self, queue_s: float, is_cached: bool) -> StageTimes:
-        """The times of a request; preparing noise counts as encoding."""
-        spent = self._seconds
-        decode_s = spent["preview"] + spent["decode"]
-        encode_s = spent["prompt"] + spent["encode"] + spent["prepare"]
-        return StageTimes(queue_s, encode_s, spent["denoise"], decode_s, is_cached)
-
-
-class Gathering:
-    """What the ranks have answered of a job; its client hears of it."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.images: list[GeneratedImage] = []
-        self.said = Encoded((), is_cached=False)
-        self._num_previews = self._num_done = self._num_told = 0
-
-    def take(self, stage: str, value: object) -> None:
-        """One more answer."""
-        if isinstance(value, Encoded):
-            self.said = value
-        elif stage == "denoise":
-            self._num_done += 1
-        elif isinstance(value, GeneratedImage) and stage == "preview":
-            self._tell(Preview(self._job.request.tier, value, self._num_previews))
-            self._num_previews += 1
-        elif isinstance(value, GeneratedImage):
-            self.images.append(value)
-
-    def tell_progress(self) -> None:
-        """How far it is now. Steps that are answered at once would look as if they took no time."""
-        if self._num_done > self._num_told:
-            self._num_told = self._num_done
-            self._tell(Progress(self._num_done, self._job.request.num_denoise_steps))
-
-    def _tell(self, news: News) -> None:
-        if self._job.hear is not None and not self._job.has_left:
-            self._job.hear(news)
-
-
 class StepLoop:
-    """Takes jobs in order of arrival and advances the ranks call by call."""
+    """Takes jobs in order of arrival and advances the ranks call by call.
 
-    def __init__(self, ranks: Ranks, prompts: Prompts, observe: Observe) -> None:
+    A job's prompt is encoded while the ranks draw the one before it, and files are made of its
+    images while they draw the next one.
+    """
+
+    def __init__(
+        self, ranks: Ranks, prompts: Prompts, observe: Observe, files: Files | None = None
+    ) -> None:
         self._ranks = ranks
         self._prompts = prompts
         self._observe = observe
+        self._files = Files() if files is None else files
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        # One waits here for the ranks, and one for its place: prompts are megabytes.
+        self._ready: asyncio.Queue[Job] = asyncio.Queue(maxsize=1)
+        self._delivering: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         # In a request's context what the loop asks of Ray would be the request's, and Ray would
         # cancel it for all that come after.
@@ -156,13 +83,38 @@ class StepLoop:
         return await job.result
 
     async def _run(self) -> None:
-        dropping: asyncio.Task[None] | None = None
+        """Neither ends but by a mistake of ours, and then both do."""
+        encoding = asyncio.create_task(self._encode_prompts())
+        drawing = asyncio.create_task(self._draw_jobs())
+        try:
+            await asyncio.gather(encoding, drawing)
+        finally:
+            encoding.cancel()
+            drawing.cancel()
+
+    async def _encode_prompts(self) -> None:
         while True:
             job = await self._jobs.get()
             if job.has_left:
                 continue
+            job.began_at = time.perf_counter()
             try:
-                job.finish(await self._draw(job))
+                job.encoded = await self._prompts.encode_prompt(job.request.prompt)
+            except FluxError as error:
+                job.finish(error)
+                continue
+            self._observe("prompt", time.perf_counter() - job.began_at)
+            await self._ready.put(job)
+
+    async def _draw_jobs(self) -> None:
+        dropping: asyncio.Task[None] | None = None
+        while True:
+            free_at = time.perf_counter()
+            job = await self._ready.get()
+            if job.has_left:
+                continue
+            try:
+                await self._draw(job, free_at)
             except FluxError as error:
                 job.finish(error)
             if dropping is not None:
@@ -176,28 +128,33 @@ class StepLoop:
             with contextlib.suppress(FluxError):
                 await self._ranks.run(job.number, ("drop",), sizes_of(job.request))
 
-    async def _draw(self, job: Job) -> ImageResult | None:
-        """The result, or None if the client left in between."""
-        request, times = job.request, Stopwatch(self._observe)
-        queue_s = time.perf_counter() - job.queued_at
-        began = time.perf_counter()
-        encoded = await self._prompts.encode_prompt(request.prompt)
-        times.add("prompt", time.perf_counter() - began)
-        gathered = Gathering(job)
+    async def _draw(self, job: Job, free_at: float) -> None:
+        """Have it drawn, and files made of its images, unless the client leaves in between.
+
+        Of its prompt, only what the ranks waited for is time that it took them.
+        """
+        times = Stopwatch(self._observe)
+        began_at = max(free_at, job.began_at)
+        times.wait(time.perf_counter() - began_at)
+        gathered = Gathering(job, self._files)
+        encoded, job.encoded = job.encoded, None
         async for answers in self._answers(job, encoded):
             for stage, answer in answers:
                 times.add(stage, answer.seconds)
-                gathered.take(stage, answer.value)
+                await gathered.take(stage, answer.value)
             gathered.tell_progress()
         if job.has_left:
-            return None
-        return ImageResult(
-            request.request_id,
-            request.tier,
-            tuple(gathered.images),
-            times.total(queue_s, gathered.said.is_cached),
-            gathered.said.warnings,
-        )
+            return
+        job.tell(RanksDone())
+        delivering = asyncio.create_task(gathered.deliver(times, began_at - job.queued_at))
+        self._delivering.add(delivering)
+        delivering.add_done_callback(partial(self._end_delivery, job))
+
+    def _end_delivery(self, job: Job, delivering: asyncio.Task[None]) -> None:
+        """A mistake of ours is not to leave the client waiting for ever."""
+        self._delivering.discard(delivering)
+        if not delivering.cancelled() and (error := delivering.exception()) is not None:
+            job.finish(error)
 
     async def _answers(
         self, job: Job, encoded: EncodedPrompt | None

@@ -21,7 +21,7 @@ class Meter:
         self._stage_seconds = histogram(STAGE_SECONDS)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """One call to the ranks."""
+        """One stage of a request."""
         self._stage_seconds.observe(seconds, {**self._tier, "stage": stage})
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from flux_ray.errors import FluxError
 from flux_ray.replica.line import Address, Extension, StageFailed
 from flux_ray.replica.memory import free_memory, out_of_memory
 from flux_ray.replica.process import card_here, keep_memory, load_engine
+from flux_ray.replica.timer import CardTimer, HostTimer, Launched, Timer, follows
 from flux_ray.request import (
+    DrawnImage,
     Encoded,
     EncodedPrompt,
-    GeneratedImage,
     ImageRequest,
     Raster,
     StageAnswer,
@@ -149,7 +149,7 @@ class RankActor:
         torch has a number of threads, and CUDA a card, for every thread.
         """
         try:
-            self._extension.answer(self.run)
+            self._extension.answer(self.run, follows)
         except Exception:
             # The leader sees a closed line, and ends both.
             logger.exception("%r cannot answer", self)
@@ -161,9 +161,10 @@ class RankActor:
         stages: tuple[str, ...],
         request: ImageRequest | None = None,
         encoded: EncodedPrompt | None = None,
-    ) -> list[StageAnswer]:
+    ) -> list[StageAnswer] | Launched:
         """These stages of a job, one after the other; with the first call comes its request.
 
+        Steps on a card are only launched: the next ones can be queued behind them.
         A caller's mistake is raised as it is, also by calls that were sent before it was heard of,
         and so is OutOfMemory; any other error as StageFailed.
         """
@@ -171,7 +172,7 @@ class RankActor:
             self.agree(job, stages)
             if request is not None:
                 self._drawings[job] = Drawing(request, encoded, list(request.seeds))
-            return [self.run_one(job, stage) for stage in stages]
+            return self.run_all(job, stages)
         except FluxError as error:
             self._mistakes[job] = error
             raise
@@ -196,12 +197,17 @@ class RankActor:
             self._encoding.forget()
             free_memory(self._args.device)
 
-    def run_one(self, job: int, stage: str) -> StageAnswer:
-        """One stage, until it is done."""
-        began = time.perf_counter()
-        value = getattr(self, stage)(job)
-        self.settle()
-        return StageAnswer(value, time.perf_counter() - began)
+    def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
+        """The stages; on a card, none waits for the one before it."""
+        is_on_card = self._args.device == "cuda"
+        timer: Timer = CardTimer() if is_on_card else HostTimer()
+        timer.mark()
+        values = []
+        for stage in stages:
+            values.append(getattr(self, stage)(job))
+            timer.mark()
+        launched = Launched(values, timer, describe)
+        return launched if is_on_card and follows(job, stages) else launched.answers()
 
     def agree(self, job: int, stages: tuple[str, ...]) -> None:
         """Raise LockstepBroken unless all ranks are here, for this job, after as many calls.
@@ -217,16 +223,6 @@ class RankActor:
         assert_same(
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
         )
-
-    def settle(self) -> None:
-        """Wait for the card: a step would else be timed as part of what waits for it.
-
-        That is a preview or another step, and so a request's prices would depend on its previews.
-        """
-        if self._args.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
 
     def drawing(self, job: int) -> Drawing:
         """A job that was taken on."""
@@ -264,29 +260,24 @@ class RankActor:
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
-    def preview(self, job: int) -> GeneratedImage | None:
-        """What the job's image will be like as bytes, from rank 0."""
-        return self.picture(self.drawing(job), self._adapter.preview)
+    def preview(self, job: int) -> DrawnImage | None:
+        """What the job's image will be like, from rank 0."""
+        return self.pixels(self.drawing(job), self._adapter.preview)
 
-    def decode(self, job: int) -> GeneratedImage | None:
-        """The job's image as bytes, from rank 0. With its last one the job is over."""
+    def decode(self, job: int) -> DrawnImage | None:
+        """The job's image, from rank 0. With its last one the job is over."""
         drawing = self.drawing(job)
-        image = self.picture(drawing, self._adapter.decode)
+        image = self.pixels(drawing, self._adapter.decode)
         if not drawing.seeds:
             self.drop(job)
         return image
 
-    def picture(
-        self, drawing: Drawing, draw: "Callable[[ImageState], Raster]"
-    ) -> GeneratedImage | None:
-        """The job's image as this draws it."""
-        from flux_ray.engine.pictures import encode_picture
-
-        assert drawing.state is not None, "a picture before prepare"
+    def pixels(self, drawing: Drawing, draw: "Callable[[ImageState], Raster]") -> DrawnImage | None:
+        """The job's image as this draws it. The leader makes a file of it."""
+        assert drawing.state is not None, "pixels before prepare"
         if self._rank != 0:
             return None
-        raster = draw(drawing.state)
-        return GeneratedImage(encode_picture(raster, drawing.request.encoding), drawing.seed)
+        return DrawnImage(draw(drawing.state), drawing.seed)
 
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""

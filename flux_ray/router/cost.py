@@ -11,15 +11,13 @@ from functools import lru_cache
 from flux_ray.cards import PROCESSOR, speed_for
 from flux_ray.catalog import tier_for
 from flux_ray.config import Quantization, TierArgs
-from flux_ray.request import ImageFormat, ImageRequest
+from flux_ray.request import ImageRequest
 from flux_ray.router.roofline import Exchange, Roofline, Split
 from flux_ray.workload import TOKEN_SIDE, WORKLOADS, reference_pixels
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # The VAE's four resolutions and the middle are blocks to the host.
 NUM_VAE_BLOCKS = 5
-# Pillow on one thread, for a picture full of detail: measured on a server's processor.
-FILE_S_PER_PIXEL: dict[ImageFormat, float] = {"png": 150e-9, "jpeg": 3e-9, "webp": 100e-9}
 # Any bound will do: requests of a few shapes are most of the traffic.
 NUM_REMEMBERED = 4096
 
@@ -69,7 +67,8 @@ class Work:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
     `is_masked`: a part of a picture is drawn, the first reference. `num_previews` is of each
-    picture. Guidance is no part of it: every tier is distilled, and a step is one forward.
+    picture. Guidance is no part of it: every tier is distilled, and a step is one forward. Nor are
+    files: they are made while the replica does something else.
     """
 
     tier: str
@@ -78,13 +77,12 @@ class Work:
     num_steps: int
     references: tuple[int, ...] = ()
     num_images: int = 1
-    format: ImageFormat = "png"
     is_masked: bool = False
     num_previews: int = 0
 
     @property
     def num_decoded(self) -> int:
-        """How many times a picture is decoded and made a file of."""
+        """How many times a picture is decoded."""
         return self.num_images * (1 + self.num_previews)
 
     @property
@@ -119,7 +117,7 @@ class Cost:
 
     @property
     def total_s(self) -> float:
-        """From the prompt to the last file."""
+        """From the prompt to the last pixel."""
         return self.encode_s + self.denoise_s + self.decode_s
 
 
@@ -133,7 +131,6 @@ def work_of(request: ImageRequest) -> Work:
         request.num_steps,
         tuple(reference_pixels(*size, limit) for size in request.reference_sizes),
         request.num_images,
-        request.encoding.format,
         is_masked=request.mask is not None,
         num_previews=len(request.preview_steps),
     )
@@ -225,7 +222,6 @@ def edit_s(work: Work, roofline: Roofline) -> float:
 
 
 def picture_s(work: Work, roofline: Roofline) -> float:
-    """One picture through the VAE on one rank, and into a file."""
+    """One picture through the VAE on one rank."""
     flops = WORKLOADS[work.tier].vae.decode_flops(work.width, work.height)
-    seconds = roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)
-    return seconds + FILE_S_PER_PIXEL[work.format] * work.pixels
+    return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)

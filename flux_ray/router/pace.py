@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable
 
-from flux_ray.request import Hear, News, Progress
+from flux_ray.request import Hear, News, Progress, RanksDone
 from flux_ray.router.quote import Quote
 
 # What takes less is over before the ledger would make anything of it, and listening costs a little.
+# Its replica has the next request all the same: a price ends with the ranks' work, and the ledger
+# hands over by it, while files are still made of the images.
 FOLLOWED_S = 2.0
 # News that come together say nothing of how fast the steps were.
 MIN_MEASURED_S = 0.05
@@ -44,12 +46,18 @@ class Pace:
 
 
 def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> Hear | None:
-    """`hear`, with `tell` told how long it still takes; None where nobody has to listen."""
+    """`hear`, with `tell` told how long it still takes; None where nobody has to listen.
+
+    Nothing is left of it once the ranks are done: that is for `tell` alone to hear.
+    """
     if hear is None and quote.cost_s < FOLLOWED_S:
         return None
     pace = Pace(quote)
 
     def follow(news: News) -> None:
+        if isinstance(news, RanksDone):
+            tell(0.0)
+            return
         if isinstance(news, Progress):
             tell(pace.left_s(news, time.monotonic()))
         if hear is not None:

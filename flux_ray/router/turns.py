@@ -117,8 +117,13 @@ class Turns:
             return (Forecast(0.0),) * len(offers)
 
     def progress(self, ticket_id: str, left_s: float) -> None:
-        """So long the request whose turn it is still takes; the ledger hears of it in a while."""
+        """So long the request whose turn it is still takes; the ledger hears of it in a while.
+
+        That its replica is free, which is before the answer is here, it hears at once.
+        """
         self._book.progress(ticket_id, left_s, time.monotonic())
+        if left_s <= 0:
+            self._news.set()
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """The turn is over; `is_done`: with what was wanted of it."""

@@ -1,4 +1,7 @@
-"""Seconds a picture of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios."""
+"""Seconds a picture of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios.
+
+And images a second of one replica, with their files made outside of its rank and on it.
+"""
 
 import base64
 import io
@@ -6,9 +9,12 @@ import json
 import os
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -19,7 +25,7 @@ import torch
 from PIL import Image
 from ray import serve
 
-from flux_ray.app import build_gateway, build_tier
+from flux_ray.app import build_gateway
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.engine.adapter import load_adapter
@@ -28,6 +34,7 @@ from flux_ray.engine.state import Canvas
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import Raster
 from flux_ray.tiny import CHECKPOINT, evaluate
+from tests.bench.latency_load import images_per_s, tier_of_all_ways
 
 NUM_ROUNDS = 30
 PROMPT = "a red circle on a blue background"
@@ -69,16 +76,21 @@ def draw_with_engine() -> Callable[[str, Raster | None], np.ndarray]:
     return draw
 
 
-def draw_over_http() -> Callable[[str, Raster | None], np.ndarray]:
+def start_serving() -> str:
+    """One replica of `tiny`; its gateway's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    tier = build_tier(TierArgs(tier="tiny", device="cpu", dtype="float32"))
+    tier = tier_of_all_ways(TierArgs(tier="tiny", device="cpu", dtype="float32"))
     serve.run(tier, name="tiny", route_prefix=None)
     serve.run(build_gateway(GatewayArgs(tiers=("tiny",))), name="gateway")
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    return f"http://127.0.0.1:{port}"
+
+
+def draw_over_http(address: str) -> Callable[[str, Raster | None], np.ndarray]:
+    client = httpx.Client(base_url=address, timeout=60)
 
     def draw(prompt: str, reference: Raster | None) -> np.ndarray:
         fields = {"prompt": prompt, "seed": 7}
@@ -98,10 +110,11 @@ def draw_over_http() -> Callable[[str, Raster | None], np.ndarray]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    address = start_serving()
     ways = {
         "pipeline": draw_with_pipeline(),
         "engine": draw_with_engine(),
-        "http": draw_over_http(),
+        "http": draw_over_http(address),
     }
     red = ways["pipeline"](PROMPT, None)
     figures: dict[str, object] = {}
@@ -128,9 +141,12 @@ def main() -> None:
                 "ratio": ratio,
                 "same_pixels": same,
             }
+    print(f"{'images/s, 8 clients':24} {'median':>8} {'ratio':>6}")
+    for way, found in (rates := images_per_s(address)).items():
+        print(f"{way:24} {found['images_per_s']:8.2f} {found['ratio']:6.2f}")
     serve.shutdown()
     ray.shutdown()
-    print(json.dumps(figures))
+    print(json.dumps(figures | {"images_per_s": rates}))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ async def test_headers_tell_seed_model_and_stages(client):
     assert answer.headers["x-flux-seed"] == "7"
     assert answer.headers["x-flux-model"] == "tiny"
     stages = [stage.split(";")[0] for stage in answer.headers["server-timing"].split(", ")]
-    assert stages == ["queue", "encode", "denoise", "decode", "total"]
+    assert stages == ["queue", "encode", "denoise", "decode", "file", "total"]
     assert "denoise;dur=3.0" in answer.headers["server-timing"]
 
 

@@ -2,15 +2,18 @@
 
 import asyncio
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 
 from flux_ray.errors import BadReference, ReplicaFailed
+from flux_ray.replica.files import Files
 from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.stages import SHORT_S
 from flux_ray.request import (
+    DrawnImage,
     Encoded,
     GeneratedImage,
     ImageRequest,
@@ -18,6 +21,7 @@ from flux_ray.request import (
     News,
     Preview,
     Progress,
+    RanksDone,
     Raster,
     StageAnswer,
 )
@@ -73,7 +77,7 @@ class FakeRanks:
         if stage == "encode":
             return Encoded(("cut",), is_cached=True)
         if stage in ("decode", "preview"):
-            return GeneratedImage(stage.encode(), self.seeds[job][0])
+            return DrawnImage(Raster(1, 1, stage.encode()), self.seeds[job][0])
         return None
 
     def stages(self, job: int) -> list[str]:
@@ -99,9 +103,29 @@ class FakeEncoder:
         return (prompt, self.answer)
 
 
+class SlowEncoder(FakeEncoder):
+    """Takes its time; `encoded` tells of each prompt."""
+
+    seconds = 0.02
+
+    def __init__(self) -> None:
+        super().__init__("embeds")
+        self.encoded: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+
+    async def encode_prompt(self, prompt: str) -> object:
+        await asyncio.sleep(self.seconds)
+        self.encoded[prompt].set()
+        return await super().encode_prompt(prompt)
+
+
+def files() -> Files:
+    """Which are the very pixels."""
+    return Files(lambda raster, encoding: raster.rgb)
+
+
 @pytest.fixture
 async def loop(ranks: FakeRanks) -> StepLoop:
-    return StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: None)
+    return StepLoop(ranks, EncodedByRanks(), lambda stage, seconds: None, files())
 
 
 async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
@@ -122,10 +146,10 @@ async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> Non
     together = await loop.generate(REQUEST, heard.append)
     assert (ranks.stages(2), ranks.num_calls) == (stages, 3)
     assert (together.images, together.warnings) == (alone.images, alone.warnings)
-    assert replace(together.times, queue_s=0, encode_s=0) == replace(
-        alone.times, queue_s=0, encode_s=0
+    assert replace(together.times, queue_s=0, encode_s=0, file_s=0) == replace(
+        alone.times, queue_s=0, encode_s=0, file_s=0
     )
-    assert heard == [Progress(2, 3), Progress(3, 3)], "what is true when it is heard"
+    assert heard == [Progress(2, 3), Progress(3, 3), RanksDone()], "what is true when it is heard"
 
 
 async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> None:
@@ -137,11 +161,14 @@ async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> No
 
 async def test_times_are_told(ranks: FakeRanks) -> None:
     told: list[str] = []
-    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda stage, seconds: told.append(stage))
+    loop = StepLoop(ranks, EncodedByRanks(), lambda stage, seconds: told.append(stage), files())
     times = (await loop.generate(REQUEST)).times
     assert min(times.queue_s, times.encode_s - 2 * ranks.stage_s) > 0
     assert (times.denoise_s, times.decode_s) == (3 * ranks.stage_s, ranks.stage_s)
-    assert told == ["prompt", "encode", "prepare", "denoise", "denoise", "denoise", "decode"]
+    stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
+    assert told == ["prompt", *stages, "file"]
+    assert times.replica_s == times.encode_s + times.denoise_s + times.decode_s
+    assert times.file_s > 0
 
 
 async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
@@ -196,23 +223,18 @@ async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop)
     assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
     image = ["prepare", "denoise", "preview", "denoise", "preview", "denoise", "decode"]
     assert ranks.stages(1) == ["encode", *image, *image]
-    assert heard == [
-        Progress(1, 6),
-        Preview("tiny", GeneratedImage(b"preview", 5), 0),
-        Progress(2, 6),
-        Preview("tiny", GeneratedImage(b"preview", 5), 1),
-        Progress(3, 6),
-        Progress(4, 6),
-        Preview("tiny", GeneratedImage(b"preview", 6), 2),
-        Progress(5, 6),
-        Preview("tiny", GeneratedImage(b"preview", 6), 3),
-        Progress(6, 6),
+    previews = [news for news in heard if isinstance(news, Preview)]
+    assert previews == [
+        Preview("tiny", GeneratedImage(b"preview", seed), number)
+        for number, seed in enumerate((5, 5, 6, 6))
     ]
+    others = [news for news in heard if not isinstance(news, Preview)]
+    assert others == [*(Progress(number, 6) for number in range(1, 7)), RanksDone()]
 
 
 async def test_previews_are_times_of_decoding(ranks: FakeRanks) -> None:
     told: list[tuple[str, float]] = []
-    loop = StepLoop(ranks, EncodedByRanks(), observe=lambda *stage: told.append(stage))
+    loop = StepLoop(ranks, EncodedByRanks(), lambda *stage: told.append(stage), files())
     times = (await loop.generate(replace(REQUEST, num_previews=1))).times
     decoding = [seconds for stage, seconds in told if stage in ("preview", "decode")]
     assert len(decoding) == 2
@@ -288,16 +310,68 @@ async def test_ranks_are_told_how_much_work_a_call_is(ranks: FakeRanks, loop: St
 
 
 async def test_a_prompt_that_is_encoded_elsewhere_goes_to_the_ranks(ranks: FakeRanks) -> None:
-    loop = StepLoop(ranks, FakeEncoder("embeds"), observe=lambda stage, seconds: None)
+    loop = StepLoop(ranks, FakeEncoder("embeds"), lambda stage, seconds: None, files())
     await loop.generate(REQUEST)
     assert ranks.encoded == [(REQUEST.prompt, "embeds")]
 
 
 async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> None:
     encoder = FakeEncoder(ReplicaFailed("the text encoder died"))
-    loop = StepLoop(ranks, encoder, observe=lambda stage, seconds: None)
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
     with pytest.raises(ReplicaFailed, match="text encoder"):
         await loop.generate(REQUEST)
     assert ranks.calls == [], "the ranks never heard of it"
     encoder.answer = "embeds"
+    assert (await loop.generate(REQUEST)).images
+
+
+async def test_the_next_prompt_is_encoded_while_this_one_is_drawn(ranks: FakeRanks) -> None:
+    """And costs the ranks no time."""
+    encoder = SlowEncoder()
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    first = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    second = asyncio.create_task(loop.generate(replace(REQUEST, prompt="a ring")))
+    async with asyncio.timeout(10):
+        await encoder.encoded["a ring"].wait()
+    assert ranks.stages(2) == [], "the ranks are in the middle of the first"
+    ranks.gate.set()
+    times = [(await each).times for each in (first, second)]
+    assert ranks.encoded == [(REQUEST.prompt, "embeds"), ("a ring", "embeds")]
+    waited_s = [each.encode_s - 2 * ranks.stage_s for each in times]
+    assert waited_s[0] >= encoder.seconds > waited_s[1]
+
+
+async def test_prompts_of_few_are_held_for_the_ranks(ranks: FakeRanks) -> None:
+    """Each is megabytes."""
+    encoder = SlowEncoder()
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    prompts = [f"prompt {number}" for number in range(6)]
+    waiting = [
+        asyncio.create_task(loop.generate(replace(REQUEST, prompt=prompt))) for prompt in prompts
+    ]
+    async with asyncio.timeout(10):
+        await encoder.encoded[prompts[2]].wait()
+        await asyncio.sleep(3 * encoder.seconds)
+        assert not encoder.encoded[prompts[3]].is_set()
+        ranks.gate.set()
+        await asyncio.gather(*waiting)
+    assert [prompt for prompt, _ in ranks.encoded] == prompts
+
+
+async def test_a_prompt_that_fails_ahead_costs_neither_neighbour(ranks: FakeRanks) -> None:
+    encoder = FakeEncoder("embeds")
+    loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
+    ranks.gate.clear()
+    first = asyncio.create_task(loop.generate(REQUEST))
+    await ranks.stepping.wait()
+    encoder.answer = ReplicaFailed("the text encoder died")
+    with pytest.raises(ReplicaFailed, match="text encoder"):
+        await loop.generate(REQUEST)
+    assert not first.done(), "who fails hears of it at once"
+    encoder.answer = "embeds"
+    ranks.gate.set()
+    assert (await first).images
     assert (await loop.generate(REQUEST)).images

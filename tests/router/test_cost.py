@@ -118,13 +118,15 @@ def test_references_lengthen_encoding_and_every_step_but_not_decoding() -> None:
 
 def test_decoding_in_tiles_takes_more_a_pixel() -> None:
     """Four megapixels are nine overlapping tiles."""
-    one, four = (replace(KLEIN, width=side, height=side, format="jpeg") for side in (1024, 2048))
+    one, four = (replace(KLEIN, width=side, height=side) for side in (1024, 2048))
     assert price(four, H100).decode_s > 5 * price(one, H100).decode_s
 
 
-def test_a_file_that_takes_long_to_write_is_paid_for() -> None:
-    png, jpeg = (price(replace(KLEIN, format=f), H100).decode_s for f in ("png", "jpeg"))
-    assert png > jpeg + 0.1
+def test_files_are_no_work_of_a_replica() -> None:
+    """They are made while it draws the next request."""
+    png, webp = (request(encoding=Encoding(each)) for each in ("png", "webp"))
+    large = request(encoding=Encoding(scaled_to=(4096, 2048)))
+    assert work_of(png) == work_of(webp) == work_of(large)
 
 
 def test_a_small_step_takes_as_long_as_the_host_needs_to_launch_it() -> None:
@@ -210,8 +212,8 @@ def request(**changes: object) -> ImageRequest:
 
 
 def test_work_is_what_of_a_request_makes_it_long() -> None:
-    asked = request(num_images=2, encoding=Encoding("webp"))
-    assert work_of(asked) == Work("flux-2-dev", 1024, 512, 28, (), 2, "webp")
+    asked = request(num_images=2)
+    assert work_of(asked) == Work("flux-2-dev", 1024, 512, 28, (), 2)
     assert work_of(asked).num_tokens == 512 + 64 * 32
     assert work_of(request(num_previews=3)).num_previews == 3
     assert work_of(request(num_previews=3, num_steps=2)).num_previews == 1, "as many as are made"

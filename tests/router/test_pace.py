@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.request import ImageRequest, News, Progress
+from flux_ray.request import ImageRequest, News, Progress, RanksDone
 from flux_ray.router.cost import Cost
 from flux_ray.router.pace import FOLLOWED_S, Pace, followed
 from flux_ray.router.quote import Quote
@@ -58,3 +58,15 @@ def test_nobody_listens_to_what_is_over_at_once() -> None:
         assert hear is not None
         hear(Progress(10, 10))
     assert (heard, told) == ([Progress(10, 10)], [2.0, 2.0])
+
+
+def test_nothing_is_left_once_the_ranks_are_done() -> None:
+    """Files are made of the images, but the replica is free; the client has no use for that."""
+    told: list[float] = []
+    heard: list[News] = []
+    hear = followed(quote(), heard.append, told.append)
+    assert hear is not None
+    hear(Progress(10, 10))
+    hear(RanksDone())
+    assert told == [2.0, 0.0]
+    assert heard == [Progress(10, 10)]

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
@@ -194,6 +195,22 @@ async def test_the_ledger_hears_how_long_it_still_takes(turns: Turns, line: Fake
     turns.end("x", is_done=True)
     await asyncio.sleep(0.05)
     assert line.running_s() == 0
+
+
+async def test_the_ledger_hears_at_once_that_a_replica_is_free(
+    turns: Turns, line: FakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is not here yet: files are made of its images. The next one has its turn."""
+    monkeypatch.setattr(turns_module, "BEAT_S", 60.0)
+    line.ledger = Ledger(partial(TierQueue, lead_s=0.01))
+    await within(turns.take(offer("x")))
+    second = asyncio.create_task(turns.take(offer("y")))
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    turns.progress("x", 0.0)
+    assert await within(second) == "a"
+    turns.end("x", is_done=True)
+    turns.end("y")
 
 
 async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: FakeLine) -> None:

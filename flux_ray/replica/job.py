@@ -1,0 +1,164 @@
+"""A request in its replica: what the ranks answer to it, and its images on their way to files."""
+
+import asyncio
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flux_ray.errors import FluxError
+from flux_ray.replica.files import Files, Made
+from flux_ray.request import (
+    DrawnImage,
+    Encoded,
+    EncodedPrompt,
+    Hear,
+    ImageRequest,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    StageTimes,
+)
+
+Observe = Callable[[str, float], None]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in this replica. A client that leaves cancels `result`; nothing else does.
+
+    `began_at`: when its prompt was begun with, which may be before the ranks are free.
+    """
+
+    number: int
+    request: ImageRequest
+    result: asyncio.Future[ImageResult]
+    hear: Hear | None = None
+    queued_at: float = field(default_factory=time.perf_counter)
+    began_at: float = 0.0
+    encoded: EncodedPrompt | None = None
+    is_on_ranks: bool = False
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nobody waits for the result any more."""
+        return self.result.done()
+
+    def tell(self, news: News) -> None:
+        """Let the client hear, if it is still there and wants to."""
+        if self.hear is not None and not self.has_left:
+            self.hear(news)
+
+    def finish(self, outcome: ImageResult | BaseException) -> None:
+        """Tell the client, if it is still there."""
+        if self.has_left:
+            return
+        if isinstance(outcome, BaseException):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
+
+
+class Stopwatch:
+    """Seconds by stage, and each of them told to `observe`."""
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """One more of them."""
+        self._seconds[stage] += seconds
+        self._observe(stage, seconds)
+
+    def wait(self, seconds: float) -> None:
+        """So long the ranks had nothing to do but to wait for the prompt."""
+        self._seconds["wait"] += seconds
+
+    def total(self, queue_s: float, is_cached: bool) -> StageTimes:
+        """The times of a request; preparing noise counts as encoding."""
+        spent = self._seconds
+        decode_s = spent["preview"] + spent["decode"]
+        encode_s = spent["wait"] + spent["encode"] + spent["prepare"]
+        return StageTimes(queue_s, encode_s, spent["denoise"], decode_s, is_cached, spent["file"])
+
+
+class Gathering:
+    """What the ranks have answered of a job; its client hears of it.
+
+    Files are made meanwhile, and are `files` in their order; those of previews are heard of in it.
+    """
+
+    def __init__(self, job: Job, files: Files) -> None:
+        self._job = job
+        self._files = files
+        self.said = Encoded((), is_cached=False)
+        self.files: list[asyncio.Future[Made]] = []
+        self.previews: deque[asyncio.Future[Made]] = deque()
+        self._num_previews = self._num_done = self._num_told = 0
+        job.result.add_done_callback(lambda _: self._give_up())
+
+    async def take(self, stage: str, value: object) -> None:
+        """One more answer. It waits while too many images have no file yet."""
+        if isinstance(value, Encoded):
+            self.said = value
+        elif stage == "denoise":
+            self._num_done += 1
+        elif isinstance(value, DrawnImage) and not self._job.has_left:
+            file = await self._files.start(value, self._job.request.encoding)
+            if stage == "preview":
+                self.previews.append(file)
+                file.add_done_callback(lambda _: self._tell_previews())
+            else:
+                self.files.append(file)
+
+    def tell_progress(self) -> None:
+        """How far it is now. Steps that are answered at once would look as if they took no time."""
+        if self._num_done > self._num_told:
+            self._num_told = self._num_done
+            self._job.tell(Progress(self._num_done, self._job.request.num_denoise_steps))
+
+    def _tell_previews(self) -> None:
+        """Those whose file is made, and no earlier one's is missing."""
+        while self.previews and self.previews[0].done():
+            file = self.previews.popleft()
+            if not file.cancelled() and file.exception() is None:
+                image, _ = file.result()
+                self._job.tell(Preview(self._job.request.tier, image, self._num_previews))
+                self._num_previews += 1
+
+    def _give_up(self) -> None:
+        """Begin with no file that nobody waits for."""
+        for file in (*self.files, *self.previews):
+            file.cancel()
+
+    async def deliver(self, times: Stopwatch, queue_s: float) -> None:
+        """Answer with the files when they are made; the ranks draw the next job meanwhile."""
+        await asyncio.wait([*self.files, *self.previews])
+        files = [file for file in self.files if not file.cancelled()]
+        errors = [error for error in map(asyncio.Future.exception, files) if error is not None]
+        if errors:
+            self._job.finish(file_error(errors[0]))
+        if self._job.has_left:
+            return
+        made = [file.result() for file in files]
+        for _, seconds in made:
+            times.add("file", seconds)
+        request = self._job.request
+        self._job.finish(
+            ImageResult(
+                request.request_id,
+                request.tier,
+                tuple(image for image, _ in made),
+                times.total(queue_s, self.said.is_cached),
+                self.said.warnings,
+            )
+        )
+
+
+def file_error(error: BaseException) -> FluxError:
+    """What a client is told of an image that was drawn and cannot be a file."""
+    failed = FluxError(f"no file could be made of the image: {error}")
+    failed.__cause__ = error
+    return failed

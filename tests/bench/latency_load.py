@@ -1,0 +1,121 @@
+"""Images a second of one `tiny` replica under eight clients: files made on its rank, and outside.
+
+Every request's seed says its way, so that one replica goes all of them in turn.
+"""
+
+import asyncio
+import io
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import httpx
+from ray.serve import Application
+
+from flux_ray.app import tier_application
+from flux_ray.config import TierArgs
+from flux_ray.engine.pictures import encode_picture, image_for, scaled
+from flux_ray.replica.files import Files, Made
+from flux_ray.replica.leader import Leader
+from flux_ray.replica.rank import Drawing, RankActor
+from flux_ray.request import DrawnImage, Encoding, Raster
+
+NUM_CLIENTS = 8
+NUM_BURSTS = 3
+BURST_S = 5.0
+# `tiny` draws no such sides: its images are scaled to it.
+LARGE = (1024, 1024)
+SEEDS_A_WAY = 1000
+# By thousands of a seed; those of other requests are below.
+WAYS = {
+    "as drawn, outside": 1,
+    "as drawn, on the rank": 2,
+    "1024, outside": 3,
+    "1024, on the rank": 4,
+}
+FORMER = {"as drawn, outside": "as drawn, on the rank", "1024, outside": "1024, on the rank"}
+
+
+def is_large(seed: int) -> bool:
+    return seed // SEEDS_A_WAY in (3, 4)
+
+
+class FormerRank(RankActor):
+    """Makes files itself, as ranks did, where the seed says so."""
+
+    def pixels(self, drawing: Drawing, draw: Callable[..., Raster]) -> DrawnImage | None:
+        image = super().pixels(drawing, draw)
+        if image is None or drawing.seed // SEEDS_A_WAY not in (2, 4):
+            return image
+        raster, buffer = image.raster, io.BytesIO()
+        if is_large(drawing.seed):
+            raster = scaled(raster, LARGE)
+        image_for(raster).save(buffer, "PNG")
+        return DrawnImage(Raster(0, 0, buffer.getvalue()), drawing.seed)
+
+
+class SomeFiles(Files):
+    """Leaves those alone that are files already."""
+
+    async def start(self, image: DrawnImage, encoding: Encoding) -> "asyncio.Future[Made]":
+        if is_large(image.seed):
+            encoding = replace(encoding, scaled_to=LARGE)
+        return await super().start(image, encoding)
+
+
+def encode_unless_done(raster: Raster, encoding: Encoding) -> bytes:
+    return encode_picture(raster, encoding) if raster.width else raster.rgb
+
+
+class FormerLeader(Leader):
+    """A leader of such ranks."""
+
+    rank_class = FormerRank
+
+    async def __init__(self, args: TierArgs) -> None:
+        await super().__init__(args)
+        self._loop._files = SomeFiles(encode_unless_done)
+
+
+def tier_of_all_ways(args: TierArgs) -> Application:
+    return tier_application(args, FormerLeader)
+
+
+async def burst(address: str, way: int, seconds: float) -> float:
+    """Images a second."""
+    num_images, end = 0, time.perf_counter() + seconds
+    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+
+        async def keep_asking(number: int) -> None:
+            nonlocal num_images
+            while time.perf_counter() < end:
+                fields = {"prompt": "a red circle", "seed": way * SEEDS_A_WAY + number}
+                answer = await client.post("/v1/images/generations", json=fields)
+                answer.raise_for_status()
+                num_images += 1
+
+        began = time.perf_counter()
+        await asyncio.gather(*(keep_asking(number) for number in range(NUM_CLIENTS)))
+        return num_images / (time.perf_counter() - began)
+
+
+def images_per_s(address: str) -> dict[str, dict[str, float]]:
+    """The median of some bursts, the ways in turn; ratios are to files made on the rank."""
+    seen: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(1 + NUM_BURSTS):
+        for way, each in WAYS.items():
+            rate = asyncio.run(burst(address, each, BURST_S))
+            # In the first one prices are learned.
+            if number:
+                seen[way].append(rate)
+    return {
+        way: {
+            "images_per_s": statistics.median(rates),
+            "ratio": statistics.median(
+                mine / former
+                for mine, former in zip(rates, seen[FORMER.get(way, way)], strict=True)
+            ),
+        }
+        for way, rates in seen.items()
+    }
