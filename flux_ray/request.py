@@ -182,6 +182,18 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """An image of a request that has more to come; `index` counts its images, from 0.
+
+    The last one comes with the result. A second replica begins anew, with the same images.
+    """
+
+    tier: str
+    image: GeneratedImage
+    index: int
+
+
+@dataclass(frozen=True)
 class QueuePosition:
     """Where a waiting request stands: 0 is next, and in so many seconds it is done.
 
@@ -193,7 +205,7 @@ class QueuePosition:
 
 
 # What is heard of a request before its result, in the caller's own event loop.
-News = QueuePosition | Progress | Preview
+News = QueuePosition | Progress | Preview | Finished
 Hear = Callable[[News], None]
 
 

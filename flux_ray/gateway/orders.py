@@ -11,7 +11,7 @@ from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.request import Hear, ImageRequest, ImageResult, Preview
+from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -25,7 +25,7 @@ class Order(NamedTuple):
     requests: list[ImageRequest]
     caller: Caller
 
-    def request_of(self, drawn: ImageResult | Preview) -> ImageRequest:
+    def request_of(self, drawn: ImageResult | Preview | Finished) -> ImageRequest:
         """The one that was drawn."""
         return next(each for each in self.requests if each.tier == drawn.tier)
 

@@ -19,6 +19,7 @@ from flux_ray.replica.stages import calls_of, sizes_of, stages_of
 from flux_ray.request import (
     Encoded,
     EncodedPrompt,
+    Finished,
     GeneratedImage,
     Hear,
     ImageRequest,
@@ -119,6 +120,9 @@ class Gathering:
             self._tell(Preview(self._job.request.tier, value, self._num_previews))
             self._num_previews += 1
         elif isinstance(value, GeneratedImage):
+            if len(self.images) + 1 < self._job.request.num_images:
+                # Who streams is sent it now; the last one is in the result anyway.
+                self._tell(Finished(self._job.request.tier, value, len(self.images)))
             self.images.append(value)
 
     def tell_progress(self) -> None:

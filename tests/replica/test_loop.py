@@ -12,6 +12,7 @@ from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.stages import SHORT_S
 from flux_ray.request import (
     Encoded,
+    Finished,
     GeneratedImage,
     ImageRequest,
     ImageResult,
@@ -202,6 +203,7 @@ async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop)
         Progress(2, 6),
         Preview("tiny", GeneratedImage(b"preview", 5), 1),
         Progress(3, 6),
+        Finished("tiny", GeneratedImage(b"decode", 5), 0),
         Progress(4, 6),
         Preview("tiny", GeneratedImage(b"preview", 6), 2),
         Progress(5, 6),
