@@ -7,11 +7,13 @@ from typing import Protocol
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.params import Depends as Dependency
 from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
 from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
+from flux_ray.gateway.cors import cors_options
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
 from flux_ray.gateway.fetch import Fetcher
@@ -91,6 +93,9 @@ def build_api(
         # The door has the say; these are what OpenAPI tells of it.
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
+    if args.cors_origins:
+        # Outermost: preflights have no key, and what is refused is to be read too.
+        api.add_middleware(CORSMiddleware, **cors_options(args.cors_origins))
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
     add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)
     return api
