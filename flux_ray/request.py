@@ -113,6 +113,11 @@ class ImageRequest:
         return sizes if self.mask is None else ((self.width, self.height), *sizes[1:])
 
     @property
+    def output_size(self) -> tuple[int, int]:
+        """Return width and height of its images as they are encoded."""
+        return self.encoding.scaled_to or (self.width, self.height)
+
+    @property
     def megapixels(self) -> float:
         """Of all its pictures."""
         return self.width * self.height * self.num_images / 1e6

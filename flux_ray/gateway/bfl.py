@@ -140,7 +140,10 @@ class Bfl:
             "cost": round(self.orders.router.gpu_seconds(request), 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
-            "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
+            "warnings": (
+                *job_warnings_for(sent, name, request, tier_for(request.tier)),
+                *pictures.notes,
+            ),
         }
         return await self.jobs.accept(http, order, request, memo, named, webhook)
 

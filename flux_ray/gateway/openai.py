@@ -120,7 +120,10 @@ class OpenAIImages:
     ) -> Response:
         """The way from checked fields to the answer."""
         order = self.orders.take(
-            http, target, lambda tier: request_for(fields, tier, self.limits, *pictures)
+            http,
+            target,
+            lambda tier: request_for(fields, tier, self.limits, pictures.references, pictures.mask),
+            pictures.notes,
         )
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
@@ -129,7 +132,7 @@ class OpenAIImages:
             streamed.headers.update(self.orders.limit_headers(order))
             return streamed
         result = await self.orders.draw(order)
-        warnings = warnings_of(fields, result)
+        warnings = [*warnings_of(fields, result), *order.notes_on(result)]
         drawn = order.request_of(result)
         urls = None
         if self.kept is not None and wants_url(fields):

@@ -159,13 +159,13 @@ class Telling:
             b64_json=base64.b64encode(image.data).decode("ascii"),
             created_at=int(time.time()),
             output_format=request.encoding.format,
-            size=f"{request.width}x{request.height}",
+            size="{}x{}".format(*request.output_size),
             partial_image_index=index,
             usage=usage_for(request) if is_final else None,
             id=request.request_id,
             model=request.tier,
             seed=image.seed,
-            warnings=warnings_of(self._fields, drawn),
+            warnings=[*warnings_of(self._fields, drawn), *self._order.notes_on(drawn)],
         )
 
 
