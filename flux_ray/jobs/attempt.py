@@ -14,7 +14,7 @@ from flux_ray.jobs.packing import num_blobs, unpack
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePosition
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,6 +29,8 @@ Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 ProgressOf = Callable[[str], float | None]
 # What it will look like, by its id; None as long as nobody knows.
 PreviewOf = Callable[[str], GeneratedImage | None]
+# Where it stands in its tier's queue, by its id; None if it does not wait, or nobody knows.
+StandingOf = Callable[[str], QueuePosition | None]
 T = TypeVar("T")
 
 
@@ -52,6 +54,7 @@ class Workshop:
     preview_of: PreviewOf = unheard
     pause_s: float = 1.0
     max_lost: int = 5
+    standing_of: StandingOf = unheard
 
 
 class Attempt:
@@ -114,13 +117,14 @@ class Attempt:
 
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost."""
-        store = self._shop.store
+        shop, request_id = self._shop, self._request_id
         while True:
             done, _ = await asyncio.wait({drawing}, timeout=self._beat_s)
             if done:
                 return True
             try:
-                if not await store.beat(self._lease, self._shop.progress_of(self._request_id)):
+                progress, standing = shop.progress_of(request_id), shop.standing_of(request_id)
+                if not await shop.store.beat(self._lease, progress, standing):
                     return False
             except StoreLost as error:
                 # Whoever takes the job meanwhile: only one of us can finish it.

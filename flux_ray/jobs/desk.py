@@ -10,6 +10,7 @@ from flux_ray.jobs.attempt import (
     Generate,
     PreviewOf,
     ProgressOf,
+    StandingOf,
     Workshop,
     remove_references,
     unheard,
@@ -17,7 +18,7 @@ from flux_ray.jobs.attempt import (
 from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.cleaning import keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Idempotency, Job, Offer, StoredPicture
+from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, Status, StoredPicture
 from flux_ray.jobs.mailbox import Mailbox
 from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
@@ -46,6 +47,7 @@ class Desk:
         progress_of: ProgressOf = unheard,
         mail: Mail | None = None,
         preview_of: PreviewOf = unheard,
+        standing_of: StandingOf = unheard,
     ) -> None:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
@@ -53,7 +55,13 @@ class Desk:
         self._shelf = Shelf(self._database, self._results, args.keep_s)
         self._url_secret: bytes | None = None
         workshop = Workshop(
-            self._store, self._results, generate, progress_of, preview_of, max_lost=args.max_lost
+            self._store,
+            self._results,
+            generate,
+            progress_of,
+            preview_of,
+            max_lost=args.max_lost,
+            standing_of=standing_of,
         )
         self._worker = Worker(workshop, args.max_running)
         self._postman: Postman | None = None
@@ -107,6 +115,21 @@ class Desk:
         if job is not None:
             await remove_references(self._results, job)
         return True
+
+    async def list(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        before: ListPlace | None = None,
+        state: Status | None = None,
+    ) -> tuple[Job, ...]:
+        """A page of the owner's jobs, newest first, as Store.list."""
+        return await self._store.list(owner, limit=limit, before=before, state=state)
+
+    async def position_of(self, job_id: str) -> int | None:
+        """How many jobs of its tier are claimed before it; None if it does not wait for that."""
+        return await self._store.position_of(job_id)
 
     async def num_active(self, owner: str) -> int:
         """How many of the owner's jobs have not ended."""

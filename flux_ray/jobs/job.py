@@ -1,9 +1,10 @@
 """What is said of jobs: what a caller offers, what the store knows, what a worker holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from flux_ray.request import ImageRequest
+from flux_ray.request import ImageRequest, QueuePosition
 
 # `arriving`: its reference pictures are being stored, nobody was told of it. `refused`: by the
 # content filter. The last four are ends: nothing leaves them.
@@ -38,7 +39,7 @@ class Offer:
     """A request to be kept until it is done; `owner` is a hash of the caller's key.
 
     `memo` is JSON that the dialect wants back when it answers. `max_active`: so many jobs of the
-    owner may not have ended, this one included.
+    owner may not have ended, this one included. `metadata` is the caller's own, and given back.
     """
 
     owner: str
@@ -47,6 +48,7 @@ class Offer:
     webhook: Webhook | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     max_active: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,20 @@ class Failure:
     message: str
 
 
+class ListPlace(NamedTuple):
+    """Where a job stands in the list of its owner's jobs: a page may begin after it."""
+
+    created_at_s: float
+    job_id: str
+
+
 @dataclass(frozen=True)
 class Job:
     """A row of the store. Times are of the database's clock, in seconds since 1970.
 
     `packed` is the request without its pictures. `num_lost` counts the workers that were lost with
-    it. `progress` goes from 0 to 1. While it runs, `result` has its previews.
+    it. `progress` goes from 0 to 1. While it runs, `result` has its previews, and `standing`
+    says where it is in its tier's queue, if its worker waits there.
     """
 
     job_id: str
@@ -100,6 +110,13 @@ class Job:
     result: JobResult | None = None
     failure: Failure | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    standing: QueuePosition | None = None
+
+    @property
+    def place(self) -> ListPlace:
+        """Return its place in the list of its owner's jobs."""
+        return ListPlace(self.created_at_s, self.job_id)
 
     @property
     def preview(self) -> StoredPicture | None:

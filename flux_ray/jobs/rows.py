@@ -7,10 +7,12 @@ from sqlalchemy import Column, ColumnElement, RowMapping, literal
 
 from flux_ray.jobs.job import Failure, Job, JobResult
 from flux_ray.jobs.table import JOBS
+from flux_ray.request import QueuePosition
 
 COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
 RESULT = TypeAdapter(JobResult)
 FAILURE = TypeAdapter(Failure)
+STANDING = TypeAdapter(QueuePosition)
 
 
 def bound(value: Any, column: Column[Any]) -> ColumnElement[Any]:
@@ -25,4 +27,8 @@ def job_of(row: RowMapping) -> Job:
         values["result"] = RESULT.validate_python(values["result"])
     if values["failure"] is not None:
         values["failure"] = FAILURE.validate_python(values["failure"])
+    # A gateway of an earlier release wrote none.
+    values["metadata"] = values["metadata"] or {}
+    if values["standing"] is not None:
+        values["standing"] = STANDING.validate_python(values["standing"])
     return Job(**values)

@@ -7,10 +7,10 @@ from sqlalchemy import Executable, and_, insert, or_, select, update
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import JobResult, StoredPicture
 from flux_ray.jobs.results import ResultMissing, Results
 from flux_ray.jobs.rows import RESULT
-from flux_ray.jobs.store import ARRIVAL_S
 from flux_ray.jobs.table import JOBS
 from flux_ray.request import ImageRequest, ImageResult
 

@@ -1,6 +1,5 @@
 """The store of jobs: accept, claim, beat, end, cancel and find, each one transaction."""
 
-import uuid
 from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
@@ -8,19 +7,17 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     ScalarSelect,
-    UpdateBase,
     and_,
     case,
     delete,
     func,
     select,
-    true,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
     End,
     Failure,
@@ -28,14 +25,16 @@ from flux_ray.jobs.job import (
     Job,
     JobResult,
     Lease,
+    ListPlace,
     Offer,
+    Status,
     StoredPicture,
 )
-from flux_ray.jobs.rows import COLUMNS, bound, job_of
+from flux_ray.jobs.listing import num_before, page_of
+from flux_ray.jobs.rows import COLUMNS, job_of
 from flux_ray.jobs.table import JOBS
+from flux_ray.request import QueuePosition
 
-# What did not come in whole by then was left by a gateway that ended.
-ARRIVAL_S = 3600.0
 MAX_TRIES = 5
 # Of an owner who has as many jobs as it may.
 AGAIN_S = 5
@@ -61,7 +60,9 @@ class Store:
         """
         turn = None if offer.max_active is None else offer.owner
         for tries in range(MAX_TRIES):
-            row = await self._database.first(self._insertion(offer, packed, is_whole), turn)
+            row = await self._database.first(
+                insertion(self._database, offer, packed, is_whole), turn
+            )
             if row is not None:
                 return job_of(row)
             named = offer.idempotency
@@ -95,6 +96,7 @@ class Store:
                 worker=worker,
                 progress=0.0,
                 result=None,
+                standing=None,
                 attempt=JOBS.c.attempt + 1,
                 num_lost=JOBS.c.num_lost + case((JOBS.c.status == "running", 1), else_=0),
                 started_at_s=func.coalesce(JOBS.c.started_at_s, now),
@@ -104,9 +106,20 @@ class Store:
         )
         return None if row is None else Lease(job_of(row))
 
-    async def beat(self, lease: Lease, progress: float | None = None) -> bool:
-        """Keep the lease; False if it is no more: cancelled, or another's."""
-        values: dict[str, Any] = {"claimable_at_s": self._database.now + self.lease_s}
+    async def beat(
+        self,
+        lease: Lease,
+        progress: float | None = None,
+        standing: QueuePosition | None = None,
+    ) -> bool:
+        """Keep the lease; False if it is no more: cancelled, or another's.
+
+        `standing`: where the worker waits with it; None: it does not, or does not know.
+        """
+        values: dict[str, Any] = {
+            "claimable_at_s": self._database.now + self.lease_s,
+            "standing": None if standing is None else asdict(standing),
+        }
         if progress is not None:
             values["progress"] = progress
         return await self._change(held(lease), values)
@@ -121,6 +134,7 @@ class Store:
             "status": "pending",
             "worker": None,
             "result": None,
+            "standing": None,
             "num_lost": JOBS.c.num_lost + int(is_lost),
             "claimable_at_s": self._database.now + after_s,
         }
@@ -147,9 +161,29 @@ class Store:
         """The owner's job; other people's are as if they were not there."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
+    async def list(
+        self,
+        owner: str,
+        *,
+        limit: int,
+        before: ListPlace | None = None,
+        state: Status | None = None,
+    ) -> tuple[Job, ...]:
+        """The owner's jobs, newest first, those of one state only; `before`: the last page's end.
+
+        Jobs that come or go meanwhile move nobody to another page.
+        """
+        page = page_of(owner, limit, before, state, self._is_kept())
+        return tuple(map(job_of, await self._database.execute(page)))
+
+    async def position_of(self, job_id: str) -> int | None:
+        """How many jobs of its tier are claimed before it; None if it does not wait for that."""
+        row = await self._database.first(num_before(job_id))
+        return None if row is None else int(row["num_jobs"])
+
     async def num_active(self, owner: str) -> int:
         """How many of the owner's jobs have not ended, those that are still coming in too."""
-        query = select(self._num_active(owner).label("num_jobs"))
+        query = select(num_active(self._database, owner).label("num_jobs"))
         [counted] = await self._database.execute(query)
         return int(counted["num_jobs"])
 
@@ -163,42 +197,6 @@ class Store:
         """Forget a job that has expired."""
         gone = and_(JOBS.c.job_id == job_id, self._is_over())
         await self._database.first(delete(JOBS).where(gone).returning(JOBS.c.job_id))
-
-    def _insertion(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> UpdateBase:
-        now = self._database.now
-        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
-        values = {
-            "job_id": str(uuid.uuid4()),
-            "owner": offer.owner,
-            "tier": offer.request.tier,
-            "packed": packed,
-            "seed": offer.request.seed,
-            "memo": offer.memo,
-            "created_at_s": now,
-        }
-        if is_whole:
-            values |= {"status": "pending", "claimable_at_s": now}
-        else:
-            values |= {"status": "arriving", "expires_at_s": now + ARRIVAL_S}
-        if (idempotency := offer.idempotency) is not None:
-            values["idempotency_key"] = idempotency.key
-            values["fingerprint"] = idempotency.fingerprint
-        if (webhook := offer.webhook) is not None:
-            values["webhook_url"] = webhook.url
-            values["webhook_secret"] = webhook.secret
-            values["webhook_state"] = "waiting"
-        row = select(*(bound(value, JOBS.c[name]) for name, value in values.items()))
-        if offer.max_active is not None:
-            row = row.where(self._num_active(offer.owner) < offer.max_active)
-        inserted = insert(JOBS).from_select(list(values), row.where(true()))
-        return inserted.on_conflict_do_nothing().returning(*COLUMNS)
-
-    def _num_active(self, owner: str) -> ScalarSelect[int]:
-        mates = JOBS.alias()
-        is_active = mates.c.status.in_(("arriving", "pending", "running"))
-        is_kept = func.coalesce(mates.c.expires_at_s > self._database.now, True)
-        query = select(func.count()).select_from(mates)
-        return query.where(mates.c.owner == owner, is_active, is_kept).scalar_subquery()
 
     async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
         """The owner's job of that key, if there is one. Raises KeyReused."""
@@ -216,7 +214,7 @@ class Store:
     async def _end(self, condition: ColumnElement[bool], status: str, **values: Any) -> bool:
         now = self._database.now
         # Of one without a result, no preview is left either.
-        values = {"result": None} | values
+        values = {"result": None, "standing": None} | values
         values |= {
             "status": status,
             "claimable_at_s": None,

@@ -67,6 +67,11 @@ JOBS = Table(
     Column("webhook_num_failed", Integer, nullable=False, default=0),
     # Not before; while it is posted, the lease's end. Null unless it is due.
     Column("webhook_due_at_s", Double),
+    # Gateways of an earlier release leave out what follows.
+    # The caller's own words about it.
+    Column("metadata", JSON(none_as_null=True)),
+    # Where it stands in the queue of its tier, while its worker waits for a replica.
+    Column("standing", JSON(none_as_null=True)),
     UniqueConstraint("owner", "idempotency_key"),
 )
 
@@ -74,6 +79,9 @@ for name in ("claimable_at_s", "expires_at_s", "webhook_due_at_s"):
     column = JOBS.c[name]
     is_set = column.is_not(None)
     Index(f"flux_jobs_{name}", column, sqlite_where=is_set, postgresql_where=is_set)
+
+# For a page of an owner's jobs, newest first.
+Index("flux_jobs_listed", JOBS.c.owner, JOBS.c.created_at_s, JOBS.c.job_id)
 
 # What all gateways sign with, as hexadecimal digits.
 SECRETS = Table(

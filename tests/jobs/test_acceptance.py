@@ -8,9 +8,9 @@ from flux_ray.errors import KeyReused, ResultsLost
 from flux_ray.jobs import cleaning
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.cleaning import clean_up, keep_clean
+from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import Idempotency, JobResult
 from flux_ray.jobs.packing import pack
-from flux_ray.jobs.store import ARRIVAL_S
 from flux_ray.request import GeneratedImage, Raster
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.waiting import wait_until

@@ -352,7 +352,7 @@ async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer
         await gone_on.wait()
         return await paint(job, request)
 
-    async def no_beat(lease, progress=None) -> bool:
+    async def no_beat(lease, progress=None, standing=None) -> bool:
         raise StoreLost("away")
 
     job = await accept(store, folder, offer())
