@@ -24,5 +24,12 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
     drawing = JobDrawing(router, args)
-    desk = Desk(args.jobs, drawing.draw, drawing.progress_of, mail, drawing.preview_of)
+    desk = Desk(
+        args.jobs,
+        drawing.draw,
+        drawing.progress_of,
+        mail,
+        drawing.preview_of,
+        drawing.standing_of,
+    )
     return desk

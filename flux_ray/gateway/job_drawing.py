@@ -6,7 +6,15 @@ from flux_ray.gateway.callers import allowance_of
 from flux_ray.gateway.targets import UNLIMITED
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, News, Preview, Progress
+from flux_ray.request import (
+    GeneratedImage,
+    ImageRequest,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    QueuePosition,
+)
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -24,11 +32,17 @@ class JobDrawing:
         self.args = args
         self._progress: dict[str, float] = {}
         self._previews: dict[str, GeneratedImage] = {}
+        self._standings: dict[str, QueuePosition] = {}
 
     async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
         """The job's pictures; raises as the router does."""
 
         def hear(news: News) -> None:
+            if isinstance(news, QueuePosition):
+                self._standings[request.request_id] = news
+                return
+            # It has been granted a replica.
+            self._standings.pop(request.request_id, None)
             if isinstance(news, Progress):
                 self._progress[request.request_id] = news.share
             elif isinstance(news, Preview):
@@ -39,6 +53,7 @@ class JobDrawing:
         finally:
             self._progress.pop(request.request_id, None)
             self._previews.pop(request.request_id, None)
+            self._standings.pop(request.request_id, None)
 
     def progress_of(self, request_id: str) -> float | None:
         """How far a request has come, from 0 to 1; None if nothing was heard of it."""
@@ -47,6 +62,10 @@ class JobDrawing:
     def preview_of(self, request_id: str) -> GeneratedImage | None:
         """What a request's picture will look like; None if nothing was heard of that."""
         return self._previews.get(request_id)
+
+    def standing_of(self, request_id: str) -> QueuePosition | None:
+        """Return where a request waits; None if it does not, or nothing was heard of that."""
+        return self._standings.get(request_id)
 
     def caller_of(self, job: Job) -> Caller:
         """Its owner, who waits as long as it takes.
