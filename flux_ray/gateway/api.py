@@ -23,6 +23,7 @@ from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
+from flux_ray.gateway.own_results import OwnResultsFirst
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.result_routes import ResultRoutes
 from flux_ray.gateway.targets import names_of
@@ -111,6 +112,8 @@ def add_routes(
 ) -> None:
     """All dialects, and what asks for no key."""
     kept = None
+    if desk is not None and args.public_url is not None:
+        fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
     dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
     api.state.names = names_of(args)
     api.state.bfl_paths = frozenset()
