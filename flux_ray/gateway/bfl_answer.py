@@ -63,7 +63,6 @@ class Result(BaseModel):
     progress: float | None = None
     details: dict[str, Any] | None = None
     preview: PreviewSample | None = None
-    metadata: dict[str, str] = {}
 
 
 class ListedJob(Result):
@@ -71,6 +70,7 @@ class ListedJob(Result):
 
     state: JobStatus
     created_at: float
+    metadata: dict[str, str]
 
 
 class JobList(BaseModel):
@@ -118,14 +118,15 @@ def result_of(
         progress=job.progress,
         details=details_of(job) | standing_of(job, num_before) | webhook_of(job),
         preview=None if preview_url is None else PreviewSample(sample=preview_url),
-        metadata=job.metadata,
     )
 
 
 def listed(job: Job, sample_url: str | None, preview_url: str | None) -> ListedJob:
     """Return a job as it stands in a list."""
     result = result_of(job, sample_url, preview_url)
-    return ListedJob(**dict(result), state=job.status, created_at=job.created_at_s)
+    return ListedJob(
+        **dict(result), state=job.status, created_at=job.created_at_s, metadata=job.metadata
+    )
 
 
 def standing_of(job: Job, num_before: int | None) -> dict[str, Any]:
@@ -158,12 +159,14 @@ def sample_of(job: Job, url: str) -> Sample:
 
 
 def details_of(job: Job) -> dict[str, Any]:
-    """The tier, what was not heeded, and why there is no picture where there is none."""
+    """The tier, what was not heeded, the caller's own words, and why there is no picture."""
     drawn = () if job.result is None else job.result.warnings
     details: dict[str, Any] = {
         "served_model": job.tier,
         "warnings": [*job.memo["warnings"], *drawn],
     }
+    if job.metadata:
+        details["metadata"] = job.metadata
     if job.status == "cancelled":
         details["error"] = {"code": "cancelled", "message": "the job was cancelled"}
     if job.failure is not None:

@@ -110,6 +110,8 @@ async def test_a_keys_jobs_are_listed_with_their_own_words(client):
     assert {(job["status"], job["state"]) for job in page["jobs"]} == {("Ready", "ready")}
     assert page["jobs"][0]["result"]["sample"].startswith("https://flux.example/results/")
     assert page["before"] is None
+    result = await result_until(client, ids[1], lambda result: True)
+    assert result["details"]["metadata"] == {"row": "1"}
     assert [job["id"] for job in (await listed(client, status="failed"))["jobs"]] == []
     assert len((await listed(client, key="other"))["jobs"]) == 1
 
