@@ -1,14 +1,14 @@
-"""How Serve's proxies read HTTP: uvicorn as Ray sets it up, after our callback was called."""
+"""How Serve's proxies read HTTP: Ray's own server, without a cluster, in its environment."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 
 import pytest
-import uvicorn
+from ray.serve._private import http_util
+from ray.serve.config import HTTPOptions
 from uvicorn.config import HTTP_PROTOCOLS
 
-from flux_ray.gateway.proxy import read_with_h11
+from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
 
 OFFERS = {
     "a JDK's HttpClient": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
@@ -35,22 +35,21 @@ async def echo(scope, receive, send):
 
 @pytest.fixture
 async def port(monkeypatch) -> AsyncIterator[int]:
-    """Of a server as ray.serve starts it: it says nothing of the protocol."""
+    """Of a server as Serve's proxies start it, where the variable names our function."""
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
-    read_with_h11()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            lambda: echo, factory=True, lifespan="off", access_log=False, log_config=None
-        )
-        server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            await serving
+    monkeypatch.setattr(http_util, PROXY_CALLBACK, READ_WITH_H11)
+    options = http_util.configure_http_middlewares(
+        http_util.configure_http_options_with_defaults(HTTPOptions(host="127.0.0.1", port=0))
+    )
+    loop = asyncio.get_running_loop()
+    serving, server = await http_util.start_asgi_http_server(echo, options, event_loop=loop)
+    while not server.started:  # noqa: ASYNC110 - it tells by a flag only
+        await asyncio.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def answer_to(port: int, *request: bytes) -> bytes:
