@@ -20,6 +20,7 @@ MAX_AGE_S = 60.0
 # Of replicas: what Serve's proxies and handles send requests to. Those of a node that is drained
 # serve until others do; after the controller's own start they are not looked at yet.
 SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
+STARTING = ("STARTING", "UPDATING")
 # Of deployments that have as many replicas as they are to have, or too many.
 RESTING = ("HEALTHY", "DOWNSCALING")
 
@@ -83,14 +84,18 @@ def is_up(application: ApplicationStatusOverview, was_up: bool) -> bool:
 
 def serves(deployment: DeploymentStatusOverview) -> bool:
     """Say whether it has a replica that requests are sent to."""
-    return any(deployment.replica_states.get(state, 0) > 0 for state in SERVING)
+    return has_any(deployment, SERVING)
 
 
 def rests(deployment: DeploymentStatusOverview) -> bool:
     """Say whether it has no replica on purpose: the next request starts one."""
-    states = deployment.replica_states
-    is_starting = any(states.get(state, 0) > 0 for state in ("STARTING", "UPDATING"))
-    return deployment.status in RESTING and not is_starting
+    return deployment.status in RESTING and not has_any(deployment, STARTING)
+
+
+def has_any(deployment: DeploymentStatusOverview, states: tuple[str, ...]) -> bool:
+    """Say whether it has replicas in one of these states."""
+    counts = deployment.replica_states.items()
+    return any(state in states and count > 0 for state, count in counts)
 
 
 def wakes(deployment: DeploymentStatusOverview) -> bool:
