@@ -3,6 +3,7 @@
 A Serve config file names these builders and gives their args (serve/*.yaml).
 """
 
+import logging
 import uuid
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from ray._private.worker import global_worker
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config import TierArgs
+from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_h11
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
 from flux_ray.gateway_config import GatewayArgs
@@ -35,6 +36,8 @@ from flux_ray.router.router import Router, Terms
 from flux_ray.router.turns import Turns
 from flux_ray.router.turnstile import Turnstile
 
+logger = logging.getLogger("ray.serve")
+
 # A leader that ended is replaced at the next check; one that hangs, after three of them.
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
@@ -49,6 +52,12 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
+        if not reads_with_h11():
+            logger.warning(
+                "requests that offer HTTP/2, like a JDK's, lose their bodies: start Ray with %s=%s",
+                PROXY_CALLBACK,
+                READ_WITH_H11,
+            )
         prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
         cold_starts: dict[str, float] = {}
         handles = TierHandles(args.tiers, learn_layouts(prices, args.card, cold_starts))

@@ -16,6 +16,7 @@ class Tier:
     Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
     A reference of more than `max_reference_pixels` is scaled down by the model. `takes_mask`: it
     can draw a part of a picture and keep the rest.
+    `scales_sizes`: other sizes than its own are generated at its default area and then scaled.
     `quality_steps`: the steps of OpenAI's words for quality, where they make a difference.
     """
 
@@ -34,6 +35,7 @@ class Tier:
     size_multiple: int = 16
     is_guided: bool = False
     takes_mask: bool = False
+    scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
     weights: str | None = None
     owner: str = "black-forest-labs"
@@ -59,6 +61,8 @@ TINY = Tier(
     max_pixels=192 * 192,
     max_reference_pixels=192 * 192,
     takes_mask=True,
+    # Most clients have a list of sizes, of which the least is 512x512.
+    scales_sizes=True,
     weights=EMBEDDED,
     owner="flux-ray",
 )

@@ -1,5 +1,6 @@
 """Typed configuration: what a Serve config file may say in the `args` of a tier's application."""
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -8,6 +9,15 @@ from flux_ray.catalog import tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]
+
+# Ray reads it in the proxies of each node; gateways have the environment of their node, too.
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+READ_WITH_H11 = "flux_ray.gateway.proxy:read_with_h11"
+
+
+def reads_with_h11() -> bool:
+    """Say whether Serve's proxy of this node was told to read HTTP with h11."""
+    return os.environ.get(PROXY_CALLBACK) == READ_WITH_H11
 
 
 class Args(BaseModel):

@@ -2,7 +2,7 @@
 
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,9 @@ from flux_ray.keys import KeyClass
 Policy = Literal["best", "spill", "cascade"]
 # As a model's name, whatever tiers there are: the best that meets the deadline.
 AUTO = "auto"
+
+# As browsers send it: without a path, not even a slash.
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\s*]+)$")]
 
 
 class Limits(Args):
@@ -97,6 +100,7 @@ class GatewayArgs(Args):
     `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
     `public_url`: where clients find this gateway, which is never taken from what they send.
+    `cors_origins`: of pages that may ask from a browser, like `https://app.example.com`, or `*`.
     `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
     """
 
@@ -109,6 +113,7 @@ class GatewayArgs(Args):
     key_classes: dict[str, KeyClass] = Field(default_factory=dict)
     record_to: Path | None = None
     public_url: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")
+    cors_origins: tuple[Origin, ...] = ()
     jobs: JobArgs | None = None
     num_replicas: int = Field(1, ge=1)
     max_ongoing_requests: int = Field(256, ge=1)

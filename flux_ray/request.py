@@ -113,6 +113,11 @@ class ImageRequest:
         return sizes if self.mask is None else ((self.width, self.height), *sizes[1:])
 
     @property
+    def output_size(self) -> tuple[int, int]:
+        """Return width and height of its images as they are encoded."""
+        return self.encoding.scaled_to or (self.width, self.height)
+
+    @property
     def megapixels(self) -> float:
         """Of all its pictures."""
         return self.width * self.height * self.num_images / 1e6
@@ -190,6 +195,18 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """An image of a request that has more to come; `index` counts its images, from 0.
+
+    The last one comes with the result. A second replica begins anew, with the same images.
+    """
+
+    tier: str
+    image: GeneratedImage
+    index: int
+
+
+@dataclass(frozen=True)
 class QueuePosition:
     """Where a waiting request stands: 0 is next, and in so many seconds it is done.
 
@@ -206,7 +223,7 @@ class RanksDone:
 
 
 # What is heard of a request before its result, in the caller's own event loop.
-News = QueuePosition | Progress | Preview | RanksDone
+News = QueuePosition | Progress | Preview | Finished | RanksDone
 Hear = Callable[[News], None]
 
 

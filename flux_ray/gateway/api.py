@@ -6,11 +6,13 @@ from typing import Protocol
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.params import Depends as Dependency
 from fastapi.security import APIKeyHeader, HTTPBearer
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
 from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import MAX_BODY_S, BodyLimit
+from flux_ray.gateway.cors import cors_options
 from flux_ray.gateway.desk_hours import IsStopping, lifespan_of, never
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
@@ -21,6 +23,7 @@ from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
+from flux_ray.gateway.own_results import OwnResultsFirst
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.result_routes import ResultRoutes
 from flux_ray.gateway.targets import names_of
@@ -79,6 +82,9 @@ def build_api(
         # The door has the say; these are what OpenAPI tells of it.
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
+    if args.cors_origins:
+        # Outermost: preflights have no key, and what is refused is to be read too.
+        api.add_middleware(CORSMiddleware, **cors_options(args.cors_origins))
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
     add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)
     return api
@@ -94,6 +100,8 @@ def add_routes(
 ) -> None:
     """All dialects, and what asks for no key."""
     kept = None
+    if desk is not None and args.public_url is not None:
+        fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
     dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
     api.state.names = names_of(args)
     api.state.bfl_paths = frozenset()

@@ -9,12 +9,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from flux_ray.catalog import tier_for
+from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_answer import (
     Accepted,
     Credits,
     Finetunes,
+    JobList,
     Result,
     accepted,
+    listed,
     result_of,
 )
 from flux_ray.gateway.bfl_failure import BflFailure
@@ -32,12 +35,13 @@ from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
-from flux_ray.jobs.job import Idempotency, Job, Webhook
+from flux_ray.jobs.job import Idempotency, Job, State, Webhook
 from flux_ray.router.router import Router
 
 RESULT = "/v1/get_result"
-# Ours: BFL has no such route.
+# Ours: BFL has no such routes.
 CANCEL = "/v1/cancel"
+JOBS = "/v1/jobs"
 CREDITS = "/v1/credits"
 FINETUNES = "/v1/my_finetunes"
 PATHS = ("/v1/{}", f"{COMFY}{{}}{GENERATE}")
@@ -68,7 +72,7 @@ class Bfl:
     @property
     def paths(self) -> frozenset[str]:
         """All of its routes: their errors have BFL's shape."""
-        return frozenset({RESULT, CANCEL, CREDITS, FINETUNES, *self.names})
+        return frozenset({RESULT, CANCEL, JOBS, CREDITS, FINETUNES, *self.names})
 
     def routes(self) -> APIRouter:
         """A route for each tier and alias, with a description of its own."""
@@ -92,6 +96,7 @@ class Bfl:
         routes.add_api_route(
             CANCEL, self.cancel, methods=["POST"], response_model=Result, responses=unknown
         )
+        routes.add_api_route(JOBS, self.list_jobs, response_model=JobList)
         routes.add_api_route(CREDITS, self.credits)
         routes.add_api_route(FINETUNES, self.my_finetunes)
         return routes
@@ -140,9 +145,13 @@ class Bfl:
             "cost": round(self.orders.router.gpu_seconds(request), 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
-            "warnings": job_warnings_for(sent, name, request, tier_for(request.tier)),
+            "warnings": (
+                *job_warnings_for(sent, name, request, tier_for(request.tier)),
+                *pictures.notes,
+            ),
         }
-        return await self.jobs.accept(http, order, request, memo, named, webhook)
+        metadata = sent.metadata or {}
+        return await self.jobs.accept(http, order, request, memo, named, webhook, metadata)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
         """What became of a job; other people's are as if they were not there."""
@@ -159,9 +168,32 @@ class Bfl:
             body, status = Result(id=job_id, status="Task not found"), 404
         else:
             urls = await urls_for(self.desk, self.public_url)
-            body = result_of(job, sample_url_of(job, urls), preview_url_of(job, urls))
-            status = 200
+            # Only of those that wait: it is one more query.
+            num_before = None
+            if job.status == "pending":
+                num_before = await self.desk.position_of(job.job_id)
+            sample_url, preview_url = sample_url_of(job, urls), preview_url_of(job, urls)
+            body, status = result_of(job, sample_url, preview_url, num_before), 200
         return JSONResponse(body.model_dump(), status, {"cache-control": "no-store"})
+
+    async def list_jobs(
+        self,
+        request: Request,
+        limit: int = Query(20, ge=1, le=100),
+        before: str | None = Query(None, max_length=200, description="of the page before"),
+        status: State | None = None,
+    ) -> JobList:
+        """The key's jobs, newest first, those in one state only; others' are not among them."""
+        after = None
+        if before is not None:
+            last = await self.jobs.find(request, before)
+            if last is None:
+                raise BadRequest("before is no job of this key, or not any more", "before")
+            after = last.place
+        found = await self.jobs.list(request, limit, after, status)
+        urls = await urls_for(self.desk, self.public_url)
+        jobs = [listed(job, sample_url_of(job, urls), preview_url_of(job, urls)) for job in found]
+        return JobList(jobs=jobs, before=found[-1].job_id if len(found) == limit else None)
 
     async def credits(self, request: Request) -> Credits:
         """What the key may still use today."""

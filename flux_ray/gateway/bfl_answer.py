@@ -51,7 +51,11 @@ class PreviewSample(BaseModel):
 
 
 class Result(BaseModel):
-    """What is known of a job; `progress` goes from 0 to 1."""
+    """What is known of a job; `progress` goes from 0 to 1.
+
+    Of one that waits, `details` has its `position`, 0 being next, and where it is known
+    `expected_s`, the seconds until it is done; of one with a webhook what became of that.
+    """
 
     id: str
     status: Status
@@ -59,6 +63,21 @@ class Result(BaseModel):
     progress: float | None = None
     details: dict[str, Any] | None = None
     preview: PreviewSample | None = None
+
+
+class ListedJob(Result):
+    """A job in a list; `state` says more than BFL's `status` does."""
+
+    state: JobStatus
+    created_at: float
+    metadata: dict[str, str]
+
+
+class JobList(BaseModel):
+    """A page of a key's jobs, newest first; `before` is for the next page, None on the last."""
+
+    jobs: list[ListedJob]
+    before: str | None
 
 
 class Credits(BaseModel):
@@ -85,16 +104,45 @@ def accepted(job: Job, polling_url: str, webhook_url: str | None) -> Accepted:
     )
 
 
-def result_of(job: Job, sample_url: str | None, preview_url: str | None) -> Result:
-    """The answer to who asks for it; `sample_url` where it is ready, and before `preview_url`."""
+def result_of(
+    job: Job, sample_url: str | None, preview_url: str | None, num_before: int | None = None
+) -> Result:
+    """The answer to who asks for it; `sample_url` where it is ready, and before `preview_url`.
+
+    `num_before`: so many jobs are taken up before it, if it waits for that.
+    """
     return Result(
         id=job.job_id,
         status=STATUSES[job.status],
         result=None if sample_url is None else sample_of(job, sample_url),
         progress=job.progress,
-        details=details_of(job),
+        details=details_of(job) | standing_of(job, num_before) | webhook_of(job),
         preview=None if preview_url is None else PreviewSample(sample=preview_url),
     )
+
+
+def listed(job: Job, sample_url: str | None, preview_url: str | None) -> ListedJob:
+    """Return a job as it stands in a list."""
+    result = result_of(job, sample_url, preview_url)
+    return ListedJob(
+        **dict(result), state=job.status, created_at=job.created_at_s, metadata=job.metadata
+    )
+
+
+def standing_of(job: Job, num_before: int | None) -> dict[str, Any]:
+    """Say where a job waits: for a worker to take it up, or in the queue of its tier."""
+    if job.status == "running" and job.standing is not None:
+        return {"position": job.standing.position, "expected_s": job.standing.expected_s}
+    if num_before is None:
+        return {}
+    return {"position": num_before, "expected_s": None}
+
+
+def webhook_of(job: Job) -> dict[str, Any]:
+    """Say whether its webhook has taken the end, and how often it did not."""
+    if job.webhook_state is None:
+        return {}
+    return {"webhook": {"status": job.webhook_state, "num_failed": job.webhook_num_failed}}
 
 
 def sample_of(job: Job, url: str) -> Sample:
@@ -111,12 +159,14 @@ def sample_of(job: Job, url: str) -> Sample:
 
 
 def details_of(job: Job) -> dict[str, Any]:
-    """The tier, what was not heeded, and why there is no picture where there is none."""
+    """The tier, what was not heeded, the caller's own words, and why there is no picture."""
     drawn = () if job.result is None else job.result.warnings
     details: dict[str, Any] = {
         "served_model": job.tier,
         "warnings": [*job.memo["warnings"], *drawn],
     }
+    if job.metadata:
+        details["metadata"] = job.metadata
     if job.status == "cancelled":
         details["error"] = {"code": "cancelled", "message": "the job was cancelled"}
     if job.failure is not None:

@@ -1,6 +1,6 @@
 """The fields of BFL's routes: one model for all of them, as clients mix those of several."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,6 +39,10 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "finetune_strength": (),
 }
 
+# As OpenAI has them.
+MetadataName = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataText = Annotated[str, Field(max_length=512)]
+
 
 class BflFields(BaseModel):
     """What a client may send; unknown fields are named in the answer."""
@@ -73,6 +77,9 @@ class BflFields(BaseModel):
     )
     webhook_secret: str | None = Field(
         None, max_length=1024, description="what that is signed with"
+    )
+    metadata: dict[MetadataName, MetadataText] | None = Field(
+        None, max_length=16, description="the caller's own: comes back with the job"
     )
 
     @model_validator(mode="before")

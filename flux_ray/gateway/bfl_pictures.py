@@ -22,4 +22,5 @@ async def pictures_of(
     reader = reader_for(limits, fetcher)
     image, *others = taken.references
     raster, mask = await reader.read(image, "image 1", decode_with_alpha)
-    return Pictures((raster, *await reader.read_references(others, first=2)), mask)
+    references = (raster, *await reader.read_references(others, first=2))
+    return Pictures(references, mask, tuple(reader.notes))

@@ -11,6 +11,7 @@ from flux_ray.gateway.bfl_fields import MAX_PIXELS, MAX_RATIO, MIN_SIDE, BflFiel
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
+from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.sizes import fitted, size_like, sized
 from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
@@ -27,7 +28,7 @@ def job_request_for(
 ) -> ImageRequest:
     """The complete request; `name` is the route's, on which the format depends."""
     fields = openai_fields(sent, name, tier, pictures.references)
-    request = request_for(fields, tier, limits, *pictures)
+    request = request_for(fields, tier, limits, pictures.references, pictures.mask)
     is_long = request.num_steps >= MIN_PREVIEWED_STEPS
     return replace(request, num_previews=NUM_PREVIEWS if is_long else 0)
 
@@ -65,6 +66,8 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
     if width * height > MAX_PIXELS:
         field = "width" if sent.width else "height"
         raise BadRequest(f"width x height must be at most {MAX_PIXELS} pixels", field)
+    if tier.scales_sizes:
+        return round(width), round(height)
     return fitted(width, height, tier)
 
 
@@ -102,7 +105,8 @@ def job_warnings_for(
     if sent.steps is not None and not tier.is_guided:
         warnings.append(f"steps has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
-    drawn = request.width, request.height
+    warnings += size_notes(request)
+    drawn = request.output_size
     width, height = map(round, pixels_for(sent, tier, request.references))
     if (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
         warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")

@@ -14,6 +14,8 @@ from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
 
 DEADLINE = "x-flux-deadline-s"
+# Ray Serve's own.
+PROXY_TIMEOUT = "x-request-timeout-seconds"
 ALLOW_SPILL = "x-flux-allow-spill"
 KEY_CHARS = 16
 # As they occur on the wire.
@@ -104,7 +106,7 @@ def deadline_of(request: Request) -> float | None:
     """Seconds from now in which the answer is wanted; None where the client does not say."""
     sent = request.headers.get(DEADLINE)
     if sent is None:
-        return None
+        return proxy_timeout_of(request)
     try:
         seconds = float(sent)
     except ValueError:
@@ -113,6 +115,19 @@ def deadline_of(request: Request) -> float | None:
     if not 0 < seconds < math.inf:
         raise BadRequest(f"{DEADLINE} must be a number of seconds above 0", DEADLINE)
     return seconds
+
+
+def proxy_timeout_of(request: Request) -> float | None:
+    """Return after how many seconds Serve's proxy ends the request, if its client says so.
+
+    What cannot be done by then is refused in the words of the dialect; the proxy's own answer is
+    plain text. Serve takes what is no number for nothing, and 0 for no limit.
+    """
+    try:
+        seconds = float(request.headers.get(PROXY_TIMEOUT, ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < math.inf else None
 
 
 def may_spill(request: Request) -> bool:

@@ -28,6 +28,8 @@ from flux_ray.gateway.targets import unknown
 logger = logging.getLogger("ray.serve")
 
 CLIENT_CLOSED_REQUEST = 499
+# Of BFL's routes.
+QUERY_FIELDS = ("id", "limit", "before", "status")
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -113,7 +115,7 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
     """The body of an error in the words of the route's dialect, whether to come back, and when."""
     dialect = dialect_of(request)
-    place = "query" if error.field == "id" else "body"
+    place = "query" if error.field in QUERY_FIELDS else "body"
     body = body_of(dialect, failure_of(error), bfl_failure(error, place))
     status = bfl_status(error) if dialect == "bfl" else error.status
     return JSONResponse(body.model_dump(), status, headers_for(error))

@@ -17,10 +17,10 @@ from flux_ray.gateway.openai_references import MASK_FIELDS, PICTURE_FIELDS, REFE
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.sources import Source, Sources, is_picture, read_pictures
+from flux_ray.gateway.sources import Pictures, Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.request import ImageFormat, Raster
+from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 
 FORMATS: dict[str, ImageFormat] = {
@@ -96,13 +96,16 @@ class HuggingFace:
         target = self.orders.target_of(request, model)
         sent = parse_inputs(await request.body())
         fields = fields_of(sent, format_of(request))
-        references = await self.references_of(sent, target)
+        pictures = await self.pictures_of(sent, target)
         order = self.orders.take(
-            request, target, lambda tier: request_for(fields, tier, self.limits, references)
+            request,
+            target,
+            lambda tier: request_for(fields, tier, self.limits, pictures.references),
+            pictures.notes,
         )
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
-        warnings = [*warnings_of(fields, result), *unknown_in(sent)]
+        warnings = [*warnings_of(fields, result), *order.notes_on(result), *unknown_in(sent)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
@@ -112,14 +115,14 @@ class HuggingFace:
         media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
-    async def references_of(self, sent: Inputs, target: Target) -> tuple[Raster, ...]:
+    async def pictures_of(self, sent: Inputs, target: Target) -> Pictures:
         """The picture to edit, if there is one."""
         if sent.wish.prompt is None:
-            return ()
+            return Pictures()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
         sources = Sources([Source("inputs", sent.inputs)])
-        return (await read_pictures(sources, self.limits, self.fetcher)).references
+        return await read_pictures(sources, self.limits, self.fetcher)
 
 
 def body_schema() -> dict[str, Any]:

@@ -38,10 +38,12 @@ class JobDrawing:
         """The job's pictures; raises as the router does."""
 
         def hear(news: News) -> None:
-            self._standings.pop(request.request_id, None)
             if isinstance(news, QueuePosition):
                 self._standings[request.request_id] = news
-            elif isinstance(news, Progress):
+                return
+            # It has been granted a replica.
+            self._standings.pop(request.request_id, None)
+            if isinstance(news, Progress):
                 self._progress[request.request_id] = news.share
             elif isinstance(news, Preview):
                 self._previews[request.request_id] = news.image

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -13,7 +14,7 @@ from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
 from flux_ray.jobs.desk import Desk
-from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
+from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
 from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
@@ -54,6 +55,7 @@ class JobOrders:
         memo: dict[str, Any],
         named: Idempotency | None,
         webhook: Webhook | None,
+        metadata: Mapping[str, str],
     ) -> Job:
         """The job, which is never lost. RateLimited or QuotaTooSmall if it is too much."""
         owner = name_of(http)
@@ -70,11 +72,19 @@ class JobOrders:
                 await self.router.count_in(request, replace(order.caller, allowance=allowance))
         except TimeoutError:
             raise TierUnavailable("limits cannot be counted now") from None
-        return await self.desk.accept(Offer(owner, request, named, webhook, memo, max_active))
+        return await self.desk.accept(
+            Offer(owner, request, named, webhook, memo, max_active, metadata)
+        )
 
     async def find(self, http: Request, job_id: str) -> Job | None:
         """The caller's job; other people's are as if they were not there."""
         return await self.desk.find(name_of(http), job_id) if is_job_id(job_id) else None
+
+    async def list(
+        self, http: Request, limit: int, before: ListPlace | None, state: State | None
+    ) -> tuple[Job, ...]:
+        """Return a page of the caller's jobs, newest first."""
+        return await self.desk.list(name_of(http), limit=limit, before=before, state=state)
 
     async def cancel(self, http: Request, job_id: str) -> None:
         """End the caller's job, if it has not ended."""

@@ -3,7 +3,7 @@
 from PIL import Image
 
 from flux_ray.errors import BadReference
-from flux_ray.gateway.references import raster_from, read, to_rgb
+from flux_ray.gateway.references import is_opaque, on_white, raster_from, read
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Mask, Raster
 
@@ -25,7 +25,7 @@ def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
 
 def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask]:
     """A picture whose alpha channel is its mask."""
-    rgb, mask = read(data, limits, name, lambda image: (to_rgb(image), mask_from_alpha(image)))
+    rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
     if 255 not in mask.marks:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
     return raster_from(rgb, limits), mask
@@ -49,11 +49,5 @@ def mask_from_alpha(image: Image.Image) -> Mask:
 
 def mask_from_luma(image: Image.Image) -> Mask:
     """BFL's, and that of OpenAI's kin: white is drawn anew, black stays."""
-    luma = to_rgb(image).convert("L")
+    luma = on_white(image).convert("L")
     return Mask(image.width, image.height, luma.point(MARK_LIGHT).tobytes())
-
-
-def is_opaque(image: Image.Image) -> bool:
-    """Whether all of it is."""
-    least, _ = image.convert("RGBA").getchannel("A").getextrema()
-    return least == 255

@@ -15,6 +15,7 @@ class Model(BaseModel):
     """OpenAI's four fields, then what its licence, defaults and limits are.
 
     `tiers` may serve it, best first: itself, or those of an alias, whose best one the rest is of.
+    `scales_sizes`: beyond these sides images are generated at the default area, and scaled.
     """
 
     id: str
@@ -28,8 +29,11 @@ class Model(BaseModel):
     max_steps: int
     max_references: int
     takes_mask: bool
+    min_side: int
+    max_side: int
     max_pixels: int
     size_multiple: int
+    scales_sizes: bool
 
 
 class ModelList(BaseModel):
@@ -76,6 +80,9 @@ class Models:
             max_steps=tier.max_steps,
             max_references=tier.max_references,
             takes_mask=tier.takes_mask,
+            min_side=tier.min_side,
+            max_side=tier.max_side,
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
+            scales_sizes=tier.scales_sizes,
         )

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
+from flux_ray.gateway.event_stream import MEDIA_TYPE
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.kept_pictures import KeptPictures
@@ -22,7 +23,7 @@ from flux_ray.gateway.openai_references import (
     sources_in_json,
 )
 from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_stream import EVENT_STREAM, Kind, parts_of, stream
+from flux_ray.gateway.openai_stream import Kind, stream
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures
@@ -58,7 +59,7 @@ class OpenAIImages:
         routes = APIRouter(
             tags=["images"],
             responses={
-                200: {"model": Answer, "content": {EVENT_STREAM: {"schema": EVENTS}}},
+                200: {"model": Answer, "content": {MEDIA_TYPE: {"schema": EVENTS}}},
                 "default": {"model": Envelope},
             },
         )
@@ -119,16 +120,19 @@ class OpenAIImages:
     ) -> Response:
         """The way from checked fields to the answer."""
         order = self.orders.take(
-            http, target, lambda tier: request_for(fields, tier, self.limits, *pictures)
+            http,
+            target,
+            lambda tier: request_for(fields, tier, self.limits, pictures.references, pictures.mask),
+            pictures.notes,
         )
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
-            streamed = await stream(parts_of(self.orders, order), order, fields, kind)
+            streamed = await stream(self.orders, order, fields, kind)
             streamed.headers.update(self.orders.limit_headers(order))
             return streamed
         result = await self.orders.draw(order)
-        warnings = warnings_of(fields, result)
+        warnings = [*warnings_of(fields, result), *order.notes_on(result)]
         drawn = order.request_of(result)
         urls = None
         if self.kept is not None and wants_url(fields):

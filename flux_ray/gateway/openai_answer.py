@@ -63,7 +63,7 @@ def answer_for(
         created=int(time.time()),
         data=pictures_of(result, urls),
         output_format=request.encoding.format,
-        size=f"{request.width}x{request.height}",
+        size="{}x{}".format(*request.output_size),
         usage=usage_for(request),
         id=result.request_id,
         model=result.tier,

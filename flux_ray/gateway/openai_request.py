@@ -7,6 +7,7 @@ from flux_ray.catalog import Tier
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
 from flux_ray.gateway.references import MAX_ASPECT
+from flux_ray.gateway.scaled_sizes import generated_size
 from flux_ray.gateway.sizes import check_size, parse_size, size_like
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
@@ -32,7 +33,8 @@ def request_for(
         raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
     if mask is not None:
         check_mask(mask, references, tier)
-    width, height = size_for(fields, tier, references)
+    asked = size_for(fields, tier, references)
+    width, height = generated_size(*asked, tier)
     if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
         # The picture is a reference too, in that size.
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
@@ -47,7 +49,7 @@ def request_for(
         seed=seed_for(fields, num_images),
         num_images=num_images,
         references=references,
-        encoding=encoding_for(fields),
+        encoding=encoding_for(fields, None if asked == (width, height) else asked),
         mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
@@ -112,11 +114,12 @@ def seed_for(fields: ImageFields, num_images: int) -> int:
     return fields.seed
 
 
-def encoding_for(fields: ImageFields) -> Encoding:
+def encoding_for(fields: ImageFields, scaled_to: tuple[int, int] | None) -> Encoding:
     """PNG unless said."""
     default = Encoding()
     quality = fields.output_compression
     return Encoding(
         format=fields.output_format or default.format,
         quality=default.quality if quality is None else quality,
+        scaled_to=scaled_to,
     )

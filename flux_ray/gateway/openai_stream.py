@@ -1,29 +1,40 @@
-"""OpenAI's answer as server-sent events: previews where there are any, then the pictures."""
+"""OpenAI's answer as server-sent events: previews where there are any, and each image when done."""
 
 import base64
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import islice
 from typing import Literal
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from flux_ray.errors import FluxError
-from flux_ray.following import follow
+from flux_ray.following import Draw, follow
+from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
 from flux_ray.gateway.failures import Envelope, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
-from flux_ray.request import GeneratedImage, ImageFormat, ImageRequest, ImageResult, Preview
-from flux_ray.router.cascade import Part, cascade
+from flux_ray.request import (
+    Finished,
+    GeneratedImage,
+    Hear,
+    ImageFormat,
+    ImageResult,
+    News,
+    Preview,
+    Progress,
+    QueuePosition,
+)
+from flux_ray.router.cascade import cascade
 
 logger = logging.getLogger("ray.serve")
 
-EVENT_STREAM = "text/event-stream"
 Kind = Literal["image_generation", "image_edit"]
 
 
@@ -45,100 +56,122 @@ class Event(BaseModel):
     warnings: list[str] = []
 
 
-async def parts_of(orders: Orders, order: Order) -> AsyncGenerator[Part | Preview, None]:
-    """The pictures as they come, by the target's policy."""
+class ErrorEvent(Envelope):
+    """An error after the headers, which were those of a success."""
+
+    retry_after_s: int | None = None
+
+
+def drawing_of(orders: Orders, order: Order) -> Draw:
+    """Return how the order's images are drawn, by its target's policy."""
     best, *others = order.requests
-    if order.target.alias.policy == "cascade" and others:
-        # The fast tier's picture is the preview.
-        early, late = (replace(each, num_previews=0) for each in (others[-1], best))
-        parts: AsyncGenerator[Part | Preview, None] = cascade(
-            orders.router, early, late, order.caller
-        )
-    elif best.num_previews:
-        parts = previewed(orders, order)
-    else:
-        yield Part(await orders.draw(order), is_final=True)
-        return
-    async with aclosing(parts):
-        async for part in parts:
-            yield part
+    if order.target.alias.policy != "cascade" or not others:
+        return lambda hear: orders.draw(order, hear)
+    # The fast tier's image is the preview.
+    early, late = (replace(each, num_previews=0) for each in (others[-1], best))
 
+    async def draw(hear: Hear) -> ImageResult:
+        """Let the fast tier's images be heard as previews."""
+        result: ImageResult | None = None
+        parts = cascade(orders.router, early, late, order.caller, hear)
+        async with aclosing(parts):
+            async for part in parts:
+                result = part.result
+                for index, image in enumerate(() if part.is_final else result.images):
+                    hear(Preview(result.tier, image, index))
+        assert result is not None, "a cascade ends with the images or an error"
+        return result
 
-async def previewed(orders: Orders, order: Order) -> AsyncGenerator[Part | Preview, None]:
-    """Previews of the pictures while they are drawn, each once, and the pictures."""
-    num_shown = 0
-    async with aclosing(follow(lambda hear: orders.draw(order, hear))) as stream:
-        async for news in stream:
-            if isinstance(news, ImageResult):
-                yield Part(news, is_final=True)
-            # A second replica begins anew: its previews are the same.
-            elif isinstance(news, Preview) and news.number == num_shown:
-                num_shown += 1
-                yield news
+    return draw
 
 
 async def stream(
-    parts: AsyncGenerator[Part | Preview, None], order: Order, fields: ImageFields, kind: Kind
+    orders: Orders, order: Order, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
-    """The answer, once there is something to send: errors until then are plain answers."""
-    first = await anext(parts)
+    """Answer with events; what goes wrong at once is raised, for a plain answer."""
+    telling = Telling(order, fields, kind)
+    texts = kept_alive(telling.texts(drawing_of(orders, order)), telling.standing)
+    first = await anext(texts)
 
-    async def texts() -> AsyncIterator[str]:
+    async def all_texts() -> AsyncIterator[str]:
         # A client that leaves between two events ends what is still drawn.
-        async with aclosing(parts):
-            for text in texts_of(first, order, fields, kind):
-                yield text
+        async with aclosing(texts):
+            yield first
             try:
-                async for part in parts:
-                    for text in texts_of(part, order, fields, kind):
-                        yield text
+                async for text in texts:
+                    yield text
             except FluxError as error:
                 logger.warning("request %s: %s", order.requests[0].request_id, error)
-                yield event_text("error", Envelope(error=failure_of(error)))
+                told = ErrorEvent(error=failure_of(error), retry_after_s=error.retry_after_s)
+                yield event_text("error", told)
 
-    headers = {"x-flux-seed": str(order.requests[0].seed), "cache-control": "no-store"}
-    return StreamingResponse(texts(), media_type=EVENT_STREAM, headers=headers)
-
-
-def texts_of(part: Part | Preview, order: Order, fields: ImageFields, kind: Kind) -> list[str]:
-    """One event a picture."""
-    drawn = part.result if isinstance(part, Part) else part
-    request = order.request_of(drawn)
-    warnings = warnings_of(fields, drawn)
-    events = [
-        event_of(kind, image, index, request, warnings) for image, index in indexed_images(part)
-    ]
-    return [event_text(event.type, event) for event in events]
+    headers = HEADERS | {"x-flux-seed": str(order.requests[0].seed)}
+    return StreamingResponse(all_texts(), media_type=MEDIA_TYPE, headers=headers)
 
 
-def indexed_images(part: Part | Preview) -> list[tuple[GeneratedImage, int | None]]:
-    """Previews with their index, final pictures without."""
-    if isinstance(part, Preview):
-        return [(part.image, part.number)]
-    images = part.result.images
-    return [(image, None if part.is_final else index) for index, image in enumerate(images)]
+class Telling:
+    """Turns what is heard of one order into events, each of its images and previews once."""
+
+    def __init__(self, order: Order, fields: ImageFields, kind: Kind) -> None:
+        self._order = order
+        self._fields = fields
+        self._kind = kind
+        self._standing = "waiting"
+        self._num_previews = self._num_finished = 0
+
+    def standing(self) -> str:
+        """Say where the request stands: in the queue, or how far it has come."""
+        return self._standing
+
+    async def texts(self, draw: Draw) -> AsyncGenerator[str, None]:
+        """Yield an event for each preview and image."""
+        async with aclosing(follow(draw)) as news:
+            async for each in news:
+                for event in self._events_of(each):
+                    yield event_text(event.type, event)
+
+    def _events_of(self, news: News | ImageResult) -> Iterator[Event]:
+        if isinstance(news, QueuePosition | Progress):
+            self._standing = words_for(news)
+        # A second replica begins anew: its previews and images are the same.
+        elif isinstance(news, Preview):
+            if news.number == self._num_previews:
+                self._num_previews += 1
+                yield self._event_of(news.image, news, news.number)
+        elif isinstance(news, Finished):
+            if news.index == self._num_finished:
+                self._num_finished += 1
+                yield self._event_of(news.image, news)
+        else:
+            for image in islice(news.images, self._num_finished, None):
+                yield self._event_of(image, news)
+
+    def _event_of(
+        self,
+        image: GeneratedImage,
+        drawn: ImageResult | Preview | Finished,
+        index: int | None = None,
+    ) -> Event:
+        request = self._order.request_of(drawn)
+        is_final = index is None
+        return Event(
+            type=f"{self._kind}.{'completed' if is_final else 'partial_image'}",
+            b64_json=base64.b64encode(image.data).decode("ascii"),
+            created_at=int(time.time()),
+            output_format=request.encoding.format,
+            size="{}x{}".format(*request.output_size),
+            partial_image_index=index,
+            usage=usage_for(request) if is_final else None,
+            id=request.request_id,
+            model=request.tier,
+            seed=image.seed,
+            warnings=[*warnings_of(self._fields, drawn), *self._order.notes_on(drawn)],
+        )
 
 
-def event_of(
-    kind: Kind, image: GeneratedImage, index: int | None, request: ImageRequest, warnings: list[str]
-) -> Event:
-    """Of one picture, or of a preview."""
-    is_final = index is None
-    return Event(
-        type=f"{kind}.{'completed' if is_final else 'partial_image'}",
-        b64_json=base64.b64encode(image.data).decode("ascii"),
-        created_at=int(time.time()),
-        output_format=request.encoding.format,
-        size=f"{request.width}x{request.height}",
-        partial_image_index=index,
-        usage=usage_for(request) if is_final else None,
-        id=request.request_id,
-        model=request.tier,
-        seed=image.seed,
-        warnings=warnings,
-    )
-
-
-def event_text(name: str, data: BaseModel) -> str:
-    """As it goes over the wire."""
-    return f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n"
+def words_for(news: QueuePosition | Progress) -> str:
+    """Say where a request stands, in words that a program can read too."""
+    if isinstance(news, Progress):
+        return f"generating progress={news.share:.2f}"
+    expected = "" if news.expected_s is None else f" expected_s={news.expected_s:.1f}"
+    return f"queued position={news.position}{expected}"

@@ -4,12 +4,12 @@ from flux_ray.catalog import Tier, tier_for
 from flux_ray.gateway.openai_fields import GUIDANCE, STEPS, ImageFields
 from flux_ray.gateway.openai_references import PICTURE_FIELDS
 from flux_ray.gateway.openai_unserved import ASKS_NOTHING, NO_EFFECT, SILENT
-from flux_ray.request import ImageResult, Preview
+from flux_ray.request import Finished, ImageResult, Preview
 
 MAX_NAMED_FIELDS = 20
 
 
-def warnings_of(fields: ImageFields, drawn: ImageResult | Preview) -> list[str]:
+def warnings_of(fields: ImageFields, drawn: ImageResult | Preview | Finished) -> list[str]:
     """All that is to be said: of the fields first, then what its replica had to say."""
     said = drawn.warnings if isinstance(drawn, ImageResult) else ()
     return [*warnings_for(fields, tier_for(drawn.tier)), *said]

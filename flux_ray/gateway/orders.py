@@ -9,9 +9,10 @@ from starlette.requests import Request
 from flux_ray.catalog import Tier
 from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers
+from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.request import Hear, ImageRequest, ImageResult, Preview
+from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -19,15 +20,23 @@ logger = logging.getLogger("ray.serve")
 
 
 class Order(NamedTuple):
-    """A complete request as each tier that can do it would, best first, and whose it is."""
+    """A complete request as each tier that can do it would, best first, and whose it is.
+
+    `notes` are for the caller: what of its images could not be used.
+    """
 
     target: Target
     requests: list[ImageRequest]
     caller: Caller
+    notes: tuple[str, ...] = ()
 
-    def request_of(self, drawn: ImageResult | Preview) -> ImageRequest:
+    def request_of(self, drawn: ImageResult | Preview | Finished) -> ImageRequest:
         """The one that was drawn."""
         return next(each for each in self.requests if each.tier == drawn.tier)
+
+    def notes_on(self, drawn: ImageResult | Preview | Finished) -> list[str]:
+        """Tell the caller what is not as it was asked for, besides fields without effect."""
+        return [*size_notes(self.request_of(drawn)), *self.notes]
 
 
 class Orders:
@@ -43,9 +52,15 @@ class Orders:
         key_class = self._callers.class_of(http)
         return target_for(model, self.args, key_class, may_spill=may_spill(http))
 
-    def take(self, http: Request, target: Target, build: Callable[[Tier], ImageRequest]) -> Order:
+    def take(
+        self,
+        http: Request,
+        target: Target,
+        build: Callable[[Tier], ImageRequest],
+        notes: tuple[str, ...] = (),
+    ) -> Order:
         """The order; the log joins the client's id with ours."""
-        order = Order(target, requests_for(target, build), self._callers.caller_of(http))
+        order = Order(target, requests_for(target, build), self._callers.caller_of(http), notes)
         whose = order.caller.key or "anybody"
         http_id, image_id = http.state.request_id, order.requests[0].request_id
         logger.info(

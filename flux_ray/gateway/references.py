@@ -10,13 +10,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flux_ray.errors import BadReference
+from flux_ray.gateway.colours import to_srgb
 from flux_ray.gateway.held import HELD
+from flux_ray.gateway.image_notes import note
+from flux_ray.gateway.jpeg_ends import with_its_end
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 
 Read = TypeVar("Read")
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+# Several in one file are opened as the second.
+JPEGS = ("JPEG", "MPO")
 # The image processor of the FLUX.2 pipelines refuses smaller and longer ones.
 MIN_SIDE = 64
 MAX_ASPECT = 8
@@ -69,9 +74,28 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
     try:
-        return convert(eight_bits(ImageOps.exif_transpose(image)))
+        return convert(upright(completed(image, data)))
     except BROKEN:
         raise BadReference(f"{name} is damaged", "image") from None
+
+
+def completed(image: Image.Image, data: bytes) -> Image.Image:
+    """Decode it; if its file lacks nothing but its end, that is no damage."""
+    try:
+        image.load()
+    except BROKEN:
+        whole = with_its_end(data) if image.format in JPEGS else None
+        if whole is None:
+            raise
+        note("the end of its file is missing, but none of its pixels")
+        return Image.open(io.BytesIO(whole), formats=FORMATS)
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return it as viewers show it: upright, 8 bits a channel, in sRGB."""
+    turned = ImageOps.exif_transpose(image)
+    return to_srgb(eight_bits(turned), image.info.get("icc_profile"))
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
@@ -82,6 +106,19 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """As on_white; the caller is told where that shows."""
+    if image.has_transparency_data and not is_opaque(image):
+        note("its transparent parts were put on white")
+    return on_white(image)
+
+
+def is_opaque(image: Image.Image) -> bool:
+    """Whether all of it is."""
+    least, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return least == 255
+
+
+def on_white(image: Image.Image) -> Image.Image:
     """Transparent parts over white."""
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -5,6 +5,7 @@ import re
 
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.scaled_sizes import check_scaled
 from flux_ray.request import Raster
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -20,6 +21,9 @@ def parse_size(size: str) -> tuple[int, int]:
 
 def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> None:
     """Raises unless the tier draws pictures of that size; `fields` is where each side was sent."""
+    if tier.scales_sizes:
+        check_scaled(width, height, tier, fields)
+        return
     multiple = tier.size_multiple
     for side, field in zip((width, height), fields, strict=True):
         if side % multiple:

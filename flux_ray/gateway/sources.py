@@ -10,6 +10,7 @@ from starlette.datastructures import UploadFile
 
 from flux_ray.errors import BadReference
 from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.image_notes import with_notes
 from flux_ray.gateway.masks import decode_mask
 from flux_ray.gateway.references import decode
 from flux_ray.gateway_config import Limits
@@ -46,10 +47,11 @@ class Sources(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The same, decoded."""
+    """The same, decoded. `notes` are for the caller: what of them could not be used."""
 
     references: tuple[Raster, ...] = ()
     mask: Mask | None = None
+    notes: tuple[str, ...] = ()
 
 
 async def read_pictures(sources: Sources, limits: Limits, fetcher: Fetcher) -> Pictures:
@@ -57,21 +59,25 @@ async def read_pictures(sources: Sources, limits: Limits, fetcher: Fetcher) -> P
     reader = reader_for(limits, fetcher)
     references = await reader.read_references(sources.references)
     mask = None if sources.mask is None else await reader.read(sources.mask, "mask", decode_mask)
-    return Pictures(references, mask)
+    return Pictures(references, mask, tuple(reader.notes))
 
 
 def reader_for(limits: Limits, fetcher: Fetcher) -> "Reader":
     """Of one request, from now on."""
     now_s = asyncio.get_running_loop().time()
-    return Reader(limits, fetcher, now_s + fetcher.fetching.timeout_s)
+    return Reader(limits, fetcher, now_s + fetcher.fetching.timeout_s, [])
 
 
 class Reader(NamedTuple):
-    """Reads pictures of one request, not after `until_s` of the loop's clock."""
+    """Reads pictures of one request, not after `until_s` of the loop's clock.
+
+    `notes`: what the caller is to be told of those that were read.
+    """
 
     limits: Limits
     fetcher: Fetcher
     until_s: float
+    notes: list[str]
 
     async def read_references(self, sources: list[Source], first: int = 1) -> tuple[Raster, ...]:
         """The pictures, of which the first is called number `first`."""
@@ -95,9 +101,13 @@ class Reader(NamedTuple):
                 data = await self.fetcher.read(content, limits.max_image_bytes, name, until_s)
             else:
                 data = await asyncio.to_thread(decode_base64, content, limits, name)
-            return await asyncio.to_thread(decode, data, limits, name)
+            value, notes = await asyncio.to_thread(
+                with_notes, lambda: decode(data, limits, name), name
+            )
         except BadReference as error:
             raise BadReference(error.message, source.param) from None
+        self.notes.extend(notes)
+        return value
 
 
 def is_url(text: str) -> bool:

@@ -10,6 +10,8 @@ from flux_ray.request import ImageRequest, QueuePosition
 # content filter. The last four are ends: nothing leaves them.
 Status = Literal["arriving", "pending", "running", "ready", "failed", "refused", "cancelled"]
 End = Literal["ready", "failed", "refused"]
+# Those that a caller may hear of.
+State = Literal["pending", "running", "ready", "failed", "refused", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Job:
 
     `packed` is the request without its pictures. `num_lost` counts the workers that were lost with
     it. `progress` goes from 0 to 1. While it runs, `result` has its previews, and `standing`
-    says where it is in its tier's queue, if its worker waits there.
+    says where it is in its tier's queue, if its worker waits there. `webhook_state` is None without
+    a webhook, else `waiting` for the end, `due`, `delivered` or `given up`.
     """
 
     job_id: str
@@ -112,6 +115,8 @@ class Job:
     memo: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     standing: QueuePosition | None = None
+    webhook_state: str | None = None
+    webhook_num_failed: int = 0
 
     @property
     def place(self) -> ListPlace:

@@ -12,7 +12,7 @@ from flux_ray.jobs.job import Job, Webhook
 from flux_ray.jobs.rows import COLUMNS, job_of
 from flux_ray.jobs.table import JOBS
 
-WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt", "num_failed"))
+WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt"))
 
 
 @dataclass(frozen=True)

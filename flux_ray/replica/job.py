@@ -12,6 +12,7 @@ from flux_ray.request import (
     DrawnImage,
     Encoded,
     EncodedPrompt,
+    Finished,
     Hear,
     ImageRequest,
     ImageResult,
@@ -96,7 +97,7 @@ class Gathering:
         self.said = Encoded((), is_cached=False)
         self.files: list[asyncio.Future[Made]] = []
         self.previews: deque[asyncio.Future[Made]] = deque()
-        self._num_previews = self._num_done = self._num_told = 0
+        self._num_previews = self._num_finished = self._num_done = self._num_told = 0
         job.result.add_done_callback(lambda _: self._give_up())
 
     async def take(self, stage: str, value: object) -> None:
@@ -112,6 +113,7 @@ class Gathering:
                 file.add_done_callback(lambda _: self._tell_previews())
             else:
                 self.files.append(file)
+                file.add_done_callback(lambda _: self._tell_finished())
 
     def tell_progress(self) -> None:
         """How far it is now. Steps that are answered at once would look as if they took no time."""
@@ -127,6 +129,17 @@ class Gathering:
                 image, _ = file.result()
                 self._job.tell(Preview(self._job.request.tier, image, self._num_previews))
                 self._num_previews += 1
+
+    def _tell_finished(self) -> None:
+        """Images whose file is made, in their order; the last one is in the result anyway."""
+        request = self._job.request
+        last = min(len(self.files), request.num_images - 1)
+        while self._num_finished < last and self.files[self._num_finished].done():
+            file = self.files[self._num_finished]
+            if file.cancelled() or file.exception() is not None:
+                return
+            self._job.tell(Finished(request.tier, file.result()[0], self._num_finished))
+            self._num_finished += 1
 
     def _give_up(self) -> None:
         """Begin with no file that nobody waits for."""

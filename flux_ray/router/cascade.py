@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from flux_ray.errors import FluxError
-from flux_ray.request import ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.caller import Caller
 from flux_ray.router.router import Router
 
@@ -21,14 +21,19 @@ class Part(NamedTuple):
 
 
 async def cascade(
-    router: Router, preview: ImageRequest, final: ImageRequest, caller: Caller
+    router: Router,
+    preview: ImageRequest,
+    final: ImageRequest,
+    caller: Caller,
+    hear: Hear | None = None,
 ) -> AsyncGenerator[Part, None]:
     """The preview, if it is there before the final pictures, and those. Close it to leave.
 
-    A preview that fails costs nothing but itself; the errors are those of `generate` for `final`.
+    `hear` is told how the final pictures come along. A preview that fails costs nothing but
+    itself; the errors are those of `generate` for `final`.
     """
     early = asyncio.create_task(router.generate(preview, caller))
-    late = asyncio.create_task(router.generate(final, caller))
+    late = asyncio.create_task(router.generate(final, caller, hear))
     try:
         await asyncio.wait((early, late), return_when=asyncio.FIRST_COMPLETED)
         if not late.done():

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
 from tests.cluster.conftest import PATIENCE_S, ROOT
 
 LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
+OFFERED_UPGRADE = Path(__file__).with_name("offered_upgrade.py")
 
 
 @pytest.fixture
@@ -26,11 +28,28 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
     """Eight pictures in one answer are: on Serve's gRPC way, by default, errors."""
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
-    run = subprocess.run(
-        [sys.executable, str(LARGE_ANSWER), str(port), "16000000"],
+    run = run_in(environment, LARGE_ANSWER, str(port), "16000000")
+    assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
+
+
+def test_a_request_that_offers_to_upgrade_keeps_its_body(
+    environment: dict[str, str], port: int
+) -> None:
+    """As every JDK's HttpClient does; and headers without an end are refused."""
+    assert environment[PROXY_CALLBACK] == READ_WITH_H11
+    run = run_in(environment, OFFERED_UPGRADE, str(port))
+    assert "upgrade offered: 200 20" in run.stdout, run.stderr[-2000:]
+    assert "endless headers: refused" in run.stdout, run.stderr[-2000:]
+
+
+def run_in(
+    environment: dict[str, str], script: Path, *args: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script that starts a Serve of its own in that environment."""
+    return subprocess.run(
+        [sys.executable, str(script), *args],
         env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
-    assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]

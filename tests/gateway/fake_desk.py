@@ -46,6 +46,7 @@ class FakeDesk:
             finished_at_s=3.0,
             result=result,
             memo=offer.memo,
+            metadata=dict(offer.metadata),
         )
         self.jobs[offer.owner, job_id] = job
         return job
@@ -55,6 +56,15 @@ class FakeDesk:
 
     async def find(self, owner: str, job_id: str) -> Job | None:
         return self.jobs.get((owner, job_id))
+
+    async def list(
+        self, owner: str, *, limit: int, before: object = None, state: str | None = None
+    ) -> tuple[Job, ...]:
+        own = [job for (name, _), job in self.jobs.items() if name == owner]
+        return tuple(own[:limit] if state in (None, "ready") else ())
+
+    async def position_of(self, job_id: str) -> int | None:
+        return None
 
     async def cancel(self, owner: str, job_id: str) -> bool:
         return False

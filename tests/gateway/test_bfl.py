@@ -174,10 +174,10 @@ async def test_references_come_in_their_order(client, handles, picture):
     [
         ({}, (128, 128)),
         ({"width": 0, "height": 0}, (128, 128)),
-        ({"width": None, "height": 100}, (96, 96)),
-        ({"width": 1024}, (192, 192)),
-        ({"width": 96, "aspect_ratio": "16:9"}, (96, 64)),
-        ({"width": 1024, "height": 768}, (192, 144)),
+        ({"width": None, "height": 100}, (100, 100)),
+        ({"width": 1024}, (1024, 1024)),
+        ({"width": 96, "aspect_ratio": "16:9"}, (96, 58)),
+        ({"width": 1024, "height": 768}, (1024, 768)),
         ({"aspect_ratio": "16:9"}, (160, 96)),
         ({"aspect_ratio": "16:9", "width": 64, "height": 96}, (64, 96)),
         ({"aspect_ratio": "auto"}, (128, 128)),
@@ -185,13 +185,14 @@ async def test_references_come_in_their_order(client, handles, picture):
         ({"aspect_ratio": "a client's own", "width": 64, "height": 96}, (64, 96)),
     ],
 )
-async def test_sizes_are_those_that_the_tier_draws(client, handles, fields, size):
+async def test_sizes_are_those_that_were_asked_for(client, handles, fields, size):
     told = (await submit(client, "flux-dev", **fields)).json()
     await poll(client, told["id"])
     [request] = handles.requests
-    assert (request.width, request.height) == size
-    has_warning = any("is drawn as" in warning for warning in told["details"]["warnings"])
-    assert has_warning == bool(fields.get("width") == 1024 or fields.get("height") == 100)
+    assert request.output_size == size
+    has_warning = any("was scaled from" in warning for warning in told["details"]["warnings"])
+    assert has_warning == ((request.width, request.height) != size)
+    assert has_warning == bool(size[0] % 16 or size[1] % 16 or size[0] > 192)
 
 
 async def test_what_has_no_effect_is_said(client):

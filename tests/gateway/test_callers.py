@@ -21,6 +21,24 @@ async def test_a_deadline_that_is_none_is_named(client, turns, sent):
     assert turns.offers == []
 
 
+@pytest.mark.parametrize(
+    ("sent", "expected_s"), [("20", 20), ("0.5", 0.5), ("0", 5), ("-1", 5), ("soon", 5), ("nan", 5)]
+)
+async def test_the_proxys_timeout_is_a_deadline_too(client, turns, sent, expected_s):
+    """What cannot be done by then is refused in the dialect's words, before the proxy gives up.
+
+    Serve takes 0 for no limit, and other words for nothing; then this gateway's own 5 seconds hold.
+    """
+    await client.post(PATH, json=REQUEST, headers={"x-request-timeout-seconds": sent})
+    assert turns.offers[0].deadline_in_s == min(expected_s, 5)
+
+
+async def test_a_deadline_comes_before_the_proxys_timeout(client, turns):
+    headers = {"x-request-timeout-seconds": "4", "x-flux-deadline-s": "2"}
+    await client.post(PATH, json=REQUEST, headers=headers)
+    assert turns.offers[0].deadline_in_s == 2
+
+
 async def test_a_refusal_is_a_429_that_says_when_to_come_back(client, turns):
     turns.refusals = [Overloaded("it could not be done by its deadline", None, 7)]
     answer = await client.post(PATH, json=REQUEST)

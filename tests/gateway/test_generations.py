@@ -141,9 +141,11 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"n": "2"}, "n", "integer"),
         ({"n": True}, "n", "integer"),
         ({"n": 1.5}, "n", "integer"),
-        ({"size": "100x128"}, "size", "multiples of 16"),
-        ({"size": "48x128"}, "size", "64"),
-        ({"size": "128x208"}, "size", "192"),
+        ({"size": "8x128"}, "size", "16 to 4096"),
+        ({"size": "4096x2048"}, "size", "4194304 pixels"),
+        ({"size": "1024x128"}, "size", "4 times the other"),
+        ({"width": 8, "height": 128}, "width", "16 to 4096"),
+        ({"width": 128, "height": 8192}, "height", "16 to 4096"),
         ({"size": "100000x100000"}, "size", "WIDTHxHEIGHT"),
         ({"size": "0x0"}, "size", "WIDTHxHEIGHT"),
         ({"size": "-16x128"}, "size", "WIDTHxHEIGHT"),
@@ -153,10 +155,6 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"size": "\u0661\u0662\u0668x128"}, "size", "WIDTHxHEIGHT"),
         ({"width": 128}, "height", "together"),
         ({"height": 128}, "width", "together"),
-        ({"width": 100, "height": 128}, "width", "multiples of 16"),
-        ({"width": 128, "height": 100}, "height", "multiples of 16"),
-        ({"width": 128, "height": 208}, "height", "192"),
-        ({"width": 48, "height": 128}, "width", "64"),
         ({"size": "128x128", "width": 64, "height": 64}, "size", "disagree"),
         ({"seed": -1}, "seed", "0"),
         ({"seed": 2**64}, "seed", str(2**64 - 1)),
@@ -261,6 +259,23 @@ def test_too_many_pixels_are_named_by_what_was_sent(fields):
     with pytest.raises(BadRequest, match="at most 4194304 pixels") as caught:
         check_size(4096, 1040, tier_for("flux-2-klein-4b"), fields)
     assert caught.value.field == fields[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong", "words"),
+    [
+        ((100, 128), 0, "multiples of 16"),
+        ((128, 100), 1, "multiples of 16"),
+        ((48, 128), 0, "64 to 4096"),
+        ((128, 48), 1, "64 to 4096"),
+        ((4112, 128), 0, "64 to 4096"),
+        ((128, 4112), 1, "64 to 4096"),
+    ],
+)
+def test_a_size_that_is_not_scaled_is_refused_by_the_side_that_is_wrong(size, wrong, words):
+    with pytest.raises(BadRequest, match=words) as caught:
+        check_size(*size, tier_for("flux-2-klein-4b"), ("width", "height"))
+    assert caught.value.field == ("width", "height")[wrong]
 
 
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):

@@ -62,7 +62,7 @@ async def test_what_has_no_effect_is_said(ask):
     ("inputs", "parameters", "status", "words"),
     [
         ("", {}, 400, "prompt is empty"),
-        ("a ring", {"width": 100, "height": 64}, 400, "multiples of 16"),
+        ("a ring", {"width": 100, "height": 8}, 400, "16 to 4096"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
         ("a ring", {"image": "aGk="}, 400, "a picture is sent as inputs"),
         ("a ring", {"images": ["aGk="]}, 400, "a picture is sent as inputs"),

@@ -22,7 +22,7 @@ class FakeRouter:
         loop = asyncio.get_running_loop()
         self.answers = {tier: loop.create_future() for tier in (FINAL.tier, PREVIEW.tier)}
 
-    async def generate(self, request, caller):
+    async def generate(self, request, caller, hear=None):
         await self.answers[request.tier]
         return ImageResult(request.request_id, request.tier, (), StageTimes(0, 0, 0, 0))
 

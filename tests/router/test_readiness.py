@@ -13,13 +13,13 @@ from flux_ray.router import readiness
 from flux_ray.router.readiness import Readiness
 
 
-def application(**replica_states):
+def application(status="HEALTHY", trigger="UNSPECIFIED", **replica_states):
     """One deployment; its states as Serve gives them."""
-    from ray.serve._private.common import DeploymentStatus, ReplicaState
+    from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 
     deployment = DeploymentStatusOverview(
-        status=DeploymentStatus.HEALTHY,
-        status_trigger="UNSPECIFIED",
+        status=DeploymentStatus(status),
+        status_trigger=DeploymentStatusTrigger(trigger),
         replica_states={ReplicaState(name).value: count for name, count in replica_states.items()},
         message="",
     )
@@ -33,7 +33,18 @@ def application(**replica_states):
     [
         ({}, ()),
         ({"tiny": application(STARTING=1)}, ()),
-        ({"tiny": application(RUNNING=0)}, ()),
+        ({"tiny": application("UPDATING", RUNNING=0)}, ()),
+        ({"tiny": application("UPDATING")}, ()),
+        ({"tiny": application("UNHEALTHY", "HEALTH_CHECK_FAILED", STARTING=1)}, ()),
+        ({"tiny": application("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED")}, ()),
+        # At zero replicas on purpose; without having been up, a start is that of a deployment.
+        ({"tiny": application()}, ("tiny",)),
+        ({"tiny": application(RUNNING=0)}, ("tiny",)),
+        ({"tiny": application("DOWNSCALING", "AUTOSCALING", STOPPING=1)}, ("tiny",)),
+        ({"tiny": application("UPSCALING", "AUTOSCALING", STARTING=1)}, ()),
+        # Of a node that is drained, and after the controller's own start: requests are served.
+        ({"tiny": application("UPDATING", PENDING_MIGRATION=1, STARTING=1)}, ("tiny",)),
+        ({"tiny": application("UPDATING", RECOVERING=2)}, ("tiny",)),
         ({"tiny": application(RUNNING=1, STARTING=1)}, ("tiny",)),
         ({"gateway": application(RUNNING=1)}, ()),
         ({"tiny": application(PENDING_MIGRATION=1, STARTING=1)}, ("tiny",)),
@@ -44,6 +55,25 @@ def application(**replica_states):
 async def test_ready_tiers(monkeypatch, applications, expected):
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
     assert await Readiness(("tiny",)).ready_tiers() == expected
+
+
+async def test_a_tier_that_is_woken_stays_ready(monkeypatch):
+    """Or a load balancer would turn away from the only gateway in the middle of a cold start."""
+    states = [
+        application(),
+        application("UPSCALING", "AUTOSCALING", STARTING=1),
+        application("UPSCALING", "AUTOSCALING", STARTING=2),
+        application("UNHEALTHY", "REPLICA_STARTUP_FAILED", STARTING=1),
+        application("UPSCALING", "AUTOSCALING", STARTING=1),
+    ]
+    told = iter(states)
+    clock = [0.0]
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"tiny": next(told)}))
+    tiers = Readiness(("tiny",), clock=lambda: clock[0])
+    ready = []
+    for clock[0] in range(0, 10, 2):
+        ready.append(bool(await tiers.ready_tiers()))
+    assert ready == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("error", [RaySystemError("no controller"), RayServeException("gone")])
