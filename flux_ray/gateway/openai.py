@@ -14,10 +14,10 @@ from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.openai_answer import Answer, answer_for
-from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
+from flux_ray.gateway.openai_fields import ImageFields, fields_schema, parse_json
 from flux_ray.gateway.openai_references import (
     MASK_NAMES,
-    REFERENCE_FIELDS,
+    REFERENCE_NAMES,
     sources_in_form,
     sources_in_json,
 )
@@ -86,7 +86,7 @@ class OpenAIImages:
             pictures = await self.read_pictures(required(sources))
             return await self.generate(request, fields, target, pictures, started_s)
         async with open_form(request, self.limits) as form:
-            fields = parse_text(text_parts(form))
+            fields = ImageFields.read(text_parts(form), has_images=True)
             target = self.target_of(request, fields)
             sources = sources_in_form(form, target)
             pictures = await self.read_pictures(required(sources))
@@ -156,7 +156,8 @@ def content_type_of(request: Request, *readable: str) -> str:
     """What the body says that it is, if the route reads that."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in readable:
-        raise WrongContentType(f"send the body as {' or '.join(readable)}")
+        told = f", which says that it is {sent[:80]}" if sent else ""
+        raise WrongContentType(f"send the body{told}, as {' or '.join(readable)}")
     return sent
 
 
@@ -170,12 +171,12 @@ def body_schema(*content_types: str) -> dict[str, Any]:
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {}
     for content_type in content_types:
-        schema = ImageFields.model_json_schema()
-        schema["properties"] |= {name: texts for name in sorted(REFERENCE_FIELDS)}
+        schema = fields_schema()
+        schema["properties"] |= {name: texts for name in REFERENCE_NAMES}
         schema["properties"] |= dict.fromkeys(MASK_NAMES, mask)
         if content_type == FORM:
             schema["properties"] |= {"image": files, "image[]": files}
         if FORM in content_types:
-            schema["anyOf"] = [{"required": [name]} for name in sorted(REFERENCE_FIELDS)]
+            schema["anyOf"] = [{"required": [name]} for name in REFERENCE_NAMES]
         content[content_type] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}
