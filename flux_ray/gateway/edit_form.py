@@ -36,6 +36,11 @@ class WholeFormParser(MultiPartParser):
             return
         super().on_part_end()
 
+    def close_files(self) -> None:
+        """Close also those that the form does not have, as it ended within them."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
     def on_end(self) -> None:
         """Note the closing delimiter, which Starlette does not look for."""
         self.is_whole = True
@@ -75,6 +80,7 @@ async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]
         yield form
     finally:
         await form.close()
+        parser.close_files()
 
 
 def check_charset(request: Request) -> None:

@@ -88,12 +88,14 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
     """Starlette's own: no such route, wrong method, a body that is no multipart."""
     assert isinstance(error, HTTPException)
     dialect, message = dialect_of(request), error.detail
-    if error.status_code == 404:
+    if error.status_code in CODES:
         missed = Missed.of(request)
         model, names = model_in(request), request.app.state.names
-        if missed.meant is None and dialect == "bfl" and model not in (None, *names):
+        is_missed = error.status_code == 404
+        if is_missed and missed.meant is None and dialect == "bfl" and model not in (None, *names):
             return answer_for(request, unknown(str(model), names))
-        dialect, message = missed.dialect, missed.message
+        if is_missed or missed.meant is not None:
+            dialect, message = missed.dialect, missed.message
     failure = Failure(
         message=message,
         type=BadRequest.type if error.status_code < 500 else FluxError.type,

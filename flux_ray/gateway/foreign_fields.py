@@ -66,8 +66,8 @@ _REASONS = {
     " finetune finetune_id embeddings textual_inversion": "adapters are the operator's here: a"
     " request cannot name any",
     "top bottom left right outpaint expand expand_image zoom_out": "expanding is not served",
-    "enable_upscaling upscale upscale_factor upscaling_scale upscaler enable_hr hr_scale": "a larger"
-    " image is asked for by size",
+    "enable_upscaling upscale upscale_factor upscaling_scale enable_hr hr_scale": "upscaling is not"
+    " served: send size",
     "extra_params diffusers_kwargs input parameters provider_options": "fields inside of it are not"
     " read: they belong beside the prompt",
     "invert_mask mask_invert inpainting_mask_invert": "masks are not inverted here",

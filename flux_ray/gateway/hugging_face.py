@@ -195,7 +195,7 @@ def joined(
 def check_pictures(sent: Inputs) -> None:
     """Raises for pictures that stand where none is read."""
     for name, each in (sent.wish.model_extra or {}).items():
-        if each in ([], {}):
+        if each == {} or (isinstance(each, list) and not any(each)):
             continue
         if is_mask_name(name):
             raise BadRequest(f"{name} is not for this route", name)
