@@ -4,7 +4,7 @@ from flux_ray.gateway.bfl_fields import BflFields
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.masks import decode_painted_mask, decode_with_alpha
 from flux_ray.gateway.openai_references import sources_in_json
-from flux_ray.gateway.sources import Pictures, read_pictures, reader_for
+from flux_ray.gateway.sources import Pictures, read_pictures, read_with_alpha
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import Limits
 
@@ -17,7 +17,4 @@ async def pictures_of(
     taken = sources_in_json(to_fill | sent.others, target)
     if sent.image is None or taken.mask is not None or not taken.references:
         return await read_pictures(taken, limits, fetcher, decode_painted_mask)
-    reader = reader_for(limits, fetcher)
-    image, *others = taken.references
-    raster, mask = await reader.read(image, "image 1", decode_with_alpha)
-    return Pictures((raster, *await reader.read_references(others, first=2)), mask)
+    return await read_with_alpha(taken, limits, fetcher, decode_with_alpha)

@@ -45,10 +45,16 @@ def painted_mask_from(image: Image.Image) -> Mask:
 
 def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask]:
     """A picture whose alpha channel is its mask."""
-    rgb, mask = read(data, limits, name, lambda image: (to_rgb(image), mask_from_alpha(image)))
-    if 255 not in mask.marks:
+    raster, mask = decode_erased(data, limits, name)
+    if mask is None:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
-    return raster_from(rgb, limits), mask
+    return raster, mask
+
+
+def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask | None]:
+    """A picture, and the mask of its fully transparent pixels, if it has any."""
+    rgb, mask = read(data, limits, name, lambda image: (to_rgb(image), mask_from_alpha(image)))
+    return raster_from(rgb, limits), mask if 255 in mask.marks else None
 
 
 def mask_from(image: Image.Image) -> Mask:

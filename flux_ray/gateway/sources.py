@@ -69,6 +69,19 @@ async def read_pictures(
     return Pictures(references, mask)
 
 
+async def read_with_alpha(
+    sources: Sources,
+    limits: Limits,
+    fetcher: Fetcher,
+    decode_first: Callable[[bytes, Limits, str], tuple[Raster, Mask | None]],
+) -> Pictures:
+    """The decoded pictures, where the first one's alpha channel may be its mask."""
+    reader = reader_for(limits, fetcher)
+    first, *others = sources.references
+    raster, mask = await reader.read(first, "image 1", decode_first)
+    return Pictures((raster, *await reader.read_references(others, first=2)), mask)
+
+
 def reader_for(limits: Limits, fetcher: Fetcher) -> "Reader":
     """Of one request, from now on."""
     now_s = asyncio.get_running_loop().time()

@@ -344,6 +344,24 @@ def test_white_on_a_transparent_layer_is_drawn_on_bfls_routes():
     assert (marks.reshape(LEFT.shape) == 255 - LEFT).all()
 
 
+@pytest.mark.parametrize(("model", "is_mask"), [("dall-e-2", True), ("gpt-image-1", False)])
+async def test_transparency_is_the_mask_of_dall_e_2_only(router, handles, model, is_mask):
+    """Others take a transparent picture for a reference of which some parts are empty."""
+    args = GatewayArgs(tiers=("tiny",), limits=LIMITS, aliases={model: "tiny"})
+    transport = httpx.ASGITransport(app=build_api(router, args))
+    erased = Image.new("RGBA", LEFT.shape[::-1], (200, 0, 0, 255))
+    erased.putalpha(Image.fromarray(255 - LEFT))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        for image in (erased, erased.convert("RGB")):
+            body = PROMPT | {"model": model, "image": text_of(file_of(image))}
+            body |= {"response_format": "b64_json"}
+            answer = await client.post(EDITS, json=body)
+            assert answer.status_code == 200, answer.text
+    masks = [each.mask for each in handles.requests]
+    assert [mask is not None for mask in masks] == [is_mask, False]
+    assert not is_mask or masks[0].marks == LEFT.tobytes()
+
+
 def test_a_mask_that_is_only_erased_is_read_on_bfls_routes_too():
     erased = Image.new("RGBA", LEFT.shape[::-1], (200, 0, 0, 255))
     erased.putalpha(Image.fromarray(255 - LEFT))
