@@ -136,5 +136,5 @@ def methods_and_paths(routes: APIRouter) -> set[tuple[str, str]]:
         (method, route.path)
         for route in routes.routes
         if isinstance(route, APIRoute) and "{" not in route.path
-        for method in route.methods
+        for method in route.methods or ()
     }

@@ -60,8 +60,7 @@ async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]
     check_charset(request)
     parser = WholeFormParser(
         request.headers,
-        # Typed as a generator, but only iterated.
-        request.stream(),  # type: ignore[arg-type]
+        request.stream(),
         max_files=MAX_FORM_FILES,
         max_fields=MAX_FORM_FIELDS,
         # Text may be as long as in JSON: a field's own check then names the field.
