@@ -13,6 +13,7 @@ FluxError                 500  server_error
     BodyTooLarge          413  more bytes than this gateway reads
     BodyTooSlow           408  a body that does not come in time
     WrongContentType      415  a body in a format that this route does not read
+      WrongEncoding       415  a body that is packed in a way that is not unpacked here
     KeyReused             422  an idempotency key came again with another request
   Overloaded              429  it would miss its deadline; the answer says when it would not
   RateLimited             429  the caller's key has as much as it may have for now
@@ -151,6 +152,12 @@ class WrongContentType(BadRequest):
 
     status = 415
     code = "unsupported_content_type"
+
+
+class WrongEncoding(WrongContentType):
+    """The body is packed in a way that is not unpacked here; the answer says which ways are."""
+
+    code = "unsupported_content_encoding"
 
 
 class KeyReused(BadRequest):

@@ -1,5 +1,6 @@
 """Typed configuration of the gateway: what it serves, to whom, and within which limits."""
 
+import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,11 @@ from flux_ray.keys import KeyClass
 Policy = Literal["best", "spill", "cascade"]
 # As a model's name, whatever tiers there are: the best that meets the deadline.
 AUTO = "auto"
+# What the path of a route may be made of, unquoted: jobs for a model are handed in below /v1/.
+_SEGMENT = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/{}?#%\\]+")
+# Paths below /v1/ that are other routes'.
+TAKEN = {"images/generations", "images/edits", "cancel", "get_result", "credits", "my_finetunes"}
+TAKEN |= {"models", "jobs"}
 
 # As browsers send it: without a path, not even a slash.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\s*]+)$")]
@@ -152,6 +158,10 @@ class GatewayArgs(Args):
         for name, alias in self.aliases.items():
             if name in self.tiers:
                 raise ValueError(f"aliases.{name}: a tier has that name")
+            if not is_path(name) or name in TAKEN:
+                raise ValueError(
+                    f"aliases.{name!r}: /v1/{name} cannot be its route, or is another's"
+                )
             tiers = self._tiers_of(name, ())
             if alias.policy == "cascade" and len(tiers) < 2:
                 raise ValueError(f"aliases.{name}: its tiers are all {tiers[0]}: no cascade")
@@ -188,3 +198,8 @@ class GatewayArgs(Args):
         inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
         # Each once, where it is best.
         return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))
+
+
+def is_path(name: str) -> bool:
+    """Whether a route's path may end in that name, of one segment or more."""
+    return name == name.strip() and all(map(_SEGMENT.fullmatch, name.split("/")))

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.params import Depends as Dependency
+from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
@@ -27,6 +28,7 @@ from flux_ray.gateway.own_results import OwnResultsFirst
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.result_routes import ResultRoutes
 from flux_ray.gateway.targets import names_of
+from flux_ray.gateway.unpacking import Unpacking
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router
@@ -76,6 +78,7 @@ def build_api(
     api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
     max_bytes = args.limits.max_body_bytes
     api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
+    api.add_middleware(Unpacking, max_body_bytes=max_bytes)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))
@@ -104,6 +107,7 @@ def add_routes(
         fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
     dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
     api.state.names = names_of(args)
+    api.state.public_url = args.public_url
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         kept = KeptPictures(desk, args.public_url)
@@ -112,6 +116,21 @@ def add_routes(
         bfl = Bfl(router, args, desk, args.public_url, fetcher)
         dialects.append(bfl)
         api.state.bfl_paths = bfl.paths
+    known: set[tuple[str, str]] = set()
     for dialect in (OpenAIImages(router, args, fetcher, kept), *dialects):
-        api.include_router(dialect.routes(), dependencies=guards)
+        routes = dialect.routes()
+        known |= methods_and_paths(routes)
+        api.include_router(routes, dependencies=guards)
     api.include_router(Health(router).routes())
+    # For whoever asks at another path.
+    api.state.paths = frozenset(known)
+
+
+def methods_and_paths(routes: APIRouter) -> set[tuple[str, str]]:
+    """Return those of the routes without parameters."""
+    return {
+        (method, route.path)
+        for route in routes.routes
+        if isinstance(route, APIRoute) and "{" not in route.path
+        for method in route.methods or ()
+    }

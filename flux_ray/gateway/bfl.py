@@ -1,6 +1,5 @@
 """BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready."""
 
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from flux_ray.gateway.bfl_answer import (
     result_of,
 )
 from flux_ray.gateway.bfl_failure import BflFailure
-from flux_ray.gateway.bfl_fields import BflFields, parse_body
+from flux_ray.gateway.bfl_fields import BflFields, fields_schema, parse_body
 from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
@@ -45,9 +44,6 @@ JOBS = "/v1/jobs"
 CREDITS = "/v1/credits"
 FINETUNES = "/v1/my_finetunes"
 PATHS = ("/v1/{}", f"{COMFY}{{}}{GENERATE}")
-# What a path may be made of; these are others' already.
-_NAME = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
-TAKEN = {"images/generations", "images/edits", "cancel"}
 # To who has no limit: BFL's clients expect a number.
 UNLIMITED_CREDITS = 1e9
 
@@ -65,9 +61,8 @@ class Bfl:
         self.limits = args.limits
         self.webhooks = args.webhooks
         self.public_url = public_url.rstrip("/")
-        names = [n for n in names_of(args) if _NAME.fullmatch(n) and n not in TAKEN]
-        # By the path at which jobs of it are handed in.
-        self.names = {path.format(n): n for n in names for path in PATHS}
+        # By the path, unquoted, at which jobs of it are handed in; every name may be one.
+        self.names = {path.format(n): n for n in names_of(args) for path in PATHS}
 
     @property
     def paths(self) -> frozenset[str]:
@@ -77,7 +72,7 @@ class Bfl:
     def routes(self) -> APIRouter:
         """A route for each tier and alias, with a description of its own."""
         routes = APIRouter(tags=["bfl"], responses={"default": {"model": BflFailure}})
-        content = {JSON: {"schema": BflFields.model_json_schema()}}
+        content = {JSON: {"schema": fields_schema()}}
         extra = {
             "requestBody": {"required": True, "content": content},
             "parameters": [SPILL, PARAMETER],

@@ -1,43 +1,46 @@
 """The fields of BFL's routes: one model for all of them, as clients mix those of several."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.openai_fields import MAX_SEED, bad_request, check_json
+from flux_ray.gateway.foreign_fields import (
+    NO_EFFECT,
+    REFUSED,
+    SILENT,
+    is_image_name,
+    is_mask_name,
+    is_nothing,
+    refusal_of,
+)
+from flux_ray.gateway.json_body import parse_object
+from flux_ray.gateway.openai_fields import (
+    MAX_SEED,
+    Format,
+    Guidance,
+    Whole,
+    bad_request,
+    with_texts,
+)
+from flux_ray.gateway.sent_fields import heed
+from flux_ray.gateway.sizes import parse_size
 
-IMAGES = ("input_image", *(f"input_image_{number}" for number in range(2, 9)))
-MAY_BE_EMPTY = {*IMAGES, "image", "mask", "aspect_ratio", "webhook_url", "webhook_secret"}
+# Names that are ours on OpenAI's routes, and BFL's for the same.
+RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 MIN_SIDE = 64
-# Of the documentation: 4 MP in all, sides between 1:4 and 4:1.
+# Of the documentation: 4 MP in all.
 MAX_PIXELS = 4 * 1024 * 1024
-MAX_RATIO = 4.0
 PICTURE = "base64, with or without a data prefix, or a URL"
-# Without them the caller would get another picture than asked.
-UNSERVED = {
-    "image_prompt": "pictures as prompts are not served: send input_image",
-    "images": "send input_image, input_image_2 and so on",
-    "image_url": "send input_image",
-    **{f"input_image_{number}": "there are eight input images at most" for number in range(9, 17)},
-    "control_image": "control images are not served",
-    "preprocessed_image": "control images are not served",
-    "top": "expanding is not served",
-    "bottom": "expanding is not served",
-    "left": "expanding is not served",
-    "right": "expanding is not served",
-    "finetune_id": "finetunes are not served",
-    "input_image_blob_path": "paths on the server are not read",
-}
-# What is asked for in vain, with the values that ask for nothing.
-NO_EFFECT: dict[str, tuple[Any, ...]] = {
-    "safety_tolerance": (),
+# What these ask for is what is done.
+IDLE: dict[str, tuple[Any, ...]] = {
     "prompt_upsampling": (False,),
     "raw": (False,),
     "disable_pup": (False, True),
-    "image_prompt_strength": (),
-    "finetune_strength": (),
+    "version": ("latest",),
 }
+NO_EFFECT_HERE = NO_EFFECT | IDLE.keys() | {"grounding", "finetune_strength", "negative_prompt"}
 
 # As OpenAI has them.
 MetadataName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -50,28 +53,20 @@ class BflFields(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, title="BflFields")
 
     prompt: str = Field("", description="may be empty where `image` is filled")
-    input_image: str | None = Field(None, description=PICTURE)
-    input_image_2: str | None = Field(None, description=PICTURE)
-    input_image_3: str | None = Field(None, description=PICTURE)
-    input_image_4: str | None = Field(None, description=PICTURE)
-    input_image_5: str | None = Field(None, description=PICTURE)
-    input_image_6: str | None = Field(None, description=PICTURE)
-    input_image_7: str | None = Field(None, description=PICTURE)
-    input_image_8: str | None = Field(None, description=PICTURE)
-    image: str | None = Field(None, description=f"to fill: {PICTURE}")
-    mask: str | None = Field(
-        None, description="of the first picture, white where it is drawn; or `image` has an alpha"
+    image: Any = Field(None, description=f"to fill: {PICTURE}")
+    seed: Whole | None = Field(
+        None, ge=0, le=MAX_SEED, description="drawn and returned if absent or -1"
     )
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
-    width: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
-    height: int | None = Field(None, ge=0, le=16_384, description="0 is as none")
+    width: Whole | None = Field(None, ge=0, le=16_384, description="0 is as none")
+    height: Whole | None = Field(None, ge=0, le=16_384, description="0 is as none")
     aspect_ratio: str | None = Field(None, description="`auto` or W:H, where there are no pixels")
-    steps: int | None = Field(None, ge=1)
-    guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
-    safety_tolerance: int | None = Field(None, ge=0, le=6, description="has no effect")
+    resolution: str | None = Field(None, description="`1k`, `2k` and so on, where there are none")
+    steps: Whole | None = Field(None, ge=1)
+    guidance: Guidance | None = None
+    safety_tolerance: Whole | None = Field(None, ge=0, le=7, description="has no effect")
     prompt_upsampling: bool | None = Field(None, description="has no effect")
     raw: bool | None = Field(None, description="has no effect")
-    output_format: Literal["jpeg", "png", "webp"] | None = None
+    output_format: Format | None = None
     webhook_url: str | None = Field(
         None, max_length=2083, description="https, where the end is told of"
     )
@@ -81,42 +76,95 @@ class BflFields(BaseModel):
     metadata: dict[MetadataName, MetadataText] | None = Field(
         None, max_length=16, description="the caller's own: comes back with the job"
     )
+    _names: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, sent: Any) -> Any:
-        """A null says as much as no field, and so does an empty text where any text may stand."""
-        if not isinstance(sent, dict):
-            return sent
-        return {
-            name: each
-            for name, each in sent.items()
-            if each is not None and (each != "" or name not in MAY_BE_EMPTY)
-        }
+    def named(self, field: str) -> str:
+        """Return what the caller calls a field."""
+        return self._names.get(field, field)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """The fields that have no type here: references, masks, and what is not served."""
+        return self.model_extra or {}
 
     @property
     def unknown(self) -> list[str]:
         """The fields that nobody here has heard of."""
-        return sorted((self.model_extra or {}).keys() - UNSERVED.keys() - NO_EFFECT.keys())
+        known = NO_EFFECT_HERE | SILENT | REFUSED.keys()
+        return sorted(
+            self.named(name)
+            for name in self.others.keys() - known
+            if not is_image_name(name) and not is_mask_name(name)
+        )
 
     @property
     def asked_in_vain(self) -> list[str]:
         """The fields that change nothing here, of those that were sent."""
         sent = self.model_dump(exclude_unset=True)
-        return [n for n, idle in NO_EFFECT.items() if n in sent and sent[n] not in idle]
+        return [
+            self.named(name)
+            for name in sent
+            if name in NO_EFFECT_HERE | {"safety_tolerance"}
+            and sent[name] not in IDLE.get(name, ())
+            and not (name in NO_EFFECT and name not in IDLE and is_nothing(sent[name]))
+        ]
 
 
 def parse_body(body: bytes) -> BflFields:
     """The checked fields of a JSON body."""
-    check_json(body)
+    values, names = heed(parse_object(body))
+    for name, here in RENAMED.items():
+        if name in values:
+            values[here], names[here] = values.pop(name), names.pop(name, name)
+    check_one(values, names)
+    spread_size(values, names)
     try:
-        fields = BflFields.model_validate_json(body)
+        fields = BflFields.model_validate(values)
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise bad_request(error, names) from None
+    fields._names.update(names)
     if fields.image is None and not fields.prompt.strip():
-        raise BadRequest("prompt is empty", "prompt")
-    for name, reason in UNSERVED.items():
-        # Some clients send every field that they know.
-        if (fields.model_extra or {}).get(name) not in (None, "", 0, False, []):
-            raise BadRequest(reason, name)
+        raise BadRequest("prompt is empty", fields.named("prompt"))
+    check_served(fields)
     return fields
+
+
+def check_one(values: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Take out the number of images, of which a job has one."""
+    number = values.pop("n", None)
+    if number is not None and (isinstance(number, bool) or str(number) not in ("1", "1.0")):
+        name = names.get("n", "n")
+        raise BadRequest(f"{name}: one job is one image", name)
+
+
+def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
+    """Read OpenAI's `size` as width and height, unless these are there."""
+    if "size" not in values:
+        return
+    name = names.get("size", "size")
+    width, height = parse_size(str(values.pop("size"))[:80], name)
+    if not values.get("width") and not values.get("height"):
+        values |= {"width": width, "height": height}
+        names |= {"width": name, "height": name}
+
+
+def check_served(fields: BflFields) -> None:
+    """Raise for what would change the image and is not there."""
+    has_images = fields.image is not None or any(map(is_image_name, fields.others))
+    for name, value in fields.others.items():
+        reason = refusal_of(name, value, has_images=has_images)
+        if reason is not None:
+            called = fields.named(name)[:80]
+            raise BadRequest(f"{called}: {reason}", called)
+
+
+def fields_schema() -> dict[str, Any]:
+    """Describe the fields for OpenAPI."""
+    schema = BflFields.model_json_schema()
+    schema["properties"] = with_texts(schema["properties"])
+    images = ("input_image", *(f"input_image_{number}" for number in range(2, 9)), "images", "mask")
+    schema["properties"] |= {name: {"description": f"{PICTURE}; or a list"} for name in images}
+    schema["properties"]["mask"] = {
+        "description": "of the first picture, white where it is drawn; or `image` has an alpha"
+    }
+    return schema

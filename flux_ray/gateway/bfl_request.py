@@ -1,18 +1,17 @@
 """From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too."""
 
-import re
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.bfl_fields import MAX_PIXELS, MAX_RATIO, MIN_SIDE, BflFields
+from flux_ray.gateway.bfl_fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
 from flux_ray.gateway.scaled_sizes import size_notes
-from flux_ray.gateway.sizes import fitted, size_like, sized
+from flux_ray.gateway.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageFormat, ImageRequest, Raster
@@ -20,7 +19,6 @@ from flux_ray.request import ImageFormat, ImageRequest, Raster
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.
 NUM_PREVIEWS = 3
 MIN_PREVIEWED_STEPS = 8
-RATIO = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})", re.A)
 
 
 def job_request_for(
@@ -45,11 +43,13 @@ def openai_fields(
         "height": height,
         # Clients send the number of the model whose name they know: of a distilled tier seven times
         # what it takes.
-        "steps": sent.steps if tier.is_guided else None,
-        "guidance": sent.guidance,
+        "num_inference_steps": sent.steps if tier.is_guided else None,
+        "guidance_scale": sent.guidance,
         "output_format": sent.output_format or default_format(name),
     }
-    return ImageFields.model_validate(wish)
+    names = {"num_inference_steps": sent.named("steps"), "guidance_scale": sent.named("guidance")}
+    names |= {field: sent.named(field) for field in ("prompt", "seed", "width", "height")}
+    return ImageFields.of(wish, names)
 
 
 def default_format(name: str) -> ImageFormat:
@@ -63,8 +63,8 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
     What BFL's own API takes is drawn as large as the tier can; clients always send some sizes.
     """
     width, height = pixels_for(sent, tier, references)
-    if width * height > MAX_PIXELS:
-        field = "width" if sent.width else "height"
+    if (sent.width or sent.height) and width * height > MAX_PIXELS:
+        field = sent.named("width" if sent.width else "height")
         raise BadRequest(f"width x height must be at most {MAX_PIXELS} pixels", field)
     if tier.scales_sizes:
         return round(width), round(height)
@@ -73,14 +73,15 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
 
 def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[float, float]:
     """Before they are fitted to the tier; of one side alone, in the ratio of the default."""
-    default = tier.default_side, tier.default_side
+    default: tuple[float, float] = tier.default_side, tier.default_side
     if references:
         default = size_like(references[0], tier)
-    if not (sent.width and sent.height) and sent.aspect_ratio not in (None, "auto"):
-        default = sized(ratio_of(str(sent.aspect_ratio)), tier)
+    if not (sent.width and sent.height):
+        default = shape_for(sent, tier, default)
     for field in ("width", "height"):
         if 0 < (getattr(sent, field) or MIN_SIDE) < MIN_SIDE:
-            raise BadRequest(f"{field} must be 0 or at least {MIN_SIDE}", field)
+            name = sent.named(field)
+            raise BadRequest(f"{name} must be 0 or at least {MIN_SIDE}", name)
     if sent.width and not sent.height:
         return sent.width, sent.width * default[1] / default[0]
     if sent.height and not sent.width:
@@ -88,13 +89,16 @@ def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> t
     return sent.width or default[0], sent.height or default[1]
 
 
-def ratio_of(text: str) -> float:
-    """Width by height."""
-    match = RATIO.fullmatch(text)
-    ratio = 0.0 if match is None else int(match[1]) / int(match[2])
-    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
-        raise BadRequest("aspect_ratio must be from 1:4 to 4:1, like 16:9", "aspect_ratio")
-    return ratio
+def shape_for(sent: BflFields, tier: Tier, default: tuple[float, float]) -> tuple[float, float]:
+    """Return the size of the ratio and the resolution that were sent, or what there is for none."""
+    if sent.aspect_ratio is None and sent.resolution is None:
+        return default
+    ratio = default[0] / default[1]
+    if sent.aspect_ratio is not None:
+        ratio = ratio_of(sent.aspect_ratio, sent.named("aspect_ratio"))
+    if sent.resolution is None:
+        return sized(ratio, tier)
+    return shape_in(side_of(sent.resolution, sent.named("resolution")), ratio)
 
 
 def job_warnings_for(
@@ -103,12 +107,14 @@ def job_warnings_for(
     """What the caller sent and does not get."""
     warnings = warnings_for(openai_fields(sent, name, tier, request.references), tier)
     if sent.steps is not None and not tier.is_guided:
-        warnings.append(f"steps has no effect on {tier.name}")
+        warnings.append(f"{sent.named('steps')} has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     warnings += size_notes(request)
     drawn = request.output_size
     width, height = map(round, pixels_for(sent, tier, request.references))
-    if (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
+    is_too_fine = sent.resolution is not None and width * height > tier.max_pixels
+    is_smaller = is_too_fine and not tier.scales_sizes
+    if is_smaller or (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
         warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")
     unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)
     return (*warnings, *islice(unknown, MAX_NAMED_FIELDS))

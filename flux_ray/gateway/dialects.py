@@ -38,9 +38,12 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def dialect_of(request: Request) -> Dialect:
-    """OpenAI's where it is no other's; `app.state.bfl_paths` are BFL's."""
-    path = path_of(request.scope)
+def dialect_of(request: Request, path: str | None = None) -> Dialect:
+    """OpenAI's where it is no other's; `app.state.bfl_paths` are BFL's.
+
+    `path`: instead of the request's own.
+    """
+    path = path_of(request.scope) if path is None else path
     if path.startswith(HUB):
         return "hugging_face"
     bfl_paths = request.app.state.bfl_paths

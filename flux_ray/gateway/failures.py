@@ -16,13 +16,16 @@ from flux_ray.errors import (
     InvalidKey,
     QuotaSpent,
     RateLimited,
+    WrongEncoding,
 )
 from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
 from flux_ray.gateway.dialects import Dialect, dialect_of, model_in
 from flux_ray.gateway.limit_headers import limit_headers
+from flux_ray.gateway.missed_routes import Missed
 from flux_ray.gateway.request_id import HEADER
 from flux_ray.gateway.targets import unknown
+from flux_ray.gateway.unpacking import READABLE
 
 # The only logger that Serve writes to its log files.
 logger = logging.getLogger("ray.serve")
@@ -86,17 +89,22 @@ async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Starlette's own: no such route, wrong method, a body that is no multipart."""
     assert isinstance(error, HTTPException)
-    if error.status_code == 404 and dialect_of(request) == "bfl":
+    dialect, message = dialect_of(request), error.detail
+    if error.status_code in CODES:
+        missed = Missed.of(request)
         model, names = model_in(request), request.app.state.names
-        if model is not None and model not in names:
-            return answer_for(request, unknown(model, names))
+        is_missed = error.status_code == 404
+        if is_missed and missed.meant is None and dialect == "bfl" and model not in (None, *names):
+            return answer_for(request, unknown(str(model), names))
+        if is_missed or missed.meant is not None:
+            dialect, message = missed.dialect, missed.message
     failure = Failure(
-        message=error.detail,
+        message=message,
         type=BadRequest.type if error.status_code < 500 else FluxError.type,
         code=CODES.get(error.status_code, BadRequest.code),
     )
     as_bfl = BflFailure(detail=failure.message, message=failure.message)
-    body = body_of(dialect_of(request), failure, as_bfl)
+    body = body_of(dialect, failure, as_bfl)
     return JSONResponse(body.model_dump(), error.status_code, dict(error.headers or {}))
 
 
@@ -137,6 +145,8 @@ def headers_for(error: FluxError) -> dict[str, str]:
         headers["retry-after"] = str(error.retry_after_s)
     if isinstance(error, RateLimited):
         headers |= limit_headers(error.limit, error.left, error.retry_after_s or 0)
+    if isinstance(error, WrongEncoding):
+        headers["accept-encoding"] = READABLE
     if isinstance(error, InvalidKey):
         headers["www-authenticate"] = "Bearer"
     return headers

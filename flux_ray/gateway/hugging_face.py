@@ -7,16 +7,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.errors import BadReference, BadRequest
+from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_json, check_supported
-from flux_ray.gateway.openai_references import MASK_FIELDS, PICTURE_FIELDS, REFERENCE_FIELDS
+from flux_ray.gateway.foreign_fields import is_image_name, is_mask_name
+from flux_ray.gateway.json_body import parse_object
+from flux_ray.gateway.openai_fields import (
+    ImageFields,
+    Whole,
+    bad_request,
+    check_supported,
+    fields_schema,
+)
+from flux_ray.gateway.openai_references import is_picture_name
 from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_of
+from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.sent_fields import SentFields, heed
 from flux_ray.gateway.sources import Pictures, Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
@@ -28,8 +37,11 @@ FORMATS: dict[str, ImageFormat] = {
     "image/jpeg": "jpeg",
     "image/webp": "webp",
 }
+ANY_FORMAT = ("image/*", "*/*")
+# Clients that send JSON without saying so: curl, and older examples of Hugging Face's.
+AS_JSON = ("", "application/json", "application/x-www-form-urlencoded", "text/plain")
 # OpenAI's, of which this route has but one way.
-NOT_HERE = {"model", "n", "response_format", "stream"} | MASK_FIELDS
+NOT_HERE = {"model", "response_format", "stream"}
 # Of the old API: how to wait, which is not for the client to say here.
 OPTIONS = "options"
 # Proxies and clients take no more.
@@ -41,8 +53,8 @@ class TargetSize(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    width: int = Field(ge=1)
-    height: int = Field(ge=1)
+    width: Whole = Field(ge=1)
+    height: Whole = Field(ge=1)
 
 
 class Parameters(BaseModel):
@@ -93,9 +105,10 @@ class HuggingFace:
 
     async def draw(self, request: Request, model: str) -> Response:
         """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
+        check_content_type(request)
         target = self.orders.target_of(request, model)
-        sent = parse_inputs(await request.body())
-        fields = fields_of(sent, format_of(request))
+        sent, names = parse_inputs(await request.body())
+        fields = fields_of(sent, names, format_of(request))
         pictures = await self.pictures_of(sent, target)
         order = self.orders.take(
             request,
@@ -105,7 +118,7 @@ class HuggingFace:
         )
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
-        warnings = [*warnings_of(fields, result), *order.notes_on(result), *unknown_in(sent)]
+        warnings = [*warnings_of(fields, result), *order.notes_on(result)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
@@ -130,42 +143,79 @@ def body_schema() -> dict[str, Any]:
     schema = Inputs.model_json_schema()
     parts = schema.pop("$defs")
     parameters = parts["Parameters"]
-    fields = ImageFields.model_json_schema()["properties"].items()
-    parameters["properties"] |= {name: each for name, each in fields if name not in NOT_HERE}
+    fields = fields_schema()["properties"].items()
+    parameters["properties"] |= {
+        name: each for name, each in fields if name not in NOT_HERE | {"n", "num_images"}
+    }
     parameters["properties"]["target_size"] = parts["TargetSize"]
     schema["properties"]["parameters"] = {"anyOf": [parameters, {"type": "null"}]}
     return schema
 
 
-def parse_inputs(body: bytes) -> Inputs:
-    """The checked body."""
-    check_json(body)
+def check_content_type(request: Request) -> None:
+    """Raises for bodies that can be no JSON: some clients send a picture as it is."""
+    sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if sent not in AS_JSON and not sent.endswith("+json"):
+        raise WrongContentType(
+            f"the body is {sent[:80]}: send JSON, application/json, with the words as `inputs`,"
+            " or a picture in base64 as `inputs` and its words as `parameters.prompt`"
+        )
+
+
+def parse_inputs(body: bytes) -> tuple[Inputs, dict[str, str]]:
+    """The checked body, and what the caller calls the parameters that have another name here."""
+    parts = {name: each for name, each in parse_object(body).items() if each is not None}
+    parameters = parts.pop("parameters", None)
+    names: dict[str, str] = {}
+    if isinstance(parameters, dict | None):
+        # Some clients send parameters beside the inputs.
+        beside = {name: each for name, each in parts.items() if name not in ("inputs", OPTIONS)}
+        parts = {name: each for name, each in parts.items() if name not in beside}
+        parameters, names = joined(parameters or {}, beside)
     try:
-        sent = Inputs.model_validate_json(body)
+        sent = Inputs.model_validate(parts | {"parameters": parameters})
     except ValidationError as error:
         raise bad_request(error) from None
-    inside = {name for name in said_in(sent.wish) if name in REFERENCE_FIELDS}
-    for name in sorted(inside | (said_in(sent) & PICTURE_FIELDS)):
-        raise BadReference("a picture is sent as inputs, and its words as parameters.prompt", name)
+    check_pictures(sent)
+    return sent, names
+
+
+def joined(
+    parameters: dict[str, Any], beside: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Translate the parameters, wherever they stand. BadRequest if two of them disagree."""
+    for name in parameters.keys() & beside.keys():
+        if parameters[name] != beside[name]:
+            raise BadRequest(f"{name[:80]} and parameters.{name[:80]} disagree", name[:80])
+    values, names = heed(beside | parameters)
+    number = values.pop("n", None)
+    if number is not None and (isinstance(number, bool) or str(number) not in ("1", "1.0")):
+        name = names.get("n", "n")
+        raise BadRequest(f"{name} is not for this route: one request is one picture", name)
+    return SentFields(values, names)
+
+
+def check_pictures(sent: Inputs) -> None:
+    """Raises for pictures that stand where none is read."""
+    for name, each in (sent.wish.model_extra or {}).items():
+        if each == {} or (isinstance(each, list) and not any(each)):
+            continue
+        if is_mask_name(name):
+            raise BadRequest(f"{name} is not for this route", name)
+        if is_image_name(name):
+            message = "a picture is sent as inputs, and its words as parameters.prompt"
+            raise BadReference(message, name)
     if sent.wish.prompt is None and is_picture(sent.inputs):
         raise BadRequest("what to do with the picture is to be said in parameters.prompt", "prompt")
-    return sent
 
 
-def said_in(sent: Inputs | Parameters) -> set[str]:
-    """The other fields that say anything."""
-    return {name for name, each in (sent.model_extra or {}).items() if each not in (None, "", [])}
-
-
-def unknown_in(sent: Inputs) -> list[str]:
-    """What nobody looked at, beside the parameters."""
-    names = sorted(said_in(sent) - {OPTIONS})[:MAX_NAMED_FIELDS]
-    return [f"unknown field {name[:80]!r} was ignored" for name in names]
-
-
-def fields_of(sent: Inputs, output_format: ImageFormat) -> ImageFields:
+def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -> ImageFields:
     """The same wish in the words of OpenAI's routes, whose checks then hold here too."""
-    extra: dict[str, Any] = dict(sent.wish.model_extra or {})
+    extra: dict[str, Any] = {
+        name: each
+        for name, each in (sent.wish.model_extra or {}).items()
+        if not is_picture_name(name)
+    }
     for name in NOT_HERE & extra.keys():
         raise BadRequest(f"{name} is not for this route", name)
     if sent.wish.target_size is not None:
@@ -175,19 +225,33 @@ def fields_of(sent: Inputs, output_format: ImageFormat) -> ImageFields:
         sides = [extra[name] for name in ("width", "height") if extra.get(name) is not None]
         extra |= dict.fromkeys(("width", "height"), sides[0]) if len(sides) == 1 else {}
     prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt
-    try:
-        fields = ImageFields.model_validate(
-            {"output_format": output_format} | extra | {"prompt": prompt}
-        )
-    except ValidationError as error:
-        raise bad_request(error) from None
-    check_supported(fields)
+    fields = ImageFields.of({"output_format": output_format} | extra | {"prompt": prompt}, names)
+    check_supported(fields, has_images=sent.wish.prompt is not None)
     return fields
 
 
 def format_of(request: Request) -> ImageFormat:
-    """What the client accepts; PNG where that is nothing in particular."""
-    accepted = (
-        part.partition(";")[0].strip() for part in request.headers.get("accept", "").split(",")
-    )
-    return next((FORMATS[name] for name in accepted if name in FORMATS), "png")
+    """What the client accepts most, in its order; PNG where that is nothing in particular."""
+    weights: dict[str, float] = {}
+    for part in request.headers.get("accept", "").lower().split(","):
+        name, _, options = part.partition(";")
+        weights.setdefault(name.strip().replace("image/jpg", "image/jpeg"), weight_of(options))
+    rest = next((weights[name] for name in ANY_FORMAT if name in weights), 0.0)
+    named = [name for name in weights if name in FORMATS]
+    # What is not named comes after what is, where both are liked alike.
+    liked = [*((weights[name], name) for name in named)]
+    liked += [(rest, name) for name in FORMATS if name not in weights]
+    weight, best = max(liked, key=lambda each: each[0])
+    return FORMATS[best] if weight > 0 else "png"
+
+
+def weight_of(options: str) -> float:
+    """Of `q=0.5`, one half; 1 where nothing is said, or nothing that can be read."""
+    for option in options.split(";"):
+        name, _, value = option.partition("=")
+        if name.strip() == "q":
+            try:
+                return min(max(float(value), 0.0), 1.0)
+            except ValueError:
+                return 1.0
+    return 1.0

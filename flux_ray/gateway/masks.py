@@ -23,12 +23,38 @@ def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
     return mask
 
 
+def decode_painted_mask(data: bytes, limits: Limits, name: str) -> Mask:
+    """The mask in `data` by BFL's rule: white is drawn, also on a layer that else is transparent.
+
+    Where nothing is white, but something is transparent, by OpenAI's.
+    """
+    mask = read(data, limits, name, painted_mask_from)
+    if 255 not in mask.marks:
+        raise BadReference(f"{name} {NOTHING}", "mask")
+    return mask
+
+
+def painted_mask_from(image: Image.Image) -> Mask:
+    """What is transparent stays, as black does, if anything else is white."""
+    if not image.has_transparency_data or is_opaque(image):
+        return mask_from_luma(image)
+    black = Image.new("RGBA", image.size, "black")
+    mask = mask_from_luma(Image.alpha_composite(black, image.convert("RGBA")))
+    return mask if 255 in mask.marks else mask_from_alpha(image)
+
+
 def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask]:
     """A picture whose alpha channel is its mask."""
-    rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
-    if 255 not in mask.marks:
+    raster, mask = decode_erased(data, limits, name)
+    if mask is None:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
-    return raster_from(rgb, limits), mask
+    return raster, mask
+
+
+def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask | None]:
+    """A picture, and the mask of its fully transparent pixels, if it has any."""
+    rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
+    return raster_from(rgb, limits), mask if 255 in mask.marks else None
 
 
 def mask_from(image: Image.Image) -> Mask:

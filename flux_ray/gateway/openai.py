@@ -14,11 +14,12 @@ from flux_ray.gateway.event_stream import MEDIA_TYPE
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.kept_pictures import KeptPictures
+from flux_ray.gateway.masks import decode_erased
 from flux_ray.gateway.openai_answer import Answer, answer_for
-from flux_ray.gateway.openai_fields import ImageFields, parse_json, parse_text
+from flux_ray.gateway.openai_fields import ImageFields, fields_schema, parse_json
 from flux_ray.gateway.openai_references import (
     MASK_NAMES,
-    REFERENCE_FIELDS,
+    REFERENCE_NAMES,
     sources_in_form,
     sources_in_json,
 )
@@ -26,7 +27,7 @@ from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import Kind, stream
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Orders
-from flux_ray.gateway.sources import Pictures, Sources, read_pictures
+from flux_ray.gateway.sources import Pictures, Sources, read_pictures, read_with_alpha
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.router import Router
@@ -35,6 +36,8 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 # Aliases of that name stand for OpenAI's, whose clients read URLs unless they ask otherwise.
 URL_MODELS = "dall-e-"
+# Of that name, a picture without a mask is edited where it is transparent, as OpenAI has it.
+ALPHA_MODELS = "dall-e-2"
 EVENTS = {
     "type": "object",
     "description": "with `stream`: previews, where asked for or of a cascade, and the pictures",
@@ -76,7 +79,7 @@ class OpenAIImages:
         started_s = time.monotonic()
         content_type_of(request, JSON)
         fields, target, sources = await self.read_json(request)
-        pictures = await self.read_pictures(sources)
+        pictures = await self.read_pictures(fields, sources)
         return await self.generate(request, fields, target, pictures, started_s)
 
     async def edits(self, request: Request) -> Response:
@@ -84,13 +87,13 @@ class OpenAIImages:
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
             fields, target, sources = await self.read_json(request)
-            pictures = await self.read_pictures(required(sources))
+            pictures = await self.read_pictures(fields, required(sources))
             return await self.generate(request, fields, target, pictures, started_s)
         async with open_form(request, self.limits) as form:
-            fields = parse_text(text_parts(form))
+            fields = ImageFields.read(text_parts(form), has_images=True)
             target = self.target_of(request, fields)
             sources = sources_in_form(form, target)
-            pictures = await self.read_pictures(required(sources))
+            pictures = await self.read_pictures(fields, required(sources))
         return await self.generate(request, fields, target, pictures, started_s)
 
     async def read_json(self, request: Request) -> tuple[ImageFields, Target, Sources]:
@@ -106,8 +109,11 @@ class OpenAIImages:
             raise BadRequest(message, "response_format")
         return self.orders.target_of(request, fields.model)
 
-    async def read_pictures(self, sources: Sources) -> Pictures:
+    async def read_pictures(self, fields: ImageFields, sources: Sources) -> Pictures:
         """The pictures, within this gateway's limits."""
+        is_alone = sources.mask is None and bool(sources.references)
+        if is_alone and (fields.model or "").startswith(ALPHA_MODELS):
+            return await read_with_alpha(sources, self.limits, self.fetcher, decode_erased)
         return await read_pictures(sources, self.limits, self.fetcher)
 
     async def generate(
@@ -160,7 +166,8 @@ def content_type_of(request: Request, *readable: str) -> str:
     """What the body says that it is, if the route reads that."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in readable:
-        raise WrongContentType(f"send the body as {' or '.join(readable)}")
+        told = f", which says that it is {sent[:80]}" if sent else ""
+        raise WrongContentType(f"send the body{told}, as {' or '.join(readable)}")
     return sent
 
 
@@ -174,12 +181,12 @@ def body_schema(*content_types: str) -> dict[str, Any]:
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {}
     for content_type in content_types:
-        schema = ImageFields.model_json_schema()
-        schema["properties"] |= {name: texts for name in sorted(REFERENCE_FIELDS)}
+        schema = fields_schema()
+        schema["properties"] |= {name: texts for name in REFERENCE_NAMES}
         schema["properties"] |= dict.fromkeys(MASK_NAMES, mask)
         if content_type == FORM:
             schema["properties"] |= {"image": files, "image[]": files}
         if FORM in content_types:
-            schema["anyOf"] = [{"required": [name]} for name in sorted(REFERENCE_FIELDS)]
+            schema["anyOf"] = [{"required": [name]} for name in REFERENCE_NAMES]
         content[content_type] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}

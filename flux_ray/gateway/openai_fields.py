@@ -1,20 +1,41 @@
 """The fields of OpenAI's image routes, and what other servers of that dialect add to them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.foreign_fields import is_image_name, refusal_of
+from flux_ray.gateway.json_body import parse_object
+from flux_ray.gateway.sent_fields import heed
 
 # As torch has it, and clients that draw one.
 MAX_SEED = 2**64 - 1
-MAX_JSON_VALUES = 100_000
-# One field each, under the names that other servers give it.
-STEPS = ("num_inference_steps", "steps", "step")
-GUIDANCE = ("guidance_scale", "guidance")
+AS_TEXT: dict[str, Any] = {"type": "string", "description": "the same as text"}
 
-Steps = Annotated[int, Field(ge=1)]
-Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+def no_truth(value: Any) -> Any:
+    """Refuse true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a valid integer or number")
+    return value
+
+
+# Of JSON and of forms alike: 7, 7.0, `7`; and 3.5, `3.5`.
+Whole = Annotated[int, BeforeValidator(no_truth)]
+Number = Annotated[float, BeforeValidator(no_truth), Field(allow_inf_nan=False)]
+Steps = Annotated[Whole, Field(ge=1)]
+Guidance = Annotated[Number, Field(ge=0, le=100)]
+Format = Literal["png", "jpeg", "webp"]
 
 
 class ImageFields(BaseModel):
@@ -24,22 +45,23 @@ class ImageFields(BaseModel):
 
     prompt: str
     model: str | None = None
-    n: int | None = Field(None, ge=1)
+    n: Whole | None = Field(None, ge=1, description="or `num_images`, `num_outputs` and so on")
     size: str | None = Field(None, description="`auto` or WIDTHxHEIGHT")
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="drawn and returned if absent")
-    num_inference_steps: Steps | None = None
-    steps: Steps | None = Field(None, description="`num_inference_steps`")
-    step: Steps | None = Field(None, description="`num_inference_steps`")
-    guidance_scale: Guidance | None = None
-    guidance: Guidance | None = Field(None, description="`guidance_scale`")
+    width: Whole | None = Field(None, ge=1)
+    height: Whole | None = Field(None, ge=1)
+    aspect_ratio: str | None = Field(None, description="W:H, where no pixels are sent")
+    resolution: str | None = Field(None, description="`1k`, `2k` or megapixels, like `1 MP`")
+    seed: Whole | None = Field(
+        None, ge=0, le=MAX_SEED, description="drawn and returned if absent or -1"
+    )
+    num_inference_steps: Steps | None = Field(None, description="or `steps`, or `step`")
+    guidance_scale: Guidance | None = Field(None, description="or `guidance`, or `cfg_scale`")
     negative_prompt: str | None = None
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="`url` where the gateway keeps pictures"
     )
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(
+    output_format: Format | None = None
+    output_compression: Whole | None = Field(
         None, ge=0, le=100, description="quality of jpeg and webp"
     )
     background: Literal["auto", "opaque", "transparent"] | None = Field(
@@ -48,7 +70,7 @@ class ImageFields(BaseModel):
     stream: bool | None = Field(
         None, description="server-sent events; previews where the model is a cascade"
     )
-    partial_images: int | None = Field(
+    partial_images: Whole | None = Field(
         None, ge=0, le=3, description="with `stream`: previews of each picture while it is drawn"
     )
     quality: str | None = Field(
@@ -56,75 +78,100 @@ class ImageFields(BaseModel):
         description="`low`, `medium`, `high` and so on: steps, on tiers that are not distilled",
     )
     user: str | None = None
+    _names: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="before")
     @classmethod
-    def drop_nulls(cls, sent: Any) -> Any:
-        """A null says as much as no field, unknown fields' too."""
-        if not isinstance(sent, dict):
-            return sent
-        return {name: value for name, value in sent.items() if value is not None}
+    def read(cls, sent: Mapping[str, Any], *, has_images: bool = False) -> "ImageFields":
+        """Check what a client sent, by whatever names. BadRequest says what is wrong, by its own.
 
-    def sent_as(self, names: tuple[str, ...]) -> str | None:
-        """The first of a field's names under which it was sent."""
-        return next((name for name in names if getattr(self, name) is not None), None)
+        `has_images`: beside these fields.
+        """
+        values, names = heed(sent)
+        fields = cls.of(values, names)
+        check_supported(fields, has_images=has_images)
+        return fields
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any], names: Mapping[str, str]) -> "ImageFields":
+        """Check the types and limits of values by our names; `names` are the caller's."""
+        try:
+            fields = cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise bad_request(error, names) from None
+        fields._names.update(names)
+        return fields
 
-def check_json(body: bytes) -> None:
-    """Raises for a body of many small values: each becomes an object, a hundred times its bytes.
-
-    Pictures in base64 have none of these signs, and a prompt is short.
-    """
-    if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_JSON_VALUES:
-        raise BadRequest("the body has too many values")
+    def named(self, field: str) -> str:
+        """Return what the caller calls a field."""
+        return self._names.get(field, field)
 
 
 def parse_json(body: bytes) -> ImageFields:
     """The fields of a JSON body."""
-    check_json(body)
-    try:
-        fields = ImageFields.model_validate_json(body, strict=True)
-    except ValidationError as error:
-        raise bad_request(error) from None
-    check_supported(fields)
-    return fields
+    return ImageFields.read(parse_object(body))
 
 
-def parse_text(parts: dict[str, str]) -> ImageFields:
-    """The fields of a form, where every value is text."""
-    try:
-        fields = ImageFields.model_validate_strings(parts)
-    except ValidationError as error:
-        raise bad_request(error) from None
-    check_supported(fields)
-    return fields
-
-
-def bad_request(error: ValidationError) -> BadRequest:
-    """The first thing that is wrong, in words for the caller."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "missing":
-        return BadRequest(f"{field} is required", field)
-    if first["type"] == "json_invalid":
-        return BadRequest("the body is not valid JSON")
-    if field is None:
+def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) -> BadRequest:
+    """The first thing that is wrong, in words for the caller, by the names that it used."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = [each for each in first["loc"] if isinstance(each, str)]
+    if not path:
         return BadRequest("the body must be a JSON object")
-    return BadRequest(f"{field}: {first['msg'][0].lower()}{first['msg'][1:]}", field)
+    path[0] = (names or {}).get(path[0], path[0])
+    where, field = ".".join(path), path[-1]
+    if first["type"] == "missing":
+        return BadRequest(f"{where} is required", field)
+    reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        reason = "input should be an object"
+    if first["type"] == "less_than_equal":
+        # Its own words round large numbers.
+        reason = f"input should be less than or equal to {first['ctx']['le']}"
+    if path[-1] == "seed" and first["type"] == "greater_than_equal":
+        reason += "; leave it out, or send -1, for any"
+    return BadRequest(f"{where}: {reason}", field)
 
 
-def check_supported(fields: ImageFields) -> None:
+def check_supported(fields: ImageFields, *, has_images: bool = False) -> None:
     """Raises for what would change the answer and is not there yet."""
     if not fields.prompt.strip():
-        raise BadRequest("prompt is empty", "prompt")
-    for names in (STEPS, GUIDANCE):
-        check_same(fields, names)
+        raise BadRequest("prompt is empty", fields.named("prompt"))
     if fields.background == "transparent":
         raise BadRequest("transparent backgrounds are not supported", "background")
+    extra = fields.model_extra or {}
+    has_images = has_images or any(map(is_image_name, extra))
+    for name, value in extra.items():
+        reason = refusal_of(name, value, has_images=has_images)
+        if reason is not None:
+            called = fields.named(name)[:80]
+            raise BadRequest(f"{called}: {reason}", called)
 
 
-def check_same(fields: ImageFields, names: tuple[str, ...]) -> None:
-    """Raises if a field was sent under two names, with two values."""
-    sent = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
-    if len(set(sent.values())) > 1:
-        raise BadRequest(f"{' and '.join(sent)} disagree", next(iter(sent)))
+def fields_schema() -> dict[str, Any]:
+    """Describe the fields for OpenAPI as they are taken: of numbers and words, text is too."""
+    schema = ImageFields.model_json_schema()
+    schema["properties"] = with_texts(schema["properties"])
+    for name, ours in (
+        ("steps", "num_inference_steps"),
+        ("step", "num_inference_steps"),
+        ("guidance", "guidance_scale"),
+        ("num_images", "n"),
+    ):
+        schema["properties"][name] = {"description": f"`{ours}`"}
+    return schema
+
+
+def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
+    """Add to each that may be null that it may be text: forms have nothing else, and empty is none.
+
+    A seed may be -1, and a size an object with both sides.
+    """
+    widened = {}
+    for name, each in properties.items():
+        if "anyOf" in each:
+            further = [AS_TEXT]
+            if name == "seed":
+                further.append({"const": -1})
+            each = each | {"anyOf": [*each["anyOf"], *further]}
+        widened[name] = each
+    return widened

@@ -1,58 +1,68 @@
 """The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, UploadFile
 
 from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.foreign_fields import (
+    is_image_name,
+    is_mask_name,
+    number_of,
+    plain_name,
+)
 from flux_ray.gateway.sources import Source, Sources
 from flux_ray.gateway.targets import Target
 
-NAMES = ("image", "images", "url", "ref_images", "reference_image")
-REFERENCE_FIELDS = {*NAMES, *(f"{name}[]" for name in NAMES)}
-# OpenAI's, and its kin's.
+# What OpenAPI shows of the names that `foreign_fields` knows.
+REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")
 MASK_NAMES = ("mask", "mask_image")
-MASK_FIELDS = {*MASK_NAMES, *(f"{name}[]" for name in MASK_NAMES)}
-PICTURE_FIELDS = REFERENCE_FIELDS | MASK_FIELDS
 # How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
-WRAPPERS = ("image_url", "url", "b64_json")
+WRAPPERS = ("image_url", "url", "b64_json", "image", "data", "base64")
 MAX_DEPTH = 4
-_NUMBERED = re.compile(r"\[[0-9]{1,3}\]$")
 
 
 def sources_in_json(fields: Mapping[str, Any], target: Target) -> Sources:
-    """The pictures of a JSON body, in its order."""
+    """The pictures of a JSON body, by their numbers, then in its order."""
 
-    def of(wanted: set[str]) -> Iterator[Source]:
-        names = [name for name in fields if name in wanted]
+    def of(is_wanted: Callable[[str], bool]) -> Iterator[Source]:
+        names = sorted(filter(is_wanted, fields), key=number_of)
         return (source for name in names for source in unwrapped(name, fields[name]))
 
-    return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
+    return checked(of(is_image_name), of(is_mask_name), target)
 
 
-def listed(name: str) -> str:
-    """A form's `image[0]` is its `image[]`: some clients number them."""
-    return _NUMBERED.sub("[]", name)
+def is_picture_name(name: str) -> bool:
+    """Whether a form's part of that name is a reference or a mask."""
+    name = plain_name(name)
+    return is_image_name(name) or is_mask_name(name)
 
 
 def sources_in_form(form: FormData, target: Target) -> Sources:
-    """The pictures of a form, as files or as text, in its order."""
+    """The pictures of a form, as files or as text, by their numbers, then in its order."""
+    parts = [(name, value) for name, value in form.multi_items() if not is_unfilled(value)]
 
-    def of(wanted: set[str]) -> Iterator[Source]:
-        parts = ((listed(name), value) for name, value in form.multi_items())
-        parts = ((name, value) for name, value in parts if name in wanted)
-        return (Source(name, value) for name, value in parts if value)
+    def of(is_wanted: Callable[[str], bool]) -> Iterator[Source]:
+        wanted = [part for part in parts if is_wanted(plain_name(part[0]))]
+        wanted.sort(key=lambda part: number_of(part[0]))
+        return (Source(name, value) for name, value in wanted)
 
-    return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
+    return checked(of(is_image_name), of(is_mask_name), target)
+
+
+def is_unfilled(value: UploadFile | str) -> bool:
+    """Whether nothing was chosen: browsers then send a file without a name and without bytes."""
+    if isinstance(value, UploadFile):
+        return not value.filename and not value.size
+    return not value.strip()
 
 
 def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[Source]:
     """The texts in a field's value: one, a list of them, or objects with one."""
     if isinstance(value, str):
         # Some clients send every field that they know.
-        if value:
+        if value.strip():
             yield Source(field, value)
         return
     if depth and isinstance(value, list):

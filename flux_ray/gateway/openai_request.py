@@ -5,10 +5,18 @@ import uuid
 
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.openai_fields import GUIDANCE, MAX_SEED, STEPS, ImageFields
+from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
 from flux_ray.gateway.references import MAX_ASPECT
 from flux_ray.gateway.scaled_sizes import generated_size
-from flux_ray.gateway.sizes import check_size, parse_size, size_like
+from flux_ray.gateway.sizes import (
+    check_size,
+    fitted,
+    parse_size,
+    ratio_of,
+    shape_in,
+    side_of,
+    size_like,
+)
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 
@@ -25,10 +33,12 @@ def request_for(
 ) -> ImageRequest:
     """The complete request; its id is ours, for two clients may send the same one."""
     if len(fields.prompt) > limits.max_prompt_chars:
-        raise BadRequest(f"prompt is longer than {limits.max_prompt_chars} characters", "prompt")
+        message = f"prompt is longer than {limits.max_prompt_chars} characters"
+        raise BadRequest(message, fields.named("prompt"))
     num_images = fields.n or 1
     if num_images > limits.max_images:
-        raise BadRequest(f"n must be 1 to {limits.max_images}", "n")
+        name = fields.named("n")
+        raise BadRequest(f"{name} must be 1 to {limits.max_images}", name)
     if len(references) > tier.max_references:
         raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
     if mask is not None:
@@ -68,41 +78,60 @@ def check_mask(mask: Mask, references: tuple[Raster, ...], tier: Tier) -> None:
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
     """What was asked for, else the first reference's size, else the tier's default."""
-    asked = None if fields.size in (None, "auto") else parse_size(fields.size or "")
+    size, width, height = map(fields.named, ("size", "width", "height"))
+    asked = None if fields.size in (None, "auto") else parse_size(fields.size or "", size)
     if fields.width is not None or fields.height is not None:
         if fields.width is None or fields.height is None:
-            missing = "width" if fields.width is None else "height"
+            missing = width if fields.width is None else height
             raise BadRequest("width and height come together", missing)
         if asked not in (None, (fields.width, fields.height)):
-            raise BadRequest("size and width x height disagree", "size")
-        check_size(fields.width, fields.height, tier, ("width", "height"))
+            raise BadRequest(f"{size} and width x height disagree", size)
+        check_size(fields.width, fields.height, tier, (width, height))
         return fields.width, fields.height
     if asked is not None:
-        check_size(*asked, tier, ("size", "size"))
+        check_size(*asked, tier, (size, size))
         return asked
+    if fields.aspect_ratio is not None or fields.resolution is not None:
+        return shape_for(fields, tier, references)
     if references:
         return size_like(references[0], tier)
     return tier.default_side, tier.default_side
 
 
+def shape_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+    """Return the size in the ratio that was sent, else the first reference's, else a square.
+
+    Its area is the resolution that was sent, as far as the tier draws it, else the tier's default.
+    """
+    ratio, side = 1.0, float(tier.default_side)
+    if references:
+        ratio = references[0].width / references[0].height
+    if fields.aspect_ratio is not None:
+        ratio = ratio_of(fields.aspect_ratio, fields.named("aspect_ratio"))
+    if fields.resolution is not None:
+        side = side_of(fields.resolution, fields.named("resolution"))
+    width, height = shape_in(side, ratio)
+    if tier.scales_sizes and fields.resolution is not None:
+        return round(width), round(height)
+    return fitted(width, height, tier)
+
+
 def steps_for(fields: ImageFields, tier: Tier) -> int:
     """The caller's number of steps, else that of the quality, else the tier's own."""
-    name = fields.sent_as(STEPS)
-    if name is None:
+    num_steps = fields.num_inference_steps
+    if num_steps is None:
         return tier.steps_at(fields.quality) or tier.num_steps
-    num_steps: int = getattr(fields, name)
     if num_steps > tier.max_steps:
+        name = fields.named("num_inference_steps")
         raise BadRequest(f"{name} must be 1 to {tier.max_steps}", name)
     return num_steps
 
 
 def guidance_for(fields: ImageFields, tier: Tier) -> float:
     """The caller's only where it changes the picture."""
-    name = fields.sent_as(GUIDANCE)
-    if name is None or not tier.is_guided:
+    if fields.guidance_scale is None or not tier.is_guided:
         return tier.guidance
-    guidance: float = getattr(fields, name)
-    return guidance
+    return fields.guidance_scale
 
 
 def seed_for(fields: ImageFields, num_images: int) -> int:

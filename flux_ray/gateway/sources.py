@@ -21,6 +21,7 @@ Read = TypeVar("Read")
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 # What PNG, JPEG and WEBP begin with in base64; no prompt is one long word.
 _PICTURE = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|UklGR)\S{50}", re.IGNORECASE)
+_LISTED = re.compile(r"\[[0-9]{0,3}\]$")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
 # Both alphabets, and no line breaks.
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -35,8 +36,8 @@ class Source(NamedTuple):
 
     @property
     def param(self) -> str:
-        """The field as errors name it: `image[]` is `image`."""
-        return self.field.removesuffix("[]")
+        """The field as errors name it: `image[]` and `image[0]` are `image`."""
+        return _LISTED.sub("", self.field)
 
 
 class Sources(NamedTuple):
@@ -54,11 +55,33 @@ class Pictures(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-async def read_pictures(sources: Sources, limits: Limits, fetcher: Fetcher) -> Pictures:
-    """The decoded pictures, one at a time, so that one only is in memory undecoded."""
+async def read_pictures(
+    sources: Sources,
+    limits: Limits,
+    fetcher: Fetcher,
+    read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
+) -> Pictures:
+    """The decoded pictures, one at a time, so that one only is in memory undecoded.
+
+    `read_mask`: what of a mask is marked differs by dialect.
+    """
     reader = reader_for(limits, fetcher)
     references = await reader.read_references(sources.references)
-    mask = None if sources.mask is None else await reader.read(sources.mask, "mask", decode_mask)
+    mask = None if sources.mask is None else await reader.read(sources.mask, "mask", read_mask)
+    return Pictures(references, mask, tuple(reader.notes))
+
+
+async def read_with_alpha(
+    sources: Sources,
+    limits: Limits,
+    fetcher: Fetcher,
+    decode_first: Callable[[bytes, Limits, str], tuple[Raster, Mask | None]],
+) -> Pictures:
+    """The decoded pictures, where the first one's alpha channel may be its mask."""
+    reader = reader_for(limits, fetcher)
+    first, *others = sources.references
+    raster, mask = await reader.read(first, "image 1", decode_first)
+    references = (raster, *await reader.read_references(others, first=2))
     return Pictures(references, mask, tuple(reader.notes))
 
 
@@ -93,6 +116,9 @@ class Reader(NamedTuple):
     ) -> Read:
         """One picture; decoding takes a while, so it is done off the event loop."""
         content, limits = source.content, self.limits
+        if isinstance(content, str):
+            # Some clients end lines before a data URL, too.
+            content = content.strip()
         try:
             if isinstance(content, UploadFile):
                 data = await content.read(limits.max_image_bytes + 1)
@@ -117,7 +143,7 @@ def is_url(text: str) -> bool:
 
 def is_picture(text: str) -> bool:
     """Whether that is base64 of a picture, and not words."""
-    return _PICTURE.match(text) is not None
+    return _PICTURE.match(text[:200].lstrip()) is not None
 
 
 def decode_base64(text: str, limits: Limits, name: str) -> bytes:

@@ -38,7 +38,7 @@ async def test_text_parts_are_parsed(client, handles, picture):
         "guidance": "2.5",
         "output_format": "jpeg",
         "stream": "false",
-        "strength": "0.5",
+        "style": "vivid",
         "partial_images": "0",
         "colour": "red",
     }
@@ -49,7 +49,7 @@ async def test_text_parts_are_parsed(client, handles, picture):
     assert (request.width, request.height) == (128, 64)
     assert answer.json()["warnings"] == [
         "guidance has no effect on tiny",
-        "strength has no effect on tiny",
+        "style has no effect on tiny",
         "unknown field 'colour' was ignored",
     ]
 
@@ -77,7 +77,7 @@ async def test_size_follows_the_first_reference(client, handles, picture, size, 
     ("fields", "param"),
     [
         ({"seed": "seven"}, "seed"),
-        ({"seed": ""}, "seed"),
+        ({"strength": "0.5"}, "strength"),
         ({"n": "1.5"}, "n"),
         ({"n": "9"}, "n"),
         ({"guidance": "nan"}, "guidance"),

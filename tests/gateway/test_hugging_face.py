@@ -100,9 +100,9 @@ async def test_one_side_alone_is_a_square(ask, handles):
 
 
 async def test_what_is_beside_the_parameters(client, handles):
-    body = {"inputs": "a ring", "parameters": None, "options": {"use_cache": False}, "seed": 7}
+    body = {"inputs": "a ring", "parameters": None, "options": {"use_cache": False}, "tint": 7}
     answer = await client.post(PATH, json=body)
-    assert answer.headers["x-flux-warnings"] == "unknown field 'seed' was ignored"
+    assert answer.headers["x-flux-warnings"] == "unknown field 'tint' was ignored"
     for name in ("image", "mask"):
         answer = await client.post(PATH, json={"inputs": "a ring", name: "aGk="})
         assert (answer.status_code, len(handles.requests)) == (400, 1)

@@ -35,7 +35,7 @@ def api(handles, turns, bill):
         ({"quality": "low", "steps": 33}, 33, NO_EFFECT),
         ({"quality": "auto", "steps": 33}, 33, []),
         ({"quality": "ultra"}, 50, NO_EFFECT),
-        ({"quality": ""}, 50, NO_EFFECT),
+        ({"quality": ""}, 50, []),
     ],
 )
 async def test_it_is_a_number_of_steps(client, handles, fields, num_steps, warnings):

@@ -1,0 +1,187 @@
+"""What other servers call things: one table of names, from which each dialect takes its part.
+
+What decides what is in the image, its shape, or how many there are is heeded under every name whose
+meaning is clear (`SAME`, `IMAGES`, `MASKS`), else refused by name (`REFUSED`). What tunes how a
+model gets there, safety flags and bookkeeping are named in warnings (`NO_EFFECT`).
+"""
+
+import re
+from typing import Any
+
+from flux_ray.gateway.sources import is_picture, is_url
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Return the words of a text."""
+    return frozenset(text.split())
+
+
+# Our name of a field, and what others call it.
+SAME: dict[str, tuple[str, ...]] = {
+    ours: tuple(others.split())
+    for ours, others in {
+        "prompt": "text_prompt positive_prompt",
+        "n": "num_images num_outputs num_images_per_prompt number_of_images num_image num_samples"
+        " n_samples n_images samples image_count images_count sample_count batch_size batch_count"
+        " n_iter",
+        "num_inference_steps": "steps step inference_steps num_steps sampling_steps sample_steps",
+        "guidance_scale": "guidance cfg_scale cfg distilled_guidance",
+        "negative_prompt": "negative",
+        "size": "image_size dimensions output_size",
+        "width": "image_width output_width w",
+        "height": "image_height output_height h",
+        "aspect_ratio": "ratio aspect image_aspect_ratio output_aspect_ratio",
+        "resolution": "megapixels output_megapixels",
+        "seed": "random_seed noise_seed manual_seed",
+        "output_format": "format image_format output_type file_format output_mime_type mime_type",
+        "output_compression": "output_quality jpeg_quality",
+    }.items()
+}
+# References; `image2` and `image_2` come in the order of their numbers.
+IMAGES = names_in(
+    "image images url urls ref_images reference_image image_url image_urls images_url"
+    " images_urls input_image input_images input_image_url input_image_urls input_url"
+    " input_urls input_reference input_references reference_images reference_image_url"
+    " reference_image_urls reference_url reference_urls references ref_image ref_image_url"
+    " ref_image_urls ref_url init_image init_images init_image_url source_image source_images"
+    " source_image_url source_url image_file image_files image_data image_base64 image_b64"
+    " base64_image img img_url imgs file files file_url"
+)
+MASKS = names_in(
+    "mask mask_image mask_url mask_image_url image_mask mask_img mask_file mask_data"
+    " mask_base64 mask_b64 inpaint_mask inpainting_mask"
+)
+# Names that ask for what is not served, and what to do instead.
+_REASONS = {
+    "control_image control_images control_image_url control_net controlnet controlnets controls"
+    " control_mode preprocessed_image canny_image depth_image edge_image": "control images are not"
+    " served",
+    "image_prompt image_prompts image_prompt_url": "pictures as prompts are not served: send image"
+    " (on BFL's routes input_image)",
+    "style_image style_images style_image_url style_reference style_reference_images face_image"
+    " subject_reference character_reference character_reference_images pose_image redux_image"
+    " ip_adapter ip_adapters ip_adapter_image ip_adapter_images markup": "images of a style, a face"
+    " or a pose are not served: send image, and say in the prompt what it is for",
+    "lora loras lora_url lora_urls lora_weights lora_path hf_lora extra_lora adapter adapters"
+    " finetune finetune_id embeddings textual_inversion": "adapters are the operator's here: a"
+    " request cannot name any",
+    "top bottom left right outpaint expand expand_image zoom_out": "expanding is not served",
+    "enable_upscaling upscale upscale_factor upscaling_scale enable_hr hr_scale": "upscaling is not"
+    " served: send size",
+    "extra_params diffusers_kwargs input parameters provider_options": "fields inside of it are not"
+    " read: they belong beside the prompt",
+    "invert_mask mask_invert inpainting_mask_invert": "masks are not inverted here",
+    "mask_prompt mask_text mask_blur mask_blur_factor": "masks are images here, and as hard as they"
+    " are: send mask",
+    "prompt_2 prompts text_prompts": "there is one prompt: send prompt",
+    "seeds subseed variation_seed": "there is one seed: send seed",
+    "style_preset style_id style_codes style_type color_palette": "styles are not served: say it in"
+    " the prompt",
+    "bboxes bounding_boxes regions regional_prompts": "regions are not served: say it in the"
+    " prompt",
+    "orientation": "send size, or aspect_ratio like 16:9",
+    "tiling seamless": "seamless images are not served",
+    "transparent_background transparent remove_background rembg": "transparent backgrounds are not"
+    " supported",
+    "sequential_image_generation max_images": "series are not served: send n",
+    "input_image_blob_path image_path": "paths on the server are not read",
+    "file_id file_ids": "files are not kept here: send the image itself",
+}
+REFUSED = {name: reason for names, reason in _REASONS.items() for name in names.split()}
+# Of images that are edited: 1 is as without them, and without an image they say nothing.
+STRENGTHS = names_in(
+    "strength prompt_strength denoising_strength denoise denoise_strength image_strength"
+    " img_strength image_weight image_guidance_scale init_image_strength"
+)
+STRENGTH_REASON = "how near the answer stays to the image cannot be set here: say it in the prompt"
+# These never change an image, and are sent for the operator's sake.
+SILENT = frozenset({"safety_identifier"})
+NO_EFFECT = STRENGTHS | names_in(
+    "bot_task complexity disable_safety_checker enable_safety_checker enable_teacache"
+    " enhance_prompt flow_shift frame_count frame_duration_ms generator_device go_fast"
+    " image_prompt_strength input_fidelity layers max_sequence_length moderation"
+    " perf_dump_path profile prompt_upsampling return_stage_metrics safety_checker"
+    " safety_tolerance sampler sampler_name scheduler style svg sync_mode system_prompt"
+    " task_type true_cfg_scale upscaling_model_path vae_use_slicing vae_use_tiling"
+)
+EXTRA_BODY = "extra_body"
+# The values that ask for nothing, of fields that are refused or have no effect.
+ASKS_NOTHING = {"", "0", "0.0", "auto", "disabled", "false", "none", "null", "off"}
+# A URL under a name that nobody knows is that of an image, if the name has one of these.
+_IMAGE_WORDS = names_in(
+    "image images img picture pictures photo photos mask reference references ref refs"
+)
+MAX_NAME_CHARS = 80
+MAX_LOOKED_AT = 50
+OURS = {other: ours for ours, others in SAME.items() for other in others}
+_KNOWN = frozenset({*SAME, *OURS, *REFUSED, EXTRA_BODY}) | IMAGES | MASKS | NO_EFFECT | SILENT
+_NUMBER = re.compile(r"_?([0-9]{1,2})$")
+_LISTED = re.compile(r"\[[0-9]{0,3}\]$")
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+def snake(name: str) -> str:
+    """Return `image_url` for `imageUrl` and `image-url`."""
+    return _CAMEL.sub("_", name).lower().replace("-", "_")
+
+
+def plain_name(name: str) -> str:
+    """Return the name as it stands in this table, if it does, however it is spelled."""
+    if len(name) > MAX_NAME_CHARS:
+        return name
+    plain = snake(name)
+    return plain if plain in _KNOWN or is_image_name(plain) or is_mask_name(plain) else name
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a reference is sent in it: `image`, `image[]`, `image[0]`, `image2`, `image_2`."""
+    return _NUMBER.sub("", _LISTED.sub("", name)) in IMAGES
+
+
+def is_mask_name(name: str) -> bool:
+    """Whether a mask is sent in it."""
+    return _LISTED.sub("", name) in MASKS
+
+
+def number_of(name: str) -> int:
+    """Return a reference's place among the others; a name without a number is as one with 1."""
+    match = _NUMBER.search(_LISTED.sub("", name))
+    return 1 if match is None else int(match[1])
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field with that value asks for as little as none."""
+    if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
+        return False
+    return value in ([], {}) or str(value).strip().lower() in ASKS_NOTHING
+
+
+def holds_image(name: str, value: Any) -> bool:
+    """Whether an unknown field has an image in it: its bytes, or by its name its URL."""
+    may_be_url = bool(_IMAGE_WORDS & set(snake(name[:MAX_NAME_CHARS]).split("_")))
+    waiting, num_seen = [value], 0
+    while waiting and num_seen < MAX_LOOKED_AT:
+        each = waiting.pop()
+        num_seen += 1
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+        elif isinstance(each, str):
+            text = each[:200].strip()
+            if is_picture(text) or (may_be_url and is_url(text)):
+                return True
+    return False
+
+
+def refusal_of(name: str, value: Any, *, has_images: bool) -> str | None:
+    """Return why a field cannot be heeded that would change the image; None if it may be sent."""
+    if name in STRENGTHS:
+        is_whole = isinstance(value, str | int | float) and str(value).strip() in ("1", "1.0")
+        return STRENGTH_REASON if has_images and not is_whole else None
+    if name in REFUSED:
+        return None if is_nothing(value) else REFUSED[name]
+    is_known = name in _KNOWN or is_image_name(name) or is_mask_name(name)
+    if not is_known and holds_image(name, value):
+        return "no image is read from this field: send it as image"
+    return None
