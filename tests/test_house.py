@@ -19,6 +19,7 @@ NOUNS = {
     "cards",
     "catalog",
     "config",
+    "deferred",
     "gateway_config",
     "job_config",
     "errors",
@@ -27,6 +28,7 @@ NOUNS = {
     "keys",
     "metrics",
     "request",
+    "resizing",
     "workload",
 }
 # Of our own rooms: whom each may import besides itself. The nouns see each other only.
