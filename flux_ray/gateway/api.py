@@ -83,8 +83,7 @@ def build_api(
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
     api = bare_api(desk)
-    max_bytes = args.limits.max_body_bytes
-    api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
+    api.add_middleware(BodyLimit, limits=args.limits, max_body_s=max_body_s)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))

@@ -11,10 +11,11 @@ from flux_ray.gateway.bfl_fields import MAX_PIXELS, MAX_RATIO, MIN_SIDE, BflFiel
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
+from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.sizes import fitted, size_like, sized
 from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
-from flux_ray.request import ImageFormat, ImageRequest, Raster
+from flux_ray.request import ImageFormat, ImageRequest
 
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.
 NUM_PREVIEWS = 3
@@ -33,7 +34,7 @@ def job_request_for(
 
 
 def openai_fields(
-    sent: BflFields, name: str, tier: Tier, references: tuple[Raster, ...]
+    sent: BflFields, name: str, tier: Tier, references: tuple[SentImage, ...]
 ) -> ImageFields:
     """The same wish in the words of OpenAI's routes."""
     width, height = size_for(sent, tier, references)
@@ -56,7 +57,7 @@ def default_format(name: str) -> ImageFormat:
     return "png" if "kontext" in name else "jpeg"
 
 
-def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+def size_for(sent: BflFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
     """The pixels that were sent, else the ratio, else the first reference's, else the default.
 
     What BFL's own API takes is drawn as large as the tier can; clients always send some sizes.
@@ -68,7 +69,9 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
     return fitted(width, height, tier)
 
 
-def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[float, float]:
+def pixels_for(
+    sent: BflFields, tier: Tier, references: tuple[SentImage, ...]
+) -> tuple[float, float]:
     """Before they are fitted to the tier; of one side alone, in the ratio of the default."""
     default = tier.default_side, tier.default_side
     if references:
@@ -95,15 +98,19 @@ def ratio_of(text: str) -> float:
 
 
 def job_warnings_for(
-    sent: BflFields, name: str, request: ImageRequest, tier: Tier
+    sent: BflFields,
+    name: str,
+    request: ImageRequest,
+    tier: Tier,
+    references: tuple[SentImage, ...] = (),
 ) -> tuple[str, ...]:
     """What the caller sent and does not get."""
-    warnings = warnings_for(openai_fields(sent, name, tier, request.references), tier)
+    warnings = warnings_for(openai_fields(sent, name, tier, references), tier)
     if sent.steps is not None and not tier.is_guided:
         warnings.append(f"steps has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     drawn = request.width, request.height
-    width, height = map(round, pixels_for(sent, tier, request.references))
+    width, height = map(round, pixels_for(sent, tier, references))
     if (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
         warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")
     unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
@@ -16,11 +17,12 @@ from flux_ray.gateway.openai_fields import ImageFields, bad_request, check_json,
 from flux_ray.gateway.openai_references import MASK_FIELDS, PICTURE_FIELDS, REFERENCE_FIELDS
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_of
-from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.sources import Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.request import ImageFormat, Raster
+from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 
 FORMATS: dict[str, ImageFormat] = {
@@ -93,16 +95,10 @@ class HuggingFace:
 
     async def draw(self, request: Request, model: str) -> Response:
         """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
-        target = self.orders.target_of(request, model)
-        sent = parse_inputs(await request.body())
-        fields = fields_of(sent, format_of(request))
-        references = await self.references_of(sent, target)
-        order = self.orders.take(
-            request, target, lambda tier: request_for(fields, tier, self.limits, references)
-        )
+        fields, unknown, order = await self.read(request, model)
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
-        warnings = [*warnings_of(fields, result), *unknown_in(sent)]
+        warnings = [*warnings_of(fields, result), *unknown]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
@@ -112,14 +108,26 @@ class HuggingFace:
         media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
-    async def references_of(self, sent: Inputs, target: Target) -> tuple[Raster, ...]:
+    async def read(self, request: Request, model: str) -> tuple[ImageFields, list[str], Order]:
+        """What the body asks for, what of it nobody knows, and its order; it is not kept itself."""
+        target = self.orders.target_of(request, model)
+        sent = parse_inputs(await read_body(request))
+        fields = fields_of(sent, format_of(request))
+        references = await self.references_of(sent, target)
+        order = await self.orders.take(
+            request, target, lambda tier: request_for(fields, tier, self.limits, references)
+        )
+        forget_body(request)
+        return fields, unknown_in(sent), order
+
+    async def references_of(self, sent: Inputs, target: Target) -> tuple[SentImage, ...]:
         """The picture to edit, if there is one."""
         if sent.wish.prompt is None:
             return ()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
         sources = Sources([Source("inputs", sent.inputs)])
-        return (await read_pictures(sources, self.limits, self.fetcher)).references
+        return (await read_pictures(sources, target, self.limits, self.fetcher)).references
 
 
 def body_schema() -> dict[str, Any]:

@@ -32,6 +32,14 @@ def sources_in_json(fields: Mapping[str, Any], target: Target) -> Sources:
     return checked(of(REFERENCE_FIELDS), of(MASK_FIELDS), target)
 
 
+def take_sources(fields: dict[str, Any], target: Target) -> Sources:
+    """The same, which the fields then have no more: they are kept for longer than the pictures."""
+    sources = sources_in_json(fields, target)
+    for name in PICTURE_FIELDS & fields.keys():
+        del fields[name]
+    return sources
+
+
 def listed(name: str) -> str:
     """A form's `image[0]` is its `image[]`: some clients number them."""
     return _NUMBERED.sub("[]", name)

@@ -5,7 +5,7 @@ import re
 
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadRequest
-from flux_ray.request import Raster
+from flux_ray.gateway.references import SentImage
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -32,7 +32,7 @@ def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> 
         raise BadRequest(f"{tier.name} draws at most {tier.max_pixels} pixels", fields[0])
 
 
-def size_like(reference: Raster, tier: Tier) -> tuple[int, int]:
+def size_like(reference: SentImage, tier: Tier) -> tuple[int, int]:
     """The reference's size, as far as the tier draws it."""
     return fitted(reference.width, reference.height, tier)
 
