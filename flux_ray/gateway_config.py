@@ -24,12 +24,15 @@ TAKEN |= {"models", "jobs"}
 
 # As browsers send it: without a path, not even a slash.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\s*]+)$")]
+# While an image is decoded, for a pixel.
+MAX_WORK_BYTES = 46
 
 
 class Limits(Args):
     """What the gateway refuses before it is decoded.
 
-    `max_held_bytes`: of the decoded pictures of all requests that it has in hand.
+    `max_held_bytes`: of all that it has in hand, bodies and images, of callers and of jobs; who
+    finds no room is told to come back.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -38,6 +41,16 @@ class Limits(Args):
     max_held_bytes: int = 2 * 2**30
     max_prompt_chars: int = 32_000
     max_images: int = 10
+
+    @property
+    def max_work_bytes(self) -> int:
+        """Of images in the moment in which they are decoded: always room for the largest one."""
+        return min(MAX_WORK_BYTES * self.max_image_pixels, self.max_held_bytes // 2)
+
+    @property
+    def max_kept_bytes(self) -> int:
+        """Of what stays for a while: the rest of them."""
+        return self.max_held_bytes - self.max_work_bytes
 
 
 class Fetching(Args):

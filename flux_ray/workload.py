@@ -110,10 +110,16 @@ def reference_pixels(width: int, height: int, max_pixels: int) -> int:
 
     As Flux2ImageProcessor does it, to the pixel.
     """
-    if width * height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
-        width, height = int(width * scale), int(height * scale)
+    width, height = scaled_size(width, height, max_pixels)
     return width // TOKEN_SIDE * TOKEN_SIDE * (height // TOKEN_SIDE * TOKEN_SIDE)
+
+
+def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height of a reference that is scaled down to so many pixels, where it has more."""
+    if width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    return int(width * scale), int(height * scale)
 
 
 _FLUX2_VAE = VaeWork(4_136_832, 9_465_120, 0.5)

@@ -20,6 +20,7 @@ NOUNS = {
     "cards",
     "catalog",
     "config",
+    "deferred",
     "gateway_config",
     "job_config",
     "errors",
@@ -28,6 +29,7 @@ NOUNS = {
     "keys",
     "metrics",
     "request",
+    "resizing",
     "wire",
     "workload",
 }

@@ -5,49 +5,16 @@ puts them in the place of tokens outside of the mask. It decodes these too, whic
 picture and not the picture: here its own pixels are put back there.
 """
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.pictures import image_for
 from flux_ray.engine.state import Edit, ImageState
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask
+from flux_ray.resizing import mask_image
 from flux_ray.workload import TOKEN_SIDE
-
-# Of 255: where a scaled mask's edge is.
-THRESHOLD = 128
-
-
-def fit_picture(picture: Raster, size: tuple[int, int]) -> Raster:
-    """The picture in the size drawn; to the pixel what it was if it had that size."""
-    if (picture.width, picture.height) == size:
-        return picture
-    return raster_for(image_for(picture).resize(size, Image.Resampling.LANCZOS))
-
-
-def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """The mask, scaled as its picture is; specks that would be lost are pixels, if all would be."""
-    if (mask.width, mask.height) == size:
-        return mask
-    scaled = mask_image(mask).resize(size, Image.Resampling.LANCZOS)
-    marks = scaled.point([255 * (value >= THRESHOLD) for value in range(256)]).tobytes()
-    return Mask(*size, marks if 255 in marks else specks(mask, size))
-
-
-def specks(mask: Mask, size: tuple[int, int]) -> bytes:
-    """The marks of every scaled pixel that a mark falls into."""
-    width, height = size
-    rows, columns = np.nonzero(np.asarray(mask_image(mask)))
-    marks = np.zeros((height, width), np.uint8)
-    marks[rows * height // mask.height, columns * width // mask.width] = 255
-    return marks.tobytes()
-
-
-def mask_image(mask: Mask) -> Image.Image:
-    """As a grey picture, white where to draw."""
-    return Image.frombytes("L", (mask.width, mask.height), mask.marks)
 
 
 def token_weights(mask: Mask, latents: Tensor) -> Tensor:

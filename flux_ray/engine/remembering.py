@@ -6,10 +6,10 @@ from torch import Tensor
 
 from flux_ray.engine.adapter import Adapter
 from flux_ray.engine.cache import Cache
-from flux_ray.engine.inpainting import fit_mask, fit_picture
 from flux_ray.engine.state import Conditioning, PromptEmbeds
 from flux_ray.engine.text_encoder import unpack
 from flux_ray.request import EncodedPrompt, ImageRequest, Raster
+from flux_ray.resizing import fit_mask, fit_picture
 
 
 @dataclass(frozen=True)

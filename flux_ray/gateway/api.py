@@ -76,9 +76,8 @@ def build_api(
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
     api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
-    max_bytes = args.limits.max_body_bytes
-    api.add_middleware(BodyLimit, max_body_bytes=max_bytes, max_body_s=max_body_s)
-    api.add_middleware(Unpacking, max_body_bytes=max_bytes)
+    api.add_middleware(BodyLimit, limits=args.limits, max_body_s=max_body_s)
+    api.add_middleware(Unpacking, max_body_bytes=args.limits.max_body_bytes)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))

@@ -1,5 +1,6 @@
 """BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -108,9 +109,10 @@ class Bfl:
     async def submit(self, http: Request, name: str) -> Accepted:
         """From the body to a job that is kept."""
         content_type_of(http, JSON)
-        sent = parse_body(await http.body())
+        body = await http.body()
+        sent = parse_body(body)
         webhook = webhook_of(sent.webhook_url, sent.webhook_secret, self.webhooks)
-        named = idempotency_of(http, await http.body())
+        named = await asyncio.to_thread(idempotency_of, http, body)
         job = await self.jobs.known(http, named)
         if job is None:
             job = await self.hand_in(http, sent, name, named, webhook)
@@ -129,19 +131,20 @@ class Bfl:
         """A new job, of which nobody has heard."""
         target = self.orders.target_of(http, name)
         pictures = await pictures_of(sent, target, self.limits, self.fetcher)
-        order = self.orders.take(
+        order = await self.orders.take(
             http,
             target,
             lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
         )
         request = await self.jobs.choose(order)
-        read = sum(each.width * each.height for each in request.references) / 1e6
+        read = sum(each.width * each.height for each in pictures.references) / 1e6
+        tier = tier_for(request.tier)
         memo = {
             "cost": round(self.orders.router.gpu_seconds(request), 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
             "warnings": (
-                *job_warnings_for(sent, name, request, tier_for(request.tier)),
+                *job_warnings_for(sent, name, request, tier, pictures.references),
                 *pictures.notes,
             ),
         }

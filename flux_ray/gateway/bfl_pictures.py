@@ -16,5 +16,5 @@ async def pictures_of(
     to_fill = {} if sent.image is None else {"image": sent.image}
     taken = sources_in_json(to_fill | sent.others, target)
     if sent.image is None or taken.mask is not None or not taken.references:
-        return await read_pictures(taken, limits, fetcher, decode_painted_mask)
-    return await read_with_alpha(taken, limits, fetcher, decode_with_alpha)
+        return await read_pictures(taken, target, limits, fetcher, decode_painted_mask)
+    return await read_with_alpha(taken, target, limits, fetcher, decode_with_alpha)

@@ -10,11 +10,12 @@ from flux_ray.gateway.bfl_fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
+from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.sources import Pictures
 from flux_ray.gateway_config import Limits
-from flux_ray.request import ImageFormat, ImageRequest, Raster
+from flux_ray.request import ImageFormat, ImageRequest
 
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.
 NUM_PREVIEWS = 3
@@ -32,7 +33,7 @@ def job_request_for(
 
 
 def openai_fields(
-    sent: BflFields, name: str, tier: Tier, references: tuple[Raster, ...]
+    sent: BflFields, name: str, tier: Tier, references: tuple[SentImage, ...]
 ) -> ImageFields:
     """The same wish in the words of OpenAI's routes."""
     width, height = size_for(sent, tier, references)
@@ -57,7 +58,7 @@ def default_format(name: str) -> ImageFormat:
     return "png" if "kontext" in name else "jpeg"
 
 
-def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+def size_for(sent: BflFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
     """The pixels that were sent, else the ratio, else the first reference's, else the default.
 
     What BFL's own API takes is drawn as large as the tier can; clients always send some sizes.
@@ -71,7 +72,9 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tup
     return fitted(width, height, tier)
 
 
-def pixels_for(sent: BflFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[float, float]:
+def pixels_for(
+    sent: BflFields, tier: Tier, references: tuple[SentImage, ...]
+) -> tuple[float, float]:
     """Before they are fitted to the tier; of one side alone, in the ratio of the default."""
     default: tuple[float, float] = tier.default_side, tier.default_side
     if references:
@@ -102,16 +105,20 @@ def shape_for(sent: BflFields, tier: Tier, default: tuple[float, float]) -> tupl
 
 
 def job_warnings_for(
-    sent: BflFields, name: str, request: ImageRequest, tier: Tier
+    sent: BflFields,
+    name: str,
+    request: ImageRequest,
+    tier: Tier,
+    references: tuple[SentImage, ...] = (),
 ) -> tuple[str, ...]:
     """What the caller sent and does not get."""
-    warnings = warnings_for(openai_fields(sent, name, tier, request.references), tier)
+    warnings = warnings_for(openai_fields(sent, name, tier, references), tier)
     if sent.steps is not None and not tier.is_guided:
         warnings.append(f"{sent.named('steps')} has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     warnings += size_notes(request)
     drawn = request.output_size
-    width, height = map(round, pixels_for(sent, tier, request.references))
+    width, height = map(round, pixels_for(sent, tier, references))
     is_too_fine = sent.resolution is not None and width * height > tier.max_pixels
     is_smaller = is_too_fine and not tier.scales_sizes
     if is_smaller or (sent.width or drawn[0], sent.height or drawn[1]) != drawn:

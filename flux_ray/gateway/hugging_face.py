@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
+from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
 from flux_ray.gateway.failures import HubFailure
@@ -24,7 +25,7 @@ from flux_ray.gateway.openai_fields import (
 from flux_ray.gateway.openai_references import is_picture_name
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_of
-from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.sent_fields import SentFields, heed
 from flux_ray.gateway.sources import Pictures, Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
@@ -105,17 +106,7 @@ class HuggingFace:
 
     async def draw(self, request: Request, model: str) -> Response:
         """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
-        check_content_type(request)
-        target = self.orders.target_of(request, model)
-        sent, names = parse_inputs(await request.body())
-        fields = fields_of(sent, names, format_of(request))
-        pictures = await self.pictures_of(sent, target)
-        order = self.orders.take(
-            request,
-            target,
-            lambda tier: request_for(fields, tier, self.limits, pictures.references),
-            pictures.notes,
-        )
+        fields, order = await self.read(request, model)
         result = await self.orders.draw(order)
         drawn = order.request_of(result)
         warnings = [*warnings_of(fields, result), *order.notes_on(result)]
@@ -128,6 +119,22 @@ class HuggingFace:
         media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
+    async def read(self, request: Request, model: str) -> tuple[ImageFields, Order]:
+        """What the body asks for, and its order; the body itself is not kept."""
+        check_content_type(request)
+        target = self.orders.target_of(request, model)
+        sent, names = parse_inputs(await read_body(request))
+        fields = fields_of(sent, names, format_of(request))
+        pictures = await self.pictures_of(sent, target)
+        order = await self.orders.take(
+            request,
+            target,
+            lambda tier: request_for(fields, tier, self.limits, pictures.references),
+            pictures.notes,
+        )
+        forget_body(request)
+        return fields, order
+
     async def pictures_of(self, sent: Inputs, target: Target) -> Pictures:
         """The picture to edit, if there is one."""
         if sent.wish.prompt is None:
@@ -135,7 +142,7 @@ class HuggingFace:
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
         sources = Sources([Source("inputs", sent.inputs)])
-        return await read_pictures(sources, self.limits, self.fetcher)
+        return await read_pictures(sources, target, self.limits, self.fetcher)
 
 
 def body_schema() -> dict[str, Any]:

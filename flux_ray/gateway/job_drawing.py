@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from flux_ray.gateway.callers import allowance_of
+from flux_ray.gateway.job_loading import within_budget
 from flux_ray.gateway.targets import UNLIMITED
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
@@ -36,6 +37,7 @@ class JobDrawing:
 
     async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
         """The job's pictures; raises as the router does."""
+        request = within_budget(request, self.args.limits)
 
         def hear(news: News) -> None:
             if isinstance(news, QueuePosition):

@@ -1,11 +1,16 @@
 """Masks: untrusted bytes to the pixels that are to be drawn anew."""
 
+from dataclasses import replace
+
 from PIL import Image
 
 from flux_ray.errors import BadReference
-from flux_ray.gateway.references import is_opaque, on_white, raster_from, read
+from flux_ray.gateway.decoders import DECODERS, FIRST
+from flux_ray.gateway.held import HELD
+from flux_ray.gateway.references import counted, is_opaque, on_white, raster_from, read
 from flux_ray.gateway_config import Limits
-from flux_ray.request import Mask, Raster
+from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.resizing import fit_mask, fit_picture
 
 MARK_TRANSPARENT = [255] + [0] * 255
 MARK_LIGHT = [0] * 128 + [255] * 128
@@ -20,7 +25,7 @@ def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
     mask = read(data, limits, name, mask_from)
     if 255 not in mask.marks:
         raise BadReference(f"{name} {NOTHING}", "mask")
-    return mask
+    return counted_mask(mask, limits)
 
 
 def decode_painted_mask(data: bytes, limits: Limits, name: str) -> Mask:
@@ -31,7 +36,7 @@ def decode_painted_mask(data: bytes, limits: Limits, name: str) -> Mask:
     mask = read(data, limits, name, painted_mask_from)
     if 255 not in mask.marks:
         raise BadReference(f"{name} {NOTHING}", "mask")
-    return mask
+    return counted_mask(mask, limits)
 
 
 def painted_mask_from(image: Image.Image) -> Mask:
@@ -54,7 +59,37 @@ def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, M
 def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask | None]:
     """A picture, and the mask of its fully transparent pixels, if it has any."""
     rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
-    return raster_from(rgb, limits), mask if 255 in mask.marks else None
+    return raster_from(rgb, limits), counted_mask(mask, limits) if 255 in mask.marks else None
+
+
+def counted_mask(mask: Mask, limits: Limits) -> Mask:
+    """The same, counted while somebody holds it. Overloaded."""
+    return HELD.add(mask, len(mask.marks), limits.max_kept_bytes)
+
+
+async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
+    """The request with its mask, and the picture that it is of, in the size that is drawn.
+
+    To the pixel what a rank makes of them. Overloaded.
+    """
+    if request.mask is None:
+        return request
+    return await DECODERS.run(FIRST, lambda: fit(request, limits))
+
+
+def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
+    """Scale what has another size."""
+    size, mask, (picture, *others) = (
+        (request.width, request.height),
+        request.mask,
+        request.references,
+    )
+    assert mask is not None, "nothing says what is drawn of it"
+    if (picture.width, picture.height) != size:
+        picture = counted(fit_picture(picture, size), limits)
+    if (mask.width, mask.height) != size:
+        mask = counted_mask(fit_mask(mask, size), limits)
+    return replace(request, references=(picture, *others), mask=mask)
 
 
 def mask_from(image: Image.Image) -> Mask:

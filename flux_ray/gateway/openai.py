@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
+from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.edit_form import open_form, text_parts
 from flux_ray.gateway.event_stream import MEDIA_TYPE
@@ -21,12 +22,12 @@ from flux_ray.gateway.openai_references import (
     MASK_NAMES,
     REFERENCE_NAMES,
     sources_in_form,
-    sources_in_json,
+    take_sources,
 )
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import Kind, stream
 from flux_ray.gateway.openai_warnings import warnings_of
-from flux_ray.gateway.orders import Orders
+from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures, read_with_alpha
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
@@ -78,29 +79,38 @@ class OpenAIImages:
         """Pictures from words, and from reference pictures where clients send some here."""
         started_s = time.monotonic()
         content_type_of(request, JSON)
-        fields, target, sources = await self.read_json(request)
-        pictures = await self.read_pictures(fields, sources)
-        return await self.generate(request, fields, target, pictures, started_s)
+        fields, order = await self.read_json(request)
+        return await self.generate(request, fields, order, started_s)
 
     async def edits(self, request: Request) -> Response:
         """Pictures from words and one or more reference pictures."""
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
-            fields, target, sources = await self.read_json(request)
-            pictures = await self.read_pictures(fields, required(sources))
-            return await self.generate(request, fields, target, pictures, started_s)
+            fields, order = await self.read_json(request, is_edit=True)
+        else:
+            fields, order = await self.read_form(request)
+        return await self.generate(request, fields, order, started_s)
+
+    async def read_json(
+        self, request: Request, *, is_edit: bool = False
+    ) -> tuple[ImageFields, Order]:
+        """What a JSON body asks for, and its order; the body itself is not kept."""
+        fields = parse_json(await read_body(request))
+        target = self.target_of(request, fields)
+        sources = take_sources(fields.model_extra or {}, target)
+        order = await self.order(request, fields, target, required(sources) if is_edit else sources)
+        forget_body(request)
+        return fields, order
+
+    async def read_form(self, request: Request) -> tuple[ImageFields, Order]:
+        """The same of a form."""
         async with open_form(request, self.limits) as form:
             fields = ImageFields.read(text_parts(form), has_images=True)
             target = self.target_of(request, fields)
             sources = sources_in_form(form, target)
-            pictures = await self.read_pictures(fields, required(sources))
-        return await self.generate(request, fields, target, pictures, started_s)
-
-    async def read_json(self, request: Request) -> tuple[ImageFields, Target, Sources]:
-        """What a JSON body asks for, of whom, and its pictures."""
-        fields = parse_json(await request.body())
-        target = self.target_of(request, fields)
-        return fields, target, sources_in_json(fields.model_extra or {}, target)
+            order = await self.order(request, fields, target, required(sources))
+        forget_body(request)
+        return fields, order
 
     def target_of(self, request: Request, fields: ImageFields) -> Target:
         """Of whom it is asked, if this gateway answers in that way."""
@@ -109,28 +119,32 @@ class OpenAIImages:
             raise BadRequest(message, "response_format")
         return self.orders.target_of(request, fields.model)
 
-    async def read_pictures(self, fields: ImageFields, sources: Sources) -> Pictures:
+    async def read_pictures(
+        self, fields: ImageFields, target: Target, sources: Sources
+    ) -> Pictures:
         """The pictures, within this gateway's limits."""
+        limits, fetcher = self.limits, self.fetcher
         is_alone = sources.mask is None and bool(sources.references)
         if is_alone and (fields.model or "").startswith(ALPHA_MODELS):
-            return await read_with_alpha(sources, self.limits, self.fetcher, decode_erased)
-        return await read_pictures(sources, self.limits, self.fetcher)
+            return await read_with_alpha(sources, target, limits, fetcher, decode_erased)
+        return await read_pictures(sources, target, limits, fetcher)
 
-    async def generate(
-        self,
-        http: Request,
-        fields: ImageFields,
-        target: Target,
-        pictures: Pictures,
-        started_s: float,
-    ) -> Response:
-        """The way from checked fields to the answer."""
-        order = self.orders.take(
+    async def order(
+        self, http: Request, fields: ImageFields, target: Target, sources: Sources
+    ) -> Order:
+        """The order, with its pictures as the tiers take them."""
+        pictures = await self.read_pictures(fields, target, sources)
+        return await self.orders.take(
             http,
             target,
             lambda tier: request_for(fields, tier, self.limits, pictures.references, pictures.mask),
             pictures.notes,
         )
+
+    async def generate(
+        self, http: Request, fields: ImageFields, order: Order, started_s: float
+    ) -> Response:
+        """The way from an order to the answer."""
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"

@@ -39,6 +39,14 @@ def is_picture_name(name: str) -> bool:
     return is_image_name(name) or is_mask_name(name)
 
 
+def take_sources(fields: dict[str, Any], target: Target) -> Sources:
+    """The same, which the fields then have no more: they are kept for longer than the pictures."""
+    sources = sources_in_json(fields, target)
+    for name in [each for each in fields if is_image_name(each) or is_mask_name(each)]:
+        del fields[name]
+    return sources
+
+
 def sources_in_form(form: FormData, target: Target) -> Sources:
     """The pictures of a form, as files or as text, by their numbers, then in its order."""
     parts = [(name, value) for name, value in form.multi_items() if not is_unfilled(value)]

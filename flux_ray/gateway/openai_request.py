@@ -6,7 +6,7 @@ import uuid
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
-from flux_ray.gateway.references import MAX_ASPECT
+from flux_ray.gateway.references import MAX_ASPECT, SentImage
 from flux_ray.gateway.scaled_sizes import generated_size
 from flux_ray.gateway.sizes import (
     check_size,
@@ -18,7 +18,7 @@ from flux_ray.gateway.sizes import (
     size_like,
 )
 from flux_ray.gateway_config import Limits
-from flux_ray.request import Encoding, ImageRequest, Mask, Raster
+from flux_ray.request import Encoding, ImageRequest, Mask
 
 # JavaScript reads integers exactly up to 2**53.
 DRAWN_SEEDS = 2**32
@@ -28,7 +28,7 @@ def request_for(
     fields: ImageFields,
     tier: Tier,
     limits: Limits,
-    references: tuple[Raster, ...],
+    references: tuple[SentImage, ...],
     mask: Mask | None = None,
 ) -> ImageRequest:
     """The complete request; its id is ours, for two clients may send the same one."""
@@ -58,14 +58,14 @@ def request_for(
         guidance=guidance_for(fields, tier),
         seed=seed_for(fields, num_images),
         num_images=num_images,
-        references=references,
+        references=tuple(each.raster_for(tier.max_reference_pixels) for each in references),
         encoding=encoding_for(fields, None if asked == (width, height) else asked),
         mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
 
 
-def check_mask(mask: Mask, references: tuple[Raster, ...], tier: Tier) -> None:
+def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
     """Of the first picture, on a tier that heeds it."""
     if not tier.takes_mask:
         raise BadRequest(f"{tier.name} takes no masks", "mask")
@@ -76,7 +76,7 @@ def check_mask(mask: Mask, references: tuple[Raster, ...], tier: Tier) -> None:
         raise BadRequest(f"mask is {size}, and the image that it is of {needed}", "mask")
 
 
-def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+def size_for(fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
     """What was asked for, else the first reference's size, else the tier's default."""
     size, width, height = map(fields.named, ("size", "width", "height"))
     asked = None if fields.size in (None, "auto") else parse_size(fields.size or "", size)
@@ -98,7 +98,9 @@ def size_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) ->
     return tier.default_side, tier.default_side
 
 
-def shape_for(fields: ImageFields, tier: Tier, references: tuple[Raster, ...]) -> tuple[int, int]:
+def shape_for(
+    fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]
+) -> tuple[int, int]:
     """Return the size in the ratio that was sent, else the first reference's, else a square.
 
     Its area is the resolution that was sent, as far as the tier draws it, else the tier's default.

@@ -142,7 +142,7 @@ class Telling:
             if news.index == self._num_finished:
                 self._num_finished += 1
                 yield self._event_of(news.image, news)
-        else:
+        elif isinstance(news, ImageResult):
             for image in islice(news.images, self._num_finished, None):
                 yield self._event_of(image, news)
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from flux_ray.catalog import Tier
 from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers
+from flux_ray.gateway.masks import fitted
 from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
@@ -52,7 +53,7 @@ class Orders:
         key_class = self._callers.class_of(http)
         return target_for(model, self.args, key_class, may_spill=may_spill(http))
 
-    def take(
+    async def take(
         self,
         http: Request,
         target: Target,
@@ -60,7 +61,9 @@ class Orders:
         notes: tuple[str, ...] = (),
     ) -> Order:
         """The order; the log joins the client's id with ours."""
-        order = Order(target, requests_for(target, build), self._callers.caller_of(http), notes)
+        limits = self.args.limits
+        requests = [await fitted(request, limits) for request in requests_for(target, build)]
+        order = Order(target, requests, self._callers.caller_of(http), notes)
         whose = order.caller.key or "anybody"
         http_id, image_id = http.state.request_id, order.requests[0].request_id
         logger.info(

@@ -3,8 +3,8 @@
 import io
 import struct
 import zlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +16,7 @@ from flux_ray.gateway.image_notes import note
 from flux_ray.gateway.jpeg_ends import with_its_end
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
+from flux_ray.resizing import scale_down
 
 Read = TypeVar("Read")
 
@@ -38,25 +39,74 @@ BROKEN = (
     zlib.error,
 )
 
+# Of MAX_WORK_BYTES, which a pixel takes at most while it is decoded, as measured: the image, and
+# copies on the way to upright RGB. WebP is decoded in one piece before that; what is transparent is
+# composed.
+WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
+# The colours in sRGB, and what is transparent beside them.
+PROFILE_BYTES = 8
+
 # read() checks the size itself, before any pixel is decoded; Pillow would only warn.
 Image.MAX_IMAGE_PIXELS = None
+
+
+class SentImage(NamedTuple):
+    """A reference: its size as it was sent, and its pixels by the most that a tier takes."""
+
+    width: int
+    height: int
+    rasters: Mapping[int, Raster]
+
+    def raster_for(self, max_pixels: int) -> Raster:
+        """As a tier takes it that scales references down to so many pixels."""
+        return self.rasters[max_pixels]
 
 
 def decode(data: bytes, limits: Limits, name: str) -> Raster:
     """The picture in `data`; errors call it by `name`, never by the client's file name.
 
-    Overloaded if this gateway holds as many as it may.
+    Overloaded if this gateway holds as many bytes as it may.
     """
     return raster_from(read(data, limits, name, to_rgb), limits)
 
 
+def decode_reference(
+    data: bytes, limits: Limits, name: str, max_pixels: Collection[int]
+) -> SentImage:
+    """The same, scaled down to each of these numbers of pixels as a rank would do it."""
+    return read(
+        data, limits, name, lambda image: sent_image_from(to_rgb(image), limits, max_pixels)
+    )
+
+
+def sent_image_from(rgb: Image.Image, limits: Limits, max_pixels: Collection[int]) -> SentImage:
+    """The image scaled to each limit; limits of one size share the pixels."""
+    scaled = {limit: scaled_reference(rgb, limit) for limit in max_pixels}
+    rasters = {image.size: raster_from(image, limits) for image in scaled.values()}
+    return SentImage(*rgb.size, {limit: rasters[image.size] for limit, image in scaled.items()})
+
+
+def scaled_reference(rgb: Image.Image, max_pixels: int) -> Image.Image:
+    """The image within the limit; as it is where whole pixels would make it longer than may be."""
+    scaled = scale_down(rgb, max_pixels)
+    return rgb if is_too_small(scaled.size) or is_too_long(scaled.size) else scaled
+
+
+def whole_image(raster: Raster, max_pixels: Collection[int]) -> SentImage:
+    """Of a picture under a mask: the size that is drawn will say how it is scaled."""
+    return SentImage(raster.width, raster.height, dict.fromkeys(max_pixels, raster))
+
+
 def raster_from(rgb: Image.Image, limits: Limits) -> Raster:
     """The pixels, counted while somebody holds them. Overloaded."""
-    raster = Raster(rgb.width, rgb.height, rgb.tobytes())
-    HELD.add(raster, limits.max_held_bytes)
+    return counted(Raster(rgb.width, rgb.height, rgb.tobytes()), limits)
+
+
+def counted(raster: Raster, limits: Limits) -> Raster:
+    """The same, counted while somebody holds it, with its digest. Overloaded."""
     # Known from now on: later it would hold the event loop.
     _ = raster.digest
-    return raster
+    return HELD.add(raster, len(raster.rgb), limits.max_kept_bytes)
 
 
 def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
@@ -69,14 +119,33 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
         raise BadReference(f"{name} is not a PNG, JPEG or WebP picture", "image") from None
     if image.width * image.height > limits.max_image_pixels:
         raise BadReference(f"{name} has more than {limits.max_image_pixels} pixels", "image")
-    if min(image.size) < MIN_SIDE:
+    if is_too_small(image.size):
         raise BadReference(f"{name} is smaller than {MIN_SIDE} pixels on a side", "image")
-    if max(image.size) > MAX_ASPECT * min(image.size):
+    if is_too_long(image.size):
         raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
-    try:
-        return convert(upright(completed(image, data)))
-    except BROKEN:
-        raise BadReference(f"{name} is damaged", "image") from None
+    with HELD.working(work_bytes(image), limits.max_work_bytes):
+        try:
+            return convert(upright(completed(image, data)))
+        except BROKEN:
+            raise BadReference(f"{name} is damaged", "image") from None
+
+
+def is_too_small(size: tuple[int, int]) -> bool:
+    """Whether the model would refuse it for that."""
+    return min(size) < MIN_SIDE
+
+
+def is_too_long(size: tuple[int, int]) -> bool:
+    """Whether the model would refuse it for that."""
+    return max(size) > MAX_ASPECT * min(size)
+
+
+def work_bytes(image: Image.Image) -> int:
+    """What decoding takes, by what its header says."""
+    each = WORK_BYTES + (WEBP_BYTES if image.format == "WEBP" else 0)
+    each += TRANSPARENT_BYTES if image.has_transparency_data else 0
+    each += PROFILE_BYTES if image.info.get("icc_profile") else 0
+    return image.width * image.height * each
 
 
 def completed(image: Image.Image, data: bytes) -> Image.Image:
@@ -94,8 +163,9 @@ def completed(image: Image.Image, data: bytes) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Return it as viewers show it: upright, 8 bits a channel, in sRGB."""
-    turned = ImageOps.exif_transpose(image)
-    return to_srgb(eight_bits(turned), image.info.get("icc_profile"))
+    profile = image.info.get("icc_profile")
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_srgb(eight_bits(image), profile)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -5,8 +5,8 @@ import re
 
 from flux_ray.catalog import Tier
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.scaled_sizes import check_scaled
-from flux_ray.request import Raster
 
 # Of BFL's documentation: sides between 1:4 and 4:1.
 MAX_RATIO = 4.0
@@ -43,7 +43,7 @@ def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> 
         raise BadRequest(f"{tier.name} draws at most {tier.max_pixels} pixels", fields[0])
 
 
-def size_like(reference: Raster, tier: Tier) -> tuple[int, int]:
+def size_like(reference: SentImage, tier: Tier) -> tuple[int, int]:
     """The reference's size, as far as the tier draws it."""
     return fitted(reference.width, reference.height, tier)
 

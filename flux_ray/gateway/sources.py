@@ -3,16 +3,24 @@
 import asyncio
 import binascii
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
 from flux_ray.errors import BadReference
+from flux_ray.gateway.decoders import DECODERS
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.image_notes import with_notes
 from flux_ray.gateway.masks import decode_mask
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.references import (
+    SentImage,
+    decode,
+    decode_reference,
+    whole_image,
+)
+from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Mask, Raster
 
@@ -48,62 +56,81 @@ class Sources(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The same, decoded. `notes` are for the caller: what of them could not be used."""
+    """The same, decoded, and references as the tiers take them.
 
-    references: tuple[Raster, ...] = ()
+    `notes` are for the caller: what of them could not be used.
+    """
+
+    references: tuple[SentImage, ...] = ()
     mask: Mask | None = None
     notes: tuple[str, ...] = ()
 
 
 async def read_pictures(
     sources: Sources,
+    target: Target,
     limits: Limits,
     fetcher: Fetcher,
     read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
 ) -> Pictures:
-    """The decoded pictures, one at a time, so that one only is in memory undecoded.
+    """The decoded pictures, one at a time, so that one only is in memory undecoded and unscaled.
 
-    `read_mask`: what of a mask is marked differs by dialect.
+    Under a mask the first is left as it is: its scaled size is not known yet. `read_mask`: what of
+    a mask is marked differs by dialect.
     """
-    reader = reader_for(limits, fetcher)
-    references = await reader.read_references(sources.references)
-    mask = None if sources.mask is None else await reader.read(sources.mask, "mask", read_mask)
+    reader = reader_for(target, limits, fetcher)
+    if sources.mask is None:
+        references = await reader.read_references(sources.references)
+        return Pictures(references, None, tuple(reader.notes))
+    first, *others = sources.references
+    picture = whole_image(await reader.read(first, "image 1", decode), reader.max_pixels)
+    references = (picture, *await reader.read_references(others, first=2))
+    mask = await reader.read(sources.mask, "mask", read_mask)
     return Pictures(references, mask, tuple(reader.notes))
 
 
 async def read_with_alpha(
     sources: Sources,
+    target: Target,
     limits: Limits,
     fetcher: Fetcher,
     decode_first: Callable[[bytes, Limits, str], tuple[Raster, Mask | None]],
 ) -> Pictures:
     """The decoded pictures, where the first one's alpha channel may be its mask."""
-    reader = reader_for(limits, fetcher)
+    reader = reader_for(target, limits, fetcher)
     first, *others = sources.references
     raster, mask = await reader.read(first, "image 1", decode_first)
-    references = (raster, *await reader.read_references(others, first=2))
+    picture = whole_image(raster, reader.max_pixels)
+    references = (picture, *await reader.read_references(others, first=2))
     return Pictures(references, mask, tuple(reader.notes))
 
 
-def reader_for(limits: Limits, fetcher: Fetcher) -> "Reader":
+def reader_for(target: Target, limits: Limits, fetcher: Fetcher) -> "Reader":
     """Of one request, from now on."""
     now_s = asyncio.get_running_loop().time()
-    return Reader(limits, fetcher, now_s + fetcher.fetching.timeout_s, [])
+    max_pixels = {tier.max_reference_pixels for tier in target.tiers}
+    until_s = now_s + fetcher.fetching.timeout_s
+    return Reader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
 
 
 class Reader(NamedTuple):
     """Reads pictures of one request, not after `until_s` of the loop's clock.
 
-    `notes`: what the caller is to be told of those that were read.
+    `max_pixels`: what the tiers that may serve it scale references down to. `order`: of requests
+    that decode, those that came before it come first. `notes`: what the caller is to be told of
+    those that were read.
     """
 
     limits: Limits
     fetcher: Fetcher
     until_s: float
+    max_pixels: Collection[int]
+    order: int
     notes: list[str]
 
-    async def read_references(self, sources: list[Source], first: int = 1) -> tuple[Raster, ...]:
+    async def read_references(self, sources: list[Source], first: int = 1) -> tuple[SentImage, ...]:
         """The pictures, of which the first is called number `first`."""
+        decode = partial(decode_reference, max_pixels=self.max_pixels)
         return tuple(
             [
                 await self.read(source, f"image {number}", decode)
@@ -126,9 +153,9 @@ class Reader(NamedTuple):
                 until_s = self.until_s
                 data = await self.fetcher.read(content, limits.max_image_bytes, name, until_s)
             else:
-                data = await asyncio.to_thread(decode_base64, content, limits, name)
-            value, notes = await asyncio.to_thread(
-                with_notes, lambda: decode(data, limits, name), name
+                data = await DECODERS.run(self.order, lambda: decode_base64(content, limits, name))
+            value, notes = await DECODERS.run(
+                self.order, lambda: with_notes(lambda: decode(data, limits, name), name)
             )
         except BadReference as error:
             raise BadReference(error.message, source.param) from None

@@ -4,7 +4,7 @@ import asyncio
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import Job, Offer
-from flux_ray.jobs.packing import pack
+from flux_ray.jobs.packing import compress, pack
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 
@@ -16,11 +16,11 @@ async def accept(store: Store, results: Results, offer: Offer) -> Job:
     or that is not known; offered again with its idempotency key, it is the same job.
     """
     packed = await asyncio.to_thread(pack, offer.request)
-    job = await store.accept(offer, packed.row, is_whole=not packed.blobs)
+    job = await store.accept(offer, packed.row, is_whole=not packed.pictures)
     if job.status != "arriving":
         return job
     # The gateway that was at it before may be gone: the pictures are the same.
-    await results.write_references(job.job_id, packed.blobs)
+    await results.write_references(job.job_id, packed.pictures, compress)
     admitted = await store.admit(job.job_id)
     if admitted is None:
         raise StoreLost("the reference pictures took too long to be stored")

@@ -10,7 +10,7 @@ from typing import TypeVar
 from flux_ray.errors import FluxError, ResultsLost, StoreLost
 from flux_ray.jobs.job import Failure, Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
-from flux_ray.jobs.packing import num_blobs, unpack
+from flux_ray.jobs.packing import defer, num_blobs, unpack
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
@@ -23,7 +23,10 @@ BEATS_PER_LEASE = 3
 # At a beat a job that was cancelled elsewhere ends, and others see how far it has come.
 MAX_BEAT_S = 2.0
 
-# Draws the job's request, for the job's owner.
+# A replica waits meanwhile.
+LOAD_S = 10.0
+
+# Draws the job's request, for the job's owner; its references are there when it is loaded.
 Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
 # How far a request has come, from 0 to 1, by its id; None if nobody knows.
 ProgressOf = Callable[[str], float | None]
@@ -117,9 +120,7 @@ class Attempt:
 
     async def _draw(self) -> JobResult:
         job, results = self._lease.job, self._shop.results
-        count = num_blobs(job.packed)
-        blobs = await self._insist(lambda: results.read_references(job.job_id, count))
-        request = await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
+        request = defer(job.packed, self._request_id, self._load)
         drawn = await self._shop.generate(job, request)
         pictures = await self._insist(
             lambda: results.write_pictures(
@@ -127,6 +128,16 @@ class Attempt:
             )
         )
         return JobResult(pictures, asdict(drawn.times), drawn.warnings)
+
+    async def _load(self) -> ImageRequest:
+        """The whole request. Raises StoreLost; ResultMissing or ValueError if it is not there."""
+        job, results = self._lease.job, self._shop.results
+        try:
+            async with asyncio.timeout(LOAD_S):
+                blobs = await results.read_references(job.job_id, num_blobs(job.packed))
+        except TimeoutError:
+            raise ResultsLost(f"references took longer than {LOAD_S:g} s to read") from None
+        return await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
 
     async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost, or is to be given back."""

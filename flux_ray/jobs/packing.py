@@ -1,52 +1,70 @@
 """Requests as JSON for a row, with their pictures set apart for the results store."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from flux_ray.deferred import DeferredRequest, Load, outline_of
 from flux_ray.request import ImageRequest, Mask, Raster
 
 REQUEST = TypeAdapter(ImageRequest)
+ReadPicture = Callable[[dict[str, Any]], Raster | Mask]
 BLOB = "blob"
 MASK = "mask"
+# Of a reference's pixels, as its raster says it.
+DIGEST = "digest"
 
 
 @dataclass(frozen=True)
 class PackedRequest:
-    """`row` is JSON in which a picture, or its mask, is its size and its number among `blobs`."""
+    """`row` is JSON in which a picture, or its mask, is its size and its number among `pictures`.
+
+    These are pixels. A blob is what is kept of one: `compress` makes it.
+    """
 
     row: dict[str, Any]
-    blobs: tuple[bytes, ...]
+    pictures: tuple[bytes, ...]
+
+    @property
+    def blobs(self) -> tuple[bytes, ...]:
+        """All of them at once."""
+        return tuple(map(compress, self.pictures))
 
 
 def pack(request: ImageRequest) -> PackedRequest:
-    """The request in two parts. Takes a while where there are pictures."""
-    blobs: list[bytes] = []
-    row = packed(request, blobs)
+    """The request in two parts. Takes a while where the digest of a picture is not known."""
+    pictures: list[bytes] = []
+    row = packed(request, pictures)
     assert isinstance(row, dict)
-    return PackedRequest(row, tuple(blobs))
+    return PackedRequest(row, tuple(pictures))
 
 
-def packed(value: Any, blobs: list[bytes]) -> Any:
-    """Wherever a picture stands, in fields yet to come too, it goes to `blobs`."""
+def compress(pixels: bytes) -> bytes:
+    """Take the least time; flat pictures still shrink."""
+    return zlib.compress(pixels, 1)
+
+
+def packed(value: Any, pictures: list[bytes]) -> Any:
+    """Wherever a picture stands, in fields yet to come too, it goes to `pictures`."""
     if isinstance(value, Raster):
-        return set_apart(value.rgb, value, blobs)
+        return set_apart(value.rgb, value, pictures) | {DIGEST: value.digest.hex()}
     if isinstance(value, Mask):
-        return set_apart(value.marks, value, blobs) | {"kind": MASK}
+        return set_apart(value.marks, value, pictures) | {"kind": MASK}
     if is_dataclass(value):
-        return {each.name: packed(getattr(value, each.name), blobs) for each in fields(value)}
+        return {each.name: packed(getattr(value, each.name), pictures) for each in fields(value)}
     if isinstance(value, (tuple, list)):
-        return [packed(each, blobs) for each in value]
+        return [packed(each, pictures) for each in value]
     return value
 
 
-def set_apart(pixels: bytes, picture: Raster | Mask, blobs: list[bytes]) -> dict[str, Any]:
+def set_apart(pixels: bytes, picture: Raster | Mask, pictures: list[bytes]) -> dict[str, Any]:
     """What stands in the row for them."""
-    # Level 1: the least time, and flat pictures still shrink.
-    blobs.append(zlib.compress(pixels, 1))
-    return {BLOB: len(blobs) - 1, "width": picture.width, "height": picture.height}
+    pictures.append(pixels)
+    return {BLOB: len(pictures) - 1, "width": picture.width, "height": picture.height}
 
 
 def num_blobs(row: Any) -> int:
@@ -57,31 +75,60 @@ def num_blobs(row: Any) -> int:
 
 
 def unpack(row: dict[str, Any], blobs: tuple[bytes, ...], request_id: str) -> ImageRequest:
-    """The request as it was offered, under a name of its own. ValueError: it cannot be that."""
+    """The request as it was offered, under a name of its own. ValueError: it cannot be that.
+
+    Takes a while where there are pictures.
+    """
+    return request_of(row, lambda part: picture_of(part, blobs[part[BLOB]]), request_id)
+
+
+def defer(row: dict[str, Any], request_id: str, load: Load) -> DeferredRequest:
+    """The same before any pixel of it is there; `load` brings all. ValueError as for `unpack`."""
+    request = request_of(row, lambda part: outline(part, request_id), request_id)
+    values = {each.name: getattr(request, each.name) for each in fields(request)}
+    return DeferredRequest(**values, load=load)
+
+
+def request_of(row: dict[str, Any], read: ReadPicture, request_id: str) -> ImageRequest:
+    """The row as a request, with what `read` makes of its pictures."""
     unknown = row.keys() - ImageRequest.__dataclass_fields__.keys()
     if unknown:
         # Left out, it would be another picture.
         raise ValueError(f"a newer flux-ray packed this request: {sorted(unknown)}")
-    request: ImageRequest = REQUEST.validate_python(unpacked(row, blobs))
+    request: ImageRequest = REQUEST.validate_python(unpacked(row, read))
     return replace(request, request_id=request_id)
 
 
-def unpacked(value: Any, blobs: tuple[bytes, ...]) -> Any:
+def unpacked(value: Any, read: ReadPicture) -> Any:
     """The row's values, with its pictures."""
     if isinstance(value, dict) and BLOB in value:
-        return picture_of(value, blobs[value[BLOB]])
+        return read(value)
     if isinstance(value, dict):
-        return {name: unpacked(each, blobs) for name, each in value.items()}
+        return {name: unpacked(each, read) for name, each in value.items()}
     if isinstance(value, list):
-        return tuple(unpacked(each, blobs) for each in value)
+        return tuple(unpacked(each, read) for each in value)
     return value
+
+
+def outline(row: dict[str, Any], request_id: str) -> Raster | Mask:
+    """The picture or the mask without its pixels."""
+    if row.get("kind") == MASK:
+        return Mask(row["width"], row["height"], b"")
+    # An older row says no digest: it has something in common with no other request.
+    digest = row.get(DIGEST) or sha256(f"{request_id} {row[BLOB]}".encode()).hexdigest()
+    return outline_of(row["width"], row["height"], bytes.fromhex(digest))
+
+
+def size_of(row: dict[str, Any]) -> int:
+    """The bytes of a picture's pixels, or of a mask."""
+    # A row without a kind is older than masks.
+    num_bytes: int = row["width"] * row["height"] * (1 if row.get("kind") == MASK else 3)
+    return num_bytes
 
 
 def picture_of(row: dict[str, Any], blob: bytes) -> Raster | Mask:
     """The picture or the mask, if it has the size that the row says."""
-    # A row without a kind is older than masks.
-    is_mask = row.get("kind") == MASK
-    num_bytes = row["width"] * row["height"] * (1 if is_mask else 3)
+    num_bytes = size_of(row)
     try:
         # Never more than that, whatever the blob would grow to.
         pixels = zlib.decompressobj().decompress(blob, num_bytes + 1)
@@ -89,5 +136,10 @@ def picture_of(row: dict[str, Any], blob: bytes) -> Raster | Mask:
         raise ValueError("a stored reference picture is damaged") from error
     if len(pixels) != num_bytes:
         raise ValueError("a stored reference picture has another size")
-    kind = Mask if is_mask else Raster
-    return kind(row["width"], row["height"], pixels)
+    if row.get("kind") == MASK:
+        return Mask(row["width"], row["height"], pixels)
+    raster = Raster(row["width"], row["height"], pixels)
+    # Made here, where it holds nobody up; it travels with the pixels.
+    if row.get(DIGEST, raster.digest.hex()) != raster.digest.hex():
+        raise ValueError("a stored reference picture is another one")
+    return raster

@@ -78,14 +78,20 @@ class Results:
     async def read_picture(self, picture: StoredPicture) -> bytes:
         """The very bytes that were written. Raises ResultMissing."""
         data = await self._read(picture.name)
-        if hashlib.sha256(data).hexdigest() != picture.sha256:
+        if await translated(lambda: hashlib.sha256(data).hexdigest()) != picture.sha256:
             raise ResultMissing(f"{picture.name} is damaged")
         return data
 
-    async def write_references(self, job_id: str, blobs: tuple[bytes, ...]) -> None:
-        """Keep the pictures of a request. Raises ResultTooLarge."""
-        for number, blob in enumerate(blobs):
-            await self._write(f"{job_id}/reference-{number}", blob)
+    async def write_references(
+        self, job_id: str, pictures: tuple[bytes, ...], pack: Callable[[bytes], bytes] = bytes
+    ) -> None:
+        """Keep the pictures of a request. Raises ResultTooLarge.
+
+        Each is packed in the thread that writes it: packed all at once, they would be in memory
+        twice.
+        """
+        for number, picture in enumerate(pictures):
+            await self._write(f"{job_id}/reference-{number}", partial(pack, picture))
 
     async def read_references(self, job_id: str, count: int) -> tuple[bytes, ...]:
         """The pictures of a request. Raises ResultMissing."""
@@ -111,20 +117,26 @@ class Results:
                 await translated(partial(self._files.rm_file, self._path_of(name)))
 
     async def _keep(self, name: str, image: GeneratedImage) -> StoredPicture:
-        await self._write(name, image.data)
-        digest = hashlib.sha256(image.data).hexdigest()
+        await self._write(name, lambda: image.data)
+        digest = await translated(lambda: hashlib.sha256(image.data).hexdigest())
         return StoredPicture(name, image.seed, len(image.data), digest)
 
-    async def _write(self, name: str, data: bytes) -> None:
+    async def _write(self, name: str, make: Callable[[], bytes]) -> None:
         path = self._path_of(name)
-        if len(data) > self._max_bytes:
-            raise ResultTooLarge(f"{name} has {len(data)} bytes: more than {self._max_bytes}")
-        try:
+
+        def write() -> None:
+            data = make()
+            if len(data) > self._max_bytes:
+                message = f"{name} has {len(data)} bytes: more than {self._max_bytes}"
+                raise ResultTooLarge(message)
             if isinstance(self._files, LocalFileSystem):
-                await translated(lambda: self._write_file(Path(path), data))
+                self._write_file(Path(path), data)
             else:
                 # Object stores show an object when all of it came.
-                await translated(lambda: self._files.pipe_file(path, data))
+                self._files.pipe_file(path, data)
+
+        try:
+            await translated(write)
         except ResultMissing as error:
             # No bucket, or no disk where the folder was: it may come back.
             raise ResultsLost(str(error)) from error
@@ -160,6 +172,8 @@ async def translated(call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(THREADS, call)
     except FileNotFoundError as error:
         raise ResultMissing(str(error)) from error
+    except ResultTooLarge:
+        raise
     except Exception as error:
         # fsspec promises no kind of error: each store raises those of its own libraries.
         raise ResultsLost(f"{type(error).__name__}: {error}") from error

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -94,18 +94,19 @@ def end_process() -> None:
 
 
 def ends_on_error(
-    method: Callable[Concatenate[Any, P], Awaitable[T]],
-) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    method: Callable[P, Awaitable[T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
     """An unforeseen error ends the ledger: what it wrote may be half of it. It is built anew."""
 
     @wraps(method)
-    async def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> T:
-        self.spoken_at = time.monotonic()
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        ledger: Any = args[0]
+        ledger.spoken_at = time.monotonic()
         try:
-            return await method(self, *args, **kwargs)
+            return await method(*args, **kwargs)
         except Exception:
             logger.exception("the ledger ends, and is built anew: %s failed", method.__name__)
-            self.end()
+            ledger.end()
             raise
 
     return call

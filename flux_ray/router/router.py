@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from flux_ray.deferred import loaded
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -289,12 +290,14 @@ class Router:
         except Overloaded:
             self.bill.refuse(request.tier)
             raise
-        if number == 1:
-            self.bill.enter(request.tier, quote.gpu_seconds)
-        stay.begin()
-        hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
         is_done = False
         try:
+            # Not before: so many could wait that their pixels would not fit into this process.
+            request = await loaded(request)
+            if number == 1:
+                self.bill.enter(request.tier, quote.gpu_seconds)
+            stay.begin()
+            hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
             result = await self.handles.generate(request, replica, hear)
             is_done = True
         finally:

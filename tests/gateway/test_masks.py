@@ -13,6 +13,7 @@ from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.masks import decode_mask, mask_from_alpha, mask_from_luma
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.references import whole_image
 from flux_ray.gateway.targets import Target, requests_for
 from flux_ray.gateway_config import Alias, Limits
 from flux_ray.request import Mask, Raster
@@ -213,8 +214,9 @@ async def test_a_mask_without_an_image(client, handles, path):
 
 
 FIELDS = ImageFields(prompt="a ring", seed=1)
-PICTURE, MASK = Raster(*SIZE, bytes(96 * 80 * 3)), Mask(*SIZE, LEFT.tobytes())
 KLEIN, UNABLE = tier_for("flux-2-klein-4b"), replace(tier_for("flux-2-dev"), takes_mask=False)
+PICTURE = whole_image(Raster(*SIZE, bytes(96 * 80 * 3)), [KLEIN.max_reference_pixels])
+MASK = Mask(*SIZE, LEFT.tobytes())
 
 
 def build(tier, references=(PICTURE,)):
@@ -232,7 +234,8 @@ def test_a_tier_that_takes_no_masks_says_so():
 
 def test_a_size_that_the_model_would_refuse_of_a_reference():
     """Cut to whole tokens, 1040 x 130 is more than eight times as long as wide."""
-    picture, mask = Raster(1040, 130, b""), Mask(1040, 130, b"")
+    picture = whole_image(Raster(1040, 130, b""), [KLEIN.max_reference_pixels])
+    mask = Mask(1040, 130, b"")
     with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
         request_for(FIELDS, KLEIN, LIMITS, (picture,), mask)
     assert caught.value.field == "size"

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from dataclasses import asdict, replace
 
+from flux_ray.deferred import loaded
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 
@@ -15,5 +16,6 @@ def picture_for(request: ImageRequest, seed: int) -> bytes:
 
 async def paint(job: object, request: ImageRequest, for_s: float = 0.0) -> ImageResult:
     await asyncio.sleep(for_s)
+    request = await loaded(request)
     images = tuple(GeneratedImage(picture_for(request, seed), seed) for seed in request.seeds)
     return ImageResult(request.request_id, request.tier, images, StageTimes(0, 0, for_s, 0))

@@ -24,6 +24,7 @@ LEASE_S = 0.3
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(outcome, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(outcome, "AWAY_PAUSE_S", 0.01)
 
 
 @pytest.fixture

@@ -1,0 +1,35 @@
+"""Loads the references of jobs when there is room for them: they were accepted, so they wait."""
+
+from dataclasses import replace
+
+from flux_ray.deferred import DeferredRequest
+from flux_ray.gateway.held import HELD
+from flux_ray.gateway_config import Limits
+from flux_ray.request import ImageRequest
+
+# The pixels, and first what they are unpacked from, then what they are sent in.
+COPIES = 2
+
+
+def within_budget(request: ImageRequest, limits: Limits) -> ImageRequest:
+    """Return the request, whose pixels are counted from before they are loaded until they go."""
+    num_bytes = COPIES * num_pixel_bytes(request)
+    if not isinstance(request, DeferredRequest) or not num_bytes:
+        return request
+    load = request.load
+
+    async def load_within() -> ImageRequest:
+        share = await HELD.room(num_bytes, limits.max_kept_bytes)
+        try:
+            return share.hold_with(await load())
+        except BaseException:
+            share.release()
+            raise
+
+    return replace(request, load=load_within)
+
+
+def num_pixel_bytes(request: ImageRequest) -> int:
+    """Of all its references and its mask, by their sizes."""
+    pixels = sum(3 * each.width * each.height for each in request.references)
+    return pixels if request.mask is None else pixels + request.mask.width * request.mask.height

@@ -1,0 +1,50 @@
+"""The threads that decode: who came first is through first, and nobody who left keeps a thread."""
+
+import asyncio
+import threading
+
+import pytest
+
+from flux_ray.gateway.decoders import FIRST, Decoders
+
+
+async def test_the_request_that_came_first_is_decoded_first():
+    decoders, may_go, done = Decoders(1), threading.Event(), []
+    blocking = asyncio.create_task(decoders.run(decoders.next_order(), may_go.wait))
+    await asyncio.sleep(0)
+    early, late = decoders.next_order(), decoders.next_order()
+    orders = {"late": late, "early": early, "late again": late, "scaled": FIRST}
+    tasks = [
+        asyncio.create_task(decoders.run(order, lambda name=name: done.append(name)))
+        for name, order in orders.items()
+    ]
+    await asyncio.sleep(0)
+    may_go.set()
+    await asyncio.gather(blocking, *tasks)
+    assert done == ["scaled", "early", "late", "late again"]
+
+
+async def test_who_leaves_gives_the_turn_to_the_next():
+    decoders, may_go, done = Decoders(1), threading.Event(), []
+    blocking = asyncio.create_task(decoders.run(0, may_go.wait))
+    await asyncio.sleep(0)
+    leaving = asyncio.create_task(decoders.run(1, lambda: done.append("left")))
+    staying = asyncio.create_task(decoders.run(2, lambda: done.append("stayed")))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    may_go.set()
+    await asyncio.gather(blocking, staying)
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert done == ["stayed"]
+
+
+async def test_a_failure_gives_the_turn_back():
+    decoders = Decoders(1)
+
+    def fail() -> None:
+        raise ValueError("damaged")
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="damaged"):
+            await decoders.run(decoders.next_order(), fail)

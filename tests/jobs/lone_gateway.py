@@ -1,0 +1,43 @@
+"""A gateway with jobs in a process of its own: all of it is real, but for the cluster."""
+
+import socket
+import sys
+
+import uvicorn
+
+from flux_ray.gateway.api import build_api
+from flux_ray.gateway.job_desk import desk_for
+from flux_ray.gateway_config import GatewayArgs
+from flux_ray.router.cost import Layout
+from flux_ray.router.pricing import CostModel
+from flux_ray.router.router import Router, Terms
+from tests.jobs.fake_cluster import FakeHandles, FakeTurns
+
+NUM_SLOTS = 2
+
+
+class NoBill:
+    """Nobody counts."""
+
+    def enter(self, tier: str, gpu_seconds: float) -> None:
+        pass
+
+    def compare(self, observations: object) -> None:
+        pass
+
+    def refuse(self, tier: str) -> None:
+        pass
+
+
+def main(args: GatewayArgs, descriptor: int) -> None:
+    prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
+    terms = Terms(args.request_timeout_s)
+    router = Router(FakeHandles(), FakeTurns(NUM_SLOTS), prices, NoBill(), terms)
+    api = build_api(router, args, desk=desk_for(router, args))
+    config = uvicorn.Config(api, log_level="error", http="h11")
+    listener = socket.socket(fileno=descriptor)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main(GatewayArgs.model_validate_json(sys.argv[1]), int(sys.argv[2]))
