@@ -118,7 +118,8 @@ def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) 
     if not path:
         return BadRequest("the body must be a JSON object")
     path[0] = (names or {}).get(path[0], path[0])
-    where, field = ".".join(path), path[-1]
+    # The names in metadata are the caller's own.
+    where, field = ".".join(path), path[0 if path[0] == "metadata" else -1]
     if first["type"] == "missing":
         return BadRequest(f"{where} is required", field)
     reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"

@@ -113,7 +113,7 @@ def shape_for(
     if fields.resolution is not None:
         side = side_of(fields.resolution, fields.named("resolution"))
     width, height = shape_in(side, ratio)
-    if tier.scales_sizes and fields.resolution is not None:
+    if tier.scales_sizes and width * height > tier.max_pixels:
         return round(width), round(height)
     return fitted(width, height, tier)
 

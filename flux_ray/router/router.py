@@ -239,7 +239,9 @@ class Router:
         began, deadline = time.monotonic(), asyncio.timeout(timeout_s)
         try:
             async with deadline, self._entered(quote, caller, deadline_s) as stay:
-                left_s = deadline_s - (time.monotonic() - began)
+                # To be counted it may have waited for the ledger.
+                waited_s = 0.0 if self.turnstile is None else time.monotonic() - began
+                left_s = deadline_s - waited_s
                 result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
                 replica_s = result.times.replica_s
                 stay.finish(self.prices.on_all_cards(quote.tier, replica_s, result.layout))

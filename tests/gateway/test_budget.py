@@ -157,7 +157,7 @@ async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router,
     held, before = [], HELD.num_bytes
     taking = router.turns.take
 
-    async def take(offer):
+    async def take(offer, hear=None):
         held.append(HELD.num_bytes - before)
         return await taking(offer)
 
@@ -179,7 +179,7 @@ async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router,
 async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, picture):
     is_waiting = asyncio.Event()
 
-    async def take(offer) -> str:
+    async def take(offer, hear=None) -> str:
         is_waiting.set()
         await asyncio.Event().wait()
 

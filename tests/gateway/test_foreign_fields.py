@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from flux_ray.catalog import TINY
+from flux_ray.catalog import TINY, tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_fields import parse_body
 from flux_ray.gateway.bfl_request import size_for
 from flux_ray.gateway.foreign_fields import IMAGES, MASKS, OURS, REFUSED, STRENGTHS
 from flux_ray.gateway.openai_fields import ImageFields
+from flux_ray.gateway.openai_warnings import warnings_for
 from flux_ray.gateway.sent_fields import heed
 
 GENERATIONS = "/v1/images/generations"
@@ -114,9 +115,13 @@ async def test_a_ratio_in_a_form_is_heeded(client, handles, picture):
 
 
 async def test_what_is_finer_than_the_tier_draws_is_said(client, handles):
+    sent = PROMPT | {"resolution": "4K"}
+    [warning] = warnings_for(ImageFields.read(sent), tier_for("flux-2-klein-4b"))
+    assert "resolution is more than flux-2-klein-4b draws" in warning
     answer = await client.post(GENERATIONS, json=PROMPT | {"resolution": "2K"})
-    assert (handles.requests[0].width, handles.requests[0].height) == (192, 192)
-    assert "resolution is more than tiny draws" in answer.json()["warnings"][0]
+    [request] = handles.requests
+    assert (request.width, request.height, request.output_size) == (128, 128, (2048, 2048))
+    assert "tiny generates 128x128 best" in answer.json()["warnings"][0]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ async def ask(tmp_path):
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://gateway"))
 
     async def ask(key_class, gateway=0, path=PATH, **fields):
-        body = {"prompt": "a ring", "size": "128x128", **fields}
+        words = {} if "inputs" in fields else {"prompt": "a ring"}
+        body = words | {"size": "128x128"} | fields
         headers = {"x-key": made[key_class].secret}
         return await clients[gateway].post(path, json=body, headers=headers)
 
