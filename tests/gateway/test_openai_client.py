@@ -73,7 +73,7 @@ async def test_errors(openai, handles):
     assert fields_of(caught.value) == ("model", "model_not_found", "invalid_request_error")
     assert caught.value.request_id == "mine"
     with pytest.raises(BadRequestError) as caught:
-        await openai.images.generate(model="tiny", prompt="a ring", size="100x100")
+        await openai.images.generate(model="tiny", prompt="a ring", size="100x")
     assert fields_of(caught.value) == ("size", "invalid_value", "invalid_request_error")
     handles.failures = [TierUnavailable("tiny cannot serve now", "model")]
     with pytest.raises(InternalServerError) as caught:

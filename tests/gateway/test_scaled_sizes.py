@@ -45,8 +45,7 @@ async def test_hugging_faces_clients_get_their_size_too(client, handles):
 
 
 async def test_an_edit_under_a_mask_gets_its_size_too(client, handles, picture):
-    """The mask stays as large as the image that it is of: both are scaled where it is generated."""
-
+    """The mask and the image that it is of are scaled to the size that is generated."""
     body = {"prompt": "a ring", "size": "1024x1024"}
     for name, color in (("image", "red"), ("mask", "white")):
         body[name] = base64.b64encode(picture(512, 512, color=color)).decode()
@@ -54,7 +53,8 @@ async def test_an_edit_under_a_mask_gets_its_size_too(client, handles, picture):
     assert answer.status_code == 200, answer.text
     [request] = handles.requests
     assert (request.width, request.height, request.output_size) == (128, 128, (1024, 1024))
-    assert (request.mask.width, request.mask.height) == (512, 512)
+    assert (request.mask.width, request.mask.height) == (128, 128)
+    assert (request.references[0].width, request.references[0].height) == (128, 128)
 
 
 async def test_models_tell_their_sides(client):

@@ -52,9 +52,9 @@ async def test_a_ready_jobs_picture_is_found_by_name(shelf, store, draw, clock):
         await shelf.read(picture.name)
 
 
-async def test_pictures_of_lost_attempts_are_not_there(shelf, store, draw, folder, clock):
+async def test_pictures_of_lost_attempts_are_not_there(shelf, store, draw, folder, pass_s):
     lost, old = await draw()
-    clock.now_s += LEASE_S + 1
+    await pass_s(LEASE_S + 1)
     lease = await store.claim("another")
     [picture] = await folder.write_pictures(lease.job_id, lease.attempt, IMAGE, "png")
     assert await store.finish(lease, JobResult((picture,), {}))
