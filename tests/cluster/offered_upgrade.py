@@ -24,13 +24,16 @@ class Count:
 
 
 def answer_to(port: int, request: bytes) -> str:
-    """The first bytes of the answer; nothing where the connection ends before."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as link:
+    """The answer up to the first bytes of its body, or to where the connection ends."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as link:
         try:
             link.sendall(request)
-            return link.recv(4096).decode()
+            while not answer.partition(b"\r\n\r\n")[2] and (more := link.recv(4096)):
+                answer += more
         except ConnectionError:
-            return ""
+            pass
+    return answer.decode()
 
 
 def main(port: int) -> None:

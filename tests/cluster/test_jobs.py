@@ -36,7 +36,8 @@ def test_bfls_client_draws_what_was_asked(bfl: BFLClient, pixels_of: PixelsOf) -
     answer = bfl.generate("flux-dev", inputs, WAIT)
     assert answer.result["seed"] == 1
     pixels = pixels_of(fetch(answer.result["sample"]))
-    assert pixels.shape == (192, 192, 3), "as large as the tier draws"
+    assert pixels.shape == (256, 256, 3), "scaled from what the tier draws"
+    check_circle(pixels[::2, ::2], circle="red", background="blue")
 
 
 def test_bfls_client_edits_a_file(
