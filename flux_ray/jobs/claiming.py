@@ -23,6 +23,9 @@ from sqlalchemy import (
 from flux_ray.jobs.rows import COLUMNS
 from flux_ray.jobs.table import JOBS
 
+# A statement may see what one wrote that began after it: their times differ, with no clock set.
+SLACK_S = 5.0
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -121,7 +124,7 @@ def next_job(
 def is_due(columns: Any, at: str, put_off: str, now: ColumnElement[float]) -> ColumnElement[bool]:
     """Its time has come, or more is left of the pause than it ever was: the clock was set back."""
     at_s, put_off_s = columns[at], columns[put_off]
-    return or_(at_s <= now, at_s > now + put_off_s)
+    return or_(at_s <= now, at_s > now + put_off_s + SLACK_S)
 
 
 def is_silent(columns: Any, silent: Signs) -> ColumnElement[bool]:
