@@ -35,7 +35,13 @@ class Ending:
 
 
 def main() -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        # Else Ray's workers get nothing beside a process that takes a processor.
+        _system_config={"worker_niceness": 0},
+    )
     handle = serve.run(Ending.bind(), route_prefix=None)
     answer = handle.answer_at_the_end.remote()
     handle.begin.remote().result(timeout_s=ANSWER_S)

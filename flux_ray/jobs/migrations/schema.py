@@ -3,10 +3,6 @@
 import logging
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 
 logger = logging.getLogger("ray.serve")
@@ -22,6 +18,12 @@ def migrate(connection: Connection) -> None:
 
     A database that a newer release has changed stays as it is: what it has more is not needed here.
     """
+    # Only where a database is opened: every process of a replica imports this module.
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = connection
