@@ -1,6 +1,5 @@
 """A gateway that Serve ends knows so at once, though it answers for some time yet."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,4 +14,5 @@ def test_a_replica_knows_that_it_ends_while_it_still_answers() -> None:
     command = [sys.executable, "-m", "tests.cluster.ending"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert json.loads(ended.stdout.splitlines()[-1]) == [False, True]
+    # Ray may have the last word.
+    assert "[false, true]" in ended.stdout.splitlines(), ended.stdout[-3000:]
