@@ -84,6 +84,18 @@ def test_what_has_become_impossible_is_refused_at_hand_over() -> None:
     assert cluster.refused == ["b"]
 
 
+def test_who_is_hopeless_hears_so_wherever_it_stands_in_line() -> None:
+    """The longer one came later, and has to begin earlier."""
+    queue = TierQueue()
+    for name, cost_s, deadline in (("short", 0.5, 60.0), ("long", 9.0, 61.0)):
+        patient = Ticket(name, "tiny", cost_s, deadline, has_deadline=False)
+        assert queue.offer(patient, 0.0) is None
+    assert queue.wake_at() == pytest.approx(52.0)
+    [refused] = queue.take(52.1)[1]
+    assert refused.ticket.ticket_id == "long"
+    assert queue.wake_at() == pytest.approx(59.5)
+
+
 def test_reports_correct_the_estimate_and_overdue_work_never_counts_below_zero() -> None:
     cluster = cluster_of(1)
     cluster.offer(ticket("a", 4.0, 9.0))
