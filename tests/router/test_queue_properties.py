@@ -27,7 +27,8 @@ STEPS = st.lists(
         st.tuples(st.just("pass_time"), st.sampled_from([0.1, 1.0, 7.0, 50.0])),
         st.tuples(st.sampled_from(["leave", "overrun", "die", "start", "away"]), small),
     ),
-    max_size=40,
+    min_size=10,
+    max_size=50,
 )
 quiet = [HealthCheck.too_slow]
 
@@ -36,9 +37,9 @@ class Script:
     """A cluster in which one step after the other happens, and nobody is served out of turn."""
 
     def __init__(self, steps: list[tuple[Any, ...]], lead_s: float = 0.0) -> None:
-        self.cluster = Watched(TierQueue(lead_s=lead_s, cold_start_s=10.0), ("r0", "r1"))
+        self.cluster = Watched(TierQueue(lead_s=lead_s, cold_start_s=10.0), ("r0",))
         self.num_offers = 0
-        self.num_replicas = 2
+        self.num_replicas = 1
         for name, *args in steps:
             getattr(self, name)(*args)
 
