@@ -245,7 +245,7 @@ class TierQueue:
 
     def _hope(self, now: float) -> None:
         """Count on a first replica where none is up or expected: somebody asks for it."""
-        if self._slots.names:
+        if self._slots.has_any:
             return
         is_asked_anew = not self._places and now - self._hoped_at > 2 * self.cold_start_s
         self._hoped_at = now

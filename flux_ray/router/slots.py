@@ -55,6 +55,11 @@ class Slots:
         return frozenset(self._replicas.keys() - {HOPED_FOR})
 
     @property
+    def has_any(self) -> bool:
+        """Whether a replica is up or expected, without a look at each of thousands."""
+        return len(self._replicas) > self.is_hoping
+
+    @property
     def num(self) -> int:
         """Slots that take tickets now or soon."""
         return len(self._replicas) * self.num_per_replica
