@@ -30,7 +30,8 @@ STEPS = st.lists(
         st.tuples(st.sampled_from(["replica_dies", "replica_starts"]), small),
         st.tuples(st.sampled_from(["gateway_dies", "gateway_starts", "ledger_dies"]), small),
     ),
-    max_size=40,
+    min_size=10,
+    max_size=50,
 )
 
 
