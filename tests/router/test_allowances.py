@@ -194,7 +194,8 @@ def test_nothing_is_kept_of_keys_that_are_gone():
     assert len(told.books._recent) == 100
     told.share(now=61.0)
     assert len(told.books._recent) == 0
-    told.share(now=3 * DAY_S)
+    told.date = NOON + 3 * DAY_S
+    told.books.share("g", (), (), NOON + 3 * DAY_S)
     assert told.books._usage.rows() == ()
 
 
