@@ -10,10 +10,10 @@ from flux_ray.gateway.foreign_fields import (
     NO_EFFECT,
     REFUSED,
     SILENT,
+    check_served,
     is_image_name,
     is_mask_name,
     is_nothing,
-    refusal_of,
 )
 from flux_ray.gateway.json_body import parse_object
 from flux_ray.gateway.openai_fields import (
@@ -125,7 +125,7 @@ def parse_body(body: bytes) -> BflFields:
     fields._names.update(names)
     if fields.image is None and not fields.prompt.strip():
         raise BadRequest("prompt is empty", fields.named("prompt"))
-    check_served(fields)
+    check_served(fields.others, fields.named, has_images=fields.image is not None)
     return fields
 
 
@@ -146,16 +146,6 @@ def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
     if not values.get("width") and not values.get("height"):
         values |= {"width": width, "height": height}
         names |= {"width": name, "height": name}
-
-
-def check_served(fields: BflFields) -> None:
-    """Raise for what would change the image and is not there."""
-    has_images = fields.image is not None or any(map(is_image_name, fields.others))
-    for name, value in fields.others.items():
-        reason = refusal_of(name, value, has_images=has_images)
-        if reason is not None:
-            called = fields.named(name)[:80]
-            raise BadRequest(f"{called}: {reason}", called)
 
 
 def fields_schema() -> dict[str, Any]:

@@ -6,8 +6,10 @@ model gets there, safety flags and bookkeeping are named in warnings (`NO_EFFECT
 """
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from flux_ray.errors import BadRequest
 from flux_ray.gateway.sources import is_picture, is_url
 
 
@@ -172,6 +174,18 @@ def holds_image(name: str, value: Any) -> bool:
             if is_picture(text) or (may_be_url and is_url(text)):
                 return True
     return False
+
+
+def check_served(
+    fields: Mapping[str, Any], named: Callable[[str], str], *, has_images: bool
+) -> None:
+    """Raise for a field that would change the image and is not there, as its caller calls it."""
+    has_images = has_images or any(map(is_image_name, fields))
+    for name, value in fields.items():
+        reason = refusal_of(name, value, has_images=has_images)
+        if reason is not None:
+            called = named(name)[:80]
+            raise BadRequest(f"{called}: {reason}", called)
 
 
 def refusal_of(name: str, value: Any, *, has_images: bool) -> str | None:

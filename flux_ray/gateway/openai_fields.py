@@ -14,7 +14,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.foreign_fields import is_image_name, refusal_of
+from flux_ray.gateway.foreign_fields import check_served
 from flux_ray.gateway.json_body import parse_object
 from flux_ray.gateway.sent_fields import heed
 
@@ -139,13 +139,7 @@ def check_supported(fields: ImageFields, *, has_images: bool = False) -> None:
         raise BadRequest("prompt is empty", fields.named("prompt"))
     if fields.background == "transparent":
         raise BadRequest("transparent backgrounds are not supported", "background")
-    extra = fields.model_extra or {}
-    has_images = has_images or any(map(is_image_name, extra))
-    for name, value in extra.items():
-        reason = refusal_of(name, value, has_images=has_images)
-        if reason is not None:
-            called = fields.named(name)[:80]
-            raise BadRequest(f"{called}: {reason}", called)
+    check_served(fields.model_extra or {}, fields.named, has_images=has_images)
 
 
 def fields_schema() -> dict[str, Any]:
