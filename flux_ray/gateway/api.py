@@ -102,21 +102,26 @@ def add_routes(
 ) -> None:
     """All dialects, and what asks for no key."""
     kept = None
-    if desk is not None and args.public_url is not None:
-        fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
-    dialects: list[Dialect] = [HuggingFace(router, args, fetcher), Models(args)]
+    of_jobs: list[Dialect] = []
     api.state.names = names_of(args)
     api.state.public_url = args.public_url
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
+        fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
         kept = KeptPictures(desk, args.public_url)
         # Their URLs are the right to read.
         api.include_router(ResultRoutes(desk, args.public_url).routes())
         bfl = Bfl(router, args, desk, args.public_url, fetcher)
-        dialects.append(bfl)
+        of_jobs.append(bfl)
         api.state.bfl_paths = bfl.paths
+    dialects: list[Dialect] = [
+        OpenAIImages(router, args, fetcher, kept),
+        HuggingFace(router, args, fetcher),
+        Models(args),
+        *of_jobs,
+    ]
     known: set[tuple[str, str]] = set()
-    for dialect in (OpenAIImages(router, args, fetcher, kept), *dialects):
+    for dialect in dialects:
         routes = dialect.routes()
         known |= methods_and_paths(routes)
         api.include_router(routes, dependencies=guards)
