@@ -1,11 +1,11 @@
 """The router's Ray hands: Serve handles of the tiers, and Ray's errors as ours."""
 
 import asyncio
-import contextvars
 import logging
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from flux_ray.errors import FluxError, ProtocolMismatch, ReplicaFailed, TierUnavailable
 from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.router.background import keep_running
 from flux_ray.router.descriptions import Descriptions, Learn, learn_nothing
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.readiness import Readiness
@@ -78,14 +79,8 @@ class TierHandles:
 
         From the first call on the tiers are watched.
         """
-        for tier in self._tiers:
-            # Again after a mistake of ours, or the tier would keep its price for ever.
-            if tier not in self._watching or self._watching[tier].done():
-                # Of no request: a client that leaves does not cancel it.
-                self._watching[tier] = asyncio.get_running_loop().create_task(
-                    self._watch(tier), context=contextvars.Context()
-                )
-                self._watching[tier].add_done_callback(tell_of_end)
+        for tier in set(self._tiers) - self._watching.keys():
+            self._watching[tier] = keep_running(partial(self._watch, tier), f"watching {tier}")
         return {tier: REACHABLE[tier] for tier in self._tiers if tier in REACHABLE}
 
     async def ready_tiers(self) -> tuple[str, ...]:
@@ -152,12 +147,6 @@ class TierHandles:
             except TimeoutError:
                 response.cancel()
                 raise ReplicaFailed(f"replica {replica} of {tier} does not answer") from None
-
-
-def tell_of_end(task: "asyncio.Task[None]") -> None:
-    """A mistake of ours, that somebody has to hear of."""
-    if not task.cancelled():
-        logger.error("a tier is watched no more", exc_info=task.exception())
 
 
 @contextmanager
