@@ -1,6 +1,5 @@
 """The router: prices a request, waits for its turn, and sends it once more if a replica dies."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.calibration import Observation
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
+from flux_ray.router.deadline import within
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Offer
 from flux_ray.router.pace import followed
@@ -236,20 +236,16 @@ class Router:
         self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
     ) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
-        began, deadline = time.monotonic(), asyncio.timeout(timeout_s)
-        try:
-            async with deadline, self._entered(quote, caller, deadline_s) as stay:
-                # To be counted it may have waited for the ledger.
-                waited_s = 0.0 if self.turnstile is None else time.monotonic() - began
-                left_s = deadline_s - waited_s
-                result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
-                replica_s = result.times.replica_s
-                stay.finish(self.prices.on_all_cards(quote.tier, replica_s, result.layout))
-                return result
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise DeadlinePassed(f"the request was not done after {timeout_s:g} seconds") from None
+        began = time.monotonic()
+        late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
+        async with within(timeout_s, late), self._entered(quote, caller, deadline_s) as stay:
+            # To be counted it may have waited for the ledger.
+            waited_s = 0.0 if self.turnstile is None else time.monotonic() - began
+            left_s = deadline_s - waited_s
+            result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
+            replica_s = result.times.replica_s
+            stay.finish(self.prices.on_all_cards(quote.tier, replica_s, result.layout))
+            return result
 
     def _entered(
         self, quote: Quote, caller: Caller, within_s: float

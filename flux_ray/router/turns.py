@@ -11,6 +11,7 @@ from typing import Protocol
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running
+from flux_ray.router.deadline import within
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Receipt
@@ -92,18 +93,13 @@ class Turns:
 
         self._book.ask(offer, time.monotonic(), decide, hear)
         self._news.set()
-        # Of its own: the ledger may hang.
-        deadline = asyncio.timeout(offer.deadline_in_s)
+        late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
         try:
-            async with deadline:
+            # The ledger may hang.
+            async with within(offer.deadline_in_s, late):
                 replica = await granted
             await self._reach(offer.tier, replica)
             return replica
-        except TimeoutError:
-            self.end(offer.ticket_id)
-            if not deadline.expired():
-                raise
-            raise Overloaded("its deadline came before its turn", None, LEDGER_BACK_S) from None
         except BaseException:
             self.end(offer.ticket_id)
             raise

@@ -12,6 +12,7 @@ from typing import Protocol
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared, Standing
 from flux_ray.router.background import AGAIN_S, keep_running
+from flux_ray.router.deadline import within
 from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.usage import Name, Row, Usage, Use
 
@@ -106,11 +107,14 @@ class Turnstile:
             yield stay
             return
         self._start()
+        reason = "its deadline came before its key's limits were known"
+        late = Overloaded(reason, None, LEDGER_BACK_S)
         name = (entry.request_id, entry.tier)
         # Before the ledger hears of it: what it has and this has not would be struck out.
         self._entries[name] = entry
         try:
-            await self._enter_within(within_s, entry, allowance)
+            async with within(within_s, late):
+                await self._enter(entry, allowance)
             yield stay
         except asyncio.CancelledError:
             stay.break_off()
@@ -156,19 +160,6 @@ class Turnstile:
         self._usage.forget(time.time())
         self._has_heard.set()
         self._tells_all = shared.tell_all
-
-    async def _enter_within(
-        self, within_s: float | None, entry: Entry, allowance: Allowance
-    ) -> None:
-        deadline = asyncio.timeout(within_s)
-        try:
-            async with deadline:
-                await self._enter(entry, allowance)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            reason = "its deadline came before its key's limits were known"
-            raise Overloaded(reason, None, LEDGER_BACK_S) from None
 
     async def _enter(self, entry: Entry, allowance: Allowance) -> None:
         while True:
