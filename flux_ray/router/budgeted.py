@@ -8,8 +8,10 @@ from flux_ray.router.scaling_state import Scaling, ScalingState, target_of
 
 logger = logging.getLogger("ray.serve")
 
-# A tier that has not asked for so long is gone, and so is its share: Serve asks ten times a second.
-FORGET_S = 10.0
+# A tier that has not asked for so long is gone, and so is its share. Serve asks ten times a second,
+# but not while it imports the code of a tier that is deployed again: on a busy machine that took
+# 24 s, in which the replicas that were up lost their GPUs to another tier.
+FORGET_S = 60.0
 # More than this between two questions, and nobody was asked: nobody is gone for that.
 MAX_STEP_S = 1.0
 

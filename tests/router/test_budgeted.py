@@ -69,8 +69,8 @@ def test_what_the_first_no_longer_wants_is_the_others():
 def test_a_tier_that_is_gone_holds_nothing_for_ever():
     dev, klein = dev_and_klein(current=0, least=0)
     dev.ask()
-    assert [klein.ask(now) for now in range(11)] == [0] * 11
-    assert klein.ask(11.0) == 8
+    assert [klein.ask(now) for now in range(61)] == [0] * 61
+    assert klein.ask(61.0) == 8
 
 
 def test_a_tier_that_comes_again_is_the_same_one():
