@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.attempt import Attempt, Workshop
@@ -69,20 +69,24 @@ class Worker(Claimer):
             return None
         return Claim(lease.job.owner, self._work_on(lease), lease.job.tier)
 
-    async def _work_on(self, lease: Lease) -> None:
+    def _work_on(self, lease: Lease) -> Coroutine[None, None, None]:
+        """Return what is to be done with it.
+
+        Whether it can be read is seen here and not by that: the next claim, which may come before
+        that begins, must not claim it again.
+        """
         try:
             check_readable(lease.job.packed)
         except Unreadable as error:
-            await self._leave(lease, error)
-            return
-        await Attempt(lease, self._shop, lambda: self._is_stopping).run()
+            logger.warning("job %s is left to others: %s", lease.job_id, error)
+            self._unread[lease.job_id] = None
+            if len(self._unread) > MAX_UNREAD:
+                self._unread.pop(next(iter(self._unread)))
+            return self._leave(lease)
+        return Attempt(lease, self._shop, lambda: self._is_stopping).run()
 
-    async def _leave(self, lease: Lease, error: Unreadable) -> None:
-        """Give it back, uncounted, to a worker that can read it, and not claim it again."""
-        self._unread[lease.job_id] = None
-        if len(self._unread) > MAX_UNREAD:
-            self._unread.pop(next(iter(self._unread)))
-        logger.warning("job %s is left to others: %s", lease.job_id, error)
+    async def _leave(self, lease: Lease) -> None:
+        """Give it back, uncounted, to a worker that can read it."""
         while True:
             try:
                 await self._shop.store.give_back(lease)
