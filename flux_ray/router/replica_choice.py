@@ -4,8 +4,11 @@ Serve makes one in every process that has a handle. It is the code of the tier, 
 another version: what it reads of calls and of `handover` never changes.
 """
 
+import pickle
 from typing import Any
 
+from ray.serve._private.common import ReplicaQueueLengthInfo, RunningReplicaInfo
+from ray.serve._private.replica_result import ActorReplicaResult
 from ray.serve.request_router import (
     FIFOMixin,
     PendingRequest,
@@ -18,8 +21,39 @@ from ray.serve.request_router import (
 from flux_ray.router import handover
 
 
+class Accepted(ActorReplicaResult):
+    """The answer to a call that its replica was not asked to accept."""
+
+    async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
+        """Say what the replica would."""
+        return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=0)
+
+
+class UnaskedReplica(RunningReplica):
+    """A replica that is called at once.
+
+    Serve would have it accept each call first, in a stream of its own that costs both processes as
+    much as all the rest of the call. The ledger knows what it has room for, and one that is about
+    to end does what it was sent before it does.
+    """
+
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ActorReplicaResult:
+        """Send it; it is accepted."""
+        actor = self._actor_handle
+        method = actor.handle_request
+        if pr.metadata.is_streaming:
+            method = actor.handle_request_streaming.options(num_returns="streaming")
+        return Accepted(
+            method.remote(pickle.dumps(pr.metadata), *pr.args, **pr.kwargs), pr.metadata
+        )
+
+
 class GrantedReplica(FIFOMixin, RequestRouter):
     """Any other replica only where the granted one is gone."""
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """Serve tells of a replica that it did not know."""
+        return UnaskedReplica(replica_info)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve tells of a change."""
