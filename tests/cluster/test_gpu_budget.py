@@ -79,6 +79,7 @@ def deployed(address: str) -> Iterator[Callable[..., None]]:
     deploy(before)
 
 
+@pytest.mark.slow
 def test_tiers_share_the_gpus_and_leave_them(deployed: Callable[..., None]) -> None:
     dev, klein = application(DEV, 2, priority=1), application(KLEIN, 1, priority=0)
     deployed(dev, klein)

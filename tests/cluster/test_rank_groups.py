@@ -43,7 +43,14 @@ class Client(threading.Thread):
         self.answered_at = time.monotonic()
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, id="2 ranks"),
+        # Three take long to start.
+        pytest.param(3, id="3 ranks", marks=pytest.mark.slow),
+    ],
+)
 def num_ranks(
     request: pytest.FixtureRequest,
     address: str,
@@ -138,7 +145,7 @@ def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
     "how",
     [
         "a killed rank",
-        "a stopped rank",
+        pytest.param("a stopped rank", marks=pytest.mark.slow),
         pytest.param("a killed leader", marks=pytest.mark.slow),
     ],
 )

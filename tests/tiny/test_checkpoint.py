@@ -3,6 +3,7 @@
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,14 @@ def test_it_is_distilled_klein(pipeline: Flux2KleinPipeline) -> None:
     assert len(pipeline.text_encoder.model.layers) == 28
 
 
-@pytest.mark.parametrize("task_set", evaluate.TARGETED, ids=lambda task_set: task_set.name)
+def quick_and_slow() -> list[Any]:
+    """The sets, of which all but the first take too long to be drawn at every change."""
+    first, *others = evaluate.TARGETED
+    slow = [pytest.param(task_set, id=task_set.name, marks=pytest.mark.slow) for task_set in others]
+    return [pytest.param(first, id=first.name), *slow]
+
+
+@pytest.mark.parametrize("task_set", quick_and_slow())
 def test_fresh_tasks_are_right(pipeline: Flux2KleinPipeline, task_set: evaluate.TaskSet) -> None:
     """A smoke alarm, not the measurement: far enough below the card not to ring by chance."""
     row = evaluate.measure(pipeline, task_set, NUM_TASKS)

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_the_stages_make_a_pipeline_directory(run: Run, tmp_path: Path) -> None:
     train.assemble(run, tmp_path / "checkpoint")
     pipeline = evaluate.load_pipeline(tmp_path / "checkpoint")
@@ -38,6 +39,7 @@ def test_the_stages_make_a_pipeline_directory(run: Run, tmp_path: Path) -> None:
     assert 0 <= row["everything"] <= 1 and row["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_spreading_the_text_encoder_keeps_its_bits(run: Run) -> None:
     small, tokenizer = train.load_small_text_encoder(run), train.load_tokenizer(run)
     prompts = ["a red circle on a blue background", "make the circle green"]
@@ -48,6 +50,7 @@ def test_spreading_the_text_encoder_keeps_its_bits(run: Run) -> None:
     assert torch.equal(few, many)
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
