@@ -128,6 +128,7 @@ def test_no_phantom_work_stays_behind(
     assert draw(PROMPT)
 
 
+@pytest.mark.slow
 def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(
     config: dict[str, Any], draw: Draw, replicas: Replicas
 ) -> None:

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Replica, deploy
 from tests.cluster.groups import TIER, group_with
 from tests.cluster.storm import PROMPT, Draw
 
 
+@pytest.mark.slow
 def test_a_shared_text_encoder_changes_no_picture(
     config: dict[str, Any], draw: Draw, replicas: Callable[[str], list[Replica]]
 ) -> None:
