@@ -43,6 +43,9 @@ BROKEN = (
 # copies on the way to upright RGB. WebP is decoded in one piece before that; what is transparent is
 # composed.
 WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
+# Of a lossless WebP's first pixels: its codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or
+# more, though they take 4 bytes of the file.
+CODES_BYTES, MAX_CODED_PIXELS, LOSSLESS_MARKS = 344, 16 * 65_536, (b"VP8L", b"ALPH")
 # The colours in sRGB, and what is transparent beside them.
 PROFILE_BYTES = 8
 
@@ -127,7 +130,7 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
     check_size(image.size, limits, name)
     if jpeg is not None and jpeg.is_costly(image.width * image.height, limits.max_image_pixels):
         raise work.exceeded()
-    with HELD.working(work_bytes(image), limits.max_work_bytes):
+    with HELD.working(work_bytes(image, data), limits.max_work_bytes):
         try:
             return convert(upright(completed(image, jpeg, work)))
         except BROKEN:
@@ -155,12 +158,15 @@ def is_too_long(size: tuple[int, int]) -> bool:
     return max(size) > MAX_ASPECT * min(size)
 
 
-def work_bytes(image: Image.Image) -> int:
-    """What decoding takes, by what its header says."""
+def work_bytes(image: Image.Image, data: bytes) -> int:
+    """What decoding takes, by what the file's header says."""
     each = WORK_BYTES + (WEBP_BYTES if image.format == "WEBP" else 0)
     each += TRANSPARENT_BYTES if image.has_transparency_data else 0
     each += PROFILE_BYTES if image.info.get("icc_profile") else 0
-    return image.width * image.height * each
+    num_pixels = image.width * image.height
+    if image.format == "WEBP" and any(mark in data for mark in LOSSLESS_MARKS):
+        return num_pixels * each + min(num_pixels, MAX_CODED_PIXELS) * CODES_BYTES
+    return num_pixels * each
 
 
 def completed(image: Image.Image, jpeg: PlainJpeg | None, work: DecodeWork) -> Image.Image:

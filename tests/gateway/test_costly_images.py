@@ -1,14 +1,16 @@
 """Images that ask for minutes of work in a few bytes: refused at once, or stopped soon."""
 
 import base64
+import io
 import time
 
 import pytest
+from PIL import Image
 
 from flux_ray.errors import BadReference
 from flux_ray.gateway import decode_work
 from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.references import decode, work_bytes
 from flux_ray.gateway_config import Limits
 from tests.gateway.icc import ADOBE
 from tests.gateway.image_files import (
@@ -32,6 +34,10 @@ PNG = saved(noise(), "PNG")
 # An eighth of what is allowed: on a slow machine the rest of this test's time.
 NUM_BYTES = LIMITS.max_image_bytes // 8
 MAX_S = 1.0
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
 def seconds_of(data: bytes, limits: Limits = LIMITS) -> float:
@@ -158,6 +164,15 @@ def test_a_profile_that_may_take_minutes_is_ignored_and_told(profile, format):
     )
     assert seen == decode(saved(image, format), LIMITS, "image 1")
     assert notes == ["image 1: its colour profile cannot be used and was ignored"]
+
+
+@pytest.mark.parametrize(("side", "codes"), [(200, 344 * 200**2), (1200, 360 * 10**6)])
+def test_the_codes_of_a_lossless_webp_are_counted(side, codes):
+    """A megapixel may have 340 megabytes of them, in a file of 280 kilobytes."""
+    data = saved(Image.new("RGB", (side, side)), "WEBP", lossless=True)
+    plain = saved(Image.new("RGB", (side, side)), "WEBP")
+    more = work_bytes(opened(data), data) - work_bytes(opened(plain), plain)
+    assert more == pytest.approx(codes, rel=0.01)
 
 
 async def test_the_caller_is_told_which_field(client):
