@@ -48,6 +48,8 @@ test-drill: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit -q -c pyproject.toml -r flux_ray
+	$(BIN)/pip-licenses > /dev/null
 	$(BIN)/mypy
 
 format: $(VENV)/test.stamp

@@ -33,11 +33,14 @@ class Limits(Args):
 
     `max_held_bytes`: of all that it has in hand, bodies and images, of callers and of jobs; who
     finds no room is told to come back.
+    `max_decode_s`: of a processor, for one image; who sends one that takes longer is told to save
+    it in a simpler way.
     """
 
     max_body_bytes: int = 64 * 2**20
     max_image_bytes: int = 20 * 2**20
     max_image_pixels: int = 20_000_000
+    max_decode_s: Seconds = 5.0
     max_held_bytes: int = 2 * 2**30
     max_prompt_chars: int = 32_000
     max_images: int = 10

@@ -11,7 +11,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validato
 
 from flux_ray.catalog import tier_for
 
-SECRET_MARK = "fr-"
+# What secrets begin with, and no secret.
+SECRET_MARK = "fr-"  # nosec B105
 NUM_SECRET_BYTES = 32
 # Enough to tell keys apart in lists and logs; some 200 bits remain to guess.
 NUM_PREFIX_CHARS = len(SECRET_MARK) + 8

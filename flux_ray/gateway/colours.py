@@ -10,15 +10,23 @@ from flux_ray.gateway.image_notes import note
 SRGB = ImageCms.createProfile("sRGB")
 # What cannot be seen: a profile that changes no colour by more is sRGB under another name.
 SAME = 2
+# Those of presses have some 3 MB.
+MAX_PROFILE_BYTES = 4 * 2**20
+# Elements in any number, of up to 15 channels each: minutes a profile, which nobody can stop.
+COSTLY_TYPE = b"mpet"
+IGNORED = "its colour profile cannot be used and was ignored"
 BROKEN = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the image in sRGB; a profile that is broken, or of another kind, is ignored.
+    """Return the image in sRGB; a profile that is broken, costly, or of another kind is ignored.
 
     The model has seen sRGB only, and what it generates is taken for sRGB.
     """
     if not profile:
+        return image
+    if is_costly(profile):
+        note(IGNORED)
         return image
     plain, alpha = without_alpha(image)
     try:
@@ -34,12 +42,17 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             return image
         converted = ImageCms.applyTransform(plain, transform)
     except BROKEN:
-        note("its colour profile cannot be used and was ignored")
+        note(IGNORED)
         return image
     assert converted is not None, "not in place"
     if alpha is not None:
         converted.putalpha(alpha)
     return converted
+
+
+def is_costly(profile: bytes) -> bool:
+    """Say whether the colours of a few pixels may take as long as it likes."""
+    return len(profile) > MAX_PROFILE_BYTES or COSTLY_TYPE in profile
 
 
 def without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -21,8 +21,12 @@ HEARTBEAT_S = 5.0
 
 
 def event_text(name: str, data: BaseModel) -> str:
-    """Return an event as it goes over the wire."""
-    return f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n"
+    """Return an event as it goes over the wire.
+
+    In ASCII: clients cut lines by their language's rules, which know more signs than the standard.
+    """
+    written = data.model_dump_json(exclude_none=True, ensure_ascii=True)
+    return f"event: {name}\ndata: {written}\n\n"
 
 
 def comment_text(words: str) -> str:

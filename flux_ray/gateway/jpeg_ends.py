@@ -1,27 +1,28 @@
 """JPEG files without their last bytes, which every viewer shows and Pillow refuses."""
 
-import io
 import zlib
 
 from PIL import Image
+
+from flux_ray.gateway.decode_work import DecodeWork
 
 END = b"\xff\xd9"
 # Read as pixels these are none that zeros would be, with which libjpeg fills what is missing.
 FILLER = b"\x5a\xa5\x3c\xc3" * 64
 
 
-def with_its_end(data: bytes) -> bytes | None:
-    """Return the file with its end, if nothing but that is missing; else None.
+def with_its_end(data: bytes, work: DecodeWork) -> Image.Image | None:
+    """Return the decoded image of the file, if nothing but its end is missing; else None.
 
-    Raises what Pillow raises where it is broken otherwise.
+    Raises what Pillow raises where it is broken otherwise, and BadReference.
     """
     data = data.rstrip(b"\xff")
-    whole = data + END
+    filled = pixel_sum(work.open(data + FILLER + END))
+    image = work.open(data + END)
     # Where pixels are missing, what stands in their place shows.
-    return whole if pixel_sum(whole) == pixel_sum(data + FILLER + END) else None
+    return image if pixel_sum(image) == filled else None
 
 
-def pixel_sum(data: bytes) -> int:
-    """Return a checksum of the decoded pixels."""
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        return zlib.crc32(image.tobytes())
+def pixel_sum(image: Image.Image) -> int:
+    """Return a checksum of its pixels, which are decoded now."""
+    return zlib.crc32(image.tobytes())

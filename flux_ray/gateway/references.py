@@ -1,28 +1,28 @@
 """Reference pictures: untrusted bytes to checked, upright RGB pixels."""
 
-import io
 import struct
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flux_ray.errors import BadReference
 from flux_ray.gateway.colours import to_srgb
+from flux_ray.gateway.decode_work import DecodeWork
 from flux_ray.gateway.held import HELD
 from flux_ray.gateway.image_notes import note
 from flux_ray.gateway.jpeg_ends import with_its_end
+from flux_ray.gateway.jpeg_segments import JPEG_START, PlainJpeg, plain_jpeg
+from flux_ray.gateway.orientation import turn_upright
+from flux_ray.gateway.png_chunks import PNG_START, check_chunks
 from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 from flux_ray.resizing import scale_down
 
 Read = TypeVar("Read")
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-# Several in one file are opened as the second.
-JPEGS = ("JPEG", "MPO")
 # The image processor of the FLUX.2 pipelines refuses smaller and longer ones.
 MIN_SIDE = 64
 MAX_ASPECT = 8
@@ -43,6 +43,9 @@ BROKEN = (
 # copies on the way to upright RGB. WebP is decoded in one piece before that; what is transparent is
 # composed.
 WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
+# Of a lossless WebP's first pixels: its codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or
+# more, though they take 4 bytes of the file.
+CODES_BYTES, MAX_CODED_PIXELS, LOSSLESS_MARKS = 344, 16 * 65_536, (b"VP8L", b"ALPH")
 # The colours in sRGB, and what is transparent beside them.
 PROFILE_BYTES = 8
 
@@ -110,24 +113,39 @@ def counted(raster: Raster, limits: Limits) -> Raster:
 
 
 def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
-    """What is made of the picture, upright; it is measured before it is decoded."""
+    """What is made of the picture, upright; it is measured before it is decoded.
+
+    Raises BadReference, also where decoding takes more work than it may.
+    """
     if len(data) > limits.max_image_bytes:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
+    work = DecodeWork(limits.max_decode_s, name)
+    jpeg = plain_jpeg(data, work) if data.startswith(JPEG_START) else None
+    if data.startswith(PNG_START):
+        check_chunks(data, work)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = work.open(data if jpeg is None else jpeg.data)
     except BROKEN:
         raise BadReference(f"{name} is not a PNG, JPEG or WebP picture", "image") from None
-    if image.width * image.height > limits.max_image_pixels:
-        raise BadReference(f"{name} has more than {limits.max_image_pixels} pixels", "image")
-    if is_too_small(image.size):
-        raise BadReference(f"{name} is smaller than {MIN_SIDE} pixels on a side", "image")
-    if is_too_long(image.size):
-        raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
-    with HELD.working(work_bytes(image), limits.max_work_bytes):
+    check_size(image.size, limits, name)
+    if jpeg is not None and jpeg.is_costly(image.width * image.height, limits.max_image_pixels):
+        raise work.exceeded()
+    with HELD.working(work_bytes(image, data), limits.max_work_bytes):
         try:
-            return convert(upright(completed(image, data)))
+            return convert(upright(completed(image, jpeg, work)))
         except BROKEN:
             raise BadReference(f"{name} is damaged", "image") from None
+
+
+def check_size(size: tuple[int, int], limits: Limits, name: str) -> None:
+    """Raise BadReference for what no model takes, or this gateway does not."""
+    width, height = size
+    if width * height > limits.max_image_pixels:
+        raise BadReference(f"{name} has more than {limits.max_image_pixels} pixels", "image")
+    if is_too_small(size):
+        raise BadReference(f"{name} is smaller than {MIN_SIDE} pixels on a side", "image")
+    if is_too_long(size):
+        raise BadReference(f"{name} is more than {MAX_ASPECT} times as long as wide", "image")
 
 
 def is_too_small(size: tuple[int, int]) -> bool:
@@ -140,31 +158,36 @@ def is_too_long(size: tuple[int, int]) -> bool:
     return max(size) > MAX_ASPECT * min(size)
 
 
-def work_bytes(image: Image.Image) -> int:
-    """What decoding takes, by what its header says."""
+def work_bytes(image: Image.Image, data: bytes) -> int:
+    """What decoding takes, by what the file's header says."""
     each = WORK_BYTES + (WEBP_BYTES if image.format == "WEBP" else 0)
     each += TRANSPARENT_BYTES if image.has_transparency_data else 0
     each += PROFILE_BYTES if image.info.get("icc_profile") else 0
-    return image.width * image.height * each
+    num_pixels = image.width * image.height
+    if image.format == "WEBP" and any(mark in data for mark in LOSSLESS_MARKS):
+        return num_pixels * each + min(num_pixels, MAX_CODED_PIXELS) * CODES_BYTES
+    return num_pixels * each
 
 
-def completed(image: Image.Image, data: bytes) -> Image.Image:
+def completed(image: Image.Image, jpeg: PlainJpeg | None, work: DecodeWork) -> Image.Image:
     """Decode it; if its file lacks nothing but its end, that is no damage."""
     try:
         image.load()
     except BROKEN:
-        whole = with_its_end(data) if image.format in JPEGS else None
+        whole = with_its_end(jpeg.data, work) if jpeg is not None else None
         if whole is None:
             raise
         note("the end of its file is missing, but none of its pixels")
-        return Image.open(io.BytesIO(whole), formats=FORMATS)
+        image = whole
+    if jpeg is not None:
+        image.info.update(jpeg.metadata())
     return image
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Return it as viewers show it: upright, 8 bits a channel, in sRGB."""
     profile = image.info.get("icc_profile")
-    ImageOps.exif_transpose(image, in_place=True)
+    turn_upright(image)
     return to_srgb(eight_bits(image), profile)
 
 

@@ -4,13 +4,14 @@ import asyncio
 import binascii
 import re
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
 from flux_ray.errors import BadReference
-from flux_ray.gateway.decoders import DECODERS
+from flux_ray.gateway.decoders import DECODERS, timed
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.image_notes import with_notes
 from flux_ray.gateway.masks import decode_mask
@@ -113,12 +114,13 @@ def reader_for(target: Target, limits: Limits, fetcher: Fetcher) -> "Reader":
     return Reader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
 
 
-class Reader(NamedTuple):
+@dataclass
+class Reader:
     """Reads pictures of one request, not after `until_s` of the loop's clock.
 
     `max_pixels`: what the tiers that may serve it scale references down to. `order`: of requests
     that decode, those that came before it come first. `notes`: what the caller is to be told of
-    those that were read.
+    the pictures that were read.
     """
 
     limits: Limits
@@ -154,9 +156,11 @@ class Reader(NamedTuple):
                 data = await self.fetcher.read(content, limits.max_image_bytes, name, until_s)
             else:
                 data = await DECODERS.run(self.order, lambda: decode_base64(content, limits, name))
-            value, notes = await DECODERS.run(
-                self.order, lambda: with_notes(lambda: decode(data, limits, name), name)
+            (value, notes), seconds = await DECODERS.run(
+                self.order,
+                lambda: timed(lambda: with_notes(lambda: decode(data, limits, name), name)),
             )
+            self.order = DECODERS.order_after(self.order, seconds)
         except BadReference as error:
             raise BadReference(error.message, source.param) from None
         self.notes.extend(notes)

@@ -127,7 +127,8 @@ def encode_images(vae: AutoencoderKLFlux2, images: list[world.Pixels]) -> torch.
 def load_pool(path: Path, vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
     """The pool of a training process, built once and kept beside the run."""
     if path.exists():
-        pool: Pool = torch.load(path, weights_only=False)
+        # This run wrote it.
+        pool: Pool = torch.load(path, weights_only=False)  # nosec B614
         return pool
     pool = build_pool(vae, seed=seed, scale=scale)
     torch.save(pool, path)

@@ -30,7 +30,7 @@ class Run:
         path = self.folder / f"{stage}.resume.pt"
         if not path.exists():
             return 0
-        state = torch.load(path)
+        state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         if extra is not None:
             extra.load_state_dict(state["extra"])

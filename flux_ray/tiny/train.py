@@ -83,7 +83,7 @@ def load_tokenizer(run: Run) -> Qwen2Tokenizer:
 def load_small_text_encoder(run: Run) -> Qwen3ForCausalLM:
     """The net of nine layers, as trained."""
     small = models.build_text_encoder(train_text_encoder.NUM_TRAINED_LAYERS)
-    small.load_state_dict(torch.load(run.folder / "text_encoder.pt"))
+    small.load_state_dict(torch.load(run.folder / "text_encoder.pt", weights_only=True))
     small.eval()  # type: ignore[no-untyped-call]
     return small
 
@@ -91,14 +91,14 @@ def load_small_text_encoder(run: Run) -> Qwen3ForCausalLM:
 def load_vae(run: Run, stage: str) -> AutoencoderKLFlux2:
     """The VAE after the stage `vae` or `decoder`; their encoders are the same."""
     vae = models.build_vae()
-    vae.load_state_dict(torch.load(run.folder / f"{stage}.pt"))
+    vae.load_state_dict(torch.load(run.folder / f"{stage}.pt", weights_only=True))
     return vae.eval().to(memory_format=torch.channels_last)
 
 
 def assemble(run: Run, output: Path) -> None:
     """Write the Flux2KleinPipeline directory."""
     transformer = models.build_transformer()
-    transformer.load_state_dict(torch.load(run.folder / "transformer.pt"))
+    transformer.load_state_dict(torch.load(run.folder / "transformer.pt", weights_only=True))
     models.save_pipeline(
         output,
         vae=load_vae(run, "decoder"),

@@ -95,7 +95,7 @@ def train_decoder(run: Run, *, steps: int, pool_size: int = POOL_SIZE) -> None:
     """
     vae = models.build_vae().to(memory_format=torch.channels_last)
     pool = draw_pool(seed=6, size=pool_size)
-    vae.load_state_dict(torch.load(run.folder / "vae.pt"))
+    vae.load_state_dict(torch.load(run.folder / "vae.pt", weights_only=True))
     vae.eval().requires_grad_(False)
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     for parameter in decoder:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from flux_ray.gateway.decoders import FIRST, Decoders
+from flux_ray.gateway.decoders import FIRST, LONG_S, Decoders
 
 
 async def test_the_request_that_came_first_is_decoded_first():
@@ -22,6 +22,13 @@ async def test_the_request_that_came_first_is_decoded_first():
     may_go.set()
     await asyncio.gather(blocking, *tasks)
     assert done == ["scaled", "early", "late", "late again"]
+
+
+def test_who_took_long_goes_behind_all_that_wait():
+    decoders = Decoders(1)
+    early, late = decoders.next_order(), decoders.next_order()
+    assert decoders.order_after(early, LONG_S / 2) == early
+    assert decoders.order_after(early, LONG_S) > late
 
 
 async def test_who_leaves_gives_the_turn_to_the_next():

@@ -2,13 +2,15 @@
 
 import asyncio
 import base64
+import json
 from typing import Any
 
 import pytest
 
 from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed
 from flux_ray.gateway import event_stream
-from flux_ray.gateway.event_stream import kept_alive
+from flux_ray.gateway.event_stream import event_text, kept_alive
+from flux_ray.gateway.failures import Envelope, Failure
 from flux_ray.request import (
     Finished,
     GeneratedImage,
@@ -24,6 +26,16 @@ from tests.gateway.streaming import event_of, streamed
 
 PATH = "/v1/images/generations"
 BODY: dict[str, Any] = {"prompt": "a ring", "stream": True, "seed": 5}
+
+
+def test_no_text_ends_an_event():
+    """Python's clients end lines also at these, as httpx does."""
+    text = "a\n\nb\r\x0b\x0c\x1c\x85\u2028\u2029 data: c"
+    failure = Failure(message=text, type="server_error", code="server_error")
+    lines = event_text("error", Envelope(error=failure)).splitlines()
+    assert lines[0] == "event: error"
+    assert json.loads(lines[1].removeprefix("data: "))["error"]["message"] == text
+    assert lines[2:] == [""]
 
 
 def image(seed: int) -> GeneratedImage:
