@@ -27,6 +27,7 @@ NOUNS = {
     "following",
     "key_store",
     "keys",
+    "liveness",
     "metrics",
     "request",
     "resizing",
