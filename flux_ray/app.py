@@ -39,7 +39,8 @@ from flux_ray.router.turnstile import Turnstile
 
 logger = logging.getLogger("ray.serve")
 
-# A leader that ended is replaced at the next check; one that hangs, after three of them.
+# A leader that ended is replaced at the next check; one that hangs is killed before three of them
+# are over (router/hung_replicas.py).
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 
@@ -79,6 +80,9 @@ class Gateway:
         router = Router(handles, turns, prices, bill, terms, records, turnstile)
         desk = desk_for(router, args)
         return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
+
+    async def check_health(self) -> None:
+        """Answer Serve, and whoever ends what hangs: this loop runs."""
 
 
 def is_stopping() -> bool:

@@ -115,6 +115,7 @@ def test_only_the_routers_hands_touch_ray():
     assert touching == {
         "autoscaling.py",
         "handles.py",
+        "hung_replicas.py",
         "ledger_actor.py",
         "readiness.py",
         "replica_choice.py",

@@ -30,6 +30,7 @@ from flux_ray.router.allowances import (
 from flux_ray.router.background import keep_running
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
+from flux_ray.router.hung_replicas import watch_replicas
 from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
@@ -101,7 +102,7 @@ def ends_on_error(
     @wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         ledger: Any = args[0]
-        ledger.spoken_at = time.monotonic()
+        ledger.begin()
         try:
             return await method(*args, **kwargs)
         except Exception:
@@ -128,7 +129,9 @@ class LedgerActor:
         connect: Callable[[str], Awaitable[Any]] = connect,
         end: Callable[[], None] = end_process,
         rejoin_s: float = REJOIN_S,
+        companion: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`companion`: what else goes on in this process, of which the cluster has just one."""
         self.end = end
         self.spoken_at = time.monotonic()
         self._connect = connect
@@ -139,8 +142,16 @@ class LedgerActor:
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
+        self._companion = companion
+        self._accompanying: asyncio.Task[None] | None = None
         # By tier, what keeps them, and what holds its handle.
         self._watching: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self) -> None:
+        """Somebody speaks to it."""
+        self.spoken_at = time.monotonic()
+        if self._companion is not None and self._accompanying is None:
+            self._accompanying = keep_running(self._companion, "what goes on beside the ledger")
 
     @ends_on_error
     async def say(self, gateway: str, statement: Statement) -> Heard:
@@ -351,4 +362,4 @@ def start_ledger() -> Any:
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
     return actor.options(
         name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote()
+    ).remote(companion=watch_replicas)

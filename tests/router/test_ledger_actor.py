@@ -167,3 +167,20 @@ async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
             await line.say("g", Statement())
     assert calls == ["start"]
     head.set()
+
+
+async def test_what_goes_on_beside_the_ledger_begins_with_its_first_call_and_goes_on():
+    """It is started again, and no failure of it ends the ledger."""
+    begun = asyncio.Queue()
+
+    async def fails():
+        begun.put_nowait("begun")
+        raise RuntimeError
+
+    actor = new_actor(companion=fails)
+    await asyncio.sleep(0.05)
+    assert begun.empty()
+    await actor.share_prices(())
+    for _ in range(2):
+        assert await begun.get() == "begun"
+    actor._accompanying.cancel()
