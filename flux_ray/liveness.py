@@ -2,8 +2,11 @@
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger("ray.serve")
 
 # A watcher looks so often, and asks again so long after an answer.
 LOOK_S = 1.0
@@ -89,8 +92,7 @@ class Watch:
             await asyncio.sleep(ASK_S)
 
     def _bury(self, name: str, asked: "asyncio.Task[None]") -> None:
-        # What it died of is told to those who have calls there.
         if not asked.cancelled():
-            asked.exception()
+            logger.info("%s is asked for signs of life no more: %s", name, asked.exception())
         self._asking.pop(name, None)
         self._liveness.forget(name)

@@ -54,6 +54,8 @@ ANSWER_S = 5.0
 FORECAST_S = 1.0
 # A ledger that leaves so many calls in a row unanswered hangs.
 MAX_UNANSWERED = 2
+# A time that is over so much too late was this process's own: it stood still, and read no answers.
+LAG_S = 1.0
 # From the end of one request until the next is at the replica, on a busy machine: it would be idle.
 LEAD_S = 0.05
 
@@ -324,12 +326,14 @@ class RemoteLedger:
         return shared
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
                 answer = await getattr(actor, method).remote(*args)
         except TimeoutError as error:
-            self._note_silence()
+            if time.monotonic() - began < timeout_s + LAG_S:
+                self._note_silence()
             raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
         except (RayError, ValueError) as error:
             # It died, or ends; Ray gives whoever asks by name the one that lives.
