@@ -26,6 +26,8 @@ serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
 serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 2147483647
 # Bodies of requests that offer another protocol are read, and headers without an end are not.
 serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH ?= flux_ray.gateway.proxy:read_with_h11
+# A replica that fails three checks hangs, and does not hear that it is to end gracefully.
+serve: export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS ?= 1
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp

@@ -28,6 +28,7 @@ from flux_ray.router.cost import Layout
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.ledger_actor import RemoteLedger
+from flux_ray.router.longest import drain_timeout_s
 from flux_ray.router.price_exchange import PriceExchange
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.recorder import Recorder
@@ -38,7 +39,8 @@ from flux_ray.router.turnstile import Turnstile
 
 logger = logging.getLogger("ray.serve")
 
-# A leader that ended is replaced at the next check; one that hangs, after three of them.
+# A leader that ended is replaced at the next check; one that hangs is killed before three of them
+# are over (router/hung_replicas.py).
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 
@@ -79,6 +81,9 @@ class Gateway:
         desk = desk_for(router, args)
         return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
 
+    async def check_health(self) -> None:
+        """Answer Serve, and whoever ends what hangs: this loop runs."""
+
 
 def is_stopping() -> bool:
     """Whether Serve has begun to end this replica, which it tells it only after its last request.
@@ -112,6 +117,8 @@ def build_tier(args: TierArgs) -> Application:
 
 def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
     """The leaders of a tier, and their text encoder where they share one."""
+    # Filled in: older gateways, which read the args of replicas, know it as a number.
+    args = args.model_copy(update={"drain_timeout_s": drain_timeout_s(args)})
     deployment = serve.deployment(
         name=args.tier,
         **replicas_of(args),
@@ -123,7 +130,7 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
         request_router_config=granted_replica_first(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=args.drain_timeout_s,
+        graceful_shutdown_timeout_s=drain_timeout_s(args),
     )(leader)
     if args.text_encoder == "colocated":
         return deployment.bind(args)
@@ -174,6 +181,6 @@ def text_encoder_for(args: TierArgs) -> Application:
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=args.drain_timeout_s,
+        graceful_shutdown_timeout_s=drain_timeout_s(args),
     )(TextEncoder)
     return deployment.bind(args)

@@ -98,7 +98,8 @@ class TierArgs(Args):
     `cache_bytes`: what a rank keeps of encoded prompts and references; 0 for nothing.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
-    `drain_timeout_s`: longer than the longest request: a replica that is taken away waits so long.
+    `drain_timeout_s`: a replica that is taken away has so long for the requests that it has; else
+    as long as the tier's longest one takes (router/longest.py).
     """
 
     tier: str
@@ -118,7 +119,7 @@ class TierArgs(Args):
     step_timeout_s: Seconds = 60.0
     min_step_timeout_s: Seconds = 5.0
     load_timeout_s: Seconds = 600.0
-    drain_timeout_s: Seconds = 660.0
+    drain_timeout_s: Seconds | None = None
 
     @property
     def cold_start_s(self) -> float:

@@ -124,6 +124,8 @@ class GatewayArgs(Args):
     `public_url`: where clients find this gateway, which is never taken from what they send.
     `cors_origins`: of pages that may ask from a browser, like `https://app.example.com`, or `*`.
     `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
+    `drain_timeout_s`: of a gateway that is taken away, for what it has: more than
+    `request_timeout_s`, for what came last may wait all of that.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)

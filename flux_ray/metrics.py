@@ -53,3 +53,8 @@ LIMITED = Metric(
     "requests_per_minute, gpu_seconds_per_day, megapixels_per_day.",
     labels=("tier", "limit"),
 )
+HUNG = Metric(
+    "flux_hung_replicas",
+    "Gateways, leaders and text encoders that hung, and were ended.",
+    labels=("process",),
+)

@@ -2,8 +2,9 @@
 
 from ray.serve import Application
 
-from flux_ray.app import build_tier, replicas_of
+from flux_ray.app import build_gateway, build_tier, replicas_of
 from flux_ray.config import Parallel, TierArgs
+from flux_ray.gateway_config import GatewayArgs
 
 
 def deployments_of(application: Application) -> dict[str, object]:
@@ -54,3 +55,27 @@ def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
     encoder = deployments["flux-2-dev-text-encoder"]
     assert encoder.num_replicas == 1
     assert encoder._replica_config.ray_actor_options["num_gpus"] == 1
+
+
+def drain_s(application: Application) -> list[float]:
+    return [
+        deployment._deployment_config.graceful_shutdown_timeout_s
+        for deployment in deployments_of(application).values()
+    ]
+
+
+def test_a_replica_has_as_long_to_end_as_its_tiers_longest_request_takes() -> None:
+    assert drain_s(build_tier(TierArgs(tier="tiny", device="cpu"))) == [20]
+    args = TierArgs(tier="flux-2-klein-4b", weights="x/y@z", text_encoder="shared")
+    assert drain_s(build_tier(args)) == [55, 55]
+    said = args.model_copy(update={"drain_timeout_s": 7.0})
+    assert drain_s(build_tier(said)) == [7, 7]
+    # What waits in a gateway may take all of its `request_timeout_s`.
+    assert drain_s(build_gateway(GatewayArgs(tiers=("tiny",)))) == [660]
+
+
+def test_replicas_say_of_themselves_how_long_they_have() -> None:
+    """As a number: a gateway of the release before this one can read no other."""
+    (leader,) = deployments_of(build_tier(TierArgs(tier="tiny", device="cpu"))).values()
+    (args,) = leader.init_args
+    assert args.drain_timeout_s == 20

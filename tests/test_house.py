@@ -27,6 +27,7 @@ NOUNS = {
     "following",
     "key_store",
     "keys",
+    "liveness",
     "metrics",
     "request",
     "resizing",
@@ -114,6 +115,7 @@ def test_only_the_routers_hands_touch_ray():
     assert touching == {
         "autoscaling.py",
         "handles.py",
+        "hung_replicas.py",
         "ledger_actor.py",
         "readiness.py",
         "replica_choice.py",

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from flux_ray.errors import FluxError, OutOfMemory, ReplicaFailed
+from flux_ray.liveness import LOOK_S, Watch
 from flux_ray.replica.line import framed
 from flux_ray.replica.patience import Patience
 from flux_ray.request import Encoded, StageAnswer
@@ -17,6 +18,8 @@ logger = logging.getLogger("ray.serve")
 GRACE_S = 1.0
 # So long a leader lives on, for its last answer to be on its way.
 LAST_WORDS_S = 1.0
+# A rank answers a ping at once, whatever it computes, or hangs.
+HUNG_S = 10.0
 
 
 class Rank(Protocol):
@@ -48,6 +51,7 @@ class RankGroup:
         self._broken: asyncio.Future[str] = loop.create_future()
         self._ended = asyncio.Event()
         self._watcher = loop.create_task(self._watch())
+        self._pinger = loop.create_task(self._watch_pings())
 
     async def run(
         self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
@@ -141,6 +145,19 @@ class RankGroup:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
         dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         self.break_up("a rank died", dead.pop().result())
+
+    async def _watch_pings(self) -> None:
+        """End the group when a rank hangs, also one that has no call, or a call of unknown length.
+
+        To the ranks these pings are their leader's signs of life.
+        """
+        pings = Watch(HUNG_S)
+        for number, rank in enumerate(self._ranks):
+            pings.follow(f"rank {number}", rank.ping)
+        while not self._broken.done():
+            for name in pings.hung():
+                self.break_up(f"{name} hangs")
+            await asyncio.sleep(LOOK_S)
 
     def break_up(
         self, reason: str, error: BaseException | None = None, after_s: float = 0.0

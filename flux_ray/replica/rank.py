@@ -12,6 +12,7 @@ import ray
 from flux_ray.catalog import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
+from flux_ray.replica.leader_watch import LeaderWatch
 from flux_ray.replica.line import Address, Extension, StageFailed
 from flux_ray.replica.memory import free_memory, out_of_memory
 from flux_ray.replica.process import card_here, keep_memory, load_engine
@@ -87,6 +88,7 @@ class RankActor:
         self._drawings: dict[int, Drawing] = {}
         self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
+        self._leader = LeaderWatch(repr(self))
 
     def __repr__(self) -> str:
         """What Ray writes before its lines in the logs, and shows in the dashboard."""
@@ -129,7 +131,8 @@ class RankActor:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
-        """The process id."""
+        """The process id. Whoever asks for it is the leader, and lives."""
+        self._leader.hear()
         return os.getpid()
 
     @ray.method(concurrency_group="control")
@@ -148,6 +151,7 @@ class RankActor:
 
         torch has a number of threads, and CUDA a card, for every thread.
         """
+        self._leader.start()
         try:
             self._extension.answer(self.run, follows)
         except Exception:

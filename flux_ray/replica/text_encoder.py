@@ -53,6 +53,9 @@ class TextEncoder:
         )
         self._encoder = load_prompt_encoder(tier_for(args.tier), args.weights, placement)
 
+    async def check_health(self) -> None:
+        """Answer Serve, and whoever ends what hangs: this loop runs."""
+
     async def encode_prompt(self, prompt: str) -> EncodedPrompt:
         """The prompt for the ranks. What is no caller's mistake, or hangs, ends this process."""
         async with self._turn:

@@ -30,6 +30,7 @@ from flux_ray.router.allowances import (
 from flux_ray.router.background import keep_running
 from flux_ray.router.calibration import Snapshot, merged
 from flux_ray.router.forecast import Forecast
+from flux_ray.router.hung_replicas import watch_replicas
 from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
@@ -53,6 +54,8 @@ ANSWER_S = 5.0
 FORECAST_S = 1.0
 # A ledger that leaves so many calls in a row unanswered hangs.
 MAX_UNANSWERED = 2
+# A time that is over so much too late was this process's own: it stood still, and read no answers.
+LAG_S = 1.0
 # From the end of one request until the next is at the replica, on a busy machine: it would be idle.
 LEAD_S = 0.05
 
@@ -101,7 +104,7 @@ def ends_on_error(
     @wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         ledger: Any = args[0]
-        ledger.spoken_at = time.monotonic()
+        ledger.begin()
         try:
             return await method(*args, **kwargs)
         except Exception:
@@ -128,7 +131,9 @@ class LedgerActor:
         connect: Callable[[str], Awaitable[Any]] = connect,
         end: Callable[[], None] = end_process,
         rejoin_s: float = REJOIN_S,
+        companion: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """`companion`: what else goes on in this process, of which the cluster has just one."""
         self.end = end
         self.spoken_at = time.monotonic()
         self._connect = connect
@@ -139,8 +144,16 @@ class LedgerActor:
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
+        self._companion = companion
+        self._accompanying: asyncio.Task[None] | None = None
         # By tier, what keeps them, and what holds its handle.
         self._watching: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self) -> None:
+        """Somebody speaks to it."""
+        self.spoken_at = time.monotonic()
+        if self._companion is not None and self._accompanying is None:
+            self._accompanying = keep_running(self._companion, "what goes on beside the ledger")
 
     @ends_on_error
     async def say(self, gateway: str, statement: Statement) -> Heard:
@@ -313,12 +326,14 @@ class RemoteLedger:
         return shared
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
                 answer = await getattr(actor, method).remote(*args)
         except TimeoutError as error:
-            self._note_silence()
+            if time.monotonic() - began < timeout_s + LAG_S:
+                self._note_silence()
             raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
         except (RayError, ValueError) as error:
             # It died, or ends; Ray gives whoever asks by name the one that lives.
@@ -351,4 +366,4 @@ def start_ledger() -> Any:
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
     return actor.options(
         name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote()
+    ).remote(companion=watch_replicas)

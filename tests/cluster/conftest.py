@@ -192,6 +192,7 @@ def are_running(status: Any) -> bool:
 def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> Iterator[str]:
     """Where the gateway listens. What `serve run` does, on two logical CPUs."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
     import ray
     from ray import serve
 

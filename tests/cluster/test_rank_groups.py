@@ -114,11 +114,8 @@ def replica(num_ranks: int, replicas: Replicas) -> Iterator[Replica]:
 
 def break_one(replica: Replica, how: str) -> None:
     """The last rank, or the leader."""
-    rank = replica.ranks[-1]
-    if how == "a stopped rank":
-        rank.send_signal(signal.SIGSTOP)
-    else:
-        (rank if how == "a killed rank" else replica.leader).kill()
+    broken = replica.ranks[-1] if how.endswith("rank") else replica.leader
+    broken.send_signal(signal.SIGSTOP if "stopped" in how else signal.SIGKILL)
 
 
 def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
@@ -147,6 +144,7 @@ def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
         "a killed rank",
         pytest.param("a stopped rank", marks=pytest.mark.slow),
         pytest.param("a killed leader", marks=pytest.mark.slow),
+        pytest.param("a stopped leader", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_process_is_replaced_and_no_picture_is_lost(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flux_ray import liveness
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica import group
 from flux_ray.replica.group import RankGroup
@@ -26,6 +27,8 @@ class FakeRank:
     def __init__(self, answer: object) -> None:
         self.answer = answer
         self._death = asyncio.Event()
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
         self._working = asyncio.Lock()
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:
@@ -43,6 +46,7 @@ class FakeRank:
         return [StageAnswer(self.answer, 0.1) for _ in stages]
 
     async def ping(self) -> int:
+        await self._goes_on.wait()
         return 1
 
     async def live(self) -> Exception:
@@ -52,6 +56,10 @@ class FakeRank:
     def die(self) -> None:
         self._death.set()
 
+    def stop(self) -> None:
+        """As SIGSTOP does."""
+        self._goes_on.clear()
+
 
 class Replica:
     """A group of fakes; `ended` counts how often it would have ended its process."""
@@ -59,12 +67,14 @@ class Replica:
     def __init__(self, *answers: object, floor_s: float = 0.2) -> None:
         self.ranks = [FakeRank(answer) for answer in answers]
         self.ended = 0
+        self.has_ended = asyncio.Event()
         self.patience = Patience(floor_s, limit_s=10)
         self.patience.learn(0.001, "encode", SIZES)
         self.group = RankGroup(self.ranks, self.patience, end=self.end)
 
     def end(self) -> None:
         self.ended += 1
+        self.has_ended.set()
 
     async def encode(self) -> object:
         async with asyncio.timeout(5):
@@ -173,3 +183,25 @@ async def test_a_death_fails_the_call_that_would_hang() -> None:
     asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die)
     with pytest.raises(ReplicaFailed, match="a rank died: of a cold"):
         await replica.encode()
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_a_rank_that_hangs_ends_the_group_whatever_it_was_called_for(
+    monkeypatch: pytest.MonkeyPatch, is_busy: bool
+) -> None:
+    """Of a stage that was never seen nobody knows how long it may take."""
+    for module in (group, liveness):
+        monkeypatch.setattr(module, "LOOK_S", 0.02)
+    monkeypatch.setattr(liveness, "ASK_S", 0.02)
+    monkeypatch.setattr(group, "HUNG_S", 0.3)
+    replica = Replica(None, "hang" if is_busy else None, floor_s=60)
+    calls = [asyncio.ensure_future(replica.encode())] if is_busy else []
+    await asyncio.sleep(0.6)
+    assert replica.ended == 0, "it is at work, and answers pings"
+    replica.ranks[1].stop()
+    async with asyncio.timeout(60):
+        await replica.has_ended.wait()
+    for call in calls:
+        with pytest.raises(ReplicaFailed, match="rank 1 hangs"):
+            await call
+    assert replica.ended == 1

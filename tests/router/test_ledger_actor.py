@@ -151,6 +151,23 @@ async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log)
     assert line._actor is not None, "it comes back under the same handle"
 
 
+async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
+    """As after SIGSTOP and SIGCONT: the answers are there, and not read yet."""
+    killed = []
+    monkeypatch.setattr(ledger_actor, "ANSWER_S", 1.0)
+    monkeypatch.setattr(ledger_actor, "LAG_S", 0.1)
+    monkeypatch.setattr(ledger_actor.ray, "kill", lambda actor, no_restart: killed.append(actor))
+    line = RemoteLedger(Silent)
+    number = 2 * ledger_actor.MAX_UNANSWERED
+    calls = [asyncio.ensure_future(line.say("g", Statement())) for _ in range(number)]
+    await asyncio.sleep(0.05)
+    time.sleep(1.5)  # noqa: ASYNC251 - the loop stands still
+    lost = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(each) for each in lost} == {LedgerLost}
+    line._thread.shutdown()
+    assert killed == []
+
+
 async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
     monkeypatch.setattr(ledger_actor, "ANSWER_S", 0.05)
     head = threading.Event()
@@ -167,3 +184,20 @@ async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
             await line.say("g", Statement())
     assert calls == ["start"]
     head.set()
+
+
+async def test_what_goes_on_beside_the_ledger_begins_with_its_first_call_and_goes_on():
+    """It is started again, and no failure of it ends the ledger."""
+    begun = asyncio.Queue()
+
+    async def fails():
+        begun.put_nowait("begun")
+        raise RuntimeError
+
+    actor = new_actor(companion=fails)
+    await asyncio.sleep(0.05)
+    assert begun.empty()
+    await actor.share_prices(())
+    for _ in range(2):
+        assert await begun.get() == "begun"
+    actor._accompanying.cancel()

@@ -1,0 +1,198 @@
+"""Which of Serve's replicas are asked for signs of life, what counts as one, and who is killed."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from flux_ray import liveness
+from flux_ray.router import handover, hung_replicas
+from flux_ray.router.hung_replicas import AskedReplica, HungReplicas, our_replicas
+
+GATEWAY = "SERVE_REPLICA::gateway#gateway#aaaa"
+LEADER = "SERVE_REPLICA::tiny#tiny#bbbb"
+ENCODER = "SERVE_REPLICA::flux-2-dev#flux-2-dev-text-encoder#cccc"
+OTHERS = (
+    "SERVE_CONTROLLER_ACTOR",
+    "SERVE_PROXY_ACTOR-f00",
+    "SERVE_REPLICA::alone#dddd",
+    "SERVE_REPLICA::chat#llm#eeee",
+    "flux-ray-ledger-1",
+)
+
+
+def test_ours_are_gateways_and_all_of_a_tiers_application() -> None:
+    ours = our_replicas((GATEWAY, LEADER, ENCODER, *OTHERS))
+    assert ours.keys() == {GATEWAY, LEADER, ENCODER}
+    assert tuple(ours[ENCODER]) == ("flux-2-dev", "flux-2-dev-text-encoder", "cccc")
+
+
+class Method:
+    """Of a fake actor."""
+
+    def __init__(self, call: Any) -> None:
+        self.remote = call
+
+
+class FakeReplica:
+    """Answers as Serve's replicas do; `stop` stops it as SIGSTOP does."""
+
+    def __init__(self, *, has_begun: bool = True) -> None:
+        self.has_begun = has_begun
+        self.num_checked = 0
+        self.errors: list[Exception] = []
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+        self.was_initialized = Method(self._was_initialized)
+        self.check_health = Method(self._check_health)
+
+    def stop(self) -> None:
+        self._goes_on.clear()
+
+    async def _was_initialized(self) -> bool:
+        await self._goes_on.wait()
+        return self.has_begun
+
+    async def _check_health(self) -> None:
+        await self._goes_on.wait()
+        assert self.has_begun, "Serve logs a failed check of one that is not there yet"
+        self.num_checked += 1
+        if self.errors:
+            raise self.errors.pop()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its seconds pass five hundred times as fast."""
+    for module in (liveness, hung_replicas):
+        monkeypatch.setattr(module, "ASK_S", 0.004)
+        monkeypatch.setattr(module, "LOOK_S", 0.002)
+    monkeypatch.setattr(hung_replicas, "HUNG_S", 0.2)
+
+
+async def test_one_that_says_that_it_is_unwell_lives() -> None:
+    replica = FakeReplica()
+    replica.errors = [RayTaskError("check_health", "a traceback", RuntimeError("a rank died"))]
+    async with asyncio.timeout(10):
+        await AskedReplica(replica).give_sign()
+
+
+async def test_a_broken_way_is_no_sign_and_death_is_the_end() -> None:
+    replica = FakeReplica()
+    replica.errors = [ActorUnavailableError("the network", b"\0" * 16)]
+    async with asyncio.timeout(10):
+        await AskedReplica(replica).give_sign()
+    assert replica.num_checked == 2
+    replica.errors = [ActorDiedError()]
+    with pytest.raises(ActorDiedError):
+        await AskedReplica(replica).give_sign()
+
+
+class Cluster:
+    """The named actors of a Ray; those that are killed are gone."""
+
+    def __init__(self, actors: dict[str, FakeReplica]) -> None:
+        self.actors = actors
+        self.killed: list[str] = []
+        self.is_head_away = False
+
+    def list_named_actors(self, all_namespaces: bool) -> list[dict[str, str]]:
+        return [{"name": name, "namespace": "serve"} for name in (*self.actors, *OTHERS)]
+
+    def get_actor(self, name: str, namespace: str) -> FakeReplica:
+        if name not in self.actors:
+            raise ValueError(name)
+        return self.actors[name]
+
+    def kill(self, actor: FakeReplica) -> None:
+        (name,) = (name for name, each in self.actors.items() if each is actor)
+        self.killed.append(name)
+        del self.actors[name]
+
+
+class FakeCounter:
+    """Counts nothing."""
+
+    def inc(self, value: int, labels: dict[str, str]) -> None:
+        """Nor does it complain."""
+
+
+@pytest.fixture
+async def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster({GATEWAY: FakeReplica(), LEADER: FakeReplica(), ENCODER: FakeReplica()})
+    monkeypatch.setattr(hung_replicas.ray.util, "list_named_actors", cluster.list_named_actors)
+    monkeypatch.setattr(hung_replicas.ray, "get_actor", cluster.get_actor)
+    monkeypatch.setattr(hung_replicas.ray, "kill", cluster.kill)
+    monkeypatch.setattr(hung_replicas, "counter", lambda metric: FakeCounter())
+    return cluster
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.005)
+
+
+async def test_each_that_hangs_is_killed_and_no_other(
+    cluster: Cluster, serve_log: pytest.LogCaptureFixture
+) -> None:
+    watching = asyncio.create_task(HungReplicas().run())
+    await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
+    for number, name in enumerate((LEADER, ENCODER, GATEWAY), 1):
+        cluster.actors[name].stop()
+        await until(lambda number=number: len(cluster.killed) == number)
+    assert cluster.killed == [LEADER, ENCODER, GATEWAY]
+    assert f"{LEADER} hangs" in serve_log.text
+    watching.cancel()
+
+
+async def test_one_that_comes_later_is_watched_too_but_not_before_it_has_begun(
+    cluster: Cluster,
+) -> None:
+    watching = asyncio.create_task(HungReplicas().run())
+    new = "SERVE_REPLICA::tiny#tiny#ffff"
+    replica = cluster.actors[new] = FakeReplica(has_begun=False)
+    replica.stop()
+    await asyncio.sleep(0.6)
+    assert cluster.killed == []
+    replica.has_begun = True
+    replica._goes_on.set()
+    await until(lambda: replica.num_checked > 2)
+    replica.stop()
+    await until(lambda: cluster.killed == [new])
+    watching.cancel()
+
+
+async def test_one_that_hung_before_the_watch_began_is_known_by_serves_word(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for replica in cluster.actors.values():
+        replica.stop()
+    watching = asyncio.create_task(HungReplicas().run())
+    await asyncio.sleep(0.1)
+    monkeypatch.setitem(handover.REACHABLE, "tiny", ("bbbb",))
+    await until(lambda: cluster.killed)
+    await asyncio.sleep(0.5)
+    assert cluster.killed == [LEADER], "of the others nobody says that they are up"
+    watching.cancel()
+
+
+async def test_while_rays_head_is_away_nobody_is_missed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watching = asyncio.create_task(HungReplicas().run())
+    await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
+
+    def no_answer(all_namespaces: bool) -> Any:
+        raise hung_replicas.RayError("no head")
+
+    with monkeypatch.context() as away:
+        away.setattr(hung_replicas.ray.util, "list_named_actors", no_answer)
+        cluster.actors[LEADER].stop()
+        await asyncio.sleep(0.6)
+        assert cluster.killed == []
+    await until(lambda: cluster.killed == [LEADER])
+    watching.cancel()

@@ -1,0 +1,148 @@
+"""Who is missed: those that were heard once, and only for time in which the watcher was awake."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flux_ray import liveness
+from flux_ray.liveness import Liveness, Watch
+
+LIMIT_S = 10.0
+
+
+def look_every_second(signs: Liveness, began: float, num_looks: int) -> list[str]:
+    """What the last look says."""
+    looks = [signs.look(began + second) for second in range(num_looks)]
+    return looks[-1]
+
+
+def test_who_falls_silent_is_missed_after_the_limit_and_not_before():
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("one")
+    assert look_every_second(signs, 0.0, 11) == []
+    assert signs.look(11.0) == ["one"]
+    signs.hear("one")
+    assert signs.look(12.0) == []
+
+
+def test_who_was_never_heard_is_not_missed_unless_expected():
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    assert look_every_second(signs, 0.0, 100) == []
+    signs.expect("one")
+    assert look_every_second(signs, 99.0, 11) == []
+    signs.expect("one")
+    assert signs.look(110.0) == ["one"], "being expected is no sign of life"
+    signs.forget("one")
+    assert signs.look(111.0) == []
+
+
+@pytest.mark.parametrize("stalled_s", [3.0, 60.0, 86_400.0])
+def test_a_watcher_that_stood_still_misses_nobody_for_it(stalled_s: float):
+    """A machine that was suspended, or a process that was stopped."""
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("one")
+    assert look_every_second(signs, 0.0, 8) == []
+    assert signs.look(7.0 + stalled_s) == []
+    assert signs.look(8.0 + stalled_s) == []
+
+
+def test_one_that_is_starved_takes_longer_but_does_miss():
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("one")
+    looks = [signs.look(5.0 * number) for number in range(1, 10)]
+    assert looks.index(["one"]) == 5, "30 s by the clock, of which 12 count"
+
+
+@given(
+    gaps=st.lists(st.floats(0, 1e6), max_size=60),
+    answers=st.sets(st.integers(0, 59)),
+)
+def test_whoever_answers_between_any_few_looks_is_never_missed(
+    gaps: list[float], answers: set[int]
+):
+    """However long those looks are apart."""
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    now, since = 0.0, 0
+    signs.look(now)
+    signs.hear("one")
+    for number, gap_s in enumerate(gaps):
+        now += gap_s
+        since += 1
+        missed = signs.look(now)
+        assert not missed or since * 2 > LIMIT_S
+        if number in answers:
+            signs.hear("one")
+            since = 0
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "ASK_S", 0.001)
+
+
+class Clock:
+    """A second passes from one look to the next."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+async def hung_in(watch: Watch, num_looks: int) -> list[str]:
+    found = []
+    for _ in range(num_looks):
+        await asyncio.sleep(0.005)
+        found += watch.hung()
+    return found
+
+
+async def answers() -> None:
+    """At once."""
+
+
+async def test_one_among_others_that_hangs_is_named_once(quick: None):
+    watch = Watch(3.0, Clock())
+    stops = asyncio.Event()
+    asked = 0
+
+    async def hangs() -> None:
+        nonlocal asked
+        asked += 1
+        if stops.is_set():
+            await asyncio.Event().wait()
+
+    watch.follow("well", answers)
+    watch.follow("stopped", hangs)
+    assert await hung_in(watch, 10) == []
+    assert asked > 1
+    stops.set()
+    assert await hung_in(watch, 10) == ["stopped"]
+    assert watch.names == {"well"}
+
+
+async def test_one_that_is_dead_is_asked_no_more_and_not_missed(quick: None):
+    watch = Watch(3.0, Clock())
+
+    async def dies() -> None:
+        raise ConnectionError
+
+    watch.follow("dead", dies)
+    assert await hung_in(watch, 8) == []
+    assert watch.names == frozenset()
+
+
+async def test_one_that_starts_has_all_the_time_that_it_takes(quick: None):
+    watch = Watch(3.0, Clock())
+    watch.follow("starting", asyncio.Event().wait)
+    assert await hung_in(watch, 10) == []
+    watch.expect("starting")
+    assert await hung_in(watch, 10) == ["starting"]
