@@ -1,16 +1,122 @@
-"""What runs in Serve's proxies before they listen: Ray is told of it by an environment variable.
+"""What runs in Serve's proxies: how they read HTTP, for how long, and what they believe of it.
 
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=flux_ray.gateway.proxy:read_with_h11`, where Ray starts.
 """
 
+import asyncio
+
+import h11
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flux_ray.gateway.request_id import HEADER, request_id_for
+
+# For a whole head, from the connection or from its first byte. Slow networks need one.
+HEAD_S = 10.0
+# For the rest of a body whose answer is out already: a client may read that only afterwards.
+REST_S = 30.0
+# In which a client takes nothing of an answer that waits for it: it is gone, or wants to keep it.
+UNREAD_S = 60.0
+# What Serve lets callers say of how it serves them, with `-` or `_`: it is not theirs to say.
+NOT_CALLERS = (b"serve-multiplexed-model-id", b"x-request-disconnect-disabled")
 
 
-def read_with_h11() -> None:
+def read_with_h11() -> list[Middleware]:
     """Have this process's HTTP read by h11, where uvicorn would take httptools.
 
     httptools takes what follows an offer to upgrade for another protocol: the body of every
     request of a JDK's HttpClient, which offers HTTP/2, is lost. And it keeps headers without end,
-    before any key is asked; h11 takes 16 kB of them.
+    before any key is asked; h11 takes 16 kB of them. Return what else requests go through.
     """
-    HTTP_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"]
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
+    return [Middleware(PlainHeaders)]
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes connections on which nothing happens that should.
+
+    uvicorn itself does so after an answer only, and not if a single byte has come since.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The head of a first request is to come."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """A head may have become whole, or another one may have begun."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """uvicorn waits for the next head; a body may still be coming."""
+        super().on_response_complete()
+        if self.conn.their_state is not h11.IDLE:
+            self._watch()
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is answered, or not at all."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        super().resume_writing()
+        self._unread = stopped(self._unread)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        self._head, self._unread = stopped(self._head), stopped(self._unread)
+        super().connection_lost(exc)
+
+    def _expect_reading(self) -> None:
+        num_bytes = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(UNREAD_S, self._check_reading, num_bytes)
+
+    def _check_reading(self, num_bytes: int) -> None:
+        """A large answer may take a slow client long, as long as it takes some of it."""
+        if self.transport.get_write_buffer_size() < num_bytes:
+            self._expect_reading()
+        else:
+            self.transport.abort()
+
+    def _watch(self) -> None:
+        """Give the client its time, once for each thing that it is to send."""
+        is_resting = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+        if self.conn.their_state is not h11.IDLE and not is_resting:
+            self._head = stopped(self._head)
+        elif self._head is None:
+            limit_s = REST_S if is_resting else HEAD_S
+            self._head = self.loop.call_later(limit_s, self.transport.abort)
+
+
+def stopped(timer: asyncio.TimerHandle | None) -> None:
+    """Cancel the timer, and have none."""
+    if timer is not None:
+        timer.cancel()
+
+
+class PlainHeaders:
+    """Middleware: Serve is told nothing by callers but what is theirs to say.
+
+    It answers with their `x-request-id`, and writes that into its logs, whatever it is.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            sent = scope["headers"]
+            theirs = [each for each in sent if each[0].replace(b"_", b"-") not in NOT_CALLERS]
+            headers = MutableHeaders(raw=theirs)
+            if HEADER in headers:
+                headers[HEADER] = request_id_for(headers)
+            scope = {**scope, "headers": headers.raw}
+        await self.app(scope, receive, send)
