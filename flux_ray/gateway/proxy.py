@@ -8,6 +8,7 @@ import asyncio
 import h11
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,6 +21,9 @@ HEAD_S = 10.0
 REST_S = 30.0
 # In which a client takes nothing of an answer that waits for it: it is gone, or wants to keep it.
 UNREAD_S = 60.0
+# Of a head that came at once. h11 has a limit for those only that come in pieces.
+MAX_HEADERS, MAX_HEAD_BYTES = 128, 32 * 2**10
+TOO_LARGE = f"at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes in all, are read"
 # What Serve lets callers say of how it serves them, with `-` or `_`: it is not theirs to say.
 NOT_CALLERS = (b"serve-multiplexed-model-id", b"x-request-disconnect-disabled")
 
@@ -103,7 +107,7 @@ def stopped(timer: asyncio.TimerHandle | None) -> None:
 
 
 class PlainHeaders:
-    """Middleware: Serve is told nothing by callers but what is theirs to say.
+    """Middleware: heads are not too large, and callers tell Serve nothing that is not theirs to say.
 
     It answers with their `x-request-id`, and writes that into its logs, whatever it is.
     """
@@ -114,6 +118,10 @@ class PlainHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             sent = scope["headers"]
+            num_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in sent)
+            if len(sent) > MAX_HEADERS or num_bytes > MAX_HEAD_BYTES:
+                await PlainTextResponse(TOO_LARGE, 431)(scope, receive, send)
+                return
             theirs = [each for each in sent if each[0].replace(b"_", b"-") not in NOT_CALLERS]
             headers = MutableHeaders(raw=theirs)
             if HEADER in headers:

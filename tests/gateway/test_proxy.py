@@ -250,6 +250,19 @@ async def test_an_answer_that_nobody_reads_is_not_kept(port, monkeypatch):
     writer.close()
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [[b"x-%d: 1" % number for number in range(129)], [b"x: " + b"a" * 33_000]],
+    ids=["many", "long"],
+)
+async def test_a_head_that_comes_at_once_is_bounded_too(port, lines):
+    """h11 counts only those that come in pieces."""
+    head = b"GET /headers HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    assert b" 200 " in await answer_to(port, head + b"\r\n".join(lines[:100])[:8000] + b"\r\n\r\n")
+    answer = await answer_to(port, head + b"\r\n".join(lines) + b"\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+
+
 IDS = {"plain": b"my-id.7", "long": b"a" * 5000, "odd": b"a b", "none": b"", "others": b"\xff\x1b"}
 
 
