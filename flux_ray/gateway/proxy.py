@@ -107,7 +107,7 @@ def stopped(timer: asyncio.TimerHandle | None) -> None:
 
 
 class PlainHeaders:
-    """Middleware: heads are not too large, and callers tell Serve nothing that is not theirs to say.
+    """Middleware: heads are not too large, and tell Serve nothing that is not callers' to say.
 
     It answers with their `x-request-id`, and writes that into its logs, whatever it is.
     """
