@@ -21,6 +21,8 @@ HEAD_S = 10.0
 REST_S = 30.0
 # In which a client takes nothing of an answer that waits for it: it is gone, or wants to keep it.
 UNREAD_S = 60.0
+# In one read, of 256 kB at most: a chunk of a body has two, and takes as long as a large one.
+MAX_LINES = 8192
 # Of a head that came at once. h11 has a limit for those only that come in pieces.
 MAX_HEADERS, MAX_HEAD_BYTES = 128, 32 * 2**10
 TOO_LARGE = f"at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes in all, are read"
@@ -55,6 +57,9 @@ class ImpatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """A head may have become whole, or another one may have begun."""
+        if data.count(b"\r\n") > MAX_LINES:
+            self.transport.abort()
+            return
         super().data_received(data)
         self._watch()
 

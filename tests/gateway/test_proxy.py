@@ -220,6 +220,15 @@ def test_a_body_that_is_answered_already_has_its_time(protocol, timers):
     assert protocol.transport.close.called or protocol.transport.abort.called
 
 
+def test_chunks_of_a_byte_are_not_read_by_the_thousand(protocol):
+    """Ten microseconds each, while everybody waits."""
+    protocol.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    protocol.data_received(b"1\r\nx\r\n" * 4000)
+    assert not protocol.transport.abort.called
+    protocol.data_received(b"1\r\nx\r\n" * 5000)
+    assert protocol.transport.abort.called
+
+
 def test_an_answer_that_is_read_slowly_is_sent_whole(protocol, timers):
     transport = protocol.transport
     transport.get_write_buffer_size.return_value = 50
