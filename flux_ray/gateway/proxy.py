@@ -26,6 +26,8 @@ MAX_LINES = 8192
 # Of a head that came at once. h11 has a limit for those only that come in pieces.
 MAX_HEADERS, MAX_HEAD_BYTES = 128, 32 * 2**10
 TOO_LARGE = f"at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes in all, are read"
+# Of which a server in front may have believed the other one.
+TWO_LENGTHS = "a body has a content-length or a transfer-encoding, not both"
 # What Serve lets callers say of how it serves them, with `-` or `_`: it is not theirs to say.
 NOT_CALLERS = (b"serve-multiplexed-model-id", b"x-request-disconnect-disabled")
 
@@ -77,12 +79,13 @@ class ImpatientProtocol(H11Protocol):
     def resume_writing(self) -> None:
         """It has read."""
         super().resume_writing()
-        self._unread = stopped(self._unread)
+        stop(self._unread)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
-        self._head, self._unread = stopped(self._head), stopped(self._unread)
         super().connection_lost(exc)
+        stop(self._head)
+        stop(self._unread)
 
     def _expect_reading(self) -> None:
         num_bytes = self.transport.get_write_buffer_size()
@@ -99,14 +102,15 @@ class ImpatientProtocol(H11Protocol):
         """Give the client its time, once for each thing that it is to send."""
         is_resting = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
         if self.conn.their_state is not h11.IDLE and not is_resting:
-            self._head = stopped(self._head)
-        elif self._head is None:
+            stop(self._head)
+            self._head = None
+        elif self._head is None and not self.transport.is_closing():
             limit_s = REST_S if is_resting else HEAD_S
             self._head = self.loop.call_later(limit_s, self.transport.abort)
 
 
-def stopped(timer: asyncio.TimerHandle | None) -> None:
-    """Cancel the timer, and have none."""
+def stop(timer: asyncio.TimerHandle | None) -> None:
+    """Cancel the timer, if there is one."""
     if timer is not None:
         timer.cancel()
 
@@ -126,6 +130,10 @@ class PlainHeaders:
             num_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in sent)
             if len(sent) > MAX_HEADERS or num_bytes > MAX_HEAD_BYTES:
                 await PlainTextResponse(TOO_LARGE, 431)(scope, receive, send)
+                return
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in sent}:
+                answer = PlainTextResponse(TWO_LENGTHS, 400, {"connection": "close"})
+                await answer(scope, receive, send)
                 return
             theirs = [each for each in sent if each[0].replace(b"_", b"-") not in NOT_CALLERS]
             headers = MutableHeaders(raw=theirs)

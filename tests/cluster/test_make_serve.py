@@ -18,11 +18,15 @@ OFFERED_UPGRADE = Path(__file__).with_name("offered_upgrade.py")
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """That `serve run` would have: in its place is a script that tells."""
-    serve = tmp_path / "serve"
+    return environment_of_serve(tmp_path)
+
+
+def environment_of_serve(folder: Path) -> dict[str, str]:
+    """That `serve run` would have of `make serve`: in its place is a script that tells."""
+    serve = folder / "serve"
     serve.write_text("#!/bin/sh\nexec env -0\n")
     serve.chmod(0o755)
-    command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={tmp_path}"]
+    command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={folder}"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
 

@@ -272,6 +272,15 @@ async def test_a_head_that_comes_at_once_is_bounded_too(port, lines):
     assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
 
 
+async def test_a_body_of_two_lengths_is_refused(port):
+    """And with it what may be another's request, hidden in it."""
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    hidden = b"GET /headers HTTP/1.1\r\nHost: a\r\n\r\n"
+    answer = await answer_to(port, head + b"0\r\n\r\n" + hidden)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 IDS = {"plain": b"my-id.7", "long": b"a" * 5000, "odd": b"a b", "none": b"", "others": b"\xff\x1b"}
 
 
