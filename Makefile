@@ -21,9 +21,13 @@ export no_proxy := $(NO_PROXY)
 serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 # Proxies reach gateways by gRPC instead of actor calls: two milliseconds less. Serve's limit of four
-# megabytes would make an error of every answer with more in it.
+# megabytes would make an error of every answer with more in it. The largest one has ten pictures of
+# four megapixels in base64, 168 megabytes; more would only be what a stranger at that port may send.
 serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
-serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 2147483647
+serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 268435456
+# The addresses of your load balancers, whose X-Forwarded-For is believed: unless they are named,
+# every caller without a key could be as many as it likes.
+serve: export FORWARDED_ALLOW_IPS ?=
 # Bodies of requests that offer another protocol are read, and headers without an end are not.
 serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH ?= flux_ray.gateway.proxy:read_with_h11
 # A replica that fails three checks hangs, and does not hear that it is to end gracefully.

@@ -18,6 +18,7 @@ FluxError                 500  server_error
   Overloaded              429  it would miss its deadline; the answer says when it would not
   RateLimited             429  the caller's key has as much as it may have for now
     QuotaSpent            429  the same, for today
+  GatewayFull             503  this gateway has as many requests in hand as it may
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
     ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
@@ -165,6 +166,14 @@ class KeyReused(BadRequest):
 
     status = 422
     code = "idempotency_key_reused"
+
+
+class GatewayFull(FluxError):
+    """This gateway has as many requests in hand as it may; another one may have fewer."""
+
+    status = 503
+    code = "gateway_full"
+    retry_after_s = 1
 
 
 class TierUnavailable(FluxError):

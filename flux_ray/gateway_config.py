@@ -56,6 +56,32 @@ class Limits(Args):
         return self.max_held_bytes - self.max_work_bytes
 
 
+class Uploads(Args):
+    """How the bodies of requests come in: who sends too slowly, or too many at once, is refused.
+
+    `first_byte_s`: until a body begins. `least_bytes_per_s`: from then on, on average; networks
+    that stall are forgiven `grace_s` in all. `max_s`: for a whole body; the largest one then takes
+    5 Mbit/s.
+    `max_per_caller`: bodies that are being read at once, of one key, or of one address where no
+    keys are asked for; a class with a smaller `max_concurrent` has so many. The next ones of that
+    caller wait for `wait_s`. `max_at_once`: of all callers, those that wait included; half of what
+    a gateway has room for, where it is not said.
+    """
+
+    first_byte_s: Seconds = 5.0
+    least_bytes_per_s: float = Field(20_000, gt=0)
+    grace_s: Seconds = 10.0
+    max_s: Seconds = 120.0
+    max_per_caller: int = Field(16, ge=1)
+    max_at_once: int | None = Field(None, ge=1)
+    wait_s: Seconds = 1.0
+
+    def due_s(self, num_bytes: int) -> float:
+        """Return when more is to have come, in seconds from the start, after so many bytes."""
+        late_s = self.grace_s + num_bytes / self.least_bytes_per_s
+        return min(self.max_s, late_s if num_bytes else self.first_byte_s)
+
+
 class Fetching(Args):
     """Reference pictures by URL: from public addresses, unless `networks` names others.
 
@@ -126,6 +152,8 @@ class GatewayArgs(Args):
     `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
     `drain_timeout_s`: of a gateway that is taken away, for what it has: more than
     `request_timeout_s`, for what came last may wait all of that.
+    `max_ongoing_requests`: that Serve hands to a gateway at once. Those beyond it wait in Serve's
+    proxies, probes too, so that a gateway takes in fewer by itself: `max_requests`.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
@@ -140,12 +168,29 @@ class GatewayArgs(Args):
     cors_origins: tuple[Origin, ...] = ()
     jobs: JobArgs | None = None
     num_replicas: int = Field(1, ge=1)
-    max_ongoing_requests: int = Field(256, ge=1)
+    max_ongoing_requests: int = Field(256, ge=4)
     request_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0
     limits: Limits = Limits()
+    uploads: Uploads = Uploads()
     fetch: Fetching = Fetching()
     webhooks: Webhooks = Webhooks()
+
+    @property
+    def num_spare_places(self) -> int:
+        """Of those that Serve has: for probes, and for telling others to come back."""
+        return max(1, self.max_ongoing_requests // 16)
+
+    @property
+    def max_requests(self) -> int:
+        """At once: those whose body is read, those that wait for an image, and streams."""
+        return self.max_ongoing_requests - self.num_spare_places
+
+    @property
+    def max_bodies(self) -> int:
+        """Of these, at most so many whose body is still to come."""
+        told = self.uploads.max_at_once
+        return self.max_requests // 2 if told is None else told
 
     def alias_for(self, name: str) -> Alias | None:
         """What a model's name stands for, by tiers only; None if there is no such name."""
@@ -196,6 +241,16 @@ class GatewayArgs(Args):
             for tier in key_class.tiers or ():
                 if tier not in self.tiers:
                     raise ValueError(f"key_classes.{name}.tiers: {tier} is not among tiers")
+        return self
+
+    @model_validator(mode="after")
+    def check_places(self) -> "GatewayArgs":
+        """Bodies that are being read leave places for requests that are through with theirs."""
+        if self.max_bodies >= self.max_requests:
+            raise ValueError(
+                f"uploads.max_at_once {self.max_bodies} is not below {self.max_requests}, which is"
+                f" what a gateway takes in of max_ongoing_requests {self.max_ongoing_requests}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,17 +1,13 @@
-"""No more of a request's body is read than the gateway allows, and not for longer."""
-
-import asyncio
+"""No more of a request's body is read than the gateway allows."""
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flux_ray.errors import BodyTooLarge, BodyTooSlow
+from flux_ray.errors import BodyTooLarge
 from flux_ray.gateway.held import HELD, Share
 from flux_ray.gateway_config import Limits
 
-# The largest body over 5 Mbit/s; a caller who sends a byte a second would hold a place for years.
-MAX_BODY_S = 120.0
 # Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 18
 # JSON is in memory as it came, and as the texts that were read from it. Files of a form are on the
@@ -28,10 +24,9 @@ class BodyLimit:
     is out, or until the route says that it is through with it.
     """
 
-    def __init__(self, app: ASGIApp, *, limits: Limits, max_body_s: float) -> None:
+    def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
         self.app = app
         self.limits = limits
-        self.max_body_s = max_body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,25 +43,17 @@ class BodyLimit:
         """The same messages, within the limits."""
         told, copies = told_bytes(headers, self.limits.max_body_bytes), copies_of(headers)
         num_bytes = 0
-        until_s: float | None = asyncio.get_running_loop().time() + self.max_body_s
 
         async def receive_limited() -> Message:
-            nonlocal num_bytes, until_s
+            nonlocal num_bytes
             self.check(told)
-            try:
-                async with asyncio.timeout_at(until_s):
-                    message = await receive()
-            except TimeoutError:
-                raise BodyTooSlow(f"the body took longer than {self.max_body_s:g} s") from None
+            message = await receive()
             num_arrived = len(message.get("body", b""))
             if num_arrived and not num_bytes:
                 HELD.check_room(max(told, num_arrived) * copies, self.limits.max_kept_bytes)
             num_bytes += num_arrived
             self.check(num_bytes)
             share.grow(num_arrived * copies)
-            if not message.get("more_body", False):
-                # From here on one only waits for the client to leave.
-                until_s = None
             return message
 
         return receive_limited

@@ -137,12 +137,13 @@ def plain_name(name: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Whether a reference is sent in it: `image`, `image[]`, `image[0]`, `image2`, `image_2`."""
-    return _NUMBER.sub("", _LISTED.sub("", name)) in IMAGES
+    # A name may be as long as a body.
+    return len(name) <= MAX_NAME_CHARS and _NUMBER.sub("", _LISTED.sub("", name)) in IMAGES
 
 
 def is_mask_name(name: str) -> bool:
     """Whether a mask is sent in it."""
-    return _LISTED.sub("", name) in MASKS
+    return len(name) <= MAX_NAME_CHARS and _LISTED.sub("", name) in MASKS
 
 
 def number_of(name: str) -> int:

@@ -6,6 +6,9 @@ from flux_ray.errors import TierUnavailable
 from flux_ray.gateway.failures import Envelope
 from flux_ray.router.router import Router
 
+# These are answered whatever else this gateway has in hand.
+PROBES = frozenset({"/health", "/readyz"})
+
 
 class Health:
     """`/health` for process monitors, `/readyz` for load balancers."""

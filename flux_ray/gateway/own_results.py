@@ -3,6 +3,7 @@
 from urllib.parse import parse_qs, urlsplit
 
 from flux_ray.errors import BadReference
+from flux_ray.gateway.addresses import MAX_URL_CHARS
 from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.result_urls import PREFIX, urls_for
 from flux_ray.jobs.desk import Desk
@@ -42,6 +43,9 @@ class OwnResultsFirst(Fetcher):
 
     async def _result_of(self, url: str) -> str | None:
         """The name of the result, if the URL is signed by this server and still good."""
+        if len(url) > MAX_URL_CHARS:
+            # Python keeps the last 128 URLs that it split, each as long as a body may be.
+            return None
         try:
             parts = urlsplit(url)
             query = parse_qs(parts.query, max_num_fields=8)

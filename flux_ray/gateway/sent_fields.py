@@ -158,7 +158,8 @@ def ratio_meant(value: Any) -> dict[str, Any]:
 def resolution_meant(value: Any) -> dict[str, Any]:
     """Read `2k`, `1 MP`, a number of megapixels, and `512x768`."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return {"resolution": f"{value:g}mp"}
+        # No area is larger; numbers of hundreds of digits are none that can be written so.
+        return {"resolution": f"{max(-1e9, min(value, 1e9)):g}mp"}
     if not isinstance(value, str):
         return {"resolution": value}
     word = value.lower().replace(" ", "")

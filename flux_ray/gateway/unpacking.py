@@ -15,6 +15,8 @@ GZIP = ("gzip", "x-gzip")
 GZIP_BITS, DEFLATE_BITS, RAW_BITS = 31, 15, -15
 # Whoever counts the bytes may stop after each: a thousandth as many may have been sent.
 PIECE_BYTES = 2**20
+# One is usual, and packers that work in parts make some; an empty one is 20 bytes, and work as any.
+MAX_STREAMS = 100
 
 
 class Unpacking:
@@ -51,7 +53,7 @@ class PackedBody:
         self._receive = receive
         self._encodings = encodings
         self._max_bytes = max_bytes
-        self._num_packed = 0
+        self._num_packed = self._num_streams = 0
         self._waiting = b""
         # Within a packed stream; None before it and between two.
         self._inflater: zlib._Decompress | None = None
@@ -110,6 +112,9 @@ class PackedBody:
 
     def _begin(self) -> bytes:
         """Unpack the first piece of a stream; of gzip, one may follow another."""
+        self._num_streams += 1
+        if self._num_streams > MAX_STREAMS:
+            raise BadRequest(f"the body has more than {MAX_STREAMS} gzip streams")
         if self._encodings[0] in GZIP:
             return self._inflate(zlib.decompressobj(GZIP_BITS))
         try:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from flux_ray.catalog import TIERS
 from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
+from flux_ray.gateway_config import Limits
 from tests.cluster.conftest import PATIENCE_S, ROOT
 
 LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
@@ -16,11 +18,15 @@ OFFERED_UPGRADE = Path(__file__).with_name("offered_upgrade.py")
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """That `serve run` would have: in its place is a script that tells."""
-    serve = tmp_path / "serve"
+    return environment_of_serve(tmp_path)
+
+
+def environment_of_serve(folder: Path) -> dict[str, str]:
+    """That `serve run` would have of `make serve`: in its place is a script that tells."""
+    serve = folder / "serve"
     serve.write_text("#!/bin/sh\nexec env -0\n")
     serve.chmod(0o755)
-    command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={tmp_path}"]
+    command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={folder}"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
 
@@ -30,6 +36,18 @@ def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     run = run_in(environment, LARGE_ANSWER, str(port), "16000000")
     assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
+
+
+def test_the_largest_answer_is_within_serves_limit(environment: dict[str, str]) -> None:
+    """All pictures that a request may ask for, as large as they get; and not much more."""
+    largest = max(tier.max_pixels for tier in TIERS) * 3 * Limits().max_images * 4 // 3
+    limit = int(environment["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
+    assert 1.1 * largest < limit < 2 * largest
+
+
+def test_nobodys_word_is_taken_for_where_a_request_comes_from(environment: dict[str, str]) -> None:
+    """uvicorn would take that of whoever is on this machine."""
+    assert environment["FORWARDED_ALLOW_IPS"] == ""
 
 
 def test_a_request_that_offers_to_upgrade_keeps_its_body(

@@ -114,3 +114,14 @@ async def test_a_result_that_is_gone_is_said_to_be(client, desk, url, monkeypatc
     answer = await client.post("/v1/images/edits", json=BODY | {"image": url})
     assert answer.status_code == 400
     assert "not kept any more" in answer.json()["error"]["message"]
+
+
+async def test_a_url_as_long_as_a_body_is_not_kept(client):
+    """Python remembers the last URLs that it split."""
+    sizes = set()
+    for number in range(3):
+        long = f"http://8.8.8.8/{number}" + "a" * 5000
+        answer = await client.post("/v1/images/edits", json=BODY | {"image": long})
+        assert answer.status_code == 400
+        sizes.add(urlsplit.cache_info().currsize)
+    assert len(sizes) == 1
