@@ -18,6 +18,7 @@ from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
 from flux_ray.gateway_config import GatewayArgs
+from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
@@ -70,7 +71,7 @@ class Gateway:
         records = None
         if args.record_to is not None:
             # Gateways of one node may record to one folder.
-            args.record_to.mkdir(parents=True, exist_ok=True)
+            make_folder(args.record_to)
             records = Recorder(args.record_to / f"{name}.jsonl")
         terms = Terms(args.request_timeout_s, args.deadlines)
         bill = Bill()

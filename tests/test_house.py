@@ -28,6 +28,7 @@ NOUNS = {
     "key_store",
     "keys",
     "metrics",
+    "private_files",
     "request",
     "resizing",
     "wire",
