@@ -67,6 +67,9 @@ class Gateway:
         # From now on it watches the tiers: the first request is priced by what they say.
         handles.reachable()
         turns = Turns(ledger, handles.reachable, name, cold_starts)
+        handles.follow_status(turns.lose)
+        # Before the first request, too: who cannot reach the ledger is not to be sent any.
+        turns.start()
         PriceExchange(ledger, prices).start()
         records = None
         if args.record_to is not None:
@@ -76,7 +79,17 @@ class Gateway:
         terms = Terms(args.request_timeout_s, args.deadlines)
         bill = Bill()
         turnstile = Turnstile(ledger, name, bill.limit)
-        router = Router(handles, turns, prices, bill, terms, records, turnstile)
+        router = Router(
+            handles,
+            turns,
+            prices,
+            bill,
+            terms,
+            records,
+            turnstile,
+            is_deployed=handles.is_deployed,
+            hears_ledger=ledger.is_heard,
+        )
         desk = desk_for(router, args)
         return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
 
