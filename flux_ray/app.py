@@ -18,6 +18,7 @@ from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
 from flux_ray.gateway_config import GatewayArgs
+from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
@@ -68,16 +69,29 @@ class Gateway:
         # From now on it watches the tiers: the first request is priced by what they say.
         handles.reachable()
         turns = Turns(ledger, handles.reachable, name, cold_starts)
+        handles.follow_status(turns.lose)
+        # Before the first request, too: who cannot reach the ledger is not to be sent any.
+        turns.start()
         PriceExchange(ledger, prices).start()
         records = None
         if args.record_to is not None:
             # Gateways of one node may record to one folder.
-            args.record_to.mkdir(parents=True, exist_ok=True)
+            make_folder(args.record_to)
             records = Recorder(args.record_to / f"{name}.jsonl")
         terms = Terms(args.request_timeout_s, args.deadlines)
         bill = Bill()
         turnstile = Turnstile(ledger, name, bill.limit)
-        router = Router(handles, turns, prices, bill, terms, records, turnstile)
+        router = Router(
+            handles,
+            turns,
+            prices,
+            bill,
+            terms,
+            records,
+            turnstile,
+            is_deployed=handles.is_deployed,
+            hears_ledger=ledger.is_heard,
+        )
         desk = desk_for(router, args)
         return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
 

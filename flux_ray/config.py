@@ -15,6 +15,14 @@ PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 READ_WITH_H11 = "flux_ray.gateway.proxy:read_with_h11"
 
 
+def keep_gloo_local() -> None:
+    """Have the ranks of this process exchange over the loopback interface, if nothing else is said.
+
+    Else gloo listens at whatever address the machine's name has, and it is told in no other way.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def reads_with_h11() -> bool:
     """Say whether Serve's proxy of this node was told to read HTTP with h11."""
     return os.environ.get(PROXY_CALLBACK) == READ_WITH_H11

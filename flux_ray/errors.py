@@ -184,6 +184,11 @@ class TierUnavailable(FluxError):
     retry_after_s = 5
 
 
+def not_deployed(tier: str) -> TierUnavailable:
+    """It is configured, and nobody has deployed it."""
+    return TierUnavailable(f"{tier} is not deployed", "model")
+
+
 class ProtocolMismatch(TierUnavailable):
     """The code of `protocol` cannot read a request, or an answer, of other code."""
 

@@ -29,6 +29,7 @@ NOUNS = {
     "keys",
     "liveness",
     "metrics",
+    "private_files",
     "request",
     "resizing",
     "wire",

@@ -123,7 +123,7 @@ def add_routes(
     dialects: list[Dialect] = [
         OpenAIImages(router, args, fetcher, kept),
         HuggingFace(router, args, fetcher),
-        Models(args),
+        Models(args, router.is_deployed),
         *of_jobs,
     ]
     known: set[tuple[str, str]] = set()

@@ -30,7 +30,9 @@ class Health:
         return {"status": "ok"}
 
     async def readyz(self) -> dict[str, tuple[str, ...]]:
-        """The tiers that can serve now; 503 where there is none."""
+        """The tiers that can serve now; 503 where there is none, or no ledger to grant turns."""
+        if not self.router.hears_ledger():
+            raise TierUnavailable("this gateway cannot reach the ledger")
         tiers = await self.router.ready_tiers()
         if not tiers:
             raise TierUnavailable("no tier can serve now")

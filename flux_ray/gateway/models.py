@@ -1,6 +1,7 @@
 """`/v1/models`: the tiers of this gateway and their aliases, in OpenAI's words."""
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from fastapi import APIRouter
@@ -16,6 +17,7 @@ class Model(BaseModel):
 
     `tiers` may serve it, best first: itself, or those of an alias, whose best one the rest is of.
     `scales_sizes`: beyond these sides images are generated at the default area, and scaled.
+    `deployed`: whether one of its tiers is; until then requests are answered 503.
     """
 
     id: str
@@ -34,6 +36,7 @@ class Model(BaseModel):
     max_pixels: int
     size_multiple: int
     scales_sizes: bool
+    deployed: bool
 
 
 class ModelList(BaseModel):
@@ -44,10 +47,11 @@ class ModelList(BaseModel):
 
 
 class Models:
-    """The two routes; `created` is when this gateway started."""
+    """The two routes; `created` is when this gateway started. `is_deployed` says so of a tier."""
 
-    def __init__(self, args: GatewayArgs) -> None:
+    def __init__(self, args: GatewayArgs, is_deployed: Callable[[str], bool]) -> None:
         self.args = args
+        self.is_deployed = is_deployed
         self.created = int(time.time())
 
     def routes(self) -> APIRouter:
@@ -85,4 +89,5 @@ class Models:
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
             scales_sizes=tier.scales_sizes,
+            deployed=any(self.is_deployed(each.name) for each in target.tiers),
         )

@@ -51,7 +51,13 @@ class Orders:
     def target_of(self, http: Request, model: str | None) -> Target:
         """The tiers that may serve this caller under that name."""
         key_class = self._callers.class_of(http)
-        return target_for(model, self.args, key_class, may_spill=may_spill(http))
+        return target_for(
+            model,
+            self.args,
+            key_class,
+            may_spill=may_spill(http),
+            is_deployed=self.router.is_deployed,
+        )
 
     async def take(
         self,
@@ -60,9 +66,13 @@ class Orders:
         build: Callable[[Tier], ImageRequest],
         notes: tuple[str, ...] = (),
     ) -> Order:
-        """The order; the log joins the client's id with ours."""
+        """The order; the log joins the client's id with ours.
+
+        TierUnavailable at once where no tier that can do it is deployed: it would wait for nobody.
+        """
         limits = self.args.limits
-        requests = [await fitted(request, limits) for request in requests_for(target, build)]
+        deployed = self.router.deployed(requests_for(target, build))
+        requests = [await fitted(request, limits) for request in deployed]
         order = Order(target, requests, self._callers.caller_of(http), notes)
         whose = order.caller.key or "anybody"
         http_id, image_id = http.state.request_id, order.requests[0].request_id

@@ -9,6 +9,7 @@ from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTi
 from flux_ray.gateway_config import Alias, GatewayArgs
 from flux_ray.keys import KeyClass
 from flux_ray.request import ImageRequest
+from flux_ray.router.router import always
 
 UNLIMITED = KeyClass()
 
@@ -32,8 +33,11 @@ def target_for(
     key_class: KeyClass = UNLIMITED,
     *,
     may_spill: bool = False,
+    is_deployed: Callable[[str], bool] = always,
 ) -> Target:
     """The target of that name; without a name the default one, or the only tier.
+
+    Who may not spill gets the first tier that is deployed.
 
     UnknownTier names what there is. LicenseForbids or TierForbidden where the class of the caller's
     key may use none of its tiers.
@@ -47,7 +51,7 @@ def target_for(
         raise unknown(name, names_of(args))
     tiers = alias.tiers
     if alias.policy == "spill" and not may_spill:
-        tiers = tiers[:1]
+        tiers = tuple(filter(is_deployed, tiers))[:1] or tiers[:1]
     usable = tuple(tier_for(tier) for tier in tiers if key_class.may_use(tier))
     if not usable and not any(key_class.may_name(tier) for tier in tiers):
         raise TierForbidden(f"this key may not use {name}", "model")

@@ -1,7 +1,8 @@
-"""The way to the database: SQLite or PostgreSQL, its transactions and its clock."""
+"""The way to the database: SQLite or PostgreSQL, its transactions, its clock, and its loss."""
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,18 +22,32 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import (
+    DatabaseError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from flux_ray.errors import StoreLost
+from flux_ray.jobs.database_file import DatabaseFile, FileIdentity
 from flux_ray.jobs.migrations.schema import migrate
+
+logger = logging.getLogger("ray.serve")
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 # How long a statement waits for those of other processes.
 BUSY_TIMEOUT_S = 30
 SWITCH_TRIES = 10
 SWITCH_PAUSE_S = 0.1
+# Whoever replaces a database or restores its tables is given so long before it is touched.
+SETTLE_S = 3.0
+# What SQLite says, and PostgreSQL's states, where the tables are not those that were made.
+MISSING_WORDS = ("no such table", "no such column", "has no column named")
+MISSING_STATES = ("42P01", "42703", "3F000")
 # Of the day on which the seconds begin that everybody else counts.
 JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
@@ -56,13 +71,27 @@ class Database:
     Its clock says when what is kept has expired and when a pause is over, for it is one for all
     gateways. It may be set: no lease of a job goes by it, and no pause becomes longer. `clock`
     takes its place in tests.
+
+    One that is deleted, replaced or restored meanwhile is lost: nothing is read from it or written
+    to it until `SETTLE_S` later, when the tables are made or brought up to date. `num_renewals`
+    counts how often that was, for what was remembered of it.
     """
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
         self._url = url_for(url)
+        self._file: DatabaseFile | None = None
+        if self._url.drivername == DRIVERS["sqlite"] and self._url.database:
+            self._file = DatabaseFile(Path(self._url.database))
+            self._url = self._file.url_for(self._url)
         self._clock = clock
         self._engine = engine_for(self._url)
+        # Of their own: where all others wait for whoever writes, a poll does not.
+        self._reading_engine = engine_for(self._url, only_reads=True)
         self._statements: set[asyncio.Task[Sequence[RowMapping]]] = set()
+        self._identity: FileIdentity | None = None
+        self._lost_at_s: float | None = None
+        self._renewal = asyncio.Lock()
+        self.num_renewals = 0
 
     @property
     def now(self) -> ColumnElement[float]:
@@ -90,11 +119,8 @@ class Database:
         await self._create()
 
     async def _create(self) -> None:
-        if self.is_sqlite and self._url.database:
-            # Prompts and secrets are for no other user of the machine.
-            folder = Path(self._url.database).parent
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        async with self.connect() as connection:
+        await self._make_file()
+        async with self._connected(self._engine) as connection:
             if self.is_sqlite:
                 await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
                 await connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -103,15 +129,83 @@ class Database:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATION_LOCK})")
             await connection.run_sync(migrate)
             await connection.exec_driver_sql("COMMIT")
+        self._lost_at_s = None
+
+    async def _make_file(self) -> None:
+        """Make it where it is not there; it is the one that is meant from now on."""
+        if self._file is None:
+            return
+        try:
+            await asyncio.to_thread(self._file.make)
+        except OSError as error:
+            raise StoreLost(str(error)) from error
+        self._identity = self._file.identity()
 
     @asynccontextmanager
-    async def connect(self) -> AsyncIterator[AsyncConnection]:
+    async def connect(self, *, only_reads: bool = False) -> AsyncIterator[AsyncConnection]:
         """A connection that commits after every statement. Raises StoreLost."""
+        await self._look()
+        engine = self._reading_engine if only_reads else self._engine
+        async with self._connected(engine) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _connected(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        identity = self._identity
         try:
-            async with self._engine.connect() as connection:
-                yield connection
-        except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
+            async with engine.connect() as connection:
+                try:
+                    yield connection
+                finally:
+                    has_moved = self._has_moved(identity)
+                    if has_moved:
+                        await connection.invalidate()
+            if has_moved:
+                # What was written went into a file that nobody will find.
+                raise StoreLost("the job database was replaced meanwhile")
+        except (InterfaceError, PoolTimeoutError) as error:
             raise StoreLost(str(error)) from error
+        except DatabaseError as error:
+            if has_lost_tables(error):
+                self._lose(str(error.orig))
+            elif not isinstance(error, (OperationalError, InternalError)):
+                raise
+            raise StoreLost(str(error)) from error
+
+    async def _look(self) -> None:
+        """Return if the database is the one that was made; else make it so when it is time."""
+        if self._identity is None:
+            await self._make_file()
+        self._has_moved(self._identity)
+        if self._lost_at_s is None:
+            return
+        async with self._renewal:
+            if self._lost_at_s is None:
+                return
+            if time.monotonic() - self._lost_at_s < SETTLE_S:
+                raise StoreLost("the job database was lost; it is looked for in a moment")
+            # If it fails: not before so long again.
+            self._lost_at_s = time.monotonic()
+            await self._dispose()
+            await self.create()
+            self.num_renewals += 1
+            logger.warning("jobs are kept again, in the database that is there now")
+
+    def _has_moved(self, identity: FileIdentity | None) -> bool:
+        """Say whether another file is there, or none."""
+        if self._file is None:
+            return False
+        found = self._file.identity()
+        if found == identity:
+            return False
+        if found != self._identity:
+            self._lose(f"{self._file.path} was {'replaced' if found else 'deleted'}")
+        return True
+
+    def _lose(self, reason: str) -> None:
+        if self._lost_at_s is None:
+            self._lost_at_s = time.monotonic()
+            logger.error("the job database is lost, and the jobs in it: %s", reason)
 
     async def execute(self, statement: Executable, turn: str | None = None) -> Sequence[RowMapping]:
         """Its rows. Raises StoreLost.
@@ -133,7 +227,8 @@ class Database:
         return rows[0] if rows else None
 
     async def _execute(self, statement: Executable, turn: str | None) -> Sequence[RowMapping]:
-        async with self.connect() as connection:
+        only_reads = statement.is_select and turn is None
+        async with self.connect(only_reads=only_reads) as connection:
             # SQLite has one writer at a time anyway.
             if turn is None or self.is_sqlite:
                 return (await connection.execute(statement)).mappings().all()
@@ -147,7 +242,11 @@ class Database:
         """Give the connections back, after the last statement."""
         if self._statements:
             await asyncio.wait(tuple(self._statements))
+        await self._dispose()
+
+    async def _dispose(self) -> None:
         await self._engine.dispose()
+        await self._reading_engine.dispose()
 
 
 def look_at(task: "asyncio.Task[Any]") -> None:
@@ -167,7 +266,17 @@ def url_for(url: str) -> URL:
     return parsed
 
 
-def engine_for(url: URL) -> AsyncEngine:
+def has_lost_tables(error: DatabaseError) -> bool:
+    """Say whether the database is not what it was: no tables, older ones, or no database at all."""
+    if isinstance(error, ProgrammingError):
+        return getattr(error.orig, "sqlstate", None) in MISSING_STATES
+    if isinstance(error, OperationalError):
+        return any(words in str(error.orig) for words in MISSING_WORDS)
+    # SQLite's own word for a file that is none of its files, or half of one.
+    return type(error) is DatabaseError
+
+
+def engine_for(url: URL, *, only_reads: bool = False) -> AsyncEngine:
     """Statements are transactions, but for turns: no caller leaves one open or upgrades its lock.
 
     A connection that the server ended is replaced before it is used. Errors are logged, and are not
@@ -177,7 +286,8 @@ def engine_for(url: URL) -> AsyncEngine:
     if url.drivername != DRIVERS["sqlite"]:
         return create(pool_pre_ping=True)
     engine = create(connect_args={"timeout": BUSY_TIMEOUT_S})
-    event.listen(engine.sync_engine, "connect", set_up_sqlite)
+    set_up = only_read_sqlite if only_reads else set_up_sqlite
+    event.listen(engine.sync_engine, "connect", set_up)
     return engine
 
 
@@ -185,4 +295,11 @@ def set_up_sqlite(connection: Any, record: object) -> None:
     """What is committed is on the disk: the default may be built otherwise."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def only_read_sqlite(connection: Any, record: object) -> None:
+    """A statement that writes is a mistake here: it would wait for other writers."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only=ON")
     cursor.close()

@@ -57,7 +57,8 @@ class Desk:
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
         self._shelf = Shelf(self._database, self._results, args.keep_s)
-        self._url_secret: bytes | None = None
+        # Of the database that it was read from, by how often that was renewed.
+        self._url_secrets: dict[int, bytes] = {}
         workshop = Workshop(
             self._store,
             self._results,
@@ -156,12 +157,14 @@ class Desk:
 
     async def url_secret(self) -> bytes:
         """What URLs of pictures are signed with: the same at every gateway of this database."""
-        if self._url_secret is None:
-            self._url_secret = await shared_secret(self._database, "result-urls")
-        return self._url_secret
+        number = self._database.num_renewals
+        if number not in self._url_secrets:
+            self._url_secrets = {number: await shared_secret(self._database, "result-urls")}
+        return self._url_secrets[number]
 
     async def _begin(self) -> None:
         await self._database.create()
+        await self._results.warn_of_others()
         self._worker.start()
         if self._postman is not None:
             self._postman.start()

@@ -2,13 +2,16 @@
 
 import asyncio
 import hashlib
+import logging
 import os
 import re
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +20,18 @@ from fsspec.implementations.local import LocalFileSystem
 
 from flux_ray.errors import ResultsLost
 from flux_ray.jobs.job import StoredPicture
+from flux_ray.private_files import is_open_to_others, make_folder, open_privately
 from flux_ray.request import GeneratedImage, ImageFormat
+
+logger = logging.getLogger("ray.serve")
 
 JOB_ID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 NAME = re.compile(
     rf"{JOB_ID}/(?:[0-9]+-(?:preview-)?[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A
 )
 MAX_BYTES = 128 * 2**20
+# Entries of a folder: those of one release are all alike.
+MAX_LOOKED_AT = 1000
 
 # A store that never answers keeps a thread: not one of those that decode pictures.
 THREADS = ThreadPoolExecutor(16, thread_name_prefix="results")
@@ -55,6 +63,18 @@ class Results:
         self._files, root = url_to_fs(url, use_listings_cache=False, **(options or {}))
         self._root = str(root).rstrip("/")
         self._max_bytes = max_bytes
+
+    async def warn_of_others(self) -> None:
+        """Log how to close a folder in which an earlier release left what others may read."""
+        if isinstance(self._files, LocalFileSystem) and await asyncio.to_thread(
+            has_open_entry, Path(self._root)
+        ):
+            folder = shlex.quote(self._root)
+            logger.warning(
+                "other users of this machine can read pictures in %s: chmod -R go= %s",
+                self._root,
+                folder,
+            )
 
     async def write_pictures(
         self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
@@ -130,7 +150,7 @@ class Results:
                 message = f"{name} has {len(data)} bytes: more than {self._max_bytes}"
                 raise ResultTooLarge(message)
             if isinstance(self._files, LocalFileSystem):
-                self._write_file(Path(path), data)
+                write_whole(Path(path), data)
             else:
                 # Object stores show an object when all of it came.
                 self._files.pipe_file(path, data)
@@ -140,11 +160,6 @@ class Results:
         except ResultMissing as error:
             # No bucket, or no disk where the folder was: it may come back.
             raise ResultsLost(str(error)) from error
-
-    def _write_file(self, path: Path, data: bytes) -> None:
-        # Its pictures are for no other user of the machine.
-        Path(self._root).mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(path, data)
 
     async def _read(self, name: str) -> bytes:
         path = self._path_of(name)
@@ -159,6 +174,16 @@ class Results:
         if not NAME.fullmatch(name):
             raise ResultMissing(f"{name} is no name of ours")
         return f"{self._root}/{name}"
+
+
+def has_open_entry(folder: Path) -> bool:
+    """Say whether others can come into this folder, and then into one of its first entries."""
+    if not is_open_to_others(folder):
+        return False
+    try:
+        return any(is_open_to_others(each) for each in islice(folder.iterdir(), MAX_LOOKED_AT))
+    except OSError:
+        return False
 
 
 def is_job_id(text: str) -> bool:
@@ -180,11 +205,14 @@ async def translated(call: Callable[[], T]) -> T:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """On the disk before it has its name: neither a kill nor a power cut leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """On the disk before it has its name: neither a kill nor a power cut leaves half a file.
+
+    No other user of the machine may read it, whoever made the folder around it.
+    """
+    make_folder(path.parent)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("xb") as file:
+        with open(part, "xb", opener=open_privately) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,7 @@ Rank = sequence rank * tensor size + tensor rank: ranks that exchange most are n
 one node where the leader orders ranks by node.
 """
 
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from flux_ray.config import Parallel
+from flux_ray.config import Parallel, keep_gloo_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -43,12 +44,22 @@ class Endpoint:
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Rank 0's meeting point. The system picks the port and the store holds it from then on.
+    """Rank 0's meeting point, at that address of this node and at no other: it asks for no secret.
 
-    A port that was found free and given up again may be another's before it is used.
+    The system picks the port and the store holds it from then on. A port that was found free and
+    given up again may be another's before it is used.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
     return TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        # Left to itself it listens at all addresses.
+        master_listen_fd=listener.detach(),
     )
 
 
@@ -59,14 +70,18 @@ def visit_store(endpoint: Endpoint, timeout_s: float) -> TCPStore:
     )
 
 
-def join_mesh(store: Store, rank: int, parallel: Parallel, device: str, timeout_s: float) -> Mesh:
-    """Meet the other ranks; returns when all are there.
+def join_mesh(
+    store: Store | None, rank: int, parallel: Parallel, device: str, timeout_s: float
+) -> Mesh:
+    """Meet the other ranks, at the store where there are any; returns when all are there.
 
     `timeout_s` also bounds every collective on the CPU.
     """
     num_ranks = parallel.num_ranks
     if num_ranks == 1:
         return Mesh()
+    if parallel.num_nodes == 1:
+        keep_gloo_local()
     dist.init_process_group(
         BACKENDS[device],
         store=store,

@@ -3,12 +3,12 @@
 Ray's own actor calls take five times as long, there and back, and the rank does nothing meanwhile;
 from some megabytes on, theirs are the quicker ones. And Ray cancels the calls of a request that is
 cancelled: on one rank only, perhaps, and the ranks would run different jobs from then on. Nothing
-cancels what is in a socket. Between nodes it is as open as what ranks exchange: to the cluster.
+cancels what is in a socket. Between nodes it can be read by who sees their traffic, and is not
+encrypted; who cannot prove to know its token is neither heard nor told anything.
 """
 
 import asyncio
 import contextlib
-import hmac
 import io
 import pickle
 import secrets
@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from flux_ray.errors import FluxError
+from flux_ray.replica.handshake import TOKEN_BYTES, is_leader, meet_rank
+from flux_ray.replica.unpickling import unpickled
 from flux_ray.request import Raster
 
 SIZE = struct.Struct("!Q")
 # Of an answer: the bytes of its pickle, and how many buffers follow that.
 ANSWER = struct.Struct("!QQ")
-TOKEN_BYTES = 32
 # A stranger that connects and falls silent holds up the leader for so long.
 TOKEN_S = 5.0
 # What a leader reads ahead: an answer may be an image's pixels, and of asyncio's 64 KiB they would
@@ -42,7 +43,7 @@ class StageFailed(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a rank listens for its leader, and what the leader says first to be believed."""
+    """Where a rank listens for its leader, and what both know, to believe each other."""
 
     host: str
     port: int
@@ -88,8 +89,7 @@ async def read_answer(reader: asyncio.StreamReader) -> Any:
         await reader.readexactly(*SIZE.unpack(await reader.readexactly(SIZE.size)))
         for _ in range(num_buffers)
     ]
-    # From the rank at the other end, which knew the group's token.
-    return pickle.loads(data, buffers=buffers)  # nosec B301
+    return unpickled(data, buffers)
 
 
 @runtime_checkable
@@ -104,7 +104,7 @@ class Underway(Protocol):
 
 
 class Extension:
-    """A rank's end. Nothing is unpickled before the token was right."""
+    """A rank's end. Nothing is unpickled before its leader has proved to know the token."""
 
     def __init__(self, host: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -129,7 +129,7 @@ class Extension:
         while True:
             connection, _ = self._socket.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if hmac.compare_digest(token_from(connection), self.address.token):
+            if is_leader(connection, self.address.token, TOKEN_S):
                 return connection
             connection.close()
 
@@ -167,8 +167,7 @@ class Dialogue:
         header = self._receive(SIZE.size)
         if len(header) < SIZE.size:
             return None
-        # From the leader, whose token it was.
-        call: tuple[Any, ...] = pickle.loads(self._receive(*SIZE.unpack(header)))  # nosec B301
+        call: tuple[Any, ...] = unpickled(self._receive(*SIZE.unpack(header)))
         return call
 
     def _has_said_more(self) -> bool:
@@ -192,17 +191,6 @@ class Dialogue:
             self._connection.sendall(part)
 
 
-def token_from(connection: socket.socket) -> bytes:
-    """What whoever connected says first; less where it is too slow or has left."""
-    connection.settimeout(TOKEN_S)
-    said = b""
-    with contextlib.suppress(OSError):
-        while more := connection.recv(TOKEN_BYTES - len(said)):
-            said += more
-    connection.settimeout(None)
-    return said
-
-
 def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
     """What it returned, or what it raised of what a leader is told."""
     try:
@@ -212,10 +200,17 @@ def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
 
 
 class Line:
-    """A leader's end: calls are answered in the order in which they were made."""
+    """A leader's end: calls are answered in the order in which they were made.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    They are sent when the rank, which may not be at work yet, has proved to be this leader's.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes
+    ) -> None:
         self._writer = writer
+        self._token = token
+        self._unsent: list[bytes] | None = []
         self._waiting: deque[asyncio.Future[Any]] = deque()
         self.closed = asyncio.get_running_loop().create_task(self._listen(reader))
 
@@ -223,7 +218,9 @@ class Line:
         """The answer to what `framed` a call's arguments; none comes once the line is closed."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
-        if not self._writer.is_closing():
+        if self._unsent is not None:
+            self._unsent.append(frame)
+        elif not self._writer.is_closing():
             self._writer.write(frame)
         return answer
 
@@ -233,9 +230,15 @@ class Line:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(EOFError, ConnectionError):
+            await self._meet(reader)
             while True:
                 outcome = await read_answer(reader)
                 settle(self._waiting.popleft(), outcome)
+
+    async def _meet(self, reader: asyncio.StreamReader) -> None:
+        await meet_rank(reader, self._writer, self._token)
+        unsent, self._unsent = self._unsent or [], None
+        self._writer.writelines(unsent)
 
 
 def settle(answer: asyncio.Future[Any], outcome: object) -> None:
@@ -251,5 +254,4 @@ def settle(answer: asyncio.Future[Any], outcome: object) -> None:
 async def connect(address: Address) -> Line:
     """The leader's end of a line to the rank that listens there."""
     reader, writer = await asyncio.open_connection(address.host, address.port, limit=READ_BYTES)
-    writer.write(address.token)
-    return Line(reader, writer)
+    return Line(reader, writer, address.token)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+LOOPBACK = "127.0.0.1"
 # A ping must be answered while a step runs, or Serve takes the replica for dead.
 CONCURRENCY_GROUPS = {"control": 1}
 
@@ -75,7 +76,7 @@ class RankActor:
     _mesh: "Mesh"
     _adapter: "Adapter"
     _encoding: "Remembering"
-    _store: "TCPStore"
+    _store: "TCPStore | None" = None
     _extension: Extension
 
     def __init__(self, rank: int, args: TierArgs) -> None:
@@ -94,15 +95,21 @@ class RankActor:
         """What Ray writes before its lines in the logs, and shows in the dashboard."""
         return f"{self._args.tier} rank {self._rank}"
 
-    def meet(self) -> "Endpoint":
-        """Where the others find this rank, the first. Its node's own address: they may be far."""
+    @property
+    def _host(self) -> str:
+        """Where this rank listens. A group on one node is reached from nowhere else."""
+        return LOOPBACK if self._args.parallel.num_nodes == 1 else node_address()
+
+    def meet(self) -> "Endpoint | None":
+        """Where the others find this rank, the first; None where there are none."""
+        if self._args.parallel.num_ranks == 1:
+            return None
         from flux_ray.parallel.mesh import Endpoint, open_store
 
-        host = node_address()
-        self._store = open_store(host, self._args.load_timeout_s)
-        return Endpoint(host, self._store.port)
+        self._store = open_store(self._host, self._args.load_timeout_s)
+        return Endpoint(self._host, self._store.port)
 
-    def load(self, endpoint: "Endpoint") -> None:
+    def load(self, endpoint: "Endpoint | None") -> None:
         """Join the other ranks and load this one's part of the model."""
         import torch
 
@@ -114,7 +121,9 @@ class RankActor:
         args, timeout_s = self._args, self._args.load_timeout_s
         if args.device == "cpu":
             torch.set_num_threads(args.num_threads)
-        store = self._store if self._rank == 0 else visit_store(endpoint, timeout_s)
+        store = self._store
+        if self._rank > 0 and endpoint is not None:
+            store = visit_store(endpoint, timeout_s)
         # The ranks' own patience must outlast the slowest disk; that of a step is the leader's.
         self._mesh = join_mesh(store, self._rank, args.parallel, args.device, timeout_s)
         placement = Placement(
@@ -141,9 +150,8 @@ class RankActor:
         return card_here(self._args.device)
 
     def listen(self) -> Address:
-        """Where the leader finds this rank. A group on one node is reached from nowhere else."""
-        is_local = self._args.parallel.num_nodes == 1
-        self._extension = Extension("127.0.0.1" if is_local else node_address())
+        """Where the leader finds this rank."""
+        self._extension = Extension(self._host)
         return self._extension.address
 
     def work(self) -> None:

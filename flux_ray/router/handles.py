@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,13 @@ from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from flux_ray.errors import FluxError, ProtocolMismatch, ReplicaFailed, TierUnavailable
+from flux_ray.errors import (
+    FluxError,
+    ProtocolMismatch,
+    ReplicaFailed,
+    TierUnavailable,
+    not_deployed,
+)
 from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
 from flux_ray.router.background import keep_running
 from flux_ray.router.descriptions import Descriptions, Learn, learn_nothing
@@ -45,7 +51,7 @@ class TierHandles:
     def __init__(self, tiers: tuple[str, ...], learn: Learn = learn_nothing) -> None:
         self._tiers = tiers
         self._descriptions = Descriptions(self._ask, learn)
-        self._readiness = Readiness(tiers)
+        self._readiness = Readiness(tiers, reachable=partial(known_replicas, tiers))
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._watching: dict[str, asyncio.Task[None]] = {}
 
@@ -72,6 +78,9 @@ class TierHandles:
 
     async def connect(self, tier: str) -> None:
         """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""
+        # Of one that was, there is still a handle, behind which nobody would ever answer.
+        if not self.is_deployed(tier):
+            raise not_deployed(tier)
         await self._handle_for(tier)
 
     def reachable(self) -> Mapping[str, tuple[str, ...]]:
@@ -81,11 +90,19 @@ class TierHandles:
         """
         for tier in set(self._tiers) - self._watching.keys():
             self._watching[tier] = keep_running(partial(self._watch, tier), f"watching {tier}")
-        return {tier: REACHABLE[tier] for tier in self._tiers if tier in REACHABLE}
+        return known_replicas(self._tiers)
+
+    def follow_status(self, lose: Callable[[str], None]) -> None:
+        """Know from now on which tiers serve and are deployed; `lose` hears of those that end."""
+        self._readiness.start(lose)
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that have a running replica."""
+        """The tiers that serve, or would be woken by a request."""
         return await self._readiness.ready_tiers()
+
+    def is_deployed(self, tier: str) -> bool:
+        """Say whether Serve has an application of that name, as far as it ever told."""
+        return self._readiness.is_deployed(tier)
 
     async def _attempt(self, call: Wire, hear: Hear | None) -> ImageResult:
         handle = await self._handle_for(call["tier"])
@@ -107,7 +124,7 @@ class TierHandles:
                 # It blocks until the controller answers.
                 handle = await asyncio.to_thread(serve.get_app_handle, tier)
             except RayServeException as error:
-                raise TierUnavailable(f"{tier} is not deployed", "model") from error
+                raise not_deployed(tier) from error
             # With options it learns of its replicas from now on, and not with its first request,
             # which waits for the ledger to grant one of them.
             self._handles[tier] = handle.options(method_name="generate")
@@ -147,6 +164,11 @@ class TierHandles:
             except TimeoutError:
                 response.cancel()
                 raise ReplicaFailed(f"replica {replica} of {tier} does not answer") from None
+
+
+def known_replicas(tiers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return the names of those that Serve has told this process of, by tier."""
+    return {tier: REACHABLE[tier] for tier in tiers if tier in REACHABLE}
 
 
 @contextmanager

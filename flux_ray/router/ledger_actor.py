@@ -35,7 +35,7 @@ from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
 from flux_ray.router.queue import TierQueue
-from flux_ray.router.turns import LedgerLost
+from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.usage import Row
 
 logger = logging.getLogger("ray.serve")
@@ -52,6 +52,9 @@ REJOIN_S = 0.6
 ANSWER_S = 5.0
 # A request waits for it before it begins to wait, and can do without.
 FORECAST_S = 1.0
+# A gateway that has heard nothing for so long is cut off: a ledger that died or hangs would have
+# been replaced.
+LOST_S = LEDGER_BACK_S
 # A ledger that leaves so many calls in a row unanswered hangs.
 MAX_UNANSWERED = 2
 # A time that is over so much too late was this process's own: it stood still, and read no answers.
@@ -268,13 +271,29 @@ class RemoteLedger:
     Who waits for one that hangs ends it, and Ray starts it anew.
     """
 
-    def __init__(self, start: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        start: Callable[[], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._start = start or start_ledger
+        self._clock = clock
+        # When the first call began of all that failed since one was answered.
+        self._failing_since_s: float | None = None
         self._actor: Any = None
         self._starting: asyncio.Future[Any] | None = None
         self._num_unanswered = 0
         # Of its own, and one: it stands still while Ray's head is away.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+
+    def is_heard(self) -> bool:
+        """Say whether it answers, or may be about to: one that died comes back within seconds.
+
+        It is asked twice a second as long as the gateway lives, and is heard again with its first
+        answer.
+        """
+        since_s = self._failing_since_s
+        return since_s is None or self._clock() - since_s < LOST_S
 
     async def say(self, gateway: str, statement: Statement) -> Heard:
         """Make a statement."""
@@ -326,13 +345,24 @@ class RemoteLedger:
         return shared
 
     async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
-        began = time.monotonic()
+        began_s = self._clock()
+        try:
+            answer = await self._answer(timeout_s, method, *args)
+        except LedgerLost:
+            if self._failing_since_s is None:
+                self._failing_since_s = began_s
+            raise
+        self._failing_since_s = None
+        return answer
+
+    async def _answer(self, timeout_s: float, method: str, *args: object) -> Any:
+        began_s = self._clock()
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
                 answer = await getattr(actor, method).remote(*args)
         except TimeoutError as error:
-            if time.monotonic() - began < timeout_s + LAG_S:
+            if self._clock() - began_s < timeout_s + LAG_S:
                 self._note_silence()
             raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
         except (RayError, ValueError) as error:

@@ -4,18 +4,25 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview, DeploymentStatusOverview
 
+from flux_ray.router.background import keep_running
+
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
-ANSWER_S = 5.0
-# Longer than a controller takes to come back; then the last word counts for nothing.
+# Who asks first waits so long for the first word.
+ANSWER_S = 1.0
+# Who asks while the word is older than it has to be.
+MOMENT_S = 0.1
+# Longer than a controller takes to come back; then the last word counts for tiers of which this
+# process knows replicas, and for nothing else.
 MAX_AGE_S = 60.0
 # Of replicas: what Serve's proxies and handles send requests to. Those of a node that is drained
 # serve until others do; after the controller's own start they are not looked at yet.
@@ -23,47 +30,129 @@ SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
 STARTING = ("STARTING", "UPDATING")
 # Of deployments that have as many replicas as they are to have, or too many.
 RESTING = ("HEALTHY", "DOWNSCALING")
+# Of an application: Serve starts none of its replicas any more.
+LEAVING = "DELETING"
+
+Applications = Mapping[str, ApplicationStatusOverview]
+Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
+
+
+def none_known() -> Mapping[str, tuple[str, ...]]:
+    """Of no tier."""
+    return {}
+
+
+def forget(tier: str) -> None:
+    """Nobody wants to know."""
 
 
 class Readiness:
-    """The last status, at most a second old; in an outage of the controller a minute."""
+    """The last status, a second old once `start` was called. An outage of Serve takes nothing back.
 
-    def __init__(self, tiers: tuple[str, ...], clock: Callable[[], float] = time.monotonic) -> None:
+    `reachable`: the replicas that this process knows, by tier.
+    """
+
+    def __init__(
+        self,
+        tiers: tuple[str, ...],
+        clock: Callable[[], float] = time.monotonic,
+        reachable: Reachable = none_known,
+    ) -> None:
         self._tiers = tiers
         self._clock = clock
+        self._reachable = reachable
+        self._lose = forget
         self._ready: tuple[str, ...] = ()
+        self._undeployed: frozenset[str] = frozenset()
         self._read_at_s = self._tried_at_s = float("-inf")
         self._reading: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        # Of its own, and one: it stands still while there is no controller.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="readiness")
+
+    def start(self, lose: Callable[[str], None] = forget) -> None:
+        """From now on the status is read all the time, and nobody has to wait for it.
+
+        `lose` hears of each tier whose application is no more.
+        """
+        self._lose = lose
+        if self._refreshing is None:
+            self._refreshing = keep_running(self._refresh, "what reads Serve's status")
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that serve, or would be woken by a request."""
+        if self._clock() - self._tried_at_s > REFRESH_S:
+            is_first = self._read_at_s == float("-inf")
+            await asyncio.wait((self._read_once(),), timeout=ANSWER_S if is_first else MOMENT_S)
+        if self._clock() - self._read_at_s < MAX_AGE_S:
+            return self._ready
+        # They serve without a controller, as long as they live.
+        known = self._reachable()
+        return tuple(tier for tier in self._ready if known.get(tier))
+
+    def is_deployed(self, tier: str) -> bool:
+        """Say whether Serve has its application, as far as Serve ever told."""
+        return tier not in self._undeployed
+
+    def _read_once(self) -> "asyncio.Task[None]":
         # One read at a time: without a controller each would hold a thread for good.
-        if self._reading is None and self._clock() - self._tried_at_s > REFRESH_S:
+        if self._reading is None:
             # Of no request: a client that leaves does not cancel it.
             self._reading = asyncio.get_running_loop().create_task(
                 self._read(), context=contextvars.Context()
             )
-        if self._reading is not None:
-            await asyncio.wait((self._reading,), timeout=ANSWER_S)
-        return self._ready if self._clock() - self._read_at_s < MAX_AGE_S else ()
+        return self._reading
+
+    async def _refresh(self) -> None:
+        while True:
+            await self._read_once()
+            await asyncio.sleep(REFRESH_S)
 
     async def _read(self) -> None:
         try:
-            self._ready = await asyncio.to_thread(serving_tiers, self._tiers, self._ready)
-            self._read_at_s = self._clock()
+            loop = asyncio.get_running_loop()
+            applications = await loop.run_in_executor(self._thread, applications_now)
+            # A gateway is one of them: none is no word of a controller that knows what there is.
+            if applications:
+                self._ready = serving_tiers(self._tiers, applications, self._ready)
+                self._note_undeployed(undeployed_tiers(self._tiers, applications))
+                self._read_at_s = self._clock()
         except (RayError, RayServeException) as error:
             logger.warning("Serve's status cannot be read: %s", error)
         finally:
             self._tried_at_s = self._clock()
             self._reading = None
 
+    def _note_undeployed(self, undeployed: frozenset[str]) -> None:
+        gone, back = undeployed - self._undeployed, self._undeployed - undeployed
+        self._undeployed = undeployed
+        for tier in gone:
+            logger.warning("%s is not deployed: its requests are refused", tier)
+            self._lose(tier)
+        for tier in back:
+            logger.info("%s is deployed", tier)
 
-def serving_tiers(tiers: tuple[str, ...], were_up: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return those of which every deployment serves, or would. Blocks.
+
+def applications_now() -> Applications:
+    """What Serve says of each. Blocks."""
+    applications: Applications = serve.status().applications
+    return applications
+
+
+def undeployed_tiers(tiers: tuple[str, ...], applications: Applications) -> frozenset[str]:
+    """Return those that have no application, or one that is being deleted."""
+    return frozenset(
+        tier for tier in tiers if tier not in applications or applications[tier].status == LEAVING
+    )
+
+
+def serving_tiers(
+    tiers: tuple[str, ...], applications: Applications, were_up: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return those of which every deployment serves, or would.
 
     `were_up`: those that did a moment ago.
     """
-    applications = serve.status().applications
     return tuple(
         tier
         for tier in tiers

@@ -5,6 +5,7 @@ import queue
 import threading
 from pathlib import Path
 
+from flux_ray.private_files import open_privately
 from flux_ray.request import ImageRequest
 from flux_ray.router.trace_line import line_of, traced
 
@@ -69,7 +70,7 @@ class Recorder:
         data = f"{line}\n".encode()
         if self._num_bytes() + len(data) > self._max_bytes:
             self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-        with self.path.open("ab") as file:
+        with open(self.path, "ab", opener=open_privately) as file:
             file.write(data)
 
     def _num_bytes(self) -> int:

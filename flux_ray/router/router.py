@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from flux_ray.errors import (
     RateLimited,
     ReplicaFailed,
     TierUnavailable,
+    not_deployed,
 )
 from flux_ray.gateway_config import Alias
 from flux_ray.request import Hear, ImageRequest, ImageResult
@@ -51,7 +52,7 @@ class Handles(Protocol):
         """One attempt on that replica; ReplicaFailed when it dies."""
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that have a running replica."""
+        """The tiers that serve, or would be woken by a request."""
 
 
 class Turns(Protocol):
@@ -123,8 +124,16 @@ class Terms:
         return min(wanted_s, self.request_timeout_s)
 
 
+def always(*about: object) -> bool:
+    """Where nobody says otherwise."""
+    return True
+
+
 class Router:
-    """What the gateway calls. Knows neither HTTP nor Ray."""
+    """What the gateway calls. Knows neither HTTP nor Ray.
+
+    `is_deployed`: whether a tier is. `hears_ledger`: whether this process can reach it.
+    """
 
     def __init__(
         self,
@@ -135,6 +144,8 @@ class Router:
         terms: Terms,
         records: Records | None = None,
         turnstile: Turnstile | None = None,
+        is_deployed: Callable[[str], bool] = always,
+        hears_ledger: Callable[[], bool] = always,
     ) -> None:
         self.handles = handles
         self.turns = turns
@@ -143,6 +154,15 @@ class Router:
         self.terms = terms
         self.records = records
         self.turnstile = turnstile
+        self.is_deployed = is_deployed
+        self.hears_ledger = hears_ledger
+
+    def deployed(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+        """Those whose tier is deployed; TierUnavailable if there is none, at once."""
+        found = [each for each in requests if self.is_deployed(each.tier)]
+        if not found:
+            raise not_deployed(requests[0].tier)
+        return found
 
     async def generate(
         self, request: ImageRequest, caller: Caller = ANYONE, hear: Hear | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded
+from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.deadline import within
@@ -73,14 +73,24 @@ class Turns:
         self._news = asyncio.Event()
         self._heard = Receipt()
         self._tasks: list[asyncio.Task[None]] = []
+        # By ticket, whose turn is still to come, and of which tier.
+        self._waiting: dict[str, tuple[str, asyncio.Future[str]]] = {}
+
+    def start(self) -> None:
+        """Talk to the ledger from now on, also while there is nothing to ask."""
+        if not self._tasks:
+            self._tasks = [
+                keep_running(self._speak, "what tells the ledger"),
+                keep_running(self._listen, "what hears the ledger"),
+            ]
 
     async def take(self, offer: Offer, hear: Hear | None = None) -> str:
         """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
-        Overloaded if the ledger refuses, or by the deadline if it says nothing. Cancelling gives
-        the turn back. Else `end` has to be called once.
+        Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
+        the tier is lost. Cancelling gives the turn back. Else `end` has to be called once.
         """
-        self._start()
+        self.start()
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def decide(decision: Decision) -> None:
@@ -92,6 +102,7 @@ class Turns:
                 granted.set_exception(error_for(decision.refusal))
 
         self._book.ask(offer, time.monotonic(), decide, hear)
+        self._waiting[offer.ticket_id] = offer.tier, granted
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
         try:
@@ -103,6 +114,14 @@ class Turns:
         except BaseException:
             self.end(offer.ticket_id)
             raise
+        finally:
+            self._waiting.pop(offer.ticket_id, None)
+
+    def lose(self, tier: str) -> None:
+        """No turn of that tier will come any more."""
+        for waits_for, granted in self._waiting.values():
+            if waits_for == tier and not granted.done():
+                granted.set_exception(not_deployed(tier))
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone; the best where the ledger is away."""
@@ -138,13 +157,6 @@ class Turns:
             if time.monotonic() >= end:
                 return
             await asyncio.sleep(0.01)
-
-    def _start(self) -> None:
-        if not self._tasks:
-            self._tasks = [
-                keep_running(self._speak, "what tells the ledger"),
-                keep_running(self._listen, "what hears the ledger"),
-            ]
 
     async def _speak(self) -> None:
         """Make one statement after the other."""

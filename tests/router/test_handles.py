@@ -31,6 +31,7 @@ from flux_ray.errors import (
 )
 from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handles as handles_module
+from flux_ray.router import readiness
 from flux_ray.router.handles import TierHandles, last_of
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.wire import Description, pack_answer, packed, request_from
@@ -385,3 +386,23 @@ async def test_a_stream_without_a_result_has_failed():
 
     with pytest.raises(ReplicaFailed):
         await last_of(stream(), lambda news: None)
+
+
+async def test_a_tier_that_is_no_more_is_refused_though_there_is_a_handle(answer, monkeypatch):
+    there = {"tiny": SimpleNamespace(status="RUNNING", deployments={})}
+    applications = {"gateway": SimpleNamespace(status="RUNNING", deployments={})} | there
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    monkeypatch.setattr(readiness, "REFRESH_S", 0.01)
+    handles = TierHandles(("tiny",))
+    await handles.connect("tiny")
+    lost = []
+    handles.follow_status(lost.append)
+    await handles.connect("tiny")
+    del applications["tiny"]
+    await until(lambda: lost == ["tiny"])
+    with pytest.raises(TierUnavailable, match="tiny is not deployed"):
+        await handles.connect("tiny")
+    applications |= there
+    await until(lambda: handles.is_deployed("tiny"))
+    await handles.connect("tiny")
+    assert answer.handles_made == 1

@@ -3,8 +3,10 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from flux_ray.router import ledger, ledger_actor
 from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger
@@ -201,3 +203,36 @@ async def test_what_goes_on_beside_the_ledger_begins_with_its_first_call_and_goe
     for _ in range(2):
         assert await begun.get() == "begun"
     actor._accompanying.cancel()
+
+
+class Answering:
+    """An actor that answers, or fails where it `is_lost`."""
+
+    def __init__(self):
+        self.is_lost = False
+
+    def __getattr__(self, method):
+        return SimpleNamespace(remote=self.answer)
+
+    async def answer(self, *args):
+        if self.is_lost:
+            raise RaySystemError("nobody is there")
+
+
+async def test_a_ledger_that_is_away_for_longer_than_it_takes_to_replace_it_is_not_heard():
+    actor, clock = Answering(), [0.0]
+    line = RemoteLedger(lambda: actor, lambda: clock[0])
+    assert line.is_heard(), "nobody has asked it"
+    await line.say("g", Statement())
+    clock[0] = 1000.0
+    assert line.is_heard(), "nobody has asked it since"
+    actor.is_lost = True
+    for clock[0] in (1000.0, 1005.0, 1014.0):
+        with pytest.raises(LedgerLost):
+            await line.say("g", Statement())
+        assert line.is_heard(), "it may be about to come back"
+    clock[0] = 1000.0 + ledger_actor.LOST_S
+    assert not line.is_heard()
+    actor.is_lost = False
+    await line.say("g", Statement())
+    assert line.is_heard()

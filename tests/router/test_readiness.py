@@ -1,6 +1,9 @@
 """Serve's status, with a fake Serve: how often it is read, and how long it is believed."""
 
+import asyncio
 import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +114,101 @@ async def test_a_controller_that_hangs_holds_one_thread(monkeypatch):
     release.set()
     monkeypatch.setattr(readiness, "ANSWER_S", 10)
     assert await tiers.ready_tiers() == ("tiny",)
+
+
+class ServeStatus:
+    """Serve's own word: it does not come until `speaks` is set, and fails with `error`."""
+
+    def __init__(self, **applications):
+        self.applications = applications
+        self.speaks = threading.Event()
+        self.speaks.set()
+        self.error = None
+
+    def __call__(self):
+        self.speaks.wait(10)
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(applications=dict(self.applications))
+
+
+@pytest.fixture
+def status(monkeypatch):
+    """Of a gateway and a tier that serves; read again and again, without a pause."""
+    told = ServeStatus(gateway=application(RUNNING=1), tiny=application(RUNNING=1))
+    monkeypatch.setattr(serve, "status", told)
+    monkeypatch.setattr(readiness, "REFRESH_S", 0.01)
+    yield told
+    told.speaks.set()
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_a_slow_controller_makes_nobody_wait_who_heard_it_once(status):
+    tiers = Readiness(("tiny",))
+    tiers.start()
+    assert await tiers.ready_tiers() == ("tiny",)
+    status.speaks.clear()
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    assert [await tiers.ready_tiers() for _ in range(5)] == [("tiny",)] * 5
+    assert time.monotonic() - began < 5 * readiness.MOMENT_S + 1
+
+
+async def test_it_is_read_though_nobody_asks(status):
+    tiers = Readiness(("tiny",))
+    tiers.start()
+    await until(lambda: tiers._ready == ("tiny",))
+    status.applications["tiny"] = application("UNHEALTHY", "HEALTH_CHECK_FAILED", STARTING=1)
+    await until(lambda: tiers._ready == ())
+
+
+@pytest.mark.parametrize("gone", [None, "DELETING"])
+async def test_a_tier_is_undeployed_while_serve_has_no_application_of_its_name(status, gone):
+    lost = []
+    tiers = Readiness(("tiny", "other"))
+    assert tiers.is_deployed("tiny") and tiers.is_deployed("other"), "nobody said otherwise"
+    tiers.start(lost.append)
+    await until(lambda: lost == ["other"])
+    assert tiers.is_deployed("tiny") and not tiers.is_deployed("other")
+    status.applications["other"] = application("UPDATING", STARTING=1)
+    await until(lambda: tiers.is_deployed("other"))
+    leaving = status.applications.pop("tiny")
+    if gone is not None:
+        status.applications["tiny"] = replace(leaving, status=gone)
+    await until(lambda: lost == ["other", "tiny"])
+    assert not tiers.is_deployed("tiny")
+
+
+@pytest.mark.parametrize("error", [RaySystemError("no controller"), None])
+async def test_an_outage_of_the_controller_undeploys_nobody(status, error):
+    lost = []
+    tiers = Readiness(("tiny",))
+    tiers.start(lost.append)
+    await until(lambda: tiers._ready == ("tiny",))
+    status.error = error
+    # What Serve says where it finds no controller at all.
+    status.applications = {}
+    tried_at_s = tiers._tried_at_s
+    await until(lambda: tiers._tried_at_s > tried_at_s + 0.05)
+    assert tiers.is_deployed("tiny") and lost == []
+    assert await tiers.ready_tiers() == ("tiny",)
+
+
+async def test_without_a_controller_what_this_process_reaches_still_serves(monkeypatch):
+    clock, reached = [0.0], {"tiny": ("one",), "other": ()}
+    told = ServeStatus(tiny=application(RUNNING=1), other=application(RUNNING=1))
+    monkeypatch.setattr(serve, "status", told)
+    tiers = Readiness(("tiny", "other"), lambda: clock[0], lambda: reached)
+    assert await tiers.ready_tiers() == ("tiny", "other")
+    told.error = RaySystemError("no controller")
+    clock[0] = readiness.MAX_AGE_S - 1
+    assert await tiers.ready_tiers() == ("tiny", "other")
+    clock[0] = 10 * readiness.MAX_AGE_S
+    assert await tiers.ready_tiers() == ("tiny",)
+    reached["tiny"] = ()
+    assert await tiers.ready_tiers() == ()

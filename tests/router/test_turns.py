@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from flux_ray.errors import DeadlineTooShort, Overloaded
+from flux_ray.errors import DeadlineTooShort, Overloaded, TierUnavailable
 from flux_ray.request import News, QueuePosition
 from flux_ray.router import background
 from flux_ray.router import turns as turns_module
@@ -274,3 +274,19 @@ async def test_a_grant_of_a_replica_that_is_not_known_here_yet_waits_until_it_is
     seen["tiny"] = ("new",)
     assert await within(taking) == "new"
     turns.stop()
+
+
+async def test_who_waits_for_a_tier_that_is_lost_is_told_at_once(turns: Turns, line: FakeLine):
+    assert await within(turns.take(offer("first"))) == "a"
+    waiting = [asyncio.create_task(turns.take(offer(f"{n}"))) for n in range(3)]
+    elsewhere = asyncio.create_task(turns.take(Offer("elsewhere", "other", 10.0, 60.0)))
+    await asyncio.sleep(0.05)
+    turns.lose("tiny")
+    for each in waiting:
+        with pytest.raises(TierUnavailable, match="tiny is not deployed"):
+            await within(each)
+    assert not elsewhere.done()
+    elsewhere.cancel()
+    await asyncio.sleep(0.05)
+    assert line.ledger.backlog("tiny", time.monotonic()).waiting_s == 0
+    assert line.running_s() > 0, "what is drawn is drawn to its end"

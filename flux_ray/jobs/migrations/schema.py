@@ -5,6 +5,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection, inspect
 
+from flux_ray.jobs.table import JOBS, METADATA, SECRETS
+
 logger = logging.getLogger("ray.serve")
 
 # Of its own name: others may keep theirs in the same database.
@@ -33,6 +35,13 @@ def migrate(connection: Connection) -> None:
     if unknown := heads - known:
         logger.info("a newer release made the job database: %s", ", ".join(sorted(unknown)))
         return
-    if not heads and inspect(connection).has_table("flux_jobs"):
+    tables = set(inspect(connection).get_table_names())
+    if JOBS.name not in tables and (heads or SECRETS.name in tables):
+        # Somebody dropped it, and others may be left.
+        METADATA.create_all(connection)
+        command.stamp(config, "head")
+        return
+    if not heads and JOBS.name in tables:
         command.stamp(config, FIRST)
     command.upgrade(config, "head")
+    METADATA.create_all(connection)
