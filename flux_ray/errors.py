@@ -21,6 +21,7 @@ FluxError                 500  server_error
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
     ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+    NotKept               503  images that were asked for again; they are drawn anew
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
@@ -197,6 +198,10 @@ class ReplicaFailed(FluxError):
     status = 503
     code = "replica_failed"
     retry_after_s = 5
+
+
+class NotKept(ReplicaFailed):
+    """The replica does not have what was asked for again: it has to be drawn anew."""
 
 
 class StoreLost(FluxError):

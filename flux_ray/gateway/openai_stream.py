@@ -69,11 +69,13 @@ def drawing_of(orders: Orders, order: Order) -> Draw:
         return lambda hear: orders.draw(order, hear)
     # The fast tier's image is the preview.
     early, late = (replace(each, num_previews=0) for each in (others[-1], best))
+    # The images of two tiers are not one run that could be found again.
+    caller = replace(order.caller, retry=None)
 
     async def draw(hear: Hear) -> ImageResult:
         """Let the fast tier's images be heard as previews."""
         result: ImageResult | None = None
-        parts = cascade(orders.router, early, late, order.caller, hear)
+        parts = cascade(orders.router, early, late, caller, hear)
         async with aclosing(parts):
             async for part in parts:
                 result = part.result

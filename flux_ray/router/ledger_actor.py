@@ -34,6 +34,7 @@ from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
 from flux_ray.router.queue import TierQueue
+from flux_ray.router.retries import Place
 from flux_ray.router.turns import LedgerLost
 from flux_ray.router.usage import Row
 
@@ -169,6 +170,11 @@ class LedgerActor:
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
 
     @ends_on_error
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be, for who need not have it drawn anew then."""
+        return self._ledger.places(name, time.monotonic())
+
+    @ends_on_error
     async def backlog(self, tier: str, cold_start_s: float | None = None) -> Backlog:
         """For the policies that scale a tier, which know what a replica of it takes to start."""
         if cold_start_s is not None:
@@ -279,6 +285,11 @@ class RemoteLedger:
         """What would become of each of them alone."""
         forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
         return forecasts
+
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be."""
+        places: tuple[Place, ...] = await self._call(FORECAST_S, "places", name)
+        return places
 
     async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
         """What waits, runs and arrived; LedgerLost if there is nobody to ask."""

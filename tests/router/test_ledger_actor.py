@@ -10,6 +10,7 @@ from flux_ray.router import ledger, ledger_actor
 from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger
 from flux_ray.router.messages import Offer, Statement
 from flux_ray.router.outbox import Receipt
+from flux_ray.router.retries import Retry
 from flux_ray.router.turns import LedgerLost
 
 REPLICAS = {"tiny": ("one",)}
@@ -167,3 +168,14 @@ async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
             await line.say("g", Statement())
     assert calls == ["start"]
     head.set()
+
+
+async def test_who_comes_again_asks_the_actor():
+    actor = new_actor()
+    retry = Retry("ours", "a ring")
+    named = Offer("first", "tiny", 30.0, 600.0, retry=retry, seed=7)
+    await actor.say("g", Statement((named,), replicas=REPLICAS))
+    [place] = await actor.places("ours")
+    assert (place.replica, place.seed) == ("one", 7)
+    assert await actor.places("theirs") == ()
+    actor._ticker.cancel()
