@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from flux_ray.errors import FluxError
 from flux_ray.following import Draw, follow
 from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
-from flux_ray.gateway.failures import Envelope, failure_of
+from flux_ray.gateway.failures import ErrorEvent, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_warnings import warnings_of
@@ -54,12 +54,6 @@ class Event(BaseModel):
     model: str
     seed: int
     warnings: list[str] = []
-
-
-class ErrorEvent(Envelope):
-    """An error after the headers, which were those of a success."""
-
-    retry_after_s: int | None = None
 
 
 def drawing_of(orders: Orders, order: Order) -> Draw:
