@@ -1,9 +1,12 @@
 """The deployment graph: what `build_tier` asks Serve for. No Ray runs."""
 
+import pytest
+from pydantic import ValidationError
 from ray.serve import Application
 
-from flux_ray.app import build_tier, replicas_of
+from flux_ray.app import build_gateway, build_tier, replicas_of
 from flux_ray.config import Parallel, TierArgs
+from flux_ray.gateway_config import GatewayArgs
 
 
 def deployments_of(application: Application) -> dict[str, object]:
@@ -54,3 +57,13 @@ def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
     encoder = deployments["flux-2-dev-text-encoder"]
     assert encoder.num_replicas == 1
     assert encoder._replica_config.ray_actor_options["num_gpus"] == 1
+
+
+def test_gateways_take_processors_of_their_own() -> None:
+    """More than none: they are never on a head that has none to give."""
+    for fields, num_cpus in (({}, 0.1), ({"num_cpus": 2}, 2)):
+        args = GatewayArgs(tiers=("tiny",), **fields)
+        (gateway,) = deployments_of(build_gateway(args)).values()
+        assert gateway._replica_config.ray_actor_options["num_cpus"] == num_cpus
+    with pytest.raises(ValidationError, match="num_cpus"):
+        GatewayArgs(tiers=("tiny",), num_cpus=0)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux_ray.request import PROTOCOL
 
@@ -357,9 +358,29 @@ class RemoteLedger:
 
 
 def start_ledger() -> Any:
-    """The ledger's handle, after starting it where it is not there. Blocks."""
+    """The ledger's handle, after starting it where it is not there. Blocks.
+
+    It asks for no processors: where tiers have taken them all, nothing would go on without it. So
+    that it is not on a head that has none to give, it is put beside whoever has some.
+    """
     remote: Any = ray.remote
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
+    node = node_for_ledger(ray.nodes(), ray.get_runtime_context().get_node_id())
     return actor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        # Soft: it outlives the node.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
     ).remote()
+
+
+def node_for_ledger(nodes: Iterable[Mapping[str, Any]], own: str) -> str:
+    """Return the id of a node that has processors: the caller's own if it has, else the first."""
+    able = [
+        str(node["NodeID"])
+        for node in nodes
+        if node["Alive"] and node.get("Resources", {}).get("CPU", 0) > 0
+    ]
+    return own if own in able or not able else min(able)
