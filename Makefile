@@ -26,6 +26,9 @@ serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
 serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 2147483647
 # Bodies of requests that offer another protocol are read, and headers without an end are not.
 serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH ?= flux_ray.gateway.proxy:read_with_h11
+# Proxies are the way in. One that died is replaced after three checks in vain, and then it has to start.
+serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 0.25
+serve: export RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S ?= 3
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp

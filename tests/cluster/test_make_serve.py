@@ -32,6 +32,12 @@ def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int
     assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
 
 
+def test_a_dead_proxy_is_noticed_soon(environment: dict[str, str]) -> None:
+    """After three checks; Serve's own are ten seconds apart."""
+    assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]) <= 1
+    assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"]) <= 3
+
+
 def test_a_request_that_offers_to_upgrade_keeps_its_body(
     environment: dict[str, str], port: int
 ) -> None:
