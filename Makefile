@@ -32,6 +32,9 @@ serve: export FORWARDED_ALLOW_IPS ?=
 serve: export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH ?= flux_ray.gateway.proxy:read_with_h11
 # A replica that fails three checks hangs, and does not hear that it is to end gracefully.
 serve: export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS ?= 1
+# Proxies are the way in. One that died is replaced after three checks in vain, and then it has to start.
+serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 0.25
+serve: export RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S ?= 3
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp

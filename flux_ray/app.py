@@ -116,7 +116,7 @@ def build_gateway(args: GatewayArgs) -> Application:
         name="gateway",
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": args.num_cpus},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.drain_timeout_s,

@@ -106,6 +106,8 @@ class TierArgs(Args):
     `cache_bytes`: what a rank keeps of encoded prompts and references; 0 for nothing.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
+    `retry_bytes`, `retry_s`: of finished images that a replica keeps for requests that come again,
+    and for how long.
     `drain_timeout_s`: a replica that is taken away has so long for the requests that it has; else
     as long as the tier's longest one takes (router/longest.py).
     """
@@ -127,6 +129,8 @@ class TierArgs(Args):
     step_timeout_s: Seconds = 60.0
     min_step_timeout_s: Seconds = 5.0
     load_timeout_s: Seconds = 600.0
+    retry_bytes: int = Field(128 * 2**20, ge=0)
+    retry_s: Seconds = 120.0
     drain_timeout_s: Seconds | None = None
 
     @property

@@ -22,6 +22,8 @@ FluxError                 500  server_error
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
     ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
+    NotKept               503  images that were asked for again; they are drawn anew
+  GatewayFailed           503  a gateway died under the request
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
     ResultsLost           503  the store of their pictures cannot
@@ -211,6 +213,18 @@ class ReplicaFailed(FluxError):
     status = 503
     code = "replica_failed"
     retry_after_s = 5
+
+
+class NotKept(ReplicaFailed):
+    """The replica does not have what was asked for again: it has to be drawn anew."""
+
+
+class GatewayFailed(FluxError):
+    """The gateway that had the request ended before it answered; another one takes it again."""
+
+    status = 503
+    code = "gateway_failed"
+    retry_after_s = 1
 
 
 class StoreLost(FluxError):

@@ -149,6 +149,8 @@ class GatewayArgs(Args):
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
     `public_url`: where clients find this gateway, which is never taken from what they send.
     `cors_origins`: of pages that may ask from a browser, like `https://app.example.com`, or `*`.
+    `num_cpus`: of each replica, of its node's. More than 0, for what it decodes: Ray then keeps it
+    off a head that has no processors to give.
     `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
     `drain_timeout_s`: of a gateway that is taken away, for what it has: more than
     `request_timeout_s`, for what came last may wait all of that.
@@ -168,6 +170,7 @@ class GatewayArgs(Args):
     cors_origins: tuple[Origin, ...] = ()
     jobs: JobArgs | None = None
     num_replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(0.1, gt=0)
     max_ongoing_requests: int = Field(256, ge=4)
     request_timeout_s: Seconds = 600.0
     drain_timeout_s: Seconds = 660.0

@@ -65,9 +65,15 @@ def pack_call(tier: str, request_id: str) -> Wire:
     return {"protocol": PROTOCOL, "tier": tier, "request_id": request_id}
 
 
-def pack_request(request: ImageRequest) -> Wire:
-    """A call for the images of a request."""
-    return {**pack_call(request.tier, request.request_id), "request": packed(request)}
+def pack_request(request: ImageRequest, run: str = "") -> Wire:
+    """A call for the images of a request; `run` is what it is known by when it comes again."""
+    call = {**pack_call(request.tier, request.request_id), "request": packed(request)}
+    return call | {"run": run} if run else call
+
+
+def pack_recall(tier: str, request_id: str, run: str) -> Wire:
+    """A call for the images of a request that came before; older code takes it for none."""
+    return {**pack_call(tier, request_id), "recall": run}
 
 
 def request_from(call: Wire) -> ImageRequest:

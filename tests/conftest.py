@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from flux_ray.errors import NotKept
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.request import (
@@ -26,6 +27,7 @@ from flux_ray.router.cost import Layout
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Offer
 from flux_ray.router.pricing import CostModel
+from flux_ray.router.retries import Place, Retry
 from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
 
@@ -71,12 +73,14 @@ class FakeHandles:
         self.replicas: list[str] = []
         self.failures: list[Exception] = []
         self.ready: tuple[str, ...] = ("tiny",)
+        # By replica and the name of the run.
+        self.drawn: dict[tuple[str, str], ImageResult] = {}
 
     async def connect(self, tier: str) -> None:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None
+        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
     ) -> ImageResult:
         self.requests.append(request)
         self.replicas.append(replica)
@@ -84,12 +88,20 @@ class FakeHandles:
             hear(news)
         if self.failures:
             raise self.failures.pop(0)
-        return ImageResult(
+        self.drawn[replica, run] = ImageResult(
             request_id=request.request_id,
             tier=request.tier,
             images=tuple(GeneratedImage(b"picture %d" % seed, seed) for seed in request.seeds),
             times=StageTimes(queue_s=0.001, encode_s=0.002, denoise_s=0.003, decode_s=0.004),
         )
+        return self.drawn[replica, run]
+
+    async def recall(
+        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+    ) -> ImageResult:
+        if (replica, run) not in self.drawn:
+            raise NotKept("it was drawn elsewhere")
+        return self.drawn[replica, run]
 
     async def ready_tiers(self) -> tuple[str, ...]:
         return self.ready
@@ -117,6 +129,13 @@ class FakeTurns:
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         return tuple(self.forecasts.get(offer.tier, Forecast(0.0)) for offer in offers)
+
+    async def places(self, retry: Retry) -> tuple[Place, ...]:
+        return tuple(
+            Place(offer.ticket_id, offer.tier, f"replica {number}", each.fingerprint, offer.seed)
+            for number, offer in enumerate(self.offers, 1)
+            if (each := offer.retry) is not None and each.name == retry.name
+        )
 
     def progress(self, ticket_id: str, left_s: float) -> None:
         self.left_s.setdefault(ticket_id, []).append(left_s)

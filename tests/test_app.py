@@ -1,5 +1,7 @@
 """The deployment graph: what `build_tier` asks Serve for. No Ray runs."""
 
+import pytest
+from pydantic import ValidationError
 from ray.serve import Application
 
 from flux_ray.app import build_gateway, build_tier, replicas_of
@@ -79,3 +81,13 @@ def test_replicas_say_of_themselves_how_long_they_have() -> None:
     (leader,) = deployments_of(build_tier(TierArgs(tier="tiny", device="cpu"))).values()
     (args,) = leader.init_args
     assert args.drain_timeout_s == 20
+
+
+def test_gateways_take_processors_of_their_own() -> None:
+    """More than none: they are never on a head that has none to give."""
+    for fields, num_cpus in (({}, 0.1), ({"num_cpus": 2}, 2)):
+        args = GatewayArgs(tiers=("tiny",), **fields)
+        (gateway,) = deployments_of(build_gateway(args)).values()
+        assert gateway._replica_config.ray_actor_options["num_cpus"] == num_cpus
+    with pytest.raises(ValidationError, match="num_cpus"):
+        GatewayArgs(tiers=("tiny",), num_cpus=0)

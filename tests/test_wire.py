@@ -26,6 +26,7 @@ from flux_ray.wire import (
     answer_from,
     description_from,
     pack_answer,
+    pack_recall,
     pack_request,
     packed,
     request_from,
@@ -69,6 +70,14 @@ def test_pixels_are_not_copied() -> None:
     assert arrived.mask is not None and WHOLE.mask is not None
     assert arrived.mask.marks is WHOLE.mask.marks
     assert answer_from(pack_answer(RESULT)).images[0].data is RESULT.images[0].data  # type: ignore[union-attr]
+
+
+def test_older_code_takes_a_recall_for_no_request() -> None:
+    """It does not know the key, and draws nothing."""
+    with pytest.raises(ProtocolMismatch):
+        request_from(over_the_border(pack_recall("tiny", "id", "mine")))
+    assert "run" not in pack_request(PLAIN)
+    assert request_from(pack_request(PLAIN, "mine")) == PLAIN, "and of a run it hears nothing"
 
 
 def of_classes_of_ours(value: Any) -> bool:

@@ -32,6 +32,10 @@ OPENAIS = {
 }
 
 
+# BFL's own, where no model is named.
+BFLS = {"get_result", "cancel", "jobs", "credits", "my_finetunes"}
+
+
 def path_of(scope: Scope) -> str:
     """As the routes know it: without what Serve's route prefix adds."""
     path: str = scope["path"]
@@ -53,8 +57,20 @@ def dialect_of(request: Request, path: str | None = None) -> Dialect:
 
 def model_in(request: Request) -> str | None:
     """The model of which a path of BFL's is, whether or not it is served; None of other paths."""
-    path = path_of(request.scope)
-    if request.method != "POST":
+    return model_at(request.method, path_of(request.scope))
+
+
+def dialect_at(method: str, path: str) -> Dialect:
+    """Of a path where it is not known which models are served, and whether there are jobs."""
+    if path.startswith(HUB):
+        return "hugging_face"
+    is_bfls = path.removeprefix("/v1/") in BFLS or model_at(method, path) is not None
+    return "bfl" if is_bfls else "openai"
+
+
+def model_at(method: str, path: str) -> str | None:
+    """As model_in."""
+    if method != "POST":
         return None
     if path.startswith(COMFY) and path.endswith(GENERATE):
         return path.removeprefix(COMFY).removesuffix(GENERATE)

@@ -51,6 +51,12 @@ class Envelope(BaseModel):
     error: Failure
 
 
+class ErrorEvent(Envelope):
+    """An error after the headers, which were those of a success."""
+
+    retry_after_s: int | None = None
+
+
 class HubFailure(BaseModel):
     """Hugging Face's."""
 
@@ -122,7 +128,11 @@ async def answer_nobody(request: Request, error: Exception) -> Response:
 
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
     """The body of an error in the words of the route's dialect, whether to come back, and when."""
-    dialect = dialect_of(request)
+    return answer_in(dialect_of(request), error)
+
+
+def answer_in(dialect: Dialect, error: FluxError) -> JSONResponse:
+    """The same, wherever the dialect is known from."""
     place = "query" if error.field in QUERY_FIELDS else "body"
     body = body_of(dialect, failure_of(error), bfl_failure(error, place))
     status = bfl_status(error) if dialect == "bfl" else error.status

@@ -26,6 +26,7 @@ from flux_ray.gateway.openai_references import is_picture_name
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.sent_fields import SentFields, heed
 from flux_ray.gateway.sources import Pictures, Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
@@ -100,7 +101,7 @@ class HuggingFace:
             methods=["POST"],
             response_class=Response,
             responses={200: {"content": pictures}, "default": {"model": HubFailure}},
-            openapi_extra={"requestBody": body, "parameters": PARAMETERS},
+            openapi_extra={"requestBody": body, "parameters": [*PARAMETERS, PARAMETER]},
         )
         return routes
 
@@ -133,7 +134,7 @@ class HuggingFace:
             pictures.notes,
         )
         forget_body(request)
-        return fields, order
+        return fields, await self.orders.named(request, order, fields.seed)
 
     async def pictures_of(self, sent: Inputs, target: Target) -> Pictures:
         """The picture to edit, if there is one."""

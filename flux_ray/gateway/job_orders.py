@@ -1,7 +1,6 @@
 """Hands orders in as jobs, and finds them again for their owners."""
 
 import asyncio
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -9,10 +8,11 @@ from typing import Any
 
 from starlette.requests import Request
 
-from flux_ray.errors import BadRequest, TierUnavailable
+from flux_ray.errors import TierUnavailable
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
+from flux_ray.gateway.retry_names import IDEMPOTENCY_KEY, idempotency_key_of
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
@@ -20,7 +20,6 @@ from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
-IDEMPOTENCY_KEY = "idempotency-key"
 PARAMETER: dict[str, Any] = {
     "name": IDEMPOTENCY_KEY,
     "in": "header",
@@ -94,10 +93,8 @@ class JobOrders:
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:
     """The caller's own name for this request, with a digest of what it asks."""
-    sent = http.headers.get(IDEMPOTENCY_KEY)
+    sent = idempotency_key_of(http)
     if sent is None:
         return None
-    if not re.fullmatch(r"[\x21-\x7e]{1,255}", sent):
-        raise BadRequest("idempotency-key must be 1 to 255 visible characters", IDEMPOTENCY_KEY)
     asked = http.scope["path"].encode() + b"\n" + body
     return Idempotency(sent, sha256(asked).hexdigest())

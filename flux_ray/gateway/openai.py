@@ -28,6 +28,7 @@ from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import Kind, stream
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures, read_with_alpha
 from flux_ray.gateway.targets import Target
 from flux_ray.gateway_config import GatewayArgs
@@ -71,7 +72,7 @@ class OpenAIImages:
             ("/v1/images/generations", self.generations, body_schema(JSON)),
             ("/v1/images/edits", self.edits, body_schema(FORM, JSON)),
         ):
-            extra = body | {"parameters": PARAMETERS}
+            extra = body | {"parameters": [*PARAMETERS, PARAMETER]}
             routes.add_api_route(path, endpoint, methods=["POST"], openapi_extra=extra)
         return routes
 
@@ -134,12 +135,13 @@ class OpenAIImages:
     ) -> Order:
         """The order, with its pictures as the tiers take them."""
         pictures = await self.read_pictures(fields, target, sources)
-        return await self.orders.take(
+        order = await self.orders.take(
             http,
             target,
             lambda tier: request_for(fields, tier, self.limits, pictures.references, pictures.mask),
             pictures.notes,
         )
+        return await self.orders.named(http, order, fields.seed)
 
     async def generate(
         self, http: Request, fields: ImageFields, order: Order, started_s: float

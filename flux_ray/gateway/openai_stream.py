@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from flux_ray.errors import FluxError
 from flux_ray.following import Draw, follow
 from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
-from flux_ray.gateway.failures import Envelope, failure_of
+from flux_ray.gateway.failures import ErrorEvent, failure_of
 from flux_ray.gateway.openai_answer import Usage, usage_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_warnings import warnings_of
@@ -56,12 +56,6 @@ class Event(BaseModel):
     warnings: list[str] = []
 
 
-class ErrorEvent(Envelope):
-    """An error after the headers, which were those of a success."""
-
-    retry_after_s: int | None = None
-
-
 def drawing_of(orders: Orders, order: Order) -> Draw:
     """Return how the order's images are drawn, by its target's policy."""
     best, *others = order.requests
@@ -69,11 +63,13 @@ def drawing_of(orders: Orders, order: Order) -> Draw:
         return lambda hear: orders.draw(order, hear)
     # The fast tier's image is the preview.
     early, late = (replace(each, num_previews=0) for each in (others[-1], best))
+    # The images of two tiers are not one run that could be found again.
+    caller = replace(order.caller, retry=None)
 
     async def draw(hear: Hear) -> ImageResult:
         """Let the fast tier's images be heard as previews."""
         result: ImageResult | None = None
-        parts = cascade(orders.router, early, late, order.caller, hear)
+        parts = cascade(orders.router, early, late, caller, hear)
         async with aclosing(parts):
             async for part in parts:
                 result = part.result

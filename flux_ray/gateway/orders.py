@@ -2,19 +2,23 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from starlette.requests import Request
 
 from flux_ray.catalog import Tier
+from flux_ray.errors import KeyReused
 from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.masks import fitted
+from flux_ray.gateway.retry_names import IDEMPOTENCY_KEY, retry_of, seed_of
 from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.targets import Target, requests_for, target_for
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
+from flux_ray.router.retries import Place
 from flux_ray.router.router import Router
 
 logger = logging.getLogger("ray.serve")
@@ -23,13 +27,15 @@ logger = logging.getLogger("ray.serve")
 class Order(NamedTuple):
     """A complete request as each tier that can do it would, best first, and whose it is.
 
-    `notes` are for the caller: what of its images could not be used.
+    `notes` are for the caller: what of its images could not be used. `places`: where its images
+    are drawn already, or were, if it comes again.
     """
 
     target: Target
     requests: list[ImageRequest]
     caller: Caller
     notes: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
     def request_of(self, drawn: ImageResult | Preview | Finished) -> ImageRequest:
         """The one that was drawn."""
@@ -81,8 +87,34 @@ class Orders:
         )
         return order
 
+    async def named(self, http: Request, order: Order, seed: int | None) -> Order:
+        """The order, which is the one from before if it comes again. `seed`: that its client sent.
+
+        KeyReused where its idempotency key is that of another one.
+        """
+        retry = await retry_of(http, order.target.name, order.requests[0], seed)
+        if retry is None:
+            return order
+        caller = replace(order.caller, retry=retry)
+        places = await self.router.places(caller)
+        if any(place.fingerprint != retry.fingerprint for place in places):
+            message = "this idempotency-key is that of another request"
+            raise KeyReused(message, IDEMPOTENCY_KEY)
+        if seed is None and places:
+            seed = places[0].seed
+        elif seed is None and retry.is_lasting:
+            seed = seed_of(retry)
+        requests = order.requests
+        if seed is not None:
+            requests = [replace(each, seed=seed) for each in requests]
+        return order._replace(requests=requests, caller=caller, places=places)
+
     async def draw(self, order: Order, hear: Hear | None = None) -> ImageResult:
-        """Its pictures, by the tier that the policy prefers."""
+        """Its pictures, by the tier that the policy prefers, if no replica has them yet."""
+        if order.places:
+            result = await self.router.recall(order.places, order.requests, order.caller, hear)
+            if result is not None:
+                return result
         return await self.router.generate_by(order.target.alias, order.requests, order.caller, hear)
 
     def limit_headers(self, order: Order) -> dict[str, str]:

@@ -6,14 +6,13 @@
 import asyncio
 
 import h11
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flux_ray.gateway.request_id import HEADER, request_id_for
+from flux_ray.gateway.proxy_answers import ProxyAnswers
 
 # For a whole head, from the connection or from its first byte. Slow networks need one.
 HEAD_S = 10.0
@@ -40,7 +39,8 @@ def read_with_h11() -> list[Middleware]:
     before any key is asked; h11 takes 16 kB of them. Return what else requests go through.
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
-    return [Middleware(PlainHeaders)]
+    # Refusals of the outer one are not taken for a gateway's death by the inner one.
+    return [Middleware(PlainHeaders), Middleware(ProxyAnswers)]
 
 
 class ImpatientProtocol(H11Protocol):
@@ -116,10 +116,7 @@ def stop(timer: asyncio.TimerHandle | None) -> None:
 
 
 class PlainHeaders:
-    """Middleware: heads are not too large, and tell Serve nothing that is not callers' to say.
-
-    It answers with their `x-request-id`, and writes that into its logs, whatever it is.
-    """
+    """Middleware: heads are not too large, and tell Serve nothing that is not callers' to say."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -136,8 +133,5 @@ class PlainHeaders:
                 await answer(scope, receive, send)
                 return
             theirs = [each for each in sent if each[0].replace(b"_", b"-") not in NOT_CALLERS]
-            headers = MutableHeaders(raw=theirs)
-            if HEADER in headers:
-                headers[HEADER] = request_id_for(headers)
-            scope = {**scope, "headers": headers.raw}
+            scope = {**scope, "headers": theirs}
         await self.app(scope, receive, send)

@@ -1,4 +1,8 @@
-"""Every HTTP request has an id: the client's own, else a new one; answers bear it."""
+"""Every HTTP request has an id: the client's own, else a new one; answers bear it.
+
+Serve's proxy makes one where the client sends none, and nobody can tell then whose it is: so our
+part of the proxy (proxy_answers.py) makes it before, in a form of its own.
+"""
 
 import re
 import uuid
@@ -8,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "x-request-id"
 _USABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# As long as a UUID, and none.
+_OURS = re.compile(r"flux[0-9a-f]{28}")
 
 
 class RequestId:
@@ -35,4 +41,14 @@ class RequestId:
 def request_id_for(headers: Headers) -> str:
     """The client's id if it is short and plain, for it goes into logs."""
     sent = headers.get(HEADER, "")
-    return sent if _USABLE.fullmatch(sent) else uuid.uuid4().hex
+    return sent if _USABLE.fullmatch(sent) else new_request_id()
+
+
+def new_request_id() -> str:
+    """For a client that sends none."""
+    return f"flux{uuid.uuid4().hex[4:]}"
+
+
+def is_ours(request_id: str) -> bool:
+    """Whether its client sent none."""
+    return _OURS.fullmatch(request_id) is not None

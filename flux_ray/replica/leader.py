@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from flux_ray.replica.placement import load_ranks, start_ranks
 from flux_ray.replica.process import end_process
 from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.runs import Runs
 from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
@@ -77,6 +79,7 @@ class Leader:
         async with asyncio.timeout(args.load_timeout_s):
             loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
         self._meter = Meter(args.tier)
+        self._runs = Runs(args.retry_bytes, args.retry_s)
         self._group = RankGroup(loaded, patience, lambda: end_with(ranks))
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
@@ -90,14 +93,20 @@ class Leader:
 
     async def generate(self, call: Wire) -> Wire:
         """The images of the request in a call; ProtocolMismatch for one that is not understood."""
-        return pack_answer(await self._draw(request_from(call)))
+        return pack_answer(await self._drawing_of(call)(None))
 
     async def follow(self, call: Wire) -> AsyncIterator[Wire]:
         """The request's images, after what is to be heard of them."""
-        request = request_from(call)
-        async with aclosing(follow(lambda hear: self._draw(request, hear))) as stream:
+        async with aclosing(follow(self._drawing_of(call))) as stream:
             async for news in stream:
                 yield pack_answer(news)
+
+    def _drawing_of(self, call: Wire) -> Callable[[Hear | None], Awaitable[ImageResult]]:
+        """How a call's images come about: they are drawn, or were for a call before it."""
+        if "recall" in call:
+            return partial(self._runs.recall, call["recall"])
+        draw = partial(self._draw, request_from(call))
+        return partial(self._runs.draw, call["run"], draw) if "run" in call else draw
 
     async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         with self._meter.count(request):

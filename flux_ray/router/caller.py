@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flux_ray.router.allowances import UNLIMITED, Allowance
+from flux_ray.router.retries import Retry
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class Caller:
     `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
     within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
     `allowance`: what the key may have, through all gateways. `is_job`: nobody waits for it.
+    `retry`: by what the request is known when it comes again, if that can be known.
     """
 
     key: str = ""
@@ -20,6 +22,7 @@ class Caller:
     may_spill: bool = False
     allowance: Allowance = UNLIMITED
     is_job: bool = False
+    retry: Retry | None = None
 
 
 ANYONE = Caller()

@@ -31,6 +31,7 @@ from flux_ray.wire import (
     answer_from,
     description_from,
     pack_call,
+    pack_recall,
     pack_request,
 )
 
@@ -56,14 +57,14 @@ class TierHandles:
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None
+        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
     ) -> ImageResult:
         """One attempt on the replica of the request's tier that it was granted.
 
         Or on one of another version, where that one cannot read the request. ProtocolMismatch if
-        there is none.
+        there is none. `run`: by what the replica knows it when it comes again.
         """
-        call, refused = pack_request(request), set[int]()
+        call, refused = pack_request(request, run), set[int]()
         while True:
             try:
                 with granted(call, replica), as_ours(request.tier):
@@ -75,6 +76,20 @@ class TierHandles:
                     raise
                 logger.info("request %s goes to %s: %s", request.request_id, other, error)
                 replica = other
+
+    async def recall(
+        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+    ) -> ImageResult:
+        """What that replica draws or has drawn of an earlier request, under that name.
+
+        ReplicaFailed if it has nothing or cannot be reached, TierUnavailable if it is too old.
+        """
+        tier = request.tier
+        if replica not in self.reachable().get(tier, ()):
+            raise ReplicaFailed(f"replica {replica} of {tier} is gone")
+        call = pack_recall(tier, request.request_id, run)
+        with granted(call, replica), as_ours(tier):
+            return await self._attempt(call, hear)
 
     async def connect(self, tier: str) -> None:
         """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""

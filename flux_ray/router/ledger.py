@@ -23,6 +23,7 @@ from flux_ray.router.arrivals import Arrivals
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Backlog, Decision, Offer, Statement
 from flux_ray.router.queue import TierQueue
+from flux_ray.router.retries import Place, Places
 from flux_ray.router.ticket import Refusal, Ticket
 
 # A gateway speaks twice a second. One that is silent for so long is dead, and so are its clients.
@@ -68,6 +69,7 @@ class Ledger:
         self._accounts: dict[str, Account] = {}
         self._owner: dict[str, str] = {}
         self._arrivals = Arrivals()
+        self._places = Places()
         self._decisions: dict[str, list[Decision]] = {}
         # By tier, once Serve was heard.
         self._served: dict[str, frozenset[str]] = {}
@@ -119,6 +121,7 @@ class Ledger:
             grants, refused = queue.take(now)
             for ticket, replica in grants:
                 self._tell(ticket.ticket_id, Decision(ticket.ticket_id, replica))
+                self._place(ticket.ticket_id, replica)
             for ticket, refusal in refused:
                 self._refuse(ticket.ticket_id, refusal, now)
         decisions, self._decisions = self._decisions, {}
@@ -129,6 +132,7 @@ class Ledger:
         silent = [g for g, a in self._accounts.items() if now - a.heard_at > SILENCE_S]
         for gateway in silent:
             account = self._accounts[gateway]
+            self._places.abandon(account.offers, now)
             for ticket_id in list(account.offers):
                 self._end(ticket_id, now)
             del self._accounts[gateway]
@@ -146,6 +150,10 @@ class Ledger:
     def forecast(self, offer: Offer, now: float) -> Forecast:
         """What would become of a request that is not offered yet."""
         return self._queue(offer.tier).forecast(ticket_of(offer, now), now)
+
+    def places(self, name: str, now: float) -> tuple[Place, ...]:
+        """The replicas that may have the images of a request that comes again, the latest first."""
+        return self._places.find(name, now)
 
     def positions(
         self, gateway: str, ticket_ids: Iterable[str], now: float
@@ -179,10 +187,17 @@ class Ledger:
         is_new = self._arrivals.count(offer, now, is_counted=is_counted)
         if offer.runs_on is not None:
             queue.adopt(ticket, offer.runs_on, now)
+            self._place(offer.ticket_id, offer.runs_on)
             return
         refusal = queue.offer(ticket, now, is_new=is_new)
         if refusal is not None:
             self._refuse(ticket.ticket_id, refusal, now)
+
+    def _place(self, ticket_id: str, replica: str) -> None:
+        offer = self._accounts[self._owner[ticket_id]].offers[ticket_id]
+        if (retry := offer.retry) is not None:
+            place = Place(ticket_id, offer.tier, replica, retry.fingerprint, offer.seed)
+            self._places.grant(retry, place)
 
     def _refuse(self, ticket_id: str, refusal: Refusal, now: float) -> None:
         # It may have left after it gave way.
@@ -233,6 +248,7 @@ class Ledger:
         if gateway is None:
             return None
         offer = self._accounts[gateway].offers.pop(ticket_id)
+        self._places.end(ticket_id, now, is_done=is_done)
         if not is_done:
             self._arrivals.put_back(offer, now)
         return offer

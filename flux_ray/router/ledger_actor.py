@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux_ray.request import PROTOCOL
 
@@ -35,6 +36,7 @@ from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
 from flux_ray.router.queue import TierQueue
+from flux_ray.router.retries import Place
 from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.usage import Row
 
@@ -185,6 +187,11 @@ class LedgerActor:
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
 
     @ends_on_error
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be, for who need not have it drawn anew then."""
+        return self._ledger.places(name, time.monotonic())
+
+    @ends_on_error
     async def backlog(self, tier: str, cold_start_s: float | None = None) -> Backlog:
         """For the policies that scale a tier, which know what a replica of it takes to start."""
         if cold_start_s is not None:
@@ -312,6 +319,11 @@ class RemoteLedger:
         forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
         return forecasts
 
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be."""
+        places: tuple[Place, ...] = await self._call(FORECAST_S, "places", name)
+        return places
+
     async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
         """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
         backlog: Backlog = await self._call(ANSWER_S, "backlog", tier, cold_start_s)
@@ -391,9 +403,29 @@ class RemoteLedger:
 
 
 def start_ledger() -> Any:
-    """The ledger's handle, after starting it where it is not there. Blocks."""
+    """The ledger's handle, after starting it where it is not there. Blocks.
+
+    It asks for no processors: where tiers have taken them all, nothing would go on without it. So
+    that it is not on a head that has none to give, it is put beside whoever has some.
+    """
     remote: Any = ray.remote
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
+    node = node_for_ledger(ray.nodes(), ray.get_runtime_context().get_node_id())
     return actor.options(
-        name=NAME, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        # Soft: it outlives the node.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
     ).remote(companion=watch_replicas)
+
+
+def node_for_ledger(nodes: Iterable[Mapping[str, Any]], own: str) -> str:
+    """Return the id of a node that has processors: the caller's own if it has, else the first."""
+    able = [
+        str(node["NodeID"])
+        for node in nodes
+        if node["Alive"] and node.get("Resources", {}).get("CPU", 0) > 0
+    ]
+    return own if own in able or not able else min(able)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flux_ray.request import QueuePosition
+from flux_ray.router.retries import Retry
 from flux_ray.router.ticket import Refusal
 
 
@@ -15,7 +16,7 @@ class Offer:
     `runs_on` is the replica that it was granted before, and `cost_s` then what is left: the ledger
     may have been lost meanwhile. `work` names what is to be done, the same however often it is
     asked for; `is_counted`: a ledger has heard of it. `has_deadline` and `is_job` are as a
-    ticket's.
+    ticket's. `retry`: by what it is known when it comes again, and is then drawn from `seed`.
     """
 
     ticket_id: str
@@ -30,6 +31,8 @@ class Offer:
     is_job: bool = False
     work: str = ""
     is_counted: bool = False
+    retry: Retry | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def offer_for(
         has_deadline=caller.deadline_s is not None and not caller.is_job,
         is_job=caller.is_job,
         work=work_of(request),
+        retry=caller.retry,
+        seed=request.seed,
     )
 
 

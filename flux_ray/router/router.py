@@ -33,6 +33,7 @@ from flux_ray.router.messages import Offer
 from flux_ray.router.pace import followed
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.quote import Quote, offer_for, quote_for
+from flux_ray.router.retries import Place, Retry
 from flux_ray.router.turnstile import Stay
 from flux_ray.router.usage import Use
 
@@ -48,8 +49,15 @@ class Handles(Protocol):
     async def connect(self, tier: str) -> None:
         """TierUnavailable if the tier is not deployed."""
 
-    async def generate(self, request: ImageRequest, replica: str, hear: Hear | None) -> ImageResult:
+    async def generate(
+        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+    ) -> ImageResult:
         """One attempt on that replica; ReplicaFailed when it dies."""
+
+    async def recall(
+        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+    ) -> ImageResult:
+        """What it has of the request; ReplicaFailed or TierUnavailable if that is nothing."""
 
     async def ready_tiers(self) -> tuple[str, ...]:
         """The tiers that serve, or would be woken by a request."""
@@ -66,6 +74,9 @@ class Turns(Protocol):
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
+
+    async def places(self, retry: Retry) -> tuple[Place, ...]:
+        """Where a request that comes again may be drawn already, the latest first."""
 
     def progress(self, ticket_id: str, left_s: float) -> None:
         """So long it still takes."""
@@ -202,6 +213,36 @@ class Router:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
 
+    async def places(self, caller: Caller) -> tuple[Place, ...]:
+        """Where the caller's request may be drawn already, the latest first."""
+        return () if caller.retry is None else await self.turns.places(caller.retry)
+
+    async def recall(
+        self,
+        places: Sequence[Place],
+        requests: Sequence[ImageRequest],
+        caller: Caller,
+        hear: Hear | None = None,
+    ) -> ImageResult | None:
+        """The images from one of these places; None if it has to be drawn anew.
+
+        It was counted, and had its turn, when it came first.
+        """
+        timeout_s = self.terms.request_timeout_s
+        late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
+        of_tiers = {request.tier: request for request in requests}
+        async with within(timeout_s, late):
+            for place in places:
+                request = of_tiers.get(place.tier)
+                if request is None or caller.retry is None:
+                    continue
+                try:
+                    run = caller.retry.run
+                    return await self.handles.recall(request, place.replica, hear, run)
+                except (ReplicaFailed, TierUnavailable) as error:
+                    logger.info("request %s is drawn again: %s", request.request_id, error)
+        return None
+
     async def choose(
         self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
     ) -> ImageRequest:
@@ -316,7 +357,8 @@ class Router:
                 self.bill.enter(request.tier, quote.gpu_seconds)
             stay.begin()
             hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
-            result = await self.handles.generate(request, replica, hear)
+            run = caller.retry.run if caller.retry is not None else ""
+            result = await self.handles.generate(request, replica, hear, run)
             is_done = True
         finally:
             self.turns.end(offer.ticket_id, is_done=is_done)

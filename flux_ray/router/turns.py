@@ -15,6 +15,7 @@ from flux_ray.router.deadline import within
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Receipt
+from flux_ray.router.retries import Place, Retry
 from flux_ray.router.ticket import Refusal
 from flux_ray.router.turn_book import TurnBook
 
@@ -46,6 +47,9 @@ class Line(Protocol):
 
     async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
+
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be, the latest first."""
 
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         """Decisions after those of the receipt, and the receipt for them; none after a while."""
@@ -130,6 +134,14 @@ class Turns:
         except LedgerLost as error:
             logger.warning("tiers are chosen without the ledger: %s", error)
             return (Forecast(0.0),) * len(offers)
+
+    async def places(self, retry: Retry) -> tuple[Place, ...]:
+        """Where it may be drawn already, the latest first; none where the ledger is away."""
+        try:
+            return await self._line.places(retry.name)
+        except LedgerLost as error:
+            logger.warning("what comes again may be drawn again: %s", error)
+            return ()
 
     def progress(self, ticket_id: str, left_s: float) -> None:
         """So long the request whose turn it is still takes; the ledger hears of it in a while.

@@ -50,6 +50,12 @@ def test_nobodys_word_is_taken_for_where_a_request_comes_from(environment: dict[
     assert environment["FORWARDED_ALLOW_IPS"] == ""
 
 
+def test_a_dead_proxy_is_noticed_soon(environment: dict[str, str]) -> None:
+    """After three checks; Serve's own are ten seconds apart."""
+    assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]) <= 1
+    assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"]) <= 3
+
+
 def test_a_request_that_offers_to_upgrade_keeps_its_body(
     environment: dict[str, str], port: int
 ) -> None:

@@ -47,7 +47,9 @@ class Streamed:
 
 
 @asynccontextmanager
-async def streamed(api: FastAPI, path: str, body: dict[str, Any]) -> AsyncIterator[Streamed]:
+async def streamed(
+    api: FastAPI, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> AsyncIterator[Streamed]:
     """The answer to a POST; the client leaves at the end of the block."""
     answer, left = Streamed(), asyncio.Event()
     upload = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
@@ -58,6 +60,7 @@ async def streamed(api: FastAPI, path: str, body: dict[str, Any]) -> AsyncIterat
         await left.wait()
         return {"type": "http.disconnect"}
 
+    sent = {"content-type": "application/json", "host": "gateway"} | (headers or {})
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -68,7 +71,7 @@ async def streamed(api: FastAPI, path: str, body: dict[str, Any]) -> AsyncIterat
         "raw_path": path.encode(),
         "root_path": "",
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json"), (b"host", b"gateway")],
+        "headers": [(name.encode(), value.encode()) for name, value in sent.items()],
         "client": ("127.0.0.1", 1),
         "server": ("gateway", 80),
     }

@@ -51,7 +51,12 @@ async def echo(scope, receive, send):
 
 
 @pytest.fixture
-async def port(monkeypatch) -> AsyncIterator[int]:
+def app():
+    return echo
+
+
+@pytest.fixture
+async def port(monkeypatch, app) -> AsyncIterator[int]:
     """Of a server as Serve's proxies start it, where the variable names our function."""
     monkeypatch.setitem(HTTP_PROTOCOLS, "auto", HTTP_PROTOCOLS["auto"])
     monkeypatch.setattr(http_util, PROXY_CALLBACK, READ_WITH_H11)
@@ -59,7 +64,7 @@ async def port(monkeypatch) -> AsyncIterator[int]:
         http_util.configure_http_options_with_defaults(HTTPOptions(host="127.0.0.1", port=0))
     )
     loop = asyncio.get_running_loop()
-    serving, server = await http_util.start_asgi_http_server(echo, options, event_loop=loop)
+    serving, server = await http_util.start_asgi_http_server(app, options, event_loop=loop)
     while not server.started:  # noqa: ASYNC110 - it tells by a flag only
         await asyncio.sleep(0.01)
     try:
@@ -317,3 +322,18 @@ async def test_an_old_client_is_sent_no_chunks(port):
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in head.lower()
     assert body == BODY
+
+
+async def silent(scope, receive, send):
+    """What Serve does under whom a gateway has died: it answers nothing."""
+    assert scope["type"] == "http"
+
+
+@pytest.mark.parametrize("app", [silent])
+async def test_an_answer_that_never_comes_is_made(port):
+    """Where uvicorn would say `Internal Server Error`, in plain text."""
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    answer = await answer_to(port, head + WHOLE)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nx-should-retry: true\r\n" in answer
+    assert b'"code":"gateway_failed"' in answer

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from flux_ray.errors import ProtocolMismatch
+from flux_ray.errors import NotKept, ProtocolMismatch
 from flux_ray.replica.leader import Leader
+from flux_ray.replica.runs import Runs
 from flux_ray.request import (
     PROTOCOL,
     GeneratedImage,
@@ -15,7 +16,14 @@ from flux_ray.request import (
     Progress,
     StageTimes,
 )
-from flux_ray.wire import Description, answer_from, description_from, pack_call, pack_request
+from flux_ray.wire import (
+    Description,
+    answer_from,
+    description_from,
+    pack_call,
+    pack_recall,
+    pack_request,
+)
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=1, guidance=1.0, seed=5)
 RESULT = ImageResult("a", "tiny", (GeneratedImage(b"png", 5),), StageTimes(0, 0, 0, 0))
@@ -47,6 +55,7 @@ class FakeMeter:
 def leader() -> Any:
     leader: Any = Leader.__new__(Leader)
     leader._loop, leader._meter, leader._description = FakeLoop(), FakeMeter(), DESCRIPTION
+    leader._runs = Runs(1000, 60.0)
     return leader
 
 
@@ -79,3 +88,16 @@ async def test_what_it_does_not_know_of_a_request_is_refused(
 
 async def test_it_tells_of_itself(leader: Any) -> None:
     assert description_from(await leader.describe(pack_call("tiny", "x"))) == DESCRIPTION
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+async def test_what_comes_again_is_not_drawn_again(leader: Any, is_followed: bool) -> None:
+    """By the name of its run only: what has none, or another, is another request."""
+    first = await said(leader, pack_request(REQUEST, "mine"), is_followed=is_followed)
+    again = await said(leader, pack_recall("tiny", "b", "mine"), is_followed=is_followed)
+    assert again == first[-1:]
+    with pytest.raises(NotKept):
+        await said(leader, pack_recall("tiny", "b", "theirs"), is_followed=is_followed)
+    assert len(leader._loop.drawn) == 1
+    await said(leader, pack_request(REQUEST), is_followed=is_followed)
+    assert len(leader._loop.drawn) == 2

@@ -25,6 +25,7 @@ from flux_ray.config import TierArgs
 from flux_ray.errors import (
     BadReference,
     FluxError,
+    NotKept,
     ProtocolMismatch,
     ReplicaFailed,
     TierUnavailable,
@@ -67,6 +68,8 @@ class FakeServe:
         self.news = []
         self.handles_made = 0
         self.granted = []
+        self.runs = []
+        self.recalled = []
         self.cancelled = 0
 
     def get_app_handle(self, tier):
@@ -94,7 +97,11 @@ class Handle:
             self.fake.asked.append(replica)
             return Response(SimpleNamespace(value=packed(self.fake.described[replica])))
         assert self.method_name == ("follow" if self.stream else "generate")
-        assert request_from(call).prompt == "a ring"
+        if "recall" in call:
+            self.fake.recalled.append(call["recall"])
+        else:
+            assert request_from(call).prompt == "a ring"
+            self.fake.runs.append(call.get("run"))
         self.fake.granted.append(replica)
         value = self.fake.by_replica.get(replica, self.fake.value)
         answering = SimpleNamespace(value=value, news=self.fake.news, fake=self.fake)
@@ -406,3 +413,35 @@ async def test_a_tier_that_is_no_more_is_refused_though_there_is_a_handle(answer
     await until(lambda: handles.is_deployed("tiny"))
     await handles.connect("tiny")
     assert answer.handles_made == 1
+
+
+async def test_a_replica_hears_what_a_request_is_known_by(answer):
+    answer.value = RESULT
+    handles = TierHandles(("tiny",))
+    await handles.generate(REQUEST, "a", None, "mine")
+    await handles.generate(REQUEST, "a")
+    assert answer.runs == ["mine", None]
+
+
+@pytest.mark.parametrize("hear", [None, [].append])
+async def test_what_comes_again_is_asked_of_the_replica_that_has_it(answer, monkeypatch, hear):
+    monkeypatch.setitem(REACHABLE, "tiny", ("a", "b"))
+    answer.by_replica["b"] = RESULT
+    assert await TierHandles(("tiny",)).recall(REQUEST, "b", hear, "mine") == RESULT
+    assert (answer.granted, answer.recalled, answer.runs) == (["b"], ["mine"], [])
+
+
+@pytest.mark.parametrize("error", [NotKept("no"), ProtocolMismatch("what?", None, 1)])
+async def test_a_replica_that_does_not_have_it_says_so(answer, monkeypatch, error):
+    monkeypatch.setitem(REACHABLE, "tiny", ("a",))
+    answer.value = task_error(error)
+    with pytest.raises(type(error)):
+        await TierHandles(("tiny",)).recall(REQUEST, "a", None, "mine")
+
+
+async def test_one_that_is_gone_is_not_waited_for(answer, monkeypatch):
+    """Serve would ask another one, or wait for a first."""
+    monkeypatch.setitem(REACHABLE, "tiny", ("a",))
+    with pytest.raises(ReplicaFailed):
+        await TierHandles(("tiny",)).recall(REQUEST, "b", None, "mine")
+    assert answer.granted == []

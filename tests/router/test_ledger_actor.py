@@ -9,9 +9,10 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from flux_ray.router import ledger, ledger_actor
-from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger
+from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger, node_for_ledger
 from flux_ray.router.messages import Offer, Statement
 from flux_ray.router.outbox import Receipt
+from flux_ray.router.retries import Retry
 from flux_ray.router.turns import LedgerLost
 
 REPLICAS = {"tiny": ("one",)}
@@ -236,3 +237,34 @@ async def test_a_ledger_that_is_away_for_longer_than_it_takes_to_replace_it_is_n
     actor.is_lost = False
     await line.say("g", Statement())
     assert line.is_heard()
+
+
+def node(name: str, cpus: float | None, *, is_alive: bool = True) -> dict[str, object]:
+    resources = {"memory": 1e9} if cpus is None else {"CPU": cpus}
+    return {"NodeID": name, "Alive": is_alive, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([node("own", 4.0), node("another", 4.0)], "own"),
+        ([node("own", None), node("worker 2", 8.0), node("worker 1", 4.0)], "worker 1"),
+        ([node("own", 0.0), node("dead", 8.0, is_alive=False), node("alive", 1.0)], "alive"),
+        ([node("own", None)], "own"),
+        ([], "own"),
+    ],
+)
+def test_the_ledger_is_beside_processors_where_there_are_any(nodes, expected):
+    """A head that has none to give is left alone, also by the controller, which runs there."""
+    assert node_for_ledger(nodes, "own") == expected
+
+
+async def test_who_comes_again_asks_the_actor():
+    actor = new_actor()
+    retry = Retry("ours", "a ring")
+    named = Offer("first", "tiny", 30.0, 600.0, retry=retry, seed=7)
+    await actor.say("g", Statement((named,), replicas=REPLICAS))
+    [place] = await actor.places("ours")
+    assert (place.replica, place.seed) == ("one", 7)
+    assert await actor.places("theirs") == ()
+    actor._ticker.cancel()

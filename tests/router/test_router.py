@@ -20,6 +20,7 @@ from flux_ray.router.allowances import Allowance, Standing
 from flux_ray.router.caller import Caller
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
+from flux_ray.router.retries import Place, Retry
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turnstile import Stay
 from flux_ray.router.usage import Use
@@ -182,7 +183,7 @@ class SlowHandles:
     async def connect(self, tier):
         pass
 
-    async def generate(self, request, replica, hear):
+    async def generate(self, request, replica, hear, run):
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -278,3 +279,49 @@ async def test_only_who_is_limited_stands_somehow(router):
 
 async def test_ready_tiers_are_the_handles(router):
     assert await router.ready_tiers() == ("tiny",)
+
+
+RETRY = Retry("ours", "a ring")
+
+
+async def test_what_comes_again_is_looked_for_where_it_was_last(router, handles, turns):
+    caller = Caller(retry=RETRY)
+    result = await router.generate(REQUEST, caller)
+    places = await router.places(caller)
+    assert [(each.replica, each.seed) for each in places] == [("replica 1", 7)]
+    nowhere = places[0]._replace(replica="another"), places[0]._replace(tier="tiny-tp2")
+    assert await router.recall((*nowhere, *places), [REQUEST], caller) == result
+    assert await router.recall(nowhere, [REQUEST], caller) is None
+    assert await router.recall(places, [REQUEST], replace(caller, retry=None)) is None
+    assert await router.places(Caller()) == ()
+    assert (len(turns.offers), len(handles.requests)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "error", [TierUnavailable("too old"), ReplicaFailed("died"), BadRequest("no")]
+)
+async def test_what_is_told_of_it_is_an_answer_unless_the_replica_is_lost(
+    router, handles, monkeypatch, error
+):
+    async def fail(request, replica, hear, run):
+        raise error
+
+    monkeypatch.setattr(handles, "recall", fail)
+    place = Place("t", "tiny", "replica 1", "a ring", 7)
+    recalling = router.recall((place,), [REQUEST], Caller(retry=RETRY))
+    if isinstance(error, BadRequest):
+        with pytest.raises(BadRequest):
+            await recalling
+    else:
+        assert await recalling is None
+
+
+async def test_nobody_waits_for_it_longer_than_for_another(router, handles, monkeypatch):
+    async def hang(request, replica, hear, run):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(handles, "recall", hang)
+    router.terms = Terms(0.01)
+    place = Place("t", "tiny", "replica 1", "a ring", 7)
+    with pytest.raises(DeadlinePassed):
+        await router.recall((place,), [REQUEST], Caller(retry=RETRY))

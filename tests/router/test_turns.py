@@ -15,6 +15,7 @@ from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Receipt
 from flux_ray.router.queue import TierQueue
+from flux_ray.router.retries import Place, Retry
 from flux_ray.router.ticket import Refusal
 from flux_ray.router.turns import LedgerLost, Turns, error_for
 
@@ -46,6 +47,11 @@ class FakeLine:
             raise LedgerLost
         positions = self.ledger.positions(gateway, statement.watched, time.monotonic())
         return Heard(unknown, tuple(told), positions)
+
+    async def places(self, name: str) -> tuple[Place, ...]:
+        if self.is_down:
+            raise LedgerLost
+        return self.ledger.places(name, time.monotonic())
 
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         await asyncio.sleep(0.001)
@@ -290,3 +296,19 @@ async def test_who_waits_for_a_tier_that_is_lost_is_told_at_once(turns: Turns, l
     await asyncio.sleep(0.05)
     assert line.ledger.backlog("tiny", time.monotonic()).waiting_s == 0
     assert line.running_s() > 0, "what is drawn is drawn to its end"
+
+
+async def test_where_a_request_is_that_comes_again(turns: Turns, line: FakeLine) -> None:
+    """While the ledger is away it is drawn anew; nobody waits."""
+    retry = Retry("ours", "a ring")
+    assert await turns.places(retry) == ()
+    named = Offer("first", "tiny", 10.0, 60.0, retry=retry, seed=7)
+    assert await turns.take(named) == "a"
+    [place] = await turns.places(retry)
+    assert (place.ticket_id, place.replica, place.seed) == ("first", "a", 7)
+    line.lose()
+    async with asyncio.timeout(30):
+        while not await turns.places(retry):  # noqa: ASYNC110 - it is told by a beat
+            await asyncio.sleep(0.01)
+    line.is_down = True
+    assert await turns.places(retry) == ()

@@ -1,0 +1,28 @@
+"""A tier whose leaders write down what they have drawn."""
+
+from pathlib import Path
+
+from ray.serve import Application
+
+from flux_ray.app import tier_application
+from flux_ray.config import TierArgs
+from flux_ray.replica.leader import Leader
+from flux_ray.request import Hear, ImageRequest, ImageResult
+
+# Of the home of the `serve run` that it is part of.
+DRAWN = "drawn"
+
+
+class CountedLeader(Leader):
+    """A line for each request: its prompt and its seed."""
+
+    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+        result = await super()._draw(request, hear)
+        with (Path.home() / DRAWN).open("a") as drawn:
+            drawn.write(f"{request.prompt} {request.seed}\n")
+        return result
+
+
+def build_tier(args: TierArgs) -> Application:
+    """In place of flux_ray.app:build_tier."""
+    return tier_application(args, CountedLeader)
