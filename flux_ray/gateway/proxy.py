@@ -39,8 +39,8 @@ def read_with_h11() -> list[Middleware]:
     before any key is asked; h11 takes 16 kB of them. Return what else requests go through.
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
-    # Refusals of the outer one are not taken for a gateway's death by the inner one.
-    return [Middleware(PlainHeaders), Middleware(ProxyAnswers)]
+    # The last is the outermost: what it refuses is not taken for the end of a gateway.
+    return [Middleware(ProxyAnswers), Middleware(PlainHeaders)]
 
 
 class ImpatientProtocol(H11Protocol):
