@@ -18,6 +18,8 @@ MAX_SCANS_OF_LARGEST = 32
 
 # All else after 0xFF is data, a restart, a filler, or junk, which libjpeg passes over as well.
 MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+# Searched in pieces: the event loop stands still during each, 10 ms where all bytes are 0xFF.
+PIECE_BYTES = 2**19
 JPEG_START = b"\xff\xd8\xff"
 JPG, SOI, EOI, SOS = 0xC8, 0xD8, 0xD9, 0xDA
 APP0, APP1, APP2, APP14, APP15, COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
@@ -89,8 +91,8 @@ def segments(data: bytes, work: DecodeWork) -> Iterator[Segment]:
     Raises BadReference where it is more than in any real file.
     """
     at, num_segments = 2, 0
-    while match := MARKER.search(data, at):
-        start, marker = match.start(), data[match.start() + 1]
+    while (start := marker_after(at, data)) is not None:
+        marker = data[start + 1]
         num_segments += 1
         if num_segments > MAX_SEGMENTS or marker in ARITHMETIC:
             raise work.exceeded()
@@ -100,6 +102,15 @@ def segments(data: bytes, work: DecodeWork) -> Iterator[Segment]:
         yield Segment(marker, start, at)
         if marker == EOI:
             return
+
+
+def marker_after(at: int, data: bytes) -> int | None:
+    """Return where the next marker begins, from `at` on."""
+    for start in range(at, len(data), PIECE_BYTES):
+        # Also one that begins with the last byte of the piece.
+        if match := MARKER.search(data, start, start + PIECE_BYTES + 1):
+            return match.start()
+    return None
 
 
 def first_named(name: bytes, found: list[Segment], data: bytes) -> bytes | None:
