@@ -124,7 +124,8 @@ class PlainHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
             sent = scope["headers"]
-            num_bytes = len(scope["raw_path"]) + sum(len(name) + len(value) for name, value in sent)
+            num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+            num_bytes += sum(len(name) + len(value) for name, value in sent)
             if len(sent) > MAX_HEADERS or num_bytes > MAX_HEAD_BYTES:
                 await PlainTextResponse(TOO_LARGE, 431)(scope, receive, send)
                 return

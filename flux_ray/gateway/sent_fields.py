@@ -9,6 +9,8 @@ from flux_ray.gateway.foreign_fields import EXTRA_BODY, SAME, plain_name
 from flux_ray.gateway.json_body import parse_object
 
 MAX_FIELDS = 1000
+# No word that is translated is as long; a text may be as long as a body.
+MAX_WORD_CHARS = 80
 # Words keep their spaces, and say by being empty that they are.
 WORDS = frozenset({"prompt", "inputs", "negative_prompt"})
 # As hosts of FLUX models call shapes.
@@ -54,7 +56,7 @@ def heed(sent: Mapping[str, Any]) -> SentFields:
             spelled[known] = name
     values, names = with_our_names(plain, spelled)
     for name, translate in TRANSLATIONS.items():
-        if name in values:
+        if name in values and is_word(values[name]):
             replace_by(values, names, name, translate(values[name]))
     return SentFields(values, names)
 
@@ -75,6 +77,11 @@ def with_extra_body(sent: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in extra.items():
         check_same(rest, name, value, (name, f"{found}.{name}"))
     return rest | extra
+
+
+def is_word(value: Any) -> bool:
+    """Whether the value may be one that is translated; else its field's own check refuses it."""
+    return not isinstance(value, str) or len(value) <= MAX_WORD_CHARS
 
 
 def is_absent(name: str, value: Any) -> bool:

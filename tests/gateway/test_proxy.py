@@ -275,6 +275,8 @@ async def test_a_head_that_comes_at_once_is_bounded_too(port, lines):
     assert b" 200 " in await answer_to(port, head + b"\r\n".join(lines[:100])[:8000] + b"\r\n\r\n")
     answer = await answer_to(port, head + b"\r\n".join(lines) + b"\r\n\r\n")
     assert answer.startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))
+    path = b"GET /headers?" + b"a" * 33_000 + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    assert b" 200 " not in await answer_to(port, path)
 
 
 async def test_a_body_of_two_lengths_is_refused(port):
