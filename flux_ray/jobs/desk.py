@@ -164,10 +164,10 @@ class Desk:
 
     async def _begin(self) -> None:
         await self._database.create()
-        await self._results.warn_of_others()
         self._worker.start()
         if self._postman is not None:
             self._postman.start()
+        self._tasks.append(spawn(self._results.warn_of_others()))
         self._tasks.append(spawn(keep_clean(self._store, self._results)))
         self._tasks.append(spawn(repeat(self._end_abandoned, PERIOD_S)))
 

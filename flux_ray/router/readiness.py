@@ -61,7 +61,7 @@ class Readiness:
         self._tiers = tiers
         self._clock = clock
         self._reachable = reachable
-        self._lose = forget
+        self._lose: Callable[[str], None] = forget
         self._ready: tuple[str, ...] = ()
         self._undeployed: frozenset[str] = frozenset()
         self._read_at_s = self._tried_at_s = float("-inf")
