@@ -135,6 +135,7 @@ class FakeTurns:
             Place(offer.ticket_id, offer.tier, f"replica {number}", each.fingerprint, offer.seed)
             for number, offer in enumerate(self.offers, 1)
             if (each := offer.retry) is not None and each.name == retry.name
+            if each.is_lasting or offer.ticket_id not in self.done
         )
 
     def progress(self, ticket_id: str, left_s: float) -> None:

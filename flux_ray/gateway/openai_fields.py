@@ -159,7 +159,7 @@ def fields_schema() -> dict[str, Any]:
 def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
     """Add to each that may be null that it may be text: forms have nothing else, and empty is none.
 
-    A seed may be -1, and a size an object with both sides.
+    A seed may be -1, a size an object with both sides, and true and false 1 and 0.
     """
     widened = {}
     for name, each in properties.items():
@@ -167,6 +167,8 @@ def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
             further = [AS_TEXT]
             if name == "seed":
                 further.append({"const": -1})
+            if {"type": "boolean"} in each["anyOf"]:
+                further.append({"enum": [0, 1]})
             each = each | {"anyOf": [*each["anyOf"], *further]}
         widened[name] = each
     return widened

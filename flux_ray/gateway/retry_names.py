@@ -44,7 +44,7 @@ async def retry_of(
     """
     key = idempotency_key_of(http)
     number = http.headers.get(HEADER)
-    if number != http.state.request_id or is_ours(number):
+    if number is None or number != http.state.request_id or is_ours(number):
         number = None
     if key is None and number is None:
         return None

@@ -76,9 +76,9 @@ class Runs:
 
     async def _wait(self, run: Run, hear: Hear | None) -> ImageResult:
         assert run.drawing is not None
-        for news in run.finished if hear is not None else ():
-            hear(news)
         if hear is not None:
+            for news in run.finished:
+                hear(news)
             run.hearing.append(hear)
         run.num_waiting += 1
         try:

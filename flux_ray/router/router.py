@@ -50,9 +50,9 @@ class Handles(Protocol):
         """TierUnavailable if the tier is not deployed."""
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, hear: Hear | None, run: str = ""
     ) -> ImageResult:
-        """One attempt on that replica; ReplicaFailed when it dies."""
+        """One attempt on that replica; ReplicaFailed when it dies. `run`: by what it knows it."""
 
     async def recall(
         self, request: ImageRequest, replica: str, hear: Hear | None, run: str
@@ -357,8 +357,8 @@ class Router:
                 self.bill.enter(request.tier, quote.gpu_seconds)
             stay.begin()
             hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
-            run = caller.retry.run if caller.retry is not None else ""
-            result = await self.handles.generate(request, replica, hear, run)
+            run = () if caller.retry is None else (caller.retry.run,)
+            result = await self.handles.generate(request, replica, hear, *run)
             is_done = True
         finally:
             self.turns.end(offer.ticket_id, is_done=is_done)

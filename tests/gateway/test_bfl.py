@@ -302,7 +302,7 @@ async def test_a_job_waits_while_there_is_no_room(client, turns, handles):
 async def test_a_job_can_be_cancelled(client, handles, monkeypatch):
     started = asyncio.Event()
 
-    async def draw_for_ever(request, replica, hear=None, run=""):
+    async def draw_for_ever(request, replica, hear=None):
         started.set()
         await asyncio.sleep(60)
 

@@ -28,8 +28,8 @@ class Slow(FakeHandles):
         super().__init__()
         self.may_end = asyncio.Event()
 
-    async def generate(self, request, replica, hear=None, run=""):
-        result = await super().generate(request, replica, hear, run)
+    async def generate(self, request, replica, hear=None):
+        result = await super().generate(request, replica, hear)
         await self.may_end.wait()
         return result
 

@@ -280,7 +280,7 @@ def test_a_size_that_is_not_scaled_is_refused_by_the_side_that_is_wrong(size, wr
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
     draw = handles.generate
 
-    async def draw_and_warn(request, replica, hear, run):
+    async def draw_and_warn(request, replica, hear):
         return replace(await draw(request, replica), warnings=("the prompt was cut",))
 
     monkeypatch.setattr(handles, "generate", draw_and_warn)

@@ -52,7 +52,7 @@ def told(handles: FakeHandles, monkeypatch) -> Callable[..., None]:
     draw = handles.generate
 
     async def generate(
-        request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        request: ImageRequest, replica: str, hear: Hear | None = None
     ) -> ImageResult:
         for each in news:
             assert hear is not None

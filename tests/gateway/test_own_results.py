@@ -49,7 +49,7 @@ async def url(client, handles, picture, monkeypatch) -> str:
     """Of a red image that was generated a moment ago."""
     red = GeneratedImage(picture(96, 80), 7)
 
-    async def generate(request, replica, hear=None, run="") -> ImageResult:
+    async def generate(request, replica, hear=None) -> ImageResult:
         handles.requests.append(request)
         return ImageResult(request.request_id, "tiny", (red,), StageTimes(0, 0, 0, 0))
 

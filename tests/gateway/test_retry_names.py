@@ -22,8 +22,9 @@ def seeds_of(answer) -> list[int]:
 @pytest.mark.parametrize("headers", [NAMED, NUMBERED])
 @pytest.mark.parametrize("fields", [{}, {"n": 3}, {"seed": 5}, {"output_format": "webp"}])
 async def test_its_images_are_those_of_the_first(client, handles, turns, headers, fields):
-    """The ledger of these fakes has heard of no end, as of a gateway that has died."""
     first = await client.post(PATH, json=REQUEST | fields, headers=headers)
+    # As of a gateway that has died.
+    turns.done.clear()
     again = await client.post(PATH, json=REQUEST | fields, headers=headers)
     assert again.json()["data"] == first.json()["data"]
     assert seeds_of(again) == seeds_of(first)
@@ -58,6 +59,13 @@ async def test_a_key_of_another_request_is_refused(client, handles, other):
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("idempotency_key_reused", "idempotency-key")
     assert len(handles.requests) == 1
+
+
+async def test_a_number_for_the_logs_names_nothing_that_was_answered(client, handles):
+    """Whoever draws several variants of one thing may number them alike."""
+    for _ in range(2):
+        assert (await client.post(PATH, json=REQUEST, headers=NUMBERED)).status_code == 200
+    assert len({request.seed for request in handles.requests}) == 2
 
 
 async def test_a_number_for_the_logs_may_be_that_of_other_requests(client, handles):

@@ -54,7 +54,7 @@ class Replica:
         self.was_left = False
 
     async def __call__(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, hear: Hear | None = None
     ) -> ImageResult:
         try:
             while (step := await self.steps.get()) is not None:

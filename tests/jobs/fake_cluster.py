@@ -49,7 +49,7 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, hear: Hear | None = None
     ) -> ImageResult:
         travelled = pickle.loads(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
         assert all(each.rgb for each in travelled.references)

@@ -183,7 +183,7 @@ class SlowHandles:
     async def connect(self, tier):
         pass
 
-    async def generate(self, request, replica, hear, run):
+    async def generate(self, request, replica, hear):
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
