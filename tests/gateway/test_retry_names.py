@@ -83,7 +83,11 @@ async def test_another_caller_has_other_images(client, handles, headers):
     assert len({request.seed for request in handles.requests}) == 3
 
 
-@pytest.mark.parametrize("number", [new_request_id(), "two words", "ü".encode(), "x" * 129])
+@pytest.mark.parametrize(
+    "number",
+    [new_request_id(), "two words", "ü".encode(), "x" * 129],
+    ids=["ours", "two words", "no ASCII", "too long"],
+)
 async def test_numbers_that_are_not_the_clients_or_no_good_name_nothing(client, turns, number):
     """Serve's proxies number what comes without; each would have its client wait for the ledger."""
     await client.post(PATH, json=REQUEST, headers={"x-request-id": number})
