@@ -410,7 +410,8 @@ def start_ledger() -> Any:
     """
     remote: Any = ray.remote
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
-    node = node_for_ledger(ray.nodes(), ray.get_runtime_context().get_node_id())
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    node = node_for_ledger(nodes, ray.get_runtime_context().get_node_id())
     return actor.options(
         name=NAME,
         namespace=NAMESPACE,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,27 @@ class Server:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of Ray whose name begins so."""
-        found = self.serve.children(recursive=True)
-        return [each for each in found if "".join(each.cmdline()[:1]).startswith(name)]
+        found = []
+        for each in self.serve.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "".join(each.cmdline()[:1]).startswith(name):
+                    found.append(each)
+        return found
 
-    def post(self, prompt: str, headers: dict[str, str]) -> httpx.Response:
+    def post(self, prompt: str, headers: dict[str, str], **fields: object) -> httpx.Response:
         """One try; the client gives up no sooner than the gateway."""
         path = f"{self.address}/v1/images/generations"
-        return httpx.post(
-            path, json=BODY | {"prompt": prompt}, headers=headers, timeout=2 * PATIENCE_S
-        )
+        body = BODY | {"prompt": prompt} | fields
+        return httpx.post(path, json=body, headers=headers, timeout=2 * PATIENCE_S)
+
+    def insist(self, prompt: str, key: str, **fields: object) -> list[httpx.Response]:
+        """What a client is told that comes again, when it is told to, until it has its images."""
+        answers = [self.post(prompt, {"idempotency-key": key}, **fields)]
+        while answers[-1].status_code != 200:
+            assert len(answers) < 60, [answer.text for answer in answers]
+            time.sleep(float(answers[-1].headers["retry-after"]))
+            answers.append(self.post(prompt, {"idempotency-key": key}, **fields))
+        return answers
 
     def wait_for_gateways(self, number: int) -> None:
         """So many are up, and answer."""
@@ -104,15 +117,9 @@ def test_who_comes_again_gets_the_image_that_was_drawn(server: Server) -> None:
     """No image is drawn twice: those that waited had not begun, and the other one goes on."""
     prompt = "a red circle"
 
-    def ask(number: int) -> list[httpx.Response]:
-        headers = {"idempotency-key": f"image {number}".replace(" ", "-")}
-        answers = [server.post(prompt, headers)]
-        while answers[-1].status_code != 200:
-            assert len(answers) < 5, [answer.text for answer in answers]
-            answers.append(server.post(prompt, headers))
-        return answers
-
-    told = kill_a_gateway_under(server, prompt, ask)
+    told = kill_a_gateway_under(
+        server, prompt, lambda number: server.insist(prompt, f"image-{number}")
+    )
     failed = [answer for answers in told for answer in answers[:-1]]
     assert failed, "none was in flight at the gateway that was killed"
     for answer in failed:
@@ -121,6 +128,24 @@ def test_who_comes_again_gets_the_image_that_was_drawn(server: Server) -> None:
     assert sorted(server.drawn(prompt)) == sorted(seeds)
     assert len(set(seeds)) == NUM_CLIENTS
     print(f"{len(failed)} of {NUM_CLIENTS} lost their gateway, and {len(seeds)} images were drawn")
+
+
+@pytest.mark.slow
+def test_a_replica_goes_on_when_no_gateway_is_left(server: Server) -> None:
+    """What it draws is for who comes again, to a gateway that never heard of the first try."""
+    prompt = "a green star"
+    server.wait_for_gateways(2)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(server.insist, prompt, "alone", n=8, steps=50)
+        # It has its turn at once, and takes longer than that.
+        time.sleep(1)
+        for gateway in server.processes("ray::ServeReplica:gateway"):
+            gateway.kill()
+        assert server.drawn(prompt) == [], "it was over too soon to tell anything"
+        answers = asking.result()
+    check_is_typed(answers[0])
+    seed = answers[-1].json()["data"][0]["seed"]
+    assert server.drawn(prompt) == [str(seed)]
 
 
 @pytest.mark.slow
