@@ -74,6 +74,10 @@ class Probes:
             "edit": lambda: self._http.post("/v1/images/edits", data=words, files={"image": image}),
         }
 
+    def close(self) -> None:
+        """Its connections."""
+        self._http.close()
+
     def worst_s(self, is_over: Callable[[], bool]) -> dict[str, float]:
         """The longest time of each, asked until it is over, and once at least."""
         worst = dict.fromkeys(self._asks, 0.0)
@@ -165,7 +169,7 @@ class Without(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def without(server: Server) -> Without:
+def without(server: Server) -> Iterator[Without]:
     """Measured once, on the same server; begins a table."""
     probes = Probes(server.address)
     rounds = iter(range(NUM_BASELINE_ROUNDS))
@@ -174,7 +178,8 @@ def without(server: Server) -> Without:
     told = [f"{name} {each:.2f}" for name, each in worst_s.items()]
     print(f"\nwithout: {', '.join(told)}; seconds more, and megabytes more, are:")
     print(f"{'kind':34} {'answer':7}" + "".join(f"{name:>8}" for name in (*worst_s, *before)))
-    return Without(probes, worst_s, before)
+    yield Without(probes, worst_s, before)
+    probes.close()
 
 
 @pytest.mark.drill
