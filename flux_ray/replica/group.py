@@ -19,7 +19,7 @@ GRACE_S = 1.0
 # So long a leader lives on, for its last answer to be on its way.
 LAST_WORDS_S = 1.0
 # A rank answers a ping at once, whatever it computes, or hangs.
-HUNG_S = 10.0
+HUNG_S = 8.0
 
 
 class Rank(Protocol):

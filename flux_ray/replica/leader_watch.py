@@ -12,7 +12,7 @@ logger = logging.getLogger("ray.serve")
 
 # A leader pings every other second. Whoever watches leaders ends one that hangs sooner than that,
 # and its ranks with it: this is for a leader that nobody else reaches.
-HUNG_S = 14.0
+HUNG_S = 12.0
 
 
 class LeaderWatch:

@@ -23,8 +23,9 @@ from flux_ray.router import handover
 
 logger = logging.getLogger("ray.serve")
 
-# Longer than a leader takes to find out that it is one of its ranks that hangs.
-HUNG_S = 12.0
+# Longer than a leader takes to find out that it is one of its ranks that hangs. Its successor is
+# ordered at once; Ray waits five seconds more before it sends SIGKILL.
+HUNG_S = 9.0
 PREFIX = "SERVE_REPLICA::"
 SERVE_NAMESPACE = "serve"
 TIER_NAMES = frozenset(tier.name for tier in TIERS)

@@ -37,7 +37,7 @@ def processes_of(kind: str) -> list[psutil.Process]:
     alive = state.actor_table(None, actor_state_name="ALIVE").values()
     actors: list[dict[str, Any]] = [each for each in alive if psutil.pid_exists(each["Pid"])]
     if kind == "rank":
-        leaders = {each["Address"] for each in of_class("leader", actors)}
+        leaders = [each["Address"] for each in of_class("leader", actors)]
         found = [each for each in actors if each["OwnerAddress"] in leaders]
     else:
         found = of_class(kind, actors)
@@ -94,6 +94,7 @@ def clients(address: str) -> Iterator[Clients]:
     for thread in threads:
         thread.start()
     try:
+        wait_until(lambda: all(map(asking.images, TIERS)), timeout_s=BOOT_S, what="first images")
         yield asking
     finally:
         asking.has_ended.set()
@@ -166,7 +167,6 @@ def wait_until_whole(before: dict[str, set[psutil.Process]]) -> None:
 
 
 def longest_gap_s(images: list[Answer], began: float) -> float:
-    """Between two images, the second of which came after that moment."""
-    ends = [each.ended_at for each in images]
-    gaps = (later - earlier for earlier, later in pairwise(ends) if later > began)
-    return max(gaps, default=0.0)
+    """From that moment to an image, and from each image to the next."""
+    ends = [began, *(each.ended_at for each in images if each.ended_at > began)]
+    return max((later - earlier for earlier, later in pairwise(ends)), default=0.0)
