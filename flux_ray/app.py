@@ -6,6 +6,7 @@ A Serve config file names these builders and gives their args (serve/*.yaml).
 import logging
 import uuid
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,11 +29,11 @@ from flux_ray.router.config_check import check_possible
 from flux_ray.router.cost import Layout
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
-from flux_ray.router.ledger_actor import RemoteLedger
 from flux_ray.router.longest import drain_timeout_s
 from flux_ray.router.price_exchange import PriceExchange
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.recorder import Recorder
+from flux_ray.router.remote_ledger import RemoteLedger
 from flux_ray.router.replica_choice import GrantedReplica
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turns import Turns
@@ -73,11 +74,7 @@ class Gateway:
         # Before the first request, too: who cannot reach the ledger is not to be sent any.
         turns.start()
         PriceExchange(ledger, prices).start()
-        records = None
-        if args.record_to is not None:
-            # Gateways of one node may record to one folder.
-            make_folder(args.record_to)
-            records = Recorder(args.record_to / f"{name}.jsonl")
+        records = recorder_in(args.record_to, name)
         terms = Terms(args.request_timeout_s, args.deadlines)
         bill = Bill()
         turnstile = Turnstile(ledger, name, bill.limit)
@@ -97,6 +94,14 @@ class Gateway:
 
     async def check_health(self) -> None:
         """Answer Serve, and whoever ends what hangs: this loop runs."""
+
+
+def recorder_in(folder: Path | None, name: str) -> Recorder | None:
+    """What records into that folder, which gateways of one node may share; None for none."""
+    if folder is None:
+        return None
+    make_folder(folder)
+    return Recorder(folder / f"{name}.jsonl")
 
 
 def is_stopping() -> bool:

@@ -118,6 +118,7 @@ def test_only_the_routers_hands_touch_ray():
         "handles.py",
         "hung_replicas.py",
         "ledger_actor.py",
+        "remote_ledger.py",
         "readiness.py",
         "replica_choice.py",
     }

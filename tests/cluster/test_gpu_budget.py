@@ -35,7 +35,7 @@ class Shares:
     """How many replicas each tier has; work for one of them is said to the ledger."""
 
     def __init__(self) -> None:
-        from flux_ray.router.ledger_actor import start_ledger
+        from flux_ray.router.remote_ledger import start_ledger
 
         self._ledger = start_ledger()
         self._offers: tuple[Offer, ...] = ()

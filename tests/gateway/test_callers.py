@@ -74,4 +74,4 @@ async def test_openapi_knows_the_deadline(client):
     paths = (await client.get("/openapi.json")).json()["paths"]
     for path in (PATH, "/v1/images/edits"):
         names = {parameter["name"] for parameter in paths[path]["post"]["parameters"]}
-        assert names == {"x-flux-deadline-s", "x-flux-allow-spill"}
+        assert names == {"x-flux-deadline-s", "x-flux-allow-spill", "idempotency-key"}

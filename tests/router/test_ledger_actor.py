@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RaySystemError
 
-from flux_ray.router import ledger, ledger_actor
-from flux_ray.router.ledger_actor import LedgerActor, RemoteLedger, node_for_ledger
+from flux_ray.router import ledger, ledger_actor, remote_ledger
+from flux_ray.router.ledger_actor import LedgerActor
 from flux_ray.router.messages import Offer, Statement
 from flux_ray.router.outbox import Receipt
+from flux_ray.router.remote_ledger import RemoteLedger, node_for_ledger
 from flux_ray.router.retries import Retry
 from flux_ray.router.turns import LedgerLost
 
@@ -141,12 +142,12 @@ class Silent:
 async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log):
     killed = asyncio.Event()
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(ledger_actor, "ANSWER_S", 0.05)
+    monkeypatch.setattr(remote_ledger, "ANSWER_S", 0.05)
     monkeypatch.setattr(
-        ledger_actor.ray, "kill", lambda actor, no_restart: loop.call_soon_threadsafe(killed.set)
+        remote_ledger.ray, "kill", lambda actor, no_restart: loop.call_soon_threadsafe(killed.set)
     )
     line = RemoteLedger(Silent)
-    for _ in range(ledger_actor.MAX_UNANSWERED):
+    for _ in range(remote_ledger.MAX_UNANSWERED):
         assert not killed.is_set()
         with pytest.raises(LedgerLost):
             await line.say("g", Statement())
@@ -157,11 +158,11 @@ async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log)
 async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
     """As after SIGSTOP and SIGCONT: the answers are there, and not read yet."""
     killed = []
-    monkeypatch.setattr(ledger_actor, "ANSWER_S", 1.0)
-    monkeypatch.setattr(ledger_actor, "LAG_S", 0.1)
-    monkeypatch.setattr(ledger_actor.ray, "kill", lambda actor, no_restart: killed.append(actor))
+    monkeypatch.setattr(remote_ledger, "ANSWER_S", 1.0)
+    monkeypatch.setattr(remote_ledger, "LAG_S", 0.1)
+    monkeypatch.setattr(remote_ledger.ray, "kill", lambda actor, no_restart: killed.append(actor))
     line = RemoteLedger(Silent)
-    number = 2 * ledger_actor.MAX_UNANSWERED
+    number = 2 * remote_ledger.MAX_UNANSWERED
     calls = [asyncio.ensure_future(line.say("g", Statement())) for _ in range(number)]
     await asyncio.sleep(0.05)
     time.sleep(1.5)  # noqa: ASYNC251 - the loop stands still
@@ -172,7 +173,7 @@ async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
 
 
 async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
-    monkeypatch.setattr(ledger_actor, "ANSWER_S", 0.05)
+    monkeypatch.setattr(remote_ledger, "ANSWER_S", 0.05)
     head = threading.Event()
     calls = []
 
@@ -232,7 +233,7 @@ async def test_a_ledger_that_is_away_for_longer_than_it_takes_to_replace_it_is_n
         with pytest.raises(LedgerLost):
             await line.say("g", Statement())
         assert line.is_heard(), "it may be about to come back"
-    clock[0] = 1000.0 + ledger_actor.LOST_S
+    clock[0] = 1000.0 + remote_ledger.LOST_S
     assert not line.is_heard()
     actor.is_lost = False
     await line.say("g", Statement())

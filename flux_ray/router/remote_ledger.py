@@ -1,0 +1,202 @@
+"""The gateways' line to the ledger, which starts it, and ends it where it hangs."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flux_ray.request import PROTOCOL
+from flux_ray.router.allowances import Allowance, Denial, Entry, Shared, Standing
+from flux_ray.router.calibration import Snapshot
+from flux_ray.router.forecast import Forecast
+from flux_ray.router.hung_replicas import watch_replicas
+from flux_ray.router.ledger_actor import LISTEN_S, LedgerActor
+from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.outbox import Receipt
+from flux_ray.router.retries import Place
+from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
+from flux_ray.router.usage import Row
+
+logger = logging.getLogger("ray.serve")
+
+# Code that speaks another protocol has a ledger of its own: while a cluster is upgraded both live,
+# and the old one ends when nobody has spoken to it for a while.
+NAME = f"flux-ray-ledger-{PROTOCOL}"
+NAMESPACE = "flux-ray"
+ANSWER_S = 5.0
+# A request waits for it before it begins to wait, and can do without.
+FORECAST_S = 1.0
+# A gateway that has heard nothing for so long is cut off: a ledger that died or hangs would have
+# been replaced.
+LOST_S = LEDGER_BACK_S
+# A ledger that leaves so many calls in a row unanswered hangs.
+MAX_UNANSWERED = 2
+# A time that is over so much too late was this process's own: it stood still, and read no answers.
+LAG_S = 1.0
+
+
+class RemoteLedger:
+    """The line to the ledger, which is started by whoever needs it first.
+
+    Who waits for one that hangs ends it, and Ray starts it anew.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._start = start or start_ledger
+        self._clock = clock
+        # When the first call began of all that failed since one was answered.
+        self._failing_since_s: float | None = None
+        self._actor: Any = None
+        self._starting: asyncio.Future[Any] | None = None
+        self._num_unanswered = 0
+        # Of its own, and one: it stands still while Ray's head is away.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+
+    def is_heard(self) -> bool:
+        """Say whether it answers, or may be about to: one that died comes back within seconds.
+
+        It is asked twice a second as long as the gateway lives, and is heard again with its first
+        answer.
+        """
+        since_s = self._failing_since_s
+        return since_s is None or self._clock() - since_s < LOST_S
+
+    async def say(self, gateway: str, statement: Statement) -> Heard:
+        """Make a statement."""
+        heard: Heard = await self._call(ANSWER_S, "say", gateway, statement)
+        return heard
+
+    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
+        """Wait for decisions."""
+        news: tuple[Receipt, list[Decision]] = await self._call(
+            LISTEN_S + ANSWER_S, "listen", gateway, receipt
+        )
+        return news
+
+    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+        """What would become of each of them alone."""
+        forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
+        return forecasts
+
+    async def places(self, name: str) -> tuple[Place, ...]:
+        """Where a request that comes again may be."""
+        places: tuple[Place, ...] = await self._call(FORECAST_S, "places", name)
+        return places
+
+    async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
+        """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
+        backlog: Backlog = await self._call(ANSWER_S, "backlog", tier, cold_start_s)
+        return backlog
+
+    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
+        """Tell it what was learned here; what all gateways did."""
+        known: Snapshot = await self._call(ANSWER_S, "share_prices", snapshot)
+        return known
+
+    async def enter(
+        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
+    ) -> Denial | Standing | None:
+        """Count a request; why not, or what is left to its key."""
+        answer: Denial | Standing | None = await self._call(
+            ANSWER_S, "enter", gateway, entry, allowance, rows
+        )
+        return answer
+
+    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+        """It has ended."""
+        await self._call(ANSWER_S, "leave", gateway, request_id, tier, rows)
+
+    async def share_usage(
+        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
+    ) -> Shared:
+        """What is in hand and known here; what is known elsewhere."""
+        shared: Shared = await self._call(
+            ANSWER_S, "share_usage", gateway, entries, rows, tells_all
+        )
+        return shared
+
+    async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
+        began_s = self._clock()
+        try:
+            answer = await self._answer(timeout_s, method, *args)
+        except LedgerLost:
+            if self._failing_since_s is None:
+                self._failing_since_s = began_s
+            raise
+        self._failing_since_s = None
+        return answer
+
+    async def _answer(self, timeout_s: float, method: str, *args: object) -> Any:
+        began_s = self._clock()
+        try:
+            async with asyncio.timeout(timeout_s):
+                actor = await self._connected()
+                answer = await getattr(actor, method).remote(*args)
+        except TimeoutError as error:
+            if self._clock() - began_s < timeout_s + LAG_S:
+                self._note_silence()
+            raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
+        except (RayError, ValueError) as error:
+            # It died, or ends; Ray gives whoever asks by name the one that lives.
+            self._actor, self._num_unanswered = None, 0
+            raise LedgerLost(f"{method}: {error}") from error
+        self._num_unanswered = 0
+        return answer
+
+    async def _connected(self) -> Any:
+        """The ledger's handle. Who waits for Ray's head wait for one call to it."""
+        if self._actor is None:
+            if self._starting is None or self._starting.done():
+                loop = asyncio.get_running_loop()
+                self._starting = loop.run_in_executor(self._thread, self._start)
+            self._actor = await asyncio.shield(self._starting)
+        return self._actor
+
+    def _note_silence(self) -> None:
+        """End a ledger that answers nobody: a stopped process never comes back by itself."""
+        self._num_unanswered += 1
+        if self._actor is not None and self._num_unanswered >= MAX_UNANSWERED:
+            logger.error("the ledger hangs, and is started anew")
+            self._num_unanswered = 0
+            self._thread.submit(partial(ray.kill, self._actor, no_restart=False))
+
+
+def start_ledger() -> Any:
+    """The ledger's handle, after starting it where it is not there. Blocks.
+
+    It asks for no processors: where tiers have taken them all, nothing would go on without it. So
+    that it is not on a head that has none to give, it is put beside whoever has some.
+    """
+    remote: Any = ray.remote
+    actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    node = node_for_ledger(nodes, ray.get_runtime_context().get_node_id())
+    return actor.options(
+        name=NAME,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        # Soft: it outlives the node.
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+    ).remote(companion=watch_replicas)
+
+
+def node_for_ledger(nodes: Iterable[Mapping[str, Any]], own: str) -> str:
+    """Return the id of a node that has processors: the caller's own if it has, else the first."""
+    able = [
+        str(node["NodeID"])
+        for node in nodes
+        if node["Alive"] and node.get("Resources", {}).get("CPU", 0) > 0
+    ]
+    return own if own in able or not able else min(able)
