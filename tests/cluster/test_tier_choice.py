@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,7 @@ import openai
 
 from flux_ray.simulator.traces import from_zero, read_trace
 from tests.cluster.conftest import PATIENCE_S, backlog, wait_until
-from tests.cluster.storm import PROMPT, Draw
+from tests.cluster.storm import PROMPT, Draw, unread
 
 LONG = {"size": "192x192", "steps": 30, "n": 4}
 
@@ -37,16 +38,12 @@ def test_auto_is_the_best_tier_that_is_in_time(address: str, draw: Draw) -> None
         deadline_s = max(1.0, 4 * (time.monotonic() - began))
     assert model_for(address, PATIENCE_S) == "tiny-tp2", "the later row of the catalogue"
     # As many as are ten times as much work: a fast machine does three of them in two seconds.
-    loads = [
-        threading.Thread(target=draw, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
-        for _ in range(1 + math.ceil(10 * deadline_s / long_s))
-    ]
-    for load in loads:
-        load.start()
-    wait_until(lambda: backlog("tiny-tp2")[0] > 2 * deadline_s, what="a busy tier")
-    assert model_for(address, deadline_s) == "tiny", "the other has some seconds before it"
-    for load in loads:
-        load.join()
+    load = {"model": "tiny-tp2", "prompt": PROMPT, **LONG}
+    with ExitStack() as loads:
+        for _ in range(1 + math.ceil(10 * deadline_s / long_s)):
+            loads.enter_context(unread(address, load))
+        wait_until(lambda: backlog("tiny-tp2")[0] > 2 * deadline_s, what="a busy tier")
+        assert model_for(address, deadline_s) == "tiny", "the other has some seconds before it"
 
 
 def test_a_cascade_shows_a_preview_of_the_same_request(client: openai.OpenAI, draw: Draw) -> None:

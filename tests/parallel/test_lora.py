@@ -207,7 +207,7 @@ def forward(mesh: Mesh, inputs: dict[str, Any], *what: Any) -> Any:
         return model(**inputs, return_dict=False)[0].numpy()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_add_to_their_own_slices(
     run_ranks: Ranks,
     family: str,
