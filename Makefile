@@ -43,13 +43,16 @@ serve: $(VENV)/serve.stamp
 # In two processes, but for what starts a Ray: that takes both processors by itself.
 IN_TWO := -n 2 --dist loadgroup --ignore tests/cluster
 
+# Drills of groups that start slowly are both.
+SLOW := "slow and not drill"
+
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(IN_TWO)
 	$(BIN)/python -m pytest tests/cluster
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m slow $(IN_TWO)
-	$(BIN)/python -m pytest -m slow tests/cluster
+	$(BIN)/python -m pytest -m $(SLOW) $(IN_TWO)
+	$(BIN)/python -m pytest -m $(SLOW) tests/cluster
 
 test-drill: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m drill
