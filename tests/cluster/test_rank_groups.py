@@ -144,7 +144,7 @@ def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
         "a killed rank",
         pytest.param("a stopped rank", marks=pytest.mark.slow),
         pytest.param("a killed leader", marks=pytest.mark.slow),
-        pytest.param("a stopped leader", marks=pytest.mark.slow),
+        pytest.param("a stopped leader", marks=pytest.mark.drill),
     ],
 )
 def test_a_broken_process_is_replaced_and_no_picture_is_lost(
