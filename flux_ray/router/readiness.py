@@ -17,6 +17,9 @@ from flux_ray.router.background import keep_running
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
+# Where nobody asks, so many times as seldom: for each status Serve writes its whole configuration
+# out, a tenth of a second of a slow processor.
+UNASKED = 3
 # Who asks first waits so long for the first word.
 ANSWER_S = 1.0
 # Who asks while the word is older than it has to be.
@@ -47,7 +50,7 @@ def forget(tier: str) -> None:
 
 
 class Readiness:
-    """The last status, a second old once `start` was called. An outage of Serve takes nothing back.
+    """The last status, seconds old once `start` was called. An outage of Serve takes nothing back.
 
     `reachable`: the replicas that this process knows, by tier.
     """
@@ -106,7 +109,7 @@ class Readiness:
     async def _refresh(self) -> None:
         while True:
             await self._read_once()
-            await asyncio.sleep(REFRESH_S)
+            await asyncio.sleep(UNASKED * REFRESH_S)
 
     async def _read(self) -> None:
         try:
