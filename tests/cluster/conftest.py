@@ -31,7 +31,15 @@ BOOT_S = 400
 # What must come is waited for so long, however slow the machine is: no test fails for being slow.
 PATIENCE_S = 300
 # What changes the shared rank group comes last, each where the one before it left the group.
-LAST = ("2 ranks", "test_shared_text_encoder", "3 ranks", "from_nothing", "test_gpu_budget")
+LAST = (
+    "2 ranks",
+    "test_shared_text_encoder",
+    "3 ranks",
+    "from_nothing",
+    "test_gpu_budget",
+    # Its tier is replaced once more when it is over, and nobody is to wait for that.
+    "test_rolling_upgrade",
+)
 
 
 def place_of(item: pytest.Item) -> int:
