@@ -35,6 +35,9 @@ serve: export RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS ?= 1
 # Proxies are the way in. One that died is replaced after three checks in vain, and then it has to start.
 serve: export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 0.25
 serve: export RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S ?= 3
+# On a busy machine one takes longer to start than three times the five seconds after which Serve
+# would give up, and `serve run` with it.
+serve: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp
