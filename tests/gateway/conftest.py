@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.job_config import JobArgs
+from flux_ray.jobs.attempt import Generate
 from flux_ray.jobs.desk import Desk
 from tests.jobs.painter import paint
 
@@ -20,9 +21,15 @@ def job_args(tmp_path: Path) -> JobArgs:
 
 
 @pytest.fixture
-async def desk(gateway_args: GatewayArgs) -> AsyncIterator[Desk]:
-    """Of the gateway's args, with a painter for the cluster."""
-    desk = Desk(gateway_args.jobs, paint)
+def draw_job() -> Generate:
+    """What draws jobs: a painter, for the cluster."""
+    return paint
+
+
+@pytest.fixture
+async def desk(gateway_args: GatewayArgs, draw_job: Generate) -> AsyncIterator[Desk]:
+    """Of the gateway's args."""
+    desk = Desk(gateway_args.jobs, draw_job)
     await desk.open()
     yield desk
     await desk.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,7 +12,6 @@ from flux_ray.errors import Overloaded, ReplicaFailed
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.jobs.desk import Desk
 from tests.conftest import LIMITS
 
 PUBLIC = "https://flux.example/api"
@@ -31,11 +29,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def desk(router, gateway_args) -> AsyncIterator[Desk]:
-    desk = Desk(gateway_args.jobs, JobDrawing(router, gateway_args).draw)
-    await desk.open()
-    yield desk
-    await desk.close()
+def draw_job(router, gateway_args):
+    return JobDrawing(router, gateway_args).draw
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs import database as database_module
-from flux_ray.jobs.desk import Desk
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
 
@@ -32,11 +30,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def desk(router, gateway_args) -> AsyncIterator[Desk]:
-    desk = Desk(gateway_args.jobs, JobDrawing(router, gateway_args).draw)
-    await desk.open()
-    yield desk
-    await desk.close()
+def draw_job(router, gateway_args):
+    return JobDrawing(router, gateway_args).draw
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """A tier that is listed and not deployed: refused at once, passed over by aliases, and marked."""
 
-from collections.abc import AsyncIterator
-
 import pytest
 
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway_config import GatewayArgs
-from flux_ray.jobs.desk import Desk
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
@@ -44,11 +41,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def desk(router, gateway_args) -> AsyncIterator[Desk]:
-    desk = Desk(gateway_args.jobs, JobDrawing(router, gateway_args).draw)
-    await desk.open()
-    yield desk
-    await desk.close()
+def draw_job(router, gateway_args):
+    return JobDrawing(router, gateway_args).draw
 
 
 @pytest.fixture
