@@ -68,22 +68,17 @@ def build_api(
     is_stopping: IsStopping = never,
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
-    max_body_s: float | None = None,
 ) -> FastAPI:
     """A plain ASGI application. ValueError says why the keys file cannot be used.
 
     `desk`: of the jobs, where `args.jobs` is given; it is open while the application is.
     `is_stopping`: whether the gateway is to end, from when on its desk claims no more jobs.
-    `max_body_s`: for a whole body, instead of what `args.uploads` says.
     `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
     """
     api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
     api.add_middleware(BodyLimit, limits=args.limits)
     api.add_middleware(Unpacking, max_body_bytes=args.limits.max_body_bytes)
-    uploads = args.uploads
-    if max_body_s is not None:
-        uploads = uploads.model_copy(update={"max_s": max_body_s})
-    api.add_middleware(Intake, args=args, uploads=uploads)
+    api.add_middleware(Intake, args=args)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))

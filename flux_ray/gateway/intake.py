@@ -32,11 +32,11 @@ IPV6_PREFIX = 64
 class Intake:
     """Middleware: refuses who finds no place, before its body is read; probes always find one."""
 
-    def __init__(self, app: ASGIApp, *, args: GatewayArgs, uploads: Uploads) -> None:
+    def __init__(self, app: ASGIApp, *, args: GatewayArgs) -> None:
         self.app = app
-        self.uploads = uploads
+        self.uploads = args.uploads
         self.max_requests = args.max_requests
-        self.places = BodyPlaces(args.max_bodies, uploads.wait_s)
+        self.places = BodyPlaces(args.max_bodies, args.uploads.wait_s)
         self._callers = Callers(args)
         self._num_requests = 0
 

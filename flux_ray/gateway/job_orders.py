@@ -9,10 +9,10 @@ from typing import Any
 from starlette.requests import Request
 
 from flux_ray.errors import TierUnavailable
+from flux_ray.gateway import retry_names
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.job_drawing import KEY_CLASS
 from flux_ray.gateway.orders import Order
-from flux_ray.gateway.retry_names import IDEMPOTENCY_KEY, idempotency_key_of
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
@@ -20,12 +20,8 @@ from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
-PARAMETER: dict[str, Any] = {
-    "name": IDEMPOTENCY_KEY,
-    "in": "header",
-    "required": False,
+PARAMETER: dict[str, Any] = retry_names.PARAMETER | {
     "description": "A name of the caller's own: the same request again is the same job.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
 # While the ledger is away, a client is not to wait for it.
 COUNT_S = 5.0
@@ -93,7 +89,7 @@ class JobOrders:
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:
     """The caller's own name for this request, with a digest of what it asks."""
-    sent = idempotency_key_of(http)
+    sent = retry_names.idempotency_key_of(http)
     if sent is None:
         return None
     asked = http.scope["path"].encode() + b"\n" + body

@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.held import HELD
-from flux_ray.gateway_config import GatewayArgs, Limits
+from flux_ray.gateway_config import GatewayArgs, Limits, Uploads
 from tests.gateway.fake_desk import FakeDesk
 
 LIMITS = Limits(max_body_bytes=1_000_000, max_held_bytes=2_000_000, max_image_pixels=20_000)
@@ -141,7 +141,8 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(api):
 
 
 async def test_a_slow_body_leaves_nothing(router, gateway_args):
-    api = build_api(router, gateway_args, desk=FakeDesk(), max_body_s=0.05)
+    args = gateway_args.model_copy(update={"uploads": Uploads(max_s=0.05)})
+    api = build_api(router, args, desk=FakeDesk())
 
     async def body():
         yield b'{"prompt":'

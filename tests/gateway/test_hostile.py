@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway_config import Uploads
 
 EDITS = "/v1/images/edits"
 GENERATIONS = "/v1/images/generations"
@@ -249,7 +250,8 @@ async def test_slow_body(router, gateway_args, handles):
         await asyncio.sleep(3)
         yield b'"a ring"}'
 
-    api = build_api(router, gateway_args, max_body_s=0.1)
+    args = gateway_args.model_copy(update={"uploads": Uploads(max_s=0.1)})
+    api = build_api(router, args)
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     headers = {"content-type": "application/json"}
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
