@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from flux_ray.gateway.begun_bodies import BegunBodies
 from flux_ray.gateway.proxy_answers import ProxyAnswers
 
 # For a whole head, from the connection or from its first byte. Slow networks need one.
@@ -40,7 +41,7 @@ def read_with_h11() -> list[Middleware]:
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
     # The last is the outermost: what it refuses is not taken for the end of a gateway.
-    return [Middleware(ProxyAnswers), Middleware(PlainHeaders)]
+    return [Middleware(BegunBodies), Middleware(ProxyAnswers), Middleware(PlainHeaders)]
 
 
 class ImpatientProtocol(H11Protocol):
