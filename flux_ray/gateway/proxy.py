@@ -13,6 +13,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flux_ray.gateway.begun_bodies import BegunBodies
+from flux_ray.gateway.last_ready import LastReady
 from flux_ray.gateway.proxy_answers import ProxyAnswers
 
 # For a whole head, from the connection or from its first byte. Slow networks need one.
@@ -41,7 +42,8 @@ def read_with_h11() -> list[Middleware]:
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
     # The last is the outermost: what it refuses is not taken for the end of a gateway.
-    return [Middleware(BegunBodies), Middleware(ProxyAnswers), Middleware(PlainHeaders)]
+    inside = [Middleware(LastReady), Middleware(BegunBodies)]
+    return [*inside, Middleware(ProxyAnswers), Middleware(PlainHeaders)]
 
 
 class ImpatientProtocol(H11Protocol):

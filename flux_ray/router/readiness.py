@@ -30,9 +30,8 @@ MAX_AGE_S = 60.0
 # Of replicas: what Serve's proxies and handles send requests to. Those of a node that is drained
 # serve until others do; after the controller's own start they are not looked at yet.
 SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
-STARTING = ("STARTING", "UPDATING")
-# Of deployments that have as many replicas as they are to have, or too many.
-RESTING = ("HEALTHY", "DOWNSCALING")
+# Of deployments that Serve left as they were to be: one that lost a replica is UNHEALTHY.
+CONTENT = ("HEALTHY", "DOWNSCALING")
 # Of an application: Serve starts none of its replicas any more.
 LEAVING = "DELETING"
 
@@ -164,13 +163,14 @@ def serving_tiers(
 
 
 def is_up(application: ApplicationStatusOverview, was_up: bool) -> bool:
-    """Say whether a request can pass through, at once or after a start that it causes.
+    """Say whether a request can pass through, at once or after a start that is to come anyway.
 
-    A load balancer that took a tier at zero replicas for down would never send that request.
+    A load balancer that took every tier for down would answer with errors of its own, where a
+    request can wait, or be refused with a word on when to come again.
     """
     deployments = application.deployments.values()
     return bool(deployments) and all(
-        serves(each) or rests(each) or (was_up and wakes(each)) for each in deployments
+        serves(each) or is_content(each) or (was_up and is_changing(each)) for each in deployments
     )
 
 
@@ -179,9 +179,12 @@ def serves(deployment: DeploymentStatusOverview) -> bool:
     return has_any(deployment, SERVING)
 
 
-def rests(deployment: DeploymentStatusOverview) -> bool:
-    """Say whether it has no replica on purpose: the next request starts one."""
-    return deployment.status in RESTING and not has_any(deployment, STARTING)
+def is_content(deployment: DeploymentStatusOverview) -> bool:
+    """Say whether Serve has taken away what replicas are missing: it rests, or a node is drained.
+
+    The next request starts one, or others have been started in their place.
+    """
+    return deployment.status in CONTENT
 
 
 def has_any(deployment: DeploymentStatusOverview, states: tuple[str, ...]) -> bool:
@@ -190,7 +193,10 @@ def has_any(deployment: DeploymentStatusOverview, states: tuple[str, ...]) -> bo
     return any(state in states and count > 0 for state, count in counts)
 
 
-def wakes(deployment: DeploymentStatusOverview) -> bool:
-    """Say whether it is called for more replicas. A start that fails changes the status."""
-    is_called = deployment.status_trigger == "AUTOSCALING"
-    return is_called and deployment.status == "UPSCALING"
+def is_changing(deployment: DeploymentStatusOverview) -> bool:
+    """Say whether it is called for more replicas, or for other ones.
+
+    A start that fails changes the status.
+    """
+    is_woken = deployment.status == "UPSCALING" and deployment.status_trigger == "AUTOSCALING"
+    return is_woken or deployment.status == "UPDATING"

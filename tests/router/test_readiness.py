@@ -35,7 +35,6 @@ def application(status="HEALTHY", trigger="UNSPECIFIED", **replica_states):
     ("applications", "expected"),
     [
         ({}, ()),
-        ({"tiny": application(STARTING=1)}, ()),
         ({"tiny": application("UPDATING", RUNNING=0)}, ()),
         ({"tiny": application("UPDATING")}, ()),
         ({"tiny": application("UNHEALTHY", "HEALTH_CHECK_FAILED", STARTING=1)}, ()),
@@ -52,7 +51,8 @@ def application(status="HEALTHY", trigger="UNSPECIFIED", **replica_states):
         ({"gateway": application(RUNNING=1)}, ()),
         ({"tiny": application(PENDING_MIGRATION=1, STARTING=1)}, ("tiny",)),
         ({"tiny": application(RECOVERING=1)}, ("tiny",)),
-        ({"tiny": application(STOPPING=1, UPDATING=1)}, ()),
+        # Of a node that is drained at once.
+        ({"tiny": application(STOPPING=2, STARTING=2)}, ("tiny",)),
     ],
 )
 async def test_ready_tiers(monkeypatch, applications, expected):
@@ -60,14 +60,17 @@ async def test_ready_tiers(monkeypatch, applications, expected):
     assert await Readiness(("tiny",)).ready_tiers() == expected
 
 
-async def test_a_tier_that_is_woken_stays_ready(monkeypatch):
+@pytest.mark.parametrize(
+    "changing", [("UPSCALING", "AUTOSCALING"), ("UPDATING", "CONFIG_UPDATE_STARTED")]
+)
+async def test_a_tier_that_is_woken_or_redeployed_stays_ready(monkeypatch, changing):
     """Or a load balancer would turn away from the only gateway in the middle of a cold start."""
     states = [
         application(),
-        application("UPSCALING", "AUTOSCALING", STARTING=1),
-        application("UPSCALING", "AUTOSCALING", STARTING=2),
+        application(*changing, STARTING=1),
+        application(*changing, STARTING=2),
         application("UNHEALTHY", "REPLICA_STARTUP_FAILED", STARTING=1),
-        application("UPSCALING", "AUTOSCALING", STARTING=1),
+        application(*changing, STARTING=1),
     ]
     told = iter(states)
     clock = [0.0]
