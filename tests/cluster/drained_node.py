@@ -1,0 +1,244 @@
+"""A program of its own, for one process has one Ray: a node is drained behind a real HAProxy.
+
+`python -m tests.cluster.drained_node SECONDS`, its notice. Everything is on the node that is to go:
+both replicas of the tier, both gateways; another node has just come. Prints one JSON object.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+import httpx
+import psutil
+import ray
+import yaml
+from ray import serve
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+
+from tests.cluster.conftest import BOOT_S, LAPTOP, ROOT, deploy, free_port, is_ready, wait_until
+
+HAPROXY = ROOT / "cluster" / "load_balancer" / "haproxy.cfg"
+TIER = "tiny"
+REQUEST = {"model": TIER, "prompt": "a red circle", "size": "64x64", "seed": 1}
+SYSTEM_CONFIG = {"worker_niceness": 0}
+MEMORY = {"object_store_memory": 100_000_000}
+# One request is sent every so many seconds, whatever became of those before.
+REQUEST_EVERY_S = 0.7
+READY_EVERY_S = 0.5
+# Before the notice, and after the node is gone.
+AROUND_S = 10.0
+# Later than the last replica has left a node with a long notice, it has nothing to lose.
+EMPTY_S = 20.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node, and the port of its proxy."""
+
+    node: Node
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@dataclass
+class Load:
+    """Requests to the balancer, and questions whether a tier serves, to it and to proxies."""
+
+    balancer: str
+    asked: tuple[str, ...]
+    took_s: list[float] = field(default_factory=list)
+    ended_at: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+    unready: Counter[str] = field(default_factory=Counter)
+
+    async def run(self, end: asyncio.Event) -> None:
+        """Go on until the end, and wait for what was sent."""
+        client = httpx.AsyncClient(timeout=BOOT_S, trust_env=False)
+        async with client as http, asyncio.TaskGroup() as tasks:
+            for address in self.asked:
+                tasks.create_task(self.ask_again(http, address, end))
+            while not end.is_set():
+                tasks.create_task(self.draw(http))
+                await asyncio.sleep(REQUEST_EVERY_S)
+
+    async def draw(self, http: httpx.AsyncClient) -> None:
+        began_at = time.monotonic()
+        try:
+            answer = await http.post(f"{self.balancer}/v1/images/generations", json=REQUEST)
+            failure = "" if answer.status_code == 200 else answer.text[:200]
+        except httpx.TransportError as error:
+            failure = repr(error)
+        self.ended_at.append(time.monotonic())
+        self.took_s.append(self.ended_at[-1] - began_at)
+        if failure:
+            print(
+                f"{time.strftime('%H:%M:%S')} failed after {self.took_s[-1]:.1f} s: {failure}",
+                file=sys.stderr,
+            )
+            self.failures[failure] += 1
+
+    async def ask_again(self, http: httpx.AsyncClient, address: str, end: asyncio.Event) -> None:
+        """A proxy that is gone answers nothing, which is no 503."""
+        while not end.is_set():
+            with suppress(httpx.TransportError):
+                answer = await http.get(f"{address}/readyz")
+                self.unready[address] += answer.status_code != 200
+            await asyncio.sleep(READY_EVERY_S)
+
+
+def start_cluster() -> tuple[Cluster, Place]:
+    """A head that draws nothing."""
+    port = free_port()
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM_CONFIG, **MEMORY}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
+    serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": port})
+    return cluster, Place(cluster.head_node, port)
+
+
+def add_node(cluster: Cluster) -> Place:
+    """One with room for all of it, whose proxy has a port of its own."""
+    port = free_port()
+    told = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
+    return Place(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
+
+
+def config_in(folder: Path, port: int) -> dict[str, Any]:
+    """The laptop's, with two gateways and two replicas of one tier."""
+    config: dict[str, Any] = yaml.safe_load(LAPTOP.read_text())
+    gateway, tier, _ = config["applications"]
+    database = f"sqlite:///{folder}/jobs.sqlite3"
+    gateway["args"] |= {
+        "tiers": [TIER],
+        "num_replicas": 2,
+        "public_url": "http://127.0.0.1",
+        "jobs": {"database": database, "results": f"{folder}/results"},
+    }
+    tier["args"] |= {"num_replicas": 2, "num_cpus": 0.25}
+    config["http_options"]["port"] = port
+    config["applications"] = [gateway, tier]
+    return config
+
+
+def start_haproxy(folder: Path, places: tuple[Place, ...]) -> tuple[subprocess.Popen[bytes], str]:
+    """What is shipped, on a free port, in front of these nodes."""
+    port = free_port()
+    lines = HAPROXY.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}").splitlines()
+    lines = [line for line in lines if not line.strip().startswith("server ")]
+    lines += [f"    server n{place.port} 127.0.0.1:{place.port}" for place in places]
+    path = folder / "haproxy.cfg"
+    path.write_text("\n".join([*lines, ""]))
+    return subprocess.Popen(["haproxy", "-f", path], stdout=sys.stderr), f"http://127.0.0.1:{port}"
+
+
+def node_id(place: Place) -> str:
+    socket = place.node.raylet_socket_name
+    (found,) = (each for each in ray.nodes() if each["RayletSocketName"] == socket)
+    return str(found["NodeID"])
+
+
+def num_replicas_on(place: Place) -> int:
+    """Those that live there, of gateways and of the tier."""
+    from ray._private.state import state
+
+    actors = state.actor_table(None, actor_state_name="ALIVE").values()
+    here = [each for each in actors if each["Address"]["NodeID"] == node_id(place)]
+    return sum(each["ActorClassName"].startswith("ServeReplica:") for each in here)
+
+
+def drain(cluster: Cluster, place: Place, notice_s: int) -> None:
+    command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
+    command += ["--node-id", node_id(place), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "drill", "--deadline-remaining-seconds", str(notice_s)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def kill(place: Place) -> None:
+    """All of its processes at once, as a machine that is taken away."""
+    (raylet,) = place.node.all_processes["raylet"]
+    processes = psutil.Process(raylet.process.pid)
+    for process in (*processes.children(recursive=True), processes):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+
+async def drill(cluster: Cluster, old: Place, notice_s: int) -> float:
+    """Return the seconds after which no replica was left on the node."""
+    await asyncio.sleep(AROUND_S)
+    began_at = time.monotonic()
+    await asyncio.to_thread(drain, cluster, old, notice_s)
+    left_at: float | None = None
+    while time.monotonic() - began_at < notice_s:
+        await asyncio.sleep(0.5)
+        if left_at is None and not await asyncio.to_thread(num_replicas_on, old):
+            left_at = time.monotonic()
+        if left_at is not None and time.monotonic() - left_at > EMPTY_S and notice_s > BOOT_S:
+            break
+    kill(old)
+    await asyncio.sleep(AROUND_S)
+    return (left_at or time.monotonic()) - began_at
+
+
+async def under_load(load: Load, cluster: Cluster, old: Place, notice_s: int) -> float:
+    end = asyncio.Event()
+    running = asyncio.create_task(load.run(end))
+    try:
+        return await drill(cluster, old, notice_s)
+    finally:
+        end.set()
+        await running
+
+
+def figures_of(load: Load, left_s: float) -> dict[str, Any]:
+    ends = sorted(load.ended_at)
+    return {
+        "num_sent": len(ends),
+        "num_failed": load.failures.total(),
+        "num_unready": load.unready.total(),
+        "longest_gap_s": max(later - earlier for earlier, later in pairwise(ends)),
+        "slowest_s": max(load.took_s),
+        "left_s": left_s,
+    }
+
+
+def main() -> None:
+    notice_s = int(sys.argv[1])
+    folder = Path(tempfile.mkdtemp())
+    cluster, head = start_cluster()
+    old = add_node(cluster)
+    deploy(config_in(folder, head.port))
+    wait_until(lambda: is_ready(old.address), timeout_s=BOOT_S, what="a tier that serves")
+    wait_until(lambda: num_replicas_on(old) == 4, timeout_s=BOOT_S, what="all replicas")
+    new = add_node(cluster)
+    haproxy, balancer = start_haproxy(folder, (head, old, new))
+    try:
+        wait_until(lambda: is_ready(balancer), timeout_s=BOOT_S, what="HAProxy")
+        load = Load(balancer, (balancer, head.address, old.address, new.address))
+        left_s = asyncio.run(under_load(load, cluster, old, notice_s))
+        print(json.dumps(figures_of(load, left_s)))
+    finally:
+        haproxy.kill()
+    serve.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
