@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flux_ray.errors import RateLimited
 from flux_ray.gateway.dialects import dialect_at
 from flux_ray.gateway.failures import answer_in
-from flux_ray.gateway.intake import address_of, may_have_body
+from flux_ray.gateway.intake import BODY, address_of, may_have_body
 from flux_ray.gateway.request_id import HEADER
 
 # Most bodies without an image are shorter; uvicorn keeps more of each itself.
@@ -50,7 +50,7 @@ class BegunBodies:
             await answer(scope, receive, send)
             return
         if not body.is_given_up:
-            await self.app(scope, body.receive, send)
+            await self.app(body.with_scope(scope), body.receive, send)
 
     async def _wait_for_turn(self, address: str, body: "ComingBody") -> None:
         """RateLimited where too many of that address wait. Over as soon as the body has begun."""
@@ -91,6 +91,16 @@ class ComingBody:
         self.is_given_up = message["type"] == "http.disconnect"
         self._num_bytes += len(message.get("body", b""))
         self._is_over = not message.get("more_body", False)
+
+    def with_scope(self, scope: Scope) -> Scope:
+        """Return the scope with a copy of the body in it if all of it is here.
+
+        Serve sends the scope to the gateway, which would have to ask back for messages and wait.
+        Other applications do so.
+        """
+        if not self._is_over:
+            return scope
+        return {**scope, BODY: b"".join(message.get("body", b"") for message in self._kept)}
 
     async def receive(self) -> Message:
         """Return the next message, as if nobody had looked."""

@@ -25,6 +25,8 @@ from flux_ray.gateway_config import GatewayArgs, Uploads
 FULL = "this gateway has as many requests in hand as it may: come back in a moment"
 # Without a word about a body, these have none.
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
+# In a scope, where a proxy had all of the body before it passed the request on (begun_bodies.py).
+BODY = "flux_ray.body"
 # Who has one IPv6 address has as many as he likes of its network.
 IPV6_PREFIX = 64
 
@@ -57,6 +59,8 @@ class Intake:
 
     def timed(self, scope: Scope, receive: Receive, place: AsyncExitStack) -> Receive:
         """The same messages: the body in a place of its own, given back as soon as it is there."""
+        if BODY in scope:
+            return BodyAtHand(scope[BODY], receive).receive
         if not may_have_body(scope):
             return receive
 
@@ -81,6 +85,23 @@ class Uploader(NamedTuple):
 
     name: str
     max_at_once: int
+
+
+class BodyAtHand:
+    """A body that came with its request, and comes once more as messages."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        """Return all of it; after that, as after any body, wait for the client to leave."""
+        body, self._body = self._body, None
+        if body is not None:
+            return {"type": "http.request", "body": body, "more_body": False}
+        while (message := await self._receive())["type"] == "http.request":
+            pass
+        return message
 
 
 class ArrivingBody:

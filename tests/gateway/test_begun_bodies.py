@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ray.gateway import begun_bodies
 from flux_ray.gateway.begun_bodies import BEGINNING_BYTES, BegunBodies
+from flux_ray.gateway.intake import BODY
 from flux_ray.gateway.request_id import HEADER
 
 PATH = "/v1/images/generations"
@@ -22,8 +23,10 @@ class Gateway:
     def __init__(self) -> None:
         self.heard: asyncio.Queue[float] = asyncio.Queue()
         self.bodies: list[bytes] = []
+        self.scope: dict[str, Any] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scope = scope
         self.heard.put_nowait(asyncio.get_running_loop().time())
         body, more = b"", True
         while more:
@@ -84,6 +87,13 @@ def test_a_body_arrives_as_it_was_sent(pieces: list[bytes]) -> None:
     messages = [part(each) for each in pieces[:-1]] + [part(pieces[-1], more=False)]
     asyncio.run(call(BegunBodies(gateway), messages))
     assert gateway.bodies == [b"".join(pieces)]
+
+
+async def test_a_short_body_comes_with_its_request(app: BegunBodies, gateway: Gateway) -> None:
+    """A gateway does not have to ask for it; other applications do."""
+    await call(app, [part(b"a "), part(b"ring", more=False)])
+    assert gateway.scope[BODY] == b"a ring"
+    assert gateway.bodies == [b"a ring"]
 
 
 async def test_what_has_no_body_is_passed_on_at_once(app: BegunBodies, gateway: Gateway) -> None:

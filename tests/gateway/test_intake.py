@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.intake import address_of, may_have_body
+from flux_ray.gateway.intake import BODY as AT_HAND
+from flux_ray.gateway.intake import BodyAtHand, address_of, may_have_body
 from flux_ray.gateway_config import GatewayArgs, Uploads
 from flux_ray.key_store import write_keys
 from flux_ray.keys import KeyFile, new_key
@@ -278,3 +279,27 @@ def test_only_what_may_have_bytes_takes_a_place(method, headers, may_have):
 def test_who_has_many_addresses_of_a_network_is_one(client, address):
     assert address_of({"type": "http", "client": client}) == address
     assert address_of({"type": "http"}) == ""
+
+
+async def test_a_body_that_came_with_its_request_is_not_waited_for(router, job_args):
+    """It comes once more, which is no second body."""
+    api, sent = build_api(router, args_of(job_args), desk=FakeDesk()), []
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": GENERATIONS, "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "client": ("8.8.8.8", 1)}
+    await asyncio.wait_for(api({**scope, AT_HAND: BODY}, receive, send), 60)
+    assert sent[0]["status"] == 200
+
+    coming = iter([{"type": "http.request", "body": BODY}, {"type": "http.disconnect"}])
+
+    async def receive_again():
+        return next(coming)
+
+    body = BodyAtHand(BODY, receive_again)
+    assert [(await body.receive())["type"] for _ in range(2)] == ["http.request", "http.disconnect"]
