@@ -19,6 +19,7 @@ os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
 os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
 os.environ["RAY_SERVE_PROXY_USE_GRPC"] = "1"
 os.environ["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"] = str(2**31 - 1)
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "flux_ray.gateway.proxy:read_with_h11"
 os.environ["MALLOC_ARENA_MAX"] = "1"
 
 import httpx
