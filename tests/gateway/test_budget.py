@@ -192,6 +192,8 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, p
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         body = {"prompt": "a ring", "image": text}
         asking = asyncio.create_task(client.post(EDITS, json=body))
-        await is_waiting.wait()
+        waiting = asyncio.create_task(is_waiting.wait())
+        await asyncio.wait({asking, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert not asking.done(), asking.result().text
         asking.cancel()
         await asyncio.wait({asking})
