@@ -4,13 +4,14 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 # Of the processor: what a bad input may take of all threads together.
 MAX_SECONDS = 1.0
+NUM_TRIES = 3
 NUM_EXAMPLES = 200
 # Of a fixture each example finds the same: what it did before does not matter.
 FUZZ = settings(
@@ -26,13 +27,19 @@ FUZZ = settings(
 ODD = (b"\0", b"\xff", b"\0\0", b"\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1", b"\xff\xff\xff\xff")
 
 
-@contextmanager
 def within_budget() -> Iterator[None]:
-    """Fail if what is done meanwhile takes too long; a wait for others costs nothing."""
-    started_s = time.process_time()
-    yield
-    seconds = time.process_time() - started_s
-    assert seconds < MAX_SECONDS, f"took {seconds:.1f} s of the processor"
+    """Do what stands below once, and again if it took too long; fail if it did each time.
+
+    A slow input is slow every time. What is slow once is a first use or the garbage of other tests.
+    A wait for others costs nothing.
+    """
+    for _ in range(NUM_TRIES):
+        started_s = time.process_time()
+        yield
+        seconds = time.process_time() - started_s
+        if seconds < MAX_SECONDS:
+            return
+    pytest.fail(f"took {seconds:.1f} s of the processor")
 
 
 @st.composite

@@ -65,7 +65,7 @@ def gateway_args() -> GatewayArgs:
 @FUZZ
 @given(OBJECTS)
 async def test_fields(client, route, fields):
-    with within_budget():
+    for _ in within_budget():
         answer = await client.post(route, json=fields)
     assert answer.status_code < 500, answer.text
 
@@ -73,7 +73,7 @@ async def test_fields(client, route, fields):
 @FUZZ
 @given(OBJECTS)
 def test_bfl_fields(fields):
-    with within_budget():
+    for _ in within_budget():
         try:
             parse_body(json.dumps(fields).encode())
         except FluxError as error:
@@ -83,7 +83,7 @@ def test_bfl_fields(fields):
 @FUZZ
 @given(st.one_of(mutated(WRITTEN), st.binary(max_size=200)))
 def test_objects(body):
-    with within_budget():
+    for _ in within_budget():
         try:
             assert isinstance(parse_object(body), dict)
         except FluxError as error:
@@ -94,6 +94,6 @@ def test_objects(body):
 @FUZZ
 @given(mutated(WRITTEN))
 async def test_bodies(client, route, body):
-    with within_budget():
+    for _ in within_budget():
         answer = await client.post(route, content=body, headers=JSON)
     assert answer.status_code < 500, answer.text
