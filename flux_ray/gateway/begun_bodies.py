@@ -7,14 +7,11 @@ Hundreds that were opened at once, only to be refused a moment later, kept other
 import asyncio
 from collections import deque
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux_ray.errors import RateLimited
-from flux_ray.gateway.dialects import dialect_at
-from flux_ray.gateway.failures import answer_in
 from flux_ray.gateway.intake import BODY, address_of, may_have_body
-from flux_ray.gateway.request_id import HEADER
+from flux_ray.gateway.proxy_answers import answer_error
 
 # Most bodies without an image are shorter; uvicorn keeps more of each itself.
 BEGINNING_BYTES = 16 * 2**10
@@ -45,9 +42,7 @@ class BegunBodies:
             if not await body.begins(MOMENT_S):
                 await self._wait_for_turn(address_of(scope), body)
         except RateLimited as error:
-            answer = answer_in(dialect_at(scope["method"], scope["path"]), error)
-            answer.headers[HEADER] = Headers(scope=scope)[HEADER]
-            await answer(scope, receive, send)
+            await answer_error(error, scope, receive, send)
             return
         if not body.is_given_up:
             await self.app(body.with_scope(scope), body.receive, send)

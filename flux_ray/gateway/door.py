@@ -10,11 +10,12 @@ from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
+from flux_ray.gateway.health import PROBES
 from flux_ray.gateway.result_urls import PREFIX
 from flux_ray.keys import Key
 
 # Probes have no keys, and the description holds no secrets.
-OPEN = frozenset({"/health", "/readyz", "/openapi.json"})
+OPEN = PROBES | {"/openapi.json"}
 # Below these, the URL itself is the right to read.
 OPEN_BELOW = (PREFIX,)
 # One text for all that may be wrong with a key.

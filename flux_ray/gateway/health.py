@@ -7,7 +7,8 @@ from flux_ray.gateway.failures import Envelope
 from flux_ray.router.router import Router
 
 # These are answered whatever else this gateway has in hand.
-PROBES = frozenset({"/health", "/readyz"})
+HEALTH, READY = "/health", "/readyz"
+PROBES = frozenset({HEALTH, READY})
 
 
 class Health:
@@ -19,9 +20,9 @@ class Health:
     def routes(self) -> APIRouter:
         """Both answer GET, and HEAD, which some probes send; OpenAPI describes GET."""
         routes = APIRouter(tags=["health"])
-        routes.add_api_route("/health", self.health)
-        routes.add_api_route("/readyz", self.readyz, responses={503: {"model": Envelope}})
-        for path, endpoint in (("/health", self.health), ("/readyz", self.readyz)):
+        routes.add_api_route(HEALTH, self.health)
+        routes.add_api_route(READY, self.readyz, responses={503: {"model": Envelope}})
+        for path, endpoint in ((HEALTH, self.health), (READY, self.readyz)):
             routes.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
         return routes
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flux_ray.gateway.health import READY
 from flux_ray.gateway.proxy_answers import is_of_serve
 from flux_ray.gateway.request_id import HEADER
 
-PATH = "/readyz"
 # A gateway answers from its last word, so that it is busy or gone if it takes longer.
 ANSWER_S = 0.5
 # Longer than a gateway takes to start. Then nobody is told to come any more.
@@ -44,7 +44,7 @@ class LastReady:
         self._asking: dict[Question, asyncio.Task[list[Message]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].endswith(PATH):
+        if scope["type"] != "http" or not scope["path"].endswith(READY):
             await self.app(scope, receive, send)
             return
         question = scope["method"], scope["path"]

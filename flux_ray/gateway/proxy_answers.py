@@ -64,16 +64,21 @@ class ProxiedAnswer:
     async def end(self) -> None:
         """Say what went wrong where the proxy said it in its words, or did not end the answer."""
         if self._status is None or self._is_plain:
-            dialect = dialect_at(self._scope["method"], self._scope["path"])
-            answer = answer_in(dialect, failure_for(self._status))
-            answer.headers[HEADER] = Headers(scope=self._scope)[HEADER]
-            await answer(self._scope, self._receive, self._send)
+            error = failure_for(self._status)
+            await answer_error(error, self._scope, self._receive, self._send)
         elif self._is_events and not self._is_whole:
             error = failure_for(None)
             told = ErrorEvent(error=failure_of(error), retry_after_s=error.retry_after_s)
             # It may have been in the middle of an event.
             body = f"\n\n{event_text('error', told)}".encode()
             await self._send({"type": "http.response.body", "body": body})
+
+
+async def answer_error(error: FluxError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request, whose head has its id, in place of a gateway."""
+    answer = answer_in(dialect_at(scope["method"], scope["path"]), error)
+    answer.headers[HEADER] = Headers(scope=scope)[HEADER]
+    await answer(scope, receive, send)
 
 
 def is_of_serve(status: int, kind: str) -> bool:
