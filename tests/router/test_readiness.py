@@ -51,7 +51,9 @@ def application(status="HEALTHY", trigger="UNSPECIFIED", **replica_states):
         ({"gateway": application(RUNNING=1)}, ()),
         ({"tiny": application(PENDING_MIGRATION=1, STARTING=1)}, ("tiny",)),
         ({"tiny": application(RECOVERING=1)}, ("tiny",)),
-        # Of a node that is drained at once.
+        # Of a node that is drained at once: others start in their place.
+        ({"tiny": application(STARTING=1)}, ("tiny",)),
+        ({"tiny": application(STOPPING=1, UPDATING=1)}, ("tiny",)),
         ({"tiny": application(STOPPING=2, STARTING=2)}, ("tiny",)),
     ],
 )
