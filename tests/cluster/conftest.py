@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import json
 import os
 import random
 import signal
@@ -30,6 +31,8 @@ LAPTOP = ROOT / "serve" / "laptop.yaml"
 BOOT_S = 400
 # What must come is waited for so long, however slow the machine is: no test fails for being slow.
 PATIENCE_S = 300
+# For a program that starts a cluster of several nodes.
+PROGRAM_S = 1200
 # What changes the shared rank group comes last, each where the one before it left the group.
 LAST = (
     "2 ranks",
@@ -108,6 +111,27 @@ def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator
             for process in (*serve.children(recursive=True), serve):
                 process.kill()
             serve.wait(PATIENCE_S)
+
+
+def figures_of_program(
+    module: str, *args: str, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What a program with a Ray of its own prints, after it has ended well."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stderr, file=sys.stderr)
+    # Ray writes there too.
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
+    figures: dict[str, Any] = json.loads(line)
+    return figures
 
 
 @pytest.fixture
