@@ -48,6 +48,8 @@ WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
 CODES_BYTES, MAX_CODED_PIXELS, LOSSLESS_MARKS = 344, 16 * 65_536, (b"VP8L", b"ALPH")
 # The colours in sRGB, and what is transparent beside them.
 PROFILE_BYTES = 8
+# What a photograph of four megapixels takes, and a tenth of a second of a processor.
+LARGE_WORK_BYTES = 4 * 2**20 * (WORK_BYTES + PROFILE_BYTES)
 
 # read() checks the size itself, before any pixel is decoded; Pillow would only warn.
 Image.MAX_IMAGE_PIXELS = None
@@ -63,6 +65,14 @@ class SentImage(NamedTuple):
     def raster_for(self, max_pixels: int) -> Raster:
         """As a tier takes it that scales references down to so many pixels."""
         return self.rasters[max_pixels]
+
+
+class Opened(NamedTuple):
+    """An image that is not decoded yet, what of its file is a plain JPEG, and what it may cost."""
+
+    image: Image.Image
+    jpeg: PlainJpeg | None
+    work: DecodeWork
 
 
 def decode(data: bytes, limits: Limits, name: str) -> Raster:
@@ -112,11 +122,27 @@ def counted(raster: Raster, limits: Limits) -> Raster:
     return HELD.add(raster, len(raster.rgb), limits.max_kept_bytes)
 
 
+def is_large(data: bytes, limits: Limits, name: str) -> bool:
+    """Whether decoding it takes long, by what its head says. Raises BadReference."""
+    image, _, _ = opened(data, limits, name)
+    return work_bytes(image, data) > LARGE_WORK_BYTES
+
+
 def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
     """What is made of the picture, upright; it is measured before it is decoded.
 
     Raises BadReference, also where decoding takes more work than it may.
     """
+    image, jpeg, work = opened(data, limits, name)
+    with HELD.working(work_bytes(image, data), limits.max_work_bytes):
+        try:
+            return convert(upright(completed(image, jpeg, work)))
+        except BROKEN:
+            raise BadReference(f"{name} is damaged", "image") from None
+
+
+def opened(data: bytes, limits: Limits, name: str) -> Opened:
+    """The picture with nothing but its head read, which takes no time. Raises BadReference."""
     if len(data) > limits.max_image_bytes:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
     work = DecodeWork(limits.max_decode_s, name)
@@ -130,11 +156,7 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
     check_size(image.size, limits, name)
     if jpeg is not None and jpeg.is_costly(image.width * image.height, limits.max_image_pixels):
         raise work.exceeded()
-    with HELD.working(work_bytes(image, data), limits.max_work_bytes):
-        try:
-            return convert(upright(completed(image, jpeg, work)))
-        except BROKEN:
-            raise BadReference(f"{name} is damaged", "image") from None
+    return Opened(image, jpeg, work)
 
 
 def check_size(size: tuple[int, int], limits: Limits, name: str) -> None:

@@ -19,6 +19,7 @@ from flux_ray.gateway.references import (
     SentImage,
     decode,
     decode_reference,
+    is_large,
     whole_image,
 )
 from flux_ray.gateway.targets import Target
@@ -156,9 +157,11 @@ class Reader:
                 data = await self.fetcher.read(content, limits.max_image_bytes, name, until_s)
             else:
                 data = await DECODERS.run(self.order, lambda: decode_base64(content, limits, name))
+            large = await DECODERS.run(self.order, lambda: is_large(data, limits, name))
             (value, notes), seconds = await DECODERS.run(
                 self.order,
                 lambda: timed(lambda: with_notes(lambda: decode(data, limits, name), name)),
+                is_large=large,
             )
             self.order = DECODERS.order_after(self.order, seconds)
         except BadReference as error:

@@ -10,7 +10,7 @@ from PIL import Image
 from flux_ray.errors import BadReference
 from flux_ray.gateway import decode_work
 from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.references import decode, work_bytes
+from flux_ray.gateway.references import decode, is_large, work_bytes
 from flux_ray.gateway_config import Limits
 from tests.gateway.icc import ADOBE
 from tests.gateway.image_files import (
@@ -188,3 +188,20 @@ def test_a_field_that_says_no_way_up_is_passed_over():
     for orientation in (0, 9, 65_535):
         data = saved(noise(), "PNG", exif=exif(orientation))
         assert decode(data, LIMITS, "image 1").rgb == noise().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "is_so"),
+    [
+        (JPEG, False),
+        (PNG, False),
+        (saved(Image.new("RGB", (2048, 2048)), "JPEG", icc_profile=ADOBE), False),
+        (saved(Image.new("RGB", (2600, 2600)), "JPEG"), True),
+        (saved(Image.new("RGB", (1024, 1024)), "WEBP", lossless=True), True),
+    ],
+    ids=["JPEG", "PNG", "four megapixels", "six", "codes of a lossless WebP"],
+)
+def test_images_that_take_long_are_known_by_their_heads(data, is_so):
+    started_s = time.thread_time()
+    assert is_large(data, LIMITS, "image 1") is is_so
+    assert time.thread_time() - started_s < MAX_S / 10
