@@ -164,6 +164,18 @@ async def test_references_come_in_their_order(client, handles, picture):
     assert request.encoding.format == "png"
 
 
+@pytest.mark.parametrize("name", ["input_images", "image_urls"])
+async def test_a_list_of_references_is_edited(client, handles, picture, name):
+    red, blue = (base64.b64encode(picture(64, 80, color=c)).decode() for c in ("red", "blue"))
+    sent = {name: [red, {"image_url": {"url": f"data:image/png;base64,{blue}"}}]}
+    answer = await submit(client, "flux-kontext-pro", **sent)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["details"]["warnings"] == []
+    await poll(client, answer.json()["id"])
+    [request] = handles.requests
+    assert [raster.rgb[:3] for raster in request.references] == [b"\xff\0\0", b"\0\0\xff"]
+
+
 @pytest.mark.parametrize(
     ("fields", "size"),
     [
