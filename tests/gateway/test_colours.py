@@ -148,3 +148,35 @@ async def test_the_caller_is_told_on_every_dialect(client):
     hub = {"inputs": image, "parameters": {"prompt": "a ring"}}
     answer = await client.post("/models/tiny", json=hub)
     assert note in answer.headers["x-flux-warnings"]
+
+
+@pytest.mark.parametrize("name", ["mask", "mask_url"])
+@pytest.mark.parametrize(
+    ("mode", "color", "profile", "expected", "warnings"),
+    [
+        ("RGB", BLUE, ADOBE, SEEN, []),
+        ("RGBA", (*BLUE, 255), ADOBE, SEEN, []),
+        (
+            "RGBA",
+            (*BLUE, 0),
+            None,
+            (255, 255, 255),
+            ["image 1: its transparent parts were put on white"],
+        ),
+    ],
+)
+async def test_under_a_mask_colours_are_the_same(
+    client, handles, name, mode, color, profile, expected, warnings
+):
+    image, mask = plain(mode, color), plain("L", 255)
+    body = {
+        "prompt": "a ring",
+        "image": base64.b64encode(file_of(image, icc_profile=profile)).decode(),
+        name: base64.b64encode(file_of(mask)).decode(),
+    }
+    answer = await client.post("/v1/images/edits", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["warnings"] == warnings
+    [request] = handles.requests
+    assert request.mask is not None
+    assert tuple(request.references[0].rgb[:3]) == pytest.approx(expected, abs=3)
