@@ -286,3 +286,18 @@ def test_the_books_balance_after_anything(seed: int, lead_s: float) -> None:
 def test_equal_histories_give_equal_decisions() -> None:
     first, second = (crowded(random.Random(3), 5, 300) for _ in range(2))
     assert (first.granted, first.refused) == (second.granted, second.refused)
+
+
+def test_a_job_that_can_wait_is_not_refused_because_others_are_in_a_hurry() -> None:
+    """Nor does it matter how many hasty requests came before, or that they wait."""
+    cluster = cluster_of(1)
+    for number in range(400):
+        assert cluster.offer(ticket(f"warm-up {number}", 1.0, cluster.now + 8.0)) is None
+        cluster.run_until(cluster.now + 1.0)
+    for number in range(14):
+        assert cluster.offer(ticket(f"hasty {number}", 1.0, cluster.now + 30.0)) is None
+    assert cluster.queue.waiting_s(cluster.now) == pytest.approx(13.0)
+    assert cluster.offer(ticket("job", 1.0, cluster.now + 450.0)) is None
+    cluster.run_until(cluster.now + 15.0)
+    assert cluster.refused == []
+    assert cluster.granted[-1] == "job"
