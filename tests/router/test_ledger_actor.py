@@ -9,12 +9,14 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from flux_ray.router import ledger, ledger_actor, remote_ledger
+from flux_ray.router.allowances import Allowance, Denial, Entry, Standing
 from flux_ray.router.ledger_actor import LedgerActor
 from flux_ray.router.messages import Offer, Statement
 from flux_ray.router.outbox import Receipt
 from flux_ray.router.remote_ledger import RemoteLedger, node_for_ledger
 from flux_ray.router.retries import Retry
 from flux_ray.router.turns import LedgerLost
+from flux_ray.router.usage import Use
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = Offer("ours", "tiny", 30.0, 600.0)
@@ -269,3 +271,30 @@ async def test_who_comes_again_asks_the_actor():
     assert (place.replica, place.seed) == ("one", 7)
     assert await actor.places("theirs") == ()
     actor._ticker.cancel()
+
+
+async def test_a_clock_that_is_set_changes_no_limit_of_a_minute(monkeypatch):
+    """Of the machine's date nothing is asked but which day it is."""
+    actor, allowance = new_actor(), Allowance(max_concurrent=2, requests_per_minute=2)
+
+    async def enter(name: str) -> Denial | Standing | None:
+        entry = Entry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
+        return await actor.enter("g", entry, allowance, ())
+
+    date = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: date[0])
+    assert isinstance(await enter("first"), Standing)
+    for jump_s in (3600.0, -7200.0):
+        date[0] += jump_s
+        await actor.share_usage("other", (), (), True)
+    assert isinstance(await enter("second"), Standing)
+    date[0] += 3600.0
+    denial = await enter("third")
+    assert isinstance(denial, Denial) and denial.name == "max_concurrent", "both are in hand"
+    for name in ("first", "second"):
+        await actor.leave("g", name, "tiny", ())
+    for jump_s in (3600.0, -7200.0):
+        date[0] += jump_s
+        denial = await enter("third")
+        assert isinstance(denial, Denial) and denial.name == "requests_per_minute"
+        assert 0 < denial.retry_after_s <= 60
