@@ -10,7 +10,7 @@ from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
-from flux_ray.gateway.health import PROBES
+from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.result_urls import PREFIX
 from flux_ray.keys import Key
 

@@ -20,9 +20,10 @@ from flux_ray.errors import (
 )
 from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
-from flux_ray.gateway.dialects import Dialect, dialect_of, model_in
+from flux_ray.gateway.dialects import Dialect, dialect_of, model_in, path_of
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.missed_routes import Missed
+from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.request_id import HEADER
 from flux_ray.gateway.targets import unknown
 from flux_ray.gateway.unpacking import READABLE
@@ -85,9 +86,12 @@ def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
 
 
 async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
-    """An error of our tree; the operator reads of those that are not the caller's."""
+    """Answer an error of our tree, and log it unless it is the caller's or a probe's.
+
+    Of probes only a change is worth a line, which `Health` writes.
+    """
     assert isinstance(error, FluxError)
-    if not isinstance(error, BadRequest):
+    if not isinstance(error, BadRequest) and path_of(request.scope) not in PROBES:
         logger.warning("request %s: %s", request.state.request_id, error, exc_info=error.__cause__)
     return answer_for(request, error)
 

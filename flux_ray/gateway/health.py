@@ -1,14 +1,16 @@
 """Whether this gateway is alive, and whether a tier behind it can serve."""
 
+import logging
+
 from fastapi import APIRouter
 
-from flux_ray.errors import TierUnavailable
+from flux_ray.errors import FluxError, TierUnavailable
 from flux_ray.gateway.failures import Envelope
+from flux_ray.gateway.probes import HEALTH, READY, readiness_news
 from flux_ray.router.router import Router
 
-# These are answered whatever else this gateway has in hand.
-HEALTH, READY = "/health", "/readyz"
-PROBES = frozenset({HEALTH, READY})
+# The only logger that Serve writes to its log files.
+logger = logging.getLogger("ray.serve")
 
 
 class Health:
@@ -16,6 +18,7 @@ class Health:
 
     def __init__(self, router: Router) -> None:
         self.router = router
+        self._was_ready: bool | None = None
 
     def routes(self) -> APIRouter:
         """Both answer GET, and HEAD, which some probes send; OpenAPI describes GET."""
@@ -31,10 +34,26 @@ class Health:
         return {"status": "ok"}
 
     async def readyz(self) -> dict[str, tuple[str, ...]]:
-        """The tiers that can serve now; 503 where there is none, or no ledger to grant turns."""
+        """Return the tiers that can serve now; 503 without any, or without a ledger for turns."""
+        try:
+            tiers = await self._ready_tiers()
+        except FluxError as error:
+            self._note(str(error))
+            raise
+        self._note(None)
+        return {"tiers": tiers}
+
+    async def _ready_tiers(self) -> tuple[str, ...]:
         if not self.router.hears_ledger():
             raise TierUnavailable("this gateway cannot reach the ledger")
         tiers = await self.router.ready_tiers()
         if not tiers:
             raise TierUnavailable("no tier can serve now")
-        return {"tiers": tiers}
+        return tiers
+
+    def _note(self, reason: str | None) -> None:
+        """Log a change of readiness once: probes come every second or so."""
+        news = readiness_news(self._was_ready, reason)
+        self._was_ready = reason is None
+        if news is not None:
+            logger.log(*news)

@@ -19,7 +19,7 @@ from flux_ray.gateway.body_places import BodyPlaces
 from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
-from flux_ray.gateway.health import PROBES
+from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway_config import GatewayArgs, Uploads
 
 FULL = "this gateway has as many requests in hand as it may: come back in a moment"

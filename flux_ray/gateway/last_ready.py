@@ -13,7 +13,7 @@ from typing import NamedTuple
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flux_ray.gateway.health import READY
+from flux_ray.gateway.probes import READY
 from flux_ray.gateway.proxy_answers import is_of_serve
 from flux_ray.gateway.request_id import HEADER
 

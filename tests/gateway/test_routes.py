@@ -43,6 +43,22 @@ async def test_health_and_readiness(client, handles):
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "tier_unavailable")
 
 
+async def test_a_change_of_readiness_is_logged_once(client, handles, serve_log):
+    for ready in ((), ("tiny",), (), ("tiny",)):
+        handles.ready = ready
+        for method in ("GET", "HEAD", "GET"):
+            answer = await client.request(method, "/readyz")
+            assert answer.status_code == (200 if ready else 503)
+    seen = [(record.levelname, record.getMessage()) for record in serve_log.records]
+    unready = "the gateway is not ready: no tier can serve now"
+    assert seen == [
+        ("INFO", unready),
+        ("INFO", "the gateway is ready"),
+        ("WARNING", unready),
+        ("INFO", "the gateway is ready"),
+    ]
+
+
 async def test_health_and_readiness_by_head(client, handles):
     for path in ("/health", "/readyz"):
         answer = await client.head(path)
