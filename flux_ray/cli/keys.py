@@ -66,9 +66,12 @@ def revoke(
     """Let a key in no more; the gateways notice within seconds."""
     now = datetime.now(UTC)
     try:
-        change_keys(file, lambda kept: without_key(kept, which, now))
+        changed = change_keys(file, lambda kept: without_key(kept, which, now))
     except (ValueError, OSError) as error:
         fail(str(error))
+    for key in changed.keys:
+        if key.revoked == now:
+            typer.echo(f"revoked {key.prefix} of {key.name}")
 
 
 def state_of(key: Key, now: datetime) -> str:

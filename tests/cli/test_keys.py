@@ -33,9 +33,18 @@ def test_create_list_revoke(keys):
     assert key.prefix in listed and "paying" in listed and "live" in listed
     assert secret not in listed and key.sha256 not in listed
     revoked = keys("revoke", key.prefix)
-    assert (revoked.exit_code, revoked.stdout) == (0, "")
+    assert (revoked.exit_code, revoked.stdout) == (0, f"revoked {key.prefix} of alice\n")
     assert "revoked" in keys("list").stdout
     assert Keyring(read_keys(keys.path)).find(secret, datetime.now(UTC)) is None
+
+
+def test_all_keys_of_a_name_are_revoked_once(keys):
+    for _ in range(2):
+        keys("create", "alice")
+        assert keys("revoke", "alice").stdout.count("\n") == 1
+    for _ in range(2):
+        keys("create", "alice")
+    assert keys("revoke", "alice").stdout.count("revoked fr-") == 2
 
 
 def test_a_key_expires(keys):

@@ -38,6 +38,20 @@ def test_several_pictures(url, tmp_path):
     assert not output.exists()
 
 
+def test_no_file_is_overwritten_unless_that_is_said(url, handles, tmp_path):
+    output, second = tmp_path / "out.png", tmp_path / "out-1.png"
+    for path in (output, second):
+        path.write_bytes(b"mine")
+    for arguments, taken in ((), output), (("-n", 2), second):
+        result = invoke("generate", "a ring", "-o", output, "--url", url, *arguments)
+        assert result.exit_code == 1
+        assert f"there is already {taken}: " in result.stderr
+    assert (handles.requests, output.read_bytes(), second.read_bytes()) == ([], b"mine", b"mine")
+    result = invoke("generate", "a ring", "-o", output, "--seed", 7, "--url", url, "--force")
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == b"picture 7"
+
+
 def test_an_edit(url, handles, picture, tmp_path):
     paths = []
     for color in ("red", "blue"):
@@ -118,7 +132,9 @@ def test_tiers(url):
 
 
 def test_version():
-    assert invoke("version").stdout == f"{flux_ray.__version__}\n"
+    for word in ("version", "--version"):
+        result = invoke(word)
+        assert (result.exit_code, result.stdout) == (0, f"{flux_ray.__version__}\n")
 
 
 def test_the_command_is_installed_as_flux_ray():
