@@ -208,6 +208,22 @@ def test_no_number_is_cut(width: int, capsys: pytest.CaptureFixture) -> None:
     assert "…" not in shown
 
 
+@pytest.mark.parametrize(
+    ("options", "assumed"),
+    [
+        ((), "assuming --gpu h100-80gb --count 8\n"),
+        (("--count", "1"), "assuming --gpu h100-80gb\n"),
+        (("--gpu", "h200-141gb"), "assuming --count 8\n"),
+        (("--gpu", "h200-141gb", "--count", "2"), ""),
+    ],
+)
+def test_the_hardware_that_was_not_named_is_said(options: tuple[str, ...], assumed: str) -> None:
+    result = CliRunner().invoke(app, ["plan", str(SERVE / "laptop.yaml"), *options, "--json"])
+    assert result.exit_code == 0, result.output
+    assert "".join(re.findall(r"assuming .*\n", result.stderr)) == assumed
+    assert json.loads(result.stdout)
+
+
 def test_an_unknown_card_is_answered_with_those_there_are() -> None:
     reason = refusal(invoke(SERVE / "laptop.yaml", "h999"))
     assert "no card named 'h999'" in reason
