@@ -23,6 +23,7 @@ FluxError                 500  server_error
     ProtocolMismatch      503  none that can serve is of a version that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
     NotKept               503  images that were asked for again; they are drawn anew
+    KilledForMemory       503  Ray killed a process of it, as its node was out of memory
   GatewayFailed           503  a gateway died under the request
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
@@ -217,6 +218,14 @@ class ReplicaFailed(FluxError):
 
 class NotKept(ReplicaFailed):
     """The replica does not have what was asked for again: it has to be drawn anew."""
+
+
+class KilledForMemory(ReplicaFailed):
+    """Ray killed a process of the replica because its node was out of memory.
+
+    That may be the fault of something else on the node, so the request gets its second try. If that
+    ends in the same way, it is OutOfMemory.
+    """
 
 
 class GatewayFailed(FluxError):

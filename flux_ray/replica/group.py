@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-from flux_ray.errors import FluxError, OutOfMemory, ReplicaFailed
+from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
 from flux_ray.replica.line import framed
 from flux_ray.replica.patience import Patience
@@ -16,6 +16,8 @@ logger = logging.getLogger("ray.serve")
 
 # All ranks find a caller's mistake at the same place, so they tell of it together.
 GRACE_S = 1.0
+# Where a rank dies, calls of the others fail a moment before it is known that it is dead, and why.
+DEATH_S = 0.6
 # So long a leader lives on, for its last answer to be on its way.
 LAST_WORDS_S = 1.0
 # A rank answers a ping at once, whatever it computes, or hangs.
@@ -48,7 +50,7 @@ class RankGroup:
         self._end = end
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
-        self._broken: asyncio.Future[str] = loop.create_future()
+        self._broken: asyncio.Future[ReplicaFailed] = loop.create_future()
         self._ended = asyncio.Event()
         self._watcher = loop.create_task(self._watch())
         self._pinger = loop.create_task(self._watch_pings())
@@ -64,7 +66,7 @@ class RankGroup:
         if self._broken.done():
             # Who heard of it while this process lives would be sent here again.
             await self._ended.wait()
-            raise ReplicaFailed(self._broken.result())
+            raise ReplicaFailed(self._broken.result().message)
         frame = framed((job, stages, *payload))
         calls = [rank.call(frame) for rank in self._ranks]
         # Fair, so that calls have their turns in the order in which the ranks got them.
@@ -110,7 +112,7 @@ class RankGroup:
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if self._broken.done():
-                raise ReplicaFailed(self._broken.result())
+                raise self._failure()
             done = {call for call in pending if call.done()}
             if not done and first is None:
                 raise self.break_up(f"{name} took longer than {timeout_s:.1f} s")
@@ -118,13 +120,13 @@ class RankGroup:
                 raise self.break_up(f"{name} failed on some ranks only", first)
             pending -= done
             for error in filter(None, map(asyncio.Future.exception, done)):
-                failure = self._failure_by(name, error)
+                failure = await self._failure_by(name, error)
                 if failure is not None:
                     raise failure
                 if first is None:
                     first, end_s = error, min(end_s, clock() + GRACE_S)
 
-    def _failure_by(self, name: str, error: BaseException) -> FluxError | None:
+    async def _failure_by(self, name: str, error: BaseException) -> FluxError | None:
         """What to raise at once after an error of one rank that ends the group; None if it doesn't.
 
         The other ranks may wait for this one in a collective, for ever.
@@ -135,6 +137,7 @@ class RankGroup:
             return error
         if isinstance(error, FluxError):
             return None
+        await asyncio.wait([self._broken], timeout=DEATH_S)
         return self.break_up(f"{name} failed on a rank", error)
 
     async def ping(self) -> None:
@@ -144,7 +147,10 @@ class RankGroup:
     async def _watch(self) -> None:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
         dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
-        self.break_up("a rank died", dead.pop().result())
+        error = dead.pop().result()
+        # Whoever waits has to hear what it died of, as its second try may end another group.
+        after_s = LAST_WORDS_S if isinstance(error, KilledForMemory) else 0.0
+        self.break_up("a rank died", error, after_s)
 
     async def _watch_pings(self) -> None:
         """End the group when a rank hangs, also one that has no call, or a call of unknown length.
@@ -164,14 +170,22 @@ class RankGroup:
     ) -> ReplicaFailed:
         """End the group, once, after a while; what is returned is for whoever waits for it."""
         if not self._broken.done():
-            self._broken.set_result(reason if error is None else f"{reason}: {error}")
-            logger.error("The replica ends: %s", self._broken.result(), exc_info=error)
+            kind = KilledForMemory if isinstance(error, KilledForMemory) else ReplicaFailed
+            failed = kind(reason if error is None else f"{reason}: {error}")
+            failed.__cause__ = error
+            self._broken.set_result(failed)
+            logger.error("The replica ends: %s", failed, exc_info=error)
             if after_s:
                 asyncio.get_running_loop().call_later(after_s, self._finish)
             else:
                 self._finish()
-        failed = ReplicaFailed(self._broken.result())
-        failed.__cause__ = error
+        return self._failure()
+
+    def _failure(self) -> ReplicaFailed:
+        """Return why it is broken, for one caller."""
+        broken = self._broken.result()
+        failed = type(broken)(broken.message)
+        failed.__cause__ = broken.__cause__
         return failed
 
     def _finish(self) -> None:

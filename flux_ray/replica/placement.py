@@ -7,12 +7,17 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import OutOfMemoryError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flux_ray.config import Parallel, TierArgs
+from flux_ray.errors import KilledForMemory
 from flux_ray.replica.line import Line, connect
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
+
+# The line to a process that is killed closes at once. Why it was killed, Ray says a moment later.
+CAUSE_S = 0.5
 
 
 def bundles_for(args: TierArgs) -> list[dict[str, float]]:
@@ -82,10 +87,18 @@ class LoadedRank:
         return pid
 
     async def live(self) -> BaseException | None:
-        """Return when it is dead. A node that is gone closes no line; Ray finds out."""
+        """Return when it is dead, and of what: KilledForMemory if Ray says so.
+
+        A node that is gone closes no line; Ray finds out.
+        """
         ends = (self.line.closed, self.work)
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        return done.pop().exception()
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([self.work], timeout=CAUSE_S)
+        errors = [end.exception() for end in (self.work, self.line.closed) if end.done()]
+        error = next((each for each in errors if each is not None), None)
+        if isinstance(error, OutOfMemoryError):
+            return KilledForMemory("its node was out of memory")
+        return error
 
 
 async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from flux_ray.errors import (
     FluxError,
+    KilledForMemory,
     ProtocolMismatch,
     ReplicaFailed,
     TierUnavailable,
@@ -207,14 +208,22 @@ def as_ours(tier: str) -> Iterator[None]:
         if isinstance(error.cause, FluxError):
             raise error.cause from None
         if isinstance(error.cause, RayError):
-            raise ReplicaFailed(f"a replica of {tier} lost what it needs") from error
+            what = f"a replica of {tier} lost what it needs"
+            raise failure_by(error.cause, what) from error
         raise FluxError(f"{tier} failed on this request") from error
     except (TaskCancelledError, ReplicaUnavailableError) as error:
         raise ReplicaFailed(f"a replica of {tier} gave the request up") from error
     except RayServeException as error:
         raise TierUnavailable(f"{tier} cannot serve now", "model") from error
     except RayError as error:
-        raise ReplicaFailed(f"a replica of {tier} died") from error
+        raise failure_by(error, f"a replica of {tier} died") from error
+
+
+def failure_by(error: RayError, what: str) -> ReplicaFailed:
+    """Return what the router is told of a death: Ray says of some that it killed for memory."""
+    if isinstance(error, OutOfMemoryError):
+        return KilledForMemory(f"{what}: its node was out of memory")
+    return ReplicaFailed(what)
 
 
 async def result_of(response: Any) -> ImageResult:

@@ -13,6 +13,8 @@ from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
     FluxError,
+    KilledForMemory,
+    OutOfMemory,
     Overloaded,
     QuotaTooSmall,
     RateLimited,
@@ -325,10 +327,21 @@ class Router:
             return await self._attempt(quote, 1, deadline_s, caller, stay, hear)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
+            was_killed = isinstance(error, KilledForMemory)
         # It was taken in once: it is not refused now for what was no fault of its client. It waits
         # where it came, before those who came later.
         left_s = self.terms.request_timeout_s - (time.monotonic() - began)
-        return await self._attempt(quote, 2, left_s, caller, stay, hear)
+        try:
+            return await self._attempt(quote, 2, left_s, caller, stay, hear)
+        except KilledForMemory as error:
+            if not was_killed:
+                raise
+            # Once may have been a neighbour's fault. Twice in a row it is this request's, which
+            # would end further replicas, as a job five times two of them.
+            raise OutOfMemory(
+                "two replicas ran out of memory on this request: ask for a smaller width and"
+                " height, or send fewer or smaller reference images"
+            ) from error
 
     async def _attempt(
         self,

@@ -20,6 +20,7 @@ from flux_ray.jobs.results import ResultMissing, ResultTooLarge
         (None, Again(1.0, is_lost=True)),
         (errors.BadReference("no image"), Failure("invalid_image", "no image")),
         (errors.UnknownTier("gone"), Failure("model_not_found", "gone")),
+        (errors.OutOfMemory("too large"), Failure("out_of_memory", "too large")),
         # A folder that is not mounted, perhaps.
         (ResultMissing("/a/path"), Again(1.0, is_lost=True)),
         (ResultTooLarge("name"), LOST),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flux_ray import liveness
-from flux_ray.errors import BadReference, ReplicaFailed
+from flux_ray.errors import BadReference, KilledForMemory, ReplicaFailed
 from flux_ray.replica import group
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.line import SIZE, StageFailed
@@ -51,9 +51,10 @@ class FakeRank:
 
     async def live(self) -> Exception:
         await self._death.wait()
-        return RuntimeError("of a cold")
+        return self._cause
 
-    def die(self) -> None:
+    def die(self, cause: Exception | None = None) -> None:
+        self._cause = cause or RuntimeError("of a cold")
         self._death.set()
 
     def stop(self) -> None:
@@ -183,6 +184,23 @@ async def test_a_death_fails_the_call_that_would_hang() -> None:
     asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die)
     with pytest.raises(ReplicaFailed, match="a rank died: of a cold"):
         await replica.encode()
+
+
+@pytest.mark.parametrize("answer", ["hang", BUG], ids=["others hang", "others fail first"])
+async def test_who_had_a_rank_killed_for_memory_hears_so_before_the_group_ends(
+    monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    """Its second try may end another group. Who only waited is told of a death, as always."""
+    monkeypatch.setattr(group, "LAST_WORDS_S", 0.2)
+    replica = Replica(answer, "hang", floor_s=60)
+    killed = KilledForMemory("its node was out of memory")
+    asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die, killed)
+    with pytest.raises(KilledForMemory, match="a rank died: its node was out of memory"):
+        await replica.encode()
+    assert replica.ended == 0, "what it said is still on its way"
+    with pytest.raises(ReplicaFailed) as caught:
+        await replica.encode()
+    assert (type(caught.value), replica.ended) == (ReplicaFailed, 1)
 
 
 @pytest.mark.parametrize("is_busy", [False, True])

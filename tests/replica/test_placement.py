@@ -5,8 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from flux_ray.config import Parallel, TierArgs
+from flux_ray.errors import KilledForMemory
 from flux_ray.replica.placement import LoadedRank, bundles_for, ranks_by_node, strategy_for
 
 
@@ -55,3 +57,21 @@ async def test_a_rank_is_dead_when_either_says_so(what: str) -> None:
         (work if what == "Ray finds it dead" else closed).set_exception(error)
     async with asyncio.timeout(5):
         assert await watching is error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(OutOfMemoryError("95% of the node's"), KilledForMemory), (ActorDiedError(), ActorDiedError)],
+)
+async def test_what_a_rank_died_of_is_heard_of_ray_a_moment_after_its_line_closes(
+    error: Exception, expected: type[Exception]
+) -> None:
+    loop = asyncio.get_running_loop()
+    closed, work = loop.create_future(), loop.create_future()
+    line: Any = SimpleNamespace(closed=closed)
+    actor: Any = None
+    watching = asyncio.ensure_future(LoadedRank(actor, line, work).live())
+    closed.set_result(None)
+    loop.call_later(0.02, work.set_exception, error)
+    async with asyncio.timeout(5):
+        assert type(await watching) is expected

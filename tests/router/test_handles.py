@@ -25,6 +25,7 @@ from flux_ray.config import TierArgs
 from flux_ray.errors import (
     BadReference,
     FluxError,
+    KilledForMemory,
     NotKept,
     ProtocolMismatch,
     ReplicaFailed,
@@ -307,7 +308,8 @@ async def test_a_tier_that_is_not_deployed(answer):
         (DeploymentUnavailableError("tiny"), TierUnavailable),
         (RayServeException("the controller is away"), TierUnavailable),
         (RaySystemError("other"), ReplicaFailed),
-        (OutOfMemoryError("the node's"), ReplicaFailed),
+        (OutOfMemoryError("the node's"), KilledForMemory),
+        (task_error(OutOfMemoryError("the node's")), KilledForMemory),
         (GetTimeoutError("late"), ReplicaFailed),
         (RequestCancelledError("id"), ReplicaFailed),
         (task_error(RaySystemError("what the replica had called is gone")), ReplicaFailed),

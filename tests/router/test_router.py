@@ -9,6 +9,8 @@ import pytest
 from flux_ray.errors import (
     BadRequest,
     DeadlinePassed,
+    KilledForMemory,
+    OutOfMemory,
     Overloaded,
     QuotaSpent,
     ReplicaFailed,
@@ -159,6 +161,34 @@ async def test_a_second_death_reaches_the_caller(router, handles):
     handles.failures = [ReplicaFailed("died"), ReplicaFailed("died again")]
     with pytest.raises(ReplicaFailed, match="died again"):
         await router.generate(REQUEST)
+    assert len(handles.requests) == 2
+
+
+KILLED = KilledForMemory("its node was out of memory")
+DIED = ReplicaFailed("died")
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([KILLED], None),
+        ([KILLED, DIED], ReplicaFailed),
+        ([DIED, KILLED], KilledForMemory),
+        ([KILLED, KILLED], OutOfMemory),
+    ],
+    ids=["a neighbour's fault", "killed, then died", "died, then killed", "its own fault"],
+)
+async def test_a_request_under_which_two_replicas_are_killed_for_memory_ends_no_third(
+    router, handles, failures, expected
+):
+    """A job with any other error is tried five times, each on two replicas."""
+    handles.failures = list(failures)
+    if expected is None:
+        await router.generate(REQUEST)
+    else:
+        with pytest.raises(expected) as caught:
+            await router.generate(REQUEST)
+        assert type(caught.value) is expected
     assert len(handles.requests) == 2
 
 
