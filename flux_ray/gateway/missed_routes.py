@@ -10,6 +10,7 @@ VERSION = "v1"
 # Below these, the rest of a path is a model's name.
 OF_MODELS = (("POST", HUB), ("GET", "/v1/models/"))
 MAX_PATH_CHARS = 200
+WHERE_TO_LOOK = f"GET /{VERSION}/models lists the models, GET /openapi.json all routes"
 
 
 class Missed(NamedTuple):
@@ -27,7 +28,7 @@ class Missed(NamedTuple):
         message = f"there is no {method} {path[:MAX_PATH_CHARS]} here"
         if meant is not None:
             message += f", but {meant[:MAX_PATH_CHARS]}"
-        message += f"; the base URL of clients is {base_url_of(request)}"
+        message += f"; the base URL of clients is {base_url_of(request)}; {WHERE_TO_LOOK}"
         return cls(meant, dialect_of(request, meant), message)
 
 
