@@ -56,6 +56,8 @@ def bare_api(lifespan: Lifespan[FastAPI]) -> FastAPI:
         redoc_url=None,
         # The redirect's address would be made of the Host header.
         redirect_slashes=False,
+        # Its root span would be no child of Serve's: every request would be two traces.
+        telemetry={"tracing": False},
         lifespan=lifespan,
     )
 

@@ -2,6 +2,10 @@
 
 import httpx
 import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
@@ -66,6 +70,15 @@ async def test_health_and_readiness_by_head(client, handles):
     handles.ready = ()
     assert (await client.head("/health")).status_code == 200
     assert (await client.head("/readyz")).status_code == 503
+
+
+async def test_the_gateway_begins_no_trace_beside_serves(client, monkeypatch):
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    with provider.get_tracer("serve").start_as_current_span("of Serve"):
+        assert (await client.get("/v1/models")).status_code == 200
+    assert [span.name for span in exporter.get_finished_spans()] == ["of Serve"]
 
 
 async def test_openapi_names_every_operation_once(client):
