@@ -121,3 +121,15 @@ def test_the_operators_tiers_are_off_until_there_are_weights() -> None:
     }
     assert operators.keys() == {"flux-2-pro", "flux-2-max"}
     assert all(weights.startswith("/") for weights in operators.values())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_what_is_commented_out_of_a_gateways_args_is_valid(path: Path) -> None:
+    """Where everybody may come, the file says how to ask for keys, and how to have jobs."""
+    text = path.read_text()
+    named = ("keys_file", "public_url", "jobs")
+    whole = re.sub(rf"^      # (?=({'|'.join(named)}): )", "      ", text, flags=re.M)
+    _, args = applications_in(whole)["gateway"]
+    assert isinstance(args, GatewayArgs)
+    assert args.public_url and args.jobs is not None
+    assert args.keys_file is not None or "host: 127.0.0.1" in text
