@@ -142,7 +142,7 @@ class RemoteLedger:
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
-                answer = await getattr(actor, method).remote(*args)
+                answer = await called(actor, method, args)
         except TimeoutError as error:
             if self._clock() - began_s < timeout_s + LAG_S:
                 self._note_silence()
@@ -170,6 +170,17 @@ class RemoteLedger:
             logger.error("the ledger hangs, and is started anew")
             self._num_unanswered = 0
             self._thread.submit(partial(ray.kill, self._actor, no_restart=False))
+
+
+def called(actor: Any, method: str, args: tuple[object, ...]) -> Any:
+    """Call a method of the ledger; LedgerLost if its code is too old or too new to have it.
+
+    One that is found by its name may have been started by another build of the same PROTOCOL.
+    """
+    try:
+        return getattr(actor, method).remote(*args)
+    except (AttributeError, TypeError) as error:
+        raise LedgerLost(f"{method}: the ledger is of another version: {error}") from error
 
 
 def start_ledger() -> Any:

@@ -242,6 +242,22 @@ async def test_a_ledger_that_is_away_for_longer_than_it_takes_to_replace_it_is_n
     assert line.is_heard()
 
 
+class Older:
+    """The handle of an actor of older code: Ray knows its methods, and what they take."""
+
+    class places:
+        @staticmethod
+        def remote():
+            """Without the name."""
+
+
+@pytest.mark.parametrize("call", [lambda line: line.forecast(()), lambda line: line.places("ours")])
+async def test_a_ledger_that_does_not_know_a_call_is_as_one_that_does_not_answer(call):
+    """Another build of the same protocol started it; who asks has an answer for that."""
+    with pytest.raises(LedgerLost, match="of another version"):
+        await call(RemoteLedger(Older))
+
+
 def node(name: str, cpus: float | None, *, is_alive: bool = True) -> dict[str, object]:
     resources = {"memory": 1e9} if cpus is None else {"CPU": cpus}
     return {"NodeID": name, "Alive": is_alive, "Resources": resources}
