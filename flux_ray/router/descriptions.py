@@ -73,13 +73,16 @@ class Descriptions:
             while replica in self._up[tier]:
                 try:
                     description = await self._ask(tier, replica)
-                except FluxError as error:
-                    logger.info("replica %s of %s cannot be asked yet: %s", replica, tier, error)
-                else:
                     # Serve takes another where this one is full.
                     if description.replica == replica:
                         self._note(tier, description)
                         return
+                except FluxError as error:
+                    logger.info("replica %s of %s cannot be asked yet: %s", replica, tier, error)
+                except Exception:
+                    # A mistake of ours, or of a newer version that says it otherwise. Given up, it
+                    # would be priced wrong for as long as it lives.
+                    logger.exception("replica %s of %s is asked again", replica, tier)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
         finally:

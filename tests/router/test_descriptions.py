@@ -116,6 +116,32 @@ async def test_one_that_does_not_answer_is_asked_again(
     assert known.of(TIER) == tier.described
 
 
+async def test_a_mistake_of_ours_ends_no_asking(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch, serve_log: pytest.LogCaptureFixture
+) -> None:
+    """Neither one in the answer, nor one in what is learned of it."""
+    monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.0)
+    failures: list[Exception] = [KeyError("layout"), ValueError("a mistake")]
+    told: list[tuple[Description, ...]] = []
+
+    async def ask(name: str, replica: str) -> Description:
+        if len(failures) == 2:
+            raise failures.pop()
+        return await tier.ask(name, replica)
+
+    def learn(name: str, descriptions: tuple[Description, ...]) -> None:
+        if failures:
+            raise failures.pop()
+        told.append(descriptions)
+
+    known = Descriptions(ask, learn)
+    known.see(TIER, ("new",))
+    await settled()
+    assert told == [(tier.described["new"],)]
+    assert serve_log.text.count("replica new of flux-2-dev is asked again") == 2
+    assert not known._asking
+
+
 async def test_the_answer_of_another_replica_is_not_taken_for_its_own(
     tier: Tier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
