@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,6 +56,9 @@ class TierHandles:
         self._descriptions = Descriptions(self._ask, learn)
         self._readiness = Readiness(tiers, reachable=partial(known_replicas, tiers))
         self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._connecting: dict[str, asyncio.Future[DeploymentHandle[Any]]] = {}
+        # One for each tier, none of the process's: they stand still while the controller is away.
+        self._threads = ThreadPoolExecutor(max(1, len(tiers)), thread_name_prefix="handle")
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
@@ -137,14 +141,23 @@ class TierHandles:
     async def _handle_for(self, tier: str) -> DeploymentHandle[Any]:
         if tier not in self._handles:
             try:
-                # It blocks until the controller answers.
-                handle = await asyncio.to_thread(serve.get_app_handle, tier)
+                handle = await asyncio.shield(self._connection_to(tier))
             except RayServeException as error:
                 raise not_deployed(tier) from error
             # With options it learns of its replicas from now on, and not with its first request,
             # which waits for the ledger to grant one of them.
-            self._handles[tier] = handle.options(method_name="generate")
+            if tier not in self._handles:
+                self._handles[tier] = handle.options(method_name="generate")
         return self._handles[tier]
+
+    def _connection_to(self, tier: str) -> "asyncio.Future[DeploymentHandle[Any]]":
+        """Return one call for all who wait for it: it blocks until the controller answers."""
+        connecting = self._connecting.get(tier)
+        if connecting is None or connecting.done():
+            loop = asyncio.get_running_loop()
+            connecting = loop.run_in_executor(self._threads, serve.get_app_handle, tier)
+            self._connecting[tier] = connecting
+        return connecting
 
     def _other_than(self, protocols: set[int], tier: str) -> str | None:
         """A replica that may read what those of these protocols did not: best one of ours."""

@@ -1,6 +1,7 @@
 """Ray's errors as ours, with a fake Serve."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,30 @@ async def test_a_handle_is_made_once(answer):
     answer.value = RESULT
     handles = TierHandles(("tiny",))
     assert [await handles.generate(REQUEST, "replica") for _ in range(3)] == [RESULT] * 3
+    assert answer.handles_made == 1
+
+
+async def test_while_the_controller_is_away_one_thread_of_its_own_waits_for_it(answer, monkeypatch):
+    """A crowd would take the threads in which this process does all else, decoding too."""
+    controller, waiting = threading.Event(), []
+
+    def get_app_handle(tier):
+        waiting.append(threading.current_thread().name)
+        controller.wait()
+        return answer.get_app_handle(tier)
+
+    monkeypatch.setattr(serve, "get_app_handle", get_app_handle)
+    handles = TierHandles(("tiny",))
+    try:
+        crowd = [asyncio.ensure_future(handles.connect("tiny")) for _ in range(50)]
+        await until(lambda: waiting)
+        crowd.pop().cancel()
+        await asyncio.sleep(0.02)
+        assert [name.split("_")[0] for name in waiting] == ["handle"]
+        assert not any(each.done() for each in crowd)
+    finally:
+        controller.set()
+    await asyncio.gather(*crowd)
     assert answer.handles_made == 1
 
 
