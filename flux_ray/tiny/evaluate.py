@@ -8,17 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, Flux2KleinPipeline
 from PIL import Image
 
 from flux_ray.tiny import CHECKPOINT, tasks, world
 from flux_ray.tiny.judge import Verdict, judge
-from flux_ray.tiny.pool import OTHER_CANVASES
 from flux_ray.tiny.tasks import Task
-from flux_ray.tiny.world import Pixels
+from flux_ray.tiny.world import OTHER_CANVASES, Pixels
+
+if TYPE_CHECKING:
+    from diffusers import Flux2KleinPipeline
 
 TEXT_LENGTH = 48
 DEFAULT_TEXT_LENGTH = 512
@@ -85,8 +87,11 @@ SETS = (
 TARGETED = tuple(task_set for task_set in SETS if task_set.target is not None)
 
 
-def load_pipeline(checkpoint: Path) -> Flux2KleinPipeline:
-    """The checkpoint through plain diffusers, in fp32."""
+def load_pipeline(checkpoint: Path) -> "Flux2KleinPipeline":
+    """Load the checkpoint through plain diffusers, in fp32."""
+    # Only here: at import it says what it lacks for training, which `--help` would show first.
+    from diffusers import DiffusionPipeline
+
     pipeline: Flux2KleinPipeline = DiffusionPipeline.from_pretrained(
         checkpoint, dtype=torch.float32, use_safetensors=True
     )
@@ -94,7 +99,7 @@ def load_pipeline(checkpoint: Path) -> Flux2KleinPipeline:
     return pipeline
 
 
-def generate(pipeline: Flux2KleinPipeline, task: Task, task_set: TaskSet, seed: int) -> Pixels:
+def generate(pipeline: "Flux2KleinPipeline", task: Task, task_set: TaskSet, seed: int) -> Pixels:
     """One picture, uint8 [height, width, 3], from diffusers' own `__call__`."""
     references = [Image.fromarray(world.render(scene)) for scene in task.references]
     image = pipeline(
@@ -110,7 +115,7 @@ def generate(pipeline: Flux2KleinPipeline, task: Task, task_set: TaskSet, seed: 
     return np.asarray(image)
 
 
-def measure(pipeline: Flux2KleinPipeline, task_set: TaskSet, count: int) -> dict[str, float]:
+def measure(pipeline: "Flux2KleinPipeline", task_set: TaskSet, count: int) -> dict[str, float]:
     """Shares in 0..1 of what is right, and the median seconds an image."""
     rng = random.Random(f"{SEED} {task_set.name}")
     verdicts, seconds = [], []

@@ -13,22 +13,9 @@ from diffusers import AutoencoderKLFlux2
 
 from flux_ray.tiny import tasks, train_vae, world
 from flux_ray.tiny.tasks import Task
-from flux_ray.tiny.world import Scene
+from flux_ray.tiny.world import OTHER_CANVASES, SQUARE, Canvas, Scene
 
 Kind = Literal["text", "edit", "combine"]
-Canvas = tuple[int, int]
-SQUARE: Canvas = (world.SIDE, world.SIDE)
-OTHER_CANVASES: tuple[Canvas, ...] = (
-    (96, 96),
-    (128, 96),
-    (96, 128),
-    (160, 128),
-    (128, 160),
-    (192, 128),
-    (128, 192),
-    (160, 160),
-    (192, 192),
-)
 
 
 @dataclass(frozen=True)

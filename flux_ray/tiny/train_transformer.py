@@ -11,8 +11,9 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from flux_ray.tiny import models, tasks, train_text_encoder
-from flux_ray.tiny.pool import SQUARE, Canvas, Entry, Kind, Pool, load_pool
+from flux_ray.tiny.pool import Entry, Kind, Pool, load_pool
 from flux_ray.tiny.state import Run
+from flux_ray.tiny.world import SQUARE, Canvas
 
 RATE = 2.5e-3
 # Batches hold about as many tokens whatever their kind, text length or canvas.

@@ -56,6 +56,19 @@ HELD_OUT = frozenset(
     }
 )
 SIDE = 128
+Canvas = tuple[int, int]
+SQUARE: Canvas = (SIDE, SIDE)
+OTHER_CANVASES: tuple[Canvas, ...] = (
+    (96, 96),
+    (128, 96),
+    (96, 128),
+    (160, 128),
+    (128, 160),
+    (192, 128),
+    (128, 192),
+    (160, 160),
+    (192, 192),
+)
 MARGIN = 3.0
 
 
