@@ -13,6 +13,7 @@ from flux_ray.cli.serve_config import BUILDERS
 from flux_ray.config import Args, TierArgs
 from flux_ray.engine.plan import make_plan
 from flux_ray.gateway_config import GatewayArgs
+from flux_ray.router.longest import drain_timeout_s
 
 FOLDER = Path(__file__).parent.parent / "serve"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -133,3 +134,12 @@ def test_what_is_commented_out_of_a_gateways_args_is_valid(path: Path) -> None:
     assert isinstance(args, GatewayArgs)
     assert args.public_url and args.jobs is not None
     assert args.keys_file is not None or "host: 127.0.0.1" in text
+
+
+@pytest.mark.parametrize("name", ["fleet.yaml", "node-8gpu.yaml"])
+def test_the_drain_time_that_the_file_tells_of_is_that_of_the_tier(name: str) -> None:
+    text = text_of(name)
+    dev = tiers_in(text)["flux-2-dev"]
+    assert f"it is {drain_timeout_s(dev):.0f} for dev on two cards" in text
+    shorter = tiers_in(text.replace("# drain_timeout_s", "drain_timeout_s"))["flux-2-dev"]
+    assert shorter.drain_timeout_s == 60
