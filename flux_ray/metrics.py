@@ -28,6 +28,21 @@ STAGE_SECONDS = Metric(
     labels=("tier", "stage"),
     buckets=SECONDS,
 )
+# Ray makes up the sum of a histogram from the middles of its buckets: shares of time, and means,
+# are to be taken of counters.
+STAGE_SECONDS_SPENT = Metric(
+    "flux_stage_spent_seconds",
+    "Seconds that calls to the ranks took, added up, by stage as flux_stage_seconds.",
+    labels=("tier", "stage"),
+)
+QUEUE_SECONDS_SPENT = Metric(
+    "flux_queue_spent_seconds",
+    "Seconds that requests waited for their turn on a replica, added up, when they got it.",
+)
+GPU_SECONDS_SPENT = Metric(
+    "flux_gpu_spent_seconds",
+    "GPU seconds that drawn requests took, added up: of their replica, times its cards.",
+)
 REQUEST_SECONDS = Metric(
     "flux_request_seconds",
     "Seconds of a request in its replica, waiting included.",

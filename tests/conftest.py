@@ -173,6 +173,13 @@ class FakeBill:
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, object]] = []
+        self.spent: list[tuple[str, float]] = []
+
+    def wait(self, tier: str, seconds: float) -> None:
+        self.spent.append(("waited", seconds))
+
+    def spend(self, tier: str, gpu_seconds: float) -> None:
+        self.spent.append(("drawn", gpu_seconds))
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
         self.entries.append(("priced", gpu_seconds))

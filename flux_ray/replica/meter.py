@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flux_ray.meter import counter, histogram
-from flux_ray.metrics import IMAGES, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS
+from flux_ray.metrics import (
+    IMAGES,
+    REQUEST_SECONDS,
+    REQUESTS,
+    STAGE_SECONDS,
+    STAGE_SECONDS_SPENT,
+)
 from flux_ray.request import ImageRequest
 
 
@@ -19,10 +25,15 @@ class Meter:
         self._requests = counter(REQUESTS)
         self._request_seconds = histogram(REQUEST_SECONDS)
         self._stage_seconds = histogram(STAGE_SECONDS)
+        self._spent = counter(STAGE_SECONDS_SPENT)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """One stage of a request."""
-        self._stage_seconds.observe(seconds, {**self._tier, "stage": stage})
+        labels = {**self._tier, "stage": stage}
+        self._stage_seconds.observe(seconds, labels)
+        # Ray's counters raise for nothing at all, which a coarse clock may say.
+        if seconds > 0:
+            self._spent.inc(seconds, labels)
 
     @contextmanager
     def count(self, request: ImageRequest) -> Iterator[None]:

@@ -108,6 +108,12 @@ class Bill(Protocol):
     def enter(self, tier: str, gpu_seconds: float) -> None:
         """A request was taken in at that price."""
 
+    def wait(self, tier: str, seconds: float) -> None:
+        """Count how long a request waited for its turn."""
+
+    def spend(self, tier: str, gpu_seconds: float) -> None:
+        """Count what a request that was drawn took."""
+
     def compare(self, observations: Iterable[Observation]) -> None:
         """What was measured, beside what had been predicted."""
 
@@ -307,7 +313,9 @@ class Router:
             left_s = deadline_s - waited_s
             result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
             replica_s = result.times.replica_s
-            stay.finish(self.prices.on_all_cards(quote.tier, replica_s, result.layout))
+            gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
+            stay.finish(gpu_seconds)
+            self.bill.spend(quote.tier, gpu_seconds)
             return result
 
     def _entered(
@@ -357,11 +365,13 @@ class Router:
         await self.handles.connect(request.tier)
         affinity = affinity_of(request, self.prices)
         offer = offer_for(quote, number, deadline_s, caller, affinity)
+        asked_at = time.monotonic()
         try:
             replica = await self.turns.take(offer, hear)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise
+        self.bill.wait(request.tier, time.monotonic() - asked_at)
         is_done = False
         try:
             # Not before: so many could wait that their pixels would not fit into this process.

@@ -25,6 +25,12 @@ class NoBill:
     def compare(self, observations: object) -> None:
         pass
 
+    def wait(self, tier: str, seconds: float) -> None:
+        pass
+
+    def spend(self, tier: str, gpu_seconds: float) -> None:
+        pass
+
     def refuse(self, tier: str) -> None:
         pass
 

@@ -119,6 +119,17 @@ async def test_prices_and_what_came_of_them_are_counted(router, turns, bill):
     ]
 
 
+async def test_seconds_of_waiting_and_of_cards_are_counted(router, handles, turns, bill):
+    """A second try waits again, and a refused one waited for nothing."""
+    handles.failures = [ReplicaFailed("died")]
+    await router.generate(REQUEST)
+    turns.refusals = [Overloaded("too late")]
+    with pytest.raises(Overloaded):
+        await router.generate(REQUEST)
+    assert [name for name, _ in bill.spent] == ["waited", "waited", "drawn"]
+    assert bill.spent[-1][1] == pytest.approx(0.009)
+
+
 async def test_a_refusal_reaches_the_caller_and_no_replica(router, handles, turns):
     turns.refusals = [Overloaded("too late", None, 7)]
     with pytest.raises(Overloaded) as caught:
