@@ -3,7 +3,6 @@
 import ast
 import re
 import runpy
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ PACKAGE = ROOT / "flux_ray"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 NOUNS = {
+    "auth",
     "cards",
     "catalog",
     "config",
@@ -44,10 +44,11 @@ MAY_IMPORT = {
     "meter": {"metrics"},
     "engine": NOUNS | {"parallel", "tiny"},
     "parallel": NOUNS,
+    "planner": NOUNS | {"engine", "parallel"},
     "safety": NOUNS,
     "tiny": {"catalog", "request"},
     "simulator": NOUNS | {"router"},
-    "cli": NOUNS | {"engine", "router", "simulator"},
+    "cli": NOUNS | {"engine", "planner", "router", "simulator"},
     "app": NOUNS | {"gateway", "jobs", "router", "replica", "safety"},
 } | dict.fromkeys(NOUNS, NOUNS)
 MODELS = {"diffusers", "transformers", "accelerate"}
@@ -62,12 +63,23 @@ MAY_NOT_IMPORT = {
     "meter": TENSORS | HTTP,
     "engine": HTTP | {"ray"},
     "parallel": HTTP | {"ray"},
+    "planner": HTTP | {"ray"},
     "safety": {"ray"},
     "tiny": HTTP | {"ray"},
     "simulator": TENSORS | HTTP | {"ray"},
     "cli": TENSORS | {"ray"},
     "app": TENSORS,
 } | dict.fromkeys(NOUNS, TENSORS | HTTP | {"ray"})
+# Decisions stay plain functions and objects; only these files of the router know Ray.
+RAY_HANDS = {
+    "router/autoscaling.py",
+    "router/handles.py",
+    "router/hung_replicas.py",
+    "router/ledger_actor.py",
+    "router/remote_ledger.py",
+    "router/readiness.py",
+    "router/replica_choice.py",
+}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "misc", "base", "manager", "constants"}
 
 
@@ -102,26 +114,17 @@ def test_imports_go_one_way(path):
 
 
 def test_the_engine_knows_only_where_the_embedded_checkpoint_is():
-    names = {name for path in (PACKAGE / "engine").glob("*.py") for name in imports_of(path)}
+    names = {name for path in (PACKAGE / "engine").rglob("*.py") for name in imports_of(path)}
     assert {n for n in names if n.startswith("flux_ray.tiny")} <= {"flux_ray.tiny.CHECKPOINT"}
 
 
 def test_only_the_routers_hands_touch_ray():
-    """Decisions stay plain functions and objects."""
     touching = {
-        path.name
-        for path in (PACKAGE / "router").glob("*.py")
+        str(path.relative_to(PACKAGE))
+        for path in (PACKAGE / "router").rglob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports_of(path))
     }
-    assert touching == {
-        "autoscaling.py",
-        "handles.py",
-        "hung_replicas.py",
-        "ledger_actor.py",
-        "remote_ledger.py",
-        "readiness.py",
-        "replica_choice.py",
-    }
+    assert touching == RAY_HANDS
 
 
 def test_the_graph_imports_without_torch():
@@ -159,10 +162,6 @@ def test_files_are_short_and_say_their_job(path):
         if isinstance(node, functions) and node.end_lineno - node.lineno + 1 > 40
     }
     assert not long
-
-
-def test_half_of_the_files_are_very_short():
-    assert statistics.median(len(path.read_text().splitlines()) for path in SOURCES) <= 120
 
 
 def test_tests_are_no_packages():
