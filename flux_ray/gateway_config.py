@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flux_ray.cards import speed_for
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.gpus import speed_for
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.config import Args, Seconds
 from flux_ray.job_config import JobArgs
 from flux_ray.keys import KeyClass
@@ -143,7 +143,7 @@ class GatewayArgs(Args):
     """The gateway application. A tier's application bears the tier's name.
 
     `default_tier`: a tier or an alias. `card`: what a tier is priced by until one of its replicas
-    has told its own, and where that one is not in `cards`.
+    has told its own, and where that one is not in `catalog.gpus`.
     `deadlines`: of tiers, where neither the caller nor its class says one.
     `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.

@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 
 # What secrets begin with, and no secret.
 SECRET_MARK = "fr-"  # nosec B105

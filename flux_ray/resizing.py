@@ -6,8 +6,8 @@ Both call Pillow in the same way, so that an image does not depend on who scaled
 import numpy as np
 from PIL import Image
 
+from flux_ray.catalog.flops import scaled_size
 from flux_ray.request import Mask, Raster
-from flux_ray.workload import scaled_size
 
 # Of 255: where a scaled mask's edge is.
 THRESHOLD = 128

@@ -25,7 +25,7 @@ class Description:
     """What a replica tells a gateway of itself.
 
     `replica`: its name in Serve. `layout`: what its results call the way in which it is laid out.
-    `args`: its TierArgs as JSON. `card`: its row in `cards`, None for one that is not there.
+    `args`: its TierArgs as JSON. `card`: its row in `catalog.gpus`, None for one that is not there.
     `started_at_s`: seconds since 1970.
     """
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.cli.serve_config import BUILDERS
 from flux_ray.config import Args, TierArgs
 from flux_ray.engine.plan import make_plan

@@ -8,10 +8,10 @@ CUDA's libraries allocate besides was measured (tests/bench/results) and is coun
 from dataclasses import dataclass
 from typing import Any
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.flops import MAX_WHOLE_PIXELS
+from flux_ray.catalog.tiers import Tier
 from flux_ray.config import Parallel
 from flux_ray.parallel.sequence import num_padded
-from flux_ray.workload import MAX_WHOLE_PIXELS
 
 # What a stage of the VAE takes on a card, of what its modules allocate themselves: convolutions in
 # bf16 copy what goes in and comes out to channels last. Decoding a megapixel in klein-4b measured

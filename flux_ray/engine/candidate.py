@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux_ray.cards import Card
-from flux_ray.catalog import Tier
+from flux_ray.catalog.gpus import Card
+from flux_ray.catalog.tiers import Tier
 from flux_ray.config import Quantization, TierArgs
 from flux_ray.engine.activations import (
     CARD_CONVOLUTIONS,

@@ -14,7 +14,8 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TOKEN_SIDE
+from flux_ray.catalog.tiers import Tier
 from flux_ray.engine.family import open_checkpoint
 from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
 from flux_ray.engine.loading import (
@@ -41,7 +42,6 @@ from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, Raster
-from flux_ray.workload import MAX_WHOLE_PIXELS, TOKEN_SIDE
 
 FULL_TIMESTEP = 1000
 

@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from flux_ray.catalog import EMBEDDED, Tier
+from flux_ray.catalog.tiers import EMBEDDED, Tier
 from flux_ray.config import Lora, Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Delta, Recipe, load_sharded

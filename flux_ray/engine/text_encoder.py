@@ -6,7 +6,7 @@ import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.engine.family import Family, open_checkpoint
 from flux_ray.engine.flux2_dev import DEV
 from flux_ray.engine.flux2_klein import KLEIN

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_answer import (
     Accepted,

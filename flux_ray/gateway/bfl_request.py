@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.openai_fields import ImageFields

@@ -7,7 +7,7 @@ import time
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from flux_ray.catalog import Tier, tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.request import ImageFormat, ImageRequest, ImageResult
 
 # As pydantic writes a picture whose base64 is to come.

@@ -3,7 +3,7 @@
 import secrets
 import uuid
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
 from flux_ray.gateway.references import MAX_ASPECT, SentImage

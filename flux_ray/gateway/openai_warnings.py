@@ -1,6 +1,6 @@
 """What a caller sent and did not get: said in the answer, never silently dropped."""
 
-from flux_ray.catalog import Tier, tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.gateway.foreign_fields import (
     NO_EFFECT,
     REFUSED,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import KeyReused
 from flux_ray.gateway.callers import Callers, may_spill
 from flux_ray.gateway.limit_headers import limit_headers

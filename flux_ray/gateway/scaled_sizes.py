@@ -2,7 +2,7 @@
 
 import math
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
 

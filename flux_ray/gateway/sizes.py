@@ -3,7 +3,7 @@
 import math
 import re
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.scaled_sizes import check_scaled

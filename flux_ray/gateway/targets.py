@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from flux_ray.catalog import Tier, tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTier
 from flux_ray.gateway_config import Alias, GatewayArgs
 from flux_ray.keys import KeyClass

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn, cast
 
-from flux_ray.cards import PROCESSOR, card_of
+from flux_ray.catalog.gpus import PROCESSOR, card_of
 
 # Of glibc's `mallopt`, and what it is given: bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -63,7 +63,7 @@ def load_engine() -> None:
 
 
 def card_here(device: str) -> str | None:
-    """The row of this process's card in `cards`; None if it has none."""
+    """The row of this process's card in `catalog.gpus`; None if it has none."""
     if device == "cpu":
         return PROCESSOR
     import torch

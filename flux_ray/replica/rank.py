@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.leader_watch import LeaderWatch
@@ -146,7 +146,7 @@ class RankActor:
 
     @ray.method(concurrency_group="control")
     def card(self) -> str | None:
-        """The row of its card in `cards`, if there is one."""
+        """The row of its card in `catalog.gpus`, if there is one."""
         return card_here(self._args.device)
 
     def listen(self) -> Address:

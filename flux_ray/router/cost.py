@@ -8,12 +8,12 @@ the speed of the link. `calibration` corrects it by what replicas measure.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flux_ray.cards import PROCESSOR, speed_for
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.flops import TOKEN_SIDE, WORKLOADS, reference_pixels
+from flux_ray.catalog.gpus import PROCESSOR, speed_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import Quantization, TierArgs
 from flux_ray.request import ImageRequest
 from flux_ray.router.roofline import Exchange, Roofline, Split
-from flux_ray.workload import TOKEN_SIDE, WORKLOADS, reference_pixels
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # The VAE's four resolutions and the middle are blocks to the host.

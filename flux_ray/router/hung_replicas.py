@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from flux_ray.catalog import TIERS
+from flux_ray.catalog.tiers import TIERS
 from flux_ray.liveness import ASK_S, LOOK_S, Watch
 from flux_ray.meter import counter
 from flux_ray.metrics import HUNG

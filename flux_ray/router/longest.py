@@ -2,7 +2,7 @@
 
 import math
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.router.cost import Layout, Work, price

@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from flux_ray.cards import PROCESSOR
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.gpus import PROCESSOR
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
 from flux_ray.router.cost import Layout, Work, price

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flux_ray.cards import Card
+from flux_ray.catalog.gpus import Card
 from flux_ray.parallel.precision import is_quantized
 
 Call = Callable[[], Any]

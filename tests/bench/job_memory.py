@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.references import decode, decode_reference, whole_image

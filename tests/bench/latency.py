@@ -26,7 +26,7 @@ from PIL import Image
 from ray import serve
 
 from flux_ray.app import build_gateway
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.app import build_gateway, tier_application
-from flux_ray.cards import PROCESSOR
+from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.config import TierArgs
 from flux_ray.gateway_config import GatewayArgs
 from flux_ray.replica.leader import Leader, description_of

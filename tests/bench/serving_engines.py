@@ -10,8 +10,8 @@ from ray import serve
 from ray.serve import Application
 
 from flux_ray.app import tier_application
-from flux_ray.cards import PROCESSOR
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.gpus import PROCESSOR
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.runs import Runs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_ray.catalog import TIERS
+from flux_ray.catalog.tiers import TIERS
 from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
 from flux_ray.gateway_config import Limits
 from tests.cluster.conftest import PATIENCE_S, ROOT

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.parallel.load import saved_tensors
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine import flux2
 from flux_ray.engine.flux2 import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.flux2_klein import check_index
 from flux_ray.engine.loading import Placement

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux_ray.cards import card_for
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.gpus import card_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import Parallel, TierArgs
 from flux_ray.engine.activations import default_demand, largest_demand
 from flux_ray.engine.architectures import EmptyModel, empty_model

@@ -11,7 +11,7 @@ from diffusers import Flux2KleinInpaintPipeline, Flux2Transformer2DModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from flux_ray.catalog import Tier, tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config import Parallel
 from flux_ray.engine import flux2
 from flux_ray.engine.activations import Forward, denoise_bytes

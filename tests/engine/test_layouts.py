@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from flux_ray.cards import card_for
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.gpus import card_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.candidate import Candidate

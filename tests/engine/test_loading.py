@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import Quantization
 from flux_ray.engine import loading
 from flux_ray.engine.adapter import load_adapter

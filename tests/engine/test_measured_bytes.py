@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux_ray.cards import card_for
+from flux_ray.catalog.gpus import card_for
 from flux_ray.config import Parallel
 from flux_ray.engine.activations import default_demand
 from flux_ray.engine.candidate import Candidate

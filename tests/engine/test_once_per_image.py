@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import Parallel
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.flux2 import Flux2, unpack_latents

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import Lora, Parallel
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.remembering import Remembering
 from flux_ray.engine.state import Canvas
 from flux_ray.gateway.masks import fit

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from flux_ray.catalog import TINY, tier_for
+from flux_ray.catalog.tiers import TINY, tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_fields import parse_body
 from flux_ray.gateway.bfl_request import size_for

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.sizes import check_size
 from flux_ray.request import Encoding

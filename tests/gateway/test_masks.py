@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.masks import decode_mask, mask_from_alpha, mask_from_luma
 from flux_ray.gateway.openai_fields import ImageFields

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from flux_ray import request as requests
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.gateway import decoders, references
 from flux_ray.gateway.openai_fields import ImageFields

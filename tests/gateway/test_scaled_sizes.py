@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.scaled_sizes import check_scaled, generated_size, generates
 

@@ -51,7 +51,7 @@ from flux_ray.replica.process import UNUSED_BY_DIFFUSERS, load_engine
 load_engine()
 print([each for each in UNUSED_BY_DIFFUSERS if each in sys.modules])
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.config import TierArgs
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.line import Extension, Line, connect

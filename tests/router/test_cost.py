@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.catalog import TIERS
+from flux_ray.catalog.tiers import TIERS
 from flux_ray.config import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster

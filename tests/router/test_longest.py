@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ray.catalog import TIERS
+from flux_ray.catalog.tiers import TIERS
 from flux_ray.config import TierArgs
 from flux_ray.gateway_config import Limits
 from flux_ray.router.cost import Layout, Work, price

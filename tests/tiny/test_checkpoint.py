@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from diffusers import Flux2KleinPipeline
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.tiny import CHECKPOINT, evaluate
 from flux_ray.tiny.judge import judge
 from flux_ray.tiny.world import Scene, Thing

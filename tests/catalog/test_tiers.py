@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.errors import UnknownTier
 
 

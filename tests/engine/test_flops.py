@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux_ray.catalog import TIERS, tier_for
+from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
+from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.remembering import Remembering
@@ -20,7 +21,6 @@ from flux_ray.parallel.precision import is_quantized
 from flux_ray.parallel.shards import shards_for
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.cost import Layout, encoder_ranks, work_of
-from flux_ray.workload import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from tests.engine.drawing import reference
 
 ATTENTION = "aten.bmm"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.cards import CARDS, GIB, card_of
+from flux_ray.catalog.gpus import CARDS, GIB, card_of
 
 
 @pytest.mark.parametrize(
