@@ -15,10 +15,10 @@ from ray._private.worker import global_worker
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_h11
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_h11
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for

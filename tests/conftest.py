@@ -9,9 +9,9 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.errors import NotKept
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.request import (
     GeneratedImage,
     Hear,

@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import cloudpickle
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 
 PATIENCE_S = 600
 MEETING_S = 300.0

@@ -5,8 +5,8 @@ from pydantic import ValidationError
 from ray.serve import Application
 
 from flux_ray.app import build_gateway, build_tier, replicas_of
-from flux_ray.config import Parallel, TierArgs
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import Parallel, TierArgs
 
 
 def deployments_of(application: Application) -> dict[str, object]:

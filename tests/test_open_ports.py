@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.parallel.mesh import Mesh, open_store
 from flux_ray.replica.line import Extension
 from flux_ray.replica.rank import RankActor

@@ -10,9 +10,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.cli.serve_config import BUILDERS
-from flux_ray.config import Args, TierArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import Args, TierArgs
 from flux_ray.engine.plan import make_plan
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.longest import drain_timeout_s
 
 FOLDER = Path(__file__).parent.parent / "serve"

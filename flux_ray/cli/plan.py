@@ -13,7 +13,7 @@ from flux_ray.cli.client import fail
 from flux_ray.cli.plan_table import print_plan
 from flux_ray.cli.serve_config import tiers_in
 from flux_ray.cli.terminal import table_console
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 
 if TYPE_CHECKING:
     from flux_ray.engine.plan import Plan

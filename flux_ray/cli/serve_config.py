@@ -7,9 +7,9 @@ import yaml
 from pydantic import ValidationError
 
 from flux_ray.cli.client import fail
-from flux_ray.config import Args, TierArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import Args, TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.gpu_budget import Want, check_budget
 
 BUILDERS: dict[str, type[Args]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS
 from flux_ray.catalog.tiers import Tier
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.parallel.sequence import num_padded
 
 # What a stage of the VAE takes on a card, of what its modules allocate themselves: convolutions in

@@ -9,7 +9,7 @@ from torch import nn
 
 from flux_ray.catalog.gpus import Card
 from flux_ray.catalog.tiers import Tier
-from flux_ray.config import Quantization, TierArgs
+from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.engine.activations import (
     CARD_CONVOLUTIONS,
     Demand,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 from flux_ray.parallel.load import plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import is_quantized

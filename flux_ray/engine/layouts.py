@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.activations import largest_demand
 from flux_ray.engine.candidate import Candidate
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flux_ray.catalog.tiers import EMBEDDED, Tier
-from flux_ray.config import Lora, Quantization
+from flux_ray.config.tier import Lora, Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Delta, Recipe, load_sharded
 from flux_ray.parallel.mesh import Mesh

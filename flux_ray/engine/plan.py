@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flux_ray.catalog.gpus import Card, card_for
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.activations import Demand, default_demand, largest_demand
 from flux_ray.engine.architectures import empty_model
 from flux_ray.engine.candidate import Candidate

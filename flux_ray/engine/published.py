@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.activations import default_demand
 from flux_ray.engine.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape
 from flux_ray.engine.candidate import Candidate

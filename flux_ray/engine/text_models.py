@@ -16,7 +16,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 from flux_ray.engine.loading import Placement
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded

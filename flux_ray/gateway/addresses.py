@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import httpx
 
-from flux_ray.gateway_config import Fetching
+from flux_ray.config.gateway import Fetching
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 

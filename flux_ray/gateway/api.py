@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import BodyLimit
 from flux_ray.gateway.cors import cors_options
@@ -30,7 +31,6 @@ from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.result_routes import ResultRoutes
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.unpacking import Unpacking
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from flux_ray.catalog.tiers import tier_for
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_answer import (
     Accepted,
@@ -33,7 +34,6 @@ from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.result_urls import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.webhooks import webhook_of
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
 from flux_ray.router.router import Router

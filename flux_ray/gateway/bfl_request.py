@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from flux_ray.catalog.tiers import Tier
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl_fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.openai_fields import ImageFields
@@ -14,7 +15,6 @@ from flux_ray.gateway.references import SentImage
 from flux_ray.gateway.scaled_sizes import size_notes
 from flux_ray.gateway.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.sources import Pictures
-from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageFormat, ImageRequest
 
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.

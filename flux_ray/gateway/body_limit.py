@@ -4,9 +4,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BodyTooLarge
 from flux_ray.gateway.held import HELD, Share
-from flux_ray.gateway_config import Limits
 
 # Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 18

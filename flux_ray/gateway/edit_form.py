@@ -9,9 +9,9 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.openai_references import is_picture_name, is_unfilled
-from flux_ray.gateway_config import Limits
 
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
@@ -30,7 +31,6 @@ from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.sent_fields import SentFields, heed
 from flux_ray.gateway.sources import Pictures, Source, Sources, is_picture, read_pictures
 from flux_ray.gateway.targets import Target
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 

@@ -14,13 +14,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flux_ray.config.gateway import GatewayArgs, Uploads
 from flux_ray.errors import BodyTooSlow, GatewayFull
 from flux_ray.gateway.body_places import BodyPlaces
 from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
 from flux_ray.gateway.probes import PROBES
-from flux_ray.gateway_config import GatewayArgs, Uploads
 
 FULL = "this gateway has as many requests in hand as it may: come back in a moment"
 # Without a word about a body, these have none.

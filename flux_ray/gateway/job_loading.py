@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from flux_ray.config.gateway import Limits
 from flux_ray.deferred import DeferredRequest
 from flux_ray.gateway.held import HELD
-from flux_ray.gateway_config import Limits
 from flux_ray.request import ImageRequest
 
 # The pixels, and first what they are unpacked from, then what they are sent in.

@@ -7,9 +7,9 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.targets import Target, names_of, target_for
-from flux_ray.gateway_config import GatewayArgs
 
 
 class Model(BaseModel):

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
@@ -31,7 +32,6 @@ from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.sources import Pictures, Sources, read_pictures, read_with_alpha
 from flux_ray.gateway.targets import Target
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.router.router import Router
 
 JSON = "application/json"

@@ -4,6 +4,7 @@ import secrets
 import uuid
 
 from flux_ray.catalog.tiers import Tier
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
 from flux_ray.gateway.references import MAX_ASPECT, SentImage
@@ -17,7 +18,6 @@ from flux_ray.gateway.sizes import (
     side_of,
     size_like,
 )
-from flux_ray.gateway_config import Limits
 from flux_ray.request import Encoding, ImageRequest, Mask
 
 # JavaScript reads integers exactly up to 2**53.

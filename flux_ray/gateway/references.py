@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.colours import to_srgb
 from flux_ray.gateway.decode_work import DecodeWork
@@ -17,7 +18,6 @@ from flux_ray.gateway.jpeg_ends import with_its_end
 from flux_ray.gateway.jpeg_segments import JPEG_START, PlainJpeg, plain_jpeg
 from flux_ray.gateway.orientation import turn_upright
 from flux_ray.gateway.png_chunks import PNG_START, check_chunks
-from flux_ray.gateway_config import Limits
 from flux_ray.request import Raster
 from flux_ray.resizing import scale_down
 

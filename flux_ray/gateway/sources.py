@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.decoders import DECODERS, timed
 from flux_ray.gateway.fetch import Fetcher
@@ -23,7 +24,6 @@ from flux_ray.gateway.references import (
     whole_image,
 )
 from flux_ray.gateway.targets import Target
-from flux_ray.gateway_config import Limits
 from flux_ray.request import Mask, Raster
 
 Read = TypeVar("Read")

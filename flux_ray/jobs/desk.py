@@ -4,8 +4,8 @@ import asyncio
 import logging
 from collections.abc import Collection
 
+from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import StoreLost
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs.abandoned import Abandoned
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import (

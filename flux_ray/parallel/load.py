@@ -8,7 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.linear import split_rows
 from flux_ray.parallel.mesh import Axis

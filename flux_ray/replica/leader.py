@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import get_current_placement_group
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.following import follow
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.loop import StepLoop

@@ -11,7 +11,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import KilledForMemory
 from flux_ray.replica.line import Line, connect
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor

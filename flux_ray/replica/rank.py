@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.leader_watch import LeaderWatch
 from flux_ray.replica.line import Address, Extension, StageFailed

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError
 from flux_ray.replica.memory import free_memory, out_of_memory

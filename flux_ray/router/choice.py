@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
-from flux_ray.gateway_config import Alias
 from flux_ray.router.forecast import Forecast
 from flux_ray.router.quote import Quote
 

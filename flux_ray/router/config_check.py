@@ -1,7 +1,7 @@
 """What of a gateway's config no cluster could do: found when it is read, not by its clients."""
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.router.cost import Layout, Work, price
 
 

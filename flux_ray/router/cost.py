@@ -11,7 +11,7 @@ from functools import lru_cache
 from flux_ray.catalog.flops import TOKEN_SIDE, WORKLOADS, reference_pixels
 from flux_ray.catalog.gpus import PROCESSOR, speed_for
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Quantization, TierArgs
+from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.request import ImageRequest
 from flux_ray.router.roofline import Exchange, Roofline, Split
 

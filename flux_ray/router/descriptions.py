@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pydantic import ValidationError
 
 from flux_ray.catalog.gpus import SPEEDS
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flux_ray.config import COLD_START_S
+from flux_ray.config.tier import COLD_START_S
 from flux_ray.request import QueuePosition
 from flux_ray.router.arrivals import Arrivals
 from flux_ray.router.forecast import Forecast

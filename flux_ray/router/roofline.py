@@ -7,7 +7,7 @@ on their way from memory. What is assumed is said at each constant.
 from dataclasses import dataclass
 
 from flux_ray.catalog.gpus import Speed
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 
 TERA = 1e12
 GIGA = 1e9

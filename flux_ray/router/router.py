@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from flux_ray.config.gateway import Alias
 from flux_ray.deferred import loaded
 from flux_ray.errors import (
     DeadlinePassed,
@@ -22,7 +23,6 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.gateway_config import Alias
 from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.affinity import affinity_of
 from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
 from flux_ray.router.cost import Layout, Work, price
 from flux_ray.router.gpu_budget import Want, check_budget, share_gpus

@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.adapter import Adapter, load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.pictures import encode_picture

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_ray.config import Parallel, Quantization
+from flux_ray.config.tier import Parallel, Quantization
 from flux_ray.engine.activations import default_demand
 from flux_ray.engine.candidate import Candidate
 from flux_ray.engine.flux2 import Flux2

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded
 from flux_ray.parallel.mesh import Axis

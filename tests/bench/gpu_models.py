@@ -16,7 +16,7 @@ from diffusers import (
 from transformers import Qwen3Config, Qwen3Model
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.config import Quantization, TierArgs
+from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.engine.architectures import (
     DEV_TRANSFORMER,
     KLEIN_4B_TRANSFORMER,

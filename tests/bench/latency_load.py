@@ -14,7 +14,7 @@ import httpx
 from ray.serve import Application
 
 from flux_ray.app import tier_application
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.pictures import encode_picture, image_for, scaled
 from flux_ray.replica.files import Files, Made
 from flux_ray.replica.leader import Leader

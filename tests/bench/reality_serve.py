@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from flux_ray.app import build_gateway, tier_application
 from flux_ray.catalog.gpus import PROCESSOR
-from flux_ray.config import TierArgs
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes

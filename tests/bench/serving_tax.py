@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_ray.app import build_gateway, build_tier
-from flux_ray.config import TierArgs
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import TierArgs
 from tests.bench.serving_engines import (
     FAKE_S,
     NUM_FAKES,

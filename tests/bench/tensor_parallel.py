@@ -18,7 +18,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from tests.bench.split_jobs import measure_forwards, measure_host, measure_loads
 from tests.bench.split_models import (
     DEV_DEPTH,

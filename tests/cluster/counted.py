@@ -5,7 +5,7 @@ from pathlib import Path
 from ray.serve import Application
 
 from flux_ray.app import tier_application
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.request import Hear, ImageRequest, ImageResult
 

@@ -3,7 +3,7 @@
 from ray.serve import Application
 
 from flux_ray.app import tier_application
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader
 from tests.cluster.faulty_rank import FaultyRank
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
+from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11
 from tests.cluster.conftest import LAPTOP, PATIENCE_S, free_port, is_ready, serve_run, wait_until
 from tests.cluster.counted import DRAWN
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flux_ray.catalog.tiers import TIERS
-from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
-from flux_ray.gateway_config import Limits
+from flux_ray.config.gateway import Limits
+from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11
 from tests.cluster.conftest import PATIENCE_S, ROOT
 
 LARGE_ANSWER = Path(__file__).with_name("large_answer.py")

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
 from flux_ray.app import build_tier
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.request import ImageRequest
 from flux_ray.wire import answer_from, pack_request
 

@@ -4,7 +4,7 @@ from ray import serve
 from ray.serve import Application
 
 from flux_ray.app import replicas_of
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from tests.cluster.unranked_replica import Unranked
 
 

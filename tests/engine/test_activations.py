@@ -8,7 +8,7 @@ from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.common import KernelPreference
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.activations import (
     Demand,
     Forward,

@@ -9,7 +9,7 @@ from diffusers import Flux2Pipeline
 from transformers import AutoTokenizer
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Lora
+from flux_ray.config.tier import Lora
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.flux2_dev import check_index, load_tokenizer
 from flux_ray.engine.loading import Placement

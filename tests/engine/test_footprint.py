@@ -8,7 +8,7 @@ from diffusers import Flux2Transformer2DModel
 
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.engine.activations import default_demand, largest_demand
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.candidate import Candidate

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine import flux2
 from flux_ray.engine.activations import Forward, denoise_bytes
 from flux_ray.engine.flux2 import Flux2

@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.candidate import Candidate
 from flux_ray.engine.layouts import Layout, alternatives, cheapest, fastest

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Quantization
+from flux_ray.config.tier import Quantization
 from flux_ray.engine import loading
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement, Source, fetch, load_config, source_for

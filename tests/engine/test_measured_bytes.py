@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from flux_ray.catalog.gpus import card_for
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.activations import default_demand
 from flux_ray.engine.candidate import Candidate
 from tests.bench.gpu_jobs import PRECISIONS, beside_plan

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.flux2 import Flux2, unpack_latents
 from flux_ray.engine.loading import Placement

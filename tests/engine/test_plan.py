@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.engine.plan import Plan, TierPlan, make_plan
 
 GB = 10**9

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import Lora, Parallel
+from flux_ray.config.tier import Lora, Parallel
 from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.state import Canvas

@@ -18,7 +18,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.engine.architectures import mistral, qwen3_4b
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.text_models import (

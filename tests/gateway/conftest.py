@@ -7,8 +7,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.jobs import JobArgs
 from flux_ray.jobs.attempt import Generate
 from flux_ray.jobs.desk import Desk
 from tests.jobs.painter import paint

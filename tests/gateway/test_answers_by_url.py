@@ -6,9 +6,9 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, InternalServerError
 
+from flux_ray.config.gateway import Alias, GatewayArgs
 from flux_ray.errors import StoreLost
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import Alias, GatewayArgs
 from tests.conftest import LIMITS
 
 

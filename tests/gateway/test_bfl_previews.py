@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel

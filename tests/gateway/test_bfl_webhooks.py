@@ -7,9 +7,9 @@ import pytest
 from fastapi import FastAPI
 from standardwebhooks import Webhook as Verifier
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_desk import desk_for
-from flux_ray.gateway_config import GatewayArgs
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from flux_ray.config.gateway import GatewayArgs, Limits
+from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.json_body import parse_object
 from flux_ray.gateway.masks import decode_mask, decode_painted_mask
-from flux_ray.gateway_config import GatewayArgs, Limits
-from flux_ray.job_config import JobArgs
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 from tests.gateway.test_masks import LEFT, file_of

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs, Limits, Uploads
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.held import HELD
-from flux_ray.gateway_config import GatewayArgs, Limits, Uploads
 from tests.gateway.fake_desk import FakeDesk
 
 LIMITS = Limits(max_body_bytes=1_000_000, max_held_bytes=2_000_000, max_image_pixels=20_000)

@@ -7,11 +7,11 @@ import time
 import pytest
 from PIL import Image
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway import decode_work
 from flux_ray.gateway.image_notes import with_notes
 from flux_ray.gateway.references import decode, is_large, work_bytes
-from flux_ray.gateway_config import Limits
 from tests.gateway.icc import ADOBE
 from tests.gateway.image_files import (
     after_start,

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from fastapi import FastAPI
 
+from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway import desk_hours
 from flux_ray.gateway.desk_hours import GIVE_BACK_S, drain_s_of, lifespan_of
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer
 from flux_ray.request import ImageRequest, ImageResult, QueuePosition

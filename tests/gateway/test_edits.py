@@ -3,8 +3,8 @@
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs, Limits
 
 PATH = "/v1/images/edits"
 PROMPT = {"prompt": "make the circle green"}

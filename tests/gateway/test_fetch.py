@@ -7,10 +7,10 @@ import ssl
 import pytest
 import trustme
 
+from flux_ray.config.gateway import Fetching
 from flux_ray.errors import BadReference
 from flux_ray.gateway.addresses import is_reachable
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway_config import Fetching
 from tests.gateway.picture_server import serving
 
 

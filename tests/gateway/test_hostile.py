@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux_ray.config.gateway import Uploads
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import Uploads
 
 EDITS = "/v1/images/edits"
 GENERATIONS = "/v1/images/generations"

@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs
-from flux_ray.job_config import JobArgs
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 from tests.gateway.test_hostile import FILES, INSIDES, TEXTS, VALUES

@@ -13,6 +13,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
+from flux_ray.config.gateway import Fetching, GatewayArgs, Limits, Webhooks
 from flux_ray.errors import FluxError
 from flux_ray.gateway.addresses import Refused, place_of
 from flux_ray.gateway.api import build_api
@@ -24,7 +25,6 @@ from flux_ray.gateway.hugging_face import format_of, parse_inputs
 from flux_ray.gateway.openai_fields import ImageFields, parse_json
 from flux_ray.gateway.sources import decode_base64, is_picture, is_url
 from flux_ray.gateway.unpacking import Unpacking, encodings_of
-from flux_ray.gateway_config import Fetching, GatewayArgs, Limits, Webhooks
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 

@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from flux_ray.config.gateway import Fetching
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway_config import Fetching
 from tests.gateway.picture_server import serving
 from tests.gateway.test_hostile import EDITS, GENERATIONS, PROMPT, check
 

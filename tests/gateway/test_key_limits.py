@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.key_store import write_keys
 from flux_ray.keys import KeyFile, new_key
 from flux_ray.router.allowances import Allowances

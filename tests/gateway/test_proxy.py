@@ -13,7 +13,7 @@ from ray.serve.config import HTTPOptions
 from uvicorn.config import HTTP_PROTOCOLS, Config
 from uvicorn.server import ServerState
 
-from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11
+from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11
 from flux_ray.gateway import proxy
 
 OFFERS = {

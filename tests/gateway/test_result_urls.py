@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.result_urls import ResultUrls
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer, StoredPicture
 from flux_ray.key_store import write_keys

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from flux_ray.config.gateway import Limits
 from flux_ray.gateway.decode_work import DecodeWork
 from flux_ray.gateway.image_notes import with_notes
 from flux_ray.gateway.jpeg_segments import PIECE_BYTES, plain_jpeg
 from flux_ray.gateway.references import decode
-from flux_ray.gateway_config import Limits
 from tests.gateway.image_files import (
     after_start,
     before,

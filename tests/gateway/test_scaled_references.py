@@ -12,12 +12,12 @@ from PIL import Image
 
 from flux_ray import request as requests
 from flux_ray.catalog.tiers import tier_for
+from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.gateway import decoders, references
 from flux_ray.gateway.openai_fields import ImageFields
 from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.references import decode, decode_reference, whole_image
-from flux_ray.gateway_config import GatewayArgs, Limits
 from flux_ray.request import ImageRequest, Raster
 from flux_ray.resizing import fit_mask, fit_picture
 from flux_ray.router.affinity import affinity_of

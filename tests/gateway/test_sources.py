@@ -4,9 +4,9 @@ import base64
 
 import pytest
 
+from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.sources import decode_base64, is_url
-from flux_ray.gateway_config import Limits
 
 LIMITS = Limits(max_image_bytes=3000)
 DATA = bytes(range(256)) * 4

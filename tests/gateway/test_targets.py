@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.key_store import write_keys
 from flux_ray.keys import KeyFile, new_key
 from flux_ray.router.cost import Layout

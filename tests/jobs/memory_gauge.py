@@ -18,8 +18,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from flux_ray.gateway_config import GatewayArgs, Limits
-from flux_ray.job_config import JobArgs
+from flux_ray.config.gateway import GatewayArgs, Limits
+from flux_ray.config.jobs import JobArgs
 
 TIER = "flux-2-dev"
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import logging
 import random
 import sys
 
+from flux_ray.config.gateway import Webhooks
 from flux_ray.gateway.webhooks import Poster
-from flux_ray.gateway_config import Webhooks
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
 from flux_ray.jobs.cleaning import keep_clean

@@ -12,8 +12,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import StoreLost
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs import database as module
 from flux_ray.jobs.acceptance import accept as accept_into
 from flux_ray.jobs.database import Database

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.gateway_config import Limits
+from flux_ray.config.gateway import Limits
 from tests.jobs.memory_gauge import Load, measure
 
 LIMITS = Limits(max_held_bytes=600_000_000)

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import StoreLost
-from flux_ray.job_config import JobArgs
 from flux_ray.jobs import postman
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.database import Database

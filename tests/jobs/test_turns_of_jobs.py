@@ -2,8 +2,8 @@
 
 import pytest
 
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.job_drawing import JobDrawing
-from flux_ray.gateway_config import GatewayArgs
 from flux_ray.jobs.job import Job
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller

@@ -19,7 +19,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux_ray.config import Lora, Parallel
+from flux_ray.config.tier import Lora, Parallel
 from flux_ray.parallel import load as loading
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.parallel.mesh import LockstepBroken, Mesh, assert_same, sequence_ranks, tensor_ranks
 from tests.ranks import Ranks
 

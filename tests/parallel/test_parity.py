@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import Tensor
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Recipe, load_sharded
 from flux_ray.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.parallel.mesh import Mesh
 from tests.gauges import Collectives
 from tests.parallel.peers import WAYS

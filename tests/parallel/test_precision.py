@@ -27,7 +27,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from flux_ray.config import Parallel
+from flux_ray.config.tier import Parallel
 from flux_ray.parallel import load as loading
 from flux_ray.parallel import precision
 from flux_ray.parallel.checkpoint import Checkpoint

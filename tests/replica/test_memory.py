@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import OutOfMemory, ReplicaFailed
 from flux_ray.replica import group as group_module
 from flux_ray.replica.group import RankGroup

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import KilledForMemory
 from flux_ray.replica.placement import LoadedRank, bundles_for, ranks_by_node, strategy_for
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import BadReference
 from flux_ray.parallel.mesh import LockstepBroken, Mesh
 from flux_ray.replica.line import StageFailed

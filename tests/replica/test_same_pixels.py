@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.replica.group import RankGroup
 from flux_ray.replica.line import Extension, Line, connect
 from flux_ray.replica.loop import StepLoop

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.engine.text_encoder import unpack
 from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder

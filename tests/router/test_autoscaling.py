@@ -11,7 +11,7 @@ import pytest
 from ray import cloudpickle
 
 from flux_ray.app import replicas_of
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.router import autoscaling, budgeted
 from flux_ray.router.budgeted import GpuBudget
 from flux_ray.router.messages import Backlog
@@ -79,7 +79,7 @@ def targets_of(*tiers, rounds=5):
 PICKLED = """
 import base64
 from flux_ray.app import replicas_of
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 args = TierArgs(tier="tiny", autoscaling={"max_replicas": 2})
 policy = replicas_of(args)["autoscaling_config"].policy
 print(base64.b64encode(policy.get_serialized_policy_def()).decode())

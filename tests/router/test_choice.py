@@ -2,8 +2,8 @@
 
 import pytest
 
+from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
-from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.cost import Cost

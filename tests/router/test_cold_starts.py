@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.request import PROTOCOL
 from flux_ray.router.autoscaling import LedgerPolicy
 from flux_ray.router.cost import Layout

@@ -3,7 +3,7 @@
 import pytest
 
 from flux_ray.app import build_gateway
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.router.config_check import check_possible
 
 TIERS = ("flux-2-dev", "flux-2-klein-4b")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.catalog.tiers import TIERS
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 from flux_ray.router.cost import Layout, Work, encoder_ranks, price, work_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import ReplicaFailed
 from flux_ray.request import PROTOCOL, ImageRequest, StageTimes
 from flux_ray.router import descriptions as module

@@ -22,7 +22,7 @@ from ray.serve.exceptions import (
     RequestCancelledError,
 )
 
-from flux_ray.config import TierArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.errors import (
     BadReference,
     FluxError,

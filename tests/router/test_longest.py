@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ray.catalog.tiers import TIERS
-from flux_ray.config import TierArgs
-from flux_ray.gateway_config import Limits
+from flux_ray.config.gateway import Limits
+from flux_ray.config.tier import TierArgs
 from flux_ray.router.cost import Layout, Work, price
 from flux_ray.router.longest import MAX_S, MIN_S, drain_timeout_s, longest_work
 

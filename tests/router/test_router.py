@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from flux_ray.config.gateway import Alias
 from flux_ray.errors import (
     BadRequest,
     DeadlinePassed,
@@ -16,7 +17,6 @@ from flux_ray.errors import (
     ReplicaFailed,
     TierUnavailable,
 )
-from flux_ray.gateway_config import Alias
 from flux_ray.request import ImageRequest
 from flux_ray.router.allowances import Allowance, Standing
 from flux_ray.router.caller import Caller

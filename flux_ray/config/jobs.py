@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from flux_ray.config import Args, Seconds
+from flux_ray.config.tier import Args, Seconds
 
 
 class JobArgs(Args):

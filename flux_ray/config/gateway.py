@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from flux_ray.catalog.gpus import speed_for
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.config import Args, Seconds
-from flux_ray.job_config import JobArgs
+from flux_ray.config.jobs import JobArgs
+from flux_ray.config.tier import Args, Seconds
 from flux_ray.keys import KeyClass
 
 Policy = Literal["best", "spill", "cascade"]

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.gateway_config import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.keys import KeyClass
 
 TIERS = ["flux-2-klein-4b", "flux-2-dev", "flux-2-klein-9b"]

@@ -5,9 +5,9 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.config import TierArgs
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
-from flux_ray.gateway_config import GatewayArgs
 
 
 def test_unknown_keys_are_errors():
