@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from flux_ray.auth.key_file import change_keys, read_keys
+from flux_ray.auth.keys import Key, new_key, with_key, without_key
 from flux_ray.cli.client import fail
 from flux_ray.cli.terminal import table_console
-from flux_ray.key_store import change_keys, read_keys
-from flux_ray.keys import Key, new_key, with_key, without_key
 
 keys = typer.Typer(no_args_is_help=True, help="API keys, in the file that `keys_file` names.")
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from flux_ray.auth.keys import KeyClass
 from flux_ray.catalog.gpus import speed_for
 from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.config.jobs import JobArgs
 from flux_ray.config.tier import Args, Seconds
-from flux_ray.keys import KeyClass
 
 Policy = Literal["best", "spill", "cascade"]
 # As a model's name, whatever tiers there are: the best that meets the deadline.

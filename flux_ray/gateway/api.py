@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
+from flux_ray.auth.key_watch import KeyWatch
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl import Bfl
 from flux_ray.gateway.body_limit import BodyLimit
@@ -23,7 +24,6 @@ from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
 from flux_ray.gateway.intake import Intake
 from flux_ray.gateway.kept_pictures import KeptPictures
-from flux_ray.gateway.key_watch import KeyWatch
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
 from flux_ray.gateway.own_results import OwnResultsFirst

@@ -6,10 +6,10 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
+from flux_ray.auth.keys import Key, KeyClass, sha256
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.targets import UNLIMITED
-from flux_ray.keys import Key, KeyClass, sha256
 from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
 

@@ -6,13 +6,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flux_ray.auth.keys import Key
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
 from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.result_urls import PREFIX
-from flux_ray.keys import Key
 
 # Probes have no keys, and the description holds no secrets.
 OPEN = PROBES | {"/openapi.json"}

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
+from flux_ray.auth.keys import KeyClass
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.keys import KeyClass
 
 TIERS = ["flux-2-klein-4b", "flux-2-dev", "flux-2-klein-9b"]
 

@@ -5,10 +5,10 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from flux_ray.auth.key_file import write_keys
+from flux_ray.auth.keys import KeyFile
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.key_store import write_keys
-from flux_ray.keys import KeyFile
 from tests.conftest import LIMITS
 
 PATH = "/v1/images/generations"

@@ -10,12 +10,12 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from flux_ray.auth.key_file import write_keys
+from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs, Uploads
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.intake import BODY as AT_HAND
 from flux_ray.gateway.intake import BodyAtHand, address_of, may_have_body
-from flux_ray.key_store import write_keys
-from flux_ray.keys import KeyFile, new_key
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 

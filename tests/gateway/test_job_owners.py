@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from flux_ray.auth.key_file import write_keys
+from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.jobs.desk import Desk
-from flux_ray.key_store import write_keys
-from flux_ray.keys import KeyFile, new_key
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from flux_ray.auth.key_file import write_keys
+from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.key_store import write_keys
-from flux_ray.keys import KeyFile, new_key
 from flux_ray.router.allowances import Allowances
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel

@@ -7,13 +7,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flux_ray.auth.key_file import write_keys
+from flux_ray.auth.keys import KeyFile
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.result_urls import ResultUrls
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer, StoredPicture
-from flux_ray.key_store import write_keys
-from flux_ray.keys import KeyFile
 from flux_ray.request import Encoding, ImageRequest, Raster
 from tests.conftest import LIMITS
 from tests.jobs.painter import paint, picture_for

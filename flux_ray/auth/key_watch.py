@@ -8,8 +8,8 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flux_ray.key_store import read_keys, stamp_of
-from flux_ray.keys import Key, Keyring
+from flux_ray.auth.key_file import read_keys, stamp_of
+from flux_ray.auth.keys import Key, Keyring
 
 logger = logging.getLogger("ray.serve")
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flux_ray.key_store import change_keys, read_keys, stamp_of, write_keys
-from flux_ray.keys import KeyFile, new_key, with_key
+from flux_ray.auth.key_file import change_keys, read_keys, stamp_of, write_keys
+from flux_ray.auth.keys import KeyFile, new_key, with_key
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 

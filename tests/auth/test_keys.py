@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.keys import KeyFile, Keyring, new_key, sha256, with_key, without_key
+from flux_ray.auth.keys import KeyFile, Keyring, new_key, sha256, with_key, without_key
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

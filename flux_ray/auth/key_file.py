@@ -12,7 +12,7 @@ from typing import NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from flux_ray.keys import KeyFile
+from flux_ray.auth.keys import KeyFile
 
 
 class Stamp(NamedTuple):

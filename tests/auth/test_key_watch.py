@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flux_ray.gateway.key_watch import KeyWatch
-from flux_ray.key_store import change_keys, write_keys
-from flux_ray.keys import KeyFile, new_key, with_key, without_key
+from flux_ray.auth.key_file import change_keys, write_keys
+from flux_ray.auth.key_watch import KeyWatch
+from flux_ray.auth.keys import KeyFile, new_key, with_key, without_key
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 OLD, NEW = new_key("alice", None, NOW), new_key("alice", None, NOW)
