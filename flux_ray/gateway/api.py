@@ -19,9 +19,9 @@ from flux_ray.gateway.cors import cors_options
 from flux_ray.gateway.desk_hours import IsStopping, lifespan_of, never
 from flux_ray.gateway.door import Door
 from flux_ray.gateway.failures import add_error_handlers
-from flux_ray.gateway.fetch import Fetcher
 from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
+from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.intake import Intake
 from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.models import Models

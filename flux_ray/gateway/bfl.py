@@ -27,7 +27,7 @@ from flux_ray.gateway.bfl_pictures import pictures_of
 from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
-from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
 from flux_ray.gateway.openai import JSON, content_type_of
 from flux_ray.gateway.orders import Orders

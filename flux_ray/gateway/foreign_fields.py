@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.sources import is_picture, is_url
+from flux_ray.gateway.images.sources import is_picture, is_url
 
 
 def names_in(text: str) -> frozenset[str]:

@@ -12,7 +12,7 @@ from flux_ray.gateway.foreign_fields import (
     number_of,
     plain_name,
 )
-from flux_ray.gateway.sources import Source, Sources
+from flux_ray.gateway.images.sources import Source, Sources
 from flux_ray.gateway.targets import Target
 
 # What OpenAPI shows of the names that `foreign_fields` knows.

@@ -6,8 +6,8 @@ import uuid
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest
+from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
 from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
-from flux_ray.gateway.references import MAX_ASPECT, SentImage
 from flux_ray.gateway.scaled_sizes import generated_size
 from flux_ray.gateway.sizes import (
     check_size,

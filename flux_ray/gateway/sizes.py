@@ -5,7 +5,7 @@ import re
 
 from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.references import SentImage
+from flux_ray.gateway.images.decode import SentImage
 from flux_ray.gateway.scaled_sizes import check_scaled
 
 # Of BFL's documentation: sides between 1:4 and 4:1.

@@ -11,8 +11,8 @@ import httpx
 from flux_ray import __version__
 from flux_ray.config.gateway import Webhooks
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.addresses import Refused, is_reachable, literal, place_of
-from flux_ray.gateway.fetch import Guard, Resolve, resolver
+from flux_ray.gateway.images.addresses import Refused, is_reachable, literal, place_of
+from flux_ray.gateway.images.fetch import Guard, Resolve, resolver
 from flux_ray.gateway.signatures import headers_for, key_of
 from flux_ray.jobs.job import Webhook
 from flux_ray.jobs.postman import NotTaken

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.mutations import FUZZ, mutated, within_budget
-from tests.gateway.image_files import noise, saved
+from tests.gateway.images.image_files import noise, saved
 
 pytestmark = pytest.mark.slow
 

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux_ray.errors import FluxError
-from flux_ray.gateway.masks import decode_erased, decode_mask, decode_painted_mask
-from flux_ray.gateway.orientation import orientation
-from flux_ray.gateway.references import decode, decode_reference
+from flux_ray.gateway.images.decode import decode, decode_reference
+from flux_ray.gateway.images.masks import decode_erased, decode_mask, decode_painted_mask
+from flux_ray.gateway.images.orientation import orientation
 from tests.conftest import LIMITS
 from tests.fuzz.mutations import FUZZ, mended, mutated, within_budget
-from tests.gateway.icc import ADOBE, GREY
-from tests.gateway.image_files import endless_exif, exif, interlaced, noise, saved, scan_bomb
-from tests.gateway.test_same_pixels_as_pillow import DEEP, FILES, MORE_FRAMES
+from tests.gateway.images.icc import ADOBE, GREY
+from tests.gateway.images.image_files import endless_exif, exif, interlaced, noise, saved, scan_bomb
+from tests.gateway.images.test_same_pixels_as_pillow import DEEP, FILES, MORE_FRAMES
 
 # Pillow warns of odd metadata that it skips.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:PIL")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ray.errors import Overloaded
 from flux_ray.gateway.held import HELD, Held, Share
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.images.decode import decode
 from flux_ray.request import Raster
 from tests.conftest import LIMITS
 

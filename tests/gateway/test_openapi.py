@@ -7,7 +7,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.fetch import Fetcher
+from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms

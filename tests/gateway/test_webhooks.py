@@ -16,7 +16,7 @@ from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
 from flux_ray.jobs.postman import Mail, NotTaken
 from flux_ray.request import ImageRequest
-from tests.gateway.test_hostile_urls import HOME, MALFORMED, PRIVATE, Names
+from tests.gateway.images.test_hostile_urls import HOME, MALFORMED, PRIVATE, Names
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import receiving

@@ -9,9 +9,9 @@ import trustme
 
 from flux_ray.config.gateway import Fetching
 from flux_ray.errors import BadReference
-from flux_ray.gateway.addresses import is_reachable
-from flux_ray.gateway.fetch import Fetcher
-from tests.gateway.picture_server import serving
+from flux_ray.gateway.images.addresses import is_reachable
+from flux_ray.gateway.images.fetch import Fetcher
+from tests.gateway.images.image_server import serving
 
 
 def fetcher_for(port: int, addresses: list[str]) -> Fetcher:

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from flux_ray.errors import BadReference
-from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.masks import decode_mask
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.images.decode import decode
+from flux_ray.gateway.images.masks import decode_mask
+from flux_ray.gateway.images.notes import with_notes
 from tests.conftest import LIMITS
-from tests.gateway.icc import ADOBE, GREY
+from tests.gateway.images.icc import ADOBE, GREY
 
 BLUE = (40, 80, 220)
 # What Adobe RGB's numbers of that blue are in sRGB.

@@ -4,7 +4,7 @@ import zlib
 
 from PIL import Image
 
-from flux_ray.gateway.decode_work import DecodeWork
+from flux_ray.gateway.images.decode_work import DecodeWork
 
 END = b"\xff\xd9"
 # Read as pixels these are none that zeros would be, with which libjpeg fills what is missing.

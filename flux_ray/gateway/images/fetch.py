@@ -12,7 +12,7 @@ import httpx
 from flux_ray import __version__
 from flux_ray.config.gateway import Fetching
 from flux_ray.errors import BadReference
-from flux_ray.gateway.addresses import Address, Refused, is_reachable, literal, place_of
+from flux_ray.gateway.images.addresses import Address, Refused, is_reachable, literal, place_of
 
 # It logs every URL, and with it what callers sign theirs with.
 logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -12,17 +12,17 @@ from starlette.datastructures import UploadFile
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.decoders import DECODERS, timed
-from flux_ray.gateway.fetch import Fetcher
-from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.masks import decode_mask
-from flux_ray.gateway.references import (
+from flux_ray.gateway.images.decode import (
     SentImage,
     decode,
     decode_reference,
     is_large,
     whole_image,
 )
+from flux_ray.gateway.images.decoders import DECODERS, timed
+from flux_ray.gateway.images.fetch import Fetcher
+from flux_ray.gateway.images.masks import decode_mask
+from flux_ray.gateway.images.notes import with_notes
 from flux_ray.gateway.targets import Target
 from flux_ray.request import Mask, Raster
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from flux_ray.config.gateway import Limits
-from flux_ray.gateway.decode_work import DecodeWork
-from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.jpeg_segments import PIECE_BYTES, plain_jpeg
-from flux_ray.gateway.references import decode
-from tests.gateway.image_files import (
+from flux_ray.gateway.images.decode import decode
+from flux_ray.gateway.images.decode_work import DecodeWork
+from flux_ray.gateway.images.jpeg_segments import PIECE_BYTES, plain_jpeg
+from flux_ray.gateway.images.notes import with_notes
+from tests.gateway.images.image_files import (
     after_start,
     before,
     chunk,

@@ -6,7 +6,7 @@ import pytest
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.sources import decode_base64, is_url
+from flux_ray.gateway.images.sources import decode_base64, is_url
 
 LIMITS = Limits(max_image_bytes=3000)
 DATA = bytes(range(256)) * 4

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flux_ray.gateway.decode_work import DecodeWork
+from flux_ray.gateway.images.decode_work import DecodeWork
 
 # Real files have about ten scans, and at most hundreds of segments: a colour profile has up to 255.
 MAX_SCANS = 100

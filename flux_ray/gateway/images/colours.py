@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
-from flux_ray.gateway.image_notes import note
+from flux_ray.gateway.images.notes import note
 
 SRGB = ImageCms.createProfile("sRGB")
 # What cannot be seen: a profile that changes no colour by more is sRGB under another name.

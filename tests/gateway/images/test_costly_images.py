@@ -9,11 +9,11 @@ from PIL import Image
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway import decode_work
-from flux_ray.gateway.image_notes import with_notes
-from flux_ray.gateway.references import decode, is_large, work_bytes
-from tests.gateway.icc import ADOBE
-from tests.gateway.image_files import (
+from flux_ray.gateway.images import decode_work
+from flux_ray.gateway.images.decode import decode, is_large, work_bytes
+from flux_ray.gateway.images.notes import with_notes
+from tests.gateway.images.icc import ADOBE
+from tests.gateway.images.image_files import (
     after_start,
     before,
     chunk,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.references import decode
+from flux_ray.gateway.images.decode import decode
 
 LIMITS = Limits(max_image_bytes=200_000, max_image_pixels=500_000)
 

@@ -1,6 +1,6 @@
 """PNG files of many chunks: Pillow takes each in a loop of Python, though it is empty."""
 
-from flux_ray.gateway.decode_work import DecodeWork
+from flux_ray.gateway.images.decode_work import DecodeWork
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 # One a row of the longest image that is read, and as many again.

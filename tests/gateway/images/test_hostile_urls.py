@@ -8,8 +8,8 @@ import pytest
 
 from flux_ray.config.gateway import Fetching
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.fetch import Fetcher
-from tests.gateway.picture_server import serving
+from flux_ray.gateway.images.fetch import Fetcher
+from tests.gateway.images.image_server import serving
 from tests.gateway.test_hostile import EDITS, GENERATIONS, PROMPT, check
 
 HOME = ["127.0.0.1/32"]
