@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.foreign_fields import (
+from flux_ray.gateway.fields.foreign import (
     NO_EFFECT,
     REFUSED,
     SILENT,
@@ -15,7 +15,9 @@ from flux_ray.gateway.foreign_fields import (
     is_mask_name,
     is_nothing,
 )
-from flux_ray.gateway.json_body import parse_object
+from flux_ray.gateway.fields.json_body import parse_object
+from flux_ray.gateway.fields.sent import heed
+from flux_ray.gateway.fields.sizes import parse_size
 from flux_ray.gateway.openai_fields import (
     MAX_SEED,
     Format,
@@ -24,8 +26,6 @@ from flux_ray.gateway.openai_fields import (
     bad_request,
     with_texts,
 )
-from flux_ray.gateway.sent_fields import heed
-from flux_ray.gateway.sizes import parse_size
 
 # Names that are ours on OpenAI's routes, and BFL's for the same.
 RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}

@@ -14,9 +14,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.foreign_fields import check_served
-from flux_ray.gateway.json_body import parse_object
-from flux_ray.gateway.sent_fields import heed
+from flux_ray.gateway.fields.foreign import check_served
+from flux_ray.gateway.fields.json_body import parse_object
+from flux_ray.gateway.fields.sent import heed
 
 # As torch has it, and clients that draw one.
 MAX_SEED = 2**64 - 1

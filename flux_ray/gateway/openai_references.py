@@ -6,7 +6,7 @@ from typing import Any
 from starlette.datastructures import FormData, UploadFile
 
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.foreign_fields import (
+from flux_ray.gateway.fields.foreign import (
     is_image_name,
     is_mask_name,
     number_of,
@@ -15,7 +15,7 @@ from flux_ray.gateway.foreign_fields import (
 from flux_ray.gateway.images.sources import Source, Sources
 from flux_ray.gateway.targets import Target
 
-# What OpenAPI shows of the names that `foreign_fields` knows.
+# What OpenAPI shows of the names that gateway/fields/foreign.py knows.
 REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")
 MASK_NAMES = ("mask", "mask_image")
 # How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.

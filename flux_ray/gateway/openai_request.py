@@ -6,10 +6,8 @@ import uuid
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
-from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
-from flux_ray.gateway.scaled_sizes import generated_size
-from flux_ray.gateway.sizes import (
+from flux_ray.gateway.fields.scaled_sizes import generated_size
+from flux_ray.gateway.fields.sizes import (
     check_size,
     fitted,
     parse_size,
@@ -18,6 +16,8 @@ from flux_ray.gateway.sizes import (
     side_of,
     size_like,
 )
+from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
+from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
 from flux_ray.request import Encoding, ImageRequest, Mask
 
 # JavaScript reads integers exactly up to 2**53.

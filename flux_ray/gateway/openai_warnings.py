@@ -1,7 +1,7 @@
 """What a caller sent and did not get: said in the answer, never silently dropped."""
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.gateway.foreign_fields import (
+from flux_ray.gateway.fields.foreign import (
     NO_EFFECT,
     REFUSED,
     SILENT,
@@ -9,8 +9,8 @@ from flux_ray.gateway.foreign_fields import (
     is_mask_name,
     is_nothing,
 )
+from flux_ray.gateway.fields.sizes import side_of
 from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.sizes import side_of
 from flux_ray.request import Finished, ImageResult, Preview
 
 MAX_NAMED_FIELDS = 20

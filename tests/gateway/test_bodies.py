@@ -15,8 +15,8 @@ from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
+from flux_ray.gateway.fields.json_body import parse_object
 from flux_ray.gateway.images.masks import decode_mask, decode_painted_mask
-from flux_ray.gateway.json_body import parse_object
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 from tests.gateway.images.test_masks import LEFT, file_of

@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.sizes import check_size
+from flux_ray.gateway.fields.sizes import check_size
 from flux_ray.request import Encoding
 
 PATH = "/v1/images/generations"

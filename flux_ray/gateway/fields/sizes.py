@@ -5,8 +5,8 @@ import re
 
 from flux_ray.catalog.tiers import Tier
 from flux_ray.errors import BadRequest
+from flux_ray.gateway.fields.scaled_sizes import check_scaled
 from flux_ray.gateway.images.decode import SentImage
-from flux_ray.gateway.scaled_sizes import check_scaled
 
 # Of BFL's documentation: sides between 1:4 and 4:1.
 MAX_RATIO = 4.0

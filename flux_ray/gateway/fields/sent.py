@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.foreign_fields import EXTRA_BODY, SAME, plain_name
-from flux_ray.gateway.json_body import parse_object
+from flux_ray.gateway.fields.foreign import EXTRA_BODY, SAME, plain_name
+from flux_ray.gateway.fields.json_body import parse_object
 
 MAX_FIELDS = 1000
 # No word that is translated is as long; a text may be as long as a body.
