@@ -23,12 +23,12 @@ from flux_ray.gateway.health import Health
 from flux_ray.gateway.hugging_face import HuggingFace
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.intake import Intake
-from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai import OpenAIImages
-from flux_ray.gateway.own_results import OwnResultsFirst
 from flux_ray.gateway.request_id import RequestId
-from flux_ray.gateway.result_routes import ResultRoutes
+from flux_ray.gateway.results.kept_images import KeptPictures
+from flux_ray.gateway.results.own_results import OwnResultsFirst
+from flux_ray.gateway.results.routes import ResultRoutes
 from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.unpacking import Unpacking
 from flux_ray.jobs.desk import Desk

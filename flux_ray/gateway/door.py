@@ -12,7 +12,7 @@ from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.dialects import path_of
 from flux_ray.gateway.failures import answer_for
 from flux_ray.gateway.probes import PROBES
-from flux_ray.gateway.result_urls import PREFIX
+from flux_ray.gateway.results.urls import PREFIX
 
 # Probes have no keys, and the description holds no secrets.
 OPEN = PROBES | {"/openapi.json"}

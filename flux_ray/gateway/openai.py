@@ -17,7 +17,6 @@ from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
 from flux_ray.gateway.images.sources import Pictures, Sources, read_pictures, read_with_alpha
-from flux_ray.gateway.kept_pictures import KeptPictures
 from flux_ray.gateway.openai_answer import Answer, answer_for
 from flux_ray.gateway.openai_fields import ImageFields, fields_schema, parse_json
 from flux_ray.gateway.openai_references import (
@@ -30,6 +29,7 @@ from flux_ray.gateway.openai_request import request_for
 from flux_ray.gateway.openai_stream import Kind, stream
 from flux_ray.gateway.openai_warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.results.kept_images import KeptPictures
 from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.targets import Target
 from flux_ray.router.router import Router

@@ -11,7 +11,7 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.result_urls import ResultUrls
+from flux_ray.gateway.results.urls import ResultUrls
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer, StoredPicture
 from flux_ray.request import Encoding, ImageRequest, Raster
