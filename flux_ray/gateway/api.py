@@ -24,7 +24,7 @@ from flux_ray.gateway.hugging_face import HuggingFace
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.intake import Intake
 from flux_ray.gateway.models import Models
-from flux_ray.gateway.openai import OpenAIImages
+from flux_ray.gateway.openai.routes import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.results.kept_images import KeptPictures
 from flux_ray.gateway.results.own_results import OwnResultsFirst

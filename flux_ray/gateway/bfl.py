@@ -29,7 +29,7 @@ from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
-from flux_ray.gateway.openai import JSON, content_type_of
+from flux_ray.gateway.openai.routes import JSON, content_type_of
 from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.targets import names_of

@@ -18,7 +18,7 @@ from flux_ray.gateway.fields.foreign import (
 from flux_ray.gateway.fields.json_body import parse_object
 from flux_ray.gateway.fields.sent import heed
 from flux_ray.gateway.fields.sizes import parse_size
-from flux_ray.gateway.openai_fields import (
+from flux_ray.gateway.openai.fields import (
     MAX_SEED,
     Format,
     Guidance,

@@ -5,7 +5,7 @@ from flux_ray.gateway.bfl_fields import BflFields
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
 from flux_ray.gateway.images.sources import Pictures, read_pictures, read_with_alpha
-from flux_ray.gateway.openai_references import sources_in_json
+from flux_ray.gateway.openai.references import sources_in_json
 from flux_ray.gateway.targets import Target
 
 

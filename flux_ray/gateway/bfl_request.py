@@ -12,9 +12,9 @@ from flux_ray.gateway.fields.scaled_sizes import size_notes
 from flux_ray.gateway.fields.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.gateway.images.sources import Pictures
-from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_warnings import MAX_NAMED_FIELDS, warnings_for
+from flux_ray.gateway.openai.fields import ImageFields
+from flux_ray.gateway.openai.request import request_for
+from flux_ray.gateway.openai.warnings import MAX_NAMED_FIELDS, warnings_for
 from flux_ray.request import ImageFormat, ImageRequest
 
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.

@@ -18,16 +18,16 @@ from flux_ray.gateway.fields.json_body import parse_object
 from flux_ray.gateway.fields.sent import SentFields, heed
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.sources import Pictures, Source, Sources, is_picture, read_pictures
-from flux_ray.gateway.openai_fields import (
+from flux_ray.gateway.openai.fields import (
     ImageFields,
     Whole,
     bad_request,
     check_supported,
     fields_schema,
 )
-from flux_ray.gateway.openai_references import is_picture_name
-from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_warnings import warnings_of
+from flux_ray.gateway.openai.references import is_picture_name
+from flux_ray.gateway.openai.request import request_for
+from flux_ray.gateway.openai.warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.retry_names import PARAMETER
 from flux_ray.gateway.targets import Target

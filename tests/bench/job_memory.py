@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import Limits
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
-from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai.fields import ImageFields
+from flux_ray.gateway.openai.request import request_for
 from tests.jobs.memory_gauge import Load, large_jpeg, measure
 
 LOAD = Load(num_jobs=64, num_references=6)

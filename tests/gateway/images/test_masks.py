@@ -13,8 +13,8 @@ from flux_ray.config.gateway import Alias, Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.images.decode import whole_image
 from flux_ray.gateway.images.masks import decode_mask, mask_from_alpha, mask_from_luma
-from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai.fields import ImageFields
+from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.targets import Target, requests_for
 from flux_ray.request import Mask, Raster
 

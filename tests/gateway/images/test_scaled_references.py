@@ -17,8 +17,8 @@ from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.gateway.images import decode as references
 from flux_ray.gateway.images import decoders
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
-from flux_ray.gateway.openai_fields import ImageFields
-from flux_ray.gateway.openai_request import request_for
+from flux_ray.gateway.openai.fields import ImageFields
+from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageRequest, Raster
 from flux_ray.resizing import fit_mask, fit_picture
 from flux_ray.router.affinity import affinity_of

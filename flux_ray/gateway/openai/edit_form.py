@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
-from flux_ray.gateway.openai_references import is_picture_name, is_unfilled
+from flux_ray.gateway.openai.references import is_picture_name, is_unfilled
 
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64

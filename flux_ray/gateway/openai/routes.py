@@ -11,23 +11,23 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
-from flux_ray.gateway.edit_form import open_form, text_parts
 from flux_ray.gateway.event_stream import MEDIA_TYPE
 from flux_ray.gateway.failures import Envelope
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
 from flux_ray.gateway.images.sources import Pictures, Sources, read_pictures, read_with_alpha
-from flux_ray.gateway.openai_answer import Answer, answer_for
-from flux_ray.gateway.openai_fields import ImageFields, fields_schema, parse_json
-from flux_ray.gateway.openai_references import (
+from flux_ray.gateway.openai.answer import Answer, answer_for
+from flux_ray.gateway.openai.edit_form import open_form, text_parts
+from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json
+from flux_ray.gateway.openai.references import (
     MASK_NAMES,
     REFERENCE_NAMES,
     sources_in_form,
     take_sources,
 )
-from flux_ray.gateway.openai_request import request_for
-from flux_ray.gateway.openai_stream import Kind, stream
-from flux_ray.gateway.openai_warnings import warnings_of
+from flux_ray.gateway.openai.request import request_for
+from flux_ray.gateway.openai.stream import Kind, stream
+from flux_ray.gateway.openai.warnings import warnings_of
 from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.results.kept_images import KeptPictures
 from flux_ray.gateway.retry_names import PARAMETER

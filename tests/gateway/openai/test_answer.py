@@ -3,7 +3,7 @@
 import base64
 import json
 
-from flux_ray.gateway.openai_answer import Answer, Picture, answer_for
+from flux_ray.gateway.openai.answer import Answer, Picture, answer_for
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 REQUEST = ImageRequest("image-1", "tiny", "a circle", 128, 64, 4, 1.0, 7, num_images=2)

@@ -10,7 +10,7 @@ from flux_ray.gateway.fields.foreign import (
     is_nothing,
 )
 from flux_ray.gateway.fields.sizes import side_of
-from flux_ray.gateway.openai_fields import ImageFields
+from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.request import Finished, ImageResult, Preview
 
 MAX_NAMED_FIELDS = 20

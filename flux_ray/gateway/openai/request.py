@@ -17,7 +17,7 @@ from flux_ray.gateway.fields.sizes import (
     size_like,
 )
 from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
-from flux_ray.gateway.openai_fields import MAX_SEED, ImageFields
+from flux_ray.gateway.openai.fields import MAX_SEED, ImageFields
 from flux_ray.request import Encoding, ImageRequest, Mask
 
 # JavaScript reads integers exactly up to 2**53.
