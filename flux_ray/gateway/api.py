@@ -13,7 +13,7 @@ from starlette.types import Lifespan
 from flux_ray import __version__
 from flux_ray.auth.key_watch import KeyWatch
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.gateway.bfl import Bfl
+from flux_ray.gateway.bfl.routes import Bfl
 from flux_ray.gateway.body_limit import BodyLimit
 from flux_ray.gateway.cors import cors_options
 from flux_ray.gateway.desk_hours import IsStopping, lifespan_of, never

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from flux_ray.config.gateway import Fetching, GatewayArgs, Limits, Webhooks
 from flux_ray.errors import FluxError
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl_fields import parse_body
+from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.callers import deadline_of, token_of
 from flux_ray.gateway.fields.foreign import holds_image, is_image_name, plain_name
 from flux_ray.gateway.hugging_face import format_of, parse_inputs

@@ -17,7 +17,7 @@ from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turnstile import Turnstile
 from tests.conftest import LIMITS, FakeBill
-from tests.gateway.test_bfl import PUBLIC, poll, submit
+from tests.gateway.bfl.test_routes import PUBLIC, poll, submit
 from tests.gateway.test_key_limits import Books
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)

@@ -7,8 +7,8 @@ import pytest
 
 from flux_ray.catalog.tiers import TINY, tier_for
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.bfl_fields import parse_body
-from flux_ray.gateway.bfl_request import size_for
+from flux_ray.gateway.bfl.fields import parse_body
+from flux_ray.gateway.bfl.request import size_for
 from flux_ray.gateway.fields.foreign import IMAGES, MASKS, OURS, REFUSED, STRENGTHS
 from flux_ray.gateway.fields.sent import heed
 from flux_ray.gateway.openai.fields import ImageFields

@@ -1,7 +1,7 @@
 """The desk of a gateway: its jobs are drawn by the router, and told of in BFL's words."""
 
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.gateway.bfl_message import message_for
+from flux_ray.gateway.bfl.message import message_for
 from flux_ray.gateway.job_drawing import JobDrawing
 from flux_ray.gateway.results.urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster

@@ -1,7 +1,7 @@
 """The pictures of BFL's routes: references in order, or one to fill where its mask says."""
 
 from flux_ray.config.gateway import Limits
-from flux_ray.gateway.bfl_fields import BflFields
+from flux_ray.gateway.bfl.fields import BflFields
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
 from flux_ray.gateway.images.sources import Pictures, read_pictures, read_with_alpha

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.bfl_answer import (
+from flux_ray.gateway.bfl.answer import (
     Accepted,
     Credits,
     Finetunes,
@@ -21,10 +21,10 @@ from flux_ray.gateway.bfl_answer import (
     listed,
     result_of,
 )
+from flux_ray.gateway.bfl.fields import BflFields, fields_schema, parse_body
+from flux_ray.gateway.bfl.images import pictures_of
+from flux_ray.gateway.bfl.request import job_request_for, job_warnings_for
 from flux_ray.gateway.bfl_failure import BflFailure
-from flux_ray.gateway.bfl_fields import BflFields, fields_schema, parse_body
-from flux_ray.gateway.bfl_pictures import pictures_of
-from flux_ray.gateway.bfl_request import job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
 from flux_ray.gateway.images.fetch import Fetcher

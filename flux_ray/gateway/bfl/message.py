@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from flux_ray.gateway.bfl_answer import STATUSES, details_of, sample_of
+from flux_ray.gateway.bfl.answer import STATUSES, details_of, sample_of
 from flux_ray.jobs.job import Job
 
 

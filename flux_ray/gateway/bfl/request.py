@@ -7,7 +7,7 @@ from typing import Any
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.bfl_fields import MAX_PIXELS, MIN_SIDE, BflFields
+from flux_ray.gateway.bfl.fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.fields.scaled_sizes import size_notes
 from flux_ray.gateway.fields.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.images.decode import SentImage
