@@ -16,20 +16,20 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl.routes import Bfl
 from flux_ray.gateway.body_limit import BodyLimit
 from flux_ray.gateway.cors import cors_options
-from flux_ray.gateway.desk_hours import IsStopping, lifespan_of, never
-from flux_ray.gateway.door import Door
-from flux_ray.gateway.failures import add_error_handlers
+from flux_ray.gateway.errors import add_error_handlers
 from flux_ray.gateway.health import Health
-from flux_ray.gateway.hugging_face import HuggingFace
+from flux_ray.gateway.huggingface import HuggingFace
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.intake import Intake
+from flux_ray.gateway.lifespan import IsStopping, lifespan_of, never
+from flux_ray.gateway.middleware import Door
+from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai.routes import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
 from flux_ray.gateway.results.kept_images import KeptPictures
 from flux_ray.gateway.results.own_results import OwnResultsFirst
 from flux_ray.gateway.results.routes import ResultRoutes
-from flux_ray.gateway.targets import names_of
 from flux_ray.gateway.unpacking import Unpacking
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.router import Router

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BodyTooLarge
-from flux_ray.gateway.held import HELD, Share
+from flux_ray.gateway.memory_budget import HELD, Share
 
 # Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 18

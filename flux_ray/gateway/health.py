@@ -5,7 +5,7 @@ import logging
 from fastapi import APIRouter
 
 from flux_ray.errors import FluxError, TierUnavailable
-from flux_ray.gateway.failures import Envelope
+from flux_ray.gateway.errors import Envelope
 from flux_ray.gateway.probes import HEALTH, READY, readiness_news
 from flux_ray.router.router import Router
 

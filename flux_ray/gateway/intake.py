@@ -19,7 +19,7 @@ from flux_ray.errors import BodyTooSlow, GatewayFull
 from flux_ray.gateway.body_places import BodyPlaces
 from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.dialects import path_of
-from flux_ray.gateway.failures import answer_for
+from flux_ray.gateway.errors import answer_for
 from flux_ray.gateway.probes import PROBES
 
 FULL = "this gateway has as many requests in hand as it may: come back in a moment"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flux_ray.config.gateway import Limits
 from flux_ray.deferred import DeferredRequest
-from flux_ray.gateway.held import HELD
+from flux_ray.gateway.memory_budget import HELD
 from flux_ray.request import ImageRequest
 
 # The pixels, and first what they are unpacked from, then what they are sent in.

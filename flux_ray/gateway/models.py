@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.gateway.failures import Envelope
-from flux_ray.gateway.targets import Target, names_of, target_for
+from flux_ray.gateway.errors import Envelope
+from flux_ray.gateway.model_names import Target, names_of, target_for
 
 
 class Model(BaseModel):

@@ -8,8 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux_ray.errors import DeadlinePassed, FluxError, GatewayFailed
 from flux_ray.gateway.dialects import dialect_at
+from flux_ray.gateway.errors import ErrorEvent, answer_in, failure_of
 from flux_ray.gateway.event_stream import MEDIA_TYPE, event_text
-from flux_ray.gateway.failures import ErrorEvent, answer_in, failure_of
 from flux_ray.gateway.request_id import HEADER, request_id_for
 
 # Serve's routes: its own words are what is asked for there.

@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs, Limits, Uploads
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.held import HELD
+from flux_ray.gateway.memory_budget import HELD
 from tests.gateway.fake_desk import FakeDesk
 
 LIMITS = Limits(max_body_bytes=1_000_000, max_held_bytes=2_000_000, max_image_pixels=20_000)

@@ -10,7 +10,7 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.jobs.desk import Desk
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel

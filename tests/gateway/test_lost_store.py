@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.jobs import database as database_module
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until

@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.targets import target_for
+from flux_ray.gateway.model_names import target_for
 
 
 async def test_models(client):

@@ -4,7 +4,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.router.cost import Layout
 from flux_ray.router.pricing import CostModel
 from flux_ray.router.router import Router, Terms

@@ -11,8 +11,8 @@ from flux_ray.config.gateway import Limits
 from flux_ray.deferred import DeferredRequest, loaded
 from flux_ray.errors import ResultsLost
 from flux_ray.gateway import job_loading
-from flux_ray.gateway.held import Held
 from flux_ray.gateway.job_loading import within_budget
+from flux_ray.gateway.memory_budget import Held
 from flux_ray.jobs import attempt, packing
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Attempt, Workshop

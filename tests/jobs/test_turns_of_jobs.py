@@ -3,7 +3,7 @@
 import pytest
 
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.jobs.job import Job
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller

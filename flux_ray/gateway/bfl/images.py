@@ -5,8 +5,8 @@ from flux_ray.gateway.bfl.fields import BflFields
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
 from flux_ray.gateway.images.sources import Pictures, read_pictures, read_with_alpha
+from flux_ray.gateway.model_names import Target
 from flux_ray.gateway.openai.references import sources_in_json
-from flux_ray.gateway.targets import Target
 
 
 async def pictures_of(

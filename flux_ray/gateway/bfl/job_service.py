@@ -2,7 +2,7 @@
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl.message import message_for
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.gateway.results.urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.jobs.desk import Desk

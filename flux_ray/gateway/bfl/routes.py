@@ -28,11 +28,11 @@ from flux_ray.gateway.bfl_failure import BflFailure
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.job_orders import PARAMETER, JobOrders, idempotency_of
+from flux_ray.gateway.job_submission import PARAMETER, JobOrders, idempotency_of
+from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.openai.routes import JSON, content_type_of
-from flux_ray.gateway.orders import Orders
 from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_for
-from flux_ray.gateway.targets import names_of
+from flux_ray.gateway.submit import Orders
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook

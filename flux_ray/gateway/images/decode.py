@@ -10,7 +10,6 @@ from PIL import Image
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.held import HELD
 from flux_ray.gateway.images.colours import to_srgb
 from flux_ray.gateway.images.decode_work import DecodeWork
 from flux_ray.gateway.images.jpeg_ends import with_its_end
@@ -18,6 +17,7 @@ from flux_ray.gateway.images.jpeg_segments import JPEG_START, PlainJpeg, plain_j
 from flux_ray.gateway.images.notes import note
 from flux_ray.gateway.images.orientation import turn_upright
 from flux_ray.gateway.images.png_chunks import PNG_START, check_chunks
+from flux_ray.gateway.memory_budget import HELD
 from flux_ray.request import Raster
 from flux_ray.resizing import scale_down
 

@@ -23,7 +23,7 @@ from flux_ray.gateway.images.decoders import DECODERS, timed
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_mask
 from flux_ray.gateway.images.notes import with_notes
-from flux_ray.gateway.targets import Target
+from flux_ray.gateway.model_names import Target
 from flux_ray.request import Mask, Raster
 
 Read = TypeVar("Read")

@@ -13,7 +13,7 @@ from flux_ray.gateway.fields.foreign import (
     plain_name,
 )
 from flux_ray.gateway.images.sources import Source, Sources
-from flux_ray.gateway.targets import Target
+from flux_ray.gateway.model_names import Target
 
 # What OpenAPI shows of the names that gateway/fields/foreign.py knows.
 REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")

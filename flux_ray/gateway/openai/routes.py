@@ -11,11 +11,13 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
+from flux_ray.gateway.errors import Envelope
 from flux_ray.gateway.event_stream import MEDIA_TYPE
-from flux_ray.gateway.failures import Envelope
+from flux_ray.gateway.idempotency import PARAMETER
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
 from flux_ray.gateway.images.sources import Pictures, Sources, read_pictures, read_with_alpha
+from flux_ray.gateway.model_names import Target
 from flux_ray.gateway.openai.answer import Answer, answer_for
 from flux_ray.gateway.openai.edit_form import open_form, text_parts
 from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json
@@ -28,10 +30,8 @@ from flux_ray.gateway.openai.references import (
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.openai.stream import Kind, stream
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.orders import Order, Orders
 from flux_ray.gateway.results.kept_images import KeptPictures
-from flux_ray.gateway.retry_names import PARAMETER
-from flux_ray.gateway.targets import Target
+from flux_ray.gateway.submit import Order, Orders
 from flux_ray.router.router import Router
 
 JSON = "application/json"

@@ -14,12 +14,12 @@ from starlette.responses import StreamingResponse
 
 from flux_ray.errors import FluxError
 from flux_ray.following import Draw, follow
+from flux_ray.gateway.errors import ErrorEvent, failure_of
 from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
-from flux_ray.gateway.failures import ErrorEvent, failure_of
 from flux_ray.gateway.openai.answer import Usage, usage_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.orders import Order, Orders
+from flux_ray.gateway.submit import Order, Orders
 from flux_ray.request import (
     Finished,
     GeneratedImage,

@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flux_ray.errors import UnknownResult
-from flux_ray.gateway.failures import Envelope, answer_for
+from flux_ray.gateway.errors import Envelope, answer_for
 from flux_ray.gateway.results.urls import PREFIX, urls_for
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.job_drawing import JobDrawing
+from flux_ray.gateway.jobs import JobDrawing
 from tests.conftest import LIMITS
 
 PUBLIC = "https://flux.example/api"

@@ -13,9 +13,9 @@ from flux_ray.config.gateway import Alias, Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.images.decode import whole_image
 from flux_ray.gateway.images.masks import decode_mask, mask_from_alpha, mask_from_luma
+from flux_ray.gateway.model_names import Target, requests_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.gateway.targets import Target, requests_for
 from flux_ray.request import Mask, Raster
 
 EDITS = "/v1/images/edits"

@@ -23,9 +23,9 @@ from flux_ray.gateway.callers import DEADLINE
 from flux_ray.gateway.dialects import Dialect, dialect_of, model_in, path_of
 from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.missed_routes import Missed
+from flux_ray.gateway.model_names import unknown
 from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.request_id import HEADER
-from flux_ray.gateway.targets import unknown
 from flux_ray.gateway.unpacking import READABLE
 
 # The only logger that Serve writes to its log files.

@@ -11,7 +11,7 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile, new_key, without_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.door import OPEN
+from flux_ray.gateway.middleware import OPEN
 from tests.conftest import LIMITS
 
 PATH = "/v1/images/generations"

@@ -12,12 +12,14 @@ from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.body_limit import forget_body, read_body
 from flux_ray.gateway.callers import PARAMETERS
 from flux_ray.gateway.dialects import HUB
-from flux_ray.gateway.failures import HubFailure
+from flux_ray.gateway.errors import HubFailure
 from flux_ray.gateway.fields.foreign import is_image_name, is_mask_name
 from flux_ray.gateway.fields.json_body import parse_object
 from flux_ray.gateway.fields.sent import SentFields, heed
+from flux_ray.gateway.idempotency import PARAMETER
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.sources import Pictures, Source, Sources, is_picture, read_pictures
+from flux_ray.gateway.model_names import Target
 from flux_ray.gateway.openai.fields import (
     ImageFields,
     Whole,
@@ -28,9 +30,7 @@ from flux_ray.gateway.openai.fields import (
 from flux_ray.gateway.openai.references import is_picture_name
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.orders import Order, Orders
-from flux_ray.gateway.retry_names import PARAMETER
-from flux_ray.gateway.targets import Target
+from flux_ray.gateway.submit import Order, Orders
 from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 

@@ -6,8 +6,8 @@ import pytest
 from fastapi import FastAPI
 
 from flux_ray.config.jobs import JobArgs
-from flux_ray.gateway import desk_hours
-from flux_ray.gateway.desk_hours import GIVE_BACK_S, drain_s_of, lifespan_of
+from flux_ray.gateway import lifespan
+from flux_ray.gateway.lifespan import GIVE_BACK_S, drain_s_of, lifespan_of
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer
 from flux_ray.request import ImageRequest, ImageResult, QueuePosition
@@ -19,7 +19,7 @@ DRAIN_S = 660.0
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(desk_hours, "NOTICE_PERIOD_S", 0.01)
+    monkeypatch.setattr(lifespan, "NOTICE_PERIOD_S", 0.01)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 from starlette.requests import Request
 
 from flux_ray.errors import TierUnavailable
-from flux_ray.gateway import retry_names
+from flux_ray.gateway import idempotency
 from flux_ray.gateway.callers import key_of, name_of
-from flux_ray.gateway.job_drawing import KEY_CLASS
-from flux_ray.gateway.orders import Order
+from flux_ray.gateway.jobs import KEY_CLASS
+from flux_ray.gateway.submit import Order
 from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
@@ -20,7 +20,7 @@ from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
 
-PARAMETER: dict[str, Any] = retry_names.PARAMETER | {
+PARAMETER: dict[str, Any] = idempotency.PARAMETER | {
     "description": "A name of the caller's own: the same request again is the same job.",
 }
 # While the ledger is away, a client is not to wait for it.
@@ -89,7 +89,7 @@ class JobOrders:
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:
     """The caller's own name for this request, with a digest of what it asks."""
-    sent = retry_names.idempotency_key_of(http)
+    sent = idempotency.idempotency_key_of(http)
     if sent is None:
         return None
     asked = http.scope["path"].encode() + b"\n" + body

@@ -10,7 +10,7 @@ from flux_ray.auth.keys import Key
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.dialects import path_of
-from flux_ray.gateway.failures import answer_for
+from flux_ray.gateway.errors import answer_for
 from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.results.urls import PREFIX
 

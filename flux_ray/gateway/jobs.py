@@ -5,7 +5,7 @@ from dataclasses import replace
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.callers import allowance_of
 from flux_ray.gateway.job_loading import within_budget
-from flux_ray.gateway.targets import UNLIMITED
+from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.jobs.job import Job
 from flux_ray.request import (
     GeneratedImage,

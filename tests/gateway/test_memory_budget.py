@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flux_ray.errors import Overloaded
-from flux_ray.gateway.held import HELD, Held, Share
 from flux_ray.gateway.images.decode import decode
+from flux_ray.gateway.memory_budget import HELD, Held, Share
 from flux_ray.request import Raster
 from tests.conftest import LIMITS
 
