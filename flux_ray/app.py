@@ -25,13 +25,13 @@ from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.bill import Bill
 from flux_ray.router.budgeted import BudgetTerms
-from flux_ray.router.config_check import check_possible
-from flux_ray.router.cost import Layout
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
-from flux_ray.router.longest import drain_timeout_s
 from flux_ray.router.price_exchange import PriceExchange
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.config_check import check_possible
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing.drain_timeout import drain_timeout_s
 from flux_ray.router.recorder import Recorder
 from flux_ray.router.remote_ledger import RemoteLedger
 from flux_ray.router.replica_choice import GrantedReplica

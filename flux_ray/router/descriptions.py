@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from flux_ray.catalog.gpus import SPEEDS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.router.cost import Layout
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.wire import Description
 
 logger = logging.getLogger("ray.serve")

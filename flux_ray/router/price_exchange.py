@@ -5,8 +5,8 @@ import logging
 from typing import Protocol
 
 from flux_ray.router.background import keep_running
-from flux_ray.router.calibration import Snapshot
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.calibration import Snapshot
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.turns import LedgerLost
 
 logger = logging.getLogger("ray.serve")

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
-from flux_ray.router.cost import Cost
 from flux_ray.router.messages import Offer
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Cost
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.usage import Use
 
 

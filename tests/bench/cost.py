@@ -27,9 +27,9 @@ from flux_ray.engine.loading import Placement
 from flux_ray.engine.pictures import encode_picture
 from flux_ray.engine.state import Canvas
 from flux_ray.request import ImageRequest, Raster, StageTimes
-from flux_ray.router.calibration import Observation
-from flux_ray.router.cost import Layout, price, work_of
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.calibration import Observation
+from flux_ray.router.pricing.cost import Layout, price, work_of
+from flux_ray.router.pricing.cost_model import CostModel
 
 TINY = tier_for("tiny")
 LAYOUT = Layout.of(TierArgs(tier="tiny", device="cpu", dtype="float32"), "cpu")

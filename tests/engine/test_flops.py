@@ -20,7 +20,7 @@ from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
 from flux_ray.parallel.shards import shards_for
 from flux_ray.request import ImageRequest, Mask
-from flux_ray.router.cost import Layout, encoder_ranks, work_of
+from flux_ray.router.pricing.cost import Layout, encoder_ranks, work_of
 from tests.engine.drawing import reference
 
 ATTENTION = "aten.bmm"

@@ -5,8 +5,8 @@ import pytest
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobDrawing
-from flux_ray.router.cost import Layout
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS
 

@@ -8,12 +8,12 @@ import pytest
 from flux_ray.config.tier import TierArgs
 from flux_ray.request import PROTOCOL
 from flux_ray.router.autoscaling import LedgerPolicy
-from flux_ray.router.cost import Layout
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.ledger import Ledger
 from flux_ray.router.ledger_actor import LedgerActor
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.turn_book import TurnBook
 from flux_ray.wire import Description

@@ -10,9 +10,9 @@ from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import ReplicaFailed
 from flux_ray.request import PROTOCOL, ImageRequest, StageTimes
 from flux_ray.router import descriptions as module
-from flux_ray.router.cost import Layout
 from flux_ray.router.descriptions import Descriptions, learn_layouts
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.wire import Description
 
 TIER = "flux-2-dev"

@@ -1,10 +1,10 @@
 """Gateways share what they learn, and one that starts anew knows it."""
 
 from flux_ray.request import ImageRequest, StageTimes
-from flux_ray.router.calibration import Snapshot, merged
-from flux_ray.router.cost import Layout
 from flux_ray.router.price_exchange import PriceExchange
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.calibration import Snapshot, merged
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.turns import LedgerLost
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)

@@ -20,8 +20,8 @@ from flux_ray.errors import (
 from flux_ray.request import ImageRequest
 from flux_ray.router.allowances import Allowance, Standing
 from flux_ray.router.caller import Caller
-from flux_ray.router.cost import Layout
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.retries import Place, Retry
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.turnstile import Stay

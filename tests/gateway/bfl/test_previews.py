@@ -11,8 +11,8 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
 from flux_ray.jobs.desk import Desk
-from flux_ray.router.cost import Layout
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles
 from tests.gateway.bfl.test_routes import PUBLIC, poll, submit

@@ -2,7 +2,7 @@
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.router.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import Layout, Work, price
 
 
 def check_possible(args: GatewayArgs) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.errors import TierUnavailable
 from flux_ray.request import ImageRequest, Raster, StageTimes
-from flux_ray.router.calibration import (
+from flux_ray.router.pricing.calibration import (
     NUM_BUCKETS,
     WINDOW,
     Calibration,
@@ -20,8 +20,8 @@ from flux_ray.router.calibration import (
     bucket_of,
     merged,
 )
-from flux_ray.router.cost import Layout, Work, price
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost import Layout, Work, price
+from flux_ray.router.pricing.cost_model import CostModel
 
 LAYOUT = Layout("h100-80gb", tensor=2)
 LAYOUTS = {"flux-2-dev": LAYOUT, "flux-2-klein-4b": Layout("h100-80gb")}

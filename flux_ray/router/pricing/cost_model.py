@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from flux_ray.errors import TierUnavailable
 from flux_ray.request import ImageRequest, StageTimes
-from flux_ray.router.calibration import (
+from flux_ray.router.pricing.calibration import (
     NUM_BUCKETS,
     Calibration,
     Observation,
@@ -18,7 +18,7 @@ from flux_ray.router.calibration import (
     Stage,
     merged,
 )
-from flux_ray.router.cost import Cost, Layout, Work, encode_parts_s, price, work_of
+from flux_ray.router.pricing.cost import Cost, Layout, Work, encode_parts_s, price, work_of
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.request import ImageRequest, Raster, StageTimes
-from flux_ray.router.affinity import affinity_of
-from flux_ray.router.cost import Layout
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cache_keys import affinity_of
+from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.ticket import Ticket
 

@@ -11,7 +11,7 @@ from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
-from flux_ray.router.cost import Layout, Work, encoder_ranks, price, work_of
+from flux_ray.router.pricing.cost import Layout, Work, encoder_ranks, price, work_of
 
 WITHIN = 0.01
 # Tensor x sequence ranks of a table's columns.

@@ -13,7 +13,7 @@ from flux_ray.catalog.gpus import PROCESSOR, speed_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.request import ImageRequest
-from flux_ray.router.roofline import Exchange, Roofline, Split
+from flux_ray.router.pricing.roofline import Exchange, Roofline, Split
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # The VAE's four resolutions and the middle are blocks to the host.

@@ -1,7 +1,7 @@
 """What a request has in common with others that a replica may have encoded before."""
 
 from flux_ray.request import ImageRequest
-from flux_ray.router.pricing import CostModel
+from flux_ray.router.pricing.cost_model import CostModel
 
 
 def affinity_of(request: ImageRequest, prices: CostModel) -> tuple[tuple[str, float], ...]:

@@ -5,7 +5,7 @@ import math
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.config.tier import TierArgs
-from flux_ray.router.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import Layout, Work, price
 
 # A replica's card is known when the replica is up, and this is asked before: as gateways price.
 CARD: str = GatewayArgs.model_fields["card"].default

@@ -4,7 +4,7 @@ import pytest
 
 from flux_ray.app import build_gateway
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.router.config_check import check_possible
+from flux_ray.router.pricing.config_check import check_possible
 
 TIERS = ("flux-2-dev", "flux-2-klein-4b")
 KEYS_FILE = {"keys_file": "keys.yaml"}
