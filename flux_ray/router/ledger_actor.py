@@ -25,12 +25,12 @@ from flux_ray.router.allowances import (
     Standing,
 )
 from flux_ray.router.background import keep_running
-from flux_ray.router.forecast import Forecast
 from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
 from flux_ray.router.pricing.calibration import Snapshot, merged
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.retries import Place
 from flux_ray.router.usage import Row
 

@@ -28,12 +28,12 @@ from flux_ray.router.allowances import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.deadline import within
-from flux_ray.router.forecast import Forecast
 from flux_ray.router.messages import Offer
 from flux_ray.router.pace import followed
 from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quote import Quote, offer_for, quote_for
 from flux_ray.router.retries import Place, Retry
 from flux_ray.router.turnstile import Stay

@@ -1,6 +1,6 @@
 """A queue that counts its requests: what Serve's autoscaler sees instead of their seconds."""
 
-from flux_ray.router.ticket import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
 from flux_ray.simulator.values import QueuePolicy
 
 

@@ -10,7 +10,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
 from flux_ray.router.gpu_budget import Want, check_budget, share_gpus
 from flux_ray.router.pricing.cost import Layout, Work, price
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.scaling import Scaler, ScalingRules
 from flux_ray.router.scaling_state import Scaling
 from flux_ray.router.trace_line import BadTrace, TracedRequest

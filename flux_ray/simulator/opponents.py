@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 
-from flux_ray.router.ticket import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
 
 NO_BOUND = float("inf")
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
 from flux_ray.router.scaling_state import Scaling
-from flux_ray.router.ticket import Grant, Refusal, Refused, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,9 @@ class Failure:
 class QueuePolicy(Protocol):
     """What stands between the arrivals and the replicas of one tier.
 
-    `flux_ray.router.queue.TierQueue` is ours; the opponents are in opponents.py. Times are on the
-    caller's clock. A replica that gets more grants than it has slots works them off in order.
+    `flux_ray.router.queue.tier_queue.TierQueue` is ours; the opponents are in opponents.py. Times
+    are on the caller's clock. A replica that gets more grants than it has slots works them off in
+    order.
     """
 
     def add_replica(self, name: str, now: float) -> None:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import poisson
 from flux_ray.simulator.counted import CountedQueue
 from flux_ray.simulator.engine import simulate

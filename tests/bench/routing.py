@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.opponents import EarlyBinding, least_work
 from flux_ray.simulator.preemptive import Attained

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.fluid import preemptive_bound
 from flux_ray.simulator.opponents import (

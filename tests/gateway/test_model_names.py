@@ -12,9 +12,9 @@ from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
-from flux_ray.router.forecast import Forecast
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.router import Router, Terms
 
 PATH = "/v1/images/generations"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from flux_ray.router.ledger import SILENCE_S, Ledger
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Outbox, Receipt
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.turn_book import TurnBook
 
 BEAT_S = 0.5

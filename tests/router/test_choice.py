@@ -6,8 +6,8 @@ from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
 from flux_ray.router.choice import Candidate, in_order
-from flux_ray.router.forecast import Forecast
 from flux_ray.router.pricing.cost import Cost
+from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quote import Quote
 
 

@@ -14,7 +14,7 @@ from flux_ray.router.ledger_actor import LedgerActor
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.turn_book import TurnBook
 from flux_ray.wire import Description
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from flux_ray.router import retries
 from flux_ray.router.ledger import SILENCE_S, Ledger
 from flux_ray.router.messages import Offer, Statement
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.retries import KEPT_S, Place, Places, Retry
 
 RETRY = Retry("ours", "a ring")

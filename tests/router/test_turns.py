@@ -14,9 +14,9 @@ from flux_ray.router import turns as turns_module
 from flux_ray.router.ledger import Ledger
 from flux_ray.router.messages import Decision, Heard, Offer, Statement
 from flux_ray.router.outbox import Receipt
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.entry import Refusal
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.retries import Place, Retry
-from flux_ray.router.ticket import Refusal
 from flux_ray.router.turns import LedgerLost, Turns, error_for
 
 

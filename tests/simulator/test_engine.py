@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flux_ray.router.queue import TierQueue
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.scaling_state import ScalingState
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.opponents import EarlyBinding, Fifo, least_requests

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.fluid import preemptive_bound
 from flux_ray.simulator.opponents import (

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from flux_ray.router.forecast import Forecast
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.tier_queue import TierQueue
 
 
 def ticket(name: str, cost_s: float, deadline: float = 1000.0) -> Ticket:

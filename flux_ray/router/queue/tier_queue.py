@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from itertools import count
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.admission import MAX_PLAYED, Line, give_way, wait_of
-from flux_ray.router.caches import Caches
-from flux_ray.router.forecast import (
+from flux_ray.router.queue.admission import MAX_PLAYED, Line, give_way, wait_of
+from flux_ray.router.queue.cache_directory import Caches
+from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.estimate_error import Spread
+from flux_ray.router.queue.forecast import (
     NEVER,
     SAME_S,
     Forecast,
@@ -17,11 +19,9 @@ from flux_ray.router.forecast import (
     level,
     play,
 )
-from flux_ray.router.shares import Shares
-from flux_ray.router.slots import Slot, Slots
-from flux_ray.router.spread import Spread
-from flux_ray.router.sums import SortedSums
-from flux_ray.router.ticket import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.shares import Shares
+from flux_ray.router.queue.slots import Slot, Slots
+from flux_ray.router.queue.sums import SortedSums
 
 # A start that takes longer than it should: so much of the usual time is still to be counted on.
 OVERDUE_SHARE = 0.25

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from flux_ray.router.spread import HOPED_DEVIATIONS, LEAST_SHARE, Spread
+from flux_ray.router.queue.estimate_error import HOPED_DEVIATIONS, LEAST_SHARE, Spread
 
 
 def noted(*ratios: float) -> float:

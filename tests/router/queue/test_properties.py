@@ -6,11 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.values import Arrival, Pool
-from tests.router.queue_driver import Cluster
+from tests.router.queue.driver import Cluster
 
 TIMEOUT_S = 60.0
 SAME_S = 1e-3

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Ticket
-from tests.router.queue_driver import Cluster
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.tier_queue import TierQueue
+from tests.router.queue.driver import Cluster
 
 
 def ticket(name: str, cost_s: float, deadline: float, key: str = "") -> Ticket:

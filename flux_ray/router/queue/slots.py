@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from flux_ray.router.sums import SortedSums
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.sums import SortedSums
 
 free_at_of = attrgetter("free_at")
 # Stands for a first replica, where none is up and none is known to be starting.

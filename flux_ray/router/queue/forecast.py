@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flux_ray.router.slots import Slots
-from flux_ray.router.sums import Key
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.slots import Slots
+from flux_ray.router.queue.sums import Key
 
 # Two times this close are the same: sums of floats are not exact.
 SAME_S = 1e-6

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from flux_ray.router.ticket import Ticket
+from flux_ray.router.queue.entry import Ticket
 
 MAX_NAMES = 50_000
 MAX_HOLDERS = 16

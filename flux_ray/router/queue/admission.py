@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from operator import attrgetter
 
-from flux_ray.router.forecast import (
+from flux_ray.router.queue.forecast import (
     NEVER,
     SAME_S,
     Waiting,
@@ -14,8 +14,8 @@ from flux_ray.router.forecast import (
     level,
     play,
 )
-from flux_ray.router.slots import Slots
-from flux_ray.router.sums import SortedSums
+from flux_ray.router.queue.slots import Slots
+from flux_ray.router.queue.sums import SortedSums
 
 # Longer lines are taken as a fluid: on as few slots as make that coarse, they outlast deadlines.
 MAX_PLAYED = 64

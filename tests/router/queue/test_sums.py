@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux_ray.router.sums import SortedSums
+from flux_ray.router.queue.sums import SortedSums
 
 
 def filled(dice: random.Random, num: int) -> tuple[SortedSums[int], dict[tuple[float, int], float]]:

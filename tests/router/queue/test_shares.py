@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.router.shares import Shares
+from flux_ray.router.queue.shares import Shares
 
 
 def over(num_slots: int, now: float = 0.0, **asked_s: float) -> frozenset[str]:

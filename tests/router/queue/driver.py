@@ -2,8 +2,8 @@
 
 import math
 
-from flux_ray.router.queue import TierQueue
-from flux_ray.router.ticket import Refusal, Ticket
+from flux_ray.router.queue.entry import Refusal, Ticket
+from flux_ray.router.queue.tier_queue import TierQueue
 
 
 class Cluster:
