@@ -10,8 +10,8 @@ from flux_ray.auth.keys import Key, KeyClass, sha256
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.model_names import UNLIMITED
-from flux_ray.router.allowances import Allowance
 from flux_ray.router.caller import Caller
+from flux_ray.router.quotas.quota_ledger import Allowance
 
 DEADLINE = "x-flux-deadline-s"
 # Ray Serve's own.

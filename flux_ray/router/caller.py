@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flux_ray.router.allowances import UNLIMITED, Allowance
+from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance
 from flux_ray.router.retries import Retry
 
 

@@ -7,7 +7,7 @@ from flux_ray.router.caller import Caller
 from flux_ray.router.messages import Offer
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.usage import Use
+from flux_ray.router.quotas.usage import Use
 
 
 class Quote(NamedTuple):

@@ -10,11 +10,18 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router.allowances import UNLIMITED, Allowance, Denial, Entry, Shared, Standing
 from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.deadline import within
+from flux_ray.router.quotas.quota_ledger import (
+    UNLIMITED,
+    Allowance,
+    Denial,
+    Entry,
+    Shared,
+    Standing,
+)
+from flux_ray.router.quotas.usage import Name, Row, Usage, Use
 from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
-from flux_ray.router.usage import Name, Row, Usage, Use
 
 logger = logging.getLogger("ray.serve")
 

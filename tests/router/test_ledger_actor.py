@@ -9,14 +9,14 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from flux_ray.router import ledger, ledger_actor, remote_ledger
-from flux_ray.router.allowances import Allowance, Denial, Entry, Standing
 from flux_ray.router.ledger_actor import LedgerActor
 from flux_ray.router.messages import Offer, Statement
 from flux_ray.router.outbox import Receipt
+from flux_ray.router.quotas.quota_ledger import Allowance, Denial, Entry, Standing
+from flux_ray.router.quotas.usage import Use
 from flux_ray.router.remote_ledger import RemoteLedger, node_for_ledger
 from flux_ray.router.retries import Retry
 from flux_ray.router.turns import LedgerLost
-from flux_ray.router.usage import Use
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = Offer("ours", "tiny", 30.0, 600.0)

@@ -7,10 +7,10 @@ import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router import turnstile as turnstile_module
-from flux_ray.router.allowances import UNLIMITED, Allowance, Allowances, Entry, Standing
+from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance, Allowances, Entry, Standing
+from flux_ray.router.quotas.usage import Use
 from flux_ray.router.turns import LedgerLost
 from flux_ray.router.turnstile import Turnstile
-from flux_ray.router.usage import Use
 
 ONE = Allowance(max_concurrent=1)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from flux_ray.router.usage import DAY_S, Name, Row, Usage, Use
+from flux_ray.router.quotas.usage import DAY_S, Name, Row, Usage, Use
 
 MINUTE_S = 60.0
 # A gateway tells of itself every two seconds. One that is silent for so long is dead.

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from flux_ray.router.allowances import SILENCE_S, Allowance, Allowances, Entry
-from flux_ray.router.usage import DAY_S, Usage, Use
+from flux_ray.router.quotas.quota_ledger import SILENCE_S, Allowance, Allowances, Entry
+from flux_ray.router.quotas.usage import DAY_S, Usage, Use
 
 NOON = 20_000.5 * DAY_S
 

@@ -1,0 +1,1 @@
+"""Quotas: what keys may have, and what they have had through all gateways. Pure."""
