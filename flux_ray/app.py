@@ -27,22 +27,22 @@ from flux_ray.router.bill import Bill
 from flux_ray.router.budgeted import BudgetTerms
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
-from flux_ray.router.price_exchange import PriceExchange
+from flux_ray.router.ledger.client import Turns
+from flux_ray.router.ledger.price_exchange import PriceExchange
+from flux_ray.router.ledger.quota_client import Turnstile
+from flux_ray.router.ledger.remote import RemoteLedger
 from flux_ray.router.pricing.config_check import check_possible
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.pricing.drain_timeout import drain_timeout_s
 from flux_ray.router.recorder import Recorder
-from flux_ray.router.remote_ledger import RemoteLedger
 from flux_ray.router.replica_choice import GrantedReplica
 from flux_ray.router.router import Router, Terms
-from flux_ray.router.turns import Turns
-from flux_ray.router.turnstile import Turnstile
 
 logger = logging.getLogger("ray.serve")
 
 # A leader that ended is replaced at the next check; one that hangs is killed before three of them
-# are over (router/hung_replicas.py).
+# are over (router/ledger/hung_replicas.py).
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 # Of the values that gateways, the ledger, replicas and job rows tell each other. Raise it with
 # every change of one of them: code of two numbers runs side by side while a cluster is upgraded.
-PROTOCOL = 2
+PROTOCOL = 3
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 

@@ -74,9 +74,9 @@ MAY_NOT_IMPORT = {
 RAY_HANDS = {
     "router/autoscaling.py",
     "router/handles.py",
-    "router/hung_replicas.py",
-    "router/ledger_actor.py",
-    "router/remote_ledger.py",
+    "router/ledger/hung_replicas.py",
+    "router/ledger/actor.py",
+    "router/ledger/remote.py",
     "router/readiness.py",
     "router/replica_choice.py",
 }

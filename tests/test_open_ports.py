@@ -25,7 +25,7 @@ KNOWN = {
     # Of Serve's applications, of SQLAlchemy's events and of the ledger's decisions: no sockets.
     "app.py": {"bind"},
     "jobs/database.py": {"listen"},
-    "router/turns.py": {"listen"},
+    "router/ledger/client.py": {"listen"},
     # Of who trains the embedded model anew, on one machine; nobody serves meanwhile.
     "tiny/train_transformer.py": {"init_process_group"},
     "parallel/mesh.py": {"TCPStore", "create_server", "init_process_group"},

@@ -12,7 +12,7 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.callers import name_of
 from flux_ray.gateway.request_id import HEADER, is_ours
 from flux_ray.request import ImageRequest, Mask
-from flux_ray.router.retries import Retry
+from flux_ray.router.ledger.retries import Retry
 
 IDEMPOTENCY_KEY = "idempotency-key"
 PARAMETER: dict[str, Any] = {

@@ -18,7 +18,7 @@ from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.model_names import Target, requests_for, target_for
 from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
-from flux_ray.router.retries import Place
+from flux_ray.router.ledger.retries import Place
 from flux_ray.router.router import Router
 
 logger = logging.getLogger("ray.serve")

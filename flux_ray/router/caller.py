@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from flux_ray.router.ledger.retries import Retry
 from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance
-from flux_ray.router.retries import Retry
 
 
 @dataclass(frozen=True)

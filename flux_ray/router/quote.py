@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
-from flux_ray.router.messages import Offer
+from flux_ray.router.ledger.messages import Offer
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas.usage import Use

@@ -180,7 +180,7 @@ def backlog(tier: str) -> tuple[float, float]:
     """GPU seconds that the ledger has waiting and running."""
     import ray
 
-    from flux_ray.router.remote_ledger import start_ledger
+    from flux_ray.router.ledger.remote import start_ledger
 
     waiting_s, running_s, _ = ray.get(start_ledger().backlog.remote(tier), timeout=PATIENCE_S)
     return waiting_s, running_s

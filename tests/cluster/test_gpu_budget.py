@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.router.messages import Offer, Statement
+from flux_ray.router.ledger.messages import Offer, Statement
 from tests.cluster.conftest import DEPLOYED, PATIENCE_S, deploy, wait_until
 
 DEV, KLEIN = "flux-2-dev", "flux-2-klein-4b"
@@ -35,7 +35,7 @@ class Shares:
     """How many replicas each tier has; work for one of them is said to the ledger."""
 
     def __init__(self) -> None:
-        from flux_ray.router.remote_ledger import start_ledger
+        from flux_ray.router.ledger.remote import start_ledger
 
         self._ledger = start_ledger()
         self._offers: tuple[Offer, ...] = ()

@@ -76,7 +76,7 @@ def test_two_gateways_count_as_one(gateways: str, keys: dict[str, NewKey]) -> No
 def test_a_lost_ledger_forgets_no_day(gateways: str, keys: dict[str, NewKey]) -> None:
     import ray
 
-    from flux_ray.router.remote_ledger import start_ledger
+    from flux_ray.router.ledger.remote import start_ledger
 
     answer = ask(gateways, keys["small"].secret)
     assert answer.status_code == 200

@@ -72,7 +72,7 @@ def test_what_would_wait_too_long_is_refused_until_it_would_not(address: str, dr
 def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw) -> None:
     import ray
 
-    from flux_ray.router.remote_ledger import start_ledger
+    from flux_ray.router.ledger.remote import start_ledger
 
     expected = draw(PROMPT, seed=3, **LONG)
     answers: list[list[bytes]] = []

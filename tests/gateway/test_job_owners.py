@@ -12,10 +12,10 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.jobs.desk import Desk
+from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
-from flux_ray.router.turnstile import Turnstile
 from tests.conftest import LIMITS, FakeBill
 from tests.gateway.bfl.test_routes import PUBLIC, poll, submit
 from tests.gateway.test_key_limits import Books

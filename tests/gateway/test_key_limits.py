@@ -10,11 +10,11 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
+from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas.quota_ledger import Allowances
 from flux_ray.router.router import Router, Terms
-from flux_ray.router.turnstile import Turnstile
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
 
 PATH = "/v1/images/generations"

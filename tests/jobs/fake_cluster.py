@@ -7,7 +7,7 @@ import pickle
 from PIL import Image
 
 from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
-from flux_ray.router.ledger import Offer
+from flux_ray.router.ledger.ledger import Offer
 from flux_ray.router.queue.forecast import Forecast
 
 DRAW_S = 0.02

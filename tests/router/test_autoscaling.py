@@ -14,7 +14,7 @@ from flux_ray.app import replicas_of
 from flux_ray.config.tier import TierArgs
 from flux_ray.router import autoscaling, budgeted
 from flux_ray.router.budgeted import GpuBudget
-from flux_ray.router.messages import Backlog
+from flux_ray.router.ledger.messages import Backlog
 
 HUB = "owner/name@revision"
 

@@ -9,13 +9,13 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.request import PROTOCOL
 from flux_ray.router.autoscaling import LedgerPolicy
 from flux_ray.router.descriptions import learn_layouts
-from flux_ray.router.ledger import Ledger
-from flux_ray.router.ledger_actor import LedgerActor
-from flux_ray.router.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.actor import LedgerActor
+from flux_ray.router.ledger.ledger import Ledger
+from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.pending import TurnBook
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.turn_book import TurnBook
 from flux_ray.wire import Description
 
 TIER = "flux-2-klein-4b"

@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from flux_ray.request import PROTOCOL
-from flux_ray.router.ledger_actor import LedgerActor
+from flux_ray.router.ledger.actor import LedgerActor
 
 # Where the last test fails, raise PROTOCOL, by which the ledger is named, and add a row: pickles
 # and calls of the old code are not understood by the new one, nor the other way round.

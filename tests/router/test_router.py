@@ -19,13 +19,13 @@ from flux_ray.errors import (
 )
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
+from flux_ray.router.ledger.quota_client import Stay
+from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas.quota_ledger import Allowance, Standing
 from flux_ray.router.quotas.usage import Use
-from flux_ray.router.retries import Place, Retry
 from flux_ray.router.router import Router, Terms
-from flux_ray.router.turnstile import Stay
 from tests.conftest import news_of
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 
 from flux_ray.config.tier import COLD_START_S
 from flux_ray.request import QueuePosition
-from flux_ray.router.arrivals import Arrivals
-from flux_ray.router.messages import Backlog, Decision, Offer, Statement
+from flux_ray.router.ledger.arrivals import Arrivals
+from flux_ray.router.ledger.messages import Backlog, Decision, Offer, Statement
+from flux_ray.router.ledger.retries import Place, Places
 from flux_ray.router.queue.entry import Refusal, Ticket
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.retries import Place, Places
 
 # A gateway speaks twice a second. One that is silent for so long is dead, and so are its clients.
 SILENCE_S = 5.0

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from flux_ray.router.messages import Offer
+from flux_ray.router.ledger.messages import Offer
 
 # Who was refused, or left, and comes back within that time asks for the same work.
 REMEMBERED_S = 600.0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.router.ledger_world import TICK_S, TIER, Request, World
+from tests.router.ledger.world import TICK_S, TIER, Request, World
 
 Step = tuple[Any, ...]
 small = st.integers(0, 7)

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.ledger import SILENCE_S, Ledger
-from flux_ray.router.messages import Decision, Offer, Statement
+from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
+from flux_ray.router.ledger.messages import Decision, Offer, Statement
 from flux_ray.router.queue.tier_queue import TierQueue
 
 REPLICAS = {"tiny": ("a", "b")}

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flux_ray.request import QueuePosition
+from flux_ray.router.ledger.retries import Retry
 from flux_ray.router.queue.entry import Refusal
-from flux_ray.router.retries import Retry
 
 
 @dataclass(frozen=True)

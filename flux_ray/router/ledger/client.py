@@ -12,12 +12,12 @@ from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deploye
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.deadline import within
-from flux_ray.router.messages import Decision, Heard, Offer, Statement
-from flux_ray.router.outbox import Receipt
+from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.ledger.pending import TurnBook
+from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.queue.entry import Refusal
 from flux_ray.router.queue.forecast import Forecast
-from flux_ray.router.retries import Place, Retry
-from flux_ray.router.turn_book import TurnBook
 
 logger = logging.getLogger("ray.serve")
 

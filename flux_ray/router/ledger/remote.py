@@ -13,16 +13,16 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux_ray.request import PROTOCOL
-from flux_ray.router.hung_replicas import watch_replicas
-from flux_ray.router.ledger_actor import LISTEN_S, LedgerActor
-from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
-from flux_ray.router.outbox import Receipt
+from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
+from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
+from flux_ray.router.ledger.hung_replicas import watch_replicas
+from flux_ray.router.ledger.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.ledger.retries import Place
 from flux_ray.router.pricing.calibration import Snapshot
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quotas.quota_ledger import Allowance, Denial, Entry, Shared, Standing
 from flux_ray.router.quotas.usage import Row
-from flux_ray.router.retries import Place
-from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 
 logger = logging.getLogger("ray.serve")
 

@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RaySystemError
 
-from flux_ray.router import ledger, ledger_actor, remote_ledger
-from flux_ray.router.ledger_actor import LedgerActor
-from flux_ray.router.messages import Offer, Statement
-from flux_ray.router.outbox import Receipt
+from flux_ray.router.ledger import actor as ledger_actor
+from flux_ray.router.ledger import ledger
+from flux_ray.router.ledger import remote as remote_ledger
+from flux_ray.router.ledger.actor import LedgerActor
+from flux_ray.router.ledger.client import LedgerLost
+from flux_ray.router.ledger.messages import Offer, Statement
+from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
+from flux_ray.router.ledger.retries import Retry
 from flux_ray.router.quotas.quota_ledger import Allowance, Denial, Entry, Standing
 from flux_ray.router.quotas.usage import Use
-from flux_ray.router.remote_ledger import RemoteLedger, node_for_ledger
-from flux_ray.router.retries import Retry
-from flux_ray.router.turns import LedgerLost
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = Offer("ours", "tiny", 30.0, 600.0)

@@ -12,6 +12,7 @@ from typing import Protocol
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.deadline import within
+from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.quotas.quota_ledger import (
     UNLIMITED,
     Allowance,
@@ -21,7 +22,6 @@ from flux_ray.router.quotas.quota_ledger import (
     Standing,
 )
 from flux_ray.router.quotas.usage import Name, Row, Usage, Use
-from flux_ray.router.turns import LEDGER_BACK_S, LedgerLost
 
 logger = logging.getLogger("ray.serve")
 

@@ -7,11 +7,11 @@ ledger with its outboxes, the queue. Times are told; a step is drawn by whoever 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from flux_ray.router.ledger import SILENCE_S, Ledger
-from flux_ray.router.messages import Decision, Heard, Offer, Statement
-from flux_ray.router.outbox import Outbox, Receipt
+from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
+from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.outbox import Outbox, Receipt
+from flux_ray.router.ledger.pending import TurnBook
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.turn_book import TurnBook
 
 BEAT_S = 0.5
 TICK_S = 0.25

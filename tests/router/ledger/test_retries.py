@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ray.router import retries
-from flux_ray.router.ledger import SILENCE_S, Ledger
-from flux_ray.router.messages import Offer, Statement
+from flux_ray.router.ledger import retries
+from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
+from flux_ray.router.ledger.messages import Offer, Statement
+from flux_ray.router.ledger.retries import KEPT_S, Place, Places, Retry
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.retries import KEPT_S, Place, Places, Retry
 
 RETRY = Retry("ours", "a ring")
 NUMBERED = Retry("numbered", "a ring", is_lasting=False)

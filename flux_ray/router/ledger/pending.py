@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
 
 Decide = Callable[[Decision], None]
 Watch = Callable[[QueuePosition], None]

@@ -5,9 +5,9 @@ import logging
 from typing import Protocol
 
 from flux_ray.router.background import keep_running
+from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.pricing.calibration import Snapshot
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.turns import LedgerLost
 
 logger = logging.getLogger("ray.serve")
 

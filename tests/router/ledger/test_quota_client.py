@@ -6,11 +6,11 @@ import time
 import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router import turnstile as turnstile_module
+from flux_ray.router.ledger import quota_client as turnstile_module
+from flux_ray.router.ledger.client import LedgerLost
+from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance, Allowances, Entry, Standing
 from flux_ray.router.quotas.usage import Use
-from flux_ray.router.turns import LedgerLost
-from flux_ray.router.turnstile import Turnstile
 
 ONE = Allowance(max_concurrent=1)
 

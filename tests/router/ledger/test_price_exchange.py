@@ -1,11 +1,11 @@
 """Gateways share what they learn, and one that starts anew knows it."""
 
 from flux_ray.request import ImageRequest, StageTimes
-from flux_ray.router.price_exchange import PriceExchange
+from flux_ray.router.ledger.client import LedgerLost
+from flux_ray.router.ledger.price_exchange import PriceExchange
 from flux_ray.router.pricing.calibration import Snapshot, merged
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.turns import LedgerLost
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 TIMES = StageTimes(queue_s=0.0, encode_s=1.0, denoise_s=2.0, decode_s=3.0)

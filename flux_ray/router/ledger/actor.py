@@ -17,9 +17,10 @@ from ray.serve.exceptions import RayServeException
 # The module, not what is in it: its items are replaced.
 from flux_ray.router import handover
 from flux_ray.router.background import keep_running
-from flux_ray.router.ledger import Ledger
-from flux_ray.router.messages import Backlog, Decision, Heard, Offer, Statement
-from flux_ray.router.outbox import Outbox, Receipt
+from flux_ray.router.ledger.ledger import Ledger
+from flux_ray.router.ledger.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.outbox import Outbox, Receipt
+from flux_ray.router.ledger.retries import Place
 from flux_ray.router.pricing.calibration import Snapshot, merged
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
@@ -32,7 +33,6 @@ from flux_ray.router.quotas.quota_ledger import (
     Standing,
 )
 from flux_ray.router.quotas.usage import Row
-from flux_ray.router.retries import Place
 
 logger = logging.getLogger("ray.serve")
 

@@ -10,14 +10,14 @@ import pytest
 from flux_ray.errors import DeadlineTooShort, Overloaded, TierUnavailable
 from flux_ray.request import News, QueuePosition
 from flux_ray.router import background
-from flux_ray.router import turns as turns_module
-from flux_ray.router.ledger import Ledger
-from flux_ray.router.messages import Decision, Heard, Offer, Statement
-from flux_ray.router.outbox import Receipt
+from flux_ray.router.ledger import client as turns_module
+from flux_ray.router.ledger.client import LedgerLost, Turns, error_for
+from flux_ray.router.ledger.ledger import Ledger
+from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.queue.entry import Refusal
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.retries import Place, Retry
-from flux_ray.router.turns import LedgerLost, Turns, error_for
 
 
 class FakeLine:
