@@ -23,8 +23,8 @@ from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
+from flux_ray.router.autoscaling.budgeted import BudgetTerms
 from flux_ray.router.bill import Bill
-from flux_ray.router.budgeted import BudgetTerms
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.handles import TierHandles
 from flux_ray.router.ledger.client import Turns
@@ -167,7 +167,7 @@ def replicas_of(args: TierArgs) -> dict[str, Any]:
     if scaling.gpu_budget is not None and args.num_gpus_per_replica:
         terms = asdict(BudgetTerms(scaling.gpu_budget, args.num_gpus_per_replica, scaling.priority))
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
-        policy_function="flux_ray.router.autoscaling:LedgerPolicy",
+        policy_function="flux_ray.router.autoscaling.policy:LedgerPolicy",
         policy_kwargs={"tier": args.tier, "rules": rules, "terms": terms},
     )
     # The policy knows when to wait: Serve is not to wait once more.

@@ -72,7 +72,7 @@ MAY_NOT_IMPORT = {
 } | dict.fromkeys(NOUNS, TENSORS | HTTP | {"ray"})
 # Decisions stay plain functions and objects; only these files of the router know Ray.
 RAY_HANDS = {
-    "router/autoscaling.py",
+    "router/autoscaling/policy.py",
     "router/handles.py",
     "router/ledger/hung_replicas.py",
     "router/ledger/actor.py",

@@ -10,7 +10,7 @@ from flux_ray.cli.client import fail
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import Args, TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.router.gpu_budget import Want, check_budget
+from flux_ray.router.autoscaling.gpu_budget import Want, check_budget
 
 BUILDERS: dict[str, type[Args]] = {
     "flux_ray.app:build_tier": TierArgs,

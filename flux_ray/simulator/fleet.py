@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
-from flux_ray.router.gpu_budget import Want, check_budget, share_gpus
+from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, GpuBudget
+from flux_ray.router.autoscaling.gpu_budget import Want, check_budget, share_gpus
+from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
+from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.pricing.cost import Layout, Work, price
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.scaling import Scaler, ScalingRules
-from flux_ray.router.scaling_state import Scaling
 from flux_ray.router.trace_line import BadTrace, TracedRequest
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.outcome import Outcome

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.simulator.values import Arrival
 
 SLOT_S = 30.0

@@ -4,8 +4,8 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.router.queue.entry import Grant, Ticket
-from flux_ray.router.scaling_state import ScalingState
 from flux_ray.simulator.outcome import Curve, TierOutcome, Waits
 from flux_ray.simulator.replicas import Replica, Replicas
 from flux_ray.simulator.values import Arrival, Pool

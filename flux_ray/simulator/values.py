@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
-from flux_ray.router.scaling_state import Scaling
 
 
 @dataclass(frozen=True, slots=True)

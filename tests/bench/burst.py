@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
+from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.scaling import Scaler, ScalingRules
-from flux_ray.router.scaling_state import Scaling
 from flux_ray.simulator.arrivals import burst
 from flux_ray.simulator.counted import CountedQueue
 from flux_ray.simulator.engine import simulate

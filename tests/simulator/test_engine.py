@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.scaling_state import ScalingState
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.opponents import EarlyBinding, Fifo, least_requests
 from flux_ray.simulator.outcome import MAX_POINTS, TierOutcome

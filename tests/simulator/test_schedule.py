@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.opponents import Fifo
 from flux_ray.simulator.schedule import Schedule, Trial, cheapest, demand_of

@@ -12,8 +12,9 @@ from ray import cloudpickle
 
 from flux_ray.app import replicas_of
 from flux_ray.config.tier import TierArgs
-from flux_ray.router import autoscaling, budgeted
-from flux_ray.router.budgeted import GpuBudget
+from flux_ray.router.autoscaling import budgeted
+from flux_ray.router.autoscaling import policy as autoscaling
+from flux_ray.router.autoscaling.budgeted import GpuBudget
 from flux_ray.router.ledger.messages import Backlog
 
 HUB = "owner/name@revision"

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux_ray.router.demand import Demand
+from flux_ray.router.autoscaling.demand import Demand
 
 
 def observe(demand, amounts, start=0):

@@ -5,8 +5,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from flux_ray.router.demand import Demand
-from flux_ray.router.scaling_state import Scaling, ScalingState, target_of
+from flux_ray.router.autoscaling.demand import Demand
+from flux_ray.router.autoscaling.state import Scaling, ScalingState, target_of
 
 logger = logging.getLogger("ray.serve")
 

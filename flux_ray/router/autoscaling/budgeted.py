@@ -3,8 +3,8 @@
 import logging
 from dataclasses import dataclass
 
-from flux_ray.router.gpu_budget import Want, fitting, share_gpus
-from flux_ray.router.scaling_state import Scaling, ScalingState, target_of
+from flux_ray.router.autoscaling.gpu_budget import Want, fitting, share_gpus
+from flux_ray.router.autoscaling.state import Scaling, ScalingState, target_of
 
 logger = logging.getLogger("ray.serve")
 

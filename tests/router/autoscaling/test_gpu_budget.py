@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.router.gpu_budget import Want, check_budget, share_gpus
+from flux_ray.router.autoscaling.gpu_budget import Want, check_budget, share_gpus
 
 DEV = Want("flux-2-dev", 8, num_gpus_per_replica=2, min_replicas=1, priority=1)
 KLEIN = Want("flux-2-klein-4b", 16, num_gpus_per_replica=1, min_replicas=2)

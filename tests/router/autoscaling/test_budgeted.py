@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.router.budgeted import Budgeted, BudgetTerms, GpuBudget
-from flux_ray.router.scaling import LastGoodTarget
-from flux_ray.router.scaling_state import ScalingState
+from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, GpuBudget
+from flux_ray.router.autoscaling.scaler import LastGoodTarget
+from flux_ray.router.autoscaling.state import ScalingState
 
 STATE = ScalingState(0.0, 4, 0, 0.0, 0.0, 0.0, 1, 100)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from flux_ray.router.budgeted import Budgeted, BudgetTerms, cluster_budget
+from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, cluster_budget
+from flux_ray.router.autoscaling.scaler import LastGoodTarget, Scaler, ScalingRules
+from flux_ray.router.autoscaling.state import Scaling, ScalingState
 from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.messages import Backlog
 from flux_ray.router.ledger.remote import RemoteLedger
-from flux_ray.router.scaling import LastGoodTarget, Scaler, ScalingRules
-from flux_ray.router.scaling_state import Scaling, ScalingState
 
 logger = logging.getLogger("ray.serve")
 
