@@ -24,13 +24,13 @@ from flux_ray.replica.leader import Leader
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.autoscaling.budgeted import BudgetTerms
-from flux_ray.router.bill import Bill
 from flux_ray.router.descriptions import learn_layouts
-from flux_ray.router.handles import TierHandles
+from flux_ray.router.dispatch import TierHandles
 from flux_ray.router.ledger.client import Turns
 from flux_ray.router.ledger.price_exchange import PriceExchange
 from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.ledger.remote import RemoteLedger
+from flux_ray.router.metrics import Bill
 from flux_ray.router.pricing.config_check import check_possible
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel

@@ -73,7 +73,7 @@ MAY_NOT_IMPORT = {
 # Decisions stay plain functions and objects; only these files of the router know Ray.
 RAY_HANDS = {
     "router/autoscaling/policy.py",
-    "router/handles.py",
+    "router/dispatch.py",
     "router/ledger/hung_replicas.py",
     "router/ledger/actor.py",
     "router/ledger/remote.py",

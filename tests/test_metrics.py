@@ -9,8 +9,8 @@ from flux_ray import metrics
 from flux_ray.metrics import Metric
 from flux_ray.replica import meter as replica_meter
 from flux_ray.replica.meter import Meter
-from flux_ray.router import bill as bill_module
-from flux_ray.router.bill import Bill
+from flux_ray.router import metrics as bill_module
+from flux_ray.router.metrics import Bill
 
 METRICS = [each for each in vars(metrics).values() if isinstance(each, Metric)]
 

@@ -13,7 +13,7 @@ from flux_ray.cli.client import fail
 from flux_ray.cli.serve_config import tiers_in
 from flux_ray.cli.simulate_table import print_outcome, report_of
 from flux_ray.cli.terminal import table_console
-from flux_ray.router.trace_line import TracedRequest
+from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.arrivals import Pattern
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
 from flux_ray.simulator.outcome import Outcome

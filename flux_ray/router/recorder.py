@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flux_ray.private_files import open_privately
 from flux_ray.request import ImageRequest
-from flux_ray.router.trace_line import line_of, traced
+from flux_ray.router.trace import line_of, traced
 
 logger = logging.getLogger("ray.serve")
 

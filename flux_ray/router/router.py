@@ -25,19 +25,19 @@ from flux_ray.errors import (
 )
 from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.caller import ANYONE, Caller
-from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.deadline import within
 from flux_ray.router.ledger.messages import Offer
 from flux_ray.router.ledger.quota_client import Stay
 from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.pace import followed
 from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.progress import followed
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance, Entry, Standing
 from flux_ray.router.quotas.usage import Use
 from flux_ray.router.quote import Quote, offer_for, quote_for
+from flux_ray.router.tier_choice import Candidate, in_order
 
 logger = logging.getLogger("ray.serve")
 

@@ -13,7 +13,7 @@ from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
 from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.pricing.cost import Layout, Work, price
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.trace_line import BadTrace, TracedRequest
+from flux_ray.router.trace import BadTrace, TracedRequest
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.outcome import Outcome
 from flux_ray.simulator.values import Arrival, Failure, Pool

@@ -6,7 +6,7 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
-from flux_ray.router.trace_line import BadTrace, TracedRequest, line_of, parse_line
+from flux_ray.router.trace import BadTrace, TracedRequest, line_of, parse_line
 
 
 def read_trace(path: Path) -> Iterator[TracedRequest]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.router.trace_line import TracedRequest
+from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.arrivals import Pattern, times_for
 
 

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from flux_ray.cli.main import app
-from flux_ray.router.trace_line import TracedRequest
+from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.traces import write_trace
 
 ROOT = Path(__file__).parents[2]

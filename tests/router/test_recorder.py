@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.request import ImageRequest, Raster
 from flux_ray.router.recorder import Recorder
-from flux_ray.router.trace_line import TracedRequest
+from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.traces import read_trace
 
 REQUEST = ImageRequest(

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.router.trace_line import BadTrace, TracedRequest, parse_line
+from flux_ray.router.trace import BadTrace, TracedRequest, parse_line
 from flux_ray.simulator.arrivals import bursty, diurnal, times_for
 from flux_ray.simulator.traces import from_zero, last_arrival_s, read_trace, write_trace
 from flux_ray.simulator.workloads import Traffic, generate, sample_of

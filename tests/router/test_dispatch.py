@@ -33,9 +33,9 @@ from flux_ray.errors import (
     TierUnavailable,
 )
 from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, Progress, StageTimes
-from flux_ray.router import handles as handles_module
+from flux_ray.router import dispatch as handles_module
 from flux_ray.router import readiness
-from flux_ray.router.handles import TierHandles, last_of
+from flux_ray.router.dispatch import TierHandles, last_of
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.wire import Description, pack_answer, packed, request_from
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.request import ImageRequest, News, Progress, RanksDone
-from flux_ray.router.pace import FOLLOWED_S, Pace, followed
 from flux_ray.router.pricing.cost import Cost
+from flux_ray.router.progress import FOLLOWED_S, Pace, followed
 from flux_ray.router.quote import Quote
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 10, 1.0, seed=7)

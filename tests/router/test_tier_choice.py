@@ -5,10 +5,10 @@ import pytest
 from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
-from flux_ray.router.choice import Candidate, in_order
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quote import Quote
+from flux_ray.router.tier_choice import Candidate, in_order
 
 
 def candidate(tier: str, cost_s: float, wait_s: float, **changed) -> Candidate:
