@@ -31,7 +31,7 @@ from flux_ray.gateway.results.kept_images import KeptPictures
 from flux_ray.gateway.results.own_results import OwnResultsFirst
 from flux_ray.gateway.results.routes import ResultRoutes
 from flux_ray.gateway.unpacking import Unpacking
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from flux_ray.router.router import Router
 
 

@@ -13,9 +13,9 @@ from flux_ray.gateway import idempotency
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.jobs import KEY_CLASS
 from flux_ray.gateway.submit import Order
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
+from flux_ray.jobs.service import Desk
 from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router

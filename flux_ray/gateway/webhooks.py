@@ -15,7 +15,7 @@ from flux_ray.gateway.images.addresses import Refused, is_reachable, literal, pl
 from flux_ray.gateway.images.fetch import Guard, Resolve, resolver
 from flux_ray.gateway.signatures import headers_for, key_of
 from flux_ray.jobs.job import Webhook
-from flux_ray.jobs.postman import NotTaken
+from flux_ray.jobs.webhooks import NotTaken
 
 # Not those of references: whoever names slow name servers there holds up no webhook.
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve-webhooks")

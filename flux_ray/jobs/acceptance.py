@@ -4,8 +4,8 @@ import asyncio
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import Job, Offer
-from flux_ray.jobs.packing import compress, pack
 from flux_ray.jobs.results import Results
+from flux_ray.jobs.serialization import compress, pack
 from flux_ray.jobs.store import Store
 
 

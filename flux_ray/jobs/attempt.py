@@ -10,9 +10,9 @@ from typing import TypeVar
 from flux_ray.errors import FluxError, ResultsLost, StoreLost
 from flux_ray.jobs.job import Failure, Job, JobResult, Lease
 from flux_ray.jobs.outcome import LOST, Again, outcome_of
-from flux_ray.jobs.packing import defer, num_blobs, unpack
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
+from flux_ray.jobs.serialization import defer, num_blobs, unpack
 from flux_ray.jobs.store import Store
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePosition
 

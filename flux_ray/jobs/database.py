@@ -33,8 +33,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.database_file import DatabaseFile, FileIdentity
 from flux_ray.jobs.migrations.schema import migrate
+from flux_ray.jobs.sqlite_file import DatabaseFile, FileIdentity
 
 logger = logging.getLogger("ray.serve")
 

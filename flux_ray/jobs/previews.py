@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.claimer import spawn
 from flux_ray.jobs.job import Lease, StoredPicture
+from flux_ray.jobs.lease_worker import spawn
 from flux_ray.jobs.results import Results, ResultTooLarge
 from flux_ray.jobs.store import Store
 from flux_ray.request import GeneratedImage

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flux_ray.jobs.packing import BLOB, MASK, REQUEST
+from flux_ray.jobs.serialization import BLOB, MASK, REQUEST
 from flux_ray.request import Mask, Raster
 
 # What stands in a row for a picture.

@@ -15,7 +15,6 @@ from sqlalchemy import (
 )
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
-from flux_ray.jobs.claiming import Sign, Wanted, claim_of, next_job, running, sign_of
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
@@ -33,6 +32,7 @@ from flux_ray.jobs.job import (
 from flux_ray.jobs.listing import num_before, page_of
 from flux_ray.jobs.rows import COLUMNS, job_of
 from flux_ray.jobs.silence import Clock, Silence
+from flux_ray.jobs.statements import Sign, Wanted, claim_of, next_job, running, sign_of
 from flux_ray.jobs.table import JOBS
 from flux_ray.request import PROTOCOL, QueuePosition
 

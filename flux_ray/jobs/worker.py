@@ -8,10 +8,10 @@ from collections.abc import Collection, Coroutine
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.attempt import Attempt, Workshop
-from flux_ray.jobs.claimer import POLL_S, Busy, Claim, Claimer, repeat, spawn
-from flux_ray.jobs.claiming import Wanted
 from flux_ray.jobs.job import Lease
+from flux_ray.jobs.lease_worker import POLL_S, Busy, Claim, Claimer, repeat, spawn
 from flux_ray.jobs.reading import Unreadable, check_readable
+from flux_ray.jobs.statements import Wanted
 
 logger = logging.getLogger("ray.serve")
 

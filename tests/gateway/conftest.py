@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.jobs import JobArgs
 from flux_ray.jobs.attempt import Generate
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from tests.jobs.painter import paint
 
 

@@ -11,7 +11,7 @@ from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobDrawing
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel

@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway import lifespan
 from flux_ray.gateway.lifespan import GIVE_BACK_S, drain_s_of, lifespan_of
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer
+from flux_ray.jobs.service import Desk
 from flux_ray.request import ImageRequest, ImageResult, QueuePosition
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until

@@ -12,9 +12,9 @@ from flux_ray.config.gateway import Webhooks
 from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.webhooks import Poster, check_webhook_secret, check_webhook_url
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
-from flux_ray.jobs.postman import Mail, NotTaken
+from flux_ray.jobs.service import Desk
+from flux_ray.jobs.webhooks import Mail, NotTaken
 from flux_ray.request import ImageRequest
 from tests.gateway.images.test_hostile_urls import HOME, MALFORMED, PRIVATE, Names
 from tests.jobs.painter import paint

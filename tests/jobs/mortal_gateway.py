@@ -10,13 +10,13 @@ from flux_ray.config.gateway import Webhooks
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
-from flux_ray.jobs.cleaning import keep_clean
+from flux_ray.jobs.cleanup import keep_clean
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
-from flux_ray.jobs.mailbox import Mailbox
-from flux_ray.jobs.postman import Mail, Postman
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
+from flux_ray.jobs.webhook_outbox import Mailbox
+from flux_ray.jobs.webhooks import Mail, Postman
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, Raster
 from tests.jobs.painter import paint

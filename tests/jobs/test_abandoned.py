@@ -3,8 +3,8 @@
 import pytest
 
 from flux_ray.jobs.abandoned import NOT_SERVED, Abandoned
-from flux_ray.jobs.claiming import Wanted
-from flux_ray.jobs.packing import pack
+from flux_ray.jobs.serialization import pack
+from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store
 from flux_ray.request import PROTOCOL
 from tests.jobs.conftest import KEEP_S, LEASE_S

@@ -5,12 +5,12 @@ import asyncio
 import pytest
 
 from flux_ray.errors import KeyReused, ResultsLost
-from flux_ray.jobs import cleaning
+from flux_ray.jobs import cleanup
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.cleaning import clean_up, keep_clean
+from flux_ray.jobs.cleanup import clean_up, keep_clean
 from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import Idempotency, JobResult
-from flux_ray.jobs.packing import pack
+from flux_ray.jobs.serialization import pack
 from flux_ray.request import GeneratedImage, Raster
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.waiting import wait_until
@@ -116,6 +116,6 @@ async def test_a_folder_that_stays_holds_up_no_other(store, folder, offer, clock
         await remove(job_id)
 
     monkeypatch.setattr(folder, "remove_job", fail_one)
-    monkeypatch.setattr(cleaning, "BATCH", 2)
+    monkeypatch.setattr(cleanup, "BATCH", 2)
     assert await clean_up(store, folder) == 4
     assert await store.expired(10) == (jobs[0].job_id,)

@@ -13,12 +13,12 @@ from flux_ray.errors import ResultsLost
 from flux_ray.gateway import job_loading
 from flux_ray.gateway.job_loading import within_budget
 from flux_ray.gateway.memory_budget import Held
-from flux_ray.jobs import attempt, packing
+from flux_ray.jobs import attempt, serialization
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Attempt, Workshop
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.outcome import Again, outcome_of
-from flux_ray.jobs.packing import defer, pack, unpack
+from flux_ray.jobs.serialization import defer, pack, unpack
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest, Mask, Raster
 from tests.jobs.painter import paint, picture_for
@@ -124,9 +124,9 @@ async def test_packing_and_unpacking_are_never_on_the_event_loop(store, folder, 
 
         return watch
 
-    monkeypatch.setattr("flux_ray.jobs.acceptance.compress", watched(packing.compress))
-    monkeypatch.setattr(packing, "set_apart", watched(packing.set_apart))
-    monkeypatch.setattr(packing, "picture_of", watched(packing.picture_of))
+    monkeypatch.setattr("flux_ray.jobs.acceptance.compress", watched(serialization.compress))
+    monkeypatch.setattr(serialization, "set_apart", watched(serialization.set_apart))
+    monkeypatch.setattr(serialization, "picture_of", watched(serialization.picture_of))
     monkeypatch.setattr("hashlib.sha256", watched(__import__("hashlib").sha256))
     await accept(store, folder, offer(references=(RED, BLUE)))
     await Attempt(await store.claim("worker"), Workshop(store, folder, paint)).run()

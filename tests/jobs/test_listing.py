@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import text
 
 from flux_ray.jobs.job import JobResult, StoredPicture
-from flux_ray.jobs.packing import pack
+from flux_ray.jobs.serialization import pack
 from flux_ray.request import QueuePosition
 from tests.jobs.conftest import KEEP_S
 

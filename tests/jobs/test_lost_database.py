@@ -17,8 +17,8 @@ from flux_ray.errors import StoreLost
 from flux_ray.jobs import database as module
 from flux_ray.jobs.acceptance import accept as accept_into
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.results import Results
+from flux_ray.jobs.service import Desk
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.store import Store
 from tests.jobs.conftest import KEEP_S, LEASE_S

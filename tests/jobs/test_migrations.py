@@ -11,7 +11,7 @@ from sqlalchemy import text
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Idempotency
 from flux_ray.jobs.migrations.schema import VERSION_TABLE
-from flux_ray.jobs.packing import pack, unpack
+from flux_ray.jobs.serialization import pack, unpack
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import METADATA

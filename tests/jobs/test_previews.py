@@ -9,11 +9,11 @@ import pytest
 from flux_ray.errors import ResultsLost, StoreLost
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Attempt, Workshop
+from flux_ray.jobs.images import Shelf
 from flux_ray.jobs.job import Lease, StoredPicture
-from flux_ray.jobs.packing import unpack
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
-from flux_ray.jobs.shelf import Shelf
+from flux_ray.jobs.serialization import unpack
 from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.painter import paint, picture_for

@@ -5,10 +5,10 @@ from sqlalchemy import text
 
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Workshop
-from flux_ray.jobs.claiming import Wanted
 from flux_ray.jobs.outcome import Again, outcome_of
-from flux_ray.jobs.packing import pack
 from flux_ray.jobs.reading import Unreadable, check_readable
+from flux_ray.jobs.serialization import pack
+from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import PROTOCOL, Encoding, ImageRequest, Mask, Raster

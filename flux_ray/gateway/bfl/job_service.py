@@ -5,9 +5,9 @@ from flux_ray.gateway.bfl.message import message_for
 from flux_ray.gateway.jobs import JobDrawing
 from flux_ray.gateway.results.urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Job
-from flux_ray.jobs.postman import Mail
+from flux_ray.jobs.service import Desk
+from flux_ray.jobs.webhooks import Mail
 from flux_ray.router.router import Router
 
 

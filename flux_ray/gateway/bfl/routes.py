@@ -34,8 +34,8 @@ from flux_ray.gateway.openai.routes import JSON, content_type_of
 from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.submit import Orders
 from flux_ray.gateway.webhooks import webhook_of
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
+from flux_ray.jobs.service import Desk
 from flux_ray.router.router import Router
 
 RESULT = "/v1/get_result"

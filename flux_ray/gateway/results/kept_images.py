@@ -1,7 +1,7 @@
 """Answers by URL: pictures that were just drawn, kept for as long as those of jobs."""
 
 from flux_ray.gateway.results.urls import urls_for
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from flux_ray.request import ImageRequest, ImageResult
 
 

@@ -6,8 +6,8 @@ from flux_ray.errors import BadReference
 from flux_ray.gateway.images.addresses import MAX_URL_CHARS
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.results.urls import PREFIX, urls_for
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+from flux_ray.jobs.service import Desk
 
 
 class OwnResultsFirst(Fetcher):

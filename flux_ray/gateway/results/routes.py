@@ -7,8 +7,8 @@ from starlette.responses import Response
 from flux_ray.errors import UnknownResult
 from flux_ray.gateway.errors import Envelope, answer_for
 from flux_ray.gateway.results.urls import PREFIX, urls_for
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+from flux_ray.jobs.service import Desk
 
 # By the ending that we gave the file; what is in it is not looked at.
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}

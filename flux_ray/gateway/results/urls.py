@@ -5,8 +5,8 @@ import re
 import time
 from collections.abc import Callable
 
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Job, StoredPicture
+from flux_ray.jobs.service import Desk
 
 PREFIX = "/results/"
 VALID_S = 600

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms

@@ -12,8 +12,8 @@ from flux_ray.auth.keys import KeyFile
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.results.urls import ResultUrls
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Offer, StoredPicture
+from flux_ray.jobs.service import Desk
 from flux_ray.request import Encoding, ImageRequest, Raster
 from tests.conftest import LIMITS
 from tests.jobs.painter import paint, picture_for

@@ -3,7 +3,7 @@
 import logging
 
 from flux_ray.errors import ResultsLost, StoreLost
-from flux_ray.jobs.claimer import repeat
+from flux_ray.jobs.lease_worker import repeat
 from flux_ray.jobs.results import ResultMissing, Results
 from flux_ray.jobs.store import Store
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, ScalarSelect, and_, select, update
 
-from flux_ray.jobs.claiming import is_due
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Job, Webhook
 from flux_ray.jobs.rows import COLUMNS, job_of
+from flux_ray.jobs.statements import is_due
 from flux_ray.jobs.table import JOBS
 
 WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt"))

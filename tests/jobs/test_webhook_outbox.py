@@ -8,8 +8,8 @@ from sqlalchemy.exc import ProgrammingError
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import Failure, JobResult, Webhook
-from flux_ray.jobs.mailbox import Mailbox
-from flux_ray.jobs.packing import pack
+from flux_ray.jobs.serialization import pack
+from flux_ray.jobs.webhook_outbox import Mailbox
 from tests.jobs.conftest import KEEP_S
 
 LEASE_S = 10.0

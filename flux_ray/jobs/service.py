@@ -17,16 +17,16 @@ from flux_ray.jobs.attempt import (
     remove_references,
     unheard,
 )
-from flux_ray.jobs.claimer import repeat, spawn
-from flux_ray.jobs.cleaning import PERIOD_S, keep_clean
+from flux_ray.jobs.cleanup import PERIOD_S, keep_clean
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.images import Shelf
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, Status, StoredPicture
-from flux_ray.jobs.mailbox import Mailbox
-from flux_ray.jobs.postman import Mail, Postman
+from flux_ray.jobs.lease_worker import repeat, spawn
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.shared_secret import shared_secret
-from flux_ray.jobs.shelf import Shelf
 from flux_ray.jobs.store import Store
+from flux_ray.jobs.webhook_outbox import Mailbox
+from flux_ray.jobs.webhooks import Mail, Postman
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult
 

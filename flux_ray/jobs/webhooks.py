@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.claimer import POLL_S, Busy, Claim, Claimer
 from flux_ray.jobs.job import Job, Webhook
-from flux_ray.jobs.mailbox import Letter, Mailbox
+from flux_ray.jobs.lease_worker import POLL_S, Busy, Claim, Claimer
+from flux_ray.jobs.webhook_outbox import Letter, Mailbox
 
 logger = logging.getLogger("ray.serve")
 

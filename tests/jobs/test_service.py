@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from flux_ray.config.jobs import JobArgs
-from flux_ray.jobs.desk import Desk
+from flux_ray.jobs.service import Desk
 from flux_ray.request import Raster
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.jobs.packing import num_blobs, pack, unpack
+from flux_ray.jobs.serialization import num_blobs, pack, unpack
 from flux_ray.request import Encoding, ImageRequest, Mask, Raster
 
 RED = Raster(3, 2, b"\xff\x00\x00" * 6)

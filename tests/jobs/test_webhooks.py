@@ -6,15 +6,15 @@ import pytest
 
 from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import StoreLost
-from flux_ray.jobs import postman
+from flux_ray.jobs import webhooks
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.desk import Desk
 from flux_ray.jobs.job import Webhook
-from flux_ray.jobs.mailbox import Mailbox
-from flux_ray.jobs.postman import Mail, NotTaken, Postman
+from flux_ray.jobs.service import Desk
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import JOBS
+from flux_ray.jobs.webhook_outbox import Mailbox
+from flux_ray.jobs.webhooks import Mail, NotTaken, Postman
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
 
@@ -256,8 +256,8 @@ async def test_what_is_lost_with_every_gateway_is_given_up(
 async def test_who_hangs_holds_up_no_other_owner(
     employ, receiver, database, end_job, wait_for, monkeypatch
 ):
-    monkeypatch.setattr(postman, "MAX_POSTING", 4)
-    monkeypatch.setattr(postman, "MAX_POSTING_PER_OWNER", 2)
+    monkeypatch.setattr(webhooks, "MAX_POSTING", 4)
+    monkeypatch.setattr(webhooks, "MAX_POSTING_PER_OWNER", 2)
     hanging = {await end_job("ben") for _ in range(6)}
 
     async def post(webhook: Webhook, message_id: str, body: bytes) -> None:
