@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.parallel.mesh import Mesh, open_store
-from flux_ray.replica.line import Extension
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.transport import Extension
 from tests.ranks import Ranks
 from tests.test_house import PACKAGE, README, SOURCES
 
@@ -29,7 +29,7 @@ KNOWN = {
     # Of who trains the embedded model anew, on one machine; nobody serves meanwhile.
     "tiny/train_transformer.py": {"init_process_group"},
     "parallel/mesh.py": {"TCPStore", "create_server", "init_process_group"},
-    "replica/line.py": {"create_server"},
+    "replica/transport.py": {"create_server"},
 }
 ANY_ADDRESS = re.compile(r"[\"'](0\.0\.0\.0|::|\*)[\"']|\(\(\"\",")
 
@@ -54,7 +54,7 @@ def test_who_listens_is_known():
     assert found == KNOWN
 
 
-@pytest.mark.parametrize("name", ["parallel/mesh.py", "replica/line.py", "replica/rank.py"])
+@pytest.mark.parametrize("name", ["parallel/mesh.py", "replica/transport.py", "replica/rank.py"])
 def test_no_address_of_ours_is_that_of_all_interfaces(name):
     assert ANY_ADDRESS.findall((PACKAGE / name).read_text()) == []
 

@@ -18,15 +18,15 @@ from ray.util.placement_group import get_current_placement_group
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.following import follow
-from flux_ray.replica.group import RankGroup
-from flux_ray.replica.loop import StepLoop
-from flux_ray.replica.meter import Meter
+from flux_ray.replica.metrics import Meter
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.placement import load_ranks, start_ranks
 from flux_ray.replica.process import end_process
 from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.runs import Runs
+from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 

@@ -13,8 +13,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import KilledForMemory
-from flux_ray.replica.line import Line, connect
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
+from flux_ray.replica.transport import Line, connect
 
 # The line to a process that is killed closes at once. Why it was killed, Ray says a moment later.
 CAUSE_S = 0.5

@@ -12,11 +12,11 @@ import ray
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.replica.leader_watch import LeaderWatch
-from flux_ray.replica.line import Address, Extension, StageFailed
 from flux_ray.replica.memory import free_memory, out_of_memory
 from flux_ray.replica.process import card_here, keep_memory, load_engine
 from flux_ray.replica.timer import CardTimer, HostTimer, Launched, Timer, follows
+from flux_ray.replica.transport import Address, Extension, StageFailed
+from flux_ray.replica.watchdog import LeaderWatch
 from flux_ray.request import (
     DrawnImage,
     Encoded,

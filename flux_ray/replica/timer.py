@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
-from flux_ray.replica.line import StageFailed
+from flux_ray.replica.transport import StageFailed
 from flux_ray.request import StageAnswer
 
 if TYPE_CHECKING:

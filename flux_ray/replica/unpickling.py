@@ -17,7 +17,7 @@ ALLOWED = frozenset(
     (kind.__module__, name)
     for name, kind in vars(request).items()
     if isinstance(kind, type) and is_dataclass(kind)
-) | {("flux_ray.errors", "revived"), ("flux_ray.replica.line", "StageFailed")}
+) | {("flux_ray.errors", "revived"), ("flux_ray.replica.transport", "StageFailed")}
 
 
 class LineUnpickler(pickle.Unpickler):

@@ -10,8 +10,8 @@ import pytest
 from flux_ray.errors import FluxError
 from flux_ray.replica import files as module
 from flux_ray.replica.files import Files
-from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
+from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import (
     DrawnImage,
     Encoded,

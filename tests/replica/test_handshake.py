@@ -25,7 +25,7 @@ from flux_ray.replica.handshake import (
     meet_rank,
     proof_of,
 )
-from flux_ray.replica.line import Address, StageFailed, answer_parts, connect, framed
+from flux_ray.replica.transport import Address, StageFailed, answer_parts, connect, framed
 from flux_ray.replica.unpickling import ALLOWED, unpickled
 from flux_ray.request import (
     DrawnImage,
@@ -219,7 +219,7 @@ def test_what_is_allowed_is_known_by_its_name():
     assert {module for module, _ in ALLOWED} == {
         "flux_ray.request",
         "flux_ray.errors",
-        "flux_ray.replica.line",
+        "flux_ray.replica.transport",
     }
 
 

@@ -11,14 +11,14 @@ import torch
 
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import OutOfMemory, ReplicaFailed
-from flux_ray.replica import group as group_module
-from flux_ray.replica.group import RankGroup
-from flux_ray.replica.line import StageFailed
-from flux_ray.replica.loop import StepLoop
+from flux_ray.replica import rank_group as group_module
 from flux_ray.replica.memory import is_out_of_memory
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.rank_group import RankGroup
+from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.transport import StageFailed
 from flux_ray.request import Encoded, ImageRequest, StageAnswer
 
 torch.set_num_threads(1)

@@ -12,9 +12,9 @@ import torch
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import BadReference
 from flux_ray.parallel.mesh import LockstepBroken, Mesh
-from flux_ray.replica.line import StageFailed
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.timer import Launched
+from flux_ray.replica.transport import StageFailed
 from flux_ray.request import ImageRequest, Raster
 from tests.ranks import Ranks
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.replica.group import RankGroup
-from flux_ray.replica.line import Extension, Line, connect
-from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.patience import Patience
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.rank import RankActor
+from flux_ray.replica.rank_group import RankGroup
+from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.transport import Extension, Line, connect
 from flux_ray.request import Encoding, ImageFormat, ImageRequest, News, Preview, StageAnswer
 from flux_ray.tiny import CHECKPOINT, evaluate
 

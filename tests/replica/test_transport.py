@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from flux_ray.errors import BadReference
-from flux_ray.replica import line as module
-from flux_ray.replica.line import (
+from flux_ray.replica import transport as module
+from flux_ray.replica.transport import (
     Address,
     Extension,
     Line,

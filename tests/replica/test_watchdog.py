@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flux_ray.replica.leader_watch import LeaderWatch
+from flux_ray.replica.watchdog import LeaderWatch
 
 
 class Rank:

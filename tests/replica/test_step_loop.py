@@ -9,9 +9,9 @@ import pytest
 
 from flux_ray.errors import BadReference, ReplicaFailed
 from flux_ray.replica.files import Files
-from flux_ray.replica.loop import StepLoop
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.stages import SHORT_S
+from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import (
     DrawnImage,
     Encoded,

@@ -10,10 +10,10 @@ import pytest
 
 from flux_ray import liveness
 from flux_ray.errors import BadReference, KilledForMemory, ReplicaFailed
-from flux_ray.replica import group
-from flux_ray.replica.group import RankGroup
-from flux_ray.replica.line import SIZE, StageFailed
+from flux_ray.replica import rank_group
 from flux_ray.replica.patience import Patience
+from flux_ray.replica.rank_group import RankGroup
+from flux_ray.replica.transport import SIZE, StageFailed
 from flux_ray.request import Encoded, StageAnswer
 
 SIZES = (64 * 64, 0)
@@ -128,7 +128,7 @@ async def test_a_bug_on_one_rank_is_not_waited_out(answers: tuple[object, ...]) 
 async def test_a_mistake_on_one_rank_is_waited_for_only_shortly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(group, "GRACE_S", 0.05)
+    monkeypatch.setattr(rank_group, "GRACE_S", 0.05)
     replica = Replica(MISTAKE, "hang", floor_s=60)
     with pytest.raises(ReplicaFailed, match="some ranks only: too small"):
         await replica.encode()
@@ -191,7 +191,7 @@ async def test_who_had_a_rank_killed_for_memory_hears_so_before_the_group_ends(
     monkeypatch: pytest.MonkeyPatch, answer: object
 ) -> None:
     """Its second try may end another group. Who only waited is told of a death, as always."""
-    monkeypatch.setattr(group, "LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(rank_group, "LAST_WORDS_S", 0.2)
     replica = Replica(answer, "hang", floor_s=60)
     killed = KilledForMemory("its node was out of memory")
     asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die, killed)
@@ -208,10 +208,10 @@ async def test_a_rank_that_hangs_ends_the_group_whatever_it_was_called_for(
     monkeypatch: pytest.MonkeyPatch, is_busy: bool
 ) -> None:
     """Of a stage that was never seen nobody knows how long it may take."""
-    for module in (group, liveness):
+    for module in (rank_group, liveness):
         monkeypatch.setattr(module, "LOOK_S", 0.02)
     monkeypatch.setattr(liveness, "ASK_S", 0.02)
-    monkeypatch.setattr(group, "HUNG_S", 0.3)
+    monkeypatch.setattr(rank_group, "HUNG_S", 0.3)
     replica = Replica(None, "hang" if is_busy else None, floor_s=60)
     calls = [asyncio.ensure_future(replica.encode())] if is_busy else []
     await asyncio.sleep(0.6)

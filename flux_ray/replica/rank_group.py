@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
-from flux_ray.replica.line import framed
 from flux_ray.replica.patience import Patience
+from flux_ray.replica.transport import framed
 from flux_ray.request import Encoded, StageAnswer
 
 logger = logging.getLogger("ray.serve")
