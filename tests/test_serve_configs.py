@@ -12,7 +12,7 @@ from flux_ray.catalog.tiers import tier_for
 from flux_ray.cli.serve_config import BUILDERS
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import Args, TierArgs
-from flux_ray.engine.plan import make_plan
+from flux_ray.planner.plan import make_plan
 from flux_ray.router.pricing.drain_timeout import drain_timeout_s
 
 FOLDER = Path(__file__).parent.parent / "serve"

@@ -16,7 +16,7 @@ from flux_ray.cli.terminal import table_console
 from flux_ray.config.tier import TierArgs
 
 if TYPE_CHECKING:
-    from flux_ray.engine.plan import Plan
+    from flux_ray.planner.plan import Plan
 
 
 ASSUMED_GPU, ASSUMED_COUNT = "h100-80gb", 8
@@ -61,7 +61,7 @@ def count_bytes(tiers: list[TierArgs], gpu: str, count: int) -> "Plan":
     logging.disable(logging.WARNING)
     try:
         # Only here: the other commands start at once because they do without torch.
-        from flux_ray.engine.plan import make_plan
+        from flux_ray.planner.plan import make_plan
 
         return make_plan(tiers, gpu, count)
     except ValueError as error:

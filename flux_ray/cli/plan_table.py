@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flux_ray.engine.layouts import Layout
-    from flux_ray.engine.plan import CardPlan, Plan, TierPlan
+    from flux_ray.planner.layouts import Layout
+    from flux_ray.planner.plan import CardPlan, Plan, TierPlan
 
 GB = 10**9
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}

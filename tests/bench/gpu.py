@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from flux_ray.engine.candidate import RUNTIME_BYTES
 from flux_ray.engine.loading import hide_progress
+from flux_ray.planner.candidate import RUNTIME_BYTES
 from tests.bench.gpu_gauges import Device
 from tests.bench.gpu_jobs import Bench, Figures, dev_job, klein_job
 from tests.bench.gpu_loads import load_job

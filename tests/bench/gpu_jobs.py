@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flux_ray.config.tier import Parallel, Quantization
-from flux_ray.engine.activations import default_demand
-from flux_ray.engine.candidate import Candidate
 from flux_ray.engine.flux2 import Flux2
+from flux_ray.planner.activations import default_demand
+from flux_ray.planner.candidate import Candidate
 from tests.bench.gpu_checkpoints import Skipped, save_klein
 from tests.bench.gpu_gauges import Call, Device, fp8_products
 from tests.bench.gpu_models import (
@@ -26,7 +26,7 @@ from tests.bench.gpu_models import (
     random_prompt,
     start,
 )
-from tests.engine.allocations import alone
+from tests.planner.allocations import alone
 
 PRECISIONS: dict[str, Quantization | None] = {"bf16": None, "fp8": "fp8"}
 TENSOR_DEGREES = (1, 2, 4, 8)

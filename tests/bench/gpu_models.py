@@ -17,7 +17,14 @@ from transformers import Qwen3Config, Qwen3Model
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.architectures import (
+from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.loading import Placement, load_config
+from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.text_encoder import FAMILIES
+from flux_ray.engine.text_models import TextModel, first_layers
+from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.mesh import Axis
+from flux_ray.planner.architectures import (
     DEV_TRANSFORMER,
     KLEIN_4B_TRANSFORMER,
     EmptyModel,
@@ -26,14 +33,7 @@ from flux_ray.engine.architectures import (
     mistral,
     qwen3_4b,
 )
-from flux_ray.engine.candidate import Candidate
-from flux_ray.engine.flux2 import Flux2
-from flux_ray.engine.loading import Placement, load_config
-from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
-from flux_ray.engine.text_encoder import FAMILIES
-from flux_ray.engine.text_models import TextModel, first_layers
-from flux_ray.parallel.load import Recipe, load_sharded
-from flux_ray.parallel.mesh import Axis
+from flux_ray.planner.candidate import Candidate
 from flux_ray.tiny import CHECKPOINT
 from tests.bench.gpu_checkpoints import MadeWeights
 from tests.bench.gpu_gauges import Device

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from flux_ray.cli.main import app
 from flux_ray.cli.plan_table import print_plan
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.plan import make_plan
+from flux_ray.planner.plan import make_plan
 
 SERVE = Path(__file__).parents[2] / "serve"
 HUB = "owner/name@revision"

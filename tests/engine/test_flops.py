@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.remembering import Remembering
 from flux_ray.engine.state import Canvas
@@ -19,6 +18,7 @@ from flux_ray.parallel.load import build_empty, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
 from flux_ray.parallel.shards import shards_for
+from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.pricing.cost import Layout, encoder_ranks, work_of
 from tests.engine.drawing import reference

@@ -14,7 +14,6 @@ from torch import Tensor
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
 from flux_ray.engine import flux2
-from flux_ray.engine.activations import Forward, denoise_bytes
 from flux_ray.engine.flux2 import Flux2
 from flux_ray.engine.inpainting import token_weights
 from flux_ray.engine.loading import Placement
@@ -22,6 +21,7 @@ from flux_ray.engine.pictures import image_for, raster_for
 from flux_ray.engine.remembering import Remembering
 from flux_ray.engine.state import Canvas
 from flux_ray.parallel.load import build_empty
+from flux_ray.planner.activations import Forward, denoise_bytes
 from flux_ray.request import ImageRequest, Mask, Raster
 from flux_ray.resizing import fit_mask, mask_image
 from flux_ray.tiny import CHECKPOINT

@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.architectures import mistral, qwen3_4b
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.text_models import (
     TextModel,
@@ -33,6 +32,7 @@ from flux_ray.engine.text_models import (
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import build_empty
 from flux_ray.parallel.mesh import Axis, Mesh
+from flux_ray.planner.architectures import mistral, qwen3_4b
 from flux_ray.tiny import CHECKPOINT
 from tests.ranks import Ranks
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from flux_ray.config.tier import Parallel, TierArgs
-from flux_ray.engine.plan import Plan, TierPlan, make_plan
+from flux_ray.planner.plan import Plan, TierPlan, make_plan
 
 GB = 10**9
 HUB = "owner/name@revision"

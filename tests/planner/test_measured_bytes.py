@@ -9,12 +9,12 @@ import pytest
 
 from flux_ray.catalog.gpus import card_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.activations import default_demand
-from flux_ray.engine.candidate import Candidate
+from flux_ray.planner.activations import default_demand
+from flux_ray.planner.candidate import Candidate
 from tests.bench.gpu_jobs import PRECISIONS, beside_plan
 from tests.bench.gpu_models import REAL
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 ROW = re.compile(r"\| (?P<model>[\w-]+) (?P<case>[\w.]+) +\| (?P<part>\w+) +\| (?P<gb>[\d.]+) +\| ")
 GB = 10**9
 # Of a table's digits, and of PyTorch's allocator, which rounds each tensor up to 512 bytes.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.activations import default_demand
-from flux_ray.engine.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape
-from flux_ray.engine.candidate import Candidate
+from flux_ray.planner.activations import default_demand
+from flux_ray.planner.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape
+from flux_ray.planner.candidate import Candidate
 
 GB = 10**9
 # Mistral-Small-3.2-24B whole, with its eyes, in FP8: the layers' linears 1 byte, the rest 2.

@@ -10,9 +10,9 @@ import pytest
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.architectures import EmptyModel, empty_model
-from flux_ray.engine.candidate import Candidate
-from flux_ray.engine.layouts import Layout, alternatives, cheapest, fastest
+from flux_ray.planner.architectures import EmptyModel, empty_model
+from flux_ray.planner.candidate import Candidate
+from flux_ray.planner.layouts import Layout, alternatives, cheapest, fastest
 
 GB = 10**9
 HUB = "owner/name@revision"

@@ -10,7 +10,12 @@ from torch import nn
 from flux_ray.catalog.gpus import Card
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.activations import (
+from flux_ray.engine.loading import DTYPES
+from flux_ray.engine.text_models import encoder_axis
+from flux_ray.parallel.mesh import Axis, Mesh
+from flux_ray.parallel.precision import check_quantization
+from flux_ray.parallel.sequence import check_heads
+from flux_ray.planner.activations import (
     CARD_CONVOLUTIONS,
     Demand,
     Forward,
@@ -21,13 +26,8 @@ from flux_ray.engine.activations import (
     num_image_tokens,
     prompt_bytes,
 )
-from flux_ray.engine.architectures import EmptyModel
-from flux_ray.engine.footprint import Footprint, unpacked_bytes, weight_bytes
-from flux_ray.engine.loading import DTYPES
-from flux_ray.engine.text_models import encoder_axis
-from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.parallel.precision import check_quantization
-from flux_ray.parallel.sequence import check_heads
+from flux_ray.planner.architectures import EmptyModel
+from flux_ray.planner.footprint import Footprint, unpacked_bytes, weight_bytes
 
 # CUDA's context, its libraries and their workspace; and NCCL's buffers for each set of ranks.
 # Assumed: 1.5 GB together for a tensor-parallel rank.

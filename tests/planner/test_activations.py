@@ -9,7 +9,12 @@ from torchao.quantization.quantize_.common import KernelPreference
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.activations import (
+from flux_ray.parallel.load import build_empty, place, settle_linears
+from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.precision import quantize
+from flux_ray.parallel.sequence import split_sequence
+from flux_ray.parallel.shards import shards_for
+from flux_ray.planner.activations import (
     Demand,
     Forward,
     decode_bytes,
@@ -20,19 +25,14 @@ from flux_ray.engine.activations import (
     num_image_tokens,
     prompt_bytes,
 )
-from flux_ray.engine.architectures import (
+from flux_ray.planner.architectures import (
     DEV_TRANSFORMER,
     KLEIN_4B_TRANSFORMER,
     mistral,
     qwen3_4b,
 )
-from flux_ray.engine.footprint import UNPACKED_BYTES
-from flux_ray.parallel.load import build_empty, place, settle_linears
-from flux_ray.parallel.mesh import Axis
-from flux_ray.parallel.precision import quantize
-from flux_ray.parallel.sequence import split_sequence
-from flux_ray.parallel.shards import shards_for
-from tests.engine.allocations import peak_bytes
+from flux_ray.planner.footprint import UNPACKED_BYTES
+from tests.planner.allocations import peak_bytes
 
 GIB = 2**30
 NUM_TEXT = 512

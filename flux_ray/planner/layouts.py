@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.activations import largest_demand
-from flux_ray.engine.candidate import Candidate
+from flux_ray.planner.activations import largest_demand
+from flux_ray.planner.candidate import Candidate
 
 # A group stays in one node. klein is always one card: its replicas scale better than its ranks.
 TENSOR_DEGREES = (1, 2, 4, 8)

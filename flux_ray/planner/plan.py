@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from flux_ray.catalog.gpus import Card, card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.activations import Demand, default_demand, largest_demand
-from flux_ray.engine.architectures import empty_model
-from flux_ray.engine.candidate import Candidate
-from flux_ray.engine.footprint import Footprint
-from flux_ray.engine.layouts import Layout, alternatives, cheapest, fastest
-from flux_ray.engine.published import Claim, claims_for
+from flux_ray.planner.activations import Demand, default_demand, largest_demand
+from flux_ray.planner.architectures import empty_model
+from flux_ray.planner.candidate import Candidate
+from flux_ray.planner.footprint import Footprint
+from flux_ray.planner.layouts import Layout, alternatives, cheapest, fastest
+from flux_ray.planner.published import Claim, claims_for
 
 
 @dataclass(frozen=True)

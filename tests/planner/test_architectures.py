@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.engine.architectures import EmptyModel, empty_model
 from flux_ray.parallel.load import saved_tensors
+from flux_ray.planner.architectures import EmptyModel, empty_model
 
 HUB = "owner/name@revision"
 
