@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from flux_ray.engine.pictures import encode_picture
+from flux_ray.engine.images import encode_picture
 from flux_ray.request import DrawnImage, Encoding, GeneratedImage, Raster
 
 # One keeps up with any card; the second is for a file that takes long, such as a large webp.

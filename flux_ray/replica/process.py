@@ -56,7 +56,7 @@ def load_engine() -> None:
     # will ever be garbage.
     gc.disable()
     with hidden(*UNUSED_BY_DIFFUSERS):
-        import flux_ray.engine.adapter  # noqa: F401
+        import flux_ray.engine.registry  # noqa: F401
 
     gc.freeze()
     gc.enable()

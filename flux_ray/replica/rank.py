@@ -29,9 +29,9 @@ from flux_ray.request import (
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    from flux_ray.engine.adapter import Adapter
-    from flux_ray.engine.remembering import Remembering
-    from flux_ray.engine.state import Conditioning, ImageState
+    from flux_ray.engine.api import Conditioning, ImageState
+    from flux_ray.engine.encoding_cache import Remembering
+    from flux_ray.engine.registry import Adapter
     from flux_ray.parallel.mesh import Endpoint, Mesh
 
 logger = logging.getLogger("ray.serve")
@@ -113,9 +113,9 @@ class RankActor:
         """Join the other ranks and load this one's part of the model."""
         import torch
 
-        from flux_ray.engine.adapter import load_adapter
+        from flux_ray.engine.encoding_cache import Remembering
         from flux_ray.engine.loading import Placement
-        from flux_ray.engine.remembering import Remembering
+        from flux_ray.engine.registry import load_adapter
         from flux_ray.parallel.mesh import join_mesh, visit_store
 
         args, timeout_s = self._args, self._args.load_timeout_s
@@ -251,7 +251,7 @@ class RankActor:
 
     def prepare(self, job: int) -> None:
         """Begin the job's next image."""
-        from flux_ray.engine.state import Canvas
+        from flux_ray.engine.api import Canvas
 
         drawing = self.drawing(job)
         request = drawing.request

@@ -17,7 +17,7 @@ from flux_ray.replica.process import end_process, load_engine
 from flux_ray.request import EncodedPrompt
 
 if TYPE_CHECKING:
-    from flux_ray.engine.text_encoder import PromptEncoder
+    from flux_ray.engine.flux2.text_encoder import PromptEncoder
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,8 +42,8 @@ class TextEncoder:
         load_engine()
         import torch
 
+        from flux_ray.engine.flux2.text_encoder import load_prompt_encoder
         from flux_ray.engine.loading import Placement
-        from flux_ray.engine.text_encoder import load_prompt_encoder
 
         args = self._args
         if args.device == "cpu":
@@ -79,7 +79,7 @@ class TextEncoder:
             return encoded
 
     def _encode(self, prompt: str) -> EncodedPrompt:
-        from flux_ray.engine.text_encoder import pack
+        from flux_ray.engine.flux2.text_encoder import pack
 
         known = self._known.get(prompt)
         if known is not None:

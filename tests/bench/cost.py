@@ -22,10 +22,10 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.adapter import Adapter, load_adapter
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.images import encode_picture
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.pictures import encode_picture
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.registry import Adapter, load_adapter
 from flux_ray.request import ImageRequest, Raster, StageTimes
 from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost import Layout, price, work_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flux_ray.config.tier import Parallel, Quantization
-from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.planner.activations import default_demand
 from flux_ray.planner.candidate import Candidate
 from tests.bench.gpu_checkpoints import Skipped, save_klein

@@ -17,10 +17,10 @@ from transformers import Qwen3Config, Qwen3Model
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.api import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.flux2.text_encoder import FAMILIES
 from flux_ray.engine.loading import Placement, load_config
-from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
-from flux_ray.engine.text_encoder import FAMILIES
 from flux_ray.engine.text_models import TextModel, first_layers
 from flux_ray.parallel.load import Recipe, load_sharded
 from flux_ray.parallel.mesh import Axis

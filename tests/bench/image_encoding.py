@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_ray.engine import png
-from flux_ray.engine.pictures import encode_picture, image_for, raster_for
+from flux_ray.engine.images import encode_picture, image_for, raster_for
 from flux_ray.request import Encoding, Raster
 
 SIDE = 1024

@@ -29,9 +29,9 @@ from flux_ray.app import build_gateway
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.api import Canvas
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.registry import load_adapter
 from flux_ray.request import Raster
 from flux_ray.tiny import CHECKPOINT, evaluate
 from tests.bench.latency_load import images_per_s, tier_of_all_ways

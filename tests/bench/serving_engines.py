@@ -50,8 +50,8 @@ class TinyEngine:
         # Only where it is used: the graph is built without torch.
         import torch
 
-        from flux_ray.engine.adapter import load_adapter
         from flux_ray.engine.loading import Placement
+        from flux_ray.engine.registry import load_adapter
         from flux_ray.replica.process import keep_memory
 
         keep_memory()
@@ -64,8 +64,8 @@ class TinyEngine:
             return await asyncio.to_thread(self.draw_now, prompt, seed)
 
     def draw_now(self, prompt: str, seed: int) -> bytes:
-        from flux_ray.engine.pictures import encode_picture
-        from flux_ray.engine.state import Canvas
+        from flux_ray.engine.api import Canvas
+        from flux_ray.engine.images import encode_picture
         from flux_ray.request import Encoding
 
         adapter = self._adapter

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_ray.engine.flux2 import Flux2
-from flux_ray.engine.pictures import image_for, raster_for
-from flux_ray.engine.state import Canvas, ImageState
+from flux_ray.engine.api import Canvas, ImageState
+from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.images import image_for, raster_for
 from flux_ray.request import Mask, Raster
 
 SEED = 7

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.engine.flux2 import Flux2
-from flux_ray.engine.remembering import Remembering
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.encoding_cache import Remembering
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.text_models import encoder_axis
 from flux_ray.parallel.load import build_empty, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh

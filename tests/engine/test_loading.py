@@ -10,8 +10,8 @@ from huggingface_hub.utils import filter_repo_objects
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Quantization
 from flux_ray.engine import loading
-from flux_ray.engine.adapter import load_adapter
 from flux_ray.engine.loading import Placement, Source, fetch, load_config, source_for
+from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import held_parts

@@ -10,9 +10,9 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Lora, Parallel
-from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.api import Canvas
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, Raster
 from tests.engine.drawing import draw, reference, save_lora

@@ -9,8 +9,8 @@ from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import Limits
-from flux_ray.engine.remembering import Remembering
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.encoding_cache import Remembering
 from flux_ray.gateway.images.decode import decode, decode_reference
 from flux_ray.gateway.images.masks import fit
 from flux_ray.request import ImageRequest, Mask, Raster

@@ -52,9 +52,9 @@ load_engine()
 print([each for each in UNUSED_BY_DIFFUSERS if each in sys.modules])
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.adapter import load_adapter
+from flux_ray.engine.registry import load_adapter
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas
+from flux_ray.engine.api import Canvas
 adapter = load_adapter(tier_for("tiny"), None, Placement("bfloat16", "cpu", quantization="int8"))
 state = adapter.prepare(adapter.encode(adapter.encode_prompt("x"), ()), Canvas(64, 64, 1), 1)
 adapter.decode(adapter.denoise(state))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.text_encoder import unpack
+from flux_ray.engine.flux2.text_encoder import unpack
 from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder
 from flux_ray.replica.patience import Patience

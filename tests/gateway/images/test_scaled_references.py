@@ -13,7 +13,7 @@ from PIL import Image
 from flux_ray import request as requests
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs, Limits
-from flux_ray.engine.pictures import image_for, raster_for
+from flux_ray.engine.images import image_for, raster_for
 from flux_ray.gateway.images import decode as references
 from flux_ray.gateway.images import decoders
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image

@@ -7,7 +7,7 @@ from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
 from transformers import AutoTokenizer
 
-from flux_ray.engine.family import Family, check_class
+from flux_ray.engine.flux2.family import Family, check_class
 from flux_ray.engine.text_models import mistral3
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers import Flux2KleinPipeline
 from transformers import AutoTokenizer
 
-from flux_ray.engine.family import Family, check_class
+from flux_ray.engine.flux2.family import Family, check_class
 from flux_ray.engine.text_models import qwen3
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flux_ray.engine.adapter import Adapter
+from flux_ray.engine.api import Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
-from flux_ray.engine.state import Conditioning, PromptEmbeds
-from flux_ray.engine.text_encoder import unpack
+from flux_ray.engine.flux2.text_encoder import unpack
+from flux_ray.engine.registry import Adapter
 from flux_ray.request import EncodedPrompt, ImageRequest, Raster
 from flux_ray.resizing import fit_mask, fit_picture
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from flux_ray.catalog.flops import TOKEN_SIDE
-from flux_ray.engine.pictures import image_for
-from flux_ray.engine.state import Edit, ImageState
+from flux_ray.engine.api import Edit, ImageState
+from flux_ray.engine.images import image_for
 from flux_ray.request import Mask
 from flux_ray.resizing import mask_image
 

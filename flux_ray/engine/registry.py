@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from flux_ray.catalog.tiers import Tier
-from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.api import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement, weights_of
-from flux_ray.engine.state import Canvas, Conditioning, ImageState, PromptEmbeds
 from flux_ray.request import Mask, Raster
 
 

@@ -16,8 +16,20 @@ from torch import Tensor
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TOKEN_SIDE
 from flux_ray.catalog.tiers import Tier
-from flux_ray.engine.family import open_checkpoint
-from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
+from flux_ray.engine.api import (
+    Canvas,
+    Conditioning,
+    Edit,
+    ImageState,
+    PromptEmbeds,
+    StepInputs,
+)
+from flux_ray.engine.flux2.family import open_checkpoint
+from flux_ray.engine.flux2.inpainting import keep_rest, paste_rest, token_weights
+from flux_ray.engine.flux2.pixels import raster_of
+from flux_ray.engine.flux2.rotary import TableEmbedder
+from flux_ray.engine.flux2.text_encoder import FAMILIES, PromptEncoder, load_encoder
+from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
     PICTURE_PARTS,
     Placement,
@@ -27,18 +39,6 @@ from flux_ray.engine.loading import (
     load_pipeline,
     load_transformer,
 )
-from flux_ray.engine.pictures import image_for, raster_for
-from flux_ray.engine.pixels import raster_of
-from flux_ray.engine.rotary import TableEmbedder
-from flux_ray.engine.state import (
-    Canvas,
-    Conditioning,
-    Edit,
-    ImageState,
-    PromptEmbeds,
-    StepInputs,
-)
-from flux_ray.engine.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, Raster

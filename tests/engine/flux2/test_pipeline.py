@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine import flux2
-from flux_ray.engine.flux2 import Flux2, check_scheduler
+from flux_ray.engine.api import Canvas, Conditioning
+from flux_ray.engine.flux2 import pipeline as flux2
+from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas, Conditioning
 from flux_ray.errors import BadReference
 from flux_ray.request import Raster
 from tests.engine.drawing import draw, draw_with_pipeline, finish, reference

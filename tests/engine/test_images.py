@@ -6,7 +6,7 @@ import random
 import pytest
 from PIL import Image
 
-from flux_ray.engine.pictures import encode_picture, image_for, raster_for
+from flux_ray.engine.images import encode_picture, image_for, raster_for
 from flux_ray.request import Encoding, ImageFormat, Raster
 
 RASTER = Raster(48, 32, random.Random(0).randbytes(48 * 32 * 3))

@@ -7,11 +7,11 @@ from diffusers import Flux2Pipeline
 from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier
-from flux_ray.engine.family import Family, open_checkpoint
-from flux_ray.engine.flux2_dev import DEV
-from flux_ray.engine.flux2_klein import KLEIN
+from flux_ray.engine.api import PromptEmbeds
+from flux_ray.engine.flux2.dev import DEV
+from flux_ray.engine.flux2.family import Family, open_checkpoint
+from flux_ray.engine.flux2.klein import KLEIN
 from flux_ray.engine.loading import PROMPT_PARTS, Placement, Source, fetch, weights_of
-from flux_ray.engine.state import PromptEmbeds
 from flux_ray.engine.text_models import load_text_model
 from flux_ray.request import EncodedPrompt
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.adapter import load_adapter
-from flux_ray.engine.flux2 import Flux2, unpack_latents
+from flux_ray.engine.api import Canvas, Conditioning, ImageState
+from flux_ray.engine.flux2.pipeline import Flux2, unpack_latents
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas, Conditioning, ImageState
+from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, Raster
 from tests.engine.drawing import SEED, finish, reference

@@ -7,10 +7,10 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.flux2 import Flux2
-from flux_ray.engine.flux2_klein import check_index
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.flux2.klein import check_index
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas
 from flux_ray.request import Raster
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.drawing import draw, draw_with_pipeline, reference

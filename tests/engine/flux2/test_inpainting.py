@@ -13,13 +13,13 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine import flux2
-from flux_ray.engine.flux2 import Flux2
-from flux_ray.engine.inpainting import token_weights
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.encoding_cache import Remembering
+from flux_ray.engine.flux2 import pipeline as flux2
+from flux_ray.engine.flux2.inpainting import token_weights
+from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.pictures import image_for, raster_for
-from flux_ray.engine.remembering import Remembering
-from flux_ray.engine.state import Canvas
 from flux_ray.parallel.load import build_empty
 from flux_ray.planner.activations import Forward, denoise_bytes
 from flux_ray.request import ImageRequest, Mask, Raster

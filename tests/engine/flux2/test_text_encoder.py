@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.flux2 import Flux2
+from flux_ray.engine.api import Canvas
+from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.flux2.text_encoder import load_prompt_encoder, pack, unpack
 from flux_ray.engine.loading import Placement
-from flux_ray.engine.state import Canvas
-from flux_ray.engine.text_encoder import load_prompt_encoder, pack, unpack
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.drawing import finish
 

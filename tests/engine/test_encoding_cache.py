@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from flux_ray.engine.api import Canvas, Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
-from flux_ray.engine.remembering import Remembering
-from flux_ray.engine.state import Canvas, Conditioning, PromptEmbeds
+from flux_ray.engine.encoding_cache import Remembering
 from flux_ray.request import EncodedPrompt, ImageRequest, Raster
 
 
