@@ -37,9 +37,9 @@ class Failure:
 class QueuePolicy(Protocol):
     """What stands between the arrivals and the replicas of one tier.
 
-    `flux_ray.router.queue.tier_queue.TierQueue` is ours; the opponents are in opponents.py. Times
-    are on the caller's clock. A replica that gets more grants than it has slots works them off in
-    order.
+    `flux_ray.router.queue.tier_queue.TierQueue` is ours; the opponents are in
+    tests/bench/opponents/routers.py. Times are on the caller's clock. A replica that gets more
+    grants than it has slots works them off in order.
     """
 
     def add_replica(self, name: str, now: float) -> None:

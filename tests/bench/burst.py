@@ -20,12 +20,12 @@ from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
 from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import burst
-from flux_ray.simulator.counted import CountedQueue
 from flux_ray.simulator.engine import simulate
 from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.schedule import Trial, cheapest, demand_of
-from flux_ray.simulator.serve_default import TUNED, ServeDefault, ServeSettings
 from flux_ray.simulator.values import Arrival, Pool
+from tests.bench.opponents.counted import CountedQueue
+from tests.bench.opponents.schedule import Trial, cheapest, demand_of
+from tests.bench.opponents.serve_default import TUNED, ServeDefault, ServeSettings
 
 DURATION_S = 3600.0
 SEED = 1

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import poisson
-from flux_ray.simulator.counted import CountedQueue
 from flux_ray.simulator.engine import simulate
-from flux_ray.simulator.opponents import (
+from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from tests.bench.opponents.counted import CountedQueue
+from tests.bench.opponents.routers import (
     EarlyBinding,
     Fifo,
     least_requests,
     power_of_two,
     round_robin,
 )
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 
 TIER = "tiny"
 PROMPT = "a red circle on a blue background"

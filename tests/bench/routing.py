@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
-from flux_ray.simulator.opponents import EarlyBinding, least_work
-from flux_ray.simulator.preemptive import Attained
 from flux_ray.simulator.values import Pool
+from tests.bench.opponents.preemptive import Attained
+from tests.bench.opponents.routers import EarlyBinding, least_work
 from tests.bench.routing_cells import (
     KLEIN,
     LOADS,

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
-from flux_ray.simulator.fluid import preemptive_bound
-from flux_ray.simulator.opponents import (
+from flux_ray.simulator.outcome import TierOutcome
+from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from tests.bench.opponents.fluid import preemptive_bound
+from tests.bench.opponents.preemptive import Attained, preemptive_estimate
+from tests.bench.opponents.routers import (
     EarlyBinding,
     Fifo,
     least_requests,
@@ -16,9 +19,6 @@ from flux_ray.simulator.opponents import (
     power_of_two,
     round_robin,
 )
-from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.preemptive import Attained, preemptive_estimate
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 
 LOADS = (0.6, 0.8, 0.95, 1.2)
 SCALES = (1.2, 2.0, 3.0)

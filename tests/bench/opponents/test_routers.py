@@ -7,8 +7,10 @@ import pytest
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.engine import simulate
-from flux_ray.simulator.fluid import preemptive_bound
-from flux_ray.simulator.opponents import (
+from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from tests.bench.opponents.fluid import preemptive_bound
+from tests.bench.opponents.preemptive import preemptive_estimate
+from tests.bench.opponents.routers import (
     Choice,
     EarlyBinding,
     Fifo,
@@ -17,8 +19,6 @@ from flux_ray.simulator.opponents import (
     power_of_two,
     round_robin,
 )
-from flux_ray.simulator.preemptive import preemptive_estimate
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 
 
 def placed(queue: QueuePolicy, *costs_s: float, num_replicas: int = 2) -> list[str | None]:

@@ -9,7 +9,7 @@ from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
 from flux_ray.router.autoscaling.state import ScalingState
-from flux_ray.simulator.serve_default import TUNED, ServeDefault, ServeSettings
+from tests.bench.opponents.serve_default import TUNED, ServeDefault, ServeSettings
 
 QUICK = ServeSettings(
     target_ongoing_requests=1.0, look_back_period_s=5.0, upscale_delay_s=3.0, downscale_delay_s=10.0

@@ -6,9 +6,9 @@ import pytest
 
 from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.simulator.engine import simulate
-from flux_ray.simulator.opponents import Fifo
-from flux_ray.simulator.schedule import Schedule, Trial, cheapest, demand_of
 from flux_ray.simulator.values import Arrival, Pool
+from tests.bench.opponents.routers import Fifo
+from tests.bench.opponents.schedule import Schedule, Trial, cheapest, demand_of
 
 STATE = ScalingState(0.0, 1, 0, 0.0, 0.0, 0.0, 0, 100)
 

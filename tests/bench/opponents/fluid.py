@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
-from flux_ray.simulator.preemptive import Attained
 from flux_ray.simulator.values import Arrival
+from tests.bench.opponents.preemptive import Attained
 
 # Costs within this factor are taken together, at the weight of the smallest of them.
 SAME_COST = 1.02
