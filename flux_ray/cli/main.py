@@ -9,8 +9,8 @@ from rich.table import Table
 
 from flux_ray import __version__
 from flux_ray.cli.client import call, fail
+from flux_ray.cli.images import output_format_for, paths_for, save
 from flux_ray.cli.keys import keys
-from flux_ray.cli.pictures import output_format_for, paths_for, save
 from flux_ray.cli.plan import plan
 from flux_ray.cli.simulate import simulate
 

@@ -18,7 +18,7 @@ from flux_ray.simulator.arrivals import Pattern
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
 from flux_ray.simulator.outcome import Outcome
 from flux_ray.simulator.traces import from_zero, last_arrival_s, read_trace
-from flux_ray.simulator.workloads import Traffic, generate
+from flux_ray.simulator.traffic import Traffic, generate
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 

@@ -14,10 +14,10 @@ from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.pricing.cost import Layout, Work, price
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.trace import BadTrace, TracedRequest
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import Outcome
+from flux_ray.simulator.traffic import sample_of
 from flux_ray.simulator.values import Arrival, Failure, Pool
-from flux_ray.simulator.workloads import sample_of
 
 NUM_SAMPLES = 2000
 # A request may wait for what its deadline leaves beside its own work, and never for nothing.

@@ -20,7 +20,7 @@ from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
 from flux_ray.router.autoscaling.state import Scaling
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import burst
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import TierOutcome
 from flux_ray.simulator.values import Arrival, Pool
 from tests.bench.opponents.counted import CountedQueue

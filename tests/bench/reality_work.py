@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import poisson
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 from tests.bench.opponents.counted import CountedQueue
 from tests.bench.opponents.routers import (

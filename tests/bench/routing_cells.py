@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import TierOutcome
 from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 from tests.bench.opponents.fluid import preemptive_bound

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool
 
 NUM_REPLICAS = 8

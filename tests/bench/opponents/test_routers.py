@@ -6,7 +6,7 @@ import pytest
 
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
 from tests.bench.opponents.fluid import preemptive_bound
 from tests.bench.opponents.preemptive import preemptive_estimate

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.router.autoscaling.state import ScalingState
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool
 from tests.bench.opponents.routers import Fifo
 from tests.bench.opponents.schedule import Schedule, Trial, cheapest, demand_of

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool
 from tests.router.queue.driver import Cluster
 

@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.engine import simulate
+from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import MAX_POINTS, TierOutcome
 from flux_ray.simulator.values import Arrival, Failure, Pool, QueuePolicy
 from tests.bench.opponents.routers import EarlyBinding, Fifo, least_requests
