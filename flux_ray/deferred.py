@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, RgbImage
 
 Load = Callable[[], Awaitable[ImageRequest]]
 
@@ -19,9 +19,9 @@ class DeferredRequest(ImageRequest):
     load: Load = field(kw_only=True, compare=False, repr=False)
 
 
-def outline_of(width: int, height: int, digest: bytes) -> Raster:
+def outline_of(width: int, height: int, digest: bytes) -> RgbImage:
     """Return a raster without pixels, which caches name as the one that it stands for."""
-    outline = Raster(width, height, b"")
+    outline = RgbImage(width, height, b"")
     # Where the cached property would keep it.
     outline.__dict__["digest"] = digest
     return outline

@@ -14,7 +14,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 
 @dataclass(frozen=True)
-class Raster:
+class RgbImage:
     """Decoded pixels: `rgb` is height x width x 3 bytes, row by row."""
 
     width: int
@@ -67,7 +67,7 @@ class ImageRequest:
     guidance: float
     seed: int
     num_images: int = 1
-    references: tuple[Raster, ...] = ()
+    references: tuple[RgbImage, ...] = ()
     encoding: Encoding = Encoding()
     mask: Mask | None = None
     num_previews: int = 0
@@ -154,10 +154,10 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
-class DrawnImage:
+class DenoisedImage:
     """One image as the ranks answer it: pixels, of which a file is still to be made."""
 
-    raster: Raster
+    raster: RgbImage
     seed: int
 
 

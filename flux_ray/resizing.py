@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from flux_ray.catalog.flops import scaled_size
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 # Of 255: where a scaled mask's edge is.
 THRESHOLD = 128
@@ -19,12 +19,12 @@ def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def fit_picture(picture: Raster, size: tuple[int, int]) -> Raster:
+def fit_picture(picture: RgbImage, size: tuple[int, int]) -> RgbImage:
     """The picture in the size drawn; to the pixel what it was if it had that size."""
     if (picture.width, picture.height) == size:
         return picture
     image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-    return Raster(*size, image.resize(size, Image.Resampling.LANCZOS).tobytes())
+    return RgbImage(*size, image.resize(size, Image.Resampling.LANCZOS).tobytes())
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:

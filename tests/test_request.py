@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from flux_ray.request import ImageRequest, Mask, Progress, Raster
+from flux_ray.request import ImageRequest, Mask, Progress, RgbImage
 
 REQUEST = ImageRequest(
     "id",
@@ -17,7 +17,7 @@ REQUEST = ImageRequest(
     1.0,
     seed=7,
     num_images=3,
-    references=(Raster(1, 1, b"abc"),),
+    references=(RgbImage(1, 1, b"abc"),),
 )
 
 
@@ -26,7 +26,7 @@ def test_one_seed_an_image():
 
 
 def test_under_a_mask_the_first_reference_has_the_size_that_is_drawn():
-    two = dataclasses.replace(REQUEST, references=(Raster(9, 8, b""), Raster(7, 6, b"")))
+    two = dataclasses.replace(REQUEST, references=(RgbImage(9, 8, b""), RgbImage(7, 6, b"")))
     masked = dataclasses.replace(two, mask=Mask(9, 8, b""))
     assert two.reference_sizes == ((9, 8), (7, 6))
     assert masked.reference_sizes == ((128, 64), (7, 6))

@@ -17,7 +17,7 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
-    Raster,
+    RgbImage,
     StageTimes,
 )
 from flux_ray.wire import pack_answer, pack_request, request_from
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PLAIN = ImageRequest(
     *("id", "tiny", "a ring", 128, 96, 4, 1.0),
     seed=7,
-    references=(Raster(1, 1, b"abc"),),
+    references=(RgbImage(1, 1, b"abc"),),
     encoding=Encoding("webp"),
 )
 RESULT = ImageResult("id", "tiny", (GeneratedImage(b"png", 7),), StageTimes(0.1, 0.2, 0.3, 0.4))

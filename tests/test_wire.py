@@ -18,7 +18,7 @@ from flux_ray.request import (
     Mask,
     Preview,
     Progress,
-    Raster,
+    RgbImage,
     StageTimes,
 )
 from flux_ray.wire import (
@@ -36,7 +36,7 @@ PLAIN = ImageRequest("id", "tiny", "a ring", 128, 96, 4, 1.0, seed=7)
 WHOLE = replace(
     PLAIN,
     num_images=2,
-    references=(Raster(2, 1, b"abcdef"), Raster(1, 1, b"ghi")),
+    references=(RgbImage(2, 1, b"abcdef"), RgbImage(1, 1, b"ghi")),
     encoding=Encoding("jpeg", 80, (256, 192)),
     mask=Mask(2, 1, b"\x00\xff"),
     num_previews=3,

@@ -18,7 +18,7 @@ MEMORY_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """`usable_bytes` is what CUDA reports as the card's total, less than its name says.
 
     Without FP8 units (CUDA capability 8.9) FP8 weights are unpacked before each product; without
@@ -82,13 +82,13 @@ _ROWS = (
     ("rtx4060-8gb", 7.60, False, Speed(15.1, 30, 60, 272, 8, 0.60)),
 )
 CARDS = {
-    name: Card(name, int(gib * GIB), speed.fp8_tflops is not None, nvlink)
+    name: Gpu(name, int(gib * GIB), speed.fp8_tflops is not None, nvlink)
     for name, gib, nvlink, speed in _ROWS
 }
 SPEEDS = {name: speed for name, _, _, speed in _ROWS} | {PROCESSOR: ONE_THREAD}
 
 
-def card_for(name: str) -> Card:
+def card_for(name: str) -> Gpu:
     """The row of a card; ValueError names the ones there are."""
     try:
         return CARDS[name]

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from flux_ray.planner.layouts import Layout
-    from flux_ray.planner.plan import CardPlan, Plan, TierPlan
+    from flux_ray.planner.layouts import PlacementOption
+    from flux_ray.planner.plan import GpuPlan, Plan, TierPlan
 
 GB = 10**9
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
@@ -61,7 +61,7 @@ def table_of(plan: "Plan") -> Table:
     return table
 
 
-def row_of(plan: "Plan", tier: "TierPlan", planned: "CardPlan") -> list[str]:
+def row_of(plan: "Plan", tier: "TierPlan", planned: "GpuPlan") -> list[str]:
     """The components, their total against the card, and the total at the default picture."""
     on_card = tier.device == "cuda"
     return [
@@ -81,7 +81,7 @@ def precision_of(tier: "TierPlan") -> str:
     return f"{tier.quantization or kept} / {tier.encoder_quantization or kept}"
 
 
-def place_of(tier: "TierPlan", planned: "CardPlan") -> str:
+def place_of(tier: "TierPlan", planned: "GpuPlan") -> str:
     """Whose card it is."""
     if not planned.ranks:
         return "encoder\nof all replicas"
@@ -95,7 +95,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def verdict_of(planned: "CardPlan") -> str:
+def verdict_of(planned: "GpuPlan") -> str:
     """Whether all requests fit, or only those of the default size."""
     if planned.fits:
         return "fits"
@@ -113,7 +113,7 @@ def layout_lines(tier: "TierPlan") -> list[str]:
     return lines
 
 
-def layout_text(layout: "Layout | None") -> str:
+def layout_text(layout: "PlacementOption | None") -> str:
     """Its parallel setting, GPUs and bytes."""
     if layout is None:
         return "none"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class PromptEmbeds:
 
 
 @dataclass(frozen=True)
-class Edit:
+class InpaintInput:
     """A picture of which a part is drawn anew, and the mask of that part, in the size drawn.
 
     `latents` are the picture's, [1, tokens, channels]; `weights`, [1, tokens, 1], are 1 where a
     token is drawn anew, 0 where it stays.
     """
 
-    picture: Raster
+    picture: RgbImage
     mask: Mask
     latents: Tensor
     weights: Tensor
@@ -44,7 +44,7 @@ class Conditioning:
     prompt: PromptEmbeds
     reference_latents: Tensor | None = None
     reference_ids: Tensor | None = None
-    edit: Edit | None = None
+    edit: InpaintInput | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Canvas:
+class ImageSpec:
     """The picture to draw: its size in pixels, the number of denoise steps, and the guidance.
 
     Only a model that was distilled with guidance heeds that. `has_previews`: its states can be
@@ -90,7 +90,7 @@ class ImageState:
     step's, where there are previews.
     """
 
-    canvas: Canvas
+    canvas: ImageSpec
     conditioning: Conditioning
     latents: Tensor
     latent_ids: Tensor

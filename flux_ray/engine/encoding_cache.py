@@ -8,7 +8,7 @@ from flux_ray.engine.api import Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.flux2.text_encoder import unpack
 from flux_ray.engine.registry import Adapter
-from flux_ray.request import EncodedPrompt, ImageRequest, Raster
+from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
 
 
@@ -20,7 +20,7 @@ class References:
     ids: Tensor
 
 
-class Remembering:
+class CachedEncoder:
     """Prompts and sets of references of one rank, in one cache of `max_bytes`.
 
     What comes out is the very tensors that went in: a picture does not change by it.
@@ -57,7 +57,7 @@ class Remembering:
     def _references(
         self,
         request: ImageRequest,
-        references: tuple[Raster, ...],
+        references: tuple[RgbImage, ...],
         prompt: PromptEmbeds,
         is_known: bool,
     ) -> tuple[Conditioning, bool]:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from flux_ray.catalog.tiers import EMBEDDED, Tier
 from flux_ray.config.tier import Lora, Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Delta, Recipe, load_sharded
+from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads, split_sequence
@@ -37,7 +37,7 @@ PROMPT_PARTS = (
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where weights come from; a revision means the hub, none a folder."""
 
     location: str
@@ -73,21 +73,21 @@ def weights_of(tier: Tier, weights: str | None) -> str:
     return chosen
 
 
-def source_for(weights: str) -> Source:
+def source_for(weights: str) -> WeightSource:
     """The source that a config's `weights` names; ValueError says what may be written."""
     if weights == EMBEDDED:
         weights = str(CHECKPOINT)
     if weights and Path(weights).is_dir():
-        return Source(weights)
+        return WeightSource(weights)
     if match := HUB_ID.fullmatch(weights):
-        return Source(match["repository"], match["revision"])
+        return WeightSource(match["repository"], match["revision"])
     raise ValueError(
         f"weights {weights!r}: neither an existing folder nor a hub id with its revision"
         " (owner/name@revision)"
     )
 
 
-def fetch(source: Source, patterns: Iterable[str]) -> Path:
+def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
     """The folder with those files of the source; a folder never reaches for the network."""
     hide_progress()
     if source.revision is None:
@@ -129,7 +129,7 @@ def load_transformer(
     component = folder / "transformer"
     config = model_class.load_config(component)
     mesh = placement.mesh
-    recipe = Recipe(
+    recipe = LoadSpec(
         Checkpoint(component),
         mesh.tensor,
         placement.torch_dtype,

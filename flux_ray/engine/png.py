@@ -5,7 +5,7 @@ import struct
 import numpy as np
 from isal import isal_zlib
 
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Of ISA-L's four. Its other levels are no smaller: `make bench NAME=image_encoding`.
@@ -15,12 +15,12 @@ BITS_PER_CHANNEL, RGB = 8, 2
 FILTER_UP = 2
 
 
-def encode_png(raster: Raster) -> bytes:
+def encode_png(raster: RgbImage) -> bytes:
     """Return the raster as a PNG file; nothing of it is lost."""
     return file_of(raster, isal_zlib.compress(filtered(raster), LEVEL))
 
 
-def file_of(raster: Raster, data: bytes) -> bytes:
+def file_of(raster: RgbImage, data: bytes) -> bytes:
     """Return the PNG file of a raster's filtered rows, which are compressed already."""
     header = struct.pack("!IIBBBBB", raster.width, raster.height, BITS_PER_CHANNEL, RGB, 0, 0, 0)
     return b"".join(
@@ -28,7 +28,7 @@ def file_of(raster: Raster, data: bytes) -> bytes:
     )
 
 
-def filtered(raster: Raster) -> np.ndarray:
+def filtered(raster: RgbImage) -> np.ndarray:
     """Return the rows as PNG compresses them: each its filter's number, then differences."""
     rows = np.frombuffer(raster.rgb, np.uint8).reshape(raster.height, raster.width * 3)
     lines = np.empty((raster.height, 1 + raster.width * 3), np.uint8)

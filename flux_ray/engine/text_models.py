@@ -19,7 +19,7 @@ from transformers import (
 from flux_ray.config.tier import Quantization
 from flux_ray.engine.loading import Placement
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis, Mesh
 
 # transformers has none for T5 (of version 1.1, with gates). The position bias is an embedding
@@ -123,7 +123,7 @@ def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.
     quantization = placement.encoder_quantization
     axis = encoder_axis(model.num_heads, placement.mesh, quantization)
     checkpoint = Checkpoint(folder)
-    recipe = Recipe(
+    recipe = LoadSpec(
         checkpoint,
         axis,
         placement.torch_dtype,

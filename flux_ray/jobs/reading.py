@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flux_ray.jobs.serialization import BLOB, MASK, REQUEST
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 # What stands in a row for a picture.
 PICTURE_FIELDS = frozenset({BLOB, "width", "height", "kind", "digest"})
@@ -43,17 +43,17 @@ def outlined(value: Any) -> Any:
     return value
 
 
-def outline_of(row: dict[str, Any]) -> Raster | Mask:
+def outline_of(row: dict[str, Any]) -> RgbImage | Mask:
     """A picture or a mask of the row's size."""
     names = row.keys() - PICTURE_FIELDS
     if names or row.get("kind", MASK) != MASK:
         raise unreadable(set(names) or {"kind"})
-    return (Mask if "kind" in row else Raster)(row["width"], row["height"], b"")
+    return (Mask if "kind" in row else RgbImage)(row["width"], row["height"], b"")
 
 
 def unread(row: Any, value: Any, name: str = "") -> list[str]:
     """Names of what the row says and the value does not."""
-    if isinstance(value, (Raster, Mask)):
+    if isinstance(value, (RgbImage, Mask)):
         return []
     if isinstance(row, dict) and is_dataclass(value):
         fields = value.__dataclass_fields__

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from flux_ray.deferred import DeferredRequest, Load, outline_of
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, RgbImage
 
 REQUEST = TypeAdapter(ImageRequest)
-ReadPicture = Callable[[dict[str, Any]], Raster | Mask]
+ReadPicture = Callable[[dict[str, Any]], RgbImage | Mask]
 BLOB = "blob"
 MASK = "mask"
 # Of a reference's pixels, as its raster says it.
@@ -50,7 +50,7 @@ def compress(pixels: bytes) -> bytes:
 
 def packed(value: Any, pictures: list[bytes]) -> Any:
     """Wherever a picture stands, in fields yet to come too, it goes to `pictures`."""
-    if isinstance(value, Raster):
+    if isinstance(value, RgbImage):
         return set_apart(value.rgb, value, pictures) | {DIGEST: value.digest.hex()}
     if isinstance(value, Mask):
         return set_apart(value.marks, value, pictures) | {"kind": MASK}
@@ -61,7 +61,7 @@ def packed(value: Any, pictures: list[bytes]) -> Any:
     return value
 
 
-def set_apart(pixels: bytes, picture: Raster | Mask, pictures: list[bytes]) -> dict[str, Any]:
+def set_apart(pixels: bytes, picture: RgbImage | Mask, pictures: list[bytes]) -> dict[str, Any]:
     """What stands in the row for them."""
     pictures.append(pixels)
     return {BLOB: len(pictures) - 1, "width": picture.width, "height": picture.height}
@@ -110,7 +110,7 @@ def unpacked(value: Any, read: ReadPicture) -> Any:
     return value
 
 
-def outline(row: dict[str, Any], request_id: str) -> Raster | Mask:
+def outline(row: dict[str, Any], request_id: str) -> RgbImage | Mask:
     """The picture or the mask without its pixels."""
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], b"")
@@ -126,7 +126,7 @@ def size_of(row: dict[str, Any]) -> int:
     return num_bytes
 
 
-def picture_of(row: dict[str, Any], blob: bytes) -> Raster | Mask:
+def picture_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
     """The picture or the mask, if it has the size that the row says."""
     num_bytes = size_of(row)
     try:
@@ -138,7 +138,7 @@ def picture_of(row: dict[str, Any], blob: bytes) -> Raster | Mask:
         raise ValueError("a stored reference picture has another size")
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], pixels)
-    raster = Raster(row["width"], row["height"], pixels)
+    raster = RgbImage(row["width"], row["height"], pixels)
     # Made here, where it holds nobody up; it travels with the pixels.
     if row.get(DIGEST, raster.digest.hex()) != raster.digest.hex():
         raise ValueError("a stored reference picture is another one")

@@ -13,7 +13,7 @@ from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.linear import split_rows
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import (
-    Stored,
+    StorageFormat,
     check_precision,
     check_quantization,
     is_quantized,
@@ -35,7 +35,7 @@ class Delta(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoadSpec:
     """How a component's weights become a rank's module.
 
     `prefix` is what the checkpoint writes before the module's own parameter names. With
@@ -60,7 +60,7 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_sharded(
-    build: Callable[[], nn.Module], plan: Mapping[str, Any], recipe: Recipe
+    build: Callable[[], nn.Module], plan: Mapping[str, Any], recipe: LoadSpec
 ) -> nn.Module:
     """The module that `build` makes, with this rank's part of every parameter, in eval mode.
 
@@ -94,7 +94,7 @@ def plan_storage(
     axis: Axis,
     dtype: torch.dtype,
     quantization: Quantization | None,
-) -> dict[str, Stored]:
+) -> dict[str, StorageFormat]:
     """How a rank has to hold each of the model's tensors, by name; the model may be empty."""
     planned = {}
     for name, tensor in saved_tensors(model):
@@ -112,7 +112,7 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
 
 
-def refuse_unknown(names: set[str], recipe: Recipe) -> None:
+def refuse_unknown(names: set[str], recipe: LoadSpec) -> None:
     """A tensor that nobody asks for is a part of the model that would be left out in silence."""
     unknown = sorted(recipe.checkpoint.files.keys() - {recipe.prefix + name for name in names})
     if unknown:
@@ -122,7 +122,7 @@ def refuse_unknown(names: set[str], recipe: Recipe) -> None:
         )
 
 
-def read_local(name: str, shape: torch.Size, shard: Shard | None, recipe: Recipe) -> Tensor:
+def read_local(name: str, shape: torch.Size, shard: Shard | None, recipe: LoadSpec) -> Tensor:
     """This rank's part of a tensor on its device: deltas added in fp32, then made smaller."""
     local = recipe.checkpoint.read(recipe.prefix + name, shape, shard, recipe.axis)
     for delta in recipe.deltas:

@@ -32,7 +32,7 @@ class PrecisionNotApplied(ValueError):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StorageFormat:
     """How a rank holds one tensor: the dtype of its data, and the bytes with its scales."""
 
     dtype: torch.dtype
@@ -64,11 +64,11 @@ def stored_bytes(
 
 def stored_as(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, quantization: Quantization | None
-) -> Stored:
+) -> StorageFormat:
     """How a parameter of that name and local shape has to be held."""
     if quantization is None or not is_quantized(name):
-        return Stored(dtype, stored_bytes(shape, dtype))
-    return Stored(STORAGE[quantization], stored_bytes(shape, dtype, quantization))
+        return StorageFormat(dtype, stored_bytes(shape, dtype))
+    return StorageFormat(STORAGE[quantization], stored_bytes(shape, dtype, quantization))
 
 
 def check_quantization(quantization: Quantization | None, axis: Axis) -> None:
@@ -200,12 +200,12 @@ def held_parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if state is None else [tensor, state.absmax, state.code]
 
 
-def check_precision(tensors: Mapping[str, Tensor], expected: Mapping[str, Stored]) -> int:
+def check_precision(tensors: Mapping[str, Tensor], expected: Mapping[str, StorageFormat]) -> int:
     """The bytes that are held; PrecisionNotApplied if a tensor is not held as expected."""
     total_bytes = 0
     for name, want in expected.items():
         parts = held_parts(tensors[name])
-        held = Stored(parts[0].dtype, sum(part.nbytes for part in parts))
+        held = StorageFormat(parts[0].dtype, sum(part.nbytes for part in parts))
         if held != want:
             raise PrecisionNotApplied(
                 f"{name} is held as {held.dtype} in {held.num_bytes} bytes,"

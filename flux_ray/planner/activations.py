@@ -21,24 +21,24 @@ FP32 = 4
 
 
 @dataclass(frozen=True)
-class Demand:
+class ActivationDemand:
     """The size of a request: pixels of the picture, and its reference images."""
 
     pixels: int
     num_references: int
 
 
-def largest_demand(tier: Tier) -> Demand:
+def largest_demand(tier: Tier) -> ActivationDemand:
     """The most that a client may ask of a tier."""
-    return Demand(tier.max_pixels, tier.max_references)
+    return ActivationDemand(tier.max_pixels, tier.max_references)
 
 
-def default_demand(tier: Tier) -> Demand:
+def default_demand(tier: Tier) -> ActivationDemand:
     """What a client gets that does not say."""
-    return Demand(tier.default_side**2, 0)
+    return ActivationDemand(tier.default_side**2, 0)
 
 
-def num_image_tokens(vae: Any, tier: Tier, demand: Demand) -> int:
+def num_image_tokens(vae: Any, tier: Tier, demand: ActivationDemand) -> int:
     """Of the picture and of its references, each as large as the model takes it."""
     side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
     pixels = demand.pixels + demand.num_references * tier.max_reference_pixels

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux_ray.catalog.gpus import Card
+from flux_ray.catalog.gpus import Gpu
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.engine.loading import DTYPES
@@ -17,7 +17,7 @@ from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads
 from flux_ray.planner.activations import (
     CARD_CONVOLUTIONS,
-    Demand,
+    ActivationDemand,
     Forward,
     decode_bytes,
     denoise_bytes,
@@ -42,7 +42,7 @@ class Candidate:
     model: EmptyModel
     tier: Tier
     args: TierArgs
-    card: Card | None
+    card: Gpu | None
 
     def check(self) -> None:
         """ValueError names the setting if the loader would refuse it; asks for no weights."""
@@ -56,7 +56,7 @@ class Candidate:
             if num_ranks > 1:
                 check_quantization(quantization, Axis(0, num_ranks))
 
-    def rank(self, demand: Demand) -> Footprint:
+    def rank(self, demand: ActivationDemand) -> Footprint:
         """The card of one rank; all ranks of a group need the same."""
         self.check()
         text_encoder = prompt = 0
@@ -120,11 +120,11 @@ class Candidate:
             num_sets = 3
         return 0 if self.card is None else num_sets
 
-    def num_image_tokens(self, demand: Demand) -> int:
+    def num_image_tokens(self, demand: ActivationDemand) -> int:
         """Of the picture and its references."""
         return num_image_tokens(self.model.vae.config, self.tier, demand)
 
-    def denoise_peak(self, demand: Demand) -> int:
+    def denoise_peak(self, demand: ActivationDemand) -> int:
         """One step of one picture: a replica's requests take turns."""
         quantization, axis = self.args.quantization, Axis(0, self.args.parallel.tensor)
         module = self.model.transformer
@@ -155,7 +155,7 @@ class Candidate:
             return 0
         return unpacked_bytes(module, plan, axis, quantization)
 
-    def vae_peak(self, demand: Demand) -> int:
+    def vae_peak(self, demand: ActivationDemand) -> int:
         """Decoding the picture, or encoding a reference, or a tile of a picture under a mask."""
         config, size = self.model.vae.config, self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
@@ -175,7 +175,7 @@ class Candidate:
         )
         return peak + self.unpacked(module, plan, Axis(0, num_ranks), quantization)
 
-    def held(self, demand: Demand) -> int:
+    def held(self, demand: ActivationDemand) -> int:
         """What a replica's requests hold between their steps, and what it remembers of others."""
         each = held_bytes(
             self.model.transformer.config,

@@ -21,7 +21,7 @@ CHANGES: tuple[dict[str, str], ...] = (SHARED, FP8, FP8 | SHARED, NF4, NF4 | SHA
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlacementOption:
     """How one replica may be placed: what differs from the config, its GPUs and bytes on each.
 
     `encoder_bytes` are those of one more card for all replicas, where they share a text encoder.
@@ -35,12 +35,12 @@ class Layout:
     is_slow: bool = False
 
 
-def cheapest(candidate: Candidate, count: int) -> Layout | None:
+def cheapest(candidate: Candidate, count: int) -> PlacementOption | None:
     """The fewest tensor ranks that fit, in the precision that the config says."""
     return next(fitting(candidate, count, {}), None)
 
 
-def alternatives(candidate: Candidate, count: int) -> tuple[Layout, ...]:
+def alternatives(candidate: Candidate, count: int) -> tuple[PlacementOption, ...]:
     """Changes with which fewer ranks would do than without."""
     chosen = cheapest(candidate, count)
     found = list(slower(candidate, count)) if chosen is None else []
@@ -56,7 +56,7 @@ def alternatives(candidate: Candidate, count: int) -> tuple[Layout, ...]:
     return tuple(found)
 
 
-def fastest(candidate: Candidate, count: int, tensor: int) -> Layout | None:
+def fastest(candidate: Candidate, count: int, tensor: int) -> PlacementOption | None:
     """The most sequence ranks on top of the tensor ranks: more latency than more of those buy."""
     if candidate.tier.family in SINGLE_CARD_FAMILIES:
         return None
@@ -70,7 +70,7 @@ def fastest(candidate: Candidate, count: int, tensor: int) -> Layout | None:
     return None
 
 
-def fitting(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[Layout]:
+def fitting(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[PlacementOption]:
     """The layouts that fit, fewest ranks first."""
     assert candidate.card is not None
     for tensor in degrees(candidate, count, changes):
@@ -81,7 +81,7 @@ def fitting(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterat
             yield layout
 
 
-def slower(candidate: Candidate, count: int) -> Iterator[Layout]:
+def slower(candidate: Candidate, count: int) -> Iterator[PlacementOption]:
     """A layout that fits only with more tensor ranks than the cards' links are good for."""
     for tensor in degrees(candidate, count, {}):
         if tensor > MAX_TENSOR_OVER_PCIE:
@@ -106,7 +106,9 @@ def num_for_ranks(candidate: Candidate, count: int, changes: dict[str, str]) -> 
     return count - (place == "shared")
 
 
-def layout_of(candidate: Candidate, changes: dict[str, str], parallel: Parallel) -> Layout | None:
+def layout_of(
+    candidate: Candidate, changes: dict[str, str], parallel: Parallel
+) -> PlacementOption | None:
     """The layout if it is possible and every card holds what it has to at the largest request."""
     assert candidate.card is not None, "a processor's memory is not planned"
     update: dict[str, Any] = {**changes, "parallel": parallel}
@@ -120,4 +122,4 @@ def layout_of(candidate: Candidate, changes: dict[str, str], parallel: Parallel)
     encoder_bytes = tried.shared_encoder().total if is_shared else None
     if max(rank_bytes, encoder_bytes or 0) > candidate.card.usable_bytes:
         return None
-    return Layout(changes, parallel.tensor, parallel.sequence, rank_bytes, encoder_bytes)
+    return PlacementOption(changes, parallel.tensor, parallel.sequence, rank_bytes, encoder_bytes)

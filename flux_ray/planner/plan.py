@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flux_ray.catalog.gpus import Card, card_for
+from flux_ray.catalog.gpus import Gpu, card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.planner.activations import Demand, default_demand, largest_demand
+from flux_ray.planner.activations import ActivationDemand, default_demand, largest_demand
 from flux_ray.planner.architectures import empty_model
 from flux_ray.planner.candidate import Candidate
 from flux_ray.planner.footprint import Footprint
-from flux_ray.planner.layouts import Layout, alternatives, cheapest, fastest
-from flux_ray.planner.published import Claim, claims_for
+from flux_ray.planner.layouts import PlacementOption, alternatives, cheapest, fastest
+from flux_ray.planner.published import PublishedFigure, claims_for
 
 
 @dataclass(frozen=True)
-class CardPlan:
+class GpuPlan:
     """What is on a card at the largest request; `ranks` is empty for a shared text encoder's.
 
     `default_bytes` is the total at a picture of the tier's default size without references.
@@ -43,21 +43,21 @@ class TierPlan:
     quantization: str | None
     encoder_quantization: str | None
     text_encoder: str
-    largest: Demand
-    cards: tuple[CardPlan, ...]
+    largest: ActivationDemand
+    cards: tuple[GpuPlan, ...]
     num_gpus: int
     fits: bool
-    cheapest: Layout | None
-    alternatives: tuple[Layout, ...]
-    fastest: Layout | None
-    claims: tuple[Claim, ...]
+    cheapest: PlacementOption | None
+    alternatives: tuple[PlacementOption, ...]
+    fastest: PlacementOption | None
+    claims: tuple[PublishedFigure, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
     """The whole deployment on `count` cards of one kind."""
 
-    card: Card
+    card: Gpu
     count: int
     num_gpus: int
     fits: bool
@@ -73,7 +73,7 @@ def make_plan(tiers: Sequence[TierArgs], card_name: str, count: int) -> Plan:
     return Plan(card, count, num_gpus, fits, plans)
 
 
-def plan_tier(args: TierArgs, card: Card, count: int) -> TierPlan:
+def plan_tier(args: TierArgs, card: Gpu, count: int) -> TierPlan:
     """One tier; on a processor there is no card to fill, and nothing to choose."""
     tier = tier_for(args.tier)
     on_cuda = args.device == "cuda"
@@ -108,7 +108,7 @@ def plan_tier(args: TierArgs, card: Card, count: int) -> TierPlan:
     )
 
 
-def card_plans(candidate: Candidate) -> tuple[CardPlan, ...]:
+def card_plans(candidate: Candidate) -> tuple[GpuPlan, ...]:
     """The card of each rank, and that of the text encoder where it is apart."""
     ranks = tuple(range(candidate.args.parallel.num_ranks))
     largest = candidate.rank(largest_demand(candidate.tier))
@@ -121,10 +121,10 @@ def card_plans(candidate: Candidate) -> tuple[CardPlan, ...]:
 
 
 def card_plan(
-    ranks: tuple[int, ...], largest: Footprint, usual: Footprint, card: Card | None
-) -> CardPlan:
+    ranks: tuple[int, ...], largest: Footprint, usual: Footprint, card: Gpu | None
+) -> GpuPlan:
     """The footprints held against the card."""
     limit = float("inf") if card is None else card.usable_bytes
-    return CardPlan(
+    return GpuPlan(
         ranks, largest, largest.total, usual.total, largest.total <= limit, usual.total <= limit
     )

@@ -13,7 +13,7 @@ WHOLE_ENCODER_FP8_BYTES = 25_790_000_000
 
 
 @dataclass(frozen=True)
-class Claim:
+class PublishedFigure:
     """A published figure, ours for one card that holds it all, and the difference in words."""
 
     published: str
@@ -21,7 +21,7 @@ class Claim:
     why: str
 
 
-def claims_for(candidate: Candidate) -> tuple[Claim, ...]:
+def claims_for(candidate: Candidate) -> tuple[PublishedFigure, ...]:
     """What was published of the tier's model; nothing of one that has other shapes."""
     if candidate.tier.name == "flux-2-dev" and has_shape(candidate, DEV_TRANSFORMER):
         return (full(candidate), fp8(candidate))
@@ -36,13 +36,13 @@ def has_shape(candidate: Candidate, shape: Shape) -> bool:
     return all(config[name] == value for name, value in shape.items())
 
 
-def full(candidate: Candidate) -> Claim:
+def full(candidate: Candidate) -> PublishedFigure:
     """ "90 GB full"."""
     whole = on_one_card(candidate, None)
     transformer, vae = whole.transformer_bytes(), whole.rank(default_demand(whole.tier)).vae
     encoder = whole.encoder_bytes(1)
     mixed = transformer + WHOLE_ENCODER_FP8_BYTES + vae
-    return Claim(
+    return PublishedFigure(
         "90 GB full",
         transformer + encoder + vae,
         f"{mixed / GB:.1f} = bf16 transformer {transformer / GB:.1f} + all of the 24B encoder in"
@@ -51,11 +51,11 @@ def full(candidate: Candidate) -> Claim:
     )
 
 
-def fp8(candidate: Candidate) -> Claim:
+def fp8(candidate: Candidate) -> PublishedFigure:
     """ "about 54 GB FP8"."""
     footprint = on_one_card(candidate, "fp8").rank(default_demand(candidate.tier))
     weights = footprint.transformer + footprint.text_encoder + footprint.vae
-    return Claim(
+    return PublishedFigure(
         "about 54 GB FP8",
         footprint.total,
         f"weights {weights / GB:.1f}, of the encoder 30 layers, + about 3 to run, as we read it;"
@@ -63,10 +63,10 @@ def fp8(candidate: Candidate) -> Claim:
     )
 
 
-def klein(candidate: Candidate) -> Claim:
+def klein(candidate: Candidate) -> PublishedFigure:
     """ "about 8 GB klein 4B"."""
     footprint = on_one_card(candidate, None).rank(default_demand(candidate.tier))
-    return Claim(
+    return PublishedFigure(
         "about 8 GB klein 4B",
         footprint.total,
         f"that is the bf16 transformer alone, {footprint.transformer / GB:.2f}; drawing 1024x1024"

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from flux_ray.engine.images import encode_picture
-from flux_ray.request import DrawnImage, Encoding, GeneratedImage, Raster
+from flux_ray.request import DenoisedImage, Encoding, GeneratedImage, RgbImage
 
 # One keeps up with any card; the second is for a file that takes long, such as a large webp.
 NUM_THREADS = 2
 # Images of which no file is made yet. Beyond them the ranks wait: pixels are many bytes.
 MAX_WAITING = 8
 
-Encode = Callable[[Raster, Encoding], bytes]
+Encode = Callable[[RgbImage, Encoding], bytes]
 # And the seconds that its thread took.
 Made = tuple[GeneratedImage, float]
 
@@ -26,7 +26,7 @@ class Files:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="files")
         self._room = asyncio.Semaphore(MAX_WAITING)
 
-    async def start(self, image: DrawnImage, encoding: Encoding) -> "asyncio.Future[Made]":
+    async def start(self, image: DenoisedImage, encoding: Encoding) -> "asyncio.Future[Made]":
         """Begin with the image's file, once there is room for it; cancel what is not wanted."""
         await self._room.acquire()
         loop = asyncio.get_running_loop()
@@ -34,7 +34,7 @@ class Files:
         file.add_done_callback(lambda _: self._room.release())
         return file
 
-    def _make(self, image: DrawnImage, encoding: Encoding) -> Made:
+    def _make(self, image: DenoisedImage, encoding: Encoding) -> Made:
         began = time.perf_counter()
         data = self._encode(image.raster, encoding)
         return GeneratedImage(data, image.seed), time.perf_counter() - began

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flux_ray.errors import FluxError
 from flux_ray.replica.files import Files, Made
 from flux_ray.request import (
-    DrawnImage,
+    DenoisedImage,
     Encoded,
     EncodedPrompt,
     Finished,
@@ -106,7 +106,7 @@ class Gathering:
             self.said = value
         elif stage == "denoise":
             self._num_done += 1
-        elif isinstance(value, DrawnImage) and not self._job.has_left:
+        elif isinstance(value, DenoisedImage) and not self._job.has_left:
             file = await self._files.start(value, self._job.request.encoding)
             if stage == "preview":
                 self.previews.append(file)

@@ -18,11 +18,11 @@ from flux_ray.replica.timer import CardTimer, HostTimer, Launched, Timer, follow
 from flux_ray.replica.transport import Address, Extension, StageFailed
 from flux_ray.replica.watchdog import LeaderWatch
 from flux_ray.request import (
-    DrawnImage,
+    DenoisedImage,
     Encoded,
     EncodedPrompt,
     ImageRequest,
-    Raster,
+    RgbImage,
     StageAnswer,
 )
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from flux_ray.engine.api import Conditioning, ImageState
-    from flux_ray.engine.encoding_cache import Remembering
+    from flux_ray.engine.encoding_cache import CachedEncoder
     from flux_ray.engine.registry import Adapter
     from flux_ray.parallel.mesh import Endpoint, Mesh
 
@@ -75,7 +75,7 @@ class RankActor:
 
     _mesh: "Mesh"
     _adapter: "Adapter"
-    _encoding: "Remembering"
+    _encoding: "CachedEncoder"
     _store: "TCPStore | None" = None
     _extension: Extension
 
@@ -113,7 +113,7 @@ class RankActor:
         """Join the other ranks and load this one's part of the model."""
         import torch
 
-        from flux_ray.engine.encoding_cache import Remembering
+        from flux_ray.engine.encoding_cache import CachedEncoder
         from flux_ray.engine.loading import Placement
         from flux_ray.engine.registry import load_adapter
         from flux_ray.parallel.mesh import join_mesh, visit_store
@@ -136,7 +136,7 @@ class RankActor:
             args.text_encoder,
         )
         self._adapter = load_adapter(tier_for(args.tier), args.weights, placement)
-        self._encoding = Remembering(self._adapter, args.cache_bytes, args.device)
+        self._encoding = CachedEncoder(self._adapter, args.cache_bytes, args.device)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
@@ -251,11 +251,11 @@ class RankActor:
 
     def prepare(self, job: int) -> None:
         """Begin the job's next image."""
-        from flux_ray.engine.api import Canvas
+        from flux_ray.engine.api import ImageSpec
 
         drawing = self.drawing(job)
         request = drawing.request
-        canvas = Canvas(
+        canvas = ImageSpec(
             request.width,
             request.height,
             request.num_steps,
@@ -272,11 +272,11 @@ class RankActor:
         assert drawing.state is not None, "denoise before prepare"
         drawing.state = self._adapter.denoise(drawing.state)
 
-    def preview(self, job: int) -> DrawnImage | None:
+    def preview(self, job: int) -> DenoisedImage | None:
         """What the job's image will be like, from rank 0."""
         return self.pixels(self.drawing(job), self._adapter.preview)
 
-    def decode(self, job: int) -> DrawnImage | None:
+    def decode(self, job: int) -> DenoisedImage | None:
         """The job's image, from rank 0. With its last one the job is over."""
         drawing = self.drawing(job)
         image = self.pixels(drawing, self._adapter.decode)
@@ -284,12 +284,14 @@ class RankActor:
             self.drop(job)
         return image
 
-    def pixels(self, drawing: Drawing, draw: "Callable[[ImageState], Raster]") -> DrawnImage | None:
+    def pixels(
+        self, drawing: Drawing, draw: "Callable[[ImageState], RgbImage]"
+    ) -> DenoisedImage | None:
         """The job's image as this draws it. The leader makes a file of it."""
         assert drawing.state is not None, "pixels before prepare"
         if self._rank != 0:
             return None
-        return DrawnImage(draw(drawing.state), drawing.seed)
+        return DenoisedImage(draw(drawing.state), drawing.seed)
 
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""

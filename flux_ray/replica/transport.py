@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 from flux_ray.errors import FluxError
 from flux_ray.replica.handshake import TOKEN_BYTES, is_leader, meet_rank
 from flux_ray.replica.unpickling import unpickled
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 
 SIZE = struct.Struct("!Q")
 # Of an answer: the bytes of its pickle, and how many buffers follow that.
@@ -61,8 +61,8 @@ class AnswerPickler(pickle.Pickler):
 
     def reducer_override(self, value: object) -> Any:
         """As pickle asks it."""
-        if isinstance(value, Raster):
-            return Raster, (value.width, value.height, pickle.PickleBuffer(value.rgb))
+        if isinstance(value, RgbImage):
+            return RgbImage, (value.width, value.height, pickle.PickleBuffer(value.rgb))
         return NotImplemented
 
 

@@ -22,11 +22,11 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.images import encode_picture
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import Adapter, load_adapter
-from flux_ray.request import ImageRequest, Raster, StageTimes
+from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost import Layout, price, work_of
 from flux_ray.router.pricing.cost_model import CostModel
@@ -65,7 +65,7 @@ def random_request(dice: random.Random, number: int, sides: tuple[int, ...]) -> 
     references = []
     for _ in range(dice.randrange(3)):
         width, height = dice.choice(sides), dice.choice(sides)
-        references.append(Raster(width, height, dice.randbytes(width * height * 3)))
+        references.append(RgbImage(width, height, dice.randbytes(width * height * 3)))
     return ImageRequest(
         request_id=str(number),
         tier="tiny",
@@ -92,7 +92,7 @@ def draw(adapter: Adapter, request: ImageRequest) -> Times:
             seconds[clock][stage] += now() - began[clock]
         return answer
 
-    canvas = Canvas(request.width, request.height, request.num_steps)
+    canvas = ImageSpec(request.width, request.height, request.num_steps)
     given = timed(
         "encode",
         lambda: adapter.encode(adapter.encode_prompt(request.prompt), request.references),

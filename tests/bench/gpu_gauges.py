@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flux_ray.catalog.gpus import Card
+from flux_ray.catalog.gpus import Gpu
 from flux_ray.parallel.precision import is_quantized
 
 Call = Callable[[], Any]
@@ -29,13 +29,13 @@ class Device:
         return torch.cuda.get_device_name() if self.kind == "cuda" else "processor"
 
     @property
-    def card(self) -> Card | None:
+    def card(self) -> Gpu | None:
         """As a plan would take it."""
         if self.kind == "cpu":
             return None
         has_fp8_units = torch.cuda.get_device_capability() >= (8, 9)
         total = torch.cuda.get_device_properties(0).total_memory
-        return Card(self.name, total, has_fp8_units, has_nvlink=True)
+        return Gpu(self.name, total, has_fp8_units, has_nvlink=True)
 
     def wait(self) -> None:
         """Until all that was launched is done."""

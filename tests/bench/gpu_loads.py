@@ -16,7 +16,7 @@ from torch import nn
 
 from flux_ray.config.tier import Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from tests.bench.gpu_checkpoints import (
     TEXT_PREFIX,
@@ -125,7 +125,7 @@ def measure_load(
     device = bench.device
     device.clear()
     checkpoint = Checkpoint(part.folder)
-    recipe = Recipe(
+    recipe = LoadSpec(
         checkpoint,
         Axis(0, tensor),
         BF16,

@@ -17,12 +17,12 @@ from transformers import Qwen3Config, Qwen3Model
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.api import Canvas, Conditioning, ImageState, PromptEmbeds
+from flux_ray.engine.api import Conditioning, ImageSpec, ImageState, PromptEmbeds
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.flux2.text_encoder import FAMILIES
 from flux_ray.engine.loading import Placement, load_config
 from flux_ray.engine.text_models import TextModel, first_layers
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.planner.architectures import (
     DEV_TRANSFORMER,
@@ -59,10 +59,10 @@ class Subject:
         return assemble(self.transformer, text_model, self.vae, source="the bench")
 
     @property
-    def canvas(self) -> Canvas:
+    def canvas(self) -> ImageSpec:
         """The picture that a client gets who does not say."""
         tier = self.tier
-        return Canvas(tier.default_side, tier.default_side, tier.num_steps, tier.guidance)
+        return ImageSpec(tier.default_side, tier.default_side, tier.num_steps, tier.guidance)
 
     def shallower(self, num_single_layers: int) -> "Subject":
         """The same with fewer single blocks."""
@@ -150,7 +150,7 @@ def load_dev(
     Weights are made as they are read. The other ranks are not there: collectives must do nothing.
     """
     model_class = Flux2Transformer2DModel
-    recipe = Recipe(
+    recipe = LoadSpec(
         MadeWeights(subject.empty.transformer, device.kind),
         Axis(0, tensor),
         BF16,

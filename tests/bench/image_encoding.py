@@ -22,7 +22,7 @@ from rich.table import Table
 
 from flux_ray.engine import png
 from flux_ray.engine.images import encode_picture, image_for, raster_for
-from flux_ray.request import Encoding, Raster
+from flux_ray.request import Encoding, RgbImage
 
 SIDE = 1024
 NUM_ROUNDS = 5
@@ -32,13 +32,13 @@ CHOSEN = "ours: up, isal 2"
 Filter = Callable[[np.ndarray, np.ndarray], None]
 
 
-def photograph() -> Raster:
+def photograph() -> RgbImage:
     """The one that comes with matplotlib, of 512 x 600 pixels, scaled."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         return raster_for(Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS))
 
 
-def texture() -> Raster:
+def texture() -> RgbImage:
     """Detail at every scale, as of a landscape: the amplitudes of natural images, random phases."""
     rng, frequency = np.random.default_rng(0), np.fft.fftfreq(SIDE)
     radius = np.hypot(*np.meshgrid(frequency, frequency))
@@ -48,10 +48,10 @@ def texture() -> Raster:
     layers /= layers.std(axis=(1, 2), keepdims=True)
     layers[1:] = 0.8 * layers[0] + 0.2 * layers[1:]
     pixels = np.clip(50 * layers + 128, 0, 255).astype(np.uint8)
-    return Raster(SIDE, SIDE, pixels.transpose(1, 2, 0).tobytes())
+    return RgbImage(SIDE, SIDE, pixels.transpose(1, 2, 0).tobytes())
 
 
-def shapes() -> Raster:
+def shapes() -> RgbImage:
     """Flat colours and edges, drawn small and scaled, as `tiny` draws."""
     image = Image.new("RGB", (128, 128), (40, 70, 160))
     draw = ImageDraw.Draw(image)
@@ -95,21 +95,21 @@ def paeth(rows: np.ndarray, lines: np.ndarray) -> None:
     lines[1:, 4:] = rows[1:, 3:] - nearest.astype(np.uint8)
 
 
-def with_pillow(raster: Raster, level: int) -> bytes:
+def with_pillow(raster: RgbImage, level: int) -> bytes:
     buffer = io.BytesIO()
     image_for(raster).save(buffer, "PNG", compress_level=level)
     return buffer.getvalue()
 
 
-def with_isal(raster: Raster, subtract: Filter, level: int) -> bytes:
+def with_isal(raster: RgbImage, subtract: Filter, level: int) -> bytes:
     rows = np.frombuffer(raster.rgb, np.uint8).reshape(raster.height, -1)
     lines = np.empty((raster.height, 1 + rows.shape[1]), np.uint8)
     subtract(rows, lines)
     return png.file_of(raster, isal_zlib.compress(lines, level))
 
 
-def ways() -> dict[str, Callable[[Raster], bytes]]:
-    found: dict[str, Callable[[Raster], bytes]] = {
+def ways() -> dict[str, Callable[[RgbImage], bytes]]:
+    found: dict[str, Callable[[RgbImage], bytes]] = {
         CHOSEN: lambda raster: encode_picture(raster, Encoding())
     }
     for level in (0, 1, 3, 6):
@@ -124,7 +124,7 @@ def ways() -> dict[str, Callable[[Raster], bytes]]:
     return found
 
 
-def measure(raster: Raster) -> dict[str, tuple[float, int]]:
+def measure(raster: RgbImage) -> dict[str, tuple[float, int]]:
     """The best time in ms of each way, and the bytes of its file."""
     seconds: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}

@@ -29,10 +29,10 @@ from flux_ray.app import build_gateway
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT, evaluate
 from tests.bench.latency_load import images_per_s, tier_of_all_ways
 
@@ -42,10 +42,10 @@ EDIT = "make the circle green"
 TINY = tier_for("tiny")
 
 
-def draw_with_pipeline() -> Callable[[str, Raster | None], np.ndarray]:
+def draw_with_pipeline() -> Callable[[str, RgbImage | None], np.ndarray]:
     pipeline = evaluate.load_pipeline(CHECKPOINT)
 
-    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
         image = reference and Image.frombytes("RGB", (128, 128), reference.rgb)
         drawn = pipeline(
             prompt=prompt,
@@ -62,13 +62,13 @@ def draw_with_pipeline() -> Callable[[str, Raster | None], np.ndarray]:
     return draw
 
 
-def draw_with_engine() -> Callable[[str, Raster | None], np.ndarray]:
+def draw_with_engine() -> Callable[[str, RgbImage | None], np.ndarray]:
     adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
 
-    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
         references = () if reference is None else (reference,)
         conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
-        state = adapter.prepare(conditioning, Canvas(128, 128, TINY.num_steps), 7)
+        state = adapter.prepare(conditioning, ImageSpec(128, 128, TINY.num_steps), 7)
         while not state.is_done:
             state = adapter.denoise(state)
         return np.frombuffer(adapter.decode(state).rgb, np.uint8).reshape(128, 128, 3)
@@ -89,10 +89,10 @@ def start_serving() -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def draw_over_http(address: str) -> Callable[[str, Raster | None], np.ndarray]:
+def draw_over_http(address: str) -> Callable[[str, RgbImage | None], np.ndarray]:
     client = httpx.Client(base_url=address, timeout=60)
 
-    def draw(prompt: str, reference: Raster | None) -> np.ndarray:
+    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
         fields = {"prompt": prompt, "seed": 7}
         if reference is None:
             answer = client.post("/v1/images/generations", json=fields)
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"{'task':12} {'way':10} {'median s':>9} {'best s':>8} {'ratio':>6}  same pixels")
     for task, prompt, reference in (
         ("generation", PROMPT, None),
-        ("edit", EDIT, Raster(128, 128, red.tobytes())),
+        ("edit", EDIT, RgbImage(128, 128, red.tobytes())),
     ):
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         pictures = {}

@@ -19,7 +19,7 @@ from flux_ray.engine.images import encode_picture, image_for, scaled
 from flux_ray.replica.files import Files, Made
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank import Drawing, RankActor
-from flux_ray.request import DrawnImage, Encoding, Raster
+from flux_ray.request import DenoisedImage, Encoding, RgbImage
 
 NUM_CLIENTS = 8
 NUM_BURSTS = 3
@@ -44,7 +44,7 @@ def is_large(seed: int) -> bool:
 class FormerRank(RankActor):
     """Makes files itself, as ranks did, where the seed says so."""
 
-    def pixels(self, drawing: Drawing, draw: Callable[..., Raster]) -> DrawnImage | None:
+    def pixels(self, drawing: Drawing, draw: Callable[..., RgbImage]) -> DenoisedImage | None:
         image = super().pixels(drawing, draw)
         if image is None or drawing.seed // SEEDS_A_WAY not in (2, 4):
             return image
@@ -52,19 +52,19 @@ class FormerRank(RankActor):
         if is_large(drawing.seed):
             raster = scaled(raster, LARGE)
         image_for(raster).save(buffer, "PNG")
-        return DrawnImage(Raster(0, 0, buffer.getvalue()), drawing.seed)
+        return DenoisedImage(RgbImage(0, 0, buffer.getvalue()), drawing.seed)
 
 
 class SomeFiles(Files):
     """Leaves those alone that are files already."""
 
-    async def start(self, image: DrawnImage, encoding: Encoding) -> "asyncio.Future[Made]":
+    async def start(self, image: DenoisedImage, encoding: Encoding) -> "asyncio.Future[Made]":
         if is_large(image.seed):
             encoding = replace(encoding, scaled_to=LARGE)
         return await super().start(image, encoding)
 
 
-def encode_unless_done(raster: Raster, encoding: Encoding) -> bytes:
+def encode_unless_done(raster: RgbImage, encoding: Encoding) -> bytes:
     return encode_picture(raster, encoding) if raster.width else raster.rgb
 
 

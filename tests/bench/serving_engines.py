@@ -64,13 +64,13 @@ class TinyEngine:
             return await asyncio.to_thread(self.draw_now, prompt, seed)
 
     def draw_now(self, prompt: str, seed: int) -> bytes:
-        from flux_ray.engine.api import Canvas
+        from flux_ray.engine.api import ImageSpec
         from flux_ray.engine.images import encode_picture
         from flux_ray.request import Encoding
 
         adapter = self._adapter
         conditioning = adapter.encode(adapter.encode_prompt(prompt), ())
-        state = adapter.prepare(conditioning, Canvas(128, 128, TINY.num_steps), seed)
+        state = adapter.prepare(conditioning, ImageSpec(128, 128, TINY.num_steps), seed)
         while not state.is_done:
             state = adapter.denoise(state)
         return encode_picture(adapter.decode(state), Encoding())

@@ -10,15 +10,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux_ray.engine.api import Canvas, ImageState
+from flux_ray.engine.api import ImageSpec, ImageState
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.images import image_for, raster_for
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 SEED = 7
 
 
-def reference(width: int, height: int, seed: int) -> Raster:
+def reference(width: int, height: int, seed: int) -> RgbImage:
     """A picture with something everywhere, so that a pixel's shift would show."""
     pixels = random.Random(seed).randbytes(8 * 8 * 3)
     return raster_for(Image.frombytes("RGB", (8, 8), pixels).resize((width, height)))
@@ -27,10 +27,10 @@ def reference(width: int, height: int, seed: int) -> Raster:
 def draw_with_pipeline(
     pipeline: DiffusionPipeline,
     prompt: str,
-    canvas: Canvas,
-    references: tuple[Raster, ...],
+    canvas: ImageSpec,
+    references: tuple[RgbImage, ...],
     **options: Any,
-) -> tuple[Tensor, Raster]:
+) -> tuple[Tensor, RgbImage]:
     """The last latents and the picture."""
     last: dict[str, Tensor] = {}
 
@@ -61,10 +61,10 @@ def finish(adapter: Flux2, state: ImageState) -> ImageState:
 def draw(
     adapter: Flux2,
     prompt: str,
-    canvas: Canvas,
-    references: tuple[Raster, ...],
+    canvas: ImageSpec,
+    references: tuple[RgbImage, ...],
     mask: Mask | None = None,
-) -> tuple[Tensor, Raster]:
+) -> tuple[Tensor, RgbImage]:
     """The last latents and the picture; a mask is of the first reference."""
     conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
     if mask is not None:

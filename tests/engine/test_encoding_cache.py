@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from flux_ray.engine.api import Canvas, Conditioning, PromptEmbeds
+from flux_ray.engine.api import Conditioning, ImageSpec, PromptEmbeds
 from flux_ray.engine.cache import Cache
-from flux_ray.engine.encoding_cache import Remembering
-from flux_ray.request import EncodedPrompt, ImageRequest, Raster
+from flux_ray.engine.encoding_cache import CachedEncoder
+from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
 
 
 def test_the_least_recently_used_goes_first():
@@ -31,7 +31,7 @@ def test_what_is_larger_than_all_of_it_is_not_kept():
 
 
 def request(prompt: str, *shades: int) -> ImageRequest:
-    references = tuple(Raster(64, 64, bytes([shade]) * (64 * 64 * 3)) for shade in shades)
+    references = tuple(RgbImage(64, 64, bytes([shade]) * (64 * 64 * 3)) for shade in shades)
     return ImageRequest("id", "tiny", prompt, 64, 64, 1, 1.0, seed=7, references=references)
 
 
@@ -45,7 +45,7 @@ class CountingAdapter:
         self.num_prompts += 1
         return PromptEmbeds(torch.full((1, 4, 2), float(len(prompt))), torch.zeros(1, 4, 4))
 
-    def encode(self, prompt: PromptEmbeds, references: tuple[Raster, ...]) -> Conditioning:
+    def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
         if not references:
             return Conditioning(prompt)
         self.num_references += 1
@@ -54,7 +54,7 @@ class CountingAdapter:
 
 def test_prompts_and_references_are_encoded_once():
     adapter = CountingAdapter()
-    encoding = Remembering(adapter, 10_000, "cpu")
+    encoding = CachedEncoder(adapter, 10_000, "cpu")
     known = [
         encoding.encode(each, None)[1]
         for each in (
@@ -72,7 +72,7 @@ def test_prompts_and_references_are_encoded_once():
 
 
 def test_a_shared_encoders_prompt_is_known_if_it_says_so():
-    encoding = Remembering(CountingAdapter(), 10_000, "cpu")
+    encoding = CachedEncoder(CountingAdapter(), 10_000, "cpu")
     for is_cached in (False, True):
         said = EncodedPrompt(np.zeros(8, np.float32).tobytes(), (1, 4, 2), "float32", (), is_cached)
         assert encoding.encode(request("a ring"), said)[1] is is_cached
@@ -80,12 +80,12 @@ def test_a_shared_encoders_prompt_is_known_if_it_says_so():
 
 @pytest.mark.parametrize("shades", [(), (200,), (200, 30)])
 def test_a_picture_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades):
-    encoding = Remembering(klein_adapter, 2**20, "cpu")
+    encoding = CachedEncoder(klein_adapter, 2**20, "cpu")
     asked = request("a red circle on a blue background", *shades)
 
     def draw() -> bytes:
         conditioning, _ = encoding.encode(asked, None)
-        state = klein_adapter.prepare(conditioning, Canvas(64, 64, 2), 7)
+        state = klein_adapter.prepare(conditioning, ImageSpec(64, 64, 2), 7)
         while not state.is_done:
             state = klein_adapter.denoise(state)
         return klein_adapter.decode(state).rgb

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.engine.api import Canvas
-from flux_ray.engine.encoding_cache import Remembering
+from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.text_models import encoder_axis
 from flux_ray.parallel.load import build_empty, saved_tensors
@@ -214,8 +214,8 @@ def test_a_step_has_as_many_tokens_as_the_engine_gives_it(
     asked = ImageRequest(
         "id", "tiny", "a ring", 128, 80, 4, 1.0, 7, references=references, mask=mask
     )
-    given, _ = Remembering(klein_adapter, 0, "cpu").encode(asked, None)
-    state = klein_adapter.prepare(given, Canvas(128, 80, 4), 7)
+    given, _ = CachedEncoder(klein_adapter, 0, "cpu").encode(asked, None)
+    state = klein_adapter.prepare(given, ImageSpec(128, 80, 4), 7)
     assert given.reference_latents is not None
     parts = (given.prompt.embeds, state.latents, given.reference_latents)
     assert work_of(asked).num_tokens == sum(part.shape[1] for part in parts)

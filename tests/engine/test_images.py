@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from flux_ray.engine.images import encode_picture, image_for, raster_for
-from flux_ray.request import Encoding, ImageFormat, Raster
+from flux_ray.request import Encoding, ImageFormat, RgbImage
 
-RASTER = Raster(48, 32, random.Random(0).randbytes(48 * 32 * 3))
+RASTER = RgbImage(48, 32, random.Random(0).randbytes(48 * 32 * 3))
 
 
 def test_there_and_back() -> None:

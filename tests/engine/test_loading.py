@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Quantization
 from flux_ray.engine import loading
-from flux_ray.engine.loading import Placement, Source, fetch, load_config, source_for
+from flux_ray.engine.loading import Placement, WeightSource, fetch, load_config, source_for
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
@@ -39,9 +39,9 @@ FILES = [
 
 
 def test_the_three_ways(tmp_path: Path) -> None:
-    assert source_for("embedded") == Source(str(CHECKPOINT))
-    assert source_for(str(tmp_path)) == Source(str(tmp_path))
-    assert source_for("owner/name.v2@0123abc") == Source("owner/name.v2", "0123abc")
+    assert source_for("embedded") == WeightSource(str(CHECKPOINT))
+    assert source_for(str(tmp_path)) == WeightSource(str(tmp_path))
+    assert source_for("owner/name.v2@0123abc") == WeightSource("owner/name.v2", "0123abc")
 
 
 @pytest.mark.parametrize("weights", ["owner/name", "/no/such/folder", "name@main", "", "a/b/c@d"])

@@ -9,15 +9,15 @@ from PIL import Image
 
 from flux_ray.engine.images import encode_picture, image_for, raster_for
 from flux_ray.engine.png import encode_png
-from flux_ray.request import Encoding, ImageFormat, Raster
+from flux_ray.request import Encoding, ImageFormat, RgbImage
 
 
-def noise(width: int, height: int, seed: int = 0) -> Raster:
-    return Raster(width, height, random.Random(seed).randbytes(width * height * 3))
+def noise(width: int, height: int, seed: int = 0) -> RgbImage:
+    return RgbImage(width, height, random.Random(seed).randbytes(width * height * 3))
 
 
-def flat(width: int, height: int) -> Raster:
-    return Raster(width, height, b"\x07\xff\x00" * (width * height))
+def flat(width: int, height: int) -> RgbImage:
+    return RgbImage(width, height, b"\x07\xff\x00" * (width * height))
 
 
 def opened(data: bytes) -> Image.Image:
@@ -28,7 +28,7 @@ def opened(data: bytes) -> Image.Image:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (3, 2), (48, 32), (333, 257)])
 @pytest.mark.parametrize("make", [noise, flat])
-def test_what_is_read_is_what_was_written(make: type[Raster], size: tuple[int, int]) -> None:
+def test_what_is_read_is_what_was_written(make: type[RgbImage], size: tuple[int, int]) -> None:
     raster = make(*size)
     image = opened(encode_png(raster))
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", size)

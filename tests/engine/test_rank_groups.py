@@ -10,11 +10,11 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Lora, Parallel
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 from tests.engine.drawing import draw, reference, save_lora
 from tests.ranks import Ranks
 
@@ -25,11 +25,11 @@ LAYOUTS = {
 }
 # 35, 24 + 16 and 35 + 16 + 35 tokens of images and references: with and without a pad.
 # The last has a mask of its left half.
-JOBS: list[tuple[Canvas, tuple[Raster, ...], Mask | None]] = [
-    (Canvas(112, 80, 2, guidance=4.0), (), None),
-    (Canvas(96, 64, 2, guidance=4.0), (reference(64, 64, 1),), None),
-    (Canvas(112, 80, 2, guidance=4.0), (reference(64, 64, 1), reference(112, 80, 2)), None),
-    (Canvas(96, 64, 2), (reference(96, 64, 3),), Mask(96, 64, (b"\xff" * 48 + bytes(48)) * 64)),
+JOBS: list[tuple[ImageSpec, tuple[RgbImage, ...], Mask | None]] = [
+    (ImageSpec(112, 80, 2, guidance=4.0), (), None),
+    (ImageSpec(96, 64, 2, guidance=4.0), (reference(64, 64, 1),), None),
+    (ImageSpec(112, 80, 2, guidance=4.0), (reference(64, 64, 1), reference(112, 80, 2)), None),
+    (ImageSpec(96, 64, 2), (reference(96, 64, 3),), Mask(96, 64, (b"\xff" * 48 + bytes(48)) * 64)),
 ]
 PROMPT = "a red circle on a blue background"
 

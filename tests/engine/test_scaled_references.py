@@ -9,11 +9,11 @@ from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import Limits
-from flux_ray.engine.api import Canvas
-from flux_ray.engine.encoding_cache import Remembering
+from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.gateway.images.decode import decode, decode_reference
 from flux_ray.gateway.images.masks import fit
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, RgbImage
 from tests.engine.drawing import finish
 
 TINY, LIMITS = tier_for("tiny"), Limits()
@@ -28,18 +28,18 @@ def file_of(width: int, height: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def asked(references: tuple[Raster, ...], mask: Mask | None = None) -> ImageRequest:
+def asked(references: tuple[RgbImage, ...], mask: Mask | None = None) -> ImageRequest:
     prompt = "a red circle on a blue background"
     return ImageRequest("id", "tiny", prompt, 128, 112, 1, 1.0, 7, references=references, mask=mask)
 
 
-def drawn(adapter, request: ImageRequest) -> Raster:
-    conditioning, _ = Remembering(adapter, 0, "cpu").encode(request, None)
-    canvas = Canvas(request.width, request.height, request.num_steps, request.guidance)
+def drawn(adapter, request: ImageRequest) -> RgbImage:
+    conditioning, _ = CachedEncoder(adapter, 0, "cpu").encode(request, None)
+    canvas = ImageSpec(request.width, request.height, request.num_steps, request.guidance)
     return adapter.decode(finish(adapter, adapter.prepare(conditioning, canvas, request.seed)))
 
 
-def early(data: bytes) -> Raster:
+def early(data: bytes) -> RgbImage:
     limit = TINY.max_reference_pixels
     return decode_reference(data, LIMITS, "image 1", [limit]).raster_for(limit)
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from flux_ray.errors import Overloaded
 from flux_ray.gateway.images.decode import decode
 from flux_ray.gateway.memory_budget import HELD, Held, Share
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from tests.conftest import LIMITS
 
 MAX_BYTES = 100
 
 
 def test_there_is_room_again_when_a_picture_is_gone():
-    held, first, second = Held(), Raster(2, 2, b"a" * 12), Raster(2, 2, b"b" * 12)
+    held, first, second = Held(), RgbImage(2, 2, b"a" * 12), RgbImage(2, 2, b"b" * 12)
     held.add(first, 12, 20)
     with pytest.raises(Overloaded) as refused:
         held.add(second, 12, 20)
@@ -166,7 +166,7 @@ class Crowd:
     def __init__(self) -> None:
         self.held = Held()
         self.bodies: list[Share] = []
-        self.images: list[Raster] = []
+        self.images: list[RgbImage] = []
         self.jobs: list[asyncio.Task[Share]] = []
 
     def act(self, action: str, size: int, number: int) -> None:
@@ -175,7 +175,7 @@ class Crowd:
             self.bodies.append(self.held.share(MAX_BYTES))
             self.bodies[-1].grow(size)
         elif action == "decode":
-            self.images.append(self.held.add(Raster(1, 1, b""), size, MAX_BYTES))
+            self.images.append(self.held.add(RgbImage(1, 1, b""), size, MAX_BYTES))
         elif action == "job":
             self.jobs.append(asyncio.create_task(self.held.room(size, MAX_BYTES)))
         elif action == "drop" and self.images:

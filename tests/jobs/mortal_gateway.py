@@ -18,7 +18,7 @@ from flux_ray.jobs.store import Store
 from flux_ray.jobs.webhook_outbox import Mailbox
 from flux_ray.jobs.webhooks import Mail, Postman
 from flux_ray.jobs.worker import Worker
-from flux_ray.request import ImageRequest, ImageResult, Raster
+from flux_ray.request import ImageRequest, ImageResult, RgbImage
 from tests.jobs.painter import paint
 
 LEASE_S = 1.0
@@ -31,7 +31,7 @@ SECRET = "whsec_c3Rvcm0="
 
 def offer_for(seed: int, port: int = 0) -> Offer:
     """Some have reference pictures; all are told of to the receiver at that port."""
-    references = (Raster(8, 8, bytes([seed]) * 192),) * (seed % 3)
+    references = (RgbImage(8, 8, bytes([seed]) * 192),) * (seed % 3)
     request = ImageRequest(
         "r", "tiny", f"no. {seed}", 64, 64, 4, 1.0, seed, 1 + seed % 2, references
     )

@@ -11,11 +11,11 @@ from flux_ray.jobs.cleanup import clean_up, keep_clean
 from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import Idempotency, JobResult
 from flux_ray.jobs.serialization import pack
-from flux_ray.request import GeneratedImage, Raster
+from flux_ray.request import GeneratedImage, RgbImage
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.waiting import wait_until
 
-RED = Raster(3, 2, b"\xff\x00\x00" * 6)
+RED = RgbImage(3, 2, b"\xff\x00\x00" * 6)
 
 
 def names(tmp_path) -> set[str]:

@@ -20,10 +20,10 @@ from flux_ray.jobs.database import Database
 from flux_ray.jobs.outcome import Again, outcome_of
 from flux_ray.jobs.serialization import defer, pack, unpack
 from flux_ray.jobs.store import Store
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, RgbImage
 from tests.jobs.painter import paint, picture_for
 
-RED, BLUE = Raster(3, 2, b"\xff\0\0" * 6), Raster(2, 2, b"\0\0\xff" * 4)
+RED, BLUE = RgbImage(3, 2, b"\xff\0\0" * 6), RgbImage(2, 2, b"\0\0\xff" * 4)
 REQUEST = ImageRequest("r", "tiny", "a ring", 64, 48, 4, 1.0, 7, references=(RED, BLUE))
 MASKED = replace(REQUEST, mask=Mask(3, 2, b"\xff\0\0\xff\0\0"))
 
@@ -63,7 +63,7 @@ def test_a_row_from_before_digests_is_read_and_is_like_no_other():
 
 
 def test_other_pixels_than_those_of_the_row_are_refused():
-    other = pack(replace(REQUEST, references=(Raster(3, 2, b"\0" * 18), BLUE)))
+    other = pack(replace(REQUEST, references=(RgbImage(3, 2, b"\0" * 18), BLUE)))
     with pytest.raises(ValueError, match="stored reference picture is another one"):
         unpack(row_of(REQUEST), other.blobs, "r")
 

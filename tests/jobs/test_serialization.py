@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.jobs.serialization import num_blobs, pack, unpack
-from flux_ray.request import Encoding, ImageRequest, Mask, Raster
+from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
 
-RED = Raster(3, 2, b"\xff\x00\x00" * 6)
-BLUE = Raster(2, 2, b"\x00\x00\xff" * 4)
+RED = RgbImage(3, 2, b"\xff\x00\x00" * 6)
+BLUE = RgbImage(2, 2, b"\x00\x00\xff" * 4)
 REQUEST = ImageRequest(
     "r", "tiny", "a “red” circle", 64, 48, 4, 1.5, 2**64 - 1, 2, (RED, BLUE), Encoding("webp", 80)
 )
@@ -63,7 +63,7 @@ def test_a_damaged_picture_is_no_picture(blob):
 
 def test_a_blob_grows_no_further_than_its_picture():
     bomb = pack(
-        ImageRequest("r", "t", "", 1, 1, 1, 1.0, 1, 1, (Raster(4000, 4000, bytes(48_000_000)),))
+        ImageRequest("r", "t", "", 1, 1, 1, 1.0, 1, 1, (RgbImage(4000, 4000, bytes(48_000_000)),))
     )
     row = pack(REQUEST).row
     with pytest.raises(ValueError, match="another size"):

@@ -5,11 +5,11 @@ from pydantic import ValidationError
 
 from flux_ray.config.jobs import JobArgs
 from flux_ray.jobs.service import Desk
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
 
-RED = Raster(1, 1, b"\xff\0\0")
+RED = RgbImage(1, 1, b"\xff\0\0")
 
 
 @pytest.fixture

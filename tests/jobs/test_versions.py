@@ -11,12 +11,12 @@ from flux_ray.jobs.serialization import pack
 from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
-from flux_ray.request import PROTOCOL, Encoding, ImageRequest, Mask, Raster
+from flux_ray.request import PROTOCOL, Encoding, ImageRequest, Mask, RgbImage
 from tests.jobs.conftest import KEEP_S, LEASE_S
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
 
-RED = Raster(3, 2, b"\xff\x00\x00" * 6)
+RED = RgbImage(3, 2, b"\xff\x00\x00" * 6)
 REQUEST = ImageRequest(
     "r", "tiny", "a red circle", 64, 48, 4, 1.5, 2**64 - 1, 2, (RED,), Encoding("webp", 80), None
 )

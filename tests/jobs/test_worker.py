@@ -13,11 +13,11 @@ from flux_ray.jobs.job import Failure, Job
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
-from flux_ray.request import ImageRequest, ImageResult, Raster
+from flux_ray.request import ImageRequest, ImageResult, RgbImage
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
 
-RED = Raster(3, 2, b"\xff\x00\x00" * 6)
+RED = RgbImage(3, 2, b"\xff\x00\x00" * 6)
 LEASE_S = 0.3
 
 

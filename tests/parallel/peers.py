@@ -22,7 +22,7 @@ from transformers import Qwen3Model
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.text_models import load_text_model, qwen3
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh
 
 
@@ -32,7 +32,7 @@ def load_ours(folder: Path, mesh: Mesh) -> nn.Module:
     return load_sharded(
         lambda: Flux2Transformer2DModel.from_config(config),
         Flux2Transformer2DModel._tp_plan,
-        Recipe(Checkpoint(folder), mesh.tensor, torch.float32),
+        LoadSpec(Checkpoint(folder), mesh.tensor, torch.float32),
     )
 
 

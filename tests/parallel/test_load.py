@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flux_ray.parallel import load as loading
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 
 CLASS = Flux2Transformer2DModel
@@ -21,7 +21,7 @@ CLASS = Flux2Transformer2DModel
 def load(folder: Path, axis: Axis, **options: Any) -> tuple[torch.nn.Module, Checkpoint]:
     config = CLASS.load_config(folder)
     checkpoint = Checkpoint(folder)
-    recipe = Recipe(checkpoint, axis, options.pop("dtype", torch.float32), **options)
+    recipe = LoadSpec(checkpoint, axis, options.pop("dtype", torch.float32), **options)
     return load_sharded(lambda: CLASS.from_config(config), CLASS._tp_plan, recipe), checkpoint
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flux_ray.config.tier import Lora, Parallel
 from flux_ray.parallel import load as loading
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import held_parts
@@ -117,7 +117,7 @@ def fuse(
 ) -> nn.Module:
     model_class, pipeline_class = CLASSES[family]
     config = model_class.load_config(folder)
-    recipe = Recipe(
+    recipe = LoadSpec(
         Checkpoint(folder),
         axis,
         torch.float32,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flux_ray.config.tier import Parallel
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.parallel.sequence import split_sequence
 from tests.ranks import Ranks
@@ -28,7 +28,7 @@ def load(mesh: Mesh, family: str, folder: Path) -> torch.nn.Module:
     model = load_sharded(
         lambda: model_class.from_config(config),
         model_class._tp_plan,
-        Recipe(Checkpoint(folder), mesh.tensor, torch.float32),
+        LoadSpec(Checkpoint(folder), mesh.tensor, torch.float32),
     )
     split_sequence(model, mesh.sequence)
     return model

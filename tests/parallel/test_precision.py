@@ -31,11 +31,11 @@ from flux_ray.config.tier import Parallel
 from flux_ray.parallel import load as loading
 from flux_ray.parallel import precision
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, build_empty, load_sharded, plan_storage, saved_tensors
+from flux_ray.parallel.load import LoadSpec, build_empty, load_sharded, plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import (
     PrecisionNotApplied,
-    Stored,
+    StorageFormat,
     held_parts,
     is_quantized,
     quantize,
@@ -55,7 +55,7 @@ def load(
 ) -> nn.Module:
     model_class = CLASSES[family]
     config = model_class.load_config(folder)
-    recipe = Recipe(Checkpoint(folder), axis, dtype, quantization=quantization)
+    recipe = LoadSpec(Checkpoint(folder), axis, dtype, quantization=quantization)
     return load_sharded(lambda: model_class.from_config(config), model_class._tp_plan, recipe)
 
 
@@ -347,7 +347,7 @@ def test_a_text_encoder_is_quantized_layer_by_layer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen3Model(config).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    recipe = Recipe(Checkpoint(tmp_path), Axis(), torch.float32, quantization="fp8")
+    recipe = LoadSpec(Checkpoint(tmp_path), Axis(), torch.float32, quantization="fp8")
     small = load_sharded(lambda: Qwen3Model(config), config.base_model_tp_plan, recipe)
     dtypes = {name: held_parts(tensor)[0].dtype for name, tensor in small.named_parameters()}
     assert dtypes["layers.1.mlp.down_proj.weight"] == torch.float8_e4m3fn
@@ -398,6 +398,6 @@ def test_stored_bytes_count_the_scales() -> None:
     assert stored_bytes((4, 64), torch.bfloat16, "fp8") == 256 + 4 * 4
     assert stored_bytes((4, 64), torch.bfloat16, "int8") == 256 + 4 * 4 + 4
     assert stored_bytes((4, 64), torch.bfloat16, "nf4") == 128 + 4 * 4 + 64
-    assert precision.stored_as("x_embedder.weight", (4, 64), torch.bfloat16, "fp8") == Stored(
-        torch.bfloat16, 512
-    )
+    assert precision.stored_as(
+        "x_embedder.weight", (4, 64), torch.bfloat16, "fp8"
+    ) == StorageFormat(torch.bfloat16, 512)

@@ -15,7 +15,7 @@ from flux_ray.parallel.precision import quantize
 from flux_ray.parallel.sequence import split_sequence
 from flux_ray.parallel.shards import shards_for
 from flux_ray.planner.activations import (
-    Demand,
+    ActivationDemand,
     Forward,
     decode_bytes,
     default_demand,
@@ -191,7 +191,7 @@ def test_an_fp8_weight_is_unpacked_by_way_of_fp32() -> None:
 def test_tokens_are_those_of_the_picture_and_its_references(vae: AutoencoderKLFlux2) -> None:
     dev = tier_for("flux-2-dev")
     assert num_image_tokens(vae.config, dev, default_demand(dev)) == 4096
-    assert num_image_tokens(vae.config, dev, Demand(1024 * 1024, 3)) == 16384
+    assert num_image_tokens(vae.config, dev, ActivationDemand(1024 * 1024, 3)) == 16384
     assert num_image_tokens(vae.config, dev, largest_demand(dev)) == 16384 + 6 * 4096
 
 

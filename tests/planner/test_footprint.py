@@ -10,7 +10,7 @@ from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.parallel.checkpoint import Checkpoint
-from flux_ray.parallel.load import Recipe, load_sharded
+from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import held_parts
 from flux_ray.parallel.shards import shards_for
@@ -103,7 +103,7 @@ def test_text_encoders_weigh_what_was_counted_before(
 @pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
 def test_the_loader_holds_what_was_planned_to_the_byte(quantization: str | None) -> None:
     config = Flux2Transformer2DModel.load_config(CHECKPOINT / "transformer")
-    recipe = Recipe(
+    recipe = LoadSpec(
         Checkpoint(CHECKPOINT / "transformer"),
         Axis(),
         torch.bfloat16,

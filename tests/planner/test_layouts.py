@@ -12,7 +12,7 @@ from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.planner.candidate import Candidate
-from flux_ray.planner.layouts import Layout, alternatives, cheapest, fastest
+from flux_ray.planner.layouts import PlacementOption, alternatives, cheapest, fastest
 
 GB = 10**9
 HUB = "owner/name@revision"
@@ -33,11 +33,11 @@ def candidate(name: str, card: str = "h100-80gb", **args: str) -> Candidate:
     return Candidate(model_of(name), tier_for(name), tier_args, card_for(card))
 
 
-def tensor_of(layout: Layout | None) -> int | None:
+def tensor_of(layout: PlacementOption | None) -> int | None:
     return None if layout is None else layout.tensor
 
 
-def summary(layouts: tuple[Layout, ...]) -> list[tuple[dict[str, str], int, float]]:
+def summary(layouts: tuple[PlacementOption, ...]) -> list[tuple[dict[str, str], int, float]]:
     """Of each: what the operator would change, its tensor ranks, GB on each card."""
     return [(one.changes, one.tensor, round(one.rank_bytes / GB, 1)) for one in layouts]
 

@@ -13,14 +13,14 @@ from flux_ray.replica.files import Files
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import (
-    DrawnImage,
+    DenoisedImage,
     Encoded,
     Encoding,
     ImageRequest,
     News,
     Preview,
     RanksDone,
-    Raster,
+    RgbImage,
     StageAnswer,
 )
 
@@ -52,7 +52,7 @@ class FakeRanks:
         if self.stages.count((job, "decode")) == self.num_images[job]:
             self.event_of(job).set()
         if stage in ("preview", "decode"):
-            return [StageAnswer(DrawnImage(Raster(1, 1, b"%d %d" % (job, number)), job), 0.25)]
+            return [StageAnswer(DenoisedImage(RgbImage(1, 1, b"%d %d" % (job, number)), job), 0.25)]
         return [StageAnswer(Encoded((), False) if stage == "encode" else None, 0.25)]
 
     def event_of(self, job: int) -> asyncio.Event:
@@ -66,7 +66,7 @@ class Encoder:
         self.gates = {job: threading.Event() for job in held}
         self.made: list[int] = []
 
-    def encode(self, raster: Raster, encoding: Encoding) -> bytes:
+    def encode(self, raster: RgbImage, encoding: Encoding) -> bytes:
         job = int(raster.rgb.split()[0])
         if job in self.gates:
             assert self.gates[job].wait(30)
@@ -158,7 +158,7 @@ async def test_previews_are_heard_in_their_order_and_before_the_result(
     """The first one's file takes the longest."""
     slow = threading.Event()
 
-    def encode(raster: Raster, encoding: Encoding) -> bytes:
+    def encode(raster: RgbImage, encoding: Encoding) -> bytes:
         if not heard and raster.rgb == first:
             slow.wait(0.2)
         return raster.rgb

@@ -28,13 +28,13 @@ from flux_ray.replica.handshake import (
 from flux_ray.replica.transport import Address, StageFailed, answer_parts, connect, framed
 from flux_ray.replica.unpickling import ALLOWED, unpickled
 from flux_ray.request import (
-    DrawnImage,
+    DenoisedImage,
     Encoded,
     EncodedPrompt,
     Encoding,
     ImageRequest,
     Mask,
-    Raster,
+    RgbImage,
     StageAnswer,
 )
 from tests.listening import listening
@@ -148,7 +148,7 @@ async def test_a_leader_says_nothing_to_who_is_not_its_rank(impostor):
     assert issubclass(Impostor, ConnectionError)
 
 
-RASTER = Raster(2, 1, b"abcdef")
+RASTER = RgbImage(2, 1, b"abcdef")
 VALUES = [
     (1, ("encode", "prepare"), ImageRequest("r", "tiny", "words", 64, 64, 4, 1.0, 7)),
     ImageRequest(
@@ -158,7 +158,7 @@ VALUES = [
         encoding=Encoding("jpeg", 80, (32, 32)),
     ),
     EncodedPrompt(b"data", (1, 4), "bfloat16", ("a warning",)),
-    [StageAnswer(Encoded((), True), 0.5), StageAnswer(DrawnImage(RASTER, 7), 1.0)],
+    [StageAnswer(Encoded((), True), 0.5), StageAnswer(DenoisedImage(RASTER, 7), 1.0)],
     None,
 ]
 

@@ -15,7 +15,7 @@ from flux_ray.parallel.mesh import LockstepBroken, Mesh
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.timer import Launched
 from flux_ray.replica.transport import StageFailed
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, RgbImage
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -185,7 +185,7 @@ def test_a_fault_of_a_kernel_is_told_in_words(rank: RankActor, card: FakeCard) -
 
 
 def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
-    flat = Raster(800, 64, bytes(800 * 64 * 3))
+    flat = RgbImage(800, 64, bytes(800 * 64 * 3))
     with pytest.raises(BadReference):
         run(rank, 1, "encode prepare", replace(REQUEST, references=(flat,)))
     with pytest.raises(BadReference):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.replica.stages import SHORT_S, calls_of, sizes_of, stages_of
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, RgbImage
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 IMAGE = ["prepare", "denoise", "denoise", "denoise", "decode"]
@@ -57,5 +57,5 @@ def test_what_a_stage_takes_is_asked_late() -> None:
 
 
 def test_sizes_are_pixels_of_canvas_and_references() -> None:
-    references = (Raster(8, 4, b""), Raster(2, 2, b""))
+    references = (RgbImage(8, 4, b""), RgbImage(2, 2, b""))
     assert sizes_of(replace(REQUEST, references=references)) == (64 * 64, 8 * 4 + 2 * 2)

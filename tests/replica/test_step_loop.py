@@ -13,7 +13,7 @@ from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.stages import SHORT_S
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import (
-    DrawnImage,
+    DenoisedImage,
     Encoded,
     Finished,
     GeneratedImage,
@@ -23,7 +23,7 @@ from flux_ray.request import (
     Preview,
     Progress,
     RanksDone,
-    Raster,
+    RgbImage,
     StageAnswer,
 )
 
@@ -78,7 +78,7 @@ class FakeRanks:
         if stage == "encode":
             return Encoded(("cut",), is_cached=True)
         if stage in ("decode", "preview"):
-            return DrawnImage(Raster(1, 1, stage.encode()), self.seeds[job][0])
+            return DenoisedImage(RgbImage(1, 1, stage.encode()), self.seeds[job][0])
         return None
 
     def stages(self, job: int) -> list[str]:
@@ -310,7 +310,7 @@ async def test_requests_are_drawn_in_order_of_arrival(ranks: FakeRanks, loop: St
 
 
 async def test_ranks_are_told_how_much_work_a_call_is(ranks: FakeRanks, loop: StepLoop) -> None:
-    references = (Raster(8, 4, b""), Raster(2, 2, b""))
+    references = (RgbImage(8, 4, b""), RgbImage(2, 2, b""))
     await loop.generate(replace(REQUEST, references=references))
     assert ranks.sizes == {(64 * 64, 8 * 4 + 2 * 2)}
 

@@ -19,7 +19,7 @@ from flux_ray.replica.transport import (
     connect,
     framed,
 )
-from flux_ray.request import DrawnImage, Raster
+from flux_ray.request import DenoisedImage, RgbImage
 
 
 def run(order: str, *payload: object) -> object:
@@ -79,12 +79,12 @@ async def test_a_large_call_and_its_large_answer_come_whole(line: Line) -> None:
 
 async def test_pixels_come_as_they_lay_in_memory(line: Line) -> None:
     """However many, among other things, and none of them as part of a pickle."""
-    rasters = [Raster(256, 256 * n, bytes(range(256)) * 768 * n) for n in range(4)]
-    answers = await answers_to(line, ("draw", *rasters), ("draw", DrawnImage(rasters[3], 7)))
+    rasters = [RgbImage(256, 256 * n, bytes(range(256)) * 768 * n) for n in range(4)]
+    answers = await answers_to(line, ("draw", *rasters), ("draw", DenoisedImage(rasters[3], 7)))
     first, second = answers
     assert isinstance(first, tuple) and isinstance(second, tuple)
     assert first[2] == tuple(rasters)
-    assert second[2] == (DrawnImage(rasters[3], 7),)
+    assert second[2] == (DenoisedImage(rasters[3], 7),)
     assert all(type(raster.rgb) is bytes for raster in first[2])
     pickled, *buffers = answer_parts(rasters[1:])
     assert len(pickled) < 1000

@@ -4,10 +4,10 @@ import pytest
 
 from flux_ray.deferred import DeferredRequest, outline_of
 from flux_ray.errors import ReplicaFailed, ResultsLost
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, RgbImage
 
 WHOLE = ImageRequest(
-    "id", "tiny", "a ring", 128, 128, 4, 1.0, 7, references=(Raster(64, 64, bytes(64 * 64 * 3)),)
+    "id", "tiny", "a ring", 128, 128, 4, 1.0, 7, references=(RgbImage(64, 64, bytes(64 * 64 * 3)),)
 )
 
 

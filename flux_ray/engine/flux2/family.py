@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from flux_ray.engine.loading import CONFIGS, Source, fetch, load_config, source_for
+from flux_ray.engine.loading import CONFIGS, WeightSource, fetch, load_config, source_for
 from flux_ray.engine.text_models import TextModel
 
 
@@ -27,7 +27,7 @@ class Family:
     check_index: Callable[[dict[str, Any], str], None]
 
 
-def open_checkpoint(family: Family, weights: str) -> tuple[Source, Path]:
+def open_checkpoint(family: Family, weights: str) -> tuple[WeightSource, Path]:
     """Where the checkpoint is, and its folder with the configs; ValueError for another family's."""
     source = source_for(weights)
     folder = fetch(source, CONFIGS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flux_ray.catalog.flops import TOKEN_SIDE
-from flux_ray.engine.api import Edit, ImageState
+from flux_ray.engine.api import ImageState, InpaintInput
 from flux_ray.engine.images import image_for
 from flux_ray.request import Mask
 from flux_ray.resizing import mask_image
@@ -40,6 +40,6 @@ def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
     return (1 - edit.weights) * kept + edit.weights * latents
 
 
-def paste_rest(edit: Edit, drawn: Image.Image) -> Image.Image:
+def paste_rest(edit: InpaintInput, drawn: Image.Image) -> Image.Image:
     """What was drawn where the mask says so, and the picture's very pixels everywhere else."""
     return Image.composite(drawn, image_for(edit.picture), mask_image(edit.mask))

@@ -17,10 +17,10 @@ from torch import Tensor
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TOKEN_SIDE
 from flux_ray.catalog.tiers import Tier
 from flux_ray.engine.api import (
-    Canvas,
     Conditioning,
-    Edit,
+    ImageSpec,
     ImageState,
+    InpaintInput,
     PromptEmbeds,
     StepInputs,
 )
@@ -33,7 +33,7 @@ from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
     PICTURE_PARTS,
     Placement,
-    Source,
+    WeightSource,
     check_transformer,
     fetch,
     load_pipeline,
@@ -41,7 +41,7 @@ from flux_ray.engine.loading import (
 )
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 FULL_TIMESTEP = 1000
 
@@ -81,7 +81,7 @@ class Flux2:
         return self.prompts.encode_prompt(prompt)
 
     @torch.inference_mode()
-    def encode(self, prompt: PromptEmbeds, references: tuple[Raster, ...]) -> Conditioning:
+    def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
         """The prompt with the VAE's latents for the references."""
         if not references:
             return Conditioning(prompt)
@@ -94,7 +94,7 @@ class Flux2:
         )
         return Conditioning(prompt, reference_latents=latents, reference_ids=ids)
 
-    def reference_pixels(self, raster: Raster) -> Tensor:
+    def reference_pixels(self, raster: RgbImage) -> Tensor:
         """The reference as the VAE takes it: scaled to the tier's limit, sides cut to a multiple.
 
         The limit of the FLUX.2 tiers is the pipeline's own, a megapixel.
@@ -112,7 +112,7 @@ class Flux2:
         return pixels
 
     @torch.inference_mode()
-    def edit(self, given: Conditioning, picture: Raster, mask: Mask) -> Conditioning:
+    def edit(self, given: Conditioning, picture: RgbImage, mask: Mask) -> Conditioning:
         """The same, to draw only a part of a picture: its first reference, in the size drawn."""
         assert given.reference_latents is not None, "a mask without the picture that it is of"
         if picture.width * picture.height <= self.tier.max_reference_pixels:
@@ -121,9 +121,9 @@ class Flux2:
         else:
             latents = self.large_latents(picture)
         weights = token_weights(mask, latents)
-        return replace(given, edit=Edit(picture, mask, latents, weights))
+        return replace(given, edit=InpaintInput(picture, mask, latents, weights))
 
-    def large_latents(self, picture: Raster) -> Tensor:
+    def large_latents(self, picture: RgbImage) -> Tensor:
         """Of a picture that is larger than a reference may be, above a megapixel tile by tile."""
         vae = self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image_for(picture))
@@ -138,7 +138,7 @@ class Flux2:
         return packed
 
     @torch.inference_mode()
-    def prepare(self, conditioning: Conditioning, canvas: Canvas, seed: int) -> ImageState:
+    def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
         """Noise from a CPU generator, so that the device never changes the picture."""
         latents, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
@@ -161,7 +161,7 @@ class Flux2:
             noise=None if conditioning.edit is None else latents,
         )
 
-    def step_inputs(self, given: Conditioning, canvas: Canvas, latent_ids: Tensor) -> StepInputs:
+    def step_inputs(self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor) -> StepInputs:
         """Compute what the transformer is given alike at every step of an image."""
         ids = latent_ids
         if given.reference_ids is not None:
@@ -213,14 +213,14 @@ class Flux2:
         return tokens[:, : state.latents.shape[1]]
 
     @torch.inference_mode()
-    def preview(self, state: ImageState) -> Raster:
+    def preview(self, state: ImageState) -> RgbImage:
         """The picture at the end of the last step's velocity: a flow is nearly straight."""
         assert state.velocity is not None, "a preview that the canvas does not speak of"
         latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
         return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
 
     @torch.inference_mode()
-    def decode(self, state: ImageState) -> Raster:
+    def decode(self, state: ImageState) -> RgbImage:
         """Undo packing and normalisation, then the VAE: above a megapixel tile by tile."""
         pipeline, vae = self.pipeline, self.pipeline.vae
         latents = unpack_latents(state)
@@ -252,7 +252,7 @@ def unpack_latents(state: ImageState) -> Tensor:
     return unpacked
 
 
-def load_parts(source: Source, placement: Placement) -> DiffusionPipeline:
+def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
     """The checkpoint's pipeline with the rank's part of the transformer."""
     folder = fetch(source, PICTURE_PARTS)
     pipeline = load_pipeline(folder, placement)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 
 
-def raster_of(pixels: Tensor) -> Raster:
+def raster_of(pixels: Tensor) -> RgbImage:
     """Return the raster of pixels [3, height, width] from 0 to 1.
 
     To the bit what diffusers makes of them on the CPU: in float32, and halves go to the even one.
@@ -14,4 +14,4 @@ def raster_of(pixels: Tensor) -> Raster:
     """
     eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
     height, width, _ = eight_bit.shape
-    return Raster(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
+    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())

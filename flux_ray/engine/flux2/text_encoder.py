@@ -11,7 +11,7 @@ from flux_ray.engine.api import PromptEmbeds
 from flux_ray.engine.flux2.dev import DEV
 from flux_ray.engine.flux2.family import Family, open_checkpoint
 from flux_ray.engine.flux2.klein import KLEIN
-from flux_ray.engine.loading import PROMPT_PARTS, Placement, Source, fetch, weights_of
+from flux_ray.engine.loading import PROMPT_PARTS, Placement, WeightSource, fetch, weights_of
 from flux_ray.engine.text_models import load_text_model
 from flux_ray.request import EncodedPrompt
 
@@ -63,7 +63,9 @@ def load_prompt_encoder(tier: Tier, weights: str | None, placement: Placement) -
     return load_encoder(family, source, tier, placement)
 
 
-def load_encoder(family: Family, source: Source, tier: Tier, placement: Placement) -> PromptEncoder:
+def load_encoder(
+    family: Family, source: WeightSource, tier: Tier, placement: Placement
+) -> PromptEncoder:
     """The text encoder of the family's checkpoint."""
     folder = fetch(source, PROMPT_PARTS)
     component = folder / "text_encoder"

@@ -18,7 +18,7 @@ from flux_ray.gateway.images.notes import note
 from flux_ray.gateway.images.orientation import turn_upright
 from flux_ray.gateway.images.png_chunks import PNG_START, check_chunks
 from flux_ray.gateway.memory_budget import HELD
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from flux_ray.resizing import scale_down
 
 Read = TypeVar("Read")
@@ -60,9 +60,9 @@ class SentImage(NamedTuple):
 
     width: int
     height: int
-    rasters: Mapping[int, Raster]
+    rasters: Mapping[int, RgbImage]
 
-    def raster_for(self, max_pixels: int) -> Raster:
+    def raster_for(self, max_pixels: int) -> RgbImage:
         """As a tier takes it that scales references down to so many pixels."""
         return self.rasters[max_pixels]
 
@@ -75,7 +75,7 @@ class Opened(NamedTuple):
     work: DecodeWork
 
 
-def decode(data: bytes, limits: Limits, name: str) -> Raster:
+def decode(data: bytes, limits: Limits, name: str) -> RgbImage:
     """The picture in `data`; errors call it by `name`, never by the client's file name.
 
     Overloaded if this gateway holds as many bytes as it may.
@@ -105,17 +105,17 @@ def scaled_reference(rgb: Image.Image, max_pixels: int) -> Image.Image:
     return rgb if is_too_small(scaled.size) or is_too_long(scaled.size) else scaled
 
 
-def whole_image(raster: Raster, max_pixels: Collection[int]) -> SentImage:
+def whole_image(raster: RgbImage, max_pixels: Collection[int]) -> SentImage:
     """Of a picture under a mask: the size that is drawn will say how it is scaled."""
     return SentImage(raster.width, raster.height, dict.fromkeys(max_pixels, raster))
 
 
-def raster_from(rgb: Image.Image, limits: Limits) -> Raster:
+def raster_from(rgb: Image.Image, limits: Limits) -> RgbImage:
     """The pixels, counted while somebody holds them. Overloaded."""
-    return counted(Raster(rgb.width, rgb.height, rgb.tobytes()), limits)
+    return counted(RgbImage(rgb.width, rgb.height, rgb.tobytes()), limits)
 
 
-def counted(raster: Raster, limits: Limits) -> Raster:
+def counted(raster: RgbImage, limits: Limits) -> RgbImage:
     """The same, counted while somebody holds it, with its digest. Overloaded."""
     # Known from now on: later it would hold the event loop.
     _ = raster.digest

@@ -9,7 +9,7 @@ from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_from, read
 from flux_ray.gateway.images.decoders import DECODERS, FIRST
 from flux_ray.gateway.memory_budget import HELD
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
 
 MARK_TRANSPARENT = [255] + [0] * 255
@@ -48,7 +48,7 @@ def painted_mask_from(image: Image.Image) -> Mask:
     return mask if 255 in mask.marks else mask_from_alpha(image)
 
 
-def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask]:
+def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask]:
     """A picture whose alpha channel is its mask."""
     raster, mask = decode_erased(data, limits, name)
     if mask is None:
@@ -56,7 +56,7 @@ def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[Raster, M
     return raster, mask
 
 
-def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[Raster, Mask | None]:
+def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask | None]:
     """A picture, and the mask of its fully transparent pixels, if it has any."""
     rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
     return raster_from(rgb, limits), counted_mask(mask, limits) if 255 in mask.marks else None

@@ -24,7 +24,7 @@ from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_mask
 from flux_ray.gateway.images.notes import with_notes
 from flux_ray.gateway.model_names import Target
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 Read = TypeVar("Read")
 
@@ -96,7 +96,7 @@ async def read_with_alpha(
     target: Target,
     limits: Limits,
     fetcher: Fetcher,
-    decode_first: Callable[[bytes, Limits, str], tuple[Raster, Mask | None]],
+    decode_first: Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]],
 ) -> Pictures:
     """The decoded pictures, where the first one's alpha channel may be its mask."""
     reader = reader_for(target, limits, fetcher)

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Lora
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.flux2.dev import check_index, load_tokenizer
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from tests.engine.drawing import draw, draw_with_pipeline, reference, save_lora
 
 PROMPT = "a red circle [IMG] on a blue background"
@@ -34,21 +34,21 @@ def adapter(small_dev: Path) -> Flux2:
 
 
 CASES = {
-    "text": (Canvas(64, 64, 3, guidance=4.0), ()),
-    "little guidance": (Canvas(64, 64, 3, guidance=1.0), ()),
-    "not square": (Canvas(112, 64, 2, guidance=2.5), ()),
-    "one reference": (Canvas(64, 96, 2, guidance=4.0), (reference(80, 64, 1),)),
+    "text": (ImageSpec(64, 64, 3, guidance=4.0), ()),
+    "little guidance": (ImageSpec(64, 64, 3, guidance=1.0), ()),
+    "not square": (ImageSpec(112, 64, 2, guidance=2.5), ()),
+    "one reference": (ImageSpec(64, 96, 2, guidance=4.0), (reference(80, 64, 1),)),
     "two references": (
-        Canvas(64, 64, 2, guidance=4.0),
+        ImageSpec(64, 64, 2, guidance=4.0),
         (reference(201, 143, 2), reference(79, 110, 3)),
     ),
-    "over a megapixel": (Canvas(64, 64, 1, guidance=4.0), (reference(1400, 1000, 4),)),
+    "over a megapixel": (ImageSpec(64, 64, 1, guidance=4.0), (reference(1400, 1000, 4),)),
 }
 
 
 @pytest.mark.parametrize(("canvas", "references"), CASES.values(), ids=CASES)
 def test_equals_the_pipeline_bit_for_bit(
-    pipeline: Flux2Pipeline, adapter: Flux2, canvas: Canvas, references: tuple[Raster, ...]
+    pipeline: Flux2Pipeline, adapter: Flux2, canvas: ImageSpec, references: tuple[RgbImage, ...]
 ) -> None:
     latents, picture = draw(adapter, PROMPT, canvas, references)
     expected_latents, expected_picture = draw_with_pipeline(pipeline, PROMPT, canvas, references)
@@ -57,7 +57,7 @@ def test_equals_the_pipeline_bit_for_bit(
 
 
 def test_a_lora_is_drawn_as_the_pipeline_draws_it_fused(small_dev: Path, tmp_path: Path) -> None:
-    canvas = Canvas(64, 64, 2, guidance=4.0)
+    canvas = ImageSpec(64, 64, 2, guidance=4.0)
     save_lora(tmp_path / "style.safetensors")
     lora = Lora(path=str(tmp_path / "style.safetensors"), scale=0.1)
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu", loras=(lora,)), DEV)
@@ -73,7 +73,7 @@ def test_a_lora_is_drawn_as_the_pipeline_draws_it_fused(small_dev: Path, tmp_pat
 
 
 def test_guidance_counts(adapter: Flux2) -> None:
-    canvas = Canvas(64, 64, 1, guidance=1.0)
+    canvas = ImageSpec(64, 64, 1, guidance=1.0)
     low, high = (
         draw(adapter, PROMPT, replace(canvas, guidance=guidance), ())[0] for guidance in (1.0, 4.0)
     )

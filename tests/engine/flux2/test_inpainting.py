@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.api import Canvas
-from flux_ray.engine.encoding_cache import Remembering
+from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.inpainting import token_weights
 from flux_ray.engine.flux2.pipeline import Flux2
@@ -22,7 +22,7 @@ from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import Placement
 from flux_ray.parallel.load import build_empty
 from flux_ray.planner.activations import Forward, denoise_bytes
-from flux_ray.request import ImageRequest, Mask, Raster
+from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, mask_image
 from flux_ray.tiny import CHECKPOINT
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
@@ -46,7 +46,7 @@ def circle_mask(width: int, height: int, radius: int) -> Mask:
     return Mask(width, height, image.tobytes())
 
 
-def pixels_of(raster: Raster) -> np.ndarray:
+def pixels_of(raster: RgbImage) -> np.ndarray:
     return np.frombuffer(raster.rgb, np.uint8).reshape(raster.height, raster.width, 3)
 
 
@@ -55,17 +55,17 @@ def marked(mask: Mask) -> np.ndarray:
 
 
 def request(
-    references: tuple[Raster, ...], mask: Mask | None, size: tuple[int, int], steps: int = 4
+    references: tuple[RgbImage, ...], mask: Mask | None, size: tuple[int, int], steps: int = 4
 ) -> ImageRequest:
     return ImageRequest(
         "id", "tiny", PROMPT, *size, steps, 1.0, SEED, references=references, mask=mask
     )
 
 
-def draw(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, Raster]:
+def draw(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, RgbImage]:
     """As a rank does: the last latents and the picture."""
-    conditioning, _ = Remembering(adapter, 2**20, "cpu").encode(asked, None)
-    canvas = Canvas(asked.width, asked.height, asked.num_steps, asked.guidance)
+    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
+    canvas = ImageSpec(asked.width, asked.height, asked.num_steps, asked.guidance)
     state = finish(adapter, adapter.prepare(conditioning, canvas, asked.seed))
     return state.latents, adapter.decode(state)
 
@@ -82,7 +82,7 @@ def pipeline() -> Flux2KleinInpaintPipeline:
 
 def draw_with_pipeline(
     pipeline: Flux2KleinInpaintPipeline, asked: ImageRequest
-) -> tuple[Tensor, Raster]:
+) -> tuple[Tensor, RgbImage]:
     """The last latents and the picture."""
     last: dict[str, Tensor] = {}
 
@@ -164,7 +164,7 @@ def test_no_mask_is_without_effect(box: tuple[int, int, int, int], first_row: li
     assert weights.view(2, 4)[0].tolist() == first_row
 
 
-def scene() -> Raster:
+def scene() -> RgbImage:
     """A red circle on blue."""
     image = Image.new("RGB", (128, 128), "blue")
     ImageDraw.Draw(image).circle((64, 64), 36, fill="red")
@@ -194,8 +194,8 @@ def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
 def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
     picture, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
     asked = request((picture,), mask, (128, 128))
-    conditioning, _ = Remembering(klein_adapter, 2**20, "cpu").encode(asked, None)
-    canvas = Canvas(128, 128, asked.num_steps, asked.guidance, has_previews=True)
+    conditioning, _ = CachedEncoder(klein_adapter, 2**20, "cpu").encode(asked, None)
+    canvas = ImageSpec(128, 128, asked.num_steps, asked.guidance, has_previews=True)
     state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
     preview = pixels_of(klein_adapter.preview(state))
     changed = (preview != pixels_of(picture)).any(axis=2)
@@ -239,11 +239,11 @@ def test_pictures_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: 
         request((picture,), masks[1], (96, 80)),
         request((picture, picture), masks[1], (96, 80)),
     ]
-    remembering = Remembering(klein_adapter, 2**24, "cpu")
+    remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
 
-    def draw_known(each: ImageRequest) -> Raster:
+    def draw_known(each: ImageRequest) -> RgbImage:
         conditioning, _ = remembering.encode(each, None)
-        canvas = Canvas(each.width, each.height, each.num_steps)
+        canvas = ImageSpec(each.width, each.height, each.num_steps)
         state = finish(klein_adapter, klein_adapter.prepare(conditioning, canvas, SEED))
         return klein_adapter.decode(state)
 
@@ -254,7 +254,7 @@ def test_pictures_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: 
 
 def test_an_edit_of_the_drawn_size_knows_its_picture(klein_adapter: Flux2) -> None:
     """It is encoded as it is without a mask."""
-    remembering = Remembering(klein_adapter, 2**24, "cpu")
+    remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
     plain = request((reference(128, 128, 1),), None, (128, 128))
     remembering.encode(plain, None)
     masked = replace(plain, prompt="another", mask=circle_mask(128, 128, 40))
@@ -276,7 +276,7 @@ def test_a_large_picture_is_a_small_reference_and_kept_whole(
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), small_limits)
     picture, mask = reference(160, 96, 1), mask_of(160, 96, (0, 0, 80, 96))
     asked = replace(request((picture,), mask, (160, 96), steps=2), guidance=4.0)
-    conditioning, _ = Remembering(adapter, 2**20, "cpu").encode(asked, None)
+    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
     assert conditioning.reference_latents.shape[1] == 5 * 3
     assert conditioning.edit.latents.shape[1] == 10 * 6
     vae = adapter.pipeline.vae

@@ -7,16 +7,16 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.flux2.klein import check_index
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.drawing import draw, draw_with_pipeline, reference
 
 PROMPT = "a red circle on a blue background"
-SQUARE = Canvas(128, 128, num_steps=4)
+SQUARE = ImageSpec(128, 128, num_steps=4)
 TINY = tier_for("tiny")
 
 
@@ -32,22 +32,22 @@ def pipeline() -> Flux2KleinPipeline:
 
 CASES = {
     "text": (SQUARE, 48, ()),
-    "not square": (Canvas(160, 96, num_steps=3), 48, ()),
+    "not square": (ImageSpec(160, 96, num_steps=3), 48, ()),
     "default padding": (SQUARE, 512, ()),
-    "one step": (Canvas(64, 64, num_steps=1), 48, ()),
+    "one step": (ImageSpec(64, 64, num_steps=1), 48, ()),
     "one reference": (SQUARE, 48, (reference(128, 128, 1),)),
     "two references": (SQUARE, 48, (reference(128, 128, 1), reference(96, 128, 2))),
     "cut to a multiple": (SQUARE, 48, (reference(201, 143, 3), reference(79, 110, 4))),
-    "over a megapixel": (Canvas(64, 64, num_steps=1), 48, (reference(1400, 1000, 5),)),
+    "over a megapixel": (ImageSpec(64, 64, num_steps=1), 48, (reference(1400, 1000, 5),)),
 }
 
 
 @pytest.mark.parametrize(("canvas", "text_length", "references"), CASES.values(), ids=CASES)
 def test_equals_the_pipeline_bit_for_bit(
     pipeline: Flux2KleinPipeline,
-    canvas: Canvas,
+    canvas: ImageSpec,
     text_length: int,
-    references: tuple[Raster, ...],
+    references: tuple[RgbImage, ...],
 ) -> None:
     tier = replace(TINY, text_length=text_length, max_reference_pixels=1024 * 1024)
     adapter = Flux2.load("embedded", Placement("float32", "cpu"), tier)
@@ -60,7 +60,7 @@ def test_equals_the_pipeline_bit_for_bit(
 
 
 def test_guidance_changes_nothing_for_a_distilled_model(klein_adapter: Flux2) -> None:
-    small = Canvas(64, 64, num_steps=1)
+    small = ImageSpec(64, 64, num_steps=1)
     plain, guided = (
         draw(klein_adapter, PROMPT, replace(small, guidance=guidance), ())
         for guidance in (1.0, 4.0)

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.api import Canvas, Conditioning, ImageState
+from flux_ray.engine.api import Conditioning, ImageSpec, ImageState
 from flux_ray.engine.flux2.pipeline import Flux2, unpack_latents
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 from tests.engine.drawing import SEED, finish, reference
 from tests.ranks import Ranks
 
 PROMPT = "a red circle on a blue background"
 # 35, and 24 + 16 tokens: two ranks need a pad, and none.
-JOBS: list[tuple[Canvas, tuple[Raster, ...], Mask | None]] = [
-    (Canvas(112, 80, 3, guidance=4.0), (), None),
-    (Canvas(96, 64, 3, guidance=4.0), (reference(64, 64, 1),), None),
-    (Canvas(96, 64, 3), (reference(96, 64, 3),), Mask(96, 64, (b"\xff" * 48 + bytes(48)) * 64)),
+JOBS: list[tuple[ImageSpec, tuple[RgbImage, ...], Mask | None]] = [
+    (ImageSpec(112, 80, 3, guidance=4.0), (), None),
+    (ImageSpec(96, 64, 3, guidance=4.0), (reference(64, 64, 1),), None),
+    (ImageSpec(96, 64, 3), (reference(96, 64, 3),), Mask(96, 64, (b"\xff" * 48 + bytes(48)) * 64)),
 ]
 
 
@@ -45,7 +45,7 @@ def counted(adapter: Flux2) -> Iterator[list[int]]:
 
 
 def condition(
-    adapter: Flux2, references: tuple[Raster, ...], mask: Mask | None = None
+    adapter: Flux2, references: tuple[RgbImage, ...], mask: Mask | None = None
 ) -> Conditioning:
     given = adapter.encode(adapter.encode_prompt(PROMPT), references)
     return given if mask is None else adapter.edit(given, references[0], mask)
@@ -62,7 +62,7 @@ def with_ids(state: ImageState) -> ImageState:
 
 def test_rotary_tables_are_built_once_per_image(klein_adapter: Flux2) -> None:
     given = condition(klein_adapter, (reference(64, 64, 1),))
-    canvas = Canvas(96, 64, num_steps=4)
+    canvas = ImageSpec(96, 64, num_steps=4)
     with counted(klein_adapter) as num_tokens:
         for seed in (1, 2):
             finish(klein_adapter, klein_adapter.prepare(given, canvas, seed))
@@ -79,14 +79,14 @@ def test_every_step_gets_the_same_tensors(klein_adapter: Flux2) -> None:
         with_kwargs=True,
     )
     conditioning = condition(klein_adapter, (reference(64, 64, 1),))
-    finish(klein_adapter, klein_adapter.prepare(conditioning, Canvas(64, 64, 4), SEED))
+    finish(klein_adapter, klein_adapter.prepare(conditioning, ImageSpec(64, 64, 4), SEED))
     hook.remove()
     assert len(given) == 4
     assert all(one is other for step in given for one, other in zip(given[0], step, strict=True))
 
 
 def test_tables_go_with_their_image(klein_adapter: Flux2) -> None:
-    state = klein_adapter.prepare(condition(klein_adapter, ()), Canvas(64, 64, 2), SEED)
+    state = klein_adapter.prepare(condition(klein_adapter, ()), ImageSpec(64, 64, 2), SEED)
     table = weakref.ref(state.fixed.image_rotary)
     picture = klein_adapter.decode(finish(klein_adapter, state))
     del state
@@ -109,7 +109,7 @@ def test_images_that_take_turns_keep_their_own_tables(klein_adapter: Flux2) -> N
 
 def test_unpacking_asks_the_device_for_nothing(klein_adapter: Flux2) -> None:
     """On the meta device there are no ids to take a size from."""
-    state = klein_adapter.prepare(condition(klein_adapter, ()), Canvas(112, 80, 1), SEED)
+    state = klein_adapter.prepare(condition(klein_adapter, ()), ImageSpec(112, 80, 1), SEED)
     absent = replace(
         state, latents=state.latents.to("meta"), latent_ids=state.latent_ids.to("meta")
     )

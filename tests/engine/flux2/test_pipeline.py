@@ -9,16 +9,16 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import Canvas, Conditioning
+from flux_ray.engine.api import Conditioning, ImageSpec
 from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement
 from flux_ray.errors import BadReference
-from flux_ray.request import Raster
+from flux_ray.request import RgbImage
 from tests.engine.drawing import draw, draw_with_pipeline, finish, reference
 
 PROMPT = "a red circle on a blue background"
-SQUARE = Canvas(128, 128, num_steps=4)
+SQUARE = ImageSpec(128, 128, num_steps=4)
 
 
 def test_images_take_turns_without_touching_each_other(klein_adapter: Flux2) -> None:
@@ -27,10 +27,10 @@ def test_images_take_turns_without_touching_each_other(klein_adapter: Flux2) -> 
     plain = adapter.encode(adapter.encode_prompt(PROMPT), ())
     words = adapter.encode_prompt("make the circle green")
     edit = adapter.encode(words, (reference(128, 128, 1),))
-    jobs: list[tuple[Conditioning, Canvas, int]] = [
+    jobs: list[tuple[Conditioning, ImageSpec, int]] = [
         (plain, SQUARE, 1),
-        (edit, Canvas(96, 64, num_steps=7), 2),
-        (plain, Canvas(64, 96, num_steps=2), 3),
+        (edit, ImageSpec(96, 64, num_steps=7), 2),
+        (plain, ImageSpec(64, 96, num_steps=2), 3),
     ]
     alone = [adapter.decode(finish(adapter, adapter.prepare(*job))) for job in jobs]
 
@@ -66,7 +66,7 @@ def test_previews_are_where_the_flow_leads_and_change_nothing(klein_adapter: Flu
     assert errors == sorted(errors, reverse=True), "each is nearer to the picture"
 
 
-def distance(one: Raster, other: Raster) -> float:
+def distance(one: RgbImage, other: RgbImage) -> float:
     """The mean of the bytes' differences."""
     pixels = [torch.frombuffer(bytearray(each.rgb), dtype=torch.uint8) for each in (one, other)]
     return float((pixels[0].float() - pixels[1].float()).abs().mean())
@@ -102,7 +102,7 @@ def test_a_large_picture_is_decoded_as_the_pipeline_does_in_tiles(
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
     pipeline = Flux2Pipeline.from_pretrained(small_dev, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    canvas = Canvas(*size, 1, guidance=4.0)
+    canvas = ImageSpec(*size, 1, guidance=4.0)
     picture = draw(adapter, PROMPT, canvas, ())[1]
     whole = draw_with_pipeline(pipeline, PROMPT, canvas, ())[1]
     pipeline.vae.enable_tiling()
@@ -117,7 +117,7 @@ def test_a_reference_is_encoded_whole_after_a_picture_in_tiles(small_dev: Path) 
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
     prompt, references = adapter.encode_prompt(PROMPT), (reference(160, 96, 1),)
     before = adapter.encode(prompt, references)
-    draw(adapter, PROMPT, Canvas(160, 96, 1), ())
+    draw(adapter, PROMPT, ImageSpec(160, 96, 1), ())
     after = adapter.encode(prompt, references)
     assert before.reference_latents is not None and after.reference_latents is not None
     assert torch.equal(before.reference_latents, after.reference_latents)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import Canvas
+from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.flux2.text_encoder import load_prompt_encoder, pack, unpack
 from flux_ray.engine.loading import Placement
@@ -42,7 +42,7 @@ def test_a_shared_encoder_leads_to_the_same_picture(klein_adapter: Flux2) -> Non
         klein_adapter.encode_prompt(PROMPT),
         unpack(pack(encoder.encode_prompt(PROMPT)), "cpu"),
     ):
-        state = drawer.prepare(drawer.encode(prompt, ()), Canvas(64, 64, 2), seed=1)
+        state = drawer.prepare(drawer.encode(prompt, ()), ImageSpec(64, 64, 2), seed=1)
         pictures.append(drawer.decode(finish(drawer, state)))
     assert pictures[0] == pictures[1]
 

@@ -16,7 +16,7 @@ from flux_ray.gateway.images.masks import decode_mask, mask_from_alpha, mask_fro
 from flux_ray.gateway.model_names import Target, requests_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.request import Mask, Raster
+from flux_ray.request import Mask, RgbImage
 
 EDITS = "/v1/images/edits"
 GENERATIONS = "/v1/images/generations"
@@ -215,7 +215,7 @@ async def test_a_mask_without_an_image(client, handles, path):
 
 FIELDS = ImageFields(prompt="a ring", seed=1)
 KLEIN, UNABLE = tier_for("flux-2-klein-4b"), replace(tier_for("flux-2-dev"), takes_mask=False)
-PICTURE = whole_image(Raster(*SIZE, bytes(96 * 80 * 3)), [KLEIN.max_reference_pixels])
+PICTURE = whole_image(RgbImage(*SIZE, bytes(96 * 80 * 3)), [KLEIN.max_reference_pixels])
 MASK = Mask(*SIZE, LEFT.tobytes())
 
 
@@ -234,7 +234,7 @@ def test_a_tier_that_takes_no_masks_says_so():
 
 def test_a_size_that_the_model_would_refuse_of_a_reference():
     """Cut to whole tokens, 1040 x 130 is more than eight times as long as wide."""
-    picture = whole_image(Raster(1040, 130, b""), [KLEIN.max_reference_pixels])
+    picture = whole_image(RgbImage(1040, 130, b""), [KLEIN.max_reference_pixels])
     mask = Mask(1040, 130, b"")
     with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
         request_for(FIELDS, KLEIN, LIMITS, (picture,), mask)

@@ -19,7 +19,7 @@ from flux_ray.gateway.images import decoders
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.request import ImageRequest, Raster
+from flux_ray.request import ImageRequest, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
 from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.cost import Layout, work_of
@@ -45,7 +45,7 @@ def noisy(width: int, height: int, *, mode="RGB", format="PNG") -> bytes:
     return file.getvalue()
 
 
-def as_a_rank_does(raster: Raster, max_pixels: int) -> Raster:
+def as_a_rank_does(raster: RgbImage, max_pixels: int) -> RgbImage:
     """diffusers' own scaling."""
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 

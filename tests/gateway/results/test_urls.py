@@ -14,7 +14,7 @@ from flux_ray.gateway.api import build_api
 from flux_ray.gateway.results.urls import ResultUrls
 from flux_ray.jobs.job import Offer, StoredPicture
 from flux_ray.jobs.service import Desk
-from flux_ray.request import Encoding, ImageRequest, Raster
+from flux_ray.request import Encoding, ImageRequest, RgbImage
 from tests.conftest import LIMITS
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
@@ -120,7 +120,7 @@ def draw(desk):
     """`draw(format)`: a request and its job, which is ready."""
 
     async def draw(format="png", seed=7):
-        reference = Raster(64, 64, b"\0" * 64 * 64 * 3)
+        reference = RgbImage(64, 64, b"\0" * 64 * 64 * 3)
         request = ImageRequest(
             "r", "tiny", "a ring", 64, 64, 4, 1.0, seed, 2, (reference,), Encoding(format)
         )

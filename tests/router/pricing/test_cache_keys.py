@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.request import ImageRequest, Raster, StageTimes
+from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue.entry import Ticket
 from flux_ray.router.queue.tier_queue import TierQueue
 
-RED, BLUE = (Raster(1024, 1024, bytes([shade]) * (1024 * 1024 * 3)) for shade in (200, 30))
+RED, BLUE = (RgbImage(1024, 1024, bytes([shade]) * (1024 * 1024 * 3)) for shade in (200, 30))
 ASKED = ImageRequest("id", "flux-2-dev", "a ring", 1024, 1024, 28, 4.0, seed=7)
 EDIT = replace(ASKED, references=(RED, BLUE))
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.errors import TierUnavailable
-from flux_ray.request import ImageRequest, Raster, StageTimes
+from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.calibration import (
     NUM_BUCKETS,
     WINDOW,
@@ -153,7 +153,7 @@ def test_tiers_are_learned_apart() -> None:
 def test_requests_are_taken_as_they_are() -> None:
     learned = model()
     asked = ImageRequest("id", "flux-2-klein-4b", "a ring", 512, 512, 4, 1.0, seed=7)
-    with_one = replace(asked, references=(Raster(512, 512, b""),))
+    with_one = replace(asked, references=(RgbImage(512, 512, b""),))
     assert learned.price(with_one).denoise_s > learned.price(asked).denoise_s
     for _ in range(3):
         learned.learn(asked, StageTimes(9.0, 0.1, 4.0, 0.3))

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
-from flux_ray.request import Encoding, ImageRequest, Mask, Raster
+from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
 from flux_ray.router.pricing.cost import Layout, Work, encoder_ranks, price, work_of
 
 WITHIN = 0.01
@@ -225,7 +225,7 @@ def test_words_seed_and_guidance_cost_nothing() -> None:
 
 def test_references_count_as_large_as_the_model_takes_them() -> None:
     """A large one is scaled down to a megapixel, sides are cut to whole tokens."""
-    large, odd = Raster(4000, 1000, b""), Raster(100, 79, b"")
+    large, odd = RgbImage(4000, 1000, b""), RgbImage(100, 79, b"")
     work = work_of(request(references=(large, odd)))
     assert work.references == (2048 * 512, 96 * 64)
     assert work.num_tokens == 512 + 64 * 32 + 128 * 32 + 6 * 4
@@ -233,16 +233,16 @@ def test_references_count_as_large_as_the_model_takes_them() -> None:
 
 def test_a_mask_costs_nothing_where_its_picture_is_the_reference_that_it_is() -> None:
     """The picture is scaled to what is drawn: as a reference that has that size already."""
-    picture, mask = Raster(1500, 750, b""), Mask(1500, 750, b"")
+    picture, mask = RgbImage(1500, 750, b""), Mask(1500, 750, b"")
     masked = work_of(request(references=(picture, picture), mask=mask))
-    plain = work_of(request(references=(Raster(1024, 512, b""), picture)))
+    plain = work_of(request(references=(RgbImage(1024, 512, b""), picture)))
     assert masked == replace(plain, is_masked=True)
     assert price(masked, H100) == price(plain, H100)
 
 
 def test_a_large_picture_under_a_mask_is_encoded_once_more() -> None:
     """In nine tiles, as it is decoded, and it has the tokens of a reference of a megapixel."""
-    picture, mask = Raster(2048, 2048, b""), Mask(2048, 2048, b"")
+    picture, mask = RgbImage(2048, 2048, b""), Mask(2048, 2048, b"")
     large = request(width=2048, height=2048, references=(picture,))
     plain, masked = (price(work_of(each), H100) for each in (large, replace(large, mask=mask)))
     assert masked.denoise_s == plain.denoise_s
