@@ -22,12 +22,12 @@ from flux_ray.gateway.huggingface import HuggingFace
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.intake import Intake
 from flux_ray.gateway.lifespan import IsStopping, lifespan_of, never
-from flux_ray.gateway.middleware import Door
+from flux_ray.gateway.middleware import ApiKeyMiddleware
 from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai.routes import OpenAIImages
 from flux_ray.gateway.request_id import RequestId
-from flux_ray.gateway.results.kept_images import KeptPictures
+from flux_ray.gateway.results.kept_images import KeptImages
 from flux_ray.gateway.results.own_results import OwnResultsFirst
 from flux_ray.gateway.results.routes import ResultRoutes
 from flux_ray.gateway.unpacking import Unpacking
@@ -83,7 +83,7 @@ def build_api(
     api.add_middleware(Intake, args=args)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
-        api.add_middleware(Door, keys=KeyWatch(args.keys_file, args.key_classes))
+        api.add_middleware(ApiKeyMiddleware, keys=KeyWatch(args.keys_file, args.key_classes))
         # The door has the say; these are what OpenAPI tells of it.
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
@@ -111,7 +111,7 @@ def add_routes(
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
-        kept = KeptPictures(desk, args.public_url)
+        kept = KeptImages(desk, args.public_url)
         # Their URLs are the right to read.
         api.include_router(ResultRoutes(desk, args.public_url).routes())
         bfl = Bfl(router, args, desk, args.public_url, fetcher)

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BodyTooLarge
-from flux_ray.gateway.memory_budget import HELD, Share
+from flux_ray.gateway.memory_budget import MEMORY, Share
 
 # Python refuses to read numbers of thousands of digits.
 MAX_DIGITS = 18
@@ -32,7 +32,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        share = HELD.share(self.limits.max_kept_bytes)
+        share = MEMORY.share(self.limits.max_kept_bytes)
         scope.setdefault("state", {})[SHARE] = share
         try:
             await self.app(scope, self.limited(Headers(scope=scope), share, receive), send)
@@ -50,7 +50,7 @@ class BodyLimit:
             message = await receive()
             num_arrived = len(message.get("body", b""))
             if num_arrived and not num_bytes:
-                HELD.check_room(max(told, num_arrived) * copies, self.limits.max_kept_bytes)
+                MEMORY.check_room(max(told, num_arrived) * copies, self.limits.max_kept_bytes)
             num_bytes += num_arrived
             self.check(num_bytes)
             share.grow(num_arrived * copies)

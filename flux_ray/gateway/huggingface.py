@@ -18,8 +18,14 @@ from flux_ray.gateway.fields.json_body import parse_object
 from flux_ray.gateway.fields.sent import SentFields, heed
 from flux_ray.gateway.idempotency import PARAMETER
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.images.sources import Pictures, Source, Sources, is_picture, read_pictures
-from flux_ray.gateway.model_names import Target
+from flux_ray.gateway.images.sources import (
+    ImageSource,
+    ImageSources,
+    RequestImages,
+    is_picture,
+    read_pictures,
+)
+from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.fields import (
     ImageFields,
     Whole,
@@ -30,7 +36,7 @@ from flux_ray.gateway.openai.fields import (
 from flux_ray.gateway.openai.references import is_picture_name
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.submit import Order, Orders
+from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 
@@ -86,7 +92,7 @@ class HuggingFace:
     """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` speaks to it."""
 
     def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
-        self.orders = Orders(router, args)
+        self.orders = Submitter(router, args)
         self.limits = args.limits
         self.fetcher = fetcher
 
@@ -120,7 +126,7 @@ class HuggingFace:
         media_type = f"image/{drawn.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
-    async def read(self, request: Request, model: str) -> tuple[ImageFields, Order]:
+    async def read(self, request: Request, model: str) -> tuple[ImageFields, PreparedRequest]:
         """What the body asks for, and its order; the body itself is not kept."""
         check_content_type(request)
         target = self.orders.target_of(request, model)
@@ -136,13 +142,13 @@ class HuggingFace:
         forget_body(request)
         return fields, await self.orders.named(request, order, fields.seed)
 
-    async def pictures_of(self, sent: Inputs, target: Target) -> Pictures:
+    async def pictures_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
         """The picture to edit, if there is one."""
         if sent.wish.prompt is None:
-            return Pictures()
+            return RequestImages()
         if not target.max_references:
             raise BadReference(f"{target.name} takes no pictures", "inputs")
-        sources = Sources([Source("inputs", sent.inputs)])
+        sources = ImageSources([ImageSource("inputs", sent.inputs)])
         return await read_pictures(sources, target, self.limits, self.fetcher)
 
 

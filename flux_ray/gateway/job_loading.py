@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flux_ray.config.gateway import Limits
 from flux_ray.deferred import DeferredRequest
-from flux_ray.gateway.memory_budget import HELD
+from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest
 
 # The pixels, and first what they are unpacked from, then what they are sent in.
@@ -19,7 +19,7 @@ def within_budget(request: ImageRequest, limits: Limits) -> ImageRequest:
     load = request.load
 
     async def load_within() -> ImageRequest:
-        share = await HELD.room(num_bytes, limits.max_kept_bytes)
+        share = await MEMORY.room(num_bytes, limits.max_kept_bytes)
         try:
             return share.hold_with(await load())
         except BaseException:

@@ -12,7 +12,7 @@ from flux_ray.errors import TierUnavailable
 from flux_ray.gateway import idempotency
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.jobs import KEY_CLASS
-from flux_ray.gateway.submit import Order
+from flux_ray.gateway.submit import PreparedRequest
 from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
 from flux_ray.jobs.results import is_job_id
 from flux_ray.jobs.service import Desk
@@ -27,7 +27,7 @@ PARAMETER: dict[str, Any] = idempotency.PARAMETER | {
 COUNT_S = 5.0
 
 
-class JobOrders:
+class JobSubmitter:
     """The way from a dialect to the jobs of this gateway."""
 
     def __init__(self, router: Router, desk: Desk) -> None:
@@ -38,14 +38,14 @@ class JobOrders:
         """The job of the same request, if the caller gave it a name: nothing is counted again."""
         return None if named is None else await self.desk.known(name_of(http), named)
 
-    async def choose(self, order: Order) -> ImageRequest:
+    async def choose(self, order: PreparedRequest) -> ImageRequest:
         """The request of the tier that is to draw it; it stays with that."""
         return await self.router.choose(order.target.alias, order.requests, order.caller)
 
     async def accept(
         self,
         http: Request,
-        order: Order,
+        order: PreparedRequest,
         request: ImageRequest,
         memo: dict[str, Any],
         named: Idempotency | None,

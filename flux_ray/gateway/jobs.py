@@ -25,7 +25,7 @@ KEY_CLASS = "key_class"
 QUEUE_SHARE = 0.75
 
 
-class JobDrawing:
+class JobGenerator:
     """What a Desk calls for each attempt at a job."""
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:

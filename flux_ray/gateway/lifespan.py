@@ -16,7 +16,7 @@ NOTICE_PERIOD_S = 0.5
 IsStopping = Callable[[], bool]
 
 
-class Hours(Protocol):
+class ServiceHours(Protocol):
     """What opens and closes: a Desk."""
 
     async def open(self) -> None:
@@ -35,7 +35,7 @@ def never() -> bool:
 
 
 def lifespan_of(
-    desk: Hours | None, drain_timeout_s: float, is_stopping: IsStopping = never
+    desk: ServiceHours | None, drain_timeout_s: float, is_stopping: IsStopping = never
 ) -> Lifespan[FastAPI]:
     """Open the desk with the application, and close it so that running jobs can end.
 
@@ -61,7 +61,7 @@ def lifespan_of(
     return lifespan
 
 
-async def notice(desk: Hours, is_stopping: IsStopping) -> float:
+async def notice(desk: ServiceHours, is_stopping: IsStopping) -> float:
     """Have the desk claim no more once the gateway is to end; the loop's time of that."""
     while True:
         if is_stopping():

@@ -24,7 +24,7 @@ T = TypeVar("T")
 class Share:
     """Bytes of the budget that somebody holds. Released once, however often that is said."""
 
-    def __init__(self, held: "Held", max_bytes: int) -> None:
+    def __init__(self, held: "MemoryBudget", max_bytes: int) -> None:
         self.num_bytes = 0
         self._held = held
         self._max_bytes = max_bytes
@@ -62,7 +62,7 @@ class Waiter:
         self._woken.clear()
 
 
-class Held:
+class MemoryBudget:
     """The budget. Called from the event loop and from threads that decode."""
 
     def __init__(self) -> None:
@@ -168,4 +168,4 @@ class Held:
             self._waiters[0].wake()
 
 
-HELD = Held()
+MEMORY = MemoryBudget()

@@ -29,7 +29,7 @@ class Keys(Protocol):
         """The live key with that secret."""
 
 
-class Door:
+class ApiKeyMiddleware:
     """Middleware: the key that was let in is in `request.state.key`."""
 
     def __init__(self, app: ASGIApp, *, keys: Keys) -> None:

@@ -14,7 +14,7 @@ from flux_ray.router.router import always
 UNLIMITED = KeyClass()
 
 
-class Target(NamedTuple):
+class ResolvedModel(NamedTuple):
     """A model as a client names it, and the tiers that may serve it, best first."""
 
     name: str
@@ -34,7 +34,7 @@ def target_for(
     *,
     may_spill: bool = False,
     is_deployed: Callable[[str], bool] = always,
-) -> Target:
+) -> ResolvedModel:
     """The target of that name; without a name the default one, or the only tier.
 
     Who may not spill gets the first tier that is deployed.
@@ -57,7 +57,7 @@ def target_for(
         raise TierForbidden(f"this key may not use {name}", "model")
     if not usable:
         raise LicenseForbids(f"this key may not use {name}: its licence is another", "model")
-    return Target(name, alias, usable)
+    return ResolvedModel(name, alias, usable)
 
 
 def unknown(name: str, names: tuple[str, ...]) -> UnknownTier:
@@ -71,7 +71,9 @@ def names_of(args: GatewayArgs) -> tuple[str, ...]:
     return (*args.tiers, *args.aliases)
 
 
-def requests_for(target: Target, build: Callable[[Tier], ImageRequest]) -> list[ImageRequest]:
+def requests_for(
+    target: ResolvedModel, build: Callable[[Tier], ImageRequest]
+) -> list[ImageRequest]:
     """The same request of every tier that can do it, best first; else what the best objects to."""
     requests: list[ImageRequest] = []
     objections: list[BadRequest] = []

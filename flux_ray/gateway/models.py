@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.errors import Envelope
-from flux_ray.gateway.model_names import Target, names_of, target_for
+from flux_ray.gateway.model_names import ResolvedModel, names_of, target_for
 
 
 class Model(BaseModel):
@@ -70,7 +70,7 @@ class Models:
         """One of them."""
         return self.model_for(target_for(model, self.args, may_spill=True))
 
-    def model_for(self, target: Target) -> Model:
+    def model_for(self, target: ResolvedModel) -> Model:
         """A row of the catalogue as a client sees it."""
         tier = target.tiers[0]
         return Model(

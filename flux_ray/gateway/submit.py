@@ -15,7 +15,7 @@ from flux_ray.gateway.fields.scaled_sizes import size_notes
 from flux_ray.gateway.idempotency import IDEMPOTENCY_KEY, retry_of, seed_of
 from flux_ray.gateway.images.masks import fitted
 from flux_ray.gateway.limit_headers import limit_headers
-from flux_ray.gateway.model_names import Target, requests_for, target_for
+from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
 from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller
 from flux_ray.router.ledger.retries import Place
@@ -24,14 +24,14 @@ from flux_ray.router.router import Router
 logger = logging.getLogger("ray.serve")
 
 
-class Order(NamedTuple):
+class PreparedRequest(NamedTuple):
     """A complete request as each tier that can do it would, best first, and whose it is.
 
     `notes` are for the caller: what of its images could not be used. `places`: where its images
     are drawn already, or were, if it comes again.
     """
 
-    target: Target
+    target: ResolvedModel
     requests: list[ImageRequest]
     caller: Caller
     notes: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Order(NamedTuple):
         return [*size_notes(self.request_of(drawn)), *self.notes]
 
 
-class Orders:
+class Submitter:
     """Takes them, and has them drawn."""
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
@@ -54,7 +54,7 @@ class Orders:
         self.args = args
         self._callers = Callers(args)
 
-    def target_of(self, http: Request, model: str | None) -> Target:
+    def target_of(self, http: Request, model: str | None) -> ResolvedModel:
         """The tiers that may serve this caller under that name."""
         key_class = self._callers.class_of(http)
         return target_for(
@@ -68,10 +68,10 @@ class Orders:
     async def take(
         self,
         http: Request,
-        target: Target,
+        target: ResolvedModel,
         build: Callable[[Tier], ImageRequest],
         notes: tuple[str, ...] = (),
-    ) -> Order:
+    ) -> PreparedRequest:
         """The order; the log joins the client's id with ours.
 
         TierUnavailable at once where no tier that can do it is deployed: it would wait for nobody.
@@ -79,7 +79,7 @@ class Orders:
         limits = self.args.limits
         deployed = self.router.deployed(requests_for(target, build))
         requests = [await fitted(request, limits) for request in deployed]
-        order = Order(target, requests, self._callers.caller_of(http), notes)
+        order = PreparedRequest(target, requests, self._callers.caller_of(http), notes)
         whose = order.caller.key or "anybody"
         http_id, image_id = http.state.request_id, order.requests[0].request_id
         logger.info(
@@ -87,7 +87,9 @@ class Orders:
         )
         return order
 
-    async def named(self, http: Request, order: Order, seed: int | None) -> Order:
+    async def named(
+        self, http: Request, order: PreparedRequest, seed: int | None
+    ) -> PreparedRequest:
         """The order, which is the one from before if it comes again. `seed`: that its client sent.
 
         KeyReused where its idempotency key is that of another one.
@@ -109,7 +111,7 @@ class Orders:
             requests = [replace(each, seed=seed) for each in requests]
         return order._replace(requests=requests, caller=caller, places=places)
 
-    async def draw(self, order: Order, hear: Hear | None = None) -> ImageResult:
+    async def draw(self, order: PreparedRequest, hear: Hear | None = None) -> ImageResult:
         """Its pictures, by the tier that the policy prefers, if no replica has them yet."""
         if order.places:
             result = await self.router.recall(order.places, order.requests, order.caller, hear)
@@ -117,7 +119,7 @@ class Orders:
                 return result
         return await self.router.generate_by(order.target.alias, order.requests, order.caller, hear)
 
-    def limit_headers(self, order: Order) -> dict[str, str]:
+    def limit_headers(self, order: PreparedRequest) -> dict[str, str]:
         """For its answer: what is left to the caller, where that is limited."""
         standing = self.router.standing(order.caller)
         return {} if standing is None else limit_headers(*standing)

@@ -11,7 +11,7 @@ import httpx
 from flux_ray import __version__
 from flux_ray.config.gateway import Webhooks
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.images.addresses import Refused, is_reachable, literal, place_of
+from flux_ray.gateway.images.addresses import AddressRefused, is_reachable, literal, place_of
 from flux_ray.gateway.images.fetch import Guard, Resolve, resolver
 from flux_ray.gateway.signatures import headers_for, key_of
 from flux_ray.jobs.job import Webhook
@@ -44,8 +44,8 @@ def check_webhook_url(url: str, args: Webhooks) -> None:
     try:
         address = literal(place_of(url, args).host)
         if address is not None and not is_reachable(address, args):
-            raise Refused
-    except Refused:
+            raise AddressRefused
+    except AddressRefused:
         ports = " or ".join(map(str, args.ports))
         message = (
             f"webhook_url is to be the {' or '.join(args.schemes)} URL of a public host,"
@@ -100,7 +100,7 @@ class Poster:
             async with asyncio.timeout(self._args.timeout_s), self.guard.client(headers) as client:
                 client.timeout = httpx.Timeout(self._args.timeout_s, connect=CONNECT_S)
                 status = await self._status_of(client, webhook.url, body)
-        except Refused:
+        except AddressRefused:
             reason = "its URL is none that may be posted to"
         except (TimeoutError, httpx.TimeoutException):
             reason = "no answer in time"
@@ -125,7 +125,7 @@ class Poster:
 def check_now(url: str, args: Webhooks) -> None:
     """Raises Refused."""
     if not args.enabled:
-        raise Refused
+        raise AddressRefused
     place_of(url, args)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs, Limits, Uploads
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.memory_budget import HELD
+from flux_ray.gateway.memory_budget import MEMORY
 from tests.gateway.fake_desk import FakeDesk
 
 LIMITS = Limits(max_body_bytes=1_000_000, max_held_bytes=2_000_000, max_image_pixels=20_000)
@@ -34,21 +34,21 @@ def in_hand(handles) -> Iterator[None]:
     """Each test leaves the budget as it found it."""
     # What tests of other files left behind would be in the way.
     gc.collect()
-    before = HELD.num_bytes
+    before = MEMORY.num_bytes
     yield
     # A replica of fakes remembers what it was sent.
     handles.requests.clear()
-    if HELD.num_bytes != before:
+    if MEMORY.num_bytes != before:
         # An error's traceback may hold what it was about until then.
         gc.collect()
-    assert HELD.num_bytes == before
-    assert HELD.num_work_bytes == 0
+    assert MEMORY.num_bytes == before
+    assert MEMORY.num_work_bytes == 0
 
 
 @pytest.fixture
 def full() -> Iterator[None]:
-    share = HELD.share(LIMITS.max_kept_bytes)
-    share.grow(LIMITS.max_kept_bytes - HELD.num_bytes - 10)
+    share = MEMORY.share(LIMITS.max_kept_bytes)
+    share.grow(LIMITS.max_kept_bytes - MEMORY.num_bytes - 10)
     yield
     share.release()
 
@@ -88,8 +88,8 @@ async def test_probes_never_wait_for_room(client, full):
 
 async def test_a_body_that_grows_beyond_the_room_is_refused_when_it_does(client):
     num_sent = 0
-    share = HELD.share(LIMITS.max_kept_bytes)
-    share.grow(LIMITS.max_kept_bytes - HELD.num_bytes - 200_000)
+    share = MEMORY.share(LIMITS.max_kept_bytes)
+    share.grow(LIMITS.max_kept_bytes - MEMORY.num_bytes - 200_000)
 
     async def chunks():
         nonlocal num_sent
@@ -117,9 +117,9 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(api):
 
     async def receive():
         if not seen:
-            seen.append(HELD.num_bytes)
+            seen.append(MEMORY.num_bytes)
             return {"type": "http.request", "body": b" " * 1000, "more_body": True}
-        seen.append(HELD.num_bytes)
+        seen.append(MEMORY.num_bytes)
         return {"type": "http.disconnect"}
 
     async def send(message) -> None:
@@ -157,11 +157,11 @@ async def test_a_slow_body_leaves_nothing(router, gateway_args):
 @pytest.mark.parametrize("way", ["json", "form", "hugging face"])
 async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router, picture, way):
     """Not the body, nor the texts in it: an edit may wait for minutes."""
-    held, before = [], HELD.num_bytes
+    held, before = [], MEMORY.num_bytes
     taking = router.turns.take
 
     async def take(offer, hear=None):
-        held.append(HELD.num_bytes - before)
+        held.append(MEMORY.num_bytes - before)
         return await taking(offer)
 
     router.turns.take = take

@@ -20,7 +20,7 @@ from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.callers import deadline_of, token_of
 from flux_ray.gateway.fields.foreign import holds_image, is_image_name, plain_name
 from flux_ray.gateway.huggingface import format_of, parse_inputs
-from flux_ray.gateway.images.addresses import Refused, place_of
+from flux_ray.gateway.images.addresses import AddressRefused, place_of
 from flux_ray.gateway.images.sources import decode_base64, is_picture, is_url
 from flux_ray.gateway.openai.edit_form import open_form, text_parts
 from flux_ray.gateway.openai.fields import ImageFields, parse_json
@@ -157,7 +157,7 @@ def seconds_of(call: Callable[[int], object], num: int) -> float:
     best_s = float("inf")
     for _ in range(3):
         began_s = time.process_time()
-        with contextlib.suppress(FluxError, Refused):
+        with contextlib.suppress(FluxError, AddressRefused):
             call(num)
         best_s = min(best_s, time.process_time() - began_s)
     return best_s

@@ -10,7 +10,7 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.jobs.service import Desk
 from flux_ray.router.ledger.quota_client import Turnstile
 from flux_ray.router.pricing.cost import Layout
@@ -63,7 +63,7 @@ async def router(handles, turns) -> AsyncIterator[Router]:
 @pytest.fixture
 async def desk(router, gateway_args) -> AsyncIterator[Desk]:
     """Nobody draws before it is opened by the test."""
-    desk = Desk(gateway_args.jobs, JobDrawing(router, gateway_args).draw)
+    desk = Desk(gateway_args.jobs, JobGenerator(router, gateway_args).draw)
     await desk._database.create()
     yield desk
     await desk.close()

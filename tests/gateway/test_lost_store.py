@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.jobs import database as database_module
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
@@ -31,7 +31,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 @pytest.fixture
 def draw_job(router, gateway_args):
-    return JobDrawing(router, gateway_args).draw
+    return JobGenerator(router, gateway_args).draw
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flux_ray.errors import Overloaded
 from flux_ray.gateway.images.decode import decode
-from flux_ray.gateway.memory_budget import HELD, Held, Share
+from flux_ray.gateway.memory_budget import MEMORY, MemoryBudget, Share
 from flux_ray.request import RgbImage
 from tests.conftest import LIMITS
 
@@ -18,7 +18,7 @@ MAX_BYTES = 100
 
 
 def test_there_is_room_again_when_a_picture_is_gone():
-    held, first, second = Held(), RgbImage(2, 2, b"a" * 12), RgbImage(2, 2, b"b" * 12)
+    held, first, second = MemoryBudget(), RgbImage(2, 2, b"a" * 12), RgbImage(2, 2, b"b" * 12)
     held.add(first, 12, 20)
     with pytest.raises(Overloaded) as refused:
         held.add(second, 12, 20)
@@ -29,12 +29,12 @@ def test_there_is_room_again_when_a_picture_is_gone():
 
 
 def test_what_is_decoded_is_counted(picture):
-    before = HELD.num_bytes
+    before = MEMORY.num_bytes
     raster = decode(picture(96, 80), LIMITS, "image 1")
-    assert HELD.num_bytes == before + 96 * 80 * 3
+    assert MEMORY.num_bytes == before + 96 * 80 * 3
     del raster
-    assert HELD.num_bytes == before
-    assert HELD.num_work_bytes == 0
+    assert MEMORY.num_bytes == before
+    assert MEMORY.num_work_bytes == 0
 
 
 def test_a_gateway_that_is_full_decodes_no_more(picture):
@@ -49,7 +49,7 @@ def test_the_largest_image_may_always_be_decoded():
 
 
 def test_a_share_is_released_once_and_grows_no_more_then():
-    held = Held()
+    held = MemoryBudget()
     share = held.share(MAX_BYTES)
     share.grow(60)
     with pytest.raises(Overloaded):
@@ -62,7 +62,7 @@ def test_a_share_is_released_once_and_grows_no_more_then():
 
 
 def test_who_works_waits_for_room_and_one_may_always():
-    held, begun, may_end = Held(), threading.Event(), threading.Event()
+    held, begun, may_end = MemoryBudget(), threading.Event(), threading.Event()
     order: list[str] = []
 
     def work() -> None:
@@ -81,7 +81,7 @@ def test_who_works_waits_for_room_and_one_may_always():
 
 
 async def test_a_job_waits_for_room_and_others_are_refused_meanwhile():
-    held = Held()
+    held = MemoryBudget()
     share = held.share(MAX_BYTES)
     share.grow(90)
     waiting = asyncio.create_task(held.room(50, MAX_BYTES))
@@ -102,7 +102,7 @@ async def test_a_job_waits_for_room_and_others_are_refused_meanwhile():
 
 
 async def test_a_job_larger_than_all_room_has_its_turn_when_nobody_holds_any():
-    held = Held()
+    held = MemoryBudget()
     share = held.share(MAX_BYTES)
     share.grow(1)
     waiting = asyncio.create_task(held.room(3 * MAX_BYTES, MAX_BYTES))
@@ -114,7 +114,7 @@ async def test_a_job_larger_than_all_room_has_its_turn_when_nobody_holds_any():
 
 
 async def test_room_is_given_back_from_other_threads():
-    held = Held()
+    held = MemoryBudget()
     share = held.share(MAX_BYTES)
     share.grow(MAX_BYTES)
     waiting = asyncio.create_task(held.room(1, MAX_BYTES))
@@ -164,7 +164,7 @@ class Crowd:
     """All that may come and go, of one budget."""
 
     def __init__(self) -> None:
-        self.held = Held()
+        self.held = MemoryBudget()
         self.bodies: list[Share] = []
         self.images: list[RgbImage] = []
         self.jobs: list[asyncio.Task[Share]] = []

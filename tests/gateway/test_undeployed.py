@@ -4,7 +4,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.router.pricing.cost import Layout
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
@@ -42,7 +42,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 @pytest.fixture
 def draw_job(router, gateway_args):
-    return JobDrawing(router, gateway_args).draw
+    return JobGenerator(router, gateway_args).draw
 
 
 @pytest.fixture

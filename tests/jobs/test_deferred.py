@@ -12,7 +12,7 @@ from flux_ray.deferred import DeferredRequest, loaded
 from flux_ray.errors import ResultsLost
 from flux_ray.gateway import job_loading
 from flux_ray.gateway.job_loading import within_budget
-from flux_ray.gateway.memory_budget import Held
+from flux_ray.gateway.memory_budget import MemoryBudget
 from flux_ray.jobs import attempt, serialization
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import Attempt, Workshop
@@ -140,9 +140,9 @@ LIMITS = Limits(max_held_bytes=100)
 
 
 @pytest.fixture
-def held(monkeypatch) -> Held:
+def held(monkeypatch) -> MemoryBudget:
     """A budget of which nobody else holds anything."""
-    held = Held()
+    held = MemoryBudget()
     monkeypatch.setattr(job_loading, "HELD", held)
     return held
 

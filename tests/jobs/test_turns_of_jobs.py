@@ -3,7 +3,7 @@
 import pytest
 
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.jobs.job import Job
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
@@ -17,7 +17,7 @@ async def test_a_job_says_that_it_is_one_and_has_no_deadline(
     router: Router, turns, gateway_args: GatewayArgs
 ) -> None:
     """It says within what time it wants its turn, and that is no promise to anybody."""
-    await JobDrawing(router, gateway_args).draw(JOB, REQUEST)
+    await JobGenerator(router, gateway_args).draw(JOB, REQUEST)
     (offer,) = turns.offers
     assert (offer.is_job, offer.has_deadline) == (True, False)
 

@@ -20,7 +20,7 @@ STATUSES: dict[JobStatus, Status] = {
 }
 
 
-class Accepted(BaseModel):
+class AsyncResponse(BaseModel):
     """A job. `cost` is in GPU seconds, by the price; megapixels are those read and drawn."""
 
     id: str
@@ -50,7 +50,7 @@ class PreviewSample(BaseModel):
     sample: str
 
 
-class Result(BaseModel):
+class ResultResponse(BaseModel):
     """What is known of a job; `progress` goes from 0 to 1.
 
     Of one that waits, `details` has its `position`, 0 being next, and where it is known
@@ -65,7 +65,7 @@ class Result(BaseModel):
     preview: PreviewSample | None = None
 
 
-class ListedJob(Result):
+class ListedJob(ResultResponse):
     """A job in a list; `state` says more than BFL's `status` does."""
 
     state: JobStatus
@@ -92,9 +92,9 @@ class Finetunes(BaseModel):
     finetunes: list[str]
 
 
-def accepted(job: Job, polling_url: str, webhook_url: str | None) -> Accepted:
+def accepted(job: Job, polling_url: str, webhook_url: str | None) -> AsyncResponse:
     """The answer to who hands a job in."""
-    return Accepted(
+    return AsyncResponse(
         id=job.job_id,
         polling_url=polling_url,
         status=STATUSES[job.status],
@@ -106,12 +106,12 @@ def accepted(job: Job, polling_url: str, webhook_url: str | None) -> Accepted:
 
 def result_of(
     job: Job, sample_url: str | None, preview_url: str | None, num_before: int | None = None
-) -> Result:
+) -> ResultResponse:
     """The answer to who asks for it; `sample_url` where it is ready, and before `preview_url`.
 
     `num_before`: so many jobs are taken up before it, if it waits for that.
     """
-    return Result(
+    return ResultResponse(
         id=job.job_id,
         status=STATUSES[job.status],
         result=None if sample_url is None else sample_of(job, sample_url),

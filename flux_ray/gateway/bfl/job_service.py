@@ -2,7 +2,7 @@
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl.message import message_for
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.gateway.results.urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.jobs.job import Job
@@ -23,7 +23,7 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
-    drawing = JobDrawing(router, args)
+    drawing = JobGenerator(router, args)
     desk = Desk(
         args.jobs,
         drawing.draw,

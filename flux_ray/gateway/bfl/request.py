@@ -11,7 +11,7 @@ from flux_ray.gateway.bfl.fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.fields.scaled_sizes import size_notes
 from flux_ray.gateway.fields.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
 from flux_ray.gateway.images.decode import SentImage
-from flux_ray.gateway.images.sources import Pictures
+from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.openai.warnings import MAX_NAMED_FIELDS, warnings_for
@@ -23,7 +23,7 @@ MIN_PREVIEWED_STEPS = 8
 
 
 def job_request_for(
-    sent: BflFields, name: str, tier: Tier, limits: Limits, pictures: Pictures
+    sent: BflFields, name: str, tier: Tier, limits: Limits, pictures: RequestImages
 ) -> ImageRequest:
     """The complete request; `name` is the route's, on which the format depends."""
     fields = openai_fields(sent, name, tier, pictures.references)

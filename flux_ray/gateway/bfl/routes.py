@@ -12,11 +12,11 @@ from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.answer import (
-    Accepted,
+    AsyncResponse,
     Credits,
     Finetunes,
     JobList,
-    Result,
+    ResultResponse,
     accepted,
     listed,
     result_of,
@@ -28,11 +28,11 @@ from flux_ray.gateway.bfl_failure import BflFailure
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.job_submission import PARAMETER, JobOrders, idempotency_of
+from flux_ray.gateway.job_submission import PARAMETER, JobSubmitter, idempotency_of
 from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.openai.routes import JSON, content_type_of
 from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_for
-from flux_ray.gateway.submit import Orders
+from flux_ray.gateway.submit import Submitter
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
 from flux_ray.jobs.service import Desk
@@ -55,9 +55,9 @@ class Bfl:
     def __init__(
         self, router: Router, args: GatewayArgs, desk: Desk, public_url: str, fetcher: Fetcher
     ) -> None:
-        self.orders = Orders(router, args)
+        self.orders = Submitter(router, args)
         self.desk = desk
-        self.jobs = JobOrders(router, desk)
+        self.jobs = JobSubmitter(router, desk)
         self.fetcher = fetcher
         self.limits = args.limits
         self.webhooks = args.webhooks
@@ -83,30 +83,32 @@ class Bfl:
                 path,
                 self.route_for(name),
                 methods=["POST"],
-                response_model=Accepted,
+                response_model=AsyncResponse,
                 openapi_extra=extra,
                 name=f"submit to {name}",
             )
-        unknown: dict[int | str, dict[str, Any]] = {404: {"model": Result}}
-        routes.add_api_route(RESULT, self.get_result, response_model=Result, responses=unknown)
+        unknown: dict[int | str, dict[str, Any]] = {404: {"model": ResultResponse}}
         routes.add_api_route(
-            CANCEL, self.cancel, methods=["POST"], response_model=Result, responses=unknown
+            RESULT, self.get_result, response_model=ResultResponse, responses=unknown
+        )
+        routes.add_api_route(
+            CANCEL, self.cancel, methods=["POST"], response_model=ResultResponse, responses=unknown
         )
         routes.add_api_route(JOBS, self.list_jobs, response_model=JobList)
         routes.add_api_route(CREDITS, self.credits)
         routes.add_api_route(FINETUNES, self.my_finetunes)
         return routes
 
-    def route_for(self, name: str) -> Callable[[Request], Awaitable[Accepted]]:
+    def route_for(self, name: str) -> Callable[[Request], Awaitable[AsyncResponse]]:
         """The endpoint of one model."""
 
-        async def submit(request: Request) -> Accepted:
+        async def submit(request: Request) -> AsyncResponse:
             """A job; its picture is there when `polling_url` says Ready."""
             return await self.submit(request, name)
 
         return submit
 
-    async def submit(self, http: Request, name: str) -> Accepted:
+    async def submit(self, http: Request, name: str) -> AsyncResponse:
         """From the body to a job that is kept."""
         content_type_of(http, JSON)
         body = await http.body()
@@ -163,7 +165,7 @@ class Bfl:
     async def answer_for(self, job: Job | None, job_id: str) -> Response:
         """Not known is a whole body, too: some clients read it."""
         if job is None:
-            body, status = Result(id=job_id, status="Task not found"), 404
+            body, status = ResultResponse(id=job_id, status="Task not found"), 404
         else:
             urls = await urls_for(self.desk, self.public_url)
             # Only of those that wait: it is one more query.

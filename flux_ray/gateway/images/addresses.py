@@ -21,33 +21,33 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _6TO4 = ipaddress.IPv6Network("2002::/16")
 
 
-class Refused(Exception):
+class AddressRefused(Exception):
     """Not a place that the gateway connects to; says no more, for the caller may be probing."""
 
 
-class Place(NamedTuple):
+class Destination(NamedTuple):
     """Where a URL leads, before its name is resolved."""
 
     host: str
     port: int
 
 
-def place_of(url: str, fetching: Fetching) -> Place:
+def place_of(url: str, fetching: Fetching) -> Destination:
     """The place of a URL that is plain enough for every parser to read it alike."""
     # Parsers differ on these; the URL that is checked must be the one that is asked for.
     if len(url) > MAX_URL_CHARS or not url.isascii() or re.search(r"[\x00-\x20\x7f\\]", url):
-        raise Refused
+        raise AddressRefused
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
-        raise Refused from None
+        raise AddressRefused from None
     if parsed.scheme not in fetching.schemes or _USER.match(url):
-        raise Refused
+        raise AddressRefused
     host = parsed.raw_host.decode("ascii")
     port = PORTS[parsed.scheme] if parsed.port is None else parsed.port
     if port not in fetching.ports or not is_allowed_host(host, fetching):
-        raise Refused
-    return Place(host, port)
+        raise AddressRefused
+    return Destination(host, port)
 
 
 def is_allowed_host(host: str, fetching: Fetching) -> bool:

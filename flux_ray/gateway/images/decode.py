@@ -17,7 +17,7 @@ from flux_ray.gateway.images.jpeg_segments import JPEG_START, PlainJpeg, plain_j
 from flux_ray.gateway.images.notes import note
 from flux_ray.gateway.images.orientation import turn_upright
 from flux_ray.gateway.images.png_chunks import PNG_START, check_chunks
-from flux_ray.gateway.memory_budget import HELD
+from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import RgbImage
 from flux_ray.resizing import scale_down
 
@@ -119,7 +119,7 @@ def counted(raster: RgbImage, limits: Limits) -> RgbImage:
     """The same, counted while somebody holds it, with its digest. Overloaded."""
     # Known from now on: later it would hold the event loop.
     _ = raster.digest
-    return HELD.add(raster, len(raster.rgb), limits.max_kept_bytes)
+    return MEMORY.add(raster, len(raster.rgb), limits.max_kept_bytes)
 
 
 def is_large(data: bytes, limits: Limits, name: str) -> bool:
@@ -134,7 +134,7 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
     Raises BadReference, also where decoding takes more work than it may.
     """
     image, jpeg, work = opened(data, limits, name)
-    with HELD.working(work_bytes(image, data), limits.max_work_bytes):
+    with MEMORY.working(work_bytes(image, data), limits.max_work_bytes):
         try:
             return convert(upright(completed(image, jpeg, work)))
         except BROKEN:

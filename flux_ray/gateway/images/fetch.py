@@ -12,7 +12,13 @@ import httpx
 from flux_ray import __version__
 from flux_ray.config.gateway import Fetching
 from flux_ray.errors import BadReference
-from flux_ray.gateway.images.addresses import Address, Refused, is_reachable, literal, place_of
+from flux_ray.gateway.images.addresses import (
+    Address,
+    AddressRefused,
+    is_reachable,
+    literal,
+    place_of,
+)
 
 # It logs every URL, and with it what callers sign theirs with.
 logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -48,7 +54,7 @@ class Fetcher:
             place_of(url, self.fetching)
             async with asyncio.timeout_at(until_s), self.guard.client(HEADERS) as client:
                 return await read_stream(client, url, max_bytes, name)
-        except Refused:
+        except AddressRefused:
             # The same for names that nobody has, or the answer would list the names in our network.
             message = f"{name}: its URL is not that of a public http or https server"
         except (TimeoutError, httpx.TimeoutException):
@@ -111,9 +117,9 @@ class Guard:
             try:
                 found = [ipaddress.ip_address(each) for each in await self.resolve(host, port)]
             except (OSError, ValueError):
-                raise Refused from None
+                raise AddressRefused from None
         if not found or not all(is_reachable(each, self.fetching) for each in found):
-            raise Refused
+            raise AddressRefused
         return [str(each) for each in found]
 
 

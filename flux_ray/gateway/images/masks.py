@@ -8,7 +8,7 @@ from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_from, read
 from flux_ray.gateway.images.decoders import DECODERS, FIRST
-from flux_ray.gateway.memory_budget import HELD
+from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
 
@@ -64,7 +64,7 @@ def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mas
 
 def counted_mask(mask: Mask, limits: Limits) -> Mask:
     """The same, counted while somebody holds it. Overloaded."""
-    return HELD.add(mask, len(mask.marks), limits.max_kept_bytes)
+    return MEMORY.add(mask, len(mask.marks), limits.max_kept_bytes)
 
 
 async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:

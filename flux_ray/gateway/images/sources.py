@@ -23,7 +23,7 @@ from flux_ray.gateway.images.decoders import DECODERS, timed
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_mask
 from flux_ray.gateway.images.notes import with_notes
-from flux_ray.gateway.model_names import Target
+from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.request import Mask, RgbImage
 
 Read = TypeVar("Read")
@@ -38,7 +38,7 @@ _ALPHABET = bytes.maketrans(b"-_", b"+/")
 _BREAKS = b" \t\r\n"
 
 
-class Source(NamedTuple):
+class ImageSource(NamedTuple):
     """One picture as it was sent, and the field that it was sent in."""
 
     field: str
@@ -50,14 +50,14 @@ class Source(NamedTuple):
         return _LISTED.sub("", self.field)
 
 
-class Sources(NamedTuple):
+class ImageSources(NamedTuple):
     """All that a request was sent: references in order, and a mask of the first."""
 
-    references: list[Source]
-    mask: Source | None = None
+    references: list[ImageSource]
+    mask: ImageSource | None = None
 
 
-class Pictures(NamedTuple):
+class RequestImages(NamedTuple):
     """The same, decoded, and references as the tiers take them.
 
     `notes` are for the caller: what of them could not be used.
@@ -69,12 +69,12 @@ class Pictures(NamedTuple):
 
 
 async def read_pictures(
-    sources: Sources,
-    target: Target,
+    sources: ImageSources,
+    target: ResolvedModel,
     limits: Limits,
     fetcher: Fetcher,
     read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
-) -> Pictures:
+) -> RequestImages:
     """The decoded pictures, one at a time, so that one only is in memory undecoded and unscaled.
 
     Under a mask the first is left as it is: its scaled size is not known yet. `read_mask`: what of
@@ -83,40 +83,40 @@ async def read_pictures(
     reader = reader_for(target, limits, fetcher)
     if sources.mask is None:
         references = await reader.read_references(sources.references)
-        return Pictures(references, None, tuple(reader.notes))
+        return RequestImages(references, None, tuple(reader.notes))
     first, *others = sources.references
     picture = whole_image(await reader.read(first, "image 1", decode), reader.max_pixels)
     references = (picture, *await reader.read_references(others, first=2))
     mask = await reader.read(sources.mask, "mask", read_mask)
-    return Pictures(references, mask, tuple(reader.notes))
+    return RequestImages(references, mask, tuple(reader.notes))
 
 
 async def read_with_alpha(
-    sources: Sources,
-    target: Target,
+    sources: ImageSources,
+    target: ResolvedModel,
     limits: Limits,
     fetcher: Fetcher,
     decode_first: Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]],
-) -> Pictures:
+) -> RequestImages:
     """The decoded pictures, where the first one's alpha channel may be its mask."""
     reader = reader_for(target, limits, fetcher)
     first, *others = sources.references
     raster, mask = await reader.read(first, "image 1", decode_first)
     picture = whole_image(raster, reader.max_pixels)
     references = (picture, *await reader.read_references(others, first=2))
-    return Pictures(references, mask, tuple(reader.notes))
+    return RequestImages(references, mask, tuple(reader.notes))
 
 
-def reader_for(target: Target, limits: Limits, fetcher: Fetcher) -> "Reader":
+def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":
     """Of one request, from now on."""
     now_s = asyncio.get_running_loop().time()
     max_pixels = {tier.max_reference_pixels for tier in target.tiers}
     until_s = now_s + fetcher.fetching.timeout_s
-    return Reader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
+    return ImageReader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
 
 
 @dataclass
-class Reader:
+class ImageReader:
     """Reads pictures of one request, not after `until_s` of the loop's clock.
 
     `max_pixels`: what the tiers that may serve it scale references down to. `order`: of requests
@@ -131,7 +131,9 @@ class Reader:
     order: int
     notes: list[str]
 
-    async def read_references(self, sources: list[Source], first: int = 1) -> tuple[SentImage, ...]:
+    async def read_references(
+        self, sources: list[ImageSource], first: int = 1
+    ) -> tuple[SentImage, ...]:
         """The pictures, of which the first is called number `first`."""
         decode = partial(decode_reference, max_pixels=self.max_pixels)
         return tuple(
@@ -142,7 +144,7 @@ class Reader:
         )
 
     async def read(
-        self, source: Source, name: str, decode: Callable[[bytes, Limits, str], Read]
+        self, source: ImageSource, name: str, decode: Callable[[bytes, Limits, str], Read]
     ) -> Read:
         """One picture; decoding takes a while, so it is done off the event loop."""
         content, limits = source.content, self.limits

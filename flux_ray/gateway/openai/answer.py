@@ -14,7 +14,7 @@ from flux_ray.request import ImageFormat, ImageRequest, ImageResult
 NO_PICTURE = b'"b64_json":""'
 
 
-class Picture(BaseModel):
+class AnsweredImage(BaseModel):
     """One image, itself or its URL; with this seed, the same request draws it again."""
 
     b64_json: str | None = None
@@ -29,7 +29,7 @@ class InputDetails(BaseModel):
     image_tokens: int
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     """Tokens as the transformer counts them: padded text, and patches of pictures."""
 
     input_tokens: int
@@ -42,10 +42,10 @@ class Answer(BaseModel):
     """OpenAI's fields, then ours: id, model, warnings, and every picture's seed."""
 
     created: int
-    data: list[Picture]
+    data: list[AnsweredImage]
     output_format: ImageFormat
     size: str
-    usage: Usage
+    usage: TokenUsage
     id: str
     model: str
     warnings: list[str]
@@ -80,12 +80,12 @@ def answer_for(
     return Response(body, media_type="application/json", headers=headers)
 
 
-def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[Picture]:
+def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[AnsweredImage]:
     """By their URLs where there are any; else without their base64, which is put in as bytes."""
     if urls is not None:
         pairs = zip(urls, result.images, strict=True)
-        return [Picture(url=url, seed=image.seed) for url, image in pairs]
-    return [Picture(b64_json="", seed=image.seed) for image in result.images]
+        return [AnsweredImage(url=url, seed=image.seed) for url, image in pairs]
+    return [AnsweredImage(b64_json="", seed=image.seed) for image in result.images]
 
 
 def with_pictures(body: bytes, result: ImageResult) -> bytes:
@@ -101,14 +101,14 @@ def with_pictures(body: bytes, result: ImageResult) -> bytes:
     return b"".join(parts)
 
 
-def usage_for(request: ImageRequest) -> Usage:
+def usage_for(request: ImageRequest) -> TokenUsage:
     """How much the transformer reads and draws."""
     tier = tier_for(request.tier)
     image_tokens = sum(reference_tokens(*size, tier) for size in request.reference_sizes)
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
     details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
-    return Usage(
+    return TokenUsage(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         total_tokens=input_tokens + output_tokens,

@@ -16,8 +16,13 @@ from flux_ray.gateway.event_stream import MEDIA_TYPE
 from flux_ray.gateway.idempotency import PARAMETER
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
-from flux_ray.gateway.images.sources import Pictures, Sources, read_pictures, read_with_alpha
-from flux_ray.gateway.model_names import Target
+from flux_ray.gateway.images.sources import (
+    ImageSources,
+    RequestImages,
+    read_pictures,
+    read_with_alpha,
+)
+from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.answer import Answer, answer_for
 from flux_ray.gateway.openai.edit_form import open_form, text_parts
 from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json
@@ -30,8 +35,8 @@ from flux_ray.gateway.openai.references import (
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.openai.stream import Kind, stream
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.results.kept_images import KeptPictures
-from flux_ray.gateway.submit import Order, Orders
+from flux_ray.gateway.results.kept_images import KeptImages
+from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.router.router import Router
 
 JSON = "application/json"
@@ -52,9 +57,9 @@ class OpenAIImages:
     """The two routes. `kept`: where answers by URL keep their pictures; None if nowhere."""
 
     def __init__(
-        self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptPictures | None
+        self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptImages | None
     ) -> None:
-        self.orders = Orders(router, args)
+        self.orders = Submitter(router, args)
         self.limits = args.limits
         self.fetcher = fetcher
         self.kept = kept
@@ -94,7 +99,7 @@ class OpenAIImages:
 
     async def read_json(
         self, request: Request, *, is_edit: bool = False
-    ) -> tuple[ImageFields, Order]:
+    ) -> tuple[ImageFields, PreparedRequest]:
         """What a JSON body asks for, and its order; the body itself is not kept."""
         fields = parse_json(await read_body(request))
         target = self.target_of(request, fields)
@@ -103,7 +108,7 @@ class OpenAIImages:
         forget_body(request)
         return fields, order
 
-    async def read_form(self, request: Request) -> tuple[ImageFields, Order]:
+    async def read_form(self, request: Request) -> tuple[ImageFields, PreparedRequest]:
         """The same of a form."""
         async with open_form(request, self.limits) as form:
             fields = ImageFields.read(text_parts(form), has_images=True)
@@ -113,7 +118,7 @@ class OpenAIImages:
         forget_body(request)
         return fields, order
 
-    def target_of(self, request: Request, fields: ImageFields) -> Target:
+    def target_of(self, request: Request, fields: ImageFields) -> ResolvedModel:
         """Of whom it is asked, if this gateway answers in that way."""
         if fields.response_format == "url" and self.kept is None:
             message = "this gateway keeps no pictures to answer by URL: use b64_json"
@@ -121,8 +126,8 @@ class OpenAIImages:
         return self.orders.target_of(request, fields.model)
 
     async def read_pictures(
-        self, fields: ImageFields, target: Target, sources: Sources
-    ) -> Pictures:
+        self, fields: ImageFields, target: ResolvedModel, sources: ImageSources
+    ) -> RequestImages:
         """The pictures, within this gateway's limits."""
         limits, fetcher = self.limits, self.fetcher
         is_alone = sources.mask is None and bool(sources.references)
@@ -131,8 +136,8 @@ class OpenAIImages:
         return await read_pictures(sources, target, limits, fetcher)
 
     async def order(
-        self, http: Request, fields: ImageFields, target: Target, sources: Sources
-    ) -> Order:
+        self, http: Request, fields: ImageFields, target: ResolvedModel, sources: ImageSources
+    ) -> PreparedRequest:
         """The order, with its pictures as the tiers take them."""
         pictures = await self.read_pictures(fields, target, sources)
         order = await self.orders.take(
@@ -144,7 +149,7 @@ class OpenAIImages:
         return await self.orders.named(http, order, fields.seed)
 
     async def generate(
-        self, http: Request, fields: ImageFields, order: Order, started_s: float
+        self, http: Request, fields: ImageFields, order: PreparedRequest, started_s: float
     ) -> Response:
         """The way from an order to the answer."""
         if fields.stream:
@@ -171,7 +176,7 @@ def wants_url(fields: ImageFields) -> bool:
     return fields.response_format == "url"
 
 
-def required(sources: Sources) -> Sources:
+def required(sources: ImageSources) -> ImageSources:
     """An edit without a picture is a mistake."""
     if not sources.references:
         raise BadReference("image is required", "image")

@@ -16,10 +16,10 @@ from flux_ray.errors import FluxError
 from flux_ray.following import Draw, follow
 from flux_ray.gateway.errors import ErrorEvent, failure_of
 from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
-from flux_ray.gateway.openai.answer import Usage, usage_for
+from flux_ray.gateway.openai.answer import TokenUsage, usage_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.submit import Order, Orders
+from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import (
     Finished,
     GeneratedImage,
@@ -38,7 +38,7 @@ logger = logging.getLogger("ray.serve")
 Kind = Literal["image_generation", "image_edit"]
 
 
-class Event(BaseModel):
+class StreamEvent(BaseModel):
     """OpenAI's fields, then ours. A preview has an index, and a picture what it took."""
 
     type: str
@@ -49,14 +49,14 @@ class Event(BaseModel):
     quality: str = "auto"
     background: str = "opaque"
     partial_image_index: int | None = None
-    usage: Usage | None = None
+    usage: TokenUsage | None = None
     id: str
     model: str
     seed: int
     warnings: list[str] = []
 
 
-def drawing_of(orders: Orders, order: Order) -> Draw:
+def drawing_of(orders: Submitter, order: PreparedRequest) -> Draw:
     """Return how the order's images are drawn, by its target's policy."""
     best, *others = order.requests
     if order.target.alias.policy != "cascade" or not others:
@@ -82,10 +82,10 @@ def drawing_of(orders: Orders, order: Order) -> Draw:
 
 
 async def stream(
-    orders: Orders, order: Order, fields: ImageFields, kind: Kind
+    orders: Submitter, order: PreparedRequest, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
     """Answer with events; what goes wrong at once is raised, for a plain answer."""
-    telling = Telling(order, fields, kind)
+    telling = EventWriter(order, fields, kind)
     texts = kept_alive(telling.texts(drawing_of(orders, order)), telling.standing)
     first = await anext(texts)
 
@@ -105,10 +105,10 @@ async def stream(
     return StreamingResponse(all_texts(), media_type=MEDIA_TYPE, headers=headers)
 
 
-class Telling:
+class EventWriter:
     """Turns what is heard of one order into events, each of its images and previews once."""
 
-    def __init__(self, order: Order, fields: ImageFields, kind: Kind) -> None:
+    def __init__(self, order: PreparedRequest, fields: ImageFields, kind: Kind) -> None:
         self._order = order
         self._fields = fields
         self._kind = kind
@@ -126,7 +126,7 @@ class Telling:
                 for event in self._events_of(each):
                     yield event_text(event.type, event)
 
-    def _events_of(self, news: News | ImageResult) -> Iterator[Event]:
+    def _events_of(self, news: News | ImageResult) -> Iterator[StreamEvent]:
         if isinstance(news, QueuePosition | Progress):
             self._standing = words_for(news)
         # A second replica begins anew: its previews and images are the same.
@@ -147,10 +147,10 @@ class Telling:
         image: GeneratedImage,
         drawn: ImageResult | Preview | Finished,
         index: int | None = None,
-    ) -> Event:
+    ) -> StreamEvent:
         request = self._order.request_of(drawn)
         is_final = index is None
-        return Event(
+        return StreamEvent(
             type=f"{self._kind}.{'completed' if is_final else 'partial_image'}",
             b64_json=base64.b64encode(image.data).decode("ascii"),
             created_at=int(time.time()),

@@ -5,7 +5,7 @@ from flux_ray.jobs.service import Desk
 from flux_ray.request import ImageRequest, ImageResult
 
 
-class KeptPictures:
+class KeptImages:
     """Where there are jobs there is a place to keep them. Raises StoreLost and ResultsLost."""
 
     def __init__(self, desk: Desk, public_url: str) -> None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.jobs import JobDrawing
+from flux_ray.gateway.jobs import JobGenerator
 from tests.conftest import LIMITS
 
 PUBLIC = "https://flux.example/api"
@@ -30,7 +30,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 @pytest.fixture
 def draw_job(router, gateway_args):
-    return JobDrawing(router, gateway_args).draw
+    return JobGenerator(router, gateway_args).draw
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from flux_ray.config.gateway import Alias, Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.images.decode import whole_image
 from flux_ray.gateway.images.masks import decode_mask, mask_from_alpha, mask_from_luma
-from flux_ray.gateway.model_names import Target, requests_for
+from flux_ray.gateway.model_names import ResolvedModel, requests_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import Mask, RgbImage
@@ -246,10 +246,10 @@ def test_a_size_that_the_model_would_refuse_of_a_reference():
 
 def test_an_alias_goes_on_to_a_tier_that_takes_them():
     alias = Alias(tiers=("flux-2-dev", "flux-2-klein-4b"))
-    [request] = requests_for(Target("best", alias, (UNABLE, KLEIN)), build)
+    [request] = requests_for(ResolvedModel("best", alias, (UNABLE, KLEIN)), build)
     assert (request.tier, request.mask) == ("flux-2-klein-4b", MASK)
     with pytest.raises(BadRequest, match="takes no masks"):
-        requests_for(Target("best", alias, (UNABLE,)), build)
+        requests_for(ResolvedModel("best", alias, (UNABLE,)), build)
 
 
 async def test_models_say_whether_they_take_masks(client):

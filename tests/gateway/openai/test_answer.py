@@ -3,7 +3,7 @@
 import base64
 import json
 
-from flux_ray.gateway.openai.answer import Answer, Picture, answer_for
+from flux_ray.gateway.openai.answer import Answer, AnsweredImage, answer_for
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 REQUEST = ImageRequest("image-1", "tiny", "a circle", 128, 64, 4, 1.0, 7, num_images=2)
@@ -35,5 +35,7 @@ def test_the_body_is_byte_for_byte_what_pydantic_writes() -> None:
 
 def test_answers_by_url_have_no_base64() -> None:
     answer = answer_for(REQUEST, result_of(b"one"), [], 0.0, ("http://here/1",))
-    assert Answer.model_validate_json(answer.body).data == [Picture(url="http://here/1", seed=7)]
+    assert Answer.model_validate_json(answer.body).data == [
+        AnsweredImage(url="http://here/1", seed=7)
+    ]
     assert b"b64_json" not in answer.body
