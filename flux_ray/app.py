@@ -26,17 +26,17 @@ from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.autoscaling.budgeted import BudgetTerms
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.dispatch import TierHandles
-from flux_ray.router.ledger.client import Turns
+from flux_ray.router.ledger.client import LedgerClient
 from flux_ray.router.ledger.price_exchange import PriceExchange
-from flux_ray.router.ledger.quota_client import Turnstile
+from flux_ray.router.ledger.quota_client import QuotaClient
 from flux_ray.router.ledger.remote import RemoteLedger
-from flux_ray.router.metrics import Bill
+from flux_ray.router.metrics import RouterMetrics
 from flux_ray.router.pricing.config_check import check_possible
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.pricing.drain_timeout import drain_timeout_s
 from flux_ray.router.recorder import Recorder
-from flux_ray.router.replica_choice import GrantedReplica
+from flux_ray.router.replica_choice import AssignedReplicaRouter
 from flux_ray.router.router import Router, Terms
 
 logger = logging.getLogger("ray.serve")
@@ -62,22 +62,22 @@ class Gateway:
                 PROXY_CALLBACK,
                 READ_WITH_H11,
             )
-        prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
+        prices = CostModel({tier: ReplicaSpec(args.card) for tier in args.tiers})
         cold_starts: dict[str, float] = {}
         handles = TierHandles(args.tiers, learn_layouts(prices, args.card, cold_starts))
         ledger = RemoteLedger()
         name = uuid.uuid4().hex
         # From now on it watches the tiers: the first request is priced by what they say.
         handles.reachable()
-        turns = Turns(ledger, handles.reachable, name, cold_starts)
+        turns = LedgerClient(ledger, handles.reachable, name, cold_starts)
         handles.follow_status(turns.lose)
         # Before the first request, too: who cannot reach the ledger is not to be sent any.
         turns.start()
         PriceExchange(ledger, prices).start()
         records = recorder_in(args.record_to, name)
         terms = Terms(args.request_timeout_s, args.deadlines)
-        bill = Bill()
-        turnstile = Turnstile(ledger, name, bill.limit)
+        bill = RouterMetrics()
+        turnstile = QuotaClient(ledger, name, bill.limit)
         router = Router(
             handles,
             turns,
@@ -184,7 +184,7 @@ def replicas_of(args: TierArgs) -> dict[str, Any]:
 def granted_replica_first() -> RequestRouterConfig:
     """Of the tiers: a request goes to the replica that the ledger granted it."""
     # Ray's annotation says a dict.
-    router_class: Any = GrantedReplica
+    router_class: Any = AssignedReplicaRouter
     return RequestRouterConfig(request_router_class=router_class)
 
 

@@ -22,10 +22,10 @@ from flux_ray.request import (
     Progress,
     StageTimes,
 )
-from flux_ray.router.ledger.messages import Offer
+from flux_ray.router.ledger.messages import SubmitRequest
 from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.pricing.calibration import Observation
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.router import Router, Terms
@@ -114,20 +114,20 @@ class FakeTurns:
     """
 
     def __init__(self) -> None:
-        self.offers: list[Offer] = []
+        self.offers: list[SubmitRequest] = []
         self.ended: list[str] = []
         self.done: list[str] = []
         self.left_s: dict[str, list[float]] = {}
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
-    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)
         return f"replica {len(self.offers)}"
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         return tuple(self.forecasts.get(offer.tier, Forecast(0.0)) for offer in offers)
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
@@ -198,7 +198,7 @@ def bill() -> FakeBill:
 
 @pytest.fixture
 def router(handles: FakeHandles, turns: FakeTurns, bill: FakeBill) -> Router:
-    prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    prices = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
     return Router(handles, turns, prices, bill, Terms(request_timeout_s=5))
 
 

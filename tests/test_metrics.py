@@ -10,7 +10,7 @@ from flux_ray.metrics import Metric
 from flux_ray.replica import metrics as replica_meter
 from flux_ray.replica.metrics import Meter
 from flux_ray.router import metrics as bill_module
-from flux_ray.router.metrics import Bill
+from flux_ray.router.metrics import RouterMetrics
 
 METRICS = [each for each in vars(metrics).values() if isinstance(each, Metric)]
 
@@ -61,7 +61,7 @@ def test_seconds_of_stages_are_added_up(sums: Counter[str]) -> None:
 
 
 def test_seconds_of_waiting_and_of_cards_are_added_up(sums: Counter[str]) -> None:
-    bill = Bill()
+    bill = RouterMetrics()
     for seconds in (0.0, 1.5, 2.0):
         bill.wait("tiny", seconds)
         bill.spend("tiny", 2 * seconds)

@@ -11,7 +11,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.router.caller import Caller
-from flux_ray.router.quotas.quota_ledger import Allowance
+from flux_ray.router.quotas.quota_ledger import QuotaLimits
 
 DEADLINE = "x-flux-deadline-s"
 # Ray Serve's own.
@@ -67,9 +67,9 @@ class Callers:
         return self._classes[key.key_class]
 
 
-def allowance_of(key_class: KeyClass) -> Allowance:
+def allowance_of(key_class: KeyClass) -> QuotaLimits:
     """What the class lets a caller have."""
-    return Allowance(
+    return QuotaLimits(
         key_class.max_concurrent,
         key_class.requests_per_minute,
         key_class.gpu_seconds_per_day,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flux_ray.router.ledger.retries import Retry
-from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance
+from flux_ray.router.quotas.quota_ledger import UNLIMITED, QuotaLimits
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Caller:
     weight: float = 1.0
     deadline_s: float | None = None
     may_spill: bool = False
-    allowance: Allowance = UNLIMITED
+    allowance: QuotaLimits = UNLIMITED
     is_job: bool = False
     retry: Retry | None = None
 

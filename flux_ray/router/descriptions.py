@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from flux_ray.catalog.gpus import SPEEDS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.wire import Description
 
@@ -114,7 +114,7 @@ def learn_layouts(prices: CostModel, card: str, cold_starts: dict[str, float]) -
                 continue
             own = description.card if description.card in SPEEDS else None
             # The newest of them says how the tier will be laid out.
-            prices.lay_out(tier, Layout.of(args, own or card), description.layout)
+            prices.lay_out(tier, ReplicaSpec.of(args, own or card), description.layout)
             cold_starts[tier] = args.cold_start_s
 
     return learn

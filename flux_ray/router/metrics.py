@@ -14,7 +14,7 @@ from flux_ray.metrics import (
 from flux_ray.router.pricing.calibration import Observation
 
 
-class Bill:
+class RouterMetrics:
     """One for each gateway."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ FOLLOWED_S = 2.0
 MIN_MEASURED_S = 0.05
 
 
-class Pace:
+class RemainingTime:
     """Of one attempt, from its first step on: the price of what is left, at the pace so far."""
 
     def __init__(self, quote: Quote) -> None:
@@ -52,7 +52,7 @@ def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> 
     """
     if hear is None and quote.cost_s < FOLLOWED_S:
         return None
-    pace = Pace(quote)
+    pace = RemainingTime(quote)
 
     def follow(news: News) -> None:
         if isinstance(news, RanksDone):

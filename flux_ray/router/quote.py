@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
-from flux_ray.router.ledger.messages import Offer
+from flux_ray.router.ledger.messages import SubmitRequest
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas.usage import Use
@@ -45,12 +45,12 @@ def offer_for(
     deadline_s: float,
     caller: Caller,
     affinity: tuple[tuple[str, float], ...] = (),
-) -> Offer:
+) -> SubmitRequest:
     """What the ledger hears of an attempt."""
     request = quote.request
     # Two tiers may have the same request.
     ticket_id = f"{quote.tier}-{request.request_id}-{number}"
-    return Offer(
+    return SubmitRequest(
         ticket_id,
         quote.tier,
         quote.cost_s,

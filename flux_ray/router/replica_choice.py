@@ -21,7 +21,7 @@ from ray.serve.request_router import (
 from flux_ray.router import handover
 
 
-class Accepted(ActorReplicaResult):
+class AlwaysAccepted(ActorReplicaResult):
     """The answer to a call that its replica was not asked to accept."""
 
     async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
@@ -43,12 +43,12 @@ class UnaskedReplica(RunningReplica):
         method = actor.handle_request
         if pr.metadata.is_streaming:
             method = actor.handle_request_streaming.options(num_returns="streaming")
-        return Accepted(
+        return AlwaysAccepted(
             method.remote(pickle.dumps(pr.metadata), *pr.args, **pr.kwargs), pr.metadata
         )
 
 
-class GrantedReplica(FIFOMixin, RequestRouter):
+class AssignedReplicaRouter(FIFOMixin, RequestRouter):
     """Any other replica only where the granted one is gone."""
 
     def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:

@@ -26,18 +26,18 @@ from flux_ray.errors import (
 from flux_ray.request import Hear, ImageRequest, ImageResult
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.deadline import within
-from flux_ray.router.ledger.messages import Offer
-from flux_ray.router.ledger.quota_client import Stay
+from flux_ray.router.ledger.messages import SubmitRequest
+from flux_ray.router.ledger.quota_client import Reservation
 from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.progress import followed
 from flux_ray.router.queue.forecast import Forecast
-from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance, Entry, Standing
+from flux_ray.router.quotas.quota_ledger import UNLIMITED, LimitStatus, QuotaLimits, UsageEntry
 from flux_ray.router.quotas.usage import Use
 from flux_ray.router.quote import Quote, offer_for, quote_for
-from flux_ray.router.tier_choice import Candidate, in_order
+from flux_ray.router.tier_choice import TierCandidate, in_order
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +45,7 @@ logger = logging.getLogger("ray.serve")
 REFUSALS = (Overloaded, DeadlineTooShort, TierUnavailable, RateLimited, QuotaTooSmall)
 
 
-class Handles(Protocol):
+class Dispatcher(Protocol):
     """The way to the tiers' replicas."""
 
     async def connect(self, tier: str) -> None:
@@ -65,16 +65,16 @@ class Handles(Protocol):
         """The tiers that serve, or would be woken by a request."""
 
 
-class Turns(Protocol):
+class RequestQueue(Protocol):
     """The way to the ledger, which grants replicas."""
 
-    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
         """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
 
         `hear` is told where the request stands meanwhile.
         """
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
@@ -87,22 +87,22 @@ class Turns(Protocol):
         """The turn is over, and the request done or not."""
 
 
-class Turnstile(Protocol):
+class Quotas(Protocol):
     """The way to the counts of what keys have."""
 
     def entered(
-        self, entry: Entry, allowance: Allowance, within_s: float | None = None
-    ) -> AbstractAsyncContextManager[Stay]:
+        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
+    ) -> AbstractAsyncContextManager[Reservation]:
         """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
 
-    def standing(self, key: str) -> Standing | None:
+    def standing(self, key: str) -> LimitStatus | None:
         """What is left to the key, as far as is known."""
 
     async def used_today(self, key: str) -> Use:
         """By the key, through all gateways."""
 
 
-class Bill(Protocol):
+class RequestMetrics(Protocol):
     """Where prices, their errors and refusals are counted."""
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
@@ -156,13 +156,13 @@ class Router:
 
     def __init__(
         self,
-        handles: Handles,
-        turns: Turns,
+        handles: Dispatcher,
+        turns: RequestQueue,
         prices: CostModel,
-        bill: Bill,
+        bill: RequestMetrics,
         terms: Terms,
         records: Records | None = None,
-        turnstile: Turnstile | None = None,
+        turnstile: Quotas | None = None,
         is_deployed: Callable[[str], bool] = always,
         hears_ledger: Callable[[], bool] = always,
     ) -> None:
@@ -273,7 +273,7 @@ class Router:
         """The tiers that can serve now."""
         return await self.handles.ready_tiers()
 
-    def standing(self, caller: Caller) -> Standing | None:
+    def standing(self, caller: Caller) -> LimitStatus | None:
         """What is left to the caller's key; None if no limit of it is known here."""
         if self.turnstile is None or caller.allowance == UNLIMITED:
             return None
@@ -288,7 +288,7 @@ class Router:
 
     async def _candidates(
         self, requests: Sequence[ImageRequest], caller: Caller
-    ) -> list[Candidate]:
+    ) -> list[TierCandidate]:
         quotes = [quote_for(request, self.prices) for request in requests]
         # Whatever a replica knows of them: a forecast is of the line.
         offers = tuple(
@@ -297,7 +297,7 @@ class Router:
         )
         forecasts = await self.turns.forecast(offers)
         return [
-            Candidate(quote, offer.deadline_in_s, forecast)
+            TierCandidate(quote, offer.deadline_in_s, forecast)
             for quote, offer, forecast in zip(quotes, offers, forecasts, strict=True)
         ]
 
@@ -320,15 +320,15 @@ class Router:
 
     def _entered(
         self, quote: Quote, caller: Caller, within_s: float
-    ) -> AbstractAsyncContextManager[Stay]:
+    ) -> AbstractAsyncContextManager[Reservation]:
         if self.turnstile is None:
-            return nullcontext(Stay(quote.use, quote.cost_s))
+            return nullcontext(Reservation(quote.use, quote.cost_s))
         request_id = quote.request.request_id
-        entry = Entry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
+        entry = UsageEntry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
         return self.turnstile.entered(entry, caller.allowance, within_s)
 
     async def _generate_with_retry(
-        self, quote: Quote, caller: Caller, deadline_s: float, stay: Stay, hear: Hear | None
+        self, quote: Quote, caller: Caller, deadline_s: float, stay: Reservation, hear: Hear | None
     ) -> ImageResult:
         began = time.monotonic()
         try:
@@ -357,7 +357,7 @@ class Router:
         number: int,
         deadline_s: float,
         caller: Caller,
-        stay: Stay,
+        stay: Reservation,
         hear: Hear | None,
     ) -> ImageResult:
         request = quote.request

@@ -9,7 +9,7 @@ from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quote import Quote
 
 
-class Candidate(NamedTuple):
+class TierCandidate(NamedTuple):
     """A request as one tier would do it; `deadline_s` is from now, as `forecast` is."""
 
     quote: Quote
@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
         return not self.forecast.is_refused and self.done_s <= self.deadline_s
 
 
-def in_order(candidates: Sequence[Candidate], alias: Alias) -> list[Candidate]:
+def in_order(candidates: Sequence[TierCandidate], alias: Alias) -> list[TierCandidate]:
     """Those that may be tried, the one to try first first; they come best first.
 
     BadRequest if none is within the alias's price.
@@ -47,7 +47,9 @@ def in_order(candidates: Sequence[Candidate], alias: Alias) -> list[Candidate]:
     return sorted(affordable, key=lambda each: 0.0 if each.is_in_time else each.done_s)
 
 
-def within_price(candidates: Sequence[Candidate], max_gpu_seconds: float | None) -> list[Candidate]:
+def within_price(
+    candidates: Sequence[TierCandidate], max_gpu_seconds: float | None
+) -> list[TierCandidate]:
     """Those that cost no more."""
     if max_gpu_seconds is None:
         return list(candidates)
@@ -60,7 +62,7 @@ def within_price(candidates: Sequence[Candidate], max_gpu_seconds: float | None)
     return affordable
 
 
-def spill_s(candidate: Candidate, max_wait_s: float) -> float:
+def spill_s(candidate: TierCandidate, max_wait_s: float) -> float:
     """What a tier's wait counts: nothing up to the bound."""
     is_loaded = candidate.forecast.is_refused or candidate.wait_s > max_wait_s
     return candidate.wait_s if is_loaded else 0.0

@@ -11,7 +11,7 @@ from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, GpuBudge
 from flux_ray.router.autoscaling.gpu_budget import Want, check_budget, share_gpus
 from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
 from flux_ray.router.autoscaling.state import Scaling
-from flux_ray.router.pricing.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.trace import BadTrace, TracedRequest
 from flux_ray.simulator.event_loop import simulate
@@ -46,7 +46,7 @@ class TierModel:
     """
 
     tier: str
-    layout: Layout
+    layout: ReplicaSpec
     num_replicas: int
     num_full_replicas: int
     min_replicas: int
@@ -83,7 +83,7 @@ def tier_model(
 
     Where the file says nothing of scaling, a request may wait for what `slo_scale` leaves it.
     """
-    layout = Layout.of(args, card)
+    layout = ReplicaSpec.of(args, card)
     mean_s = mean_cost_s(args.tier, layout)
     scaling = args.autoscaling
     least = most = begin = args.num_replicas
@@ -110,16 +110,16 @@ def tier_model(
     return replace(model, gpu_budget=budget, priority=scaling.priority)
 
 
-def mean_cost_s(tier: str, layout: Layout) -> float:
+def mean_cost_s(tier: str, layout: ReplicaSpec) -> float:
     """Of a request of the tier's generated mix."""
     entries = sample_of(tier, NUM_SAMPLES)
     return sum(cost_s(entry, layout) for entry in entries) / len(entries)
 
 
-def cost_s(entry: TracedRequest, layout: Layout) -> float:
+def cost_s(entry: TracedRequest, layout: ReplicaSpec) -> float:
     """Seconds on one replica; references are taken to be as large as the model uses them."""
     reference_pixels = tier_for(entry.tier).max_reference_pixels
-    work = Work(
+    work = RequestShape(
         entry.tier,
         entry.width,
         entry.height,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flux_ray.router.autoscaling.state import ScalingState
-from flux_ray.router.queue.entry import Grant, Ticket
+from flux_ray.router.queue.entry import Assignment, QueuedRequest
 from flux_ray.simulator.outcome import Curve, TierOutcome, Waits
 from flux_ray.simulator.replicas import Replica, Replicas
 from flux_ray.simulator.values import Arrival, Pool
@@ -18,7 +18,7 @@ class Request:
     """One that has been taken in and is not done."""
 
     arrival: Arrival
-    ticket: Ticket
+    ticket: QueuedRequest
     is_retry: bool = False
     end_s: float = 0.0
 
@@ -48,7 +48,7 @@ class SimulatedTier:
         self.curve.arrive(now, arrival.cost_s)
         self._arrived_since_s += arrival.cost_s
         self.arrived_s += arrival.cost_s
-        ticket = Ticket(
+        ticket = QueuedRequest(
             f"{self.num_arrived}",
             arrival.tier,
             arrival.cost_s,
@@ -157,7 +157,7 @@ class SimulatedTier:
         self.pass_time(now)
         self.hand_over(now)
 
-    def _start(self, grant: Grant, now: float) -> None:
+    def _start(self, grant: Assignment, now: float) -> None:
         ticket = grant.ticket
         name = grant.replica
         request = self.requests[ticket.ticket_id]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flux_ray.router.autoscaling.state import Scaling
-from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,13 @@ class QueuePolicy(Protocol):
     def drain_replica(self, name: str, now: float) -> None:
         """It gets nothing new; what it runs, it finishes. One that is expected is forgotten."""
 
-    def lose_replica(self, name: str, now: float) -> list[Ticket]:
+    def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """It is gone. Returned is what it had been granted and has not finished."""
 
-    def offer(self, ticket: Ticket, now: float) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """A ticket arrives; None if it is taken in."""
 
-    def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
+    def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """Whose turn it is now, and who has waited in vain."""
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:

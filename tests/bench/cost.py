@@ -28,11 +28,11 @@ from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import Adapter, load_adapter
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.calibration import Observation
-from flux_ray.router.pricing.cost import Layout, price, work_of
+from flux_ray.router.pricing.cost import ReplicaSpec, price, work_of
 from flux_ray.router.pricing.cost_model import CostModel
 
 TINY = tier_for("tiny")
-LAYOUT = Layout.of(TierArgs(tier="tiny", device="cpu", dtype="float32"), "cpu")
+LAYOUT = ReplicaSpec.of(TierArgs(tier="tiny", device="cpu", dtype="float32"), "cpu")
 # Every second one is seen only by requests that are held out.
 SIDES = (64, 80, 96, 112, 128, 144, 160, 176, 192)
 NUM_REQUESTS = 240

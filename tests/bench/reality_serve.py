@@ -23,7 +23,7 @@ from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.placement import bundles_for, strategy_for
 from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.wire import pack_request
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
 
@@ -104,7 +104,7 @@ class Ingress:
             for name in names:
                 self._queue.add_replica(name, time.monotonic())
 
-    async def _turn(self, ticket: Ticket) -> str:
+    async def _turn(self, ticket: QueuedRequest) -> str:
         granted = asyncio.get_running_loop().create_future()
         self._granted[ticket.ticket_id] = granted
         self._queue.offer(ticket, time.monotonic())

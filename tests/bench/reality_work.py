@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import poisson
 from flux_ray.simulator.event_loop import simulate
@@ -201,6 +201,6 @@ def play(
     return Played(tuple(trace), tuple(latencies))
 
 
-def ticket_of(ticket_id: str, now: float) -> Ticket:
+def ticket_of(ticket_id: str, now: float) -> QueuedRequest:
     """For policies that look at neither cost nor deadline."""
-    return Ticket(ticket_id, TIER, 1.0, now + NO_LIMIT_S)
+    return QueuedRequest(ticket_id, TIER, 1.0, now + NO_LIMIT_S)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flux_ray.router.ledger.messages import Offer, Statement
+from flux_ray.router.ledger.messages import GatewayReport, SubmitRequest
 from tests.cluster.conftest import DEPLOYED, PATIENCE_S, deploy, wait_until
 
 DEV, KLEIN = "flux-2-dev", "flux-2-klein-4b"
@@ -38,11 +38,11 @@ class Shares:
         from flux_ray.router.ledger.remote import start_ledger
 
         self._ledger = start_ledger()
-        self._offers: tuple[Offer, ...] = ()
+        self._offers: tuple[SubmitRequest, ...] = ()
         self.most_gpus = 0
 
     def bring_work(self, tier: str) -> None:
-        self._offers += (Offer(f"budget-{tier}", tier, cost_s=1000.0, deadline_in_s=1e6),)
+        self._offers += (SubmitRequest(f"budget-{tier}", tier, cost_s=1000.0, deadline_in_s=1e6),)
 
     def are(self, **wanted: int) -> bool:
         """By tier, `dev` or `klein`; the work goes on waiting meanwhile."""
@@ -51,7 +51,7 @@ class Shares:
 
         known = frozenset(offer.ticket_id for offer in self._offers)
         ray.get(
-            self._ledger.say.remote("budget", Statement(self._offers, known=known)),
+            self._ledger.say.remote("budget", GatewayReport(self._offers, known=known)),
             timeout=PATIENCE_S,
         )
         applications = serve.status().applications

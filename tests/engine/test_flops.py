@@ -20,7 +20,7 @@ from flux_ray.parallel.precision import is_quantized
 from flux_ray.parallel.shards import shards_for
 from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.request import ImageRequest, Mask
-from flux_ray.router.pricing.cost import Layout, encoder_ranks, work_of
+from flux_ray.router.pricing.cost import ReplicaSpec, encoder_ranks, work_of
 from tests.engine.drawing import reference
 
 ATTENTION = "aten.bmm"
@@ -230,5 +230,5 @@ def test_the_text_encoder_is_split_over_as_many_ranks_as_the_engine_says(
 ) -> None:
     world, axes = Axis(0, tensor * sequence), (Axis(0, tensor), Axis(0, sequence))
     mesh = Mesh(world=world, tensor=axes[0], sequence=axes[1])
-    layout = Layout("h100-80gb", tensor, sequence, encoder_quantization=quantization)
+    layout = ReplicaSpec("h100-80gb", tensor, sequence, encoder_quantization=quantization)
     assert encoder_ranks(layout, 8) == encoder_axis(8, mesh, quantization).size

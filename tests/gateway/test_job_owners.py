@@ -12,8 +12,8 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.jobs.service import Desk
-from flux_ray.router.ledger.quota_client import Turnstile
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill
@@ -54,8 +54,8 @@ def gateway_args(tmp_path, job_args) -> GatewayArgs:
 @pytest.fixture
 async def router(handles, turns) -> AsyncIterator[Router]:
     tiers = ("tiny", "flux-2-klein-9b")
-    prices = CostModel({tier: Layout("cpu", dtype="float32") for tier in tiers})
-    gate = Turnstile(Books(), "g")
+    prices = CostModel({tier: ReplicaSpec("cpu", dtype="float32") for tier in tiers})
+    gate = QuotaClient(Books(), "g")
     yield Router(handles, turns, prices, FakeBill(), Terms(5), None, gate)
     gate.stop()
 

@@ -10,10 +10,10 @@ from flux_ray.auth.key_file import write_keys
 from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.router.ledger.quota_client import Turnstile
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.quotas.quota_ledger import Allowances
+from flux_ray.router.quotas.quota_ledger import QuotaLedger
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
 
@@ -25,7 +25,7 @@ class Books:
     """The line to books that all gateways share."""
 
     def __init__(self):
-        self.books = Allowances()
+        self.books = QuotaLedger()
 
     async def enter(self, gateway, entry, allowance, rows):
         return self.books.admit(gateway, entry, allowance, rows, time.time())
@@ -54,8 +54,8 @@ async def ask(tmp_path):
     )
     books, gates, clients = Books(), [], []
     for name in ("g", "h"):
-        gates.append(Turnstile(books, name))
-        prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+        gates.append(QuotaClient(books, name))
+        prices = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
         turns, terms = FakeTurns(), Terms(request_timeout_s=5)
         router = Router(FakeHandles(), turns, prices, FakeBill(), terms, None, gates[-1])
         transport = httpx.ASGITransport(app=build_api(router, args))

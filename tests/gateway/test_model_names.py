@@ -12,7 +12,7 @@ from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.router import Router, Terms
@@ -53,7 +53,7 @@ def secrets(tmp_path):
 
 @pytest.fixture
 async def client(handles, turns, bill, secrets, tmp_path):
-    prices = CostModel({tier: Layout("h100-80gb") for tier in TIERS})
+    prices = CostModel({tier: ReplicaSpec("h100-80gb") for tier in TIERS})
     args = GatewayArgs.model_validate(ARGS | {"keys_file": tmp_path / "keys.yaml"})
     router = Router(handles, turns, prices, bill, Terms(600, args.deadlines))
     transport = httpx.ASGITransport(app=build_api(router, args), raise_app_exceptions=False)

@@ -8,7 +8,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
@@ -26,7 +26,7 @@ async def nobody(host: str, port: int) -> list[str]:
 
 def build():
     """A gateway whose replicas are fakes."""
-    prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    prices = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
     router = Router(FakeHandles(), FakeTurns(), prices, FakeBill(), Terms(5))
     args = GatewayArgs(tiers=("tiny",), limits=LIMITS, public_url="http://gateway", jobs=JobArgs())
     # No offline name is to be looked up, and none of this machine's is to be reached.

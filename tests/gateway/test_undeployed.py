@@ -5,7 +5,7 @@ import pytest
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobGenerator
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS
@@ -29,7 +29,7 @@ def deployed() -> set[str]:
 
 @pytest.fixture
 def router(handles, turns, bill, deployed) -> Router:
-    prices = CostModel({tier: Layout("h100-80gb") for tier in TIERS})
+    prices = CostModel({tier: ReplicaSpec("h100-80gb") for tier in TIERS})
     terms = Terms(request_timeout_s=60)
     return Router(handles, turns, prices, bill, terms, is_deployed=deployed.__contains__)
 

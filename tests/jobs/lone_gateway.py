@@ -8,7 +8,7 @@ import uvicorn
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.jobs.fake_cluster import FakeHandles, FakeTurns
@@ -36,7 +36,7 @@ class NoBill:
 
 
 def main(args: GatewayArgs, descriptor: int) -> None:
-    prices = CostModel({tier: Layout(args.card) for tier in args.tiers})
+    prices = CostModel({tier: ReplicaSpec(args.card) for tier in args.tiers})
     terms = Terms(args.request_timeout_s)
     router = Router(FakeHandles(), FakeTurns(NUM_SLOTS), prices, NoBill(), terms)
     api = build_api(router, args, desk=desk_for(router, args))

@@ -11,15 +11,15 @@ from flux_ray.router.autoscaling.policy import LedgerPolicy
 from flux_ray.router.descriptions import learn_layouts
 from flux_ray.router.ledger.actor import LedgerActor
 from flux_ray.router.ledger.ledger import Ledger
-from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
-from flux_ray.router.ledger.pending import TurnBook
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
+from flux_ray.router.ledger.pending import PendingRequests
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.wire import Description
 
 TIER = "flux-2-klein-4b"
-OFFER = Offer("x", TIER, 1.0, 100.0)
+OFFER = SubmitRequest("x", TIER, 1.0, 100.0)
 SAYS = "no replica is up, and one takes 300 s to start"
 
 pytestmark = pytest.mark.parametrize(
@@ -42,14 +42,14 @@ def test_what_a_replica_says_of_its_tier_changes_what_is_refused(
         tier=TIER, weights="w", autoscaling={"max_replicas": 2, "cold_start_s": cold_start_s}
     )
     cold_starts: dict[str, float] = {}
-    learn = learn_layouts(CostModel({TIER: Layout("h100-80gb")}), "h100-80gb", cold_starts)
+    learn = learn_layouts(CostModel({TIER: ReplicaSpec("h100-80gb")}), "h100-80gb", cold_starts)
     fields = args.model_dump(mode="json")
     learn(TIER, (Description(PROTOCOL, "r", "a layout", fields, None, 1.0),))
-    book, ledger = TurnBook(), Ledger(TierQueue)
+    book, ledger = PendingRequests(), Ledger(TierQueue)
     decided: list[Decision] = []
     book.ask(OFFER, 0.0, decided.append)
     unknown = ledger.hear("g", book.statement(0.0, {TIER: ()}, cold_starts), 0.0)
-    book.heard(Heard(unknown, tuple(ledger.decide(0.0).get("g", ()))), 0.0)
+    book.heard(ReportReply(unknown, tuple(ledger.decide(0.0).get("g", ()))), 0.0)
     assert reason_of(decided) == expected
 
 
@@ -73,7 +73,7 @@ async def test_what_a_scaling_policy_says_of_its_tier_changes_what_is_refused(
     policy(context)  # type: ignore[arg-type]
     assert policy._asking is not None
     await policy._asking
-    heard = await actor.say("g", Statement((OFFER,), replicas={TIER: ()}))
+    heard = await actor.say("g", GatewayReport((OFFER,), replicas={TIER: ()}))
     assert reason_of(list(heard.decisions)) == expected
     assert actor._ticker is not None
     actor._ticker.cancel()

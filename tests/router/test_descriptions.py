@@ -11,7 +11,7 @@ from flux_ray.errors import ReplicaFailed
 from flux_ray.request import PROTOCOL, ImageRequest, StageTimes
 from flux_ray.router import descriptions as module
 from flux_ray.router.descriptions import Descriptions, learn_layouts
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.wire import Description
 
@@ -50,7 +50,7 @@ class Tier:
 
 
 def prices_on(card: str = "h100-80gb") -> CostModel:
-    return CostModel({TIER: Layout(card), "flux-2-klein-4b": Layout(card)})
+    return CostModel({TIER: ReplicaSpec(card), "flux-2-klein-4b": ReplicaSpec(card)})
 
 
 async def settled() -> None:
@@ -72,7 +72,7 @@ async def test_a_tier_that_is_redeployed_with_another_layout_is_priced_by_it(tie
     assert (prices.on_all_cards(TIER, 1.0), prices.encode_parts_s(REQUEST)[0] > 0) == (2, True)
     known.see(TIER, ("new",))
     await settled()
-    assert prices.layouts[TIER] == Layout.of(NEW, "h100-80gb")
+    assert prices.layouts[TIER] == ReplicaSpec.of(NEW, "h100-80gb")
     assert prices.on_all_cards(TIER, 1.0) == 4
     assert prices.price(REQUEST).denoise_s < before.denoise_s
     assert prices.encode_parts_s(REQUEST) == (0, 0), "the new ones remember nothing"
@@ -176,7 +176,7 @@ def test_each_tier_is_priced_by_its_own_card() -> None:
     args = TierArgs(tier=klein, weights="w")
     learn(klein, (replace(description("k", args, 1.0, "l40s-48gb")),))
     learn(TIER, (description("d", OLD, 1.0, "h100-80gb"),))
-    alone = CostModel({klein: Layout("l40s-48gb"), TIER: Layout("h100-80gb", tensor=2)})
+    alone = CostModel({klein: ReplicaSpec("l40s-48gb"), TIER: ReplicaSpec("h100-80gb", tensor=2)})
     asked = replace(REQUEST, tier=klein, num_steps=4)
     assert prices.price(asked) == alone.price(asked)
     assert prices.price(REQUEST) == alone.price(REQUEST)

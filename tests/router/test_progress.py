@@ -6,7 +6,7 @@ import pytest
 
 from flux_ray.request import ImageRequest, News, Progress, RanksDone
 from flux_ray.router.pricing.cost import Cost
-from flux_ray.router.progress import FOLLOWED_S, Pace, followed
+from flux_ray.router.progress import FOLLOWED_S, RemainingTime, followed
 from flux_ray.router.quote import Quote
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 10, 1.0, seed=7)
@@ -17,18 +17,18 @@ def quote(request: ImageRequest = REQUEST, denoise_s: float = 10.0) -> Quote:
 
 
 def test_at_the_first_step_it_is_as_priced() -> None:
-    assert Pace(quote()).left_s(Progress(1, 10), 50.0) == pytest.approx(9 * 1.0 + 2.0)
+    assert RemainingTime(quote()).left_s(Progress(1, 10), 50.0) == pytest.approx(9 * 1.0 + 2.0)
 
 
 def test_then_all_that_is_left_is_as_slow_as_its_own_steps() -> None:
-    pace = Pace(quote())
+    pace = RemainingTime(quote())
     pace.left_s(Progress(1, 10), 50.0)
     assert pace.left_s(Progress(3, 10), 54.0) == pytest.approx(2 * (7.0 + 2.0))
     assert pace.left_s(Progress(10, 10), 68.0) == pytest.approx(4.0)
 
 
 def test_news_that_come_together_say_nothing_of_the_pace() -> None:
-    pace = Pace(quote())
+    pace = RemainingTime(quote())
     pace.left_s(Progress(1, 10), 50.0)
     assert pace.left_s(Progress(3, 10), 50.001) == pytest.approx(7.0 + 2.0)
 
@@ -38,7 +38,7 @@ def test_pictures_and_previews_between_the_steps_are_counted(slowness: float) ->
     """Each of four pictures: four steps of 1 s, a preview after two and a picture of 0.5 s each."""
     request = replace(REQUEST, num_steps=4, num_images=4, num_previews=1)
     assert request.preview_steps == (2,)
-    pace, now, done = Pace(Quote(request, Cost(1.0, 16.0, 4.0), 21.0)), 0.0, 0
+    pace, now, done = RemainingTime(Quote(request, Cost(1.0, 16.0, 4.0), 21.0)), 0.0, 0
     end = 20.0 * slowness
     for _ in range(4):
         for step in range(1, 5):

@@ -9,7 +9,7 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from flux_ray.router import handover
-from flux_ray.router.replica_choice import GrantedReplica, UnaskedReplica, granted_for
+from flux_ray.router.replica_choice import AssignedReplicaRouter, UnaskedReplica, granted_for
 from flux_ray.wire import pack_call
 
 
@@ -37,9 +37,9 @@ def pending(call: dict[str, Any]) -> PendingRequest:
 
 
 @pytest.fixture
-def router() -> GrantedReplica:
+def router() -> AssignedReplicaRouter:
     """Of which only the choice is needed."""
-    return object.__new__(GrantedReplica)
+    return object.__new__(AssignedReplicaRouter)
 
 
 async def test_a_call_is_one_message_there_and_one_back():
@@ -51,7 +51,9 @@ async def test_a_call_is_one_message_there_and_one_back():
 
 
 def test_the_replicas_that_serve_names_are_such():
-    made = object.__new__(GrantedReplica).create_replica_wrapper(replica_of("a")._replica_info)
+    made = object.__new__(AssignedReplicaRouter).create_replica_wrapper(
+        replica_of("a")._replica_info
+    )
     assert isinstance(made, UnaskedReplica) and made.replica_id.unique_id == "a"
 
 

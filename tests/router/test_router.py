@@ -19,11 +19,11 @@ from flux_ray.errors import (
 )
 from flux_ray.request import ImageRequest
 from flux_ray.router.caller import Caller
-from flux_ray.router.ledger.quota_client import Stay
+from flux_ray.router.ledger.quota_client import Reservation
 from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.quotas.quota_ledger import Allowance, Standing
+from flux_ray.router.quotas.quota_ledger import LimitStatus, QuotaLimits
 from flux_ray.router.quotas.usage import Use
 from flux_ray.router.router import Router, Terms
 from tests.conftest import news_of
@@ -43,13 +43,13 @@ async def test_the_offer_says_price_deadline_and_key(router, turns):
     (offer,) = turns.offers
     assert (offer.tier, offer.deadline_in_s) == ("tiny", pytest.approx(2.5, abs=0.5))
     assert (offer.key, offer.weight) == ("someone", 2.0)
-    fresh = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    fresh = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
     assert offer.cost_s == pytest.approx(fresh.price(REQUEST).total_s)
 
 
 async def test_it_is_priced_once(handles, turns, bill, monkeypatch):
     """However many tiers it is for, and however often it is tried."""
-    prices = CostModel({tier: Layout("cpu") for tier in ("tiny", "tiny-tp2")})
+    prices = CostModel({tier: ReplicaSpec("cpu") for tier in ("tiny", "tiny-tp2")})
     priced, price, forecast = [], prices.price, turns.forecast
 
     def count(request):
@@ -264,11 +264,11 @@ class FakeTurnstile:
         self.entries.append((entry, allowance))
         if entry.tier in self.spent:
             raise QuotaSpent("no more today", None, 1000)
-        self.stays.append(Stay(entry.use, entry.cost_s))
+        self.stays.append(Reservation(entry.use, entry.cost_s))
         yield self.stays[-1]
 
     def standing(self, key):
-        return Standing(10, 4, 3.0)
+        return LimitStatus(10, 4, 3.0)
 
     async def used_today(self, key):
         return Use(7.0, 1.0)
@@ -276,7 +276,7 @@ class FakeTurnstile:
 
 async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router, turns):
     router.turnstile = FakeTurnstile()
-    allowance = Allowance(max_concurrent=3)
+    allowance = QuotaLimits(max_concurrent=3)
     await router.generate(REQUEST, Caller("someone", allowance=allowance))
     ((entry, told),) = router.turnstile.entries
     assert (entry.request_id, entry.tier, entry.key, told) == ("id", "tiny", "someone", allowance)
@@ -285,7 +285,7 @@ async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router
 
 
 async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
-    prices = CostModel({tier: Layout("cpu") for tier in ("tiny", "tiny-tp2")})
+    prices = CostModel({tier: ReplicaSpec("cpu") for tier in ("tiny", "tiny-tp2")})
     router = Router(handles, router.turns, prices, router.bill, Terms(5))
     alias = Alias(tiers=("tiny-tp2", "tiny"))
     requests = [replace(REQUEST, tier=tier) for tier in alias.tiers]
@@ -307,11 +307,11 @@ async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
 )
 async def test_what_a_key_has_left_today(router, allowance, left):
     router.turnstile = FakeTurnstile()
-    assert await router.credits(Caller("someone", allowance=Allowance(**allowance))) == left
+    assert await router.credits(Caller("someone", allowance=QuotaLimits(**allowance))) == left
 
 
 async def test_only_who_is_limited_stands_somehow(router):
-    limited = Caller("someone", allowance=Allowance(requests_per_minute=10))
+    limited = Caller("someone", allowance=QuotaLimits(requests_per_minute=10))
     assert router.standing(limited) is None, "without a turnstile nobody counts"
     router.turnstile = FakeTurnstile()
     assert router.standing(limited) == (10, 4, 3.0)

@@ -8,19 +8,19 @@ from flux_ray.request import ImageRequest
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.quote import Quote
-from flux_ray.router.tier_choice import Candidate, in_order
+from flux_ray.router.tier_choice import TierCandidate, in_order
 
 
-def candidate(tier: str, cost_s: float, wait_s: float, **changed) -> Candidate:
+def candidate(tier: str, cost_s: float, wait_s: float, **changed) -> TierCandidate:
     request = ImageRequest("id", tier, "a ring", 128, 128, 4, 1.0, seed=7)
     is_refused = changed.pop("is_refused", False)
     gpu_seconds = changed.pop("gpu_seconds", cost_s)
     deadline_s = changed.pop("deadline_s", 10.0)
     quote = Quote(request, Cost(0.0, cost_s, 0.0), gpu_seconds)
-    return Candidate(quote, deadline_s, Forecast(wait_s, is_refused))
+    return TierCandidate(quote, deadline_s, Forecast(wait_s, is_refused))
 
 
-def chosen(candidates: list[Candidate], **alias) -> list[str]:
+def chosen(candidates: list[TierCandidate], **alias) -> list[str]:
     wanted = Alias(tiers=tuple(each.quote.tier for each in candidates), **alias)
     return [each.quote.tier for each in in_order(candidates, wanted)]
 

@@ -18,7 +18,7 @@ NOISE_MEMORY_S = 600.0
 NUM_SPARE_SLOTS = 1000
 
 
-class Demand:
+class ArrivalRate:
     """The rate of arriving work in seconds a second: replicas that would never be idle.
 
     Work comes in lumps: one request may be worth a hundred others, so that a short window alone

@@ -5,7 +5,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from flux_ray.router.autoscaling.demand import Demand
+from flux_ray.router.autoscaling.demand import ArrivalRate
 from flux_ray.router.autoscaling.state import Scaling, ScalingState, target_of
 
 logger = logging.getLogger("ray.serve")
@@ -62,7 +62,7 @@ class Scaler:
 
     def __init__(self, rules: ScalingRules) -> None:
         self._rules = rules
-        self._demand = Demand()
+        self._demand = ArrivalRate()
         # (when, replicas needed then): the largest of the last `stay_s`, in falling order.
         self._needs: deque[tuple[float, float]] = deque()
         self._began: float | None = None

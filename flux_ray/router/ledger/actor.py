@@ -18,21 +18,27 @@ from ray.serve.exceptions import RayServeException
 from flux_ray.router import handover
 from flux_ray.router.background import keep_running
 from flux_ray.router.ledger.ledger import Ledger
-from flux_ray.router.ledger.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import (
+    Backlog,
+    Decision,
+    GatewayReport,
+    ReportReply,
+    SubmitRequest,
+)
 from flux_ray.router.ledger.outbox import Outbox, Receipt
 from flux_ray.router.ledger.retries import Place
 from flux_ray.router.pricing.calibration import Snapshot, merged
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.router.quotas.quota_ledger import (
-    Allowance,
-    Allowances,
-    Denial,
-    Entry,
-    Shared,
-    Standing,
+    LimitExceeded,
+    LimitStatus,
+    QuotaLedger,
+    QuotaLimits,
+    UsageEntry,
+    UsageSync,
 )
-from flux_ray.router.quotas.usage import Row
+from flux_ray.router.quotas.usage import UsageRow
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,7 +54,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Mailbox:
+class DecisionOutbox:
     """A gateway's outbox, at which it waits."""
 
     def __init__(self) -> None:
@@ -124,8 +130,8 @@ class LedgerActor:
         self._connect = connect
         self._decides_from = time.monotonic() + rejoin_s
         self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
-        self._allowances = Allowances()
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._allowances = QuotaLedger()
+        self._mailboxes: dict[str, DecisionOutbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
@@ -141,7 +147,7 @@ class LedgerActor:
             self._accompanying = keep_running(self._companion, "what goes on beside the ledger")
 
     @ends_on_error
-    async def say(self, gateway: str, statement: Statement) -> Heard:
+    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
         """Write down a gateway's statement; what to tell it at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
@@ -153,7 +159,7 @@ class LedgerActor:
         self._deliver(decisions)
         self._spoken.set()
         positions = self._ledger.positions(gateway, statement.watched, now)
-        return Heard(unknown, tuple(told), positions)
+        return ReportReply(unknown, tuple(told), positions)
 
     @ends_on_error
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
@@ -161,7 +167,7 @@ class LedgerActor:
         return await self._mailbox(gateway).after(receipt)
 
     @ends_on_error
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone, for who has to choose among tiers."""
         now = time.monotonic()
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
@@ -186,20 +192,26 @@ class LedgerActor:
 
     @ends_on_error
     async def enter(
-        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | Standing | None:
+        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
+    ) -> LimitExceeded | LimitStatus | None:
         """Count a request against what its key may have; why not, or what is left to it."""
         return self._allowances.admit(gateway, entry, allowance, rows, time.monotonic())
 
     @ends_on_error
-    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+    async def leave(
+        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
+    ) -> None:
         """A request that was counted has ended."""
         self._allowances.leave(gateway, request_id, tier, rows)
 
     @ends_on_error
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
-    ) -> Shared:
+        self,
+        gateway: str,
+        entries: tuple[UsageEntry, ...],
+        rows: tuple[UsageRow, ...],
+        tells_all: bool,
+    ) -> UsageSync:
         """What a gateway has in hand and knows of today; what it does not know yet."""
         return self._allowances.share(gateway, entries, rows, time.monotonic(), tells_all=tells_all)
 
@@ -248,5 +260,5 @@ class LedgerActor:
         for gateway, each in decisions.items():
             self._mailbox(gateway).put(each)
 
-    def _mailbox(self, gateway: str) -> Mailbox:
-        return self._mailboxes.setdefault(gateway, Mailbox())
+    def _mailbox(self, gateway: str) -> DecisionOutbox:
+        return self._mailboxes.setdefault(gateway, DecisionOutbox())

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from flux_ray.router.ledger.messages import Offer
+from flux_ray.router.ledger.messages import SubmitRequest
 
 # Who was refused, or left, and comes back within that time asks for the same work.
 REMEMBERED_S = 600.0
@@ -22,7 +22,7 @@ class Arrivals:
         self._undone: dict[Name, deque[float]] = {}
         self._order: deque[tuple[float, Name]] = deque()
 
-    def count(self, offer: Offer, now: float, *, is_counted: bool = False) -> bool:
+    def count(self, offer: SubmitRequest, now: float, *, is_counted: bool = False) -> bool:
         """Whether the work is new; if so it is counted. `is_counted`: it was, by whoever asks."""
         self._forget(now)
         times = self._undone.get(name_of(offer))
@@ -34,7 +34,7 @@ class Arrivals:
         self._total_s[offer.tier] = self._total_s.get(offer.tier, 0.0) + offer.cost_s
         return True
 
-    def put_back(self, offer: Offer, now: float) -> None:
+    def put_back(self, offer: SubmitRequest, now: float) -> None:
         """The request has ended undone."""
         name = name_of(offer)
         self._undone.setdefault(name, deque()).append(now)
@@ -54,6 +54,6 @@ class Arrivals:
                 self._undone.pop(name, None)
 
 
-def name_of(offer: Offer) -> Name:
+def name_of(offer: SubmitRequest) -> Name:
     """Of the work."""
     return offer.tier, offer.key, offer.work or offer.cost_s

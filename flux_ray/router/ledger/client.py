@@ -12,11 +12,11 @@ from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deploye
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running
 from flux_ray.router.deadline import within
-from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
 from flux_ray.router.ledger.outbox import Receipt
-from flux_ray.router.ledger.pending import TurnBook
+from flux_ray.router.ledger.pending import PendingRequests
 from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.queue.entry import Refusal
+from flux_ray.router.queue.entry import Rejection
 from flux_ray.router.queue.forecast import Forecast
 
 logger = logging.getLogger("ray.serve")
@@ -39,13 +39,13 @@ class LedgerLost(Exception):
     """The ledger did not answer; what it was told may be lost."""
 
 
-class Line(Protocol):
+class LedgerTransport(Protocol):
     """The way to the ledger. All of it raises LedgerLost."""
 
-    async def say(self, gateway: str, statement: Statement) -> Heard:
+    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
         """Make a statement; what there is to tell at once."""
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
 
     async def places(self, name: str) -> tuple[Place, ...]:
@@ -55,7 +55,7 @@ class Line(Protocol):
         """Decisions after those of the receipt, and the receipt for them; none after a while."""
 
 
-class Turns:
+class LedgerClient:
     """All requests of this gateway that wait for a turn or have one.
 
     Two tasks of its own talk to the ledger. `cold_starts`: what a replica of a tier takes to start,
@@ -64,7 +64,7 @@ class Turns:
 
     def __init__(
         self,
-        line: Line,
+        line: LedgerTransport,
         reachable: Reachable,
         gateway: str,
         cold_starts: Mapping[str, float] = MappingProxyType({}),
@@ -73,7 +73,7 @@ class Turns:
         self._line = line
         self._reachable = reachable
         self._gateway = gateway
-        self._book = TurnBook()
+        self._book = PendingRequests()
         self._news = asyncio.Event()
         self._heard = Receipt()
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,7 +88,7 @@ class Turns:
                 keep_running(self._listen, "what hears the ledger"),
             ]
 
-    async def take(self, offer: Offer, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
         """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
@@ -127,7 +127,7 @@ class Turns:
             if waits_for == tier and not granted.done():
                 granted.set_exception(not_deployed(tier))
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone; the best where the ledger is away."""
         try:
             return await self._line.forecast(offers)
@@ -211,7 +211,7 @@ class Turns:
             self._heard = heard
 
 
-def error_for(refusal: Refusal) -> FluxError:
+def error_for(refusal: Rejection) -> FluxError:
     """When to come back, in whole seconds; or that it is of no use."""
     if math.isinf(refusal.retry_after_s):
         return DeadlineTooShort(refusal.reason)

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from flux_ray.config.tier import COLD_START_S
 from flux_ray.request import QueuePosition
 from flux_ray.router.ledger.arrivals import Arrivals
-from flux_ray.router.ledger.messages import Backlog, Decision, Offer, Statement
+from flux_ray.router.ledger.messages import Backlog, Decision, GatewayReport, SubmitRequest
 from flux_ray.router.ledger.retries import Place, Places
-from flux_ray.router.queue.entry import Refusal, Ticket
+from flux_ray.router.queue.entry import QueuedRequest, Rejection
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
 
@@ -32,9 +32,9 @@ SILENCE_S = 5.0
 POSITIONS_S = 1.0
 
 
-def ticket_of(offer: Offer, now: float) -> Ticket:
+def ticket_of(offer: SubmitRequest, now: float) -> QueuedRequest:
     """The offer on the ledger's clock."""
-    return Ticket(
+    return QueuedRequest(
         offer.ticket_id,
         offer.tier,
         offer.cost_s,
@@ -48,12 +48,12 @@ def ticket_of(offer: Offer, now: float) -> Ticket:
 
 
 @dataclass
-class Account:
+class GatewaySession:
     """A gateway as the ledger knows it: its live tickets, and the replicas that it can reach."""
 
     heard_at: float
     number: int = 0
-    offers: dict[str, Offer] = field(default_factory=dict)
+    offers: dict[str, SubmitRequest] = field(default_factory=dict)
     replicas: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ class Ledger:
     def __init__(self, new_queue: Callable[[], TierQueue]) -> None:
         self._new_queue = new_queue
         self._queues: dict[str, TierQueue] = {}
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, GatewaySession] = {}
         self._owner: dict[str, str] = {}
         self._arrivals = Arrivals()
         self._places = Places()
@@ -84,9 +84,9 @@ class Ledger:
         """Those of which anything was heard."""
         return frozenset(self._queues)
 
-    def hear(self, gateway: str, statement: Statement, now: float) -> tuple[str, ...]:
+    def hear(self, gateway: str, statement: GatewayReport, now: float) -> tuple[str, ...]:
         """Write down a statement; the tickets of `known` that nobody offered."""
-        account = self._accounts.setdefault(gateway, Account(now))
+        account = self._accounts.setdefault(gateway, GatewaySession(now))
         account.heard_at = now
         if statement.number:
             if statement.number <= account.number:
@@ -147,7 +147,7 @@ class Ledger:
         queue = self._queues[tier]
         return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
 
-    def forecast(self, offer: Offer, now: float) -> Forecast:
+    def forecast(self, offer: SubmitRequest, now: float) -> Forecast:
         """What would become of a request that is not offered yet."""
         return self._queue(offer.tier).forecast(ticket_of(offer, now), now)
 
@@ -178,7 +178,7 @@ class Ledger:
             self._queues[tier] = self._new_queue()
         return self._queues[tier]
 
-    def _enter(self, gateway: str, offer: Offer, now: float) -> None:
+    def _enter(self, gateway: str, offer: SubmitRequest, now: float) -> None:
         ticket = ticket_of(offer, now)
         self._owner[ticket.ticket_id] = gateway
         self._accounts[gateway].offers[ticket.ticket_id] = offer
@@ -199,7 +199,7 @@ class Ledger:
             place = Place(ticket_id, offer.tier, replica, retry.fingerprint, offer.seed)
             self._places.grant(retry, place)
 
-    def _refuse(self, ticket_id: str, refusal: Refusal, now: float) -> None:
+    def _refuse(self, ticket_id: str, refusal: Rejection, now: float) -> None:
         # It may have left after it gave way.
         if ticket_id in self._owner:
             self._tell(ticket_id, Decision(ticket_id, None, refusal))
@@ -208,7 +208,7 @@ class Ledger:
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)
 
-    def _follow(self, account: Account, statement: Statement, now: float) -> None:
+    def _follow(self, account: GatewaySession, statement: GatewayReport, now: float) -> None:
         """What became of tickets that were granted."""
         for ticket_id in statement.done:
             self._finish(ticket_id, now)
@@ -242,7 +242,9 @@ class Ledger:
         if offer is not None:
             self._queues[offer.tier].cancel(ticket_id, now)
 
-    def _strike_out(self, ticket_id: str, now: float, *, is_done: bool = False) -> Offer | None:
+    def _strike_out(
+        self, ticket_id: str, now: float, *, is_done: bool = False
+    ) -> SubmitRequest | None:
         """Its offer, or None if it has been struck out before."""
         gateway = self._owner.pop(ticket_id, None)
         if gateway is None:
@@ -261,7 +263,7 @@ class Ledger:
         return positions
 
     def _see_views(
-        self, account: Account, replicas: Mapping[str, tuple[str, ...]], now: float
+        self, account: GatewaySession, replicas: Mapping[str, tuple[str, ...]], now: float
     ) -> None:
         for tier, names in replicas.items():
             if account.replicas.get(tier) != frozenset(names):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.ledger.retries import Retry
-from flux_ray.router.queue.entry import Refusal
+from flux_ray.router.queue.entry import Rejection
 
 
 @dataclass(frozen=True)
-class Offer:
+class SubmitRequest:
     """A request as its gateway tells of it: clocks differ, so its deadline is so far from now.
 
     `runs_on` is the replica that it was granted before, and `cost_s` then what is left: the ledger
@@ -36,7 +36,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Statement:
+class GatewayReport:
     """What a gateway says: what came, what ended, and which replicas it can reach, by tier.
 
     `known`, now and then: all that it waits for or runs; `waiting` are those of them that wait.
@@ -45,7 +45,7 @@ class Statement:
     tier. Statements of one gateway have rising numbers; 0 is none.
     """
 
-    offers: tuple[Offer, ...] = ()
+    offers: tuple[SubmitRequest, ...] = ()
     ended: tuple[str, ...] = ()
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: frozenset[str] | None = None
@@ -62,10 +62,10 @@ class Decision(NamedTuple):
 
     ticket_id: str
     replica: str | None
-    refusal: Refusal | None = None
+    refusal: Rejection | None = None
 
 
-class Heard(NamedTuple):
+class ReportReply(NamedTuple):
     """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
 
     It is told of these again, in case that this never arrives. `positions`: of the watched tickets

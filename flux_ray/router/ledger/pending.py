@@ -5,21 +5,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
 
 Decide = Callable[[Decision], None]
 Watch = Callable[[QueuePosition], None]
 
 
 @dataclass(eq=False)
-class Turn:
+class PendingRequest:
     """A request of this gateway, from its arrival to its end.
 
     `decide` is called once, with what the ledger decided. `watch`, if anybody wants to know, hears
     where it stands while it waits.
     """
 
-    offer: Offer
+    offer: SubmitRequest
     asked_at: float
     decide: Decide
     watch: Watch | None = None
@@ -33,7 +33,7 @@ class Turn:
         left_s, known_at = self.left
         return max(0.0, left_s - (now - known_at))
 
-    def offer_at(self, now: float) -> Offer:
+    def offer_at(self, now: float) -> SubmitRequest:
         """The offer for a ledger that has never heard of it, or has been lost."""
         deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
         if self.replica is None:
@@ -46,7 +46,7 @@ class Turn:
 class News:
     """What the ledger has not been told."""
 
-    offers: list[Turn]
+    offers: list[PendingRequest]
     ended: list[str]
     done: list[str]
     moved: set[str]
@@ -66,14 +66,14 @@ def nothing() -> News:
     return News([], [], [], set())
 
 
-class TurnBook:
+class PendingRequests:
     """All requests of this gateway that wait for a turn or have one. Told the time, never waits.
 
     Make a statement; then call heard() with the reply, or missed(). One statement at a time.
     """
 
     def __init__(self) -> None:
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[str, PendingRequest] = {}
         self._news = nothing()
         self._said = nothing()
         self._number = 0
@@ -84,9 +84,11 @@ class TurnBook:
         """The ledger may have lost what it was told, or never heard it."""
         return self._tells_all
 
-    def ask(self, offer: Offer, now: float, decide: Decide, watch: Watch | None = None) -> None:
+    def ask(
+        self, offer: SubmitRequest, now: float, decide: Decide, watch: Watch | None = None
+    ) -> None:
         """A request wants its turn."""
-        turn = Turn(offer, now, decide, watch)
+        turn = PendingRequest(offer, now, decide, watch)
         self._turns[offer.ticket_id] = turn
         self._news.offers.append(turn)
 
@@ -113,7 +115,7 @@ class TurnBook:
         cold_starts: Mapping[str, float],
         *,
         is_beat: bool = False,
-    ) -> Statement:
+    ) -> GatewayReport:
         """What is new; and on a beat, or where the last was not heard, all that is known."""
         tells_all = is_beat or self._tells_all
         said, self._news = self._news, nothing()
@@ -122,7 +124,7 @@ class TurnBook:
         self._said = said
         self._number += 1
         moved = [(each, self._turns[each]) for each in sorted(said.moved) if each in self._turns]
-        news = Statement(
+        news = GatewayReport(
             tuple(turn.offer_at(now) for turn in said.offers),
             tuple(said.ended),
             replicas,
@@ -141,7 +143,7 @@ class TurnBook:
             cold_starts=cold_starts,
         )
 
-    def heard(self, reply: Heard, now: float) -> bool:
+    def heard(self, reply: ReportReply, now: float) -> bool:
         """The ledger's answer to the last statement; whether it has to be told more."""
         self._tells_all = False
         for turn in self._said.offers:

@@ -14,7 +14,7 @@ logger = logging.getLogger("ray.serve")
 PERIOD_S = 5.0
 
 
-class Exchange(Protocol):
+class PriceTransport(Protocol):
     """The way to the ledger."""
 
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
@@ -24,7 +24,7 @@ class Exchange(Protocol):
 class PriceExchange:
     """Tells the ledger of this gateway's prices, and learns those of the others."""
 
-    def __init__(self, exchange: Exchange, prices: CostModel) -> None:
+    def __init__(self, exchange: PriceTransport, prices: CostModel) -> None:
         self._exchange = exchange
         self._prices = prices
         self._task: asyncio.Task[None] | None = None

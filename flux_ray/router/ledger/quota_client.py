@@ -15,13 +15,13 @@ from flux_ray.router.deadline import within
 from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.quotas.quota_ledger import (
     UNLIMITED,
-    Allowance,
-    Denial,
-    Entry,
-    Shared,
-    Standing,
+    LimitExceeded,
+    LimitStatus,
+    QuotaLimits,
+    UsageEntry,
+    UsageSync,
 )
-from flux_ray.router.quotas.usage import Name, Row, Usage, Use
+from flux_ray.router.quotas.usage import Name, Usage, UsageRow, Use
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,20 +33,26 @@ LEAVE_S = 0.1
 LEARN_S = 1.0
 
 
-class Line(Protocol):
+class QuotaTransport(Protocol):
     """The way to the ledger. All of it raises LedgerLost."""
 
     async def enter(
-        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | Standing | None:
+        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
+    ) -> LimitExceeded | LimitStatus | None:
         """Count a request, and hear what is left to its key; or hear why not."""
 
-    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+    async def leave(
+        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
+    ) -> None:
         """It has ended."""
 
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
-    ) -> Shared:
+        self,
+        gateway: str,
+        entries: tuple[UsageEntry, ...],
+        rows: tuple[UsageRow, ...],
+        tells_all: bool,
+    ) -> UsageSync:
         """All that is in hand here, and all or what is new of what is known; what is new to it."""
 
 
@@ -54,7 +60,7 @@ def count_nowhere(tier: str, limit: str) -> None:
     """Nobody wants to know."""
 
 
-class Stay:
+class Reservation:
     """A request from its entry to its end: what it used by then."""
 
     def __init__(self, price: Use, cost_s: float) -> None:
@@ -78,7 +84,7 @@ class Stay:
         self.use = Use(self._price.gpu_seconds * share, self._price.megapixels * share)
 
 
-class Turnstile:
+class QuotaClient:
     """All requests of this gateway whose keys are limited.
 
     A task of its own tells the ledger of them, and learns what other gateways' keys used: any
@@ -86,15 +92,15 @@ class Turnstile:
     """
 
     def __init__(
-        self, line: Line, gateway: str, count: Callable[[str, str], None] = count_nowhere
+        self, line: QuotaTransport, gateway: str, count: Callable[[str, str], None] = count_nowhere
     ) -> None:
         self._line = line
         self._gateway = gateway
         self._count = count
         # Of each key, and when that was so.
-        self._standings: dict[str, tuple[Standing, float]] = {}
+        self._standings: dict[str, tuple[LimitStatus, float]] = {}
         self._has_heard = asyncio.Event()
-        self._entries: dict[tuple[str, str], Entry] = {}
+        self._entries: dict[tuple[str, str], UsageEntry] = {}
         self._usage = Usage()
         self._news: set[Name] = set()
         self._tells_all = True
@@ -103,13 +109,13 @@ class Turnstile:
 
     @asynccontextmanager
     async def entered(
-        self, entry: Entry, allowance: Allowance, within_s: float | None = None
-    ) -> AsyncIterator[Stay]:
+        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
+    ) -> AsyncIterator[Reservation]:
         """The request inside is counted; RateLimited or QuotaTooSmall if it may not be.
 
         Overloaded if the ledger does not say so within that time.
         """
-        stay = Stay(entry.use, entry.cost_s)
+        stay = Reservation(entry.use, entry.cost_s)
         if allowance == UNLIMITED:
             yield stay
             return
@@ -132,7 +138,7 @@ class Turnstile:
                 self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
             await self._leave(entry)
 
-    def standing(self, key: str) -> Standing | None:
+    def standing(self, key: str) -> LimitStatus | None:
         """What is left to the key by what the ledger last said here; None if it said nothing."""
         if key not in self._standings:
             return None
@@ -168,7 +174,7 @@ class Turnstile:
         self._has_heard.set()
         self._tells_all = shared.tell_all
 
-    async def _enter(self, entry: Entry, allowance: Allowance) -> None:
+    async def _enter(self, entry: UsageEntry, allowance: QuotaLimits) -> None:
         while True:
             try:
                 rows = self._usage.rows_of(entry.key)
@@ -178,7 +184,7 @@ class Turnstile:
                 # As for its turn, it waits: unless it is counted it may not be served.
                 logger.warning("request %s is not counted yet: %s", entry.request_id, error)
                 await asyncio.sleep(AGAIN_S)
-        if isinstance(answer, Denial):
+        if isinstance(answer, LimitExceeded):
             self._count(entry.tier, answer.name)
             raise error_for(answer)
         if answer is None:
@@ -187,7 +193,7 @@ class Turnstile:
         else:
             self._standings[entry.key] = (answer, time.monotonic())
 
-    async def _leave(self, entry: Entry) -> None:
+    async def _leave(self, entry: UsageEntry) -> None:
         """In an empty context: Ray would cancel it with the request."""
         rows = self._usage.rows_of(entry.key)
         task = asyncio.get_running_loop().create_task(
@@ -198,7 +204,7 @@ class Turnstile:
         task.add_done_callback(self._leaving.discard)
         await asyncio.wait((task,), timeout=LEAVE_S)
 
-    async def _tell_of_leaving(self, entry: Entry, rows: tuple[Row, ...]) -> None:
+    async def _tell_of_leaving(self, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         try:
             await self._line.leave(self._gateway, entry.request_id, entry.tier, rows)
         except LedgerLost as error:
@@ -221,7 +227,7 @@ class Turnstile:
             await asyncio.sleep(PERIOD_S)
 
 
-def error_for(denial: Denial) -> FluxError:
+def error_for(denial: LimitExceeded) -> FluxError:
     """When to come back, in whole seconds; or that it is of no use."""
     if math.isinf(denial.retry_after_s):
         return QuotaTooSmall(denial.reason)

@@ -16,13 +16,25 @@ from flux_ray.request import PROTOCOL
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
 from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
 from flux_ray.router.ledger.hung_replicas import watch_replicas
-from flux_ray.router.ledger.messages import Backlog, Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import (
+    Backlog,
+    Decision,
+    GatewayReport,
+    ReportReply,
+    SubmitRequest,
+)
 from flux_ray.router.ledger.outbox import Receipt
 from flux_ray.router.ledger.retries import Place
 from flux_ray.router.pricing.calibration import Snapshot
 from flux_ray.router.queue.forecast import Forecast
-from flux_ray.router.quotas.quota_ledger import Allowance, Denial, Entry, Shared, Standing
-from flux_ray.router.quotas.usage import Row
+from flux_ray.router.quotas.quota_ledger import (
+    LimitExceeded,
+    LimitStatus,
+    QuotaLimits,
+    UsageEntry,
+    UsageSync,
+)
+from flux_ray.router.quotas.usage import UsageRow
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,9 +84,9 @@ class RemoteLedger:
         since_s = self._failing_since_s
         return since_s is None or self._clock() - since_s < LOST_S
 
-    async def say(self, gateway: str, statement: Statement) -> Heard:
+    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
         """Make a statement."""
-        heard: Heard = await self._call(ANSWER_S, "say", gateway, statement)
+        heard: ReportReply = await self._call(ANSWER_S, "say", gateway, statement)
         return heard
 
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
@@ -84,7 +96,7 @@ class RemoteLedger:
         )
         return news
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """What would become of each of them alone."""
         forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
         return forecasts
@@ -105,23 +117,29 @@ class RemoteLedger:
         return known
 
     async def enter(
-        self, gateway: str, entry: Entry, allowance: Allowance, rows: tuple[Row, ...]
-    ) -> Denial | Standing | None:
+        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
+    ) -> LimitExceeded | LimitStatus | None:
         """Count a request; why not, or what is left to its key."""
-        answer: Denial | Standing | None = await self._call(
+        answer: LimitExceeded | LimitStatus | None = await self._call(
             ANSWER_S, "enter", gateway, entry, allowance, rows
         )
         return answer
 
-    async def leave(self, gateway: str, request_id: str, tier: str, rows: tuple[Row, ...]) -> None:
+    async def leave(
+        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
+    ) -> None:
         """It has ended."""
         await self._call(ANSWER_S, "leave", gateway, request_id, tier, rows)
 
     async def share_usage(
-        self, gateway: str, entries: tuple[Entry, ...], rows: tuple[Row, ...], tells_all: bool
-    ) -> Shared:
+        self,
+        gateway: str,
+        entries: tuple[UsageEntry, ...],
+        rows: tuple[UsageRow, ...],
+        tells_all: bool,
+    ) -> UsageSync:
         """What is in hand and known here; what is known elsewhere."""
-        shared: Shared = await self._call(
+        shared: UsageSync = await self._call(
             ANSWER_S, "share_usage", gateway, entries, rows, tells_all
         )
         return shared

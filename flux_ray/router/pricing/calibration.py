@@ -55,7 +55,7 @@ class Ratio(NamedTuple):
     value: float
 
 
-class Row(NamedTuple):
+class CalibrationRow(NamedTuple):
     """One window of one tier in one layout: plain numbers and words."""
 
     tier: str
@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 # What gateways share and what outlives them; `restore` also takes it as JSON gives it back.
-Snapshot = tuple[Row, ...]
+Snapshot = tuple[CalibrationRow, ...]
 
 
 def bucket_of(size: int) -> int:
@@ -84,11 +84,11 @@ def newest(ratios: Iterable[Ratio]) -> tuple[Ratio, ...]:
 def merged(*snapshots: Snapshot) -> Snapshot:
     """What several gateways know, as one."""
     windows: dict[tuple[str, str, str, int], tuple[Ratio, ...]] = {}
-    for row in (Row(*row) for snapshot in snapshots for row in snapshot):
+    for row in (CalibrationRow(*row) for snapshot in snapshots for row in snapshot):
         key = (row.tier, row.layout, row.stage, row.bucket)
         ratios = (Ratio(*ratio) for ratio in row.ratios)
         windows[key] = newest((*windows.get(key, ()), *ratios))
-    return tuple(Row(*key, ratios) for key, ratios in sorted(windows.items()))
+    return tuple(CalibrationRow(*key, ratios) for key, ratios in sorted(windows.items()))
 
 
 class Calibration:

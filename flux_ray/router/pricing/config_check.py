@@ -2,7 +2,7 @@
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
-from flux_ray.router.pricing.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 
 
 def check_possible(args: GatewayArgs) -> None:
@@ -24,7 +24,7 @@ def check_possible(args: GatewayArgs) -> None:
 
 def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card: str) -> None:
     """It suffices for a default picture of one of the tiers; quantized, that may be half."""
-    least_s = min(default_s(tier, Layout(card)) for tier in tiers)
+    least_s = min(default_s(tier, ReplicaSpec(card)) for tier in tiers)
     if max_gpu_seconds < least_s / 2:
         raise ValueError(
             f"aliases.{name}.max_gpu_seconds: {max_gpu_seconds:g} is impossible: a default picture"
@@ -35,7 +35,7 @@ def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card:
 def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: str) -> None:
     """It suffices for a default picture of one of the tiers."""
     # The fastest that eight cards make of any tier: split by tokens, with weights of a byte.
-    layout = Layout(card, tensor=2, sequence=4, quantization="fp8", encoder_quantization="fp8")
+    layout = ReplicaSpec(card, tensor=2, sequence=4, quantization="fp8", encoder_quantization="fp8")
     least_s = min(default_s(tier, layout) for tier in tiers)
     if deadline_s < least_s:
         raise ValueError(
@@ -44,7 +44,9 @@ def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: st
         )
 
 
-def default_s(tier: str, layout: Layout) -> float:
+def default_s(tier: str, layout: ReplicaSpec) -> float:
     """Seconds of a replica for a tier's default picture."""
     row = tier_for(tier)
-    return price(Work(tier, row.default_side, row.default_side, row.num_steps), layout).total_s
+    return price(
+        RequestShape(tier, row.default_side, row.default_side, row.num_steps), layout
+    ).total_s

@@ -23,7 +23,7 @@ NUM_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
-class Layout:
+class ReplicaSpec:
     """How one replica of a tier is laid out; `card` is `cpu` for this machine's processor.
 
     Ranks on a processor have `num_threads` each.
@@ -40,7 +40,7 @@ class Layout:
     has_cache: bool = True
 
     @classmethod
-    def of(cls, args: TierArgs, card: str) -> "Layout":
+    def of(cls, args: TierArgs, card: str) -> "ReplicaSpec":
         """Of a tier's args on cards of that name; ValueError names the cards there are."""
         card = PROCESSOR if args.device == "cpu" else card
         speed_for(card)
@@ -63,7 +63,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Work:
+class RequestShape:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
     `is_masked`: a part of a picture is drawn, the first reference. `num_previews` is of each
@@ -121,10 +121,10 @@ class Cost:
         return self.encode_s + self.denoise_s + self.decode_s
 
 
-def work_of(request: ImageRequest) -> Work:
+def work_of(request: ImageRequest) -> RequestShape:
     """The work that a request makes for its tier."""
     limit = tier_for(request.tier).max_reference_pixels
-    return Work(
+    return RequestShape(
         request.tier,
         request.width,
         request.height,
@@ -137,7 +137,7 @@ def work_of(request: ImageRequest) -> Work:
 
 
 @lru_cache(NUM_REMEMBERED)
-def price(work: Work, layout: Layout) -> Cost:
+def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
     """The seconds of a request on one replica that has nothing else to do."""
     roofline = roofline_of(layout)
     return Cost(
@@ -147,18 +147,18 @@ def price(work: Work, layout: Layout) -> Cost:
     )
 
 
-def roofline_of(layout: Layout) -> Roofline:
+def roofline_of(layout: ReplicaSpec) -> Roofline:
     """Of one of its cards."""
     return Roofline(speed_for(layout.card), layout.num_threads, DTYPE_BYTES[layout.dtype])
 
 
-def encode_parts_s(work: Work, layout: Layout) -> tuple[float, float]:
+def encode_parts_s(work: RequestShape, layout: ReplicaSpec) -> tuple[float, float]:
     """The prompt, and the references with the pictures' noise."""
     roofline = roofline_of(layout)
     return prompt_s(work, layout, roofline), references_s(work, roofline)
 
 
-def step_s(work: Work, layout: Layout, roofline: Roofline) -> float:
+def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
     """One denoise step of one picture."""
     model = WORKLOADS[work.tier].transformer
     split = Split(layout.tensor, layout.sequence, layout.quantization)
@@ -180,7 +180,7 @@ def step_s(work: Work, layout: Layout, roofline: Roofline) -> float:
     return roofline.launched_s(seconds + roofline.exchanges_s(exchange, split), model.num_blocks)
 
 
-def prompt_s(work: Work, layout: Layout, roofline: Roofline) -> float:
+def prompt_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
     """The prompt in the text encoder, wherever that is."""
     model, length = WORKLOADS[work.tier].text_encoder, tier_for(work.tier).text_length
     split = Split(encoder_ranks(layout, model.num_heads), 1, layout.encoder_quantization)
@@ -195,7 +195,7 @@ def prompt_s(work: Work, layout: Layout, roofline: Roofline) -> float:
     return roofline.launched_s(seconds + roofline.exchanges_s(exchange, split), model.num_layers)
 
 
-def encoder_ranks(layout: Layout, num_heads: int) -> int:
+def encoder_ranks(layout: ReplicaSpec, num_heads: int) -> int:
     """Over how many ranks the text encoder is split, as its loader decides."""
     if layout.is_encoder_shared:
         return 1
@@ -203,7 +203,7 @@ def encoder_ranks(layout: Layout, num_heads: int) -> int:
     return layout.tensor if is_whole else layout.num_ranks
 
 
-def references_s(work: Work, roofline: Roofline) -> float:
+def references_s(work: RequestShape, roofline: Roofline) -> float:
     """The references in the VAE, one by one on every rank, and each picture's noise."""
     vae = WORKLOADS[work.tier].vae
     each = (
@@ -213,7 +213,7 @@ def references_s(work: Work, roofline: Roofline) -> float:
     return sum(each) + work.num_images * roofline.speed.block_s
 
 
-def edit_s(work: Work, roofline: Roofline) -> float:
+def edit_s(work: RequestShape, roofline: Roofline) -> float:
     """The picture under a mask in the VAE, where it is no reference as it is."""
     if not work.is_encoded_apart:
         return 0.0
@@ -221,7 +221,7 @@ def edit_s(work: Work, roofline: Roofline) -> float:
     return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)
 
 
-def picture_s(work: Work, roofline: Roofline) -> float:
+def picture_s(work: RequestShape, roofline: Roofline) -> float:
     """One picture through the VAE on one rank."""
     flops = WORKLOADS[work.tier].vae.decode_flops(work.width, work.height)
     return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)

@@ -11,19 +11,26 @@ from flux_ray.request import ImageRequest, StageTimes
 from flux_ray.router.pricing.calibration import (
     NUM_BUCKETS,
     Calibration,
+    CalibrationRow,
     Observation,
     Ratio,
-    Row,
     Snapshot,
     Stage,
     merged,
 )
-from flux_ray.router.pricing.cost import Cost, Layout, Work, encode_parts_s, price, work_of
+from flux_ray.router.pricing.cost import (
+    Cost,
+    ReplicaSpec,
+    RequestShape,
+    encode_parts_s,
+    price,
+    work_of,
+)
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-def sizes_of(work: Work) -> dict[Stage, int]:
+def sizes_of(work: RequestShape) -> dict[Stage, int]:
     """What each stage's time goes by."""
     return {
         "encode": work.encoded_pixels,
@@ -32,7 +39,7 @@ def sizes_of(work: Work) -> dict[Stage, int]:
     }
 
 
-def num_rounds(work: Work) -> dict[Stage, int]:
+def num_rounds(work: RequestShape) -> dict[Stage, int]:
     """How often a request goes through each stage: once, a step of an image, a picture of it.
 
     What is learned is of one round, so that neither steps nor images come into it.
@@ -52,15 +59,17 @@ class CostModel:
     """
 
     def __init__(
-        self, layouts: Mapping[str, Layout], clock: Callable[[], float] = time.time
+        self, layouts: Mapping[str, ReplicaSpec], clock: Callable[[], float] = time.time
     ) -> None:
         self.layouts = dict(layouts)
         self._clock = clock
         # Of the layouts that a tier has, or had: what was measured in one says nothing of another.
-        self._named: dict[tuple[str, str], Layout] = {}
-        self._learned: defaultdict[tuple[str, Layout, str], Calibration] = defaultdict(Calibration)
+        self._named: dict[tuple[str, str], ReplicaSpec] = {}
+        self._learned: defaultdict[tuple[str, ReplicaSpec, str], Calibration] = defaultdict(
+            Calibration
+        )
 
-    def lay_out(self, tier: str, layout: Layout, name: str = "") -> None:
+    def lay_out(self, tier: str, layout: ReplicaSpec, name: str = "") -> None:
         """Price the tier's requests by this layout from now on; its results call it `name`."""
         self.layouts[tier] = layout
         if name:
@@ -70,7 +79,7 @@ class CostModel:
         """Seconds of one replica; TierUnavailable for a tier that is not served here."""
         return self.price_work(work_of(request))
 
-    def price_work(self, work: Work) -> Cost:
+    def price_work(self, work: RequestShape) -> Cost:
         """The same, of what is known of a request without its prompt and pictures."""
         if work.tier not in self.layouts:
             raise TierUnavailable(f"{work.tier} is not served here", "model")
@@ -102,7 +111,9 @@ class CostModel:
         """
         return self.learn_work(work_of(request), times, name)
 
-    def learn_work(self, work: Work, times: StageTimes, name: str = "") -> tuple[Observation, ...]:
+    def learn_work(
+        self, work: RequestShape, times: StageTimes, name: str = ""
+    ) -> tuple[Observation, ...]:
         """The same. A stage that took no time, or no number of seconds, teaches nothing.
 
         Nor does encoding what a replica knew.
@@ -124,7 +135,7 @@ class CostModel:
         """All that was learned, as plain values that JSON takes."""
         return merged(
             tuple(
-                Row(tier, repr(layout), stage, bucket, window)
+                CalibrationRow(tier, repr(layout), stage, bucket, window)
                 for (tier, layout, stage), calibration in self._learned.items()
                 for bucket, window in calibration.windows.items()
             )
@@ -138,14 +149,14 @@ class CostModel:
         """
         layouts = {(tier, repr(layout)): layout for tier, layout in self.layouts.items()}
         layouts |= {(tier, repr(layout)): layout for (tier, _), layout in self._named.items()}
-        for row in (Row(*row) for row in snapshot):
+        for row in (CalibrationRow(*row) for row in snapshot):
             layout = layouts.get((row.tier, row.layout))
             if layout is not None and row.stage in STAGES and 0 <= row.bucket < NUM_BUCKETS:
                 ratios = (Ratio(*ratio) for ratio in row.ratios)
                 calibration = self._learned[row.tier, layout, row.stage]
                 calibration.merge(row.bucket, (each for each in ratios if is_time(each.value)))
 
-    def _price_in(self, layout: Layout, work: Work) -> Cost:
+    def _price_in(self, layout: ReplicaSpec, work: RequestShape) -> Cost:
         prior, sizes = price(work, layout), sizes_of(work)
         ratios = {
             stage: self._learned[work.tier, layout, stage].ratio(sizes[stage]) for stage in STAGES
@@ -157,7 +168,7 @@ class CostModel:
         )
 
     def _observations(
-        self, layout: Layout, work: Work, times: StageTimes
+        self, layout: ReplicaSpec, work: RequestShape, times: StageTimes
     ) -> tuple[Observation, ...]:
         prior, predicted = price(work, layout), self._price_in(layout, work)
         sizes, rounds = sizes_of(work), num_rounds(work)

@@ -8,7 +8,7 @@ from operator import attrgetter
 from flux_ray.router.queue.forecast import (
     NEVER,
     SAME_S,
-    Waiting,
+    QueueEntry,
     capacity_curve,
     free_times,
     level,
@@ -22,13 +22,13 @@ MAX_PLAYED = 64
 # Larger tickets that are tried in the newcomer's stead.
 MAX_TRIED = 8
 
-Line = SortedSums[Waiting]
+Line = SortedSums[QueueEntry]
 key_of = attrgetter("key")
 
 
 def give_way(
-    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
-) -> list[Waiting]:
+    new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> list[QueueEntry]:
     """Those who must leave so that `new` can join the line behind `ahead`; maybe itself, alone.
 
     Nobody, if everyone still starts in time. Otherwise the longest ticket without which everyone
@@ -43,7 +43,7 @@ def give_way(
     queued = list(line)
     late_anyway = frozenset(_late(queued, free, frozenset()))
     queued.insert(bisect_left(queued, new.key, key=key_of), new)
-    leaving: list[Waiting] = []
+    leaving: list[QueueEntry] = []
     while late := _late(queued, free, late_anyway):
         head = queued[: queued.index(late[0]) + 1]
         victim = _victim(head, new, free, late_anyway)
@@ -54,7 +54,7 @@ def give_way(
     return leaving
 
 
-def wait_of(new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float) -> float:
+def wait_of(new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float) -> float:
     """Seconds until `new` would begin, if it joined the line behind `ahead`."""
     num_before, before_s = line.before(new.key)
     num_before += sum(len(other) for other in ahead)
@@ -69,8 +69,8 @@ def wait_of(new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: 
 
 
 def _late(
-    queued: list[Waiting], free: list[float], late_anyway: frozenset[Waiting]
-) -> list[Waiting]:
+    queued: list[QueueEntry], free: list[float], late_anyway: frozenset[QueueEntry]
+) -> list[QueueEntry]:
     starts = play(queued, free.copy())
     return [
         waiting
@@ -80,8 +80,8 @@ def _late(
 
 
 def _victim(
-    head: list[Waiting], new: Waiting, free: list[float], late_anyway: frozenset[Waiting]
-) -> Waiting:
+    head: list[QueueEntry], new: QueueEntry, free: list[float], late_anyway: frozenset[QueueEntry]
+) -> QueueEntry:
     longer = [waiting for waiting in head if waiting.ticket.cost_s > new.ticket.cost_s]
     longer.sort(key=lambda waiting: waiting.ticket.cost_s, reverse=True)
     for candidate in longer[:MAX_TRIED]:
@@ -92,8 +92,8 @@ def _victim(
 
 
 def _give_way_in_fluid(
-    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
-) -> list[Waiting]:
+    new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> list[QueueEntry]:
     crowded = _first_crowded(new, ahead, line, slots, now)
     if crowded is None:
         return []
@@ -104,8 +104,8 @@ def _give_way_in_fluid(
 
 
 def _first_crowded(
-    new: Waiting, ahead: Sequence[Line], line: Line, slots: Slots, now: float
-) -> Waiting | None:
+    new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
+) -> QueueEntry | None:
     """Who first would start too late; looked at are the newcomer and the end of each block."""
     before_s = sum(other.total for other in ahead)
     curve = capacity_curve(slots, now)

@@ -2,19 +2,19 @@
 
 from collections import OrderedDict
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 
 MAX_NAMES = 50_000
 MAX_HOLDERS = 16
 
 
-class Caches:
+class CacheDirectory:
     """A guess from the grants; the least recently granted names are forgotten."""
 
     def __init__(self) -> None:
         self._holders: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
 
-    def note(self, ticket: Ticket, replica: str) -> None:
+    def note(self, ticket: QueuedRequest, replica: str) -> None:
         """The ticket went there."""
         for name, _ in ticket.affinity:
             holders = self._holders.setdefault(name, OrderedDict())
@@ -26,7 +26,7 @@ class Caches:
         while len(self._holders) > MAX_NAMES:
             self._holders.popitem(last=False)
 
-    def savings(self, ticket: Ticket) -> dict[str, float]:
+    def savings(self, ticket: QueuedRequest) -> dict[str, float]:
         """Seconds saved, by replica."""
         saved_s: dict[str, float] = {}
         for name, seconds in ticket.affinity:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class QueuedRequest:
     """A request as the queue sees it.
 
     `cost_s` is its price: GPU seconds on one replica of the tier, which is also its unloaded
@@ -27,7 +27,7 @@ class Ticket:
     is_job: bool = False
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """Why not, and after how many seconds the same request would be taken if nobody else came.
 
     `retry_after_s` is infinite where no waiting helps: the deadline is shorter than the work.
@@ -37,15 +37,15 @@ class Refusal(NamedTuple):
     retry_after_s: float
 
 
-class Grant(NamedTuple):
+class Assignment(NamedTuple):
     """The ticket's turn has come, on this replica."""
 
-    ticket: Ticket
+    ticket: QueuedRequest
     replica: str
 
 
-class Refused(NamedTuple):
+class RejectedEntry(NamedTuple):
     """A ticket that had been waiting, and waits no more."""
 
-    ticket: Ticket
-    refusal: Refusal
+    ticket: QueuedRequest
+    refusal: Rejection

@@ -9,7 +9,7 @@ HOPED_DEVIATIONS = 1.5
 LEAST_SHARE = 0.3
 
 
-class Spread:
+class EstimateError:
     """Mean and deviation of the logarithm of seconds taken over seconds estimated.
 
     Whoever cannot be in time by the estimate may be so in truth. While estimates are exact, nobody

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.slots import Slots
 from flux_ray.router.queue.sums import Key
 
@@ -26,10 +26,10 @@ class Forecast(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class QueueEntry:
     """A ticket in line, which `due` orders. After `latest_start` it is hopeless."""
 
-    ticket: Ticket
+    ticket: QueuedRequest
     due: float
     latest_start: float
     number: int
@@ -50,7 +50,7 @@ def free_times(slots: Slots, num: int, now: float) -> list[float]:
     return times
 
 
-def play(line: Iterable[Waiting], free: list[float]) -> list[float]:
+def play(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
     """When each of the line will start, in its order, on slots that are free then.
 
     NEVER for one that would be refused at its turn. `free` is a heap with at least one time, and is

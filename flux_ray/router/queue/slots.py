@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.sums import SortedSums
 
 free_at_of = attrgetter("free_at")
@@ -26,7 +26,7 @@ class Slot:
     number: int
     free_at: float = 0.0
     begun_at: float = 0.0
-    tickets: list[Ticket] = field(default_factory=list)
+    tickets: list[QueuedRequest] = field(default_factory=list)
     is_expected: bool = False
     is_leaving: bool = False
     entry: int = -1
@@ -125,7 +125,7 @@ class Slots:
         if any(slot.tickets for slot in slots):
             self._leaving[name] = slots
 
-    def lose(self, name: str) -> list[Ticket]:
+    def lose(self, name: str) -> list[QueuedRequest]:
         """It is gone; what it had been given and has not done."""
         slots = [*self._leaving.pop(name, ()), *self._pop(name)]
         lost = [ticket for slot in slots for ticket in slot.tickets]
@@ -157,7 +157,7 @@ class Slots:
                 best, best_s = min(free, key=free_at_of), worth_s
         return best
 
-    def adopt(self, name: str, ticket: Ticket, now: float) -> None:
+    def adopt(self, name: str, ticket: QueuedRequest, now: float) -> None:
         """The replica runs this ticket already; if it is not known to be up, it may come to be."""
         if name in self._replicas and name not in self._expected:
             slots = self._replicas[name]
@@ -172,7 +172,7 @@ class Slots:
         slot.tickets.append(ticket)
         self._by_ticket[ticket.ticket_id] = slot
 
-    def start(self, slot: Slot, ticket: Ticket, now: float) -> None:
+    def start(self, slot: Slot, ticket: QueuedRequest, now: float) -> None:
         """The ticket is granted to this slot."""
         begin = now
         if not slot.tickets:

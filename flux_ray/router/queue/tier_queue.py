@@ -6,14 +6,14 @@ from itertools import count
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.queue.admission import MAX_PLAYED, Line, give_way, wait_of
-from flux_ray.router.queue.cache_directory import Caches
-from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
-from flux_ray.router.queue.estimate_error import Spread
+from flux_ray.router.queue.cache_directory import CacheDirectory
+from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
+from flux_ray.router.queue.estimate_error import EstimateError
 from flux_ray.router.queue.forecast import (
     NEVER,
     SAME_S,
     Forecast,
-    Waiting,
+    QueueEntry,
     capacity_curve,
     free_times,
     level,
@@ -61,15 +61,15 @@ class TierQueue:
         self._max_waiting_s = max_waiting_s
         self._slots = Slots(slots_per_replica, lead_s)
         self._shares = Shares(share_window_s)
-        self._spread = Spread()
-        self._caches = Caches()
+        self._spread = EstimateError()
+        self._caches = CacheDirectory()
         # Keys within their share: people, jobs; then keys that are over it: people, jobs.
         self._lines: tuple[Line, ...] = tuple(SortedSums() for _ in range(4))
-        self._places: dict[str, tuple[int, Waiting]] = {}
+        self._places: dict[str, tuple[int, QueueEntry]] = {}
         # By latest start; those that have left the line are passed over.
         self._ends: list[tuple[float, int, str]] = []
         self._of_key: dict[str, dict[str, None]] = {}
-        self._gave_way: list[Refused] = []
+        self._gave_way: list[RejectedEntry] = []
         self._numbers = count()
         # When somebody last asked for a replica while none was up.
         self._hoped_at = -NEVER
@@ -87,12 +87,12 @@ class TierQueue:
 
     def set_replicas(
         self, names: Iterable[str], now: float, draining: Iterable[str] = ()
-    ) -> list[Ticket]:
+    ) -> list[QueuedRequest]:
         """These are up, and those finish what they run; returned is what vanished ones had."""
         wanted = frozenset(names)
         for name in draining:
             self.drain_replica(name, now)
-        lost: list[Ticket] = []
+        lost: list[QueuedRequest] = []
         for name in sorted(self._slots.names - wanted):
             lost += self.lose_replica(name, now)
         for name in sorted(wanted):
@@ -111,7 +111,7 @@ class TierQueue:
         """Nothing more goes there; what it runs goes on."""
         self._slots.drain(name)
 
-    def lose_replica(self, name: str, now: float) -> list[Ticket]:
+    def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """It is gone. What it had been given is returned, and forgotten here."""
         return self._slots.lose(name)
 
@@ -119,7 +119,7 @@ class TierQueue:
         """The replica that a ticket was granted; None if it waits or is not here."""
         return self._slots.replica_of(ticket_id)
 
-    def offer(self, ticket: Ticket, now: float, *, is_new: bool = True) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest, now: float, *, is_new: bool = True) -> Rejection | None:
         """A ticket arrives; None if it is taken in. ValueError if one of that id is here.
 
         `is_new`: its work was never asked for before; only then it counts towards its key's share.
@@ -131,7 +131,7 @@ class TierQueue:
             self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
         self._review_shares(now)
         if slack_s < -SAME_S:
-            return Refusal("the deadline is shorter than the work", NEVER)
+            return Rejection("the deadline is shorter than the work", NEVER)
         self._hope(now)
         new, place = self._newcomer(ticket, slack_s, now)
         reason = self._objection(new, place, now)
@@ -139,9 +139,9 @@ class TierQueue:
             self._enter(new, place)
             self._note_end(new)
             return None
-        return Refusal(reason, self._retry_after_s(new, place, now))
+        return Rejection(reason, self._retry_after_s(new, place, now))
 
-    def forecast(self, ticket: Ticket, now: float) -> Forecast:
+    def forecast(self, ticket: QueuedRequest, now: float) -> Forecast:
         """What offer() would say, and when its turn would come; nothing changes."""
         slack_s = self._slack_s(ticket, now)
         had_hope, hoped_at = self._slots.is_hoping, self._hoped_at
@@ -168,7 +168,7 @@ class TierQueue:
                 positions[ticket.ticket_id] = QueuePosition(len(positions), done_s)
         return positions
 
-    def adopt(self, ticket: Ticket, replica: str, now: float) -> None:
+    def adopt(self, ticket: QueuedRequest, replica: str, now: float) -> None:
         """The replica runs this ticket already, whether that is known to be up or not.
 
         `cost_s` is what is left of it. Nothing changes if it is known to be granted.
@@ -178,12 +178,12 @@ class TierQueue:
         if not self._slots.holds(ticket.ticket_id):
             self._slots.adopt(replica, ticket, now)
 
-    def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
+    def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """Whose turn it is now and on which replica; and who has waited in vain."""
         refused, self._gave_way = self._gave_way, []
         while (waiting := self._next_end()) is not None and waiting.latest_start < now - SAME_S:
             self._dismiss(waiting, "its deadline can no longer be met", refused, now)
-        grants: list[Grant] = []
+        grants: list[Assignment] = []
         for line in self._lines:
             while (first := line.first()) is not None and self._slots.can_take(now):
                 self._hand_over(first, grants, refused, now)
@@ -225,7 +225,7 @@ class TierQueue:
         """GPU seconds granted and not done, as far as is known."""
         return self._slots.running_s(now)
 
-    def _slack_s(self, ticket: Ticket, now: float) -> float:
+    def _slack_s(self, ticket: QueuedRequest, now: float) -> float:
         """How long it can wait."""
         slack_s = ticket.deadline - ticket.cost_s - now
         if slack_s >= 0:
@@ -233,14 +233,16 @@ class TierQueue:
         # Too late by the estimate: not so if that is wrong as often as others were.
         return ticket.deadline - ticket.cost_s * self._spread.least_share - now
 
-    def _newcomer(self, ticket: Ticket, slack_s: float, now: float) -> tuple[Waiting, int]:
+    def _newcomer(
+        self, ticket: QueuedRequest, slack_s: float, now: float
+    ) -> tuple[QueueEntry, int]:
         """It, and the line for it."""
         latest_start = now + slack_s
         # The longer of two that are in no hurry must not go first only for being longer.
         due = latest_start if ticket.has_deadline else ticket.deadline
-        return Waiting(ticket, due, latest_start, next(self._numbers)), self._place_for(ticket)
+        return QueueEntry(ticket, due, latest_start, next(self._numbers)), self._place_for(ticket)
 
-    def _place_for(self, ticket: Ticket) -> int:
+    def _place_for(self, ticket: QueuedRequest) -> int:
         return 2 * (ticket.key in self._shares.over) + ticket.is_job
 
     def _hope(self, now: float) -> None:
@@ -254,7 +256,7 @@ class TierQueue:
         elif self._slots.hoped_for_at < now:
             self._slots.hope(now + OVERDUE_SHARE * self.cold_start_s)
 
-    def _forecast(self, new: Waiting, place: int, now: float) -> Forecast:
+    def _forecast(self, new: QueueEntry, place: int, now: float) -> Forecast:
         ahead, line = self._lines[:place], self._lines[place]
         wait_s = 0.0
         if self._is_anybody_before(place) or not self._slots.can_take(now):
@@ -266,7 +268,7 @@ class TierQueue:
     def _is_anybody_before(self, place: int) -> bool:
         return any(self._lines[: place + 1])
 
-    def _objection(self, new: Waiting, place: int, now: float) -> str | None:
+    def _objection(self, new: QueueEntry, place: int, now: float) -> str | None:
         if not self._is_anybody_before(place) and self._slots.can_take(now):
             return None
         if self.waiting_s(now) + new.ticket.cost_s > self._max_waiting_s:
@@ -281,7 +283,11 @@ class TierQueue:
         return None
 
     def _hand_over(
-        self, waiting: Waiting, grants: list[Grant], refused: list[Refused], now: float
+        self,
+        waiting: QueueEntry,
+        grants: list[Assignment],
+        refused: list[RejectedEntry],
+        now: float,
     ) -> None:
         ticket = waiting.ticket
         preferred = self._caches.savings(ticket).items() if ticket.affinity else ()
@@ -292,14 +298,16 @@ class TierQueue:
         self._leave(ticket.ticket_id)
         self._slots.start(slot, ticket, now)
         self._caches.note(ticket, slot.replica)
-        grants.append(Grant(ticket, slot.replica))
+        grants.append(Assignment(ticket, slot.replica))
 
-    def _dismiss(self, waiting: Waiting, reason: str, refused: list[Refused], now: float) -> None:
+    def _dismiss(
+        self, waiting: QueueEntry, reason: str, refused: list[RejectedEntry], now: float
+    ) -> None:
         self._leave(waiting.ticket.ticket_id)
         retry_after_s = self._retry_after_s(waiting, self._place_for(waiting.ticket), now)
-        refused.append(Refused(waiting.ticket, Refusal(reason, retry_after_s)))
+        refused.append(RejectedEntry(waiting.ticket, Rejection(reason, retry_after_s)))
 
-    def _retry_after_s(self, waiting: Waiting, place: int, now: float) -> float:
+    def _retry_after_s(self, waiting: QueueEntry, place: int, now: float) -> float:
         """After how long it would be taken in, with as much time as now, if nobody else came."""
         self._hope(now)
         slack_s = max(waiting.latest_start - now, 0.0)
@@ -316,11 +324,11 @@ class TierQueue:
             begun = now
         return max(begun - now, free - slack_s - now, 0.0) + 2 * SAME_S
 
-    def _would_be_last(self, waiting: Waiting, place: int) -> bool:
+    def _would_be_last(self, waiting: QueueEntry, place: int) -> bool:
         line = self._lines[place]
         return line.before(waiting.key)[0] == len(line) and not any(self._lines[place + 1 :])
 
-    def _next_end(self) -> Waiting | None:
+    def _next_end(self) -> QueueEntry | None:
         """The waiting ticket that is hopeless first."""
         while self._ends:
             _, number, ticket_id = self._ends[0]
@@ -330,7 +338,7 @@ class TierQueue:
             heapq.heappop(self._ends)
         return None
 
-    def _note_end(self, waiting: Waiting) -> None:
+    def _note_end(self, waiting: QueueEntry) -> None:
         if len(self._ends) > 2 * len(self._places) + 64:
             kept = (waiting for _, waiting in self._places.values())
             self._ends = [(each.latest_start, each.number, each.ticket.ticket_id) for each in kept]
@@ -339,7 +347,7 @@ class TierQueue:
             entry = (waiting.latest_start, waiting.number, waiting.ticket.ticket_id)
             heapq.heappush(self._ends, entry)
 
-    def _enter(self, waiting: Waiting, place: int) -> None:
+    def _enter(self, waiting: QueueEntry, place: int) -> None:
         ticket = waiting.ticket
         self._lines[place].add(waiting.key, ticket.cost_s, waiting)
         self._places[ticket.ticket_id] = place, waiting

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
-from flux_ray.router.quotas.usage import DAY_S, Name, Row, Usage, Use
+from flux_ray.router.quotas.usage import DAY_S, Name, Usage, UsageRow, Use
 
 MINUTE_S = 60.0
 # A gateway tells of itself every two seconds. One that is silent for so long is dead.
@@ -15,7 +15,7 @@ SILENCE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Allowance:
+class QuotaLimits:
     """What one key may have at once, in any 60 seconds, and in a day of UTC; None is no limit."""
 
     max_concurrent: int | None = None
@@ -24,11 +24,11 @@ class Allowance:
     megapixels_per_day: float | None = None
 
 
-UNLIMITED = Allowance()
+UNLIMITED = QuotaLimits()
 
 
 @dataclass(frozen=True)
-class Entry:
+class UsageEntry:
     """A request on a tier: what it will use by its price, and in how many seconds of a replica.
 
     The same request may be on several tiers, and counts as one.
@@ -41,7 +41,7 @@ class Entry:
     cost_s: float
 
 
-class Denial(NamedTuple):
+class LimitExceeded(NamedTuple):
     """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
 
     Of `limit`, so much is `left`; `name` is that of the allowance's field.
@@ -55,7 +55,7 @@ class Denial(NamedTuple):
     name: str = ""
 
 
-class Standing(NamedTuple):
+class LimitStatus(NamedTuple):
     """Of a limit, how much is left to a key, and in how many seconds it has more."""
 
     limit: float
@@ -63,24 +63,24 @@ class Standing(NamedTuple):
     reset_s: float
 
 
-class Shared(NamedTuple):
+class UsageSync(NamedTuple):
     """The rows that a gateway does not know yet; and whether it is to tell of all again."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[UsageRow, ...]
     tell_all: bool
 
 
 @dataclass
-class Present:
+class GatewayUsage:
     """What a gateway has in hand, by request and tier, each since when; and what is news to it."""
 
     heard_at: float
-    entries: dict[tuple[str, str], tuple[Entry, float]] = field(default_factory=dict)
+    entries: dict[tuple[str, str], tuple[UsageEntry, float]] = field(default_factory=dict)
     news: set[Name] = field(default_factory=set)
     has_shared: bool = False
 
 
-class Allowances:
+class QuotaLedger:
     """Counts for all gateways. Every method is told the time, of a clock that nobody sets.
 
     `date`: seconds since the epoch. Only what a key may have in a day goes by it.
@@ -96,14 +96,19 @@ class Allowances:
 
     def __init__(self, date: Callable[[], float] = time.time) -> None:
         self._date = date
-        self._gateways: dict[str, Present] = {}
+        self._gateways: dict[str, GatewayUsage] = {}
         # By key: the requests of the last minute, the oldest first, each with its time.
         self._recent: dict[str, dict[str, float]] = {}
         self._usage = Usage()
 
     def enter(
-        self, gateway: str, entry: Entry, allowance: Allowance, rows: Iterable[Row], now: float
-    ) -> Denial | None:
+        self,
+        gateway: str,
+        entry: UsageEntry,
+        allowance: QuotaLimits,
+        rows: Iterable[UsageRow],
+        now: float,
+    ) -> LimitExceeded | None:
         """Write down a request, or say why not. `rows`: what the gateway knows of the key's day."""
         self._merge(gateway, rows)
         present = self._heard(gateway, now)
@@ -120,13 +125,18 @@ class Allowances:
         return denial
 
     def admit(
-        self, gateway: str, entry: Entry, allowance: Allowance, rows: Iterable[Row], now: float
-    ) -> Denial | Standing | None:
+        self,
+        gateway: str,
+        entry: UsageEntry,
+        allowance: QuotaLimits,
+        rows: Iterable[UsageRow],
+        now: float,
+    ) -> LimitExceeded | LimitStatus | None:
         """As enter; with it, how its key stands. None: by no limit of a minute or of a day."""
         denial = self.enter(gateway, entry, allowance, rows, now)
         return denial or self.standing(entry.key, allowance, now)
 
-    def standing(self, key: str, allowance: Allowance, now: float) -> Standing | None:
+    def standing(self, key: str, allowance: QuotaLimits, now: float) -> LimitStatus | None:
         """By the limit of which the smallest part is left.
 
         What a key has at once is none of them: when it hears of it that request is over.
@@ -136,7 +146,7 @@ class Allowances:
             recent = self._last_minute(key, now)
             oldest = next(iter(recent.values()), now)
             left = max(0, limit - len(recent))
-            standings.append(Standing(limit, left, oldest + MINUTE_S - now))
+            standings.append(LimitStatus(limit, left, oldest + MINUTE_S - now))
         spent = self._spent(key, now)
         for limit_a_day, had in (
             (allowance.gpu_seconds_per_day, spent.gpu_seconds),
@@ -144,10 +154,10 @@ class Allowances:
         ):
             if limit_a_day is not None:
                 left_today = max(0.0, limit_a_day - had)
-                standings.append(Standing(limit_a_day, left_today, self._rest_of_day_s()))
+                standings.append(LimitStatus(limit_a_day, left_today, self._rest_of_day_s()))
         return min(standings, key=lambda each: each.left / each.limit, default=None)
 
-    def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[Row]) -> None:
+    def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[UsageRow]) -> None:
         """It has ended; in the gateway's rows is what it took."""
         self._merge(gateway, rows)
         if gateway in self._gateways:
@@ -156,12 +166,12 @@ class Allowances:
     def share(
         self,
         gateway: str,
-        entries: Iterable[Entry],
-        rows: Iterable[Row],
+        entries: Iterable[UsageEntry],
+        rows: Iterable[UsageRow],
         now: float,
         *,
         tells_all: bool = True,
-    ) -> Shared:
+    ) -> UsageSync:
         """All that a gateway has in hand, and what it knows of today: all, or what is new."""
         self._forget(now)
         present = self._heard(gateway, now)
@@ -175,9 +185,9 @@ class Allowances:
         # Who tells all may have lost an answer: it hears all.
         news = self._usage.rows() if tells_all else self._usage.rows_named(present.news)
         present.news = set()
-        return Shared(news, not present.has_shared)
+        return UsageSync(news, not present.has_shared)
 
-    def _merge(self, gateway: str, rows: Iterable[Row]) -> None:
+    def _merge(self, gateway: str, rows: Iterable[UsageRow]) -> None:
         news = self._usage.merge(rows)
         for name, present in self._gateways.items():
             if name != gateway:
@@ -191,12 +201,12 @@ class Allowances:
             if not self._last_minute(key, now):
                 del self._recent[key]
 
-    def _heard(self, gateway: str, now: float) -> Present:
-        present = self._gateways.setdefault(gateway, Present(now))
+    def _heard(self, gateway: str, now: float) -> GatewayUsage:
+        present = self._gateways.setdefault(gateway, GatewayUsage(now))
         present.heard_at = now
         return present
 
-    def _in_hand(self, key: str, now: float) -> list[tuple[Entry, float]]:
+    def _in_hand(self, key: str, now: float) -> list[tuple[UsageEntry, float]]:
         return [
             (entry, since)
             for present in self._gateways.values()
@@ -205,7 +215,7 @@ class Allowances:
             if entry.key == key
         ]
 
-    def _too_many(self, entry: Entry, limit: int | None, now: float) -> Denial | None:
+    def _too_many(self, entry: UsageEntry, limit: int | None, now: float) -> LimitExceeded | None:
         if limit is None:
             return None
         others = [
@@ -217,9 +227,9 @@ class Allowances:
             return None
         first_end_s = min(since + other.cost_s for other, since in others) - now
         reason = f"this key may have {limit} requests at once"
-        return Denial(reason, first_end_s, limit, 0, name="max_concurrent")
+        return LimitExceeded(reason, first_end_s, limit, 0, name="max_concurrent")
 
-    def _too_often(self, entry: Entry, limit: int | None, now: float) -> Denial | None:
+    def _too_often(self, entry: UsageEntry, limit: int | None, now: float) -> LimitExceeded | None:
         if limit is None:
             return None
         recent = self._last_minute(entry.key, now)
@@ -229,9 +239,11 @@ class Allowances:
         came_at = next(islice(recent.values(), len(recent) - limit, None))
         next_s = came_at + MINUTE_S - now
         reason = f"this key may make {limit} requests a minute"
-        return Denial(reason, next_s, limit, 0, name="requests_per_minute")
+        return LimitExceeded(reason, next_s, limit, 0, name="requests_per_minute")
 
-    def _too_much(self, entry: Entry, allowance: Allowance, now: float) -> Denial | None:
+    def _too_much(
+        self, entry: UsageEntry, allowance: QuotaLimits, now: float
+    ) -> LimitExceeded | None:
         spent = self._spent(entry.key, now, but=(entry.request_id, entry.tier))
         for name, had, wanted, unit in (
             ("gpu_seconds_per_day", spent.gpu_seconds, entry.use.gpu_seconds, "GPU second"),
@@ -242,7 +254,7 @@ class Allowances:
                 wait_s = math.inf if wanted > limit else self._rest_of_day_s()
                 reason = f"this key may use {limit:.6g} {unit}s a day; this takes {wanted:.3g}"
                 left = max(0.0, limit - had)
-                return Denial(reason, wait_s, limit, left, is_daily=True, name=name)
+                return LimitExceeded(reason, wait_s, limit, left, is_daily=True, name=name)
         return None
 
     def _spent(self, key: str, now: float, but: tuple[str, str] | None = None) -> Use:
@@ -266,6 +278,6 @@ class Allowances:
         return recent
 
 
-def is_silent(present: Present, now: float) -> bool:
+def is_silent(present: GatewayUsage, now: float) -> bool:
     """Whether the gateway is dead, and its clients with it."""
     return now - present.heard_at > SILENCE_S

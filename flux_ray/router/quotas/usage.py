@@ -22,7 +22,7 @@ class Use:
 Name = tuple[str, str, int]
 
 
-class Row(NamedTuple):
+class UsageRow(NamedTuple):
     """What one key used through one gateway in one day of UTC, counted from the epoch."""
 
     gateway: str
@@ -53,7 +53,7 @@ class Usage:
         uses[name] = uses.get(name, Use()) + use
         return gateway, key, day_of(now)
 
-    def merge(self, rows: Iterable[Row]) -> set[Name]:
+    def merge(self, rows: Iterable[UsageRow]) -> set[Name]:
         """Learn what others know: the rows that were not known so."""
         news = set()
         for row in rows:
@@ -68,22 +68,22 @@ class Usage:
                 news.add(row.name)
         return news
 
-    def rows_named(self, names: Iterable[Name]) -> tuple[Row, ...]:
+    def rows_named(self, names: Iterable[Name]) -> tuple[UsageRow, ...]:
         """Those of them that are known."""
         return tuple(
-            Row(gateway, key, day, self._uses[key][gateway, day])
+            UsageRow(gateway, key, day, self._uses[key][gateway, day])
             for gateway, key, day in names
             if (gateway, day) in self._uses.get(key, {})
         )
 
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[UsageRow, ...]:
         """All that is known."""
         return tuple(row for key in self._uses for row in self.rows_of(key))
 
-    def rows_of(self, key: str) -> tuple[Row, ...]:
+    def rows_of(self, key: str) -> tuple[UsageRow, ...]:
         """All that is known of one key."""
         uses = self._uses.get(key, {})
-        return tuple(Row(gateway, key, day, use) for (gateway, day), use in uses.items())
+        return tuple(UsageRow(gateway, key, day, use) for (gateway, day), use in uses.items())
 
     def of(self, key: str, now: float) -> Use:
         """What the key used today, through all gateways."""

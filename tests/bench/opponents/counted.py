@@ -1,6 +1,6 @@
 """A queue that counts its requests: what Serve's autoscaler sees instead of their seconds."""
 
-from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
 from flux_ray.simulator.values import QueuePolicy
 
 
@@ -23,19 +23,19 @@ class CountedQueue:
         """It gets nothing new."""
         self._queue.drain_replica(name, now)
 
-    def lose_replica(self, name: str, now: float) -> list[Ticket]:
+    def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """It is gone, and what it had is offered again."""
         lost = self._queue.lose_replica(name, now)
         self.num_ongoing -= len(lost)
         return lost
 
-    def offer(self, ticket: Ticket, now: float) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """Counted if it is taken in: Serve never hears of what is refused before it."""
         refusal = self._queue.offer(ticket, now)
         self.num_ongoing += refusal is None
         return refusal
 
-    def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
+    def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """Whose turn it is, and who has waited in vain."""
         grants, refused = self._queue.take(now)
         self.num_ongoing -= len(refused)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapreplace
 
-from flux_ray.router.queue.entry import Grant, Refusal, Refused, Ticket
+from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
 
 NO_BOUND = float("inf")
 
@@ -17,7 +17,7 @@ class Lane:
 
     name: str
     free_at: float = 0.0
-    tickets: dict[str, Ticket] = field(default_factory=dict)
+    tickets: dict[str, QueuedRequest] = field(default_factory=dict)
 
     def wait_s(self, now: float) -> float:
         """What a newcomer would wait."""
@@ -76,8 +76,8 @@ class EarlyBinding:
         self._bound_s = bound_s
         self._lanes: list[Lane] = []
         self._by_ticket: dict[str, Lane] = {}
-        self._homeless: deque[Ticket] = deque()
-        self._grants: list[Grant] = []
+        self._homeless: deque[QueuedRequest] = deque()
+        self._grants: list[Assignment] = []
 
     def add_replica(self, name: str, now: float) -> None:
         """It is up, and free."""
@@ -92,7 +92,7 @@ class EarlyBinding:
         """It gets nothing new."""
         self._lanes = [lane for lane in self._lanes if lane.name != name]
 
-    def lose_replica(self, name: str, now: float) -> list[Ticket]:
+    def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """All that is bound to it comes back."""
         self.drain_replica(name, now)
         lost = [
@@ -104,7 +104,7 @@ class EarlyBinding:
             del self._by_ticket[ticket.ticket_id]
         return lost
 
-    def offer(self, ticket: Ticket, now: float) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """Bound at once, or refused."""
         if not self._lanes:
             self._homeless.append(ticket)
@@ -112,14 +112,14 @@ class EarlyBinding:
         lane = self._choose(self._lanes, now)
         wait_s = lane.wait_s(now)
         if len(lane.tickets) >= self._bound_requests or wait_s > self._bound_s:
-            return Refusal("the replica's queue is full", wait_s)
+            return Rejection("the replica's queue is full", wait_s)
         lane.tickets[ticket.ticket_id] = ticket
         lane.free_at = now + wait_s + ticket.cost_s
         self._by_ticket[ticket.ticket_id] = lane
-        self._grants.append(Grant(ticket, lane.name))
+        self._grants.append(Assignment(ticket, lane.name))
         return None
 
-    def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
+    def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """What has been bound since the last time."""
         grants, self._grants = self._grants, []
         return grants, []
@@ -157,10 +157,10 @@ class Fifo:
     def __init__(self, *, bound_requests: float = NO_BOUND, bound_s: float = NO_BOUND) -> None:
         self._bound_requests = bound_requests
         self._bound_s = bound_s
-        self._line: deque[Ticket] = deque()
+        self._line: deque[QueuedRequest] = deque()
         self._idle: dict[str, None] = {}
         # Ticket, replica, and when it is done by the estimate.
-        self._running: dict[str, tuple[Ticket, str, float]] = {}
+        self._running: dict[str, tuple[QueuedRequest, str, float]] = {}
         self._leaving: set[str] = set()
 
     def add_replica(self, name: str, now: float) -> None:
@@ -177,7 +177,7 @@ class Fifo:
         else:
             self._leaving.add(name)
 
-    def lose_replica(self, name: str, now: float) -> list[Ticket]:
+    def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """What it ran comes back."""
         self._idle.pop(name, None)
         lost = [ticket for ticket, replica, _ in self._running.values() if replica == name]
@@ -185,24 +185,24 @@ class Fifo:
             del self._running[ticket.ticket_id]
         return lost
 
-    def offer(self, ticket: Ticket, now: float) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """To the end of the line."""
         has_to_wait = len(self._line) >= len(self._idle)
         if has_to_wait and len(self._line) >= self._bound_requests:
-            return Refusal("the queue is full", 0.0)
+            return Rejection("the queue is full", 0.0)
         if has_to_wait and self._bound_s < NO_BOUND and self._wait_s(now) > self._bound_s:
-            return Refusal("the queue is too long", self._wait_s(now) - self._bound_s)
+            return Rejection("the queue is too long", self._wait_s(now) - self._bound_s)
         self._line.append(ticket)
         return None
 
-    def take(self, now: float) -> tuple[list[Grant], list[Refused]]:
+    def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """The first in line, one for each replica that is free."""
         grants = []
         while self._line and self._idle:
             ticket, name = self._line.popleft(), next(iter(self._idle))
             del self._idle[name]
             self._running[ticket.ticket_id] = ticket, name, now + ticket.cost_s
-            grants.append(Grant(ticket, name))
+            grants.append(Assignment(ticket, name))
         return grants, []
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:

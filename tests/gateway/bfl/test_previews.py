@@ -11,7 +11,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
 from flux_ray.jobs.service import Desk
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles
@@ -41,7 +41,10 @@ def handles() -> Slow:
 
 @pytest.fixture
 def router(handles, turns) -> Router:
-    layouts = {"flux-2-dev": Layout("h100-80gb", tensor=2), "tiny": Layout("cpu", dtype="float32")}
+    layouts = {
+        "flux-2-dev": ReplicaSpec("h100-80gb", tensor=2),
+        "tiny": ReplicaSpec("cpu", dtype="float32"),
+    }
     return Router(handles, turns, CostModel(layouts), FakeBill(), Terms(request_timeout_s=5))
 
 

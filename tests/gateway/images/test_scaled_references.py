@@ -22,7 +22,7 @@ from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageRequest, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
 from flux_ray.router.pricing.cache_keys import affinity_of
-from flux_ray.router.pricing.cost import Layout, work_of
+from flux_ray.router.pricing.cost import ReplicaSpec, work_of
 from flux_ray.router.pricing.cost_model import CostModel
 
 LIMITS = Limits()
@@ -124,7 +124,7 @@ async def test_each_tier_of_an_alias_has_its_own(handles, turns, bill, picture):
     from flux_ray.gateway.api import build_api
     from flux_ray.router.router import Router, Terms
 
-    layouts = {name: Layout("cpu", dtype="float32") for name in ("tiny", "flux-2-klein-4b")}
+    layouts = {name: ReplicaSpec("cpu", dtype="float32") for name in ("tiny", "flux-2-klein-4b")}
     router = Router(handles, turns, CostModel(layouts), bill, Terms(request_timeout_s=600))
     seen: list[ImageRequest] = []
     by = router.generate_by
@@ -176,7 +176,7 @@ async def test_nothing_is_decoded_scaled_or_hashed_on_the_event_loop(client, han
     assert set(threads) == {"decode", "scale", "hash"}
     assert all(name.startswith("decode") for name in threads.values())
     threads.clear()
-    prices = CostModel({"tiny": Layout("cpu", dtype="float32")})
+    prices = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
     affinity_of(handles.requests[0], prices)
     # Who gets it in another process need not hash it either.
     travelled = pickle.loads(pickle.dumps(handles.requests[0]))

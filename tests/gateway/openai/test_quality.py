@@ -4,7 +4,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS
@@ -16,7 +16,7 @@ NO_EFFECT = ["quality has no effect on flux-2-dev"]
 @pytest.fixture
 def api(handles, turns, bill):
     tiers = ("flux-2-dev", "flux-2-klein-4b")
-    prices = CostModel({tier: Layout("h100-80gb") for tier in tiers})
+    prices = CostModel({tier: ReplicaSpec("h100-80gb") for tier in tiers})
     router = Router(handles, turns, prices, bill, Terms(request_timeout_s=5))
     return build_api(router, GatewayArgs(tiers=tiers, default_tier="flux-2-dev", limits=LIMITS))
 

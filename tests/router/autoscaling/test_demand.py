@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux_ray.router.autoscaling.demand import Demand
+from flux_ray.router.autoscaling.demand import ArrivalRate
 
 
 def observe(demand, amounts, start=0):
@@ -23,7 +23,7 @@ def poisson_requests(rng, rate_per_s, costs):
 
 
 def test_nothing_was_seen():
-    demand = Demand()
+    demand = ArrivalRate()
     assert (demand.rate, demand.lump_s) == (0.0, 0.0)
     demand.observe(7.0, 100.0)
     # In how long a time it came, nobody knows.
@@ -31,14 +31,14 @@ def test_nothing_was_seen():
 
 
 def test_a_steady_stream():
-    demand = Demand()
+    demand = ArrivalRate()
     observe(demand, [3.0] * 100)
     assert demand.rate == pytest.approx(3.0)
     assert demand.lump_s == 0.0
 
 
 def test_it_counts_time_and_not_calls():
-    demand = Demand()
+    demand = ArrivalRate()
     for tick in range(1000):
         demand.observe(0.3, tick / 10)
     assert demand.rate == pytest.approx(3.0, rel=0.02)
@@ -46,7 +46,7 @@ def test_it_counts_time_and_not_calls():
 
 def test_the_lump_is_that_of_the_requests():
     """Of a compound Poisson process: the mean square of a request over its mean."""
-    demand = Demand()
+    demand = ArrivalRate()
     rng = random.Random(3)
     work = poisson_requests(rng, 0.5, (4, 4, 4, 9, 25))
     observe(demand, [next(work) for _ in range(5000)])
@@ -56,7 +56,7 @@ def test_the_lump_is_that_of_the_requests():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_moves_it_little(seed):
-    demand = Demand()
+    demand = ArrivalRate()
     work = poisson_requests(random.Random(seed), 0.5, (4, 4, 4, 9, 25))
     now = observe(demand, [next(work) for _ in range(900)])
     rates = []
@@ -69,7 +69,7 @@ def test_noise_moves_it_little(seed):
 
 
 def test_ten_times_as_much_is_seen_in_seconds_and_forgotten_in_seconds():
-    demand = Demand()
+    demand = ArrivalRate()
     rng = random.Random(4)
     few, many = poisson_requests(rng, 4, (0.5, 1.5)), poisson_requests(rng, 40, (0.5, 1.5))
     now = observe(demand, [next(few) for _ in range(900)])
@@ -85,6 +85,6 @@ def test_ten_times_as_much_is_seen_in_seconds_and_forgotten_in_seconds():
 
 
 def test_memory_is_bounded():
-    demand = Demand()
+    demand = ArrivalRate()
     observe(demand, [1.0] * 5000)
     assert len(demand._ends) == len(demand._totals) < 2000

@@ -13,15 +13,15 @@ from flux_ray.router.ledger import ledger
 from flux_ray.router.ledger import remote as remote_ledger
 from flux_ray.router.ledger.actor import LedgerActor
 from flux_ray.router.ledger.client import LedgerLost
-from flux_ray.router.ledger.messages import Offer, Statement
+from flux_ray.router.ledger.messages import GatewayReport, SubmitRequest
 from flux_ray.router.ledger.outbox import Receipt
 from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
 from flux_ray.router.ledger.retries import Retry
-from flux_ray.router.quotas.quota_ledger import Allowance, Denial, Entry, Standing
+from flux_ray.router.quotas.quota_ledger import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry
 from flux_ray.router.quotas.usage import Use
 
 REPLICAS = {"tiny": ("one",)}
-OFFER = Offer("ours", "tiny", 30.0, 600.0)
+OFFER = SubmitRequest("ours", "tiny", 30.0, 600.0)
 
 
 async def never_connected(tier: str) -> None:
@@ -42,15 +42,15 @@ def silence_s(monkeypatch: pytest.MonkeyPatch) -> float:
 
 async def test_a_dead_gateway_is_forgotten_while_others_speak_all_the_time(silence_s):
     actor = new_actor()
-    dead, alive = (Offer(name, "tiny", 30.0, 600.0) for name in ("dead", "alive"))
-    await actor.say("dead", Statement((dead,), replicas=REPLICAS))
+    dead, alive = (SubmitRequest(name, "tiny", 30.0, 600.0) for name in ("dead", "alive"))
+    await actor.say("dead", GatewayReport((dead,), replicas=REPLICAS))
     assert (await actor.listen("dead", Receipt()))[1][0].replica == "one"
     end = time.monotonic() + 20 * silence_s
-    await actor.say("alive", Statement((alive,), replicas=REPLICAS))
+    await actor.say("alive", GatewayReport((alive,), replicas=REPLICAS))
     listening = asyncio.create_task(actor.listen("alive", Receipt()))
     while not listening.done():
         assert time.monotonic() < end, "the dead one's request still holds the replica"
-        await actor.say("alive", Statement(replicas=REPLICAS))
+        await actor.say("alive", GatewayReport(replicas=REPLICAS))
         await asyncio.sleep(0.01)
     [decision] = listening.result()[1]
     assert (decision.ticket_id, decision.replica) == ("alive", "one")
@@ -63,7 +63,7 @@ async def test_what_a_reply_tells_is_told_to_who_listens_too_but_without_haste(m
     actor = new_actor()
     listening = asyncio.create_task(actor.listen("alive", Receipt()))
     await asyncio.sleep(0)
-    heard = await actor.say("alive", Statement((OFFER,), replicas=REPLICAS))
+    heard = await actor.say("alive", GatewayReport((OFFER,), replicas=REPLICAS))
     assert [each.replica for each in heard.decisions] == ["one"]
     await asyncio.sleep(0.05)
     assert not listening.done()
@@ -75,10 +75,10 @@ async def test_what_a_reply_tells_is_told_to_who_listens_too_but_without_haste(m
 
 async def test_a_reply_tells_nothing_of_other_gateways():
     actor = new_actor()
-    first, second = (Offer(name, "tiny", 30.0, 600.0) for name in ("first", "second"))
-    await actor.say("one", Statement((first,), replicas=REPLICAS))
-    assert (await actor.say("two", Statement((second,), replicas=REPLICAS))).decisions == ()
-    assert (await actor.say("one", Statement(ended=("first",)))).decisions == ()
+    first, second = (SubmitRequest(name, "tiny", 30.0, 600.0) for name in ("first", "second"))
+    await actor.say("one", GatewayReport((first,), replicas=REPLICAS))
+    assert (await actor.say("two", GatewayReport((second,), replicas=REPLICAS))).decisions == ()
+    assert (await actor.say("one", GatewayReport(ended=("first",)))).decisions == ()
     [decision] = (await actor.listen("two", Receipt()))[1]
     assert (decision.ticket_id, decision.replica) == ("second", "one")
     actor._ticker.cancel()
@@ -88,14 +88,14 @@ async def test_the_grant_of_a_gateway_that_was_silent_is_not_lost(silence_s, mon
     """What it heard of its former outbox counts for nothing in the new one."""
     monkeypatch.setattr(ledger_actor, "LISTEN_S", 0.05)
     actor = new_actor()
-    await actor.say("g", Statement((OFFER,), replicas=REPLICAS))
+    await actor.say("g", GatewayReport((OFFER,), replicas=REPLICAS))
     receipt, _ = await actor.listen("g", Receipt())
-    await actor.say("other", Statement(replicas=REPLICAS))
+    await actor.say("other", GatewayReport(replicas=REPLICAS))
     while "g" in actor._mailboxes:
         await asyncio.sleep(0.05)
-        await actor.say("other", Statement())
-    again = Offer("again", "tiny", 30.0, 600.0)
-    await actor.say("g", Statement((again,), replicas=REPLICAS))
+        await actor.say("other", GatewayReport())
+    again = SubmitRequest("again", "tiny", 30.0, 600.0)
+    await actor.say("g", GatewayReport((again,), replicas=REPLICAS))
     receipt, [decision] = await actor.listen("g", receipt)
     assert (decision.ticket_id, decision.replica) == ("again", "one")
     assert await actor.listen("g", receipt) == (receipt, [])
@@ -105,13 +105,13 @@ async def test_the_grant_of_a_gateway_that_was_silent_is_not_lost(silence_s, mon
 async def test_a_new_ledger_decides_when_all_gateways_have_spoken():
     """What runs is told by another gateway a moment after the first has asked."""
     actor = new_actor(rejoin_s=0.3)
-    assert (await actor.say("one", Statement((OFFER,), replicas=REPLICAS))).decisions == ()
-    running = Offer("theirs", "tiny", 30.0, 600.0, runs_on="one")
-    await actor.say("two", Statement((running,), replicas=REPLICAS))
+    assert (await actor.say("one", GatewayReport((OFFER,), replicas=REPLICAS))).decisions == ()
+    running = SubmitRequest("theirs", "tiny", 30.0, 600.0, runs_on="one")
+    await actor.say("two", GatewayReport((running,), replicas=REPLICAS))
     listening = asyncio.create_task(actor.listen("one", Receipt()))
     await asyncio.sleep(0.5)
     assert not listening.done()
-    await actor.say("two", Statement(ended=("theirs",)))
+    await actor.say("two", GatewayReport(ended=("theirs",)))
     assert (await listening)[1][0].replica == "one"
     actor._ticker.cancel()
 
@@ -128,7 +128,7 @@ async def test_an_unforeseen_error_between_calls_ends_the_ledger(serve_log):
     ended = asyncio.Event()
     actor = new_actor(end=ended.set)
     actor._ledger.forget_silent = None
-    await actor.say("g", Statement((OFFER,), replicas=REPLICAS))
+    await actor.say("g", GatewayReport((OFFER,), replicas=REPLICAS))
     await ended.wait()
     assert "its ticks failed" in serve_log.text
 
@@ -154,7 +154,7 @@ async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log)
     for _ in range(remote_ledger.MAX_UNANSWERED):
         assert not killed.is_set()
         with pytest.raises(LedgerLost):
-            await line.say("g", Statement())
+            await line.say("g", GatewayReport())
     await killed.wait()
     assert line._actor is not None, "it comes back under the same handle"
 
@@ -167,7 +167,7 @@ async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
     monkeypatch.setattr(remote_ledger.ray, "kill", lambda actor, no_restart: killed.append(actor))
     line = RemoteLedger(Silent)
     number = 2 * remote_ledger.MAX_UNANSWERED
-    calls = [asyncio.ensure_future(line.say("g", Statement())) for _ in range(number)]
+    calls = [asyncio.ensure_future(line.say("g", GatewayReport())) for _ in range(number)]
     await asyncio.sleep(0.05)
     time.sleep(1.5)  # noqa: ASYNC251 - the loop stands still
     lost = await asyncio.gather(*calls, return_exceptions=True)
@@ -189,7 +189,7 @@ async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
     line = RemoteLedger(start)
     for _ in range(3):
         with pytest.raises(LedgerLost):
-            await line.say("g", Statement())
+            await line.say("g", GatewayReport())
     assert calls == ["start"]
     head.set()
 
@@ -229,18 +229,18 @@ async def test_a_ledger_that_is_away_for_longer_than_it_takes_to_replace_it_is_n
     actor, clock = Answering(), [0.0]
     line = RemoteLedger(lambda: actor, lambda: clock[0])
     assert line.is_heard(), "nobody has asked it"
-    await line.say("g", Statement())
+    await line.say("g", GatewayReport())
     clock[0] = 1000.0
     assert line.is_heard(), "nobody has asked it since"
     actor.is_lost = True
     for clock[0] in (1000.0, 1005.0, 1014.0):
         with pytest.raises(LedgerLost):
-            await line.say("g", Statement())
+            await line.say("g", GatewayReport())
         assert line.is_heard(), "it may be about to come back"
     clock[0] = 1000.0 + remote_ledger.LOST_S
     assert not line.is_heard()
     actor.is_lost = False
-    await line.say("g", Statement())
+    await line.say("g", GatewayReport())
     assert line.is_heard()
 
 
@@ -283,8 +283,8 @@ def test_the_ledger_is_beside_processors_where_there_are_any(nodes, expected):
 async def test_who_comes_again_asks_the_actor():
     actor = new_actor()
     retry = Retry("ours", "a ring")
-    named = Offer("first", "tiny", 30.0, 600.0, retry=retry, seed=7)
-    await actor.say("g", Statement((named,), replicas=REPLICAS))
+    named = SubmitRequest("first", "tiny", 30.0, 600.0, retry=retry, seed=7)
+    await actor.say("g", GatewayReport((named,), replicas=REPLICAS))
     [place] = await actor.places("ours")
     assert (place.replica, place.seed) == ("one", 7)
     assert await actor.places("theirs") == ()
@@ -293,26 +293,26 @@ async def test_who_comes_again_asks_the_actor():
 
 async def test_a_clock_that_is_set_changes_no_limit_of_a_minute(monkeypatch):
     """Of the machine's date nothing is asked but which day it is."""
-    actor, allowance = new_actor(), Allowance(max_concurrent=2, requests_per_minute=2)
+    actor, allowance = new_actor(), QuotaLimits(max_concurrent=2, requests_per_minute=2)
 
-    async def enter(name: str) -> Denial | Standing | None:
-        entry = Entry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
+    async def enter(name: str) -> LimitExceeded | LimitStatus | None:
+        entry = UsageEntry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
         return await actor.enter("g", entry, allowance, ())
 
     date = [time.time()]
     monkeypatch.setattr(time, "time", lambda: date[0])
-    assert isinstance(await enter("first"), Standing)
+    assert isinstance(await enter("first"), LimitStatus)
     for jump_s in (3600.0, -7200.0):
         date[0] += jump_s
         await actor.share_usage("other", (), (), True)
-    assert isinstance(await enter("second"), Standing)
+    assert isinstance(await enter("second"), LimitStatus)
     date[0] += 3600.0
     denial = await enter("third")
-    assert isinstance(denial, Denial) and denial.name == "max_concurrent", "both are in hand"
+    assert isinstance(denial, LimitExceeded) and denial.name == "max_concurrent", "both are in hand"
     for name in ("first", "second"):
         await actor.leave("g", name, "tiny", ())
     for jump_s in (3600.0, -7200.0):
         date[0] += jump_s
         denial = await enter("third")
-        assert isinstance(denial, Denial) and denial.name == "requests_per_minute"
+        assert isinstance(denial, LimitExceeded) and denial.name == "requests_per_minute"
         assert 0 < denial.retry_after_s <= 60

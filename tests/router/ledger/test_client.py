@@ -11,12 +11,12 @@ from flux_ray.errors import DeadlineTooShort, Overloaded, TierUnavailable
 from flux_ray.request import News, QueuePosition
 from flux_ray.router import background
 from flux_ray.router.ledger import client as turns_module
-from flux_ray.router.ledger.client import LedgerLost, Turns, error_for
+from flux_ray.router.ledger.client import LedgerClient, LedgerLost, error_for
 from flux_ray.router.ledger.ledger import Ledger
-from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
 from flux_ray.router.ledger.outbox import Receipt
 from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.queue.entry import Refusal
+from flux_ray.router.queue.entry import Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
 
 
@@ -28,13 +28,13 @@ class FakeLine:
         self.is_down = False
         self.loses_replies = False
         self.is_hanging = False
-        self.offers: list[Offer] = []
+        self.offers: list[SubmitRequest] = []
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
         self.decided: list[Decision] = []
 
-    async def say(self, gateway: str, statement: Statement) -> Heard:
+    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
         if self.is_down:
             raise LedgerLost
         if self.is_hanging:
@@ -46,7 +46,7 @@ class FakeLine:
         if self.loses_replies:
             raise LedgerLost
         positions = self.ledger.positions(gateway, statement.watched, time.monotonic())
-        return Heard(unknown, tuple(told), positions)
+        return ReportReply(unknown, tuple(told), positions)
 
     async def places(self, name: str) -> tuple[Place, ...]:
         if self.is_down:
@@ -70,18 +70,18 @@ def line() -> FakeLine:
 
 
 @pytest.fixture
-async def turns(line: FakeLine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Turns]:
+async def turns(line: FakeLine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LedgerClient]:
     """Of a gateway that reaches one replica, `a`."""
     monkeypatch.setattr(turns_module, "BEAT_S", 0.01)
     monkeypatch.setattr(turns_module, "AGAIN_S", 0.01)
     monkeypatch.setattr(background, "AGAIN_S", 0.01)
-    turns = Turns(line, lambda: {"tiny": ("a",)}, "g")
+    turns = LedgerClient(line, lambda: {"tiny": ("a",)}, "g")
     yield turns
     turns.stop()
 
 
-def offer(ticket_id: str, cost_s: float = 10.0, deadline_in_s: float = 60.0) -> Offer:
-    return Offer(ticket_id, "tiny", cost_s, deadline_in_s)
+def offer(ticket_id: str, cost_s: float = 10.0, deadline_in_s: float = 60.0) -> SubmitRequest:
+    return SubmitRequest(ticket_id, "tiny", cost_s, deadline_in_s)
 
 
 async def within(awaitable, seconds: float = 2.0):
@@ -89,7 +89,7 @@ async def within(awaitable, seconds: float = 2.0):
         return await awaitable
 
 
-async def test_one_after_the_other(turns: Turns) -> None:
+async def test_one_after_the_other(turns: LedgerClient) -> None:
     assert await within(turns.take(offer("x"))) == "a"
     second = asyncio.create_task(turns.take(offer("y")))
     await asyncio.sleep(0.05)
@@ -98,7 +98,7 @@ async def test_one_after_the_other(turns: Turns) -> None:
     assert await within(second) == "a"
 
 
-async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: Turns) -> None:
+async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: LedgerClient) -> None:
     await within(turns.take(offer("x")))
     with pytest.raises(Overloaded) as caught:
         await within(turns.take(offer("y", cost_s=5, deadline_in_s=6)))
@@ -107,15 +107,17 @@ async def test_a_refusal_says_when_to_come_back_in_whole_seconds(turns: Turns) -
 
 @pytest.mark.parametrize(("free_in_s", "retry_after_s"), [(0.0, 1), (2.8, 3), (2.95, 4), (60, 63)])
 def test_what_is_ahead_may_take_a_little_longer_than_priced(free_in_s, retry_after_s) -> None:
-    assert error_for(Refusal("full", free_in_s)).retry_after_s == retry_after_s
+    assert error_for(Rejection("full", free_in_s)).retry_after_s == retry_after_s
 
 
-async def test_a_deadline_that_nobody_could_meet_is_told_as_such(turns: Turns) -> None:
+async def test_a_deadline_that_nobody_could_meet_is_told_as_such(turns: LedgerClient) -> None:
     with pytest.raises(DeadlineTooShort):
         await within(turns.take(offer("x", cost_s=5, deadline_in_s=1)))
 
 
-async def test_a_client_that_leaves_gives_its_place_back(turns: Turns, line: FakeLine) -> None:
+async def test_a_client_that_leaves_gives_its_place_back(
+    turns: LedgerClient, line: FakeLine
+) -> None:
     await within(turns.take(offer("x")))
     leaver = asyncio.create_task(turns.take(offer("y")))
     await asyncio.sleep(0.03)
@@ -129,7 +131,7 @@ async def test_a_client_that_leaves_gives_its_place_back(turns: Turns, line: Fak
     assert line.ledger.backlog("tiny", time.monotonic())[:2] == (0.0, 0.0)
 
 
-async def test_a_client_that_leaves_at_once_disturbs_nobody(turns: Turns) -> None:
+async def test_a_client_that_leaves_at_once_disturbs_nobody(turns: LedgerClient) -> None:
     """It is gone before the ledger has heard of it."""
     leaver = asyncio.create_task(turns.take(offer("x")))
     await asyncio.sleep(0)
@@ -137,7 +139,7 @@ async def test_a_client_that_leaves_at_once_disturbs_nobody(turns: Turns) -> Non
     assert await within(turns.take(offer("y"))) == "a"
 
 
-async def test_a_lost_ledger_is_told_everything_again(turns: Turns, line: FakeLine) -> None:
+async def test_a_lost_ledger_is_told_everything_again(turns: LedgerClient, line: FakeLine) -> None:
     """What runs is not granted twice; what waits gets its turn."""
     await within(turns.take(offer("x")))
     second = asyncio.create_task(turns.take(offer("y")))
@@ -150,7 +152,7 @@ async def test_a_lost_ledger_is_told_everything_again(turns: Turns, line: FakeLi
     assert await within(second) == "a"
 
 
-async def test_a_grant_that_was_lost_is_made_good(turns: Turns, line: FakeLine) -> None:
+async def test_a_grant_that_was_lost_is_made_good(turns: LedgerClient, line: FakeLine) -> None:
     """The ledger went down after it had granted, before anybody heard of it."""
     line.is_down = True
     first = asyncio.create_task(turns.take(offer("x")))
@@ -159,7 +161,9 @@ async def test_a_grant_that_was_lost_is_made_good(turns: Turns, line: FakeLine) 
     assert await within(first) == "a"
 
 
-async def test_a_grant_whose_reply_was_lost_is_heard_of_by_listening(turns: Turns, line: FakeLine):
+async def test_a_grant_whose_reply_was_lost_is_heard_of_by_listening(
+    turns: LedgerClient, line: FakeLine
+):
     line.loses_replies = True
     assert await within(turns.take(offer("x"))) == "a"
     line.loses_replies = False
@@ -167,7 +171,9 @@ async def test_a_grant_whose_reply_was_lost_is_heard_of_by_listening(turns: Turn
     assert line.running_s() == pytest.approx(10, abs=0.5)
 
 
-async def test_a_grant_comes_with_the_reply(turns: Turns, line: FakeLine, monkeypatch) -> None:
+async def test_a_grant_comes_with_the_reply(
+    turns: LedgerClient, line: FakeLine, monkeypatch
+) -> None:
     async def silence(_gateway: str, _receipt: Receipt) -> tuple[Receipt, list[Decision]]:
         return await asyncio.get_running_loop().create_future()
 
@@ -178,7 +184,7 @@ async def test_a_grant_comes_with_the_reply(turns: Turns, line: FakeLine, monkey
     assert await within(second) == "a"
 
 
-async def test_while_the_ledger_is_away_requests_wait(turns: Turns, line: FakeLine) -> None:
+async def test_while_the_ledger_is_away_requests_wait(turns: LedgerClient, line: FakeLine) -> None:
     await within(turns.take(offer("x")))
     turns.end("x")
     line.is_down = True
@@ -189,7 +195,9 @@ async def test_while_the_ledger_is_away_requests_wait(turns: Turns, line: FakeLi
     assert await within(waiting) == "a"
 
 
-async def test_the_ledger_hears_how_long_it_still_takes(turns: Turns, line: FakeLine) -> None:
+async def test_the_ledger_hears_how_long_it_still_takes(
+    turns: LedgerClient, line: FakeLine
+) -> None:
     await within(turns.take(offer("x")))
     turns.progress("x", 30.0)
     turns.progress("never", 30.0)
@@ -204,7 +212,7 @@ async def test_the_ledger_hears_how_long_it_still_takes(turns: Turns, line: Fake
 
 
 async def test_the_ledger_hears_at_once_that_a_replica_is_free(
-    turns: Turns, line: FakeLine, monkeypatch: pytest.MonkeyPatch
+    turns: LedgerClient, line: FakeLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer is not here yet: files are made of its images. The next one has its turn."""
     monkeypatch.setattr(turns_module, "BEAT_S", 60.0)
@@ -219,7 +227,9 @@ async def test_the_ledger_hears_at_once_that_a_replica_is_free(
     turns.end("y")
 
 
-async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: FakeLine) -> None:
+async def test_ending_what_is_not_there_changes_nothing(
+    turns: LedgerClient, line: FakeLine
+) -> None:
     turns.end("never")
     assert await within(turns.take(offer("x"))) == "a"
     turns.end("x")
@@ -228,7 +238,7 @@ async def test_ending_what_is_not_there_changes_nothing(turns: Turns, line: Fake
     assert line.running_s() == 0
 
 
-async def test_who_waits_hears_where_and_for_how_long(turns: Turns) -> None:
+async def test_who_waits_hears_where_and_for_how_long(turns: LedgerClient) -> None:
     await within(turns.take(offer("x")))
     heard: asyncio.Queue[News] = asyncio.Queue()
     ahead = asyncio.create_task(turns.take(offer("y")))
@@ -241,7 +251,7 @@ async def test_who_waits_hears_where_and_for_how_long(turns: Turns) -> None:
     await asyncio.wait([ahead, waiting])
 
 
-async def test_a_ledger_that_hangs_breaks_no_deadline(turns: Turns, line: FakeLine) -> None:
+async def test_a_ledger_that_hangs_breaks_no_deadline(turns: LedgerClient, line: FakeLine) -> None:
     line.is_hanging = True
     with pytest.raises(Overloaded) as caught:
         await within(turns.take(offer("x", 0.1, 0.2)))
@@ -250,13 +260,13 @@ async def test_a_ledger_that_hangs_breaks_no_deadline(turns: Turns, line: FakeLi
 
 
 async def test_a_mistake_of_ours_ends_neither_speaking_nor_listening(
-    turns: Turns, line: FakeLine, serve_log: pytest.LogCaptureFixture
+    turns: LedgerClient, line: FakeLine, serve_log: pytest.LogCaptureFixture
 ) -> None:
     """Nobody asks for anything in between that would start them again."""
     mistakes = [RuntimeError("of ours"), RuntimeError("another")]
     speak = line.say
 
-    async def say(gateway: str, statement: Statement) -> Heard:
+    async def say(gateway: str, statement: GatewayReport) -> ReportReply:
         if mistakes:
             raise mistakes.pop()
         return await speak(gateway, statement)
@@ -272,7 +282,7 @@ async def test_a_grant_of_a_replica_that_is_not_known_here_yet_waits_until_it_is
 ) -> None:
     """The ledger may hear of a new replica before this gateway does."""
     seen: dict[str, tuple[str, ...]] = {}
-    turns = Turns(line, lambda: seen, "g")
+    turns = LedgerClient(line, lambda: seen, "g")
     line.ledger.see_replicas("tiny", ("new",), time.monotonic())
     taking = asyncio.create_task(turns.take(offer("x")))
     await asyncio.sleep(0.1)
@@ -282,10 +292,12 @@ async def test_a_grant_of_a_replica_that_is_not_known_here_yet_waits_until_it_is
     turns.stop()
 
 
-async def test_who_waits_for_a_tier_that_is_lost_is_told_at_once(turns: Turns, line: FakeLine):
+async def test_who_waits_for_a_tier_that_is_lost_is_told_at_once(
+    turns: LedgerClient, line: FakeLine
+):
     assert await within(turns.take(offer("first"))) == "a"
     waiting = [asyncio.create_task(turns.take(offer(f"{n}"))) for n in range(3)]
-    elsewhere = asyncio.create_task(turns.take(Offer("elsewhere", "other", 10.0, 60.0)))
+    elsewhere = asyncio.create_task(turns.take(SubmitRequest("elsewhere", "other", 10.0, 60.0)))
     await asyncio.sleep(0.05)
     turns.lose("tiny")
     for each in waiting:
@@ -298,11 +310,11 @@ async def test_who_waits_for_a_tier_that_is_lost_is_told_at_once(turns: Turns, l
     assert line.running_s() > 0, "what is drawn is drawn to its end"
 
 
-async def test_where_a_request_is_that_comes_again(turns: Turns, line: FakeLine) -> None:
+async def test_where_a_request_is_that_comes_again(turns: LedgerClient, line: FakeLine) -> None:
     """While the ledger is away it is drawn anew; nobody waits."""
     retry = Retry("ours", "a ring")
     assert await turns.places(retry) == ()
-    named = Offer("first", "tiny", 10.0, 60.0, retry=retry, seed=7)
+    named = SubmitRequest("first", "tiny", 10.0, 60.0, retry=retry, seed=7)
     assert await turns.take(named) == "a"
     [place] = await turns.places(retry)
     assert (place.ticket_id, place.replica, place.seed) == ("first", "a", 7)

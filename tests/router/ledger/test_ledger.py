@@ -6,14 +6,16 @@ import pytest
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
-from flux_ray.router.ledger.messages import Decision, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, GatewayReport, SubmitRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 
 REPLICAS = {"tiny": ("a", "b")}
 
 
-def offer(ticket_id: str, cost_s: float = 1.0, deadline_in_s: float = 60.0, **fields) -> Offer:
-    return Offer(ticket_id, "tiny", cost_s, deadline_in_s, **fields)
+def offer(
+    ticket_id: str, cost_s: float = 1.0, deadline_in_s: float = 60.0, **fields
+) -> SubmitRequest:
+    return SubmitRequest(ticket_id, "tiny", cost_s, deadline_in_s, **fields)
 
 
 def granted(decisions: list[Decision]) -> dict[str, str | None]:
@@ -24,24 +26,24 @@ def granted(decisions: list[Decision]) -> dict[str, str | None]:
 def ledger() -> Ledger:
     """With a gateway `g` that reaches two replicas."""
     ledger = Ledger(TierQueue)
-    ledger.hear("g", Statement(replicas=REPLICAS), 0.0)
+    ledger.hear("g", GatewayReport(replicas=REPLICAS), 0.0)
     return ledger
 
 
 def test_turns_come_as_replicas_are_free(ledger):
-    ledger.hear("g", Statement(offers=tuple(offer(name) for name in "xyz")), 0.0)
+    ledger.hear("g", GatewayReport(offers=tuple(offer(name) for name in "xyz")), 0.0)
     first = granted(ledger.decide(0.0)["g"])
     assert set(first.values()) == {"a", "b"}
     assert ledger.backlog("tiny", 0.0) == (1.0, 2.0, 3.0)
     (waiting,) = {"x", "y", "z"} - first.keys()
     done = next(iter(first))
-    ledger.hear("g", Statement(ended=(done,)), 0.5)
+    ledger.hear("g", GatewayReport(ended=(done,)), 0.5)
     assert granted(ledger.decide(0.5)["g"]) == {waiting: first[done]}
 
 
 def test_a_refusal_goes_to_its_gateway_and_is_forgotten(ledger):
-    ledger.hear("h", Statement(replicas=REPLICAS), 0.0)
-    ledger.hear("h", Statement(offers=(offer("x", cost_s=5, deadline_in_s=1),)), 0.0)
+    ledger.hear("h", GatewayReport(replicas=REPLICAS), 0.0)
+    ledger.hear("h", GatewayReport(offers=(offer("x", cost_s=5, deadline_in_s=1),)), 0.0)
     decisions = ledger.decide(0.0)
     assert list(decisions) == ["h"]
     assert decisions["h"][0].refusal is not None
@@ -50,70 +52,70 @@ def test_a_refusal_goes_to_its_gateway_and_is_forgotten(ledger):
 
 def test_what_is_said_twice_counts_once(ledger):
     for _ in range(2):
-        ledger.hear("g", Statement(offers=(offer("x"),)), 0.0)
+        ledger.hear("g", GatewayReport(offers=(offer("x"),)), 0.0)
     assert len(ledger.decide(0.0)["g"]) == 1
     for _ in range(2):
-        ledger.hear("g", Statement(ended=("x", "never heard of")), 0.0)
+        ledger.hear("g", GatewayReport(ended=("x", "never heard of")), 0.0)
     assert ledger.backlog("tiny", 0.0) == (0.0, 0.0, 1.0)
 
 
 def test_what_a_gateway_does_not_know_any_more_has_ended(ledger):
-    ledger.hear("g", Statement(offers=(offer("x"), offer("y"), offer("z"))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x"), offer("y"), offer("z"))), 0.0)
     ledger.decide(0.0)
-    assert ledger.hear("g", Statement(known=frozenset({"y"})), 0.1) == ()
+    assert ledger.hear("g", GatewayReport(known=frozenset({"y"})), 0.1) == ()
     assert ledger.backlog("tiny", 0.1).waiting_s + ledger.backlog("tiny", 0.1).running_s <= 1.0
 
 
 def test_what_the_ledger_lacks_is_asked_for(ledger):
-    assert ledger.hear("g", Statement(known=frozenset({"x"})), 0.0) == ("x",)
+    assert ledger.hear("g", GatewayReport(known=frozenset({"x"})), 0.0) == ("x",)
 
 
 def test_after_a_loss_what_runs_is_taken_over_and_not_granted_again(ledger):
-    ledger.hear("g", Statement(offers=(offer("x", runs_on="a"), offer("y", runs_on="b"))), 0.0)
-    ledger.hear("g", Statement(offers=(offer("z"),)), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x", runs_on="a"), offer("y", runs_on="b"))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("z"),)), 0.0)
     assert ledger.decide(0.0) == {}
     assert ledger.backlog("tiny", 0.0)[:2] == (1.0, 2.0)
-    ledger.hear("g", Statement(ended=("x",)), 0.5)
+    ledger.hear("g", GatewayReport(ended=("x",)), 0.5)
     assert granted(ledger.decide(0.5)["g"]) == {"z": "a"}
 
 
 def test_what_is_said_to_run_on_a_replica_that_is_gone_brings_it_not_back(ledger):
-    ledger.hear("g", Statement(offers=(offer("x", runs_on="gone"),)), 0.0)
-    ledger.hear("g", Statement(offers=(offer("y"), offer("z"), offer("w"))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x", runs_on="gone"),)), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("y"), offer("z"), offer("w"))), 0.0)
     assert set(granted(ledger.decide(0.0)["g"]).values()) == {"a", "b"}
-    ledger.hear("g", Statement(ended=("x", "y", "z", "w")), 0.1)
+    ledger.hear("g", GatewayReport(ended=("x", "y", "z", "w")), 0.1)
     assert ledger.backlog("tiny", 0.1)[:2] == (0.0, 0.0)
 
 
 def test_what_still_runs_is_as_long_as_its_gateway_says(ledger):
-    ledger.hear("g", Statement(offers=(offer("x", 5.0), offer("y", 5.0))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x", 5.0), offer("y", 5.0))), 0.0)
     ledger.decide(0.0)
-    ledger.hear("g", Statement(left_s=(("x", 9.0), ("unknown", 3.0))), 1.0)
-    ledger.hear("h", Statement(replicas=REPLICAS, left_s=(("y", 90.0),)), 1.0)
+    ledger.hear("g", GatewayReport(left_s=(("x", 9.0), ("unknown", 3.0))), 1.0)
+    ledger.hear("h", GatewayReport(replicas=REPLICAS, left_s=(("y", 90.0),)), 1.0)
     assert ledger.backlog("tiny", 1.0).running_s == pytest.approx(9.0 + 4.0), "y is g's"
-    ledger.hear("g", Statement(left_s=(("x", 0.5),)), 2.0)
+    ledger.hear("g", GatewayReport(left_s=(("x", 0.5),)), 2.0)
     assert ledger.backlog("tiny", 2.0).running_s == pytest.approx(0.5 + 3.0)
 
 
 def test_what_is_done_tells_how_far_off_prices_are(ledger):
     """Where all take half of their price, who has little more than that is let in."""
     hasty = [offer(f"hasty {number}", 4.0, 3.0) for number in range(2)]
-    ledger.hear("g", Statement(offers=(hasty[0],)), 0.0)
+    ledger.hear("g", GatewayReport(offers=(hasty[0],)), 0.0)
     assert ledger.decide(0.0)["g"][0].refusal is not None
     for number in range(10):
         at = 10.0 * (number + 1)
-        ledger.hear("g", Statement(offers=(offer(f"{number}", 4.0, 60.0),)), at)
+        ledger.hear("g", GatewayReport(offers=(offer(f"{number}", 4.0, 60.0),)), at)
         assert granted(ledger.decide(at)["g"])
-        ledger.hear("g", Statement(ended=(f"{number}",), done=(f"{number}",)), at + 2.0)
-    ledger.hear("g", Statement(offers=(hasty[1],)), 200.0)
+        ledger.hear("g", GatewayReport(ended=(f"{number}",), done=(f"{number}",)), at + 2.0)
+    ledger.hear("g", GatewayReport(offers=(hasty[1],)), 200.0)
     assert granted(ledger.decide(200.0)["g"])
     assert ledger.backlog("tiny", 200.0).running_s == pytest.approx(4.0)
 
 
 def test_a_gateway_that_falls_silent_leaves_nothing(ledger):
-    ledger.hear("h", Statement(offers=(offer("x"), offer("y"), offer("z"))), 0.0)
+    ledger.hear("h", GatewayReport(offers=(offer("x"), offer("y"), offer("z"))), 0.0)
     ledger.decide(0.0)
-    ledger.hear("g", Statement(), SILENCE_S)
+    ledger.hear("g", GatewayReport(), SILENCE_S)
     assert ledger.forget_silent(SILENCE_S + 0.1) == ["h"]
     assert ledger.backlog("tiny", SILENCE_S + 0.1)[:2] == (0.0, 0.0)
 
@@ -122,57 +124,57 @@ def test_the_replicas_are_those_that_serve_names_whatever_gateways_see(ledger):
     """A gateway that is new, cut off or stuck takes nothing from the others, and gives nothing."""
     ledger.see_replicas("tiny", ("b",), 0.0)
     for name, view in (("new", ()), ("stuck", ("gone",))):
-        ledger.hear(name, Statement(replicas={"tiny": view}), 0.0)
-    ledger.hear("g", Statement(offers=(offer("x"), offer("y"))), 0.0)
+        ledger.hear(name, GatewayReport(replicas={"tiny": view}), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x"), offer("y"))), 0.0)
     assert granted(ledger.decide(0.0)["g"]) == {"x": "b"}
 
 
 def test_until_serve_was_heard_the_replicas_are_all_that_any_gateway_reaches(ledger):
-    ledger.hear("h", Statement(replicas={"tiny": ("b", "c")}), 0.0)
-    ledger.hear("new", Statement(replicas={"tiny": ()}), 0.0)
-    ledger.hear("g", Statement(offers=tuple(offer(name) for name in "wxyz")), 0.0)
+    ledger.hear("h", GatewayReport(replicas={"tiny": ("b", "c")}), 0.0)
+    ledger.hear("new", GatewayReport(replicas={"tiny": ()}), 0.0)
+    ledger.hear("g", GatewayReport(offers=tuple(offer(name) for name in "wxyz")), 0.0)
     assert set(granted(ledger.decide(0.0)["g"]).values()) == {"a", "b", "c"}
 
 
 def test_a_replica_that_is_away_for_a_moment_comes_back_with_what_it_runs(ledger):
     ledger.see_replicas("tiny", ("a",), 0.0)
-    ledger.hear("g", Statement(offers=(offer("x", 30.0, 600.0), offer("y", 30.0, 600.0))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x", 30.0, 600.0), offer("y", 30.0, 600.0))), 0.0)
     assert granted(ledger.decide(0.0)["g"]) == {"x": "a"}
     ledger.see_replicas("tiny", (), 1.0)
     assert ledger.decide(1.0) == {}
     ledger.see_replicas("tiny", ("a",), 2.0)
     assert ledger.decide(2.0) == {}
     assert ledger.backlog("tiny", 2.0) == (30.0, 28.0, 60.0)
-    ledger.hear("g", Statement(ended=("x",), done=("x",)), 30.0)
+    ledger.hear("g", GatewayReport(ended=("x",), done=("x",)), 30.0)
     assert granted(ledger.decide(30.0)["g"]) == {"y": "a"}
 
 
 def test_what_runs_where_nobody_knows_of_is_on_the_books_when_that_is_known():
     """A new ledger hears of running requests before it hears of their replicas."""
     ledger = Ledger(TierQueue)
-    ledger.hear("g", Statement(offers=(offer("x", 27.0, 600.0, runs_on="a"), offer("y"))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x", 27.0, 600.0, runs_on="a"), offer("y"))), 0.0)
     ledger.see_replicas("tiny", ("a",), 0.5)
     assert ledger.decide(0.5) == {}
     assert ledger.backlog("tiny", 0.5).running_s == pytest.approx(26.5)
 
 
 def test_the_work_of_a_replica_that_is_gone_stays_until_its_gateway_says_that_it_ended(ledger):
-    ledger.hear("g", Statement(offers=(offer("x"), offer("y"))), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x"), offer("y"))), 0.0)
     lost = next(d.ticket_id for d in ledger.decide(0.0)["g"] if d.replica == "a")
-    ledger.hear("g", Statement(replicas={"tiny": ("b",)}), 0.1)
+    ledger.hear("g", GatewayReport(replicas={"tiny": ("b",)}), 0.1)
     assert ledger.backlog("tiny", 0.1).running_s == pytest.approx(1.8)
-    ledger.hear("g", Statement(ended=(lost,)), 0.2)
+    ledger.hear("g", GatewayReport(ended=(lost,)), 0.2)
     assert ledger.backlog("tiny", 0.2).running_s == pytest.approx(0.8)
-    ledger.hear("g", Statement(offers=(offer("z"),)), 0.2)
+    ledger.hear("g", GatewayReport(offers=(offer("z"),)), 0.2)
     assert ledger.decide(0.2) == {}
 
 
 def test_with_no_replica_requests_wait(ledger):
-    ledger.hear("g", Statement(replicas={"tiny": ()}), 0.0)
-    ledger.hear("g", Statement(offers=(offer("x"),)), 0.0)
+    ledger.hear("g", GatewayReport(replicas={"tiny": ()}), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x"),)), 0.0)
     assert ledger.decide(0.0) == {}
     assert ledger.backlog("tiny", 0.0).waiting_s == 1.0
-    ledger.hear("g", Statement(replicas=REPLICAS), 3.0)
+    ledger.hear("g", GatewayReport(replicas=REPLICAS), 3.0)
     assert set(granted(ledger.decide(3.0)["g"])) == {"x"}
 
 
@@ -194,33 +196,33 @@ def test_after_any_run_the_books_are_at_zero(seed):
         mine |= {each.ticket_id for each in offers}
         if dice.random() < 0.8:
             known = frozenset(mine) if dice.random() < 0.3 else None
-            ledger.hear(gateway, Statement(offers, tuple(ended), replicas, known), now)
+            ledger.hear(gateway, GatewayReport(offers, tuple(ended), replicas, known), now)
         for owner, decisions in ledger.decide(now).items():
             for decision in decisions:
                 if decision.replica is None:
                     live[owner].discard(decision.ticket_id)
-    ledger.hear("g", Statement(known=frozenset()), now)
-    ledger.hear("g", Statement(), now + SILENCE_S + 1)
+    ledger.hear("g", GatewayReport(known=frozenset()), now)
+    ledger.hear("g", GatewayReport(), now + SILENCE_S + 1)
     ledger.forget_silent(now + SILENCE_S + 1)
     assert ledger.backlog("tiny", now + SILENCE_S + 1)[:2] == (0.0, 0.0)
 
 
 def test_what_was_granted_and_not_heard_is_told_again(ledger):
-    ledger.hear("g", Statement(offers=(offer("x"),)), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("x"),)), 0.0)
     [decision] = ledger.decide(0.0)["g"]
-    beat = Statement(known=frozenset({"x"}), waiting=frozenset({"x"}))
+    beat = GatewayReport(known=frozenset({"x"}), waiting=frozenset({"x"}))
     ledger.hear("g", beat, 0.5)
     assert ledger.decide(0.5) == {"g": [decision]}
-    ledger.hear("g", Statement(known=frozenset({"x"})), 1.0)
+    ledger.hear("g", GatewayReport(known=frozenset({"x"})), 1.0)
     assert ledger.decide(1.0) == {}
 
 
 def test_a_statement_that_is_late_or_doubled_changes_nothing(ledger):
-    first = Statement(offers=(offer("x"),), number=1)
+    first = GatewayReport(offers=(offer("x"),), number=1)
     ledger.hear("g", first, 0.0)
     ledger.decide(0.0)
-    ledger.hear("g", Statement(known=frozenset({"x"}), number=3), 0.2)
-    ledger.hear("g", Statement(known=frozenset(), number=2), 0.3)
+    ledger.hear("g", GatewayReport(known=frozenset({"x"}), number=3), 0.2)
+    ledger.hear("g", GatewayReport(known=frozenset(), number=2), 0.3)
     ledger.hear("g", first, 0.3)
     assert ledger.backlog("tiny", 0.3) == (0.0, pytest.approx(0.7), 1.0)
 
@@ -228,47 +230,49 @@ def test_a_statement_that_is_late_or_doubled_changes_nothing(ledger):
 def test_with_no_replica_who_cannot_wait_for_one_hears_so_at_once():
     ledger = Ledger(TierQueue)
     ledger.learn_cold_start("tiny", 60.0)
-    ledger.hear("g", Statement(offers=(offer("nobody knows yet", 1.0, 8.0),)), 0.0)
+    ledger.hear("g", GatewayReport(offers=(offer("nobody knows yet", 1.0, 8.0),)), 0.0)
     assert ledger.decide(0.0) == {}
-    ledger.hear("g", Statement((offer("x", 1.0, 8.0),), replicas={"tiny": ()}), 0.0)
+    ledger.hear("g", GatewayReport((offer("x", 1.0, 8.0),), replicas={"tiny": ()}), 0.0)
     [decision] = [each for each in ledger.decide(0.0)["g"] if each.ticket_id == "x"]
     assert decision.refusal is not None
     assert "no replica is up" in decision.refusal.reason
     assert decision.refusal.retry_after_s == pytest.approx(53.0, abs=0.01)
-    ledger.hear("g", Statement((offer("y", 1.0, 80.0),)), 0.0)
+    ledger.hear("g", GatewayReport((offer("y", 1.0, 80.0),)), 0.0)
     assert "y" not in granted(ledger.decide(0.0).get("g", []))
 
 
 def test_work_arrives_once_however_often_its_client_comes_back(ledger):
-    ledger.hear("g", Statement(offers=(offer("busy", 100.0, 600.0), offer("too", 100.0, 600.0))), 0)
+    ledger.hear(
+        "g", GatewayReport(offers=(offer("busy", 100.0, 600.0), offer("too", 100.0, 600.0))), 0
+    )
     ledger.decide(0.0)
     for number in range(10):
         now = 1.0 + 5 * number
-        ledger.hear("g", Statement(offers=(offer(f"{number}", 10.0, 20.0, work="a cat"),)), now)
+        ledger.hear("g", GatewayReport(offers=(offer(f"{number}", 10.0, 20.0, work="a cat"),)), now)
         assert ledger.decide(now)["g"][0].refusal is not None
     assert ledger.backlog("tiny", 50.0).arrived_s == 210.0
-    ledger.hear("g", Statement(offers=(offer("other", 10.0, 20.0, work="a dog"),)), 60.0)
+    ledger.hear("g", GatewayReport(offers=(offer("other", 10.0, 20.0, work="a dog"),)), 60.0)
     assert ledger.backlog("tiny", 60.0).arrived_s == 220.0
 
 
 def test_work_that_is_put_back_or_tried_again_arrives_once(ledger):
     for number in range(5):
         name = f"job-{number}"
-        ledger.hear("g", Statement(offers=(offer(name, 3.0, work="job"),)), number)
+        ledger.hear("g", GatewayReport(offers=(offer(name, 3.0, work="job"),)), number)
         assert granted(ledger.decide(number)["g"])[name] is not None
-        ledger.hear("g", Statement(ended=(name,)), number + 0.5)
+        ledger.hear("g", GatewayReport(ended=(name,)), number + 0.5)
     assert ledger.backlog("tiny", 5.0) == (0.0, 0.0, 3.0)
     for number in range(2):
         name = f"done-{number}"
-        ledger.hear("g", Statement(offers=(offer(name, 3.0, work="other"),)), 10 + number)
+        ledger.hear("g", GatewayReport(offers=(offer(name, 3.0, work="other"),)), 10 + number)
         ledger.decide(10 + number)
-        ledger.hear("g", Statement(ended=(name,), done=(name,)), 10.5 + number)
+        ledger.hear("g", GatewayReport(ended=(name,), done=(name,)), 10.5 + number)
     assert ledger.backlog("tiny", 12.0).arrived_s == 9.0, "two requests for the same"
 
 
 def test_who_waits_hears_where(ledger):
     offers = tuple(offer(name, 2.0, 60.0, has_deadline=False) for name in "vwxyz")
-    ledger.hear("g", Statement(offers=offers), 0.0)
+    ledger.hear("g", GatewayReport(offers=offers), 0.0)
     ledger.decide(0.0)
     at = ledger.positions("g", ("v", "x", "y", "z", "never"), 1.0)
     assert dict(at) == {

@@ -4,7 +4,7 @@ from flux_ray.request import ImageRequest, StageTimes
 from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.price_exchange import PriceExchange
 from flux_ray.router.pricing.calibration import Snapshot, merged
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
@@ -26,7 +26,7 @@ class FakeLedger:
 
 
 def gateway() -> CostModel:
-    return CostModel({"tiny": Layout("cpu", dtype="float32")})
+    return CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
 
 
 async def test_one_learns_from_the_other_and_so_does_the_next() -> None:

@@ -8,18 +8,24 @@ import pytest
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.ledger import quota_client as turnstile_module
 from flux_ray.router.ledger.client import LedgerLost
-from flux_ray.router.ledger.quota_client import Turnstile
-from flux_ray.router.quotas.quota_ledger import UNLIMITED, Allowance, Allowances, Entry, Standing
+from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.quotas.quota_ledger import (
+    UNLIMITED,
+    LimitStatus,
+    QuotaLedger,
+    QuotaLimits,
+    UsageEntry,
+)
 from flux_ray.router.quotas.usage import Use
 
-ONE = Allowance(max_concurrent=1)
+ONE = QuotaLimits(max_concurrent=1)
 
 
 class FakeLine:
     """The ledger in this process."""
 
     def __init__(self):
-        self.books = Allowances()
+        self.books = QuotaLedger()
         self.is_down = False
         self.is_deaf = False
         self.num_calls = 0
@@ -58,14 +64,14 @@ def line(monkeypatch):
 
 @pytest.fixture
 async def gates(line):
-    gates = [Turnstile(line, name) for name in ("g", "h")]
+    gates = [QuotaClient(line, name) for name in ("g", "h")]
     yield gates
     for gate in gates:
         gate.stop()
 
 
 def entry(request_id, gpu_seconds=1.0, cost_s=0.5):
-    return Entry(request_id, "tiny", "alice", Use(gpu_seconds, 2.0), cost_s)
+    return UsageEntry(request_id, "tiny", "alice", Use(gpu_seconds, 2.0), cost_s)
 
 
 async def test_gateways_count_together(gates):
@@ -115,7 +121,7 @@ async def test_a_client_that_leaves_pays_for_its_time(gates, line):
 
 
 async def test_a_day_that_is_used_up_says_so(gates):
-    day = Allowance(gpu_seconds_per_day=3.0)
+    day = QuotaLimits(gpu_seconds_per_day=3.0)
     async with gates[0].entered(entry("x"), day) as stay:
         stay.finish(2.5)
     with pytest.raises(QuotaSpent) as caught:
@@ -131,13 +137,13 @@ async def test_a_day_that_is_used_up_says_so(gates):
 async def test_a_lost_ledger_forgets_no_day_and_no_place(gates, line):
     """Also what another gateway used that has gone."""
     g, h = gates
-    day = Allowance(gpu_seconds_per_day=3.0, max_concurrent=1)
+    day = QuotaLimits(gpu_seconds_per_day=3.0, max_concurrent=1)
     async with h.entered(entry("w", 0.5), day):
-        async with g.entered(Entry("x", "tiny", "bob", Use(1.0), 1.0), day) as stay:
+        async with g.entered(UsageEntry("x", "tiny", "bob", Use(1.0), 1.0), day) as stay:
             stay.finish(2.5)
         await asyncio.sleep(0.05)
         g.stop()
-        line.books = Allowances()
+        line.books = QuotaLedger()
         await asyncio.sleep(0.05)
         assert line.used("bob") == Use(2.5, 0.0)
         with pytest.raises(RateLimited):
@@ -184,7 +190,7 @@ async def test_what_is_known_is_not_told_again(gates, line, monkeypatch):
             stay.finish(0.5)
         await asyncio.sleep(0.03)
     assert sum(told[1:]) == 3
-    line.books = Allowances()
+    line.books = QuotaLedger()
     await asyncio.sleep(0.05)
     assert line.used() == Use(1.5, 6.0)
 
@@ -196,7 +202,7 @@ async def test_who_is_not_limited_costs_no_call(gates, line):
 
 
 async def test_how_a_key_stands_is_known_after_it_came_in(gates, line):
-    minute = Allowance(requests_per_minute=3)
+    minute = QuotaLimits(requests_per_minute=3)
     assert gates[0].standing("alice") is None
     async with gates[0].entered(entry("x"), minute):
         assert gates[0].standing("alice")[:2] == (3, 2)
@@ -204,7 +210,7 @@ async def test_how_a_key_stands_is_known_after_it_came_in(gates, line):
         pass
     standing = gates[0].standing("alice")
     assert standing[:2] == (3, 1) and 59 < standing.reset_s <= 60
-    gates[0]._standings["alice"] = (Standing(3, 1, 5.0), time.monotonic() - 7)
+    gates[0]._standings["alice"] = (LimitStatus(3, 1, 5.0), time.monotonic() - 7)
     assert gates[0].standing("alice").reset_s == 0, "never in the past"
     async with gates[0].entered(entry("z"), ONE):
         assert gates[0].standing("alice") is None, "its class has changed"
@@ -222,7 +228,7 @@ async def test_a_ledger_of_before_says_nothing_of_it(gates, line, monkeypatch):
 async def test_what_was_used_today_is_known_at_every_gateway(gates, line):
     """Also at one that the key never came to."""
     g, h = gates
-    day = Allowance(gpu_seconds_per_day=10)
+    day = QuotaLimits(gpu_seconds_per_day=10)
     async with g.entered(entry("x"), day) as stay:
         stay.finish(2.5)
     assert await h.used_today("alice") == Use(2.5, 2.0)
@@ -241,8 +247,8 @@ async def test_what_was_used_here_is_known_without_the_ledger(gates, line):
 
 async def test_refusals_are_counted_by_their_limit(line):
     counted = []
-    gate = Turnstile(line, "g", lambda tier, limit: counted.append((tier, limit)))
-    both = Allowance(max_concurrent=1, gpu_seconds_per_day=3)
+    gate = QuotaClient(line, "g", lambda tier, limit: counted.append((tier, limit)))
+    both = QuotaLimits(max_concurrent=1, gpu_seconds_per_day=3)
     async with gate.entered(entry("x"), both):
         for name, gpu_seconds in (("y", 1.0), ("z", 5.0)):
             with pytest.raises((RateLimited, QuotaTooSmall)):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from flux_ray.router.ledger import retries
 from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
-from flux_ray.router.ledger.messages import Offer, Statement
+from flux_ray.router.ledger.messages import GatewayReport, SubmitRequest
 from flux_ray.router.ledger.retries import KEPT_S, Place, Places, Retry
 from flux_ray.router.queue.tier_queue import TierQueue
 
@@ -18,8 +18,8 @@ def place(ticket_id: str, retry: Retry = RETRY) -> Place:
     return Place(ticket_id, "tiny", f"replica of {ticket_id}", retry.fingerprint, seed=7)
 
 
-def offer(ticket_id: str, retry: Retry | None, **fields) -> Offer:
-    return Offer(ticket_id, "tiny", 30.0, 600.0, retry=retry, seed=7, **fields)
+def offer(ticket_id: str, retry: Retry | None, **fields) -> SubmitRequest:
+    return SubmitRequest(ticket_id, "tiny", 30.0, 600.0, retry=retry, seed=7, **fields)
 
 
 def test_it_is_found_while_it_is_drawn_and_for_a_while_when_it_was_answered() -> None:
@@ -105,7 +105,7 @@ def granted(ledger: Ledger, now: float) -> list[str]:
 def test_the_ledger_knows_where_the_requests_of_a_dead_gateway_are() -> None:
     ledger = Ledger(TierQueue)
     offers = (offer("first", RETRY), offer("unnamed", None))
-    ledger.hear("dead", Statement(offers, replicas=HERE), 0.0)
+    ledger.hear("dead", GatewayReport(offers, replicas=HERE), 0.0)
     assert ledger.places("ours", 0.0) == (), "it waits"
     assert granted(ledger, 0.0) == ["first"]
     found = (Place("first", "tiny", "here", "a ring", 7),)
@@ -116,18 +116,18 @@ def test_the_ledger_knows_where_the_requests_of_a_dead_gateway_are() -> None:
 
 def test_a_gateway_that_lives_says_what_became_of_it() -> None:
     ledger = Ledger(TierQueue)
-    ledger.hear("g", Statement((offer("left", RETRY),), replicas=HERE), 0.0)
+    ledger.hear("g", GatewayReport((offer("left", RETRY),), replicas=HERE), 0.0)
     ledger.decide(0.0)
-    ledger.hear("g", Statement(ended=("left",)), 1.0)
+    ledger.hear("g", GatewayReport(ended=("left",)), 1.0)
     assert ledger.places("ours", 1.0) == ()
-    ledger.hear("g", Statement((offer("answered", RETRY),)), 2.0)
+    ledger.hear("g", GatewayReport((offer("answered", RETRY),)), 2.0)
     ledger.decide(2.0)
-    ledger.hear("g", Statement(ended=("answered",), done=("answered",)), 3.0)
+    ledger.hear("g", GatewayReport(ended=("answered",), done=("answered",)), 3.0)
     assert [each.ticket_id for each in ledger.places("ours", 3.0)] == ["answered"]
 
 
 def test_a_new_ledger_hears_where_they_are() -> None:
     ledger = Ledger(TierQueue)
-    statement = Statement((offer("running", RETRY, runs_on="here"),), replicas=HERE)
+    statement = GatewayReport((offer("running", RETRY, runs_on="here"),), replicas=HERE)
     ledger.hear("g", statement, 0.0)
     assert [each.replica for each in ledger.places("ours", 0.0)] == ["here"]

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
-from flux_ray.router.ledger.messages import Decision, Heard, Offer, Statement
+from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
 from flux_ray.router.ledger.outbox import Outbox, Receipt
-from flux_ray.router.ledger.pending import TurnBook
+from flux_ray.router.ledger.pending import PendingRequests
 from flux_ray.router.queue.tier_queue import TierQueue
 
 BEAT_S = 0.5
@@ -23,7 +23,7 @@ TIER = "tiny"
 class Request:
     """One that a gateway took, and what became of it there."""
 
-    offer: Offer
+    offer: SubmitRequest
     came_at: float
     heard: list[tuple[float, Decision]] = field(default_factory=list)
     # None as long as it runs or waits.
@@ -47,7 +47,7 @@ class Gateway:
 
     def __init__(self, name: str, replicas: frozenset[str]) -> None:
         self.name = name
-        self.book = TurnBook()
+        self.book = PendingRequests()
         self.view = replicas
         self.receipt = Receipt()
         self.requests: dict[str, Request] = {}
@@ -55,7 +55,7 @@ class Gateway:
         # The statement that it waits to hear the answer of.
         self.awaits: int | None = None
 
-    def ask(self, offer: Offer, now: float) -> None:
+    def ask(self, offer: SubmitRequest, now: float) -> None:
         request = Request(offer, now)
         self.requests[offer.ticket_id] = request
         self.book.ask(offer, now, lambda decision: request.heard.append((self.now, decision)))
@@ -76,7 +76,7 @@ class Gateway:
         request.ended_at, request.is_done = now, is_done
         self.book.end(ticket_id, is_done=is_done)
 
-    def statement(self, *, is_beat: bool) -> Statement:
+    def statement(self, *, is_beat: bool) -> GatewayReport:
         return self.book.statement(
             self.now, {TIER: tuple(sorted(self.view))}, {TIER: 20.0}, is_beat=is_beat
         )
@@ -124,11 +124,11 @@ class World:
     def ask(self, gateway: str, cost_s: float, deadline_in_s: float, **fields: object) -> str:
         ticket_id = f"t{self.num_requests}"
         self.num_requests += 1
-        offer = Offer(ticket_id, TIER, cost_s, deadline_in_s, work=ticket_id, **fields)  # type: ignore[arg-type]
+        offer = SubmitRequest(ticket_id, TIER, cost_s, deadline_in_s, work=ticket_id, **fields)  # type: ignore[arg-type]
         self.gateways[gateway].ask(offer, self.now)
         return ticket_id
 
-    def ask_again(self, gateway: str, offer: Offer) -> None:
+    def ask_again(self, gateway: str, offer: SubmitRequest) -> None:
         """A client comes back, by another ticket, for the same work."""
         self.num_requests += 1
         again = replace(offer, ticket_id=f"t{self.num_requests}", is_counted=False)
@@ -209,17 +209,17 @@ class World:
         everybody = [*self.gateways.values(), *self.gone]
         return [request for gateway in everybody for request in gateway.requests.values()]
 
-    def _hear(self, gateway: str, statement: Statement) -> None:
+    def _hear(self, gateway: str, statement: GatewayReport) -> None:
         """The ledger hears a statement, maybe late or once more; its answer is on its way."""
         unknown = self.ledger.hear(gateway, statement, self.now)
         decisions = self.ledger.decide(self.now)
         told = decisions.pop(gateway, [])
         self._keep(decisions)
         self._keep({gateway: told})
-        reply = Heard(unknown, tuple(told))
+        reply = ReportReply(unknown, tuple(told))
         self.messages.append(lambda: self._answer(gateway, statement.number, reply))
 
-    def _answer(self, gateway: str, number: int, reply: Heard) -> None:
+    def _answer(self, gateway: str, number: int, reply: ReportReply) -> None:
         speaker = self.gateways.get(gateway)
         if speaker is not None and speaker.awaits == number:
             speaker.awaits = None

@@ -6,9 +6,9 @@ import pytest
 
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.cache_keys import affinity_of
-from flux_ray.router.pricing.cost import Layout
+from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 
 RED, BLUE = (RgbImage(1024, 1024, bytes([shade]) * (1024 * 1024 * 3)) for shade in (200, 30))
@@ -17,7 +17,7 @@ EDIT = replace(ASKED, references=(RED, BLUE))
 
 
 def prices(**layout) -> CostModel:
-    return CostModel({"flux-2-dev": Layout("h100-80gb", tensor=2, **layout)})
+    return CostModel({"flux-2-dev": ReplicaSpec("h100-80gb", tensor=2, **layout)})
 
 
 def test_its_names_are_those_of_words_and_pixels():
@@ -64,7 +64,7 @@ def test_the_queue_goes_back_to_the_replica_that_knows_it():
     affinity = affinity_of(EDIT, prices())
 
     def grant(name: str, affinity, now: float) -> str:
-        queue.offer(Ticket(name, "flux-2-dev", 5.0, 1000.0, affinity=affinity), now)
+        queue.offer(QueuedRequest(name, "flux-2-dev", 5.0, 1000.0, affinity=affinity), now)
         ((_, replica),) = queue.take(now)[0]
         return replica
 
@@ -81,9 +81,9 @@ def test_a_replica_that_is_gone_is_not_missed():
     queue = TierQueue()
     queue.set_replicas(["a"], 0.0)
     affinity = affinity_of(EDIT, prices())
-    queue.offer(Ticket("1", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 0.0)
+    queue.offer(QueuedRequest("1", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 0.0)
     queue.take(0.0)
     queue.set_replicas(["b"], 1.0)
-    queue.offer(Ticket("2", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 1.0)
+    queue.offer(QueuedRequest("2", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 1.0)
     ((_, replica),) = queue.take(1.0)[0]
     assert replica == "b"

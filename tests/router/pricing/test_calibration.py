@@ -15,18 +15,18 @@ from flux_ray.router.pricing.calibration import (
     NUM_BUCKETS,
     WINDOW,
     Calibration,
+    CalibrationRow,
     Observation,
-    Row,
     bucket_of,
     merged,
 )
-from flux_ray.router.pricing.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 from flux_ray.router.pricing.cost_model import CostModel
 
-LAYOUT = Layout("h100-80gb", tensor=2)
-LAYOUTS = {"flux-2-dev": LAYOUT, "flux-2-klein-4b": Layout("h100-80gb")}
-WORK = Work("flux-2-dev", 1024, 1024, num_steps=28)
-KLEIN = Work("flux-2-klein-4b", 1024, 1024, num_steps=4)
+LAYOUT = ReplicaSpec("h100-80gb", tensor=2)
+LAYOUTS = {"flux-2-dev": LAYOUT, "flux-2-klein-4b": ReplicaSpec("h100-80gb")}
+WORK = RequestShape("flux-2-dev", 1024, 1024, num_steps=28)
+KLEIN = RequestShape("flux-2-klein-4b", 1024, 1024, num_steps=4)
 
 
 class Clock:
@@ -44,18 +44,18 @@ def model(clock: Callable[[], float] | None = None) -> CostModel:
     return CostModel(LAYOUTS, clock or Clock())
 
 
-def times(work: Work, ratio: float) -> StageTimes:
+def times(work: RequestShape, ratio: float) -> StageTimes:
     """As if every stage took `ratio` times what the roofline says."""
     prior = price(work, LAYOUTS[work.tier])
     return StageTimes(3.0, *(ratio * s for s in (prior.encode_s, prior.denoise_s, prior.decode_s)))
 
 
-def ratio(learned: CostModel, work: Work) -> float:
+def ratio(learned: CostModel, work: RequestShape) -> float:
     """Of the price to the roofline's."""
     return learned.price_work(work).total_s / price(work, LAYOUTS[work.tier]).total_s
 
 
-def teach(learned: CostModel, work: Work, value: float, number: int = 1) -> None:
+def teach(learned: CostModel, work: RequestShape, value: float, number: int = 1) -> None:
     for _ in range(number):
         learned.learn_work(work, times(work, value))
 
@@ -294,10 +294,10 @@ def test_rows_that_cannot_be_are_left_out() -> None:
     learned = model()
     learned.restore(
         [
-            Row("flux-3", layout, "denoise", 20, good),
-            Row("flux-2-dev", layout, "upscale", 20, good),
-            Row("flux-2-dev", layout, "denoise", NUM_BUCKETS, good),
-            Row("flux-2-dev", layout, "denoise", 20, ((1.0, math.nan), (2.0, -1.0))),
+            CalibrationRow("flux-3", layout, "denoise", 20, good),
+            CalibrationRow("flux-2-dev", layout, "upscale", 20, good),
+            CalibrationRow("flux-2-dev", layout, "denoise", NUM_BUCKETS, good),
+            CalibrationRow("flux-2-dev", layout, "denoise", 20, ((1.0, math.nan), (2.0, -1.0))),
         ]
     )
     assert [row for row in learned.snapshot() if row.ratios] == []

@@ -11,7 +11,7 @@ from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
-from flux_ray.router.pricing.cost import Layout, Work, encoder_ranks, price, work_of
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, encoder_ranks, price, work_of
 
 WITHIN = 0.01
 # Tensor x sequence ranks of a table's columns.
@@ -48,44 +48,48 @@ FP8 = {
     "h200-141gb": (8.50, 4.79, 2.85, 1.88),
     "b200-180gb": (3.94, 2.28, 1.40, 0.95),
 }
-DEV = Work("flux-2-dev", 1024, 1024, num_steps=28)
-KLEIN = Work("flux-2-klein-4b", 1024, 1024, num_steps=4)
-H100 = Layout("h100-80gb")
+DEV = RequestShape("flux-2-dev", 1024, 1024, num_steps=28)
+KLEIN = RequestShape("flux-2-klein-4b", 1024, 1024, num_steps=4)
+H100 = ReplicaSpec("h100-80gb")
 
 
-def step_ms(work: Work, layout: Layout) -> float:
+def step_ms(work: RequestShape, layout: ReplicaSpec) -> float:
     return price(replace(work, num_steps=1), layout).denoise_s * 1e3
 
 
 @pytest.mark.parametrize(("tier", "card"), TABLE)
 def test_a_step_takes_what_the_fact_sheet_says(tier: str, card: str) -> None:
-    work = Work(tier, 1024, 1024, num_steps=1)
-    said = [step_ms(work, Layout(card, *split)) for split in SPLITS]
+    work = RequestShape(tier, 1024, 1024, num_steps=1)
+    said = [step_ms(work, ReplicaSpec(card, *split)) for split in SPLITS]
     assert said == pytest.approx(TABLE[tier, card], rel=WITHIN)
 
 
 @pytest.mark.parametrize(("side", "num_references"), SHAPES)
 def test_other_shapes_take_what_the_fact_sheet_says(side: int, num_references: int) -> None:
     work = replace(DEV, width=side, height=side, references=(1024 * 1024,) * num_references)
-    said = [step_ms(work, Layout("h100-80gb", *split)) for split in SPLITS]
+    said = [step_ms(work, ReplicaSpec("h100-80gb", *split)) for split in SPLITS]
     assert said == pytest.approx(SHAPES[side, num_references], rel=WITHIN)
 
 
 @pytest.mark.parametrize("card", FP8)
 def test_fp8_takes_what_the_fact_sheet_says(card: str) -> None:
-    said = [price(DEV, Layout(card, tensor, 1, "fp8")).denoise_s for tensor in (1, 2, 4, 8)]
+    said = [price(DEV, ReplicaSpec(card, tensor, 1, "fp8")).denoise_s for tensor in (1, 2, 4, 8)]
     assert said == pytest.approx(FP8[card], rel=WITHIN)
 
 
 def test_two_tensor_ranks_by_four_sequence_ranks_are_faster_than_eight_tensor_ranks() -> None:
-    mixed = step_ms(DEV, Layout("h100-80gb", 2, 4))
+    mixed = step_ms(DEV, ReplicaSpec("h100-80gb", 2, 4))
     # Products, sums over 2 of a quarter of the tokens, tokens of half the heads over 4, passes.
     activations_ms = 4608 * 6144 * 2 / 4 / 1e6
     sums = activations_ms * 64 / 270 + 80 * 0.012
     exchanges = activations_ms * 224 * (3 / 4) / 2 / 270 + 224 * 0.012
     passes = activations_ms * 320 / (3350 * 0.8)
     assert mixed == pytest.approx(460.9 / 8 + sums + exchanges + passes, rel=0.001)
-    assert step_ms(DEV, Layout("h100-80gb", 1, 8)) < mixed < step_ms(DEV, Layout("h100-80gb", 8))
+    assert (
+        step_ms(DEV, ReplicaSpec("h100-80gb", 1, 8))
+        < mixed
+        < step_ms(DEV, ReplicaSpec("h100-80gb", 8))
+    )
 
 
 def test_every_step_and_every_image_is_paid_for_but_the_prompt_only_once() -> None:
@@ -104,7 +108,7 @@ def test_a_preview_costs_what_decoding_a_picture_does() -> None:
 
 
 def test_dev_at_four_megapixels_with_references_costs_hundreds_of_klein_pictures() -> None:
-    work = Work("flux-2-dev", 2048, 2048, num_steps=50, references=(1024 * 1024,) * 4)
+    work = RequestShape("flux-2-dev", 2048, 2048, num_steps=50, references=(1024 * 1024,) * 4)
     assert price(work, H100).denoise_s > 500 * price(KLEIN, H100).denoise_s
 
 
@@ -131,43 +135,43 @@ def test_files_are_no_work_of_a_replica() -> None:
 
 def test_a_small_step_takes_as_long_as_the_host_needs_to_launch_it() -> None:
     small = replace(KLEIN, width=64, height=64)
-    assert step_ms(small, Layout("b200-180gb")) == pytest.approx(25 * 0.2)
+    assert step_ms(small, ReplicaSpec("b200-180gb")) == pytest.approx(25 * 0.2)
 
 
 def test_a_step_takes_no_less_than_the_way_of_the_weights_from_memory() -> None:
     """66 GB of weights in all, at 0.8 of 300 GB/s: a card that computes fast for its memory."""
     small = replace(DEV, width=64, height=64)
-    assert step_ms(small, Layout("l4-24gb")) >= 2 * 32_223_281_152 / (0.8 * 300e9) * 1e3
+    assert step_ms(small, ReplicaSpec("l4-24gb")) >= 2 * 32_223_281_152 / (0.8 * 300e9) * 1e3
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "int8", "nf4"])
 def test_weights_that_are_unpacked_make_a_step_longer(quantization) -> None:
     """A100 has no FP8 units."""
-    plain = step_ms(DEV, Layout("a100-80gb"))
-    assert step_ms(DEV, Layout("a100-80gb", quantization=quantization)) > plain * 1.02
+    plain = step_ms(DEV, ReplicaSpec("a100-80gb"))
+    assert step_ms(DEV, ReplicaSpec("a100-80gb", quantization=quantization)) > plain * 1.02
 
 
 def test_fp32_takes_longer_than_bf16() -> None:
-    fp32 = Layout("h100-80gb", dtype="float32")
+    fp32 = ReplicaSpec("h100-80gb", dtype="float32")
     assert step_ms(DEV, fp32) > 5 * step_ms(DEV, H100)
     # FP8 units multiply by activations of two bytes only.
     assert step_ms(DEV, replace(fp32, quantization="fp8")) > step_ms(DEV, fp32)
 
 
 def test_more_threads_of_a_processor_take_less() -> None:
-    work = Work("tiny", 192, 192, num_steps=4)
-    one, four = (Layout("cpu", dtype="float32", num_threads=number) for number in (1, 4))
+    work = RequestShape("tiny", 192, 192, num_steps=4)
+    one, four = (ReplicaSpec("cpu", dtype="float32", num_threads=number) for number in (1, 4))
     assert price(work, four).denoise_s < 0.7 * price(work, one).denoise_s
 
 
 @pytest.mark.parametrize("tier", [tier.name for tier in TIERS])
 def test_every_tier_has_a_price(tier: str) -> None:
-    cost = price(Work(tier, 64, 64, num_steps=1), H100)
+    cost = price(RequestShape(tier, 64, 64, num_steps=1), H100)
     assert min(cost.encode_s, cost.denoise_s, cost.decode_s) > 0
 
 
 def test_the_split_text_encoder_encodes_faster_than_a_shared_one() -> None:
-    split = Layout("h100-80gb", tensor=4)
+    split = ReplicaSpec("h100-80gb", tensor=4)
     shared = replace(split, is_encoder_shared=True)
     assert encoder_ranks(split, 8) == 4
     assert encoder_ranks(shared, 8) == 1
@@ -176,7 +180,7 @@ def test_the_split_text_encoder_encodes_faster_than_a_shared_one() -> None:
 
 def test_parts_of_a_text_encoder_wait_for_each_other() -> None:
     """60 sums of 512 x 5120 numbers over two cards at 18 GB/s, and a collective's start each."""
-    one, two = (price(DEV, Layout("l40s-48gb", tensor)).encode_s for tensor in (1, 2))
+    one, two = (price(DEV, ReplicaSpec("l40s-48gb", tensor)).encode_s for tensor in (1, 2))
     assert two - one / 2 == pytest.approx(60 * (512 * 5120 * 2 / 18e9 + 12e-6), rel=0.02)
 
 
@@ -190,20 +194,20 @@ def test_a_layout_is_what_the_args_say() -> None:
         text_encoder="shared",
         num_cpus=4,
     )
-    layout = Layout.of(args, "h200-141gb")
-    assert layout == Layout("h200-141gb", 2, 4, "fp8", "int8", "bfloat16", True)
+    layout = ReplicaSpec.of(args, "h200-141gb")
+    assert layout == ReplicaSpec("h200-141gb", 2, 4, "fp8", "int8", "bfloat16", True)
     assert layout.num_ranks == 8
 
 
 def test_a_processor_needs_no_card() -> None:
     args = TierArgs(tier="tiny", device="cpu", dtype="float32", num_cpus=2.5)
-    assert Layout.of(args, "whatever") == Layout("cpu", dtype="float32", num_threads=2)
+    assert ReplicaSpec.of(args, "whatever") == ReplicaSpec("cpu", dtype="float32", num_threads=2)
 
 
 def test_an_unknown_card_is_refused_by_name() -> None:
     args = TierArgs(tier="flux-2-klein-4b", weights="owner/name@revision")
     with pytest.raises(ValueError, match="no card named 'h1000'; known cards: b200"):
-        Layout.of(args, "h1000")
+        ReplicaSpec.of(args, "h1000")
 
 
 def request(**changes: object) -> ImageRequest:
@@ -213,7 +217,7 @@ def request(**changes: object) -> ImageRequest:
 
 def test_work_is_what_of_a_request_makes_it_long() -> None:
     asked = request(num_images=2)
-    assert work_of(asked) == Work("flux-2-dev", 1024, 512, 28, (), 2)
+    assert work_of(asked) == RequestShape("flux-2-dev", 1024, 512, 28, (), 2)
     assert work_of(asked).num_tokens == 512 + 64 * 32
     assert work_of(request(num_previews=3)).num_previews == 3
     assert work_of(request(num_previews=3, num_steps=2)).num_previews == 1, "as many as are made"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.gateway import Limits
 from flux_ray.config.tier import TierArgs
-from flux_ray.router.pricing.cost import Layout, Work, price
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 from flux_ray.router.pricing.drain_timeout import MAX_S, MIN_S, drain_timeout_s, longest_work
 
 NAMES = [tier.name for tier in TIERS]
@@ -19,7 +19,7 @@ def args_of(tier: str, **args: object) -> TierArgs:
 
 @pytest.mark.parametrize("tier", NAMES)
 def test_it_is_longer_than_the_longest_request_unless_gateways_give_that_up(tier: str) -> None:
-    longest_s = price(longest_work(tier), Layout("h100-80gb")).total_s
+    longest_s = price(longest_work(tier), ReplicaSpec("h100-80gb")).total_s
     drain_s = drain_timeout_s(args_of(tier))
     assert MIN_S <= drain_s <= MAX_S
     assert drain_s > longest_s or drain_s == MAX_S
@@ -52,6 +52,6 @@ def test_no_request_of_the_tiers_own_steps_takes_longer(
 ) -> None:
     side = max(tier.min_side, int((tier.max_pixels * share) ** 0.5))
     sizes = (tier.max_reference_pixels,) * min(references, tier.max_references)
-    work = Work(tier.name, side, side, tier.num_steps, sizes, num_images)
-    layout = Layout("h100-80gb")
+    work = RequestShape(tier.name, side, side, tier.num_steps, sizes, num_images)
+    layout = ReplicaSpec("h100-80gb")
     assert price(work, layout).total_s <= price(longest_work(tier.name), layout).total_s

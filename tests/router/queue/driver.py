@@ -2,7 +2,7 @@
 
 import math
 
-from flux_ray.router.queue.entry import Refusal, Ticket
+from flux_ray.router.queue.entry import QueuedRequest, Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
 
 
@@ -16,8 +16,8 @@ class Cluster:
         self.now = 0.0
         self.num_slots = num_slots
         self.replicas: set[str] = set()
-        self.running: dict[str, tuple[Ticket, str, float]] = {}
-        self.waiting: dict[str, Ticket] = {}
+        self.running: dict[str, tuple[QueuedRequest, str, float]] = {}
+        self.waiting: dict[str, QueuedRequest] = {}
         self.granted: list[str] = []
         self.refused: list[str] = []
         for name in replicas:
@@ -27,7 +27,7 @@ class Cluster:
         self.replicas.add(name)
         self.queue.add_replica(name, self.now)
 
-    def lose(self, name: str) -> list[Ticket]:
+    def lose(self, name: str) -> list[QueuedRequest]:
         self.replicas.discard(name)
         lost = self.queue.lose_replica(name, self.now)
         mine = {ticket.ticket_id for ticket, replica, _ in self.running.values() if replica == name}
@@ -37,7 +37,7 @@ class Cluster:
             self.granted.remove(ticket.ticket_id)
         return lost
 
-    def offer(self, ticket: Ticket) -> Refusal | None:
+    def offer(self, ticket: QueuedRequest) -> Rejection | None:
         refusal = self.queue.offer(ticket, self.now)
         if refusal is None:
             self.waiting[ticket.ticket_id] = ticket

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from flux_ray.router.queue.estimate_error import HOPED_DEVIATIONS, LEAST_SHARE, Spread
+from flux_ray.router.queue.estimate_error import HOPED_DEVIATIONS, LEAST_SHARE, EstimateError
 
 
 def noted(*ratios: float) -> float:
-    spread = Spread()
+    spread = EstimateError()
     for ratio in ratios:
         spread.note(ratio * 3.0, 3.0)
     return spread.least_share

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
 
 
-def ticket(name: str, cost_s: float, deadline: float = 1000.0) -> Ticket:
-    return Ticket(name, "tiny", cost_s, deadline)
+def ticket(name: str, cost_s: float, deadline: float = 1000.0) -> QueuedRequest:
+    return QueuedRequest(name, "tiny", cost_s, deadline)
 
 
 def queue_of(*replicas: str) -> TierQueue:

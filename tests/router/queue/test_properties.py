@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.values import Arrival, Pool
@@ -48,7 +48,7 @@ class Script:
         wait_s = TIMEOUT_S if slack_s is None else cost_s + slack_s
         self.num_offers += 1
         cluster.offer(
-            Ticket(
+            QueuedRequest(
                 f"t{self.num_offers:03}",
                 "tiny",
                 cost_s,
@@ -121,7 +121,7 @@ class Watched(Cluster):
             if name in waiting:
                 assert self.now <= self.latest_starts[name] + SAME_S, "refused too late"
 
-    def look_at_grant(self, ticket: Ticket, waiting: dict[str, Ticket]) -> None:
+    def look_at_grant(self, ticket: QueuedRequest, waiting: dict[str, QueuedRequest]) -> None:
         mates = [other for other in waiting.values() if other.key == ticket.key]
         people = [other for other in mates if not other.is_job and other.ticket_id in self.waiting]
         assert not (ticket.is_job and people), "a job before people"
@@ -157,11 +157,11 @@ def who_comes_back_is_taken(
         cluster.add("last")
         cluster.take()
     key = {"key": "a", "is_job": is_job}
-    came = Ticket("came", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
+    came = QueuedRequest("came", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
     refusal = cluster.offer(came)
     if refusal is not None:
         cluster.run_until(cluster.now + refusal.retry_after_s)
-        back = Ticket("back", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
+        back = QueuedRequest("back", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
         assert cluster.offer(back) is None
 
 
@@ -200,7 +200,7 @@ def test_the_simulator_serves_whom_the_queue_serves(arrivals):
     for number, (gap_s, cost_s, slack_s) in enumerate(arrivals):
         wait_s = TIMEOUT_S if slack_s is None else cost_s + slack_s
         cluster.run_until(cluster.now + gap_s)
-        cluster.offer(Ticket(f"t{number:03}", "tiny", cost_s, cluster.now + wait_s))
+        cluster.offer(QueuedRequest(f"t{number:03}", "tiny", cost_s, cluster.now + wait_s))
         trace.append(Arrival(cluster.now, "tiny", cost_s, wait_s))
     cluster.run_until(1e6)
     outcome = simulate(iter(trace), [Pool("tiny", TierQueue(), 2)])

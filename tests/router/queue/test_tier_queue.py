@@ -5,20 +5,20 @@ import random
 
 import pytest
 
-from flux_ray.router.queue.entry import Ticket
+from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from tests.router.queue.driver import Cluster
 
 
-def ticket(name: str, cost_s: float, deadline: float, key: str = "") -> Ticket:
-    return Ticket(name, "tiny", cost_s, deadline, key)
+def ticket(name: str, cost_s: float, deadline: float, key: str = "") -> QueuedRequest:
+    return QueuedRequest(name, "tiny", cost_s, deadline, key)
 
 
 def cluster_of(num: int, **options: float) -> Cluster:
     return Cluster(TierQueue(**options), tuple(f"r{number}" for number in range(num)))  # type: ignore[arg-type]
 
 
-def random_ticket(dice: random.Random, name: str, now: float) -> Ticket:
+def random_ticket(dice: random.Random, name: str, now: float) -> QueuedRequest:
     cost_s = dice.choice((0.5, 1.0, 2.0, 6.0)) * dice.uniform(0.9, 1.1)
     return ticket(name, cost_s, now + cost_s * dice.uniform(0.9, 4.0), dice.choice("abc"))
 
@@ -88,7 +88,7 @@ def test_who_is_hopeless_hears_so_wherever_it_stands_in_line() -> None:
     """The longer one came later, and has to begin earlier."""
     queue = TierQueue()
     for name, cost_s, deadline in (("short", 0.5, 60.0), ("long", 9.0, 61.0)):
-        patient = Ticket(name, "tiny", cost_s, deadline, has_deadline=False)
+        patient = QueuedRequest(name, "tiny", cost_s, deadline, has_deadline=False)
         assert queue.offer(patient, 0.0) is None
     assert queue.wake_at() == pytest.approx(52.0)
     [refused] = queue.take(52.1)[1]
@@ -190,11 +190,11 @@ def test_a_replica_that_holds_the_prompt_is_preferred() -> None:
     cluster = cluster_of(3)
     for number in range(3):
         name = f"p{number}"
-        cluster.offer(Ticket(name, "tiny", 1.0, 100.0, affinity=((name, 0.2),)))
+        cluster.offer(QueuedRequest(name, "tiny", 1.0, 100.0, affinity=((name, 0.2),)))
     homes = {name: replica for name, (_, replica, _) in cluster.running.items()}
     cluster.run_until(10.0)
     for name in ("p2", "p0", "p1"):
-        cluster.offer(Ticket(f"{name} again", "tiny", 1.0, 100.0, affinity=((name, 0.2),)))
+        cluster.offer(QueuedRequest(f"{name} again", "tiny", 1.0, 100.0, affinity=((name, 0.2),)))
         assert cluster.running[f"{name} again"][1] == homes[name]
 
 

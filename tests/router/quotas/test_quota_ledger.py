@@ -6,27 +6,27 @@ from collections import Counter
 
 import pytest
 
-from flux_ray.router.quotas.quota_ledger import SILENCE_S, Allowance, Allowances, Entry
+from flux_ray.router.quotas.quota_ledger import SILENCE_S, QuotaLedger, QuotaLimits, UsageEntry
 from flux_ray.router.quotas.usage import DAY_S, Usage, Use
 
 NOON = 20_000.5 * DAY_S
 
 
 def entry(request_id, key="alice", gpu_seconds=1.0, megapixels=1.0, tier="tiny", cost_s=1.0):
-    return Entry(request_id, tier, key, Use(gpu_seconds, megapixels), cost_s)
+    return UsageEntry(request_id, tier, key, Use(gpu_seconds, megapixels), cost_s)
 
 
 class Told:
     """Allowances with one allowance, told seconds after noon."""
 
     def __init__(self, **allowance):
-        self.allowance = Allowance(**allowance)
+        self.allowance = QuotaLimits(**allowance)
         self.date = NOON
         self.books = self.new_books()
         self.usages = {}
 
     def new_books(self):
-        return Allowances(lambda: self.date)
+        return QuotaLedger(lambda: self.date)
 
     def enter(self, request_id, now=0.0, gateway="g", **fields):
         self.date = NOON + now
@@ -97,7 +97,7 @@ def test_the_limit_that_was_lowered_counts():
     told = Told(requests_per_minute=10)
     for number in range(10):
         told.enter(str(number), number)
-    told.allowance = Allowance(requests_per_minute=2)
+    told.allowance = QuotaLimits(requests_per_minute=2)
     assert told.enter("x", 10.0).retry_after_s == pytest.approx(58.0)
     assert told.enter("x", 68.0) is None
 
@@ -214,7 +214,7 @@ def test_only_what_is_new_is_told():
 
 
 def test_a_new_ledger_asks_for_all():
-    books = Allowances()
+    books = QuotaLedger()
     assert books.share("g", (), (), NOON, tells_all=False).tell_all
     assert books.share("g", (), (), NOON, tells_all=False).tell_all, "until it is told"
     assert not books.share("g", (), (), NOON, tells_all=True).tell_all
@@ -283,7 +283,7 @@ def test_of_several_limits_the_one_that_is_nearest():
 
 
 def test_who_comes_in_hears_how_it_stands():
-    books, allowance = Allowances(), Allowance(requests_per_minute=2, max_concurrent=1)
+    books, allowance = QuotaLedger(), QuotaLimits(requests_per_minute=2, max_concurrent=1)
     assert books.admit("g", entry("x"), allowance, (), NOON) == (2, 1, 60)
     denial = books.admit("g", entry("y"), allowance, (), NOON)
     assert (denial.name, denial.limit) == ("max_concurrent", 1)
@@ -308,8 +308,8 @@ def test_a_denial_names_its_limit(limit, value):
 def test_limits_go_by_a_clock_that_nobody_sets(jump_s):
     """The date jumps by an hour; a minute stays one, and who runs is not forgotten."""
     date = [NOON]
-    books = Allowances(lambda: date[0])
-    often, at_once = Allowance(requests_per_minute=2), Allowance(max_concurrent=1)
+    books = QuotaLedger(lambda: date[0])
+    often, at_once = QuotaLimits(requests_per_minute=2), QuotaLimits(max_concurrent=1)
     for number in range(2):
         assert books.enter("g", entry(f"{number}"), often, (), float(number)) is None
         books.leave("g", f"{number}", "tiny", ())
