@@ -31,7 +31,7 @@ from flux_ray.gateway.results.kept_images import KeptImages
 from flux_ray.gateway.results.own_results import OwnResultsFirst
 from flux_ray.gateway.results.routes import ResultRoutes
 from flux_ray.gateway.unpacking import Unpacking
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.router.router import Router
 
 
@@ -66,7 +66,7 @@ def build_api(
     router: Router,
     args: GatewayArgs,
     *,
-    desk: Desk | None = None,
+    desk: JobService | None = None,
     is_stopping: IsStopping = never,
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
@@ -99,7 +99,7 @@ def add_routes(
     api: FastAPI,
     router: Router,
     args: GatewayArgs,
-    desk: Desk | None,
+    desk: JobService | None,
     fetcher: Fetcher,
     guards: Sequence[Dependency],
 ) -> None:

@@ -13,9 +13,9 @@ from flux_ray.gateway import idempotency
 from flux_ray.gateway.callers import key_of, name_of
 from flux_ray.gateway.jobs import KEY_CLASS
 from flux_ray.gateway.submit import PreparedRequest
-from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, State, Webhook
+from flux_ray.jobs.job import Idempotency, Job, JobSubmission, ListPlace, State, Webhook
 from flux_ray.jobs.results import is_job_id
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.store import too_many
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import Router
@@ -30,7 +30,7 @@ COUNT_S = 5.0
 class JobSubmitter:
     """The way from a dialect to the jobs of this gateway."""
 
-    def __init__(self, router: Router, desk: Desk) -> None:
+    def __init__(self, router: Router, desk: JobService) -> None:
         self.router = router
         self.desk = desk
 
@@ -68,7 +68,7 @@ class JobSubmitter:
         except TimeoutError:
             raise TierUnavailable("limits cannot be counted now") from None
         return await self.desk.accept(
-            Offer(owner, request, named, webhook, memo, max_active, metadata)
+            JobSubmission(owner, request, named, webhook, memo, max_active, metadata)
         )
 
     async def find(self, http: Request, job_id: str) -> Job | None:

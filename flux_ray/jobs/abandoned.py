@@ -12,14 +12,14 @@ from typing import NamedTuple
 from sqlalchemy import Select, func, or_, select
 
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Failure
+from flux_ray.jobs.job import JobFailure
 from flux_ray.jobs.silence import Clock, Silence
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import JOBS
 
 logger = logging.getLogger("ray.serve")
 
-NOT_SERVED = Failure("not_served", "no server here could take this job: its model is not served")
+NOT_SERVED = JobFailure("not_served", "no server here could take this job: its model is not served")
 # Of one round: there may be many, and the next round comes.
 BATCH = 1000
 

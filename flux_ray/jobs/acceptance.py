@@ -3,13 +3,13 @@
 import asyncio
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.job import Job, Offer
+from flux_ray.jobs.job import Job, JobSubmission
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.serialization import compress, pack
 from flux_ray.jobs.store import Store
 
 
-async def accept(store: Store, results: Results, offer: Offer) -> Job:
+async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
     """The job, which from now on is never lost.
 
     Raises KeyReused, RateLimited, StoreLost, ResultsLost and ResultTooLarge: it was not accepted,

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from flux_ray.errors import FluxError, ResultsLost, StoreLost
-from flux_ray.jobs.job import Failure, Job, JobResult, Lease
-from flux_ray.jobs.outcome import LOST, Again, outcome_of
+from flux_ray.jobs.job import Job, JobFailure, JobResult, Lease
+from flux_ray.jobs.outcome import LOST, RetryLater, outcome_of
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.serialization import defer, num_blobs, unpack
@@ -43,7 +43,7 @@ def unheard(request_id: str) -> None:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class WorkerContext:
     """What every attempt works with.
 
     `pause_s`: before a store that is away is asked again. `max_lost`: a job that was lost so often
@@ -67,7 +67,7 @@ class Attempt:
     """
 
     def __init__(
-        self, lease: Lease, workshop: Workshop, is_leaving: Callable[[], bool] = lambda: False
+        self, lease: Lease, workshop: WorkerContext, is_leaving: Callable[[], bool] = lambda: False
     ) -> None:
         self._lease = lease
         self._shop = workshop
@@ -166,12 +166,12 @@ class Attempt:
         if not isinstance(error, FluxError):
             logger.error("job %s: attempt %d failed", lease.job_id, lease.attempt, exc_info=error)
         outcome = outcome_of(error, lease.job.num_lost)
-        if isinstance(outcome, Again):
+        if isinstance(outcome, RetryLater):
             await self._insist(lambda: store.give_back(lease, outcome.after_s, outcome.is_lost))
         else:
             await self._fail(outcome)
 
-    async def _fail(self, failure: Failure) -> None:
+    async def _fail(self, failure: JobFailure) -> None:
         if await self._insist(lambda: self._shop.store.fail(self._lease, failure)):
             await remove_references(self._shop.results, self._lease.job)
 

@@ -8,7 +8,7 @@ from sqlalchemy import Executable, and_, insert, or_, select, update
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.insertion import ARRIVAL_S
-from flux_ray.jobs.job import JobResult, StoredPicture
+from flux_ray.jobs.job import JobResult, StoredImage
 from flux_ray.jobs.results import ResultMissing, Results
 from flux_ray.jobs.rows import RESULT
 from flux_ray.jobs.table import JOBS
@@ -18,7 +18,7 @@ from flux_ray.request import ImageRequest, ImageResult
 KEPT_FOR = "kept for "
 
 
-class Shelf:
+class ImageStore:
     """Pictures count only while a row names them: those of lost attempts are not here.
 
     Everything raises StoreLost and ResultsLost. `keep_s`: so long a picture is kept.
@@ -35,7 +35,7 @@ class Shelf:
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
-    ) -> tuple[StoredPicture, ...]:
+    ) -> tuple[StoredImage, ...]:
         """Pictures that somebody waited for, as those of a job that is ready; cleaned up with them.
 
         Raises ResultTooLarge.
@@ -79,7 +79,7 @@ class Shelf:
         arriving = update(JOBS).where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving")
         return arriving.values(values).returning(JOBS.c.job_id)
 
-    async def _find(self, name: str) -> StoredPicture:
+    async def _find(self, name: str) -> StoredImage:
         """As its job's row tells of it."""
         is_kept = and_(JOBS.c.status == "ready", JOBS.c.expires_at_s > self._database.now)
         is_previewed = and_(JOBS.c.status == "running", JOBS.c.result.is_not(None))

@@ -7,7 +7,7 @@ from sqlalchemy import ScalarSelect, UpdateBase, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Offer
+from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.rows import COLUMNS, bound
 from flux_ray.jobs.table import JOBS
 
@@ -16,7 +16,7 @@ ARRIVAL_S = 3600.0
 
 
 def insertion(
-    database: Database, offer: Offer, packed: dict[str, Any], is_whole: bool, protocol: int
+    database: Database, offer: JobSubmission, packed: dict[str, Any], is_whole: bool, protocol: int
 ) -> UpdateBase:
     """Insert a job, unless its idempotency key is taken or its owner has as many as it may."""
     now = database.now

@@ -37,7 +37,7 @@ class Webhook:
 
 
 @dataclass(frozen=True)
-class Offer:
+class JobSubmission:
     """A request to be kept until it is done; `owner` is a hash of the caller's key.
 
     `memo` is JSON that the dialect wants back when it answers. `max_active`: so many jobs of the
@@ -54,7 +54,7 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class StoredPicture:
+class StoredImage:
     """A picture in the results store, by its name there."""
 
     name: str
@@ -67,13 +67,13 @@ class StoredPicture:
 class JobResult:
     """What a job came to: its pictures, and what they took."""
 
-    pictures: tuple[StoredPicture, ...]
+    pictures: tuple[StoredImage, ...]
     stages_s: dict[str, float]
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Failure:
+class JobFailure:
     """Why there is no picture, in words for the caller."""
 
     code: str
@@ -111,7 +111,7 @@ class Job:
     finished_at_s: float | None = None
     expires_at_s: float | None = None
     result: JobResult | None = None
-    failure: Failure | None = None
+    failure: JobFailure | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     standing: QueuePosition | None = None
@@ -124,7 +124,7 @@ class Job:
         return ListPlace(self.created_at_s, self.job_id)
 
     @property
-    def preview(self) -> StoredPicture | None:
+    def preview(self) -> StoredImage | None:
         """What it will look like, as far as is known while it runs."""
         if self.status != "running" or self.result is None:
             return None

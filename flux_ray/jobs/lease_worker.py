@@ -21,7 +21,7 @@ PAUSE_S = 1.0
 Work = Coroutine[Any, Any, None]
 
 
-class Claim(NamedTuple):
+class LeasedJob(NamedTuple):
     """Work on what was claimed, which gives it back if it is cancelled, and whose it is.
 
     `pool`: of what it takes up room; those of other pools find theirs.
@@ -39,7 +39,7 @@ class Busy(NamedTuple):
     owners: frozenset[tuple[str, str]]
 
 
-class Claimer(ABC):
+class LeaseWorker(ABC):
     """Works on at most `max_running` things of a pool at once, until it is stopped.
 
     An owner who has `max_per_owner` of them leaves the rest to others.
@@ -64,7 +64,7 @@ class Claimer(ABC):
         self._held: Counter[tuple[str, str]] = Counter()
 
     @abstractmethod
-    async def claim(self, busy: Busy) -> Claim | None:
+    async def claim(self, busy: Busy) -> LeasedJob | None:
         """One thing more, but of what is busy; None: there is none. Raises StoreLost."""
 
     @property

@@ -10,7 +10,7 @@ from flux_ray.errors import (
     StoreLost,
     TierUnavailable,
 )
-from flux_ray.jobs.job import Failure
+from flux_ray.jobs.job import JobFailure
 from flux_ray.jobs.reading import Unreadable
 from flux_ray.jobs.results import ResultTooLarge
 
@@ -19,17 +19,17 @@ MAX_PAUSE_S = 60.0
 # Each attempt takes a replica's turn before it reads: not too often while a store is away.
 AWAY_PAUSE_S = 5.0
 
-LOST = Failure("server_error", "the picture could not be drawn")
+LOST = JobFailure("server_error", "the picture could not be drawn")
 
 
-class Again(NamedTuple):
+class RetryLater(NamedTuple):
     """Another attempt, so much later; `is_lost` if it counts against the job."""
 
     after_s: float
     is_lost: bool
 
 
-def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
+def outcome_of(error: BaseException | None, num_lost: int) -> RetryLater | JobFailure:
     """After `error` in an attempt (None: it was cancelled from within).
 
     A job waits for its turn as long as that takes, and for its references as long as their store is
@@ -38,13 +38,13 @@ def outcome_of(error: BaseException | None, num_lost: int) -> Again | Failure:
     What needs more memory than a card has would need it again: that is its end.
     """
     if isinstance(error, (Overloaded, RateLimited, TierUnavailable)):
-        return Again(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
+        return RetryLater(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
     if isinstance(error, Unreadable):
-        return Again(MAX_PAUSE_S, is_lost=False)
+        return RetryLater(MAX_PAUSE_S, is_lost=False)
     if isinstance(error, StoreLost):
-        return Again(AWAY_PAUSE_S, is_lost=False)
+        return RetryLater(AWAY_PAUSE_S, is_lost=False)
     if isinstance(error, OutOfMemory) or (isinstance(error, FluxError) and error.status < 500):
-        return Failure(error.code, error.message)
+        return JobFailure(error.code, error.message)
     if isinstance(error, ResultTooLarge):
         return LOST
-    return Again(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)
+    return RetryLater(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.job import Lease, StoredPicture
+from flux_ray.jobs.job import Lease, StoredImage
 from flux_ray.jobs.lease_worker import spawn
 from flux_ray.jobs.results import Results, ResultTooLarge
 from flux_ray.jobs.store import Store
@@ -27,7 +27,7 @@ class Previews:
         self._results = results
         self._last = last
         self._num_written = 0
-        self._shown: tuple[StoredPicture, ...] = ()
+        self._shown: tuple[StoredImage, ...] = ()
 
     @asynccontextmanager
     async def shown(self, beat_s: float) -> AsyncIterator[None]:

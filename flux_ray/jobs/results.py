@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from flux_ray.errors import ResultsLost
-from flux_ray.jobs.job import StoredPicture
+from flux_ray.jobs.job import StoredImage
 from flux_ray.private_files import is_open_to_others, make_folder, open_privately
 from flux_ray.request import GeneratedImage, ImageFormat
 
@@ -78,14 +78,14 @@ class Results:
 
     async def write_pictures(
         self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
-    ) -> tuple[StoredPicture, ...]:
+    ) -> tuple[StoredImage, ...]:
         """Keep the pictures of an attempt. Raises ResultTooLarge."""
         names = (f"{job_id}/{attempt}-{number}.{format}" for number in range(len(images)))
         return tuple([await self._keep(*each) for each in zip(names, images, strict=True)])
 
     async def write_preview(
         self, job_id: str, attempt: int, number: int, image: GeneratedImage, format: ImageFormat
-    ) -> StoredPicture:
+    ) -> StoredImage:
         """Keep what an attempt's picture will look like. Raises ResultTooLarge."""
         return await self._keep(f"{job_id}/{attempt}-preview-{number}.{format}", image)
 
@@ -95,7 +95,7 @@ class Results:
         """Delete those of an attempt that are there."""
         await self._remove(f"{job_id}/{attempt}-preview-{n}.{format}" for n in range(count))
 
-    async def read_picture(self, picture: StoredPicture) -> bytes:
+    async def read_picture(self, picture: StoredImage) -> bytes:
         """The very bytes that were written. Raises ResultMissing."""
         data = await self._read(picture.name)
         if await translated(lambda: hashlib.sha256(data).hexdigest()) != picture.sha256:
@@ -136,10 +136,10 @@ class Results:
             with suppress(ResultMissing):
                 await translated(partial(self._files.rm_file, self._path_of(name)))
 
-    async def _keep(self, name: str, image: GeneratedImage) -> StoredPicture:
+    async def _keep(self, name: str, image: GeneratedImage) -> StoredImage:
         await self._write(name, lambda: image.data)
         digest = await translated(lambda: hashlib.sha256(image.data).hexdigest())
-        return StoredPicture(name, image.seed, len(image.data), digest)
+        return StoredImage(name, image.seed, len(image.data), digest)
 
     async def _write(self, name: str, make: Callable[[], bytes]) -> None:
         path = self._path_of(name)

@@ -5,13 +5,13 @@ from typing import Any
 from pydantic import TypeAdapter
 from sqlalchemy import Column, ColumnElement, RowMapping, literal
 
-from flux_ray.jobs.job import Failure, Job, JobResult
+from flux_ray.jobs.job import Job, JobFailure, JobResult
 from flux_ray.jobs.table import JOBS
 from flux_ray.request import QueuePosition
 
 COLUMNS = tuple(JOBS.c[name] for name in Job.__dataclass_fields__)
 RESULT = TypeAdapter(JobResult)
-FAILURE = TypeAdapter(Failure)
+FAILURE = TypeAdapter(JobFailure)
 STANDING = TypeAdapter(QueuePosition)
 
 

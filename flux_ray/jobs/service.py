@@ -13,20 +13,20 @@ from flux_ray.jobs.attempt import (
     PreviewOf,
     ProgressOf,
     StandingOf,
-    Workshop,
+    WorkerContext,
     remove_references,
     unheard,
 )
 from flux_ray.jobs.cleanup import PERIOD_S, keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.images import Shelf
-from flux_ray.jobs.job import Idempotency, Job, ListPlace, Offer, Status, StoredPicture
+from flux_ray.jobs.images import ImageStore
+from flux_ray.jobs.job import Idempotency, Job, JobSubmission, ListPlace, Status, StoredImage
 from flux_ray.jobs.lease_worker import repeat, spawn
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.webhook_outbox import Mailbox
-from flux_ray.jobs.webhooks import Mail, Postman
+from flux_ray.jobs.webhook_outbox import WebhookOutbox
+from flux_ray.jobs.webhooks import Mail, WebhookWorker
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("ray.serve")
 AGAIN_S = 2.0
 
 
-class Desk:
+class JobService:
     """The jobs of one gateway's args, with a worker that has them drawn by `generate`.
 
     `mail`: how their ends are told of to webhooks; without it that is left to other gateways.
@@ -56,10 +56,10 @@ class Desk:
         self._database = Database(args.database)
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
-        self._shelf = Shelf(self._database, self._results, args.keep_s)
+        self._shelf = ImageStore(self._database, self._results, args.keep_s)
         # Of the database that it was read from, by how often that was renewed.
         self._url_secrets: dict[int, bytes] = {}
-        workshop = Workshop(
+        workshop = WorkerContext(
             self._store,
             self._results,
             generate,
@@ -69,10 +69,10 @@ class Desk:
             standing_of=standing_of,
         )
         self._worker = Worker(workshop, args.max_running, tiers=tiers)
-        self._postman: Postman | None = None
+        self._postman: WebhookWorker | None = None
         if mail is not None:
-            mailbox = Mailbox(self._database, mail.lease_s)
-            self._postman = Postman(mailbox, mail, args.webhook_retries_s, args.max_lost)
+            mailbox = WebhookOutbox(self._database, mail.lease_s)
+            self._postman = WebhookWorker(mailbox, mail, args.webhook_retries_s, args.max_lost)
         self._abandoned = Abandoned(self._database, self._store, tiers, args.keep_s)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -101,7 +101,7 @@ class Desk:
             await asyncio.wait({task})
         await self._database.close()
 
-    async def accept(self, offer: Offer) -> Job:
+    async def accept(self, offer: JobSubmission) -> Job:
         """As acceptance.accept; drawn at once where there is a worker for it."""
         job = await accept(self._store, self._results, offer)
         self._worker.wake()
@@ -151,7 +151,7 @@ class Desk:
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
-    ) -> tuple[StoredPicture, ...]:
+    ) -> tuple[StoredImage, ...]:
         """Pictures that were drawn without a job. Raises ResultsLost and ResultTooLarge."""
         return await self._shelf.keep(owner, request, result)
 

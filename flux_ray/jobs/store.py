@@ -19,15 +19,15 @@ from flux_ray.jobs.database import Database
 from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
     End,
-    Failure,
     Idempotency,
     Job,
+    JobFailure,
     JobResult,
+    JobSubmission,
     Lease,
     ListPlace,
-    Offer,
     Status,
-    StoredPicture,
+    StoredImage,
 )
 from flux_ray.jobs.listing import num_before, page_of
 from flux_ray.jobs.rows import COLUMNS, job_of
@@ -68,7 +68,7 @@ class Store:
         self._keep_s = keep_s
         self._silence: Silence[Sign] = Silence(lease_s, clock)
 
-    async def accept(self, offer: Offer, packed: dict[str, Any], is_whole: bool) -> Job:
+    async def accept(self, offer: JobSubmission, packed: dict[str, Any], is_whole: bool) -> Job:
         """The job of an offer, a new one or that of the same key; raises KeyReused.
 
         RateLimited if its owner has as many as it may, whoever else takes some in for it just now.
@@ -143,7 +143,7 @@ class Store:
             values["progress"] = progress
         return await self._change(held(lease), values)
 
-    async def show(self, lease: Lease, previews: tuple[StoredPicture, ...]) -> bool:
+    async def show(self, lease: Lease, previews: tuple[StoredImage, ...]) -> bool:
         """What it will look like, until it ends or is another's; False as for beat."""
         return await self._change(held(lease), {"result": asdict(JobResult(previews, {}))})
 
@@ -167,7 +167,7 @@ class Store:
         """It is ready; False if the lease is another's or the job ended: nothing was changed."""
         return await self._end(held(lease), "ready", result=asdict(result), progress=1.0)
 
-    async def fail(self, lease: Lease, failure: Failure, end: End = "failed") -> bool:
+    async def fail(self, lease: Lease, failure: JobFailure, end: End = "failed") -> bool:
         """There will be no picture; False as for finish."""
         return await self._end(held(lease), end, failure=asdict(failure))
 
@@ -180,7 +180,7 @@ class Store:
         )
         return await self._end(is_theirs, "cancelled")
 
-    async def abandon(self, job_id: str, attempt: int, failure: Failure) -> bool:
+    async def abandon(self, job_id: str, attempt: int, failure: JobFailure) -> bool:
         """End a job that nobody takes; False if somebody did since that attempt."""
         is_left = and_(
             JOBS.c.job_id == job_id, JOBS.c.attempt == attempt, JOBS.c.status == "pending"

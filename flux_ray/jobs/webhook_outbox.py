@@ -16,7 +16,7 @@ WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt
 
 
 @dataclass(frozen=True)
-class Letter:
+class WebhookDelivery:
     """The right to tell of a job's end, until another attempt takes it.
 
     `num_failed` counts the attempts that were not taken at the other end.
@@ -38,7 +38,7 @@ class Letter:
         return self.attempt - 1 - self.num_failed
 
 
-class Mailbox:
+class WebhookOutbox:
     """Letters in a database that several gateways share. Everything raises StoreLost.
 
     `lease_s`: a gateway that is silent for so long has lost its letter; another posts it again.
@@ -50,7 +50,7 @@ class Mailbox:
         self._database = database
         self._lease_s = lease_s
 
-    async def claim(self, but_of: Collection[str] = ()) -> Letter | None:
+    async def claim(self, but_of: Collection[str] = ()) -> WebhookDelivery | None:
         """The letter that is due the longest, but of those owners; None if there is none."""
         now = self._database.now
         row = await self._database.first(
@@ -66,13 +66,15 @@ class Mailbox:
         if row is None:
             return None
         webhook = Webhook(row["webhook_url"], row["webhook_secret"])
-        return Letter(job_of(row), webhook, row["webhook_attempt"], row["webhook_num_failed"])
+        return WebhookDelivery(
+            job_of(row), webhook, row["webhook_attempt"], row["webhook_num_failed"]
+        )
 
-    async def delivered(self, letter: Letter) -> None:
+    async def delivered(self, letter: WebhookDelivery) -> None:
         """It was taken, if late: no other attempt is needed."""
         await self._change(JOBS.c.job_id == letter.job_id, state="delivered", due_at_s=None)
 
-    async def put_off(self, letter: Letter, after_s: float) -> None:
+    async def put_off(self, letter: WebhookDelivery, after_s: float) -> None:
         """It was not taken: once more, `after_s` from now."""
         due_at_s = self._database.now + after_s
         num_failed = letter.num_failed + 1
@@ -80,11 +82,11 @@ class Mailbox:
             held(letter), num_failed=num_failed, due_at_s=due_at_s, put_off_s=after_s
         )
 
-    async def give_up(self, letter: Letter) -> None:
+    async def give_up(self, letter: WebhookDelivery) -> None:
         """It is not tried again."""
         await self._change(held(letter), state="given up", due_at_s=None)
 
-    async def give_back(self, letter: Letter) -> None:
+    async def give_back(self, letter: WebhookDelivery) -> None:
         """Let another gateway post it, at once; it is no lost attempt.
 
         Its number is the next attempt's: whoever gives back changes nothing afterwards.
@@ -114,7 +116,7 @@ def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSel
     )
 
 
-def held(letter: Letter) -> ColumnElement[bool]:
+def held(letter: WebhookDelivery) -> ColumnElement[bool]:
     """The attempt is the letter's latest one, and nobody heard of another's success."""
     return and_(
         JOBS.c.job_id == letter.job_id,

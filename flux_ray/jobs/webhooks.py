@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import Job, Webhook
-from flux_ray.jobs.lease_worker import POLL_S, Busy, Claim, Claimer
-from flux_ray.jobs.webhook_outbox import Letter, Mailbox
+from flux_ray.jobs.lease_worker import POLL_S, Busy, LeasedJob, LeaseWorker
+from flux_ray.jobs.webhook_outbox import WebhookDelivery, WebhookOutbox
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,7 +48,7 @@ class Mail:
         return self.timeout_s + 30.0
 
 
-class Postman(Claimer):
+class WebhookWorker(LeaseWorker):
     """Posts one letter after another.
 
     `retries_s`: the pauses before a letter that was not taken is posted again. `max_lost`: one that
@@ -57,7 +57,7 @@ class Postman(Claimer):
 
     def __init__(
         self,
-        mailbox: Mailbox,
+        mailbox: WebhookOutbox,
         mail: Mail,
         retries_s: Sequence[float],
         max_lost: int,
@@ -69,14 +69,14 @@ class Postman(Claimer):
         self._retries_s = retries_s
         self._max_lost = max_lost
 
-    async def claim(self, busy: Busy) -> Claim | None:
+    async def claim(self, busy: Busy) -> LeasedJob | None:
         """The delivery of the letter that is due the longest."""
         if busy.pools:
             return None
         letter = await self._mailbox.claim([owner for _, owner in busy.owners])
-        return None if letter is None else Claim(letter.job.owner, self._deliver(letter))
+        return None if letter is None else LeasedJob(letter.job.owner, self._deliver(letter))
 
-    async def _deliver(self, letter: Letter) -> None:
+    async def _deliver(self, letter: WebhookDelivery) -> None:
         posting = asyncio.create_task(self._post(letter))
         try:
             await asyncio.wait({posting})
@@ -90,13 +90,13 @@ class Postman(Claimer):
             # Its lease ends, and it is posted once more.
             logger.warning("webhook of job %s waits for a store: %s", letter.job_id, error)
 
-    async def _post(self, letter: Letter) -> None:
+    async def _post(self, letter: WebhookDelivery) -> None:
         if letter.num_lost >= self._max_lost:
             raise LostTooOften
         body = await self._mail.message_of(letter.job)
         await self._mail.post(letter.webhook, letter.job_id, body)
 
-    async def _conclude(self, letter: Letter, error: BaseException | None) -> None:
+    async def _conclude(self, letter: WebhookDelivery, error: BaseException | None) -> None:
         if error is None:
             await self._mailbox.delivered(letter)
             return
@@ -113,7 +113,7 @@ class Postman(Claimer):
         )
         await self._mailbox.put_off(letter, after_s)
 
-    async def _leave(self, letter: Letter, posting: "asyncio.Task[None]") -> None:
+    async def _leave(self, letter: WebhookDelivery, posting: "asyncio.Task[None]") -> None:
         """Give it back, unless it is over: its end may be on its way to the mailbox already."""
         try:
             if posting.cancelled():

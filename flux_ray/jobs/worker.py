@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Collection, Coroutine
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.attempt import Attempt, Workshop
+from flux_ray.jobs.attempt import Attempt, WorkerContext
 from flux_ray.jobs.job import Lease
-from flux_ray.jobs.lease_worker import POLL_S, Busy, Claim, Claimer, repeat, spawn
+from flux_ray.jobs.lease_worker import POLL_S, Busy, LeasedJob, LeaseWorker, repeat, spawn
 from flux_ray.jobs.reading import Unreadable, check_readable
 from flux_ray.jobs.statements import Wanted
 
@@ -21,7 +21,7 @@ MAX_SHARE = 0.75
 MAX_UNREAD = 1000
 
 
-class Worker(Claimer):
+class Worker(LeaseWorker):
     """Claims one job after another, at most `max_running` of a tier at once.
 
     `tiers`: of no others, which another gateway may serve; None: of all.
@@ -29,7 +29,7 @@ class Worker(Claimer):
 
     def __init__(
         self,
-        workshop: Workshop,
+        workshop: WorkerContext,
         max_running: int,
         poll_s: float = POLL_S,
         tiers: Collection[str] | None = None,
@@ -59,7 +59,7 @@ class Worker(Claimer):
         """Return the ids of jobs that it could not read."""
         return frozenset(self._unread)
 
-    async def claim(self, busy: Busy) -> Claim | None:
+    async def claim(self, busy: Busy) -> LeasedJob | None:
         """An attempt at the job that has waited longest."""
         if self._tiers is not None and self._tiers <= busy.pools:
             return None
@@ -67,7 +67,7 @@ class Worker(Claimer):
         lease = await self._shop.store.claim(self.name, wanted)
         if lease is None:
             return None
-        return Claim(lease.job.owner, self._work_on(lease), lease.job.tier)
+        return LeasedJob(lease.job.owner, self._work_on(lease), lease.job.tier)
 
     def _work_on(self, lease: Lease) -> Coroutine[None, None, None]:
         """Return what is to be done with it.

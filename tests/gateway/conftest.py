@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.jobs import JobArgs
 from flux_ray.jobs.attempt import Generate
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from tests.jobs.painter import paint
 
 
@@ -27,9 +27,9 @@ def draw_job() -> Generate:
 
 
 @pytest.fixture
-async def desk(gateway_args: GatewayArgs, draw_job: Generate) -> AsyncIterator[Desk]:
+async def desk(gateway_args: GatewayArgs, draw_job: Generate) -> AsyncIterator[JobService]:
     """Of the gateway's args."""
-    desk = Desk(gateway_args.jobs, draw_job)
+    desk = JobService(gateway_args.jobs, draw_job)
     await desk.open()
     yield desk
     await desk.close()

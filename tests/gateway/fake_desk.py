@@ -3,7 +3,7 @@
 import uuid
 from typing import Any
 
-from flux_ray.jobs.job import Idempotency, Job, JobResult, Offer, StoredPicture
+from flux_ray.jobs.job import Idempotency, Job, JobResult, JobSubmission, StoredImage
 from flux_ray.jobs.results import ResultMissing
 from flux_ray.request import ImageRequest, ImageResult
 
@@ -25,11 +25,11 @@ class FakeDesk:
     async def close(self, drain_s: float = 0.0) -> None:
         pass
 
-    async def accept(self, offer: Offer) -> Job:
+    async def accept(self, offer: JobSubmission) -> Job:
         job_id = str(uuid.uuid4())
         request = offer.request
         name = f"{job_id}/1-0.{request.encoding.format}"
-        result = JobResult((StoredPicture(name, request.seed, len(PICTURE), ""),), {})
+        result = JobResult((StoredImage(name, request.seed, len(PICTURE), ""),), {})
         packed: dict[str, Any] = {"prompt": request.prompt}
         job = Job(
             job_id,
@@ -74,10 +74,10 @@ class FakeDesk:
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
-    ) -> tuple[StoredPicture, ...]:
+    ) -> tuple[StoredImage, ...]:
         form, job_id = request.encoding.format, uuid.uuid4()
         return tuple(
-            StoredPicture(f"{job_id}/0-{number}.{form}", image.seed, len(image.data), "")
+            StoredImage(f"{job_id}/0-{number}.{form}", image.seed, len(image.data), "")
             for number, image in enumerate(result.images)
         )
 

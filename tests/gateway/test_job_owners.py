@@ -11,7 +11,7 @@ from flux_ray.auth.keys import KeyFile, new_key
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.jobs import JobGenerator
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.router.ledger.quota_client import QuotaClient
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
@@ -61,9 +61,9 @@ async def router(handles, turns) -> AsyncIterator[Router]:
 
 
 @pytest.fixture
-async def desk(router, gateway_args) -> AsyncIterator[Desk]:
+async def desk(router, gateway_args) -> AsyncIterator[JobService]:
     """Nobody draws before it is opened by the test."""
-    desk = Desk(gateway_args.jobs, JobGenerator(router, gateway_args).draw)
+    desk = JobService(gateway_args.jobs, JobGenerator(router, gateway_args).draw)
     await desk._database.create()
     yield desk
     await desk.close()

@@ -8,8 +8,8 @@ from fastapi import FastAPI
 from flux_ray.config.jobs import JobArgs
 from flux_ray.gateway import lifespan
 from flux_ray.gateway.lifespan import GIVE_BACK_S, drain_s_of, lifespan_of
-from flux_ray.jobs.job import Offer
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.job import JobSubmission
+from flux_ray.jobs.service import JobService
 from flux_ray.request import ImageRequest, ImageResult, QueuePosition
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
@@ -28,8 +28,8 @@ def args(tmp_path) -> JobArgs:
     return JobArgs(database=f"sqlite:///{tmp_path}/jobs.sqlite3", results=results, lease_s=3)
 
 
-def offer(seed: int) -> Offer:
-    return Offer("anna", ImageRequest("r", "tiny", f"no. {seed}", 64, 48, 4, 1.0, seed))
+def offer(seed: int) -> JobSubmission:
+    return JobSubmission("anna", ImageRequest("r", "tiny", f"no. {seed}", 64, 48, 4, 1.0, seed))
 
 
 class Easel:
@@ -47,7 +47,7 @@ class Easel:
 class Served:
     """The application's life, as a server leads it."""
 
-    def __init__(self, desk: Desk, drain_timeout_s: float) -> None:
+    def __init__(self, desk: JobService, drain_timeout_s: float) -> None:
         self.is_stopping = False
         make = lifespan_of(desk, drain_timeout_s, lambda: self.is_stopping)
         self._lifespan = make(FastAPI())
@@ -60,13 +60,13 @@ class Served:
         await self._lifespan.__aexit__(*error)
 
 
-async def status_of(desk: Desk, job) -> str:
+async def status_of(desk: JobService, job) -> str:
     return (await desk.find("anna", job.job_id)).status
 
 
 async def test_a_running_job_ends_at_the_gateway_that_is_replaced(args):
     easel = Easel()
-    desk, observer = Desk(args, easel.draw), Desk(args, paint)
+    desk, observer = JobService(args, easel.draw), JobService(args, paint)
     async with Served(desk, DRAIN_S) as served:
         job = await desk.accept(offer(1))
         await easel.begun.wait()
@@ -82,13 +82,13 @@ async def test_a_running_job_ends_at_the_gateway_that_is_replaced(args):
     await observer.close()
 
 
-async def is_leaving(desk: Desk) -> bool:
+async def is_leaving(desk: JobService) -> bool:
     return desk._worker._is_stopping
 
 
 async def test_what_is_not_done_in_time_is_given_back_uncounted(args):
     easel = Easel()
-    desk, observer = Desk(args, easel.draw), Desk(args, paint)
+    desk, observer = JobService(args, easel.draw), JobService(args, paint)
     async with Served(desk, drain_timeout_s=0.2):
         job = await desk.accept(offer(1))
         await easel.begun.wait()
@@ -99,8 +99,8 @@ async def test_what_is_not_done_in_time_is_given_back_uncounted(args):
 
 async def test_a_job_that_waits_for_a_replica_is_given_back_at_once(args):
     easel = Easel()
-    desk = Desk(args, easel.draw, standing_of=lambda request_id: QueuePosition(3, 100.0))
-    observer = Desk(args, paint)
+    desk = JobService(args, easel.draw, standing_of=lambda request_id: QueuePosition(3, 100.0))
+    observer = JobService(args, paint)
     async with Served(desk, DRAIN_S):
         job = await desk.accept(offer(1))
         await easel.begun.wait()

@@ -12,8 +12,8 @@ from flux_ray.config.gateway import Webhooks
 from flux_ray.config.jobs import JobArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.webhooks import Poster, check_webhook_secret, check_webhook_url
-from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.job import Idempotency, Job, JobSubmission, Webhook
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import Mail, NotTaken
 from flux_ray.request import ImageRequest
 from tests.gateway.images.test_hostile_urls import HOME, MALFORMED, PRIVATE, Names
@@ -217,9 +217,11 @@ async def message_of(job: Job) -> bytes:
     return json.dumps({"id": job.job_id, "status": job.status, **job.memo}).encode()
 
 
-def offer_for(url: str) -> Offer:
+def offer_for(url: str) -> JobSubmission:
     request = ImageRequest("r", "tiny", "a prompt", 64, 48, 4, 1.0, 7)
-    return Offer("anna", request, Idempotency("k", "f"), Webhook(url, SECRET), {"words": "memo"})
+    return JobSubmission(
+        "anna", request, Idempotency("k", "f"), Webhook(url, SECRET), {"words": "memo"}
+    )
 
 
 @pytest.mark.parametrize(("path", "num_posts"), [("/third", 3), ("/failing", 4)])
@@ -233,7 +235,7 @@ async def test_from_the_job_to_its_receiver(
         webhook_retries_s=(0.05, 0.05, 0.05),
     )
     poster = Poster(args_for(receiver.port), names.resolve)
-    desk = Desk(args, paint, mail=Mail(message_of, poster.post))
+    desk = JobService(args, paint, mail=Mail(message_of, poster.post))
     await desk.open()
     job = await desk.accept(offer_for(f"http://home.test:{receiver.port}{path}?token=1"))
 

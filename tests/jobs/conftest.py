@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Offer
+from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest
@@ -93,13 +93,13 @@ def folder(tmp_path) -> Results:
 
 
 @pytest.fixture
-def offer() -> Callable[..., Offer]:
+def offer() -> Callable[..., JobSubmission]:
     """`offer(seed, owner)`: what a caller wants."""
 
-    def make(seed: int = 7, owner: str = "anna", references=(), **rest) -> Offer:
+    def make(seed: int = 7, owner: str = "anna", references=(), **rest) -> JobSubmission:
         request = ImageRequest(
             "r", "tiny", f"picture {seed}", 64, 48, 4, 1.0, seed, references=references
         )
-        return Offer(owner, request, **rest)
+        return JobSubmission(owner, request, **rest)
 
     return make

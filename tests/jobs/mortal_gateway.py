@@ -9,14 +9,14 @@ import sys
 from flux_ray.config.gateway import Webhooks
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Workshop
+from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.cleanup import keep_clean
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Idempotency, Job, Offer, Webhook
+from flux_ray.jobs.job import Idempotency, Job, JobSubmission, Webhook
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.webhook_outbox import Mailbox
-from flux_ray.jobs.webhooks import Mail, Postman
+from flux_ray.jobs.webhook_outbox import WebhookOutbox
+from flux_ray.jobs.webhooks import Mail, WebhookWorker
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, RgbImage
 from tests.jobs.painter import paint
@@ -29,14 +29,14 @@ RETRIES_S = (0.2,) * 100
 SECRET = "whsec_c3Rvcm0="
 
 
-def offer_for(seed: int, port: int = 0) -> Offer:
+def offer_for(seed: int, port: int = 0) -> JobSubmission:
     """Some have reference pictures; all are told of to the receiver at that port."""
     references = (RgbImage(8, 8, bytes([seed]) * 192),) * (seed % 3)
     request = ImageRequest(
         "r", "tiny", f"no. {seed}", 64, 64, 4, 1.0, seed, 1 + seed % 2, references
     )
     webhook = Webhook(f"http://127.0.0.1:{port}/moody", SECRET)
-    return Offer("anna", request, Idempotency(f"key {seed}", f"words {seed}"), webhook)
+    return JobSubmission("anna", request, Idempotency(f"key {seed}", f"words {seed}"), webhook)
 
 
 async def generate(job: object, request: ImageRequest) -> ImageResult:
@@ -47,11 +47,11 @@ async def message_of(job: Job) -> bytes:
     return json.dumps({"id": job.job_id, "status": job.status, "seed": job.seed}).encode()
 
 
-def postman_for(database: Database, port: int) -> Postman:
+def postman_for(database: Database, port: int) -> WebhookWorker:
     args = {"schemes": ("http",), "ports": (port,), "networks": ("127.0.0.0/8",)}
     poster = Poster(Webhooks.model_validate(args))
-    mailbox = Mailbox(database, LEASE_S)
-    return Postman(mailbox, Mail(message_of, poster.post), RETRIES_S, MAX_LOST, poll_s=0.1)
+    mailbox = WebhookOutbox(database, LEASE_S)
+    return WebhookWorker(mailbox, Mail(message_of, poster.post), RETRIES_S, MAX_LOST, poll_s=0.1)
 
 
 async def main(
@@ -61,7 +61,7 @@ async def main(
     await database.create()
     store = Store(database, LEASE_S, keep_s=3600)
     results = Results(results_url, options)
-    workshop = Workshop(store, results, generate, pause_s=0.1, max_lost=MAX_LOST)
+    workshop = WorkerContext(store, results, generate, pause_s=0.1, max_lost=MAX_LOST)
     worker = Worker(workshop, MAX_RUNNING, poll_s=0.1)
     worker.start()
     postman = postman_for(database, port)

@@ -18,7 +18,7 @@ from flux_ray.jobs.database import Database
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store, job_of
 from flux_ray.jobs.table import JOBS
-from flux_ray.jobs.webhook_outbox import Mailbox
+from flux_ray.jobs.webhook_outbox import WebhookOutbox
 from tests.jobs.mortal_gateway import LEASE_S, SECRET, offer_for
 from tests.jobs.painter import picture_for
 from tests.jobs.waiting import wait_until
@@ -183,7 +183,7 @@ async def check_told(database: Database, receiver: WebhookReceiver) -> str:
         told = json.loads(post.body)
         job = jobs[post.headers["webhook-id"]]
         assert told == {"id": job["job_id"], "status": "ready", "seed": job["seed"]}
-    assert await Mailbox(database, LEASE_S).claim() is None
+    assert await WebhookOutbox(database, LEASE_S).claim() is None
     num_lost = sum(row["webhook_attempt"] - 1 - row["webhook_num_failed"] for row in rows)
     num_repeats = receiver.taken.total() - NUM_JOBS
     return f"{len(receiver.posts)} posts, {num_lost} lost with a gateway, {num_repeats} told twice"

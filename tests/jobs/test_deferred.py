@@ -15,9 +15,9 @@ from flux_ray.gateway.job_loading import within_budget
 from flux_ray.gateway.memory_budget import MemoryBudget
 from flux_ray.jobs import attempt, serialization
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Attempt, Workshop
+from flux_ray.jobs.attempt import Attempt, WorkerContext
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.outcome import Again, outcome_of
+from flux_ray.jobs.outcome import RetryLater, outcome_of
 from flux_ray.jobs.serialization import defer, pack, unpack
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest, Mask, RgbImage
@@ -83,7 +83,7 @@ async def test_they_are_read_when_it_is_the_jobs_turn(store, folder, offer, monk
         return await paint(job, request)
 
     job = await accept(store, folder, wanted)
-    await Attempt(await store.claim("worker"), Workshop(store, folder, generate)).run()
+    await Attempt(await store.claim("worker"), WorkerContext(store, folder, generate)).run()
     ready = await store.find("anna", job.job_id)
     assert len(reads) == 1
     [picture] = ready.result.pictures
@@ -108,10 +108,10 @@ async def test_a_store_that_is_away_gives_the_turn_back_and_costs_nothing(
             raise
 
     job = await accept(store, folder, offer(references=(RED,)))
-    await Attempt(await store.claim("worker"), Workshop(store, folder, generate)).run()
+    await Attempt(await store.claim("worker"), WorkerContext(store, folder, generate)).run()
     waiting = await store.find("anna", job.job_id)
     assert (waiting.status, waiting.num_lost) == ("pending", 0)
-    assert outcome_of(seen[0], 0) == Again(5.0, is_lost=False)
+    assert outcome_of(seen[0], 0) == RetryLater(5.0, is_lost=False)
 
 
 async def test_packing_and_unpacking_are_never_on_the_event_loop(store, folder, offer, monkeypatch):
@@ -129,7 +129,7 @@ async def test_packing_and_unpacking_are_never_on_the_event_loop(store, folder, 
     monkeypatch.setattr(serialization, "picture_of", watched(serialization.picture_of))
     monkeypatch.setattr("hashlib.sha256", watched(__import__("hashlib").sha256))
     await accept(store, folder, offer(references=(RED, BLUE)))
-    await Attempt(await store.claim("worker"), Workshop(store, folder, paint)).run()
+    await Attempt(await store.claim("worker"), WorkerContext(store, folder, paint)).run()
     # The painter's own hash is made here.
     ours = [each for each in threads if each is not threading.main_thread()]
     assert len(threads) - len(ours) == 1

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.errors import ResultsLost
 from flux_ray.jobs.cleanup import clean_up
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.images import KEPT_FOR, Shelf
+from flux_ray.jobs.images import KEPT_FOR, ImageStore
 from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import JobResult
 from flux_ray.jobs.results import ResultMissing
@@ -24,8 +24,8 @@ IMAGE = (GeneratedImage(b"a picture", 7),)
 
 
 @pytest.fixture
-def shelf(database, folder) -> Shelf:
-    return Shelf(database, folder, KEEP_S)
+def shelf(database, folder) -> ImageStore:
+    return ImageStore(database, folder, KEEP_S)
 
 
 @pytest.fixture

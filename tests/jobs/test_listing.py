@@ -3,12 +3,12 @@
 import pytest
 from sqlalchemy import text
 
-from flux_ray.jobs.job import JobResult, StoredPicture
+from flux_ray.jobs.job import JobResult, StoredImage
 from flux_ray.jobs.serialization import pack
 from flux_ray.request import QueuePosition
 from tests.jobs.conftest import KEEP_S
 
-RESULT = JobResult((StoredPicture("name", 7, 3, "0" * 64),), {})
+RESULT = JobResult((StoredImage("name", 7, 3, "0" * 64),), {})
 
 
 async def accept(store, offer, is_whole=True):

@@ -18,7 +18,7 @@ from flux_ray.jobs import database as module
 from flux_ray.jobs.acceptance import accept as accept_into
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.results import Results
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.store import Store
 from tests.jobs.conftest import KEEP_S, LEASE_S
@@ -191,7 +191,7 @@ async def test_tables_that_were_dropped_are_made_anew(tables, database_url, offe
 
 async def test_a_desk_goes_on_in_the_database_that_is_there(tmp_path, path, offer):
     args = JobArgs(database=f"sqlite:///{path}", results=str(tmp_path / "results"))
-    desk = Desk(args, paint)
+    desk = JobService(args, paint)
     await desk.open()
     secret = await desk.url_secret()
     delete(path)

@@ -3,26 +3,26 @@
 import pytest
 
 from flux_ray import errors
-from flux_ray.jobs.job import Failure
-from flux_ray.jobs.outcome import LOST, MAX_PAUSE_S, Again, outcome_of
+from flux_ray.jobs.job import JobFailure
+from flux_ray.jobs.outcome import LOST, MAX_PAUSE_S, RetryLater, outcome_of
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
-        (errors.Overloaded("busy", None, 7), Again(7.0, is_lost=False)),
-        (errors.QuotaSpent("for today", None, 60), Again(60.0, is_lost=False)),
-        (errors.TierUnavailable("down"), Again(5.0, is_lost=False)),
-        (errors.ReplicaFailed("died"), Again(1.0, is_lost=True)),
-        (errors.DeadlinePassed("slow"), Again(1.0, is_lost=True)),
-        (RuntimeError("a mistake"), Again(1.0, is_lost=True)),
-        (None, Again(1.0, is_lost=True)),
-        (errors.BadReference("no image"), Failure("invalid_image", "no image")),
-        (errors.UnknownTier("gone"), Failure("model_not_found", "gone")),
-        (errors.OutOfMemory("too large"), Failure("out_of_memory", "too large")),
+        (errors.Overloaded("busy", None, 7), RetryLater(7.0, is_lost=False)),
+        (errors.QuotaSpent("for today", None, 60), RetryLater(60.0, is_lost=False)),
+        (errors.TierUnavailable("down"), RetryLater(5.0, is_lost=False)),
+        (errors.ReplicaFailed("died"), RetryLater(1.0, is_lost=True)),
+        (errors.DeadlinePassed("slow"), RetryLater(1.0, is_lost=True)),
+        (RuntimeError("a mistake"), RetryLater(1.0, is_lost=True)),
+        (None, RetryLater(1.0, is_lost=True)),
+        (errors.BadReference("no image"), JobFailure("invalid_image", "no image")),
+        (errors.UnknownTier("gone"), JobFailure("model_not_found", "gone")),
+        (errors.OutOfMemory("too large"), JobFailure("out_of_memory", "too large")),
         # A folder that is not mounted, perhaps.
-        (ResultMissing("/a/path"), Again(1.0, is_lost=True)),
+        (ResultMissing("/a/path"), RetryLater(1.0, is_lost=True)),
         (ResultTooLarge("name"), LOST),
     ],
 )

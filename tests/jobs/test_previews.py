@@ -8,9 +8,9 @@ import pytest
 
 from flux_ray.errors import ResultsLost, StoreLost
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Attempt, Workshop
-from flux_ray.jobs.images import Shelf
-from flux_ray.jobs.job import Lease, StoredPicture
+from flux_ray.jobs.attempt import Attempt, WorkerContext
+from flux_ray.jobs.images import ImageStore
+from flux_ray.jobs.job import Lease, StoredImage
 from flux_ray.jobs.previews import Previews
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 from flux_ray.jobs.serialization import unpack
@@ -28,13 +28,13 @@ class FakeStores:
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
-        self.shown: list[tuple[StoredPicture, ...]] = []
+        self.shown: list[tuple[StoredImage, ...]] = []
         self.removed: list[tuple[object, ...]] = []
 
-    async def write_preview(self, job_id, attempt, number, image, form) -> StoredPicture:
+    async def write_preview(self, job_id, attempt, number, image, form) -> StoredImage:
         if self.failures:
             raise self.failures.pop(0)
-        return StoredPicture(f"{job_id}/{attempt}-{number}.{form}", image.seed, len(image.data), "")
+        return StoredImage(f"{job_id}/{attempt}-{number}.{form}", image.seed, len(image.data), "")
 
     async def show(self, lease, previews) -> bool:
         self.shown.append(previews)
@@ -85,7 +85,7 @@ async def test_what_cannot_be_removed_stays(monkeypatch, serve_log):
 
 
 async def test_a_store_that_hangs_holds_nobody_up(monkeypatch):
-    async def hang(*of: object) -> StoredPicture:
+    async def hang(*of: object) -> StoredImage:
         await asyncio.sleep(60)
 
     stores = FakeStores()
@@ -121,13 +121,13 @@ def begin(store, folder, offer, monkeypatch):
         wanted = replace(wanted, request=replace(wanted.request, num_previews=num_previews))
         await accept(store, folder, wanted)
         lease, drawing = await store.claim("w"), Drawing()
-        workshop = Workshop(store, folder, drawing.draw, preview_of=drawing.preview_of)
+        workshop = WorkerContext(store, folder, drawing.draw, preview_of=drawing.preview_of)
         return lease, drawing, asyncio.create_task(Attempt(lease, workshop).run())
 
     return begin
 
 
-async def previewed(store, lease: Lease) -> StoredPicture:
+async def previewed(store, lease: Lease) -> StoredImage:
     async def is_shown() -> bool:
         return (await store.find("anna", lease.job_id)).preview is not None
 
@@ -138,7 +138,7 @@ async def previewed(store, lease: Lease) -> StoredPicture:
 async def test_any_gateway_reads_a_preview_until_its_job_ends(store, database, folder, begin):
     lease, drawing, attempt = await begin()
     preview = await previewed(store, lease)
-    shelf = Shelf(database, folder, KEEP_S)
+    shelf = ImageStore(database, folder, KEEP_S)
     assert await shelf.read(preview.name) == b"preview 1"
     drawing.may_end.set()
     await attempt

@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from flux_ray.errors import ResultsLost
-from flux_ray.jobs.job import StoredPicture
+from flux_ray.jobs.job import StoredImage
 from flux_ray.jobs.results import ResultMissing, Results, ResultTooLarge, write_whole
 from flux_ray.request import GeneratedImage
 
@@ -126,7 +126,7 @@ async def test_a_damaged_picture_is_missing(make_results):
 async def test_only_our_names_are_looked_for(tmp_path, folder, name):
     (tmp_path / "secret").write_bytes(b"secret")
     with pytest.raises(ResultMissing, match="no name of ours"):
-        await folder.read_picture(StoredPicture(name, 1, 6, ""))
+        await folder.read_picture(StoredImage(name, 1, 6, ""))
 
 
 @pytest.mark.parametrize("job_id", ["", ".", "..", "*", f"{JOB}/..", f"{JOB}\n"])

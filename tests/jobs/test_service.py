@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from flux_ray.config.jobs import JobArgs
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.request import RgbImage
 from tests.jobs.painter import paint, picture_for
 from tests.jobs.waiting import wait_until
@@ -21,7 +21,7 @@ async def test_any_gateway_answers_for_any_job(args, offer, tmp_path):
     async def never(job, request):
         return await paint(job, request, 60)
 
-    first, second = Desk(args, paint), Desk(args, never)
+    first, second = JobService(args, paint), JobService(args, never)
     await first.open()
     wanted = offer()
     job = await first.accept(wanted)
@@ -52,7 +52,7 @@ async def test_a_gateway_that_closes_leaves_its_jobs_to_the_next(args, offer):
     async def never(job, request):
         return await paint(job, request, 60)
 
-    first, second = Desk(args, never), Desk(args, paint)
+    first, second = JobService(args, never), JobService(args, paint)
     await first.open()
     job = await first.accept(offer())
 
@@ -72,7 +72,9 @@ async def test_a_gateway_that_closes_leaves_its_jobs_to_the_next(args, offer):
 
 async def test_folders_are_for_nobody_else(tmp_path, offer):
     rows, results = tmp_path / "a" / "rows", tmp_path / "b" / "results"
-    desk = Desk(JobArgs(database=f"sqlite:///{rows}/jobs.sqlite3", results=str(results)), paint)
+    desk = JobService(
+        JobArgs(database=f"sqlite:///{rows}/jobs.sqlite3", results=str(results)), paint
+    )
     await desk.open()
     job = await desk.accept(offer())
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Offer
+from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.serialization import pack
 from flux_ray.jobs.silence import MAX_GAP, Silence
 from flux_ray.jobs.statements import Wanted
@@ -213,8 +213,8 @@ def new_file(tmp_path_factory):
     return lambda: f"sqlite:///{folder}/{next(numbers)}.sqlite3"
 
 
-def offer_of(seed: int) -> Offer:
-    return Offer("anna", ImageRequest("r", "tiny", "a ring", 64, 48, 4, 1.0, seed))
+def offer_of(seed: int) -> JobSubmission:
+    return JobSubmission("anna", ImageRequest("r", "tiny", "a ring", 64, 48, 4, 1.0, seed))
 
 
 async def live(database: Database, clock: Clock, wall: Clock, steps) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Workshop
+from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.job import Job
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
@@ -36,7 +36,9 @@ def cards() -> Cards:
 
 @pytest.fixture
 async def worker(store, folder, cards):
-    worker = Worker(Workshop(store, folder, cards.draw), 4, poll_s=0.02, tiers=("dev", "klein"))
+    worker = Worker(
+        WorkerContext(store, folder, cards.draw), 4, poll_s=0.02, tiers=("dev", "klein")
+    )
     worker.start()
     yield worker
     await worker.stop()

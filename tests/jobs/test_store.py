@@ -12,14 +12,14 @@ from sqlalchemy import text
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.insertion import ARRIVAL_S
-from flux_ray.jobs.job import Failure, Idempotency, Job, JobResult, StoredPicture, Webhook
+from flux_ray.jobs.job import Idempotency, Job, JobFailure, JobResult, StoredImage, Webhook
 from flux_ray.jobs.serialization import pack, unpack
 from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store
 from tests.jobs.conftest import KEEP_S, LEASE_S
 
-RESULT = JobResult((StoredPicture("name", 7, 3, "0" * 64),), {"denoise_s": 0.5}, ("a warning",))
-FAILURE = Failure("content_refused", "no")
+RESULT = JobResult((StoredImage("name", 7, 3, "0" * 64),), {"denoise_s": 0.5}, ("a warning",))
+FAILURE = JobFailure("content_refused", "no")
 
 
 async def accept(store, offer, is_whole=True):

@@ -4,8 +4,8 @@ import pytest
 from sqlalchemy import text
 
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Workshop
-from flux_ray.jobs.outcome import Again, outcome_of
+from flux_ray.jobs.attempt import WorkerContext
+from flux_ray.jobs.outcome import RetryLater, outcome_of
 from flux_ray.jobs.reading import Unreadable, check_readable
 from flux_ray.jobs.serialization import pack
 from flux_ray.jobs.statements import Wanted
@@ -69,7 +69,7 @@ def test_a_reason_does_not_quote_the_caller():
 def test_a_job_that_cannot_be_read_is_never_lost():
     for num_lost in range(5):
         outcome = outcome_of(Unreadable("a newer flux-ray packed this request"), num_lost)
-        assert isinstance(outcome, Again) and not outcome.is_lost
+        assert isinstance(outcome, RetryLater) and not outcome.is_lost
 
 
 async def test_a_job_of_a_newer_release_is_not_claimed(database, store, folder, offer, clock):
@@ -108,7 +108,7 @@ async def test_a_job_that_cannot_be_read_is_put_back_uncounted_once(
 ):
     job = await accept_unreadable(store, offer(1))
     clock.now_s += 1
-    worker = Worker(Workshop(store, folder, paint), 4, poll_s=0.01)
+    worker = Worker(WorkerContext(store, folder, paint), 4, poll_s=0.01)
     worker.start()
     for seed in range(2, 6):
         # Claimed after it: by then it is back.
@@ -137,7 +137,7 @@ async def test_a_worker_takes_no_job_of_a_tier_that_its_gateway_does_not_serve(
 ):
     job = await accept(store, folder, offer())
     assert await store.claim("w", Wanted(tiers=frozenset({"other"}))) is None
-    worker = Worker(Workshop(store, folder, paint), 4, poll_s=0.01, tiers=("tiny",))
+    worker = Worker(WorkerContext(store, folder, paint), 4, poll_s=0.01, tiers=("tiny",))
     worker.start()
 
     await wait_until(is_ready(store, job))

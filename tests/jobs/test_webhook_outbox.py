@@ -7,9 +7,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.job import Failure, JobResult, Webhook
+from flux_ray.jobs.job import JobFailure, JobResult, Webhook
 from flux_ray.jobs.serialization import pack
-from flux_ray.jobs.webhook_outbox import Mailbox
+from flux_ray.jobs.webhook_outbox import WebhookOutbox
 from tests.jobs.conftest import KEEP_S
 
 LEASE_S = 10.0
@@ -18,8 +18,8 @@ RESULT = JobResult((), {})
 
 
 @pytest.fixture
-def mailbox(database) -> Mailbox:
-    return Mailbox(database, LEASE_S)
+def mailbox(database) -> WebhookOutbox:
+    return WebhookOutbox(database, LEASE_S)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ async def test_every_end_is_told_of(store, mailbox, database, offer, clock, end)
     elif end == "cancelled":
         await store.cancel("anna", job.job_id)
     else:
-        await store.fail(lease, Failure("content_refused", "no"), end)
+        await store.fail(lease, JobFailure("content_refused", "no"), end)
     assert await state_of(database, job.job_id) == ("due", 0, 0, clock.now_s)
     letter = await mailbox.claim()
     assert letter.job == await store.find("anna", job.job_id)

@@ -10,11 +10,11 @@ from flux_ray.jobs import webhooks
 from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Webhook
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import JOBS
-from flux_ray.jobs.webhook_outbox import Mailbox
-from flux_ray.jobs.webhooks import Mail, NotTaken, Postman
+from flux_ray.jobs.webhook_outbox import WebhookOutbox
+from flux_ray.jobs.webhooks import Mail, NotTaken, WebhookWorker
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
 
@@ -63,10 +63,10 @@ async def employ(database, receiver):
 
     def start(
         mailbox=None, message_of=receiver.message_of, max_lost=5, post=None, retries_s=RETRIES_S
-    ) -> Postman:
+    ) -> WebhookWorker:
         mail = Mail(message_of, post or receiver.post)
-        mailbox = mailbox or Mailbox(database, LEASE_S)
-        postmen.append(Postman(mailbox, mail, retries_s, max_lost, poll_s=0.02))
+        mailbox = mailbox or WebhookOutbox(database, LEASE_S)
+        postmen.append(WebhookWorker(mailbox, mail, retries_s, max_lost, poll_s=0.02))
         postmen[-1].start()
         return postmen[-1]
 
@@ -129,7 +129,7 @@ async def test_it_is_posted_again_until_it_is_taken(employ, receiver, end_job, w
 async def test_the_pauses_come_in_their_order(employ, receiver, database, end_job, wait_for):
     pauses = []
 
-    class Impatient(Mailbox):
+    class Impatient(WebhookOutbox):
         async def put_off(self, letter, after_s) -> None:
             pauses.append(after_s)
             await super().put_off(letter, 0)
@@ -173,7 +173,7 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
 ):
     receiver.hangs = True
     job_id = await end_job()
-    first = employ(Mailbox(database, LEASE_S))
+    first = employ(WebhookOutbox(database, LEASE_S))
 
     async def is_posting() -> bool:
         return len(receiver.posts) == 1
@@ -181,7 +181,7 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
     await wait_until(is_posting)
     await first.stop()
     receiver.hangs = False
-    employ(Mailbox(database, LEASE_S))
+    employ(WebhookOutbox(database, LEASE_S))
     assert await wait_for(job_id, "delivered") == 1
     assert len(receiver.posts) == 2
 
@@ -189,7 +189,7 @@ async def test_a_gateway_that_closes_gives_its_letters_back(
 async def test_a_gateway_that_closes_gives_back_no_letter_that_was_taken(
     employ, receiver, database, end_job, wait_for
 ):
-    class Slow(Mailbox):
+    class Slow(WebhookOutbox):
         async def delivered(self, letter) -> None:
             if not begun.is_set():
                 begun.set()
@@ -224,7 +224,7 @@ async def test_a_gateway_that_closes_sees_its_posts_end(employ, receiver, end_jo
 async def test_a_store_that_is_away_is_no_fault_of_the_letter(
     employ, receiver, database, end_job, wait_for
 ):
-    class CutOff(Mailbox):
+    class CutOff(WebhookOutbox):
         num_lost = 2
 
         async def delivered(self, letter) -> None:
@@ -244,7 +244,7 @@ async def test_what_is_lost_with_every_gateway_is_given_up(
     employ, receiver, database, end_job, wait_for
 ):
     job_id = await end_job()
-    lost = Mailbox(database, lease_s=0.01)
+    lost = WebhookOutbox(database, lease_s=0.01)
     for _ in range(2):
         assert await lost.claim() is not None
         await asyncio.sleep(0.02)
@@ -265,7 +265,7 @@ async def test_who_hangs_holds_up_no_other_owner(
         if message_id in hanging:
             await asyncio.sleep(60)
 
-    employ(Mailbox(database, LEASE_S), post=post)
+    employ(WebhookOutbox(database, LEASE_S), post=post)
     job_id = await end_job("anna")
     await wait_for(job_id, "delivered")
     assert len(receiver.posts) == 3
@@ -273,7 +273,7 @@ async def test_who_hangs_holds_up_no_other_owner(
 
 async def test_the_desk_tells_of_its_jobs(database_url, tmp_path, receiver, offer):
     args = JobArgs(database=database_url, results=str(tmp_path), webhook_retries_s=(0.01,))
-    desk = Desk(args, paint, mail=Mail(receiver.message_of, receiver.post))
+    desk = JobService(args, paint, mail=Mail(receiver.message_of, receiver.post))
     await desk.open()
     receiver.failures = [NotTaken("status 500")]
     job = await desk.accept(offer(webhook=WEBHOOK))

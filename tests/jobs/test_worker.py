@@ -7,9 +7,9 @@ import pytest
 from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed, ResultsLost, StoreLost
 from flux_ray.jobs import outcome
 from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Workshop
+from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.job import Failure, Job
+from flux_ray.jobs.job import Job, JobFailure
 from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
@@ -42,7 +42,7 @@ async def employ(store, folder):
     workers = []
 
     def start(generate=paint, max_running=4, poll_s=0.02, **rest) -> Worker:
-        workshop = Workshop(store, folder, generate, pause_s=0.02, **rest)
+        workshop = WorkerContext(store, folder, generate, pause_s=0.02, **rest)
         workers.append(Worker(workshop, max_running, poll_s))
         workers[-1].start()
         return workers[-1]
@@ -139,7 +139,7 @@ async def test_a_worker_that_stops_does_not_begin_again(store, folder, monkeypat
         raise ValueError("a mistake")
 
     monkeypatch.setattr(store, "claim", stumble)
-    worker = Worker(Workshop(store, folder, paint, pause_s=0.02), 4)
+    worker = Worker(WorkerContext(store, folder, paint, pause_s=0.02), 4)
     worker.start()
 
     async def has_claimed() -> bool:
@@ -293,7 +293,7 @@ async def test_a_callers_mistake_ends_the_job_with_its_words(store, folder, offe
     job = await accept(store, folder, offer())
     employ(failing(BadRequest("too wide", "width")))
     failed = await end_of(store, job)
-    assert (failed.status, failed.failure) == ("failed", Failure("invalid_value", "too wide"))
+    assert (failed.status, failed.failure) == ("failed", JobFailure("invalid_value", "too wide"))
 
 
 async def test_a_failure_is_tried_again(store, folder, offer, employ):
@@ -360,7 +360,7 @@ async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer
     job = await accept(store, folder, offer())
     cut_off = Store(store._database, LEASE_S, keep_s=100)
     cut_off.beat = no_beat
-    first = Worker(Workshop(cut_off, folder, late), 1, 0.01)
+    first = Worker(WorkerContext(cut_off, folder, late), 1, 0.01)
     first.start()
     await begun.wait()
     claimed = asyncio.Event()
@@ -387,7 +387,7 @@ async def test_a_database_server_that_restarts_costs_nothing(postgres, folder, o
     async def generate(job: object, request: ImageRequest) -> ImageResult:
         return await paint(job, request, 0.05)
 
-    worker = Worker(Workshop(store, folder, generate, pause_s=0.05), 4, 0.02)
+    worker = Worker(WorkerContext(store, folder, generate, pause_s=0.05), 4, 0.02)
     worker.start()
     await asyncio.sleep(0.1)
     await asyncio.to_thread(postgres.stop)

@@ -6,12 +6,12 @@ from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.gateway.results.urls import sample_url_of, urls_for
 from flux_ray.gateway.webhooks import Poster
 from flux_ray.jobs.job import Job
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import Mail
 from flux_ray.router.router import Router
 
 
-def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> Desk | None:
+def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> JobService | None:
     """None where there are no jobs. `poster`: else one that posts as `args.webhooks` say."""
     if args.jobs is None or args.public_url is None:
         return None
@@ -24,7 +24,7 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
     drawing = JobGenerator(router, args)
-    desk = Desk(
+    desk = JobService(
         args.jobs,
         drawing.draw,
         drawing.progress_of,

@@ -35,7 +35,7 @@ from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_fo
 from flux_ray.gateway.submit import Submitter
 from flux_ray.gateway.webhooks import webhook_of
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.router.router import Router
 
 RESULT = "/v1/get_result"
@@ -53,7 +53,7 @@ class Bfl:
     """The routes. `public_url` is where clients find them."""
 
     def __init__(
-        self, router: Router, args: GatewayArgs, desk: Desk, public_url: str, fetcher: Fetcher
+        self, router: Router, args: GatewayArgs, desk: JobService, public_url: str, fetcher: Fetcher
     ) -> None:
         self.orders = Submitter(router, args)
         self.desk = desk

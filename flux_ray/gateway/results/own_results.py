@@ -7,7 +7,7 @@ from flux_ray.gateway.images.addresses import MAX_URL_CHARS
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.results.urls import PREFIX, urls_for
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 
 
 class OwnResultsFirst(Fetcher):
@@ -17,7 +17,7 @@ class OwnResultsFirst(Fetcher):
     (localhost, a private `public_url`, a load balancer), the URL is its own, and nobody else's.
     """
 
-    def __init__(self, fetcher: Fetcher, desk: Desk, public_url: str) -> None:
+    def __init__(self, fetcher: Fetcher, desk: JobService, public_url: str) -> None:
         # Those of the other: reading the certificates takes a while.
         self.fetching, self.guard = fetcher.fetching, fetcher.guard
         self._fetcher = fetcher

@@ -8,7 +8,7 @@ from flux_ray.errors import UnknownResult
 from flux_ray.gateway.errors import Envelope, answer_for
 from flux_ray.gateway.results.urls import PREFIX, urls_for
 from flux_ray.jobs.results import ResultMissing, ResultTooLarge
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 
 # By the ending that we gave the file; what is in it is not looked at.
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -18,7 +18,7 @@ PRIVATE = {"cache-control": "private, no-store", "x-content-type-options": "nosn
 class ResultRoutes:
     """The one route; it asks for no key, as the signature is the right to read."""
 
-    def __init__(self, desk: Desk, public_url: str) -> None:
+    def __init__(self, desk: JobService, public_url: str) -> None:
         self._desk = desk
         self._public_url = public_url
 

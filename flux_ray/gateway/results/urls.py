@@ -5,8 +5,8 @@ import re
 import time
 from collections.abc import Callable
 
-from flux_ray.jobs.job import Job, StoredPicture
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.job import Job, StoredImage
+from flux_ray.jobs.service import JobService
 
 PREFIX = "/results/"
 VALID_S = 600
@@ -29,7 +29,7 @@ class ResultUrls:
         self._valid_s = valid_s
         self._clock = clock
 
-    def url_of(self, picture: StoredPicture) -> str:
+    def url_of(self, picture: StoredImage) -> str:
         """Absolute, and good from now on for so long as they are."""
         expiry = str(int(self._clock() + self._valid_s))
         signature = self._sign(picture.name, expiry)
@@ -48,7 +48,7 @@ class ResultUrls:
         return hmac.digest(self._secret, words, "sha256").hex()
 
 
-async def urls_for(desk: Desk, public_url: str) -> ResultUrls:
+async def urls_for(desk: JobService, public_url: str) -> ResultUrls:
     """With the secret that all gateways share. Raises StoreLost."""
     return ResultUrls(public_url, await desk.url_secret())
 

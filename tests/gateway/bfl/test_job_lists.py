@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import NotTaken
 from flux_ray.request import Hear, ImageRequest, ImageResult, News, Progress, QueuePosition
 from tests.conftest import LIMITS, FakeHandles
@@ -31,7 +31,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def desk(router, gateway_args) -> AsyncIterator[Desk]:
+async def desk(router, gateway_args) -> AsyncIterator[JobService]:
     desk = desk_for(router, gateway_args, Poster())
     assert desk is not None
     await desk.open()

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.service import JobService
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
@@ -54,7 +54,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def desk(router, gateway_args, monkeypatch) -> AsyncIterator[Desk]:
+async def desk(router, gateway_args, monkeypatch) -> AsyncIterator[JobService]:
     monkeypatch.setattr("flux_ray.jobs.attempt.MAX_BEAT_S", 0.01)
     desk = desk_for(router, gateway_args)
     await desk.open()

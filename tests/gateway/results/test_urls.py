@@ -12,8 +12,8 @@ from flux_ray.auth.keys import KeyFile
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.results.urls import ResultUrls
-from flux_ray.jobs.job import Offer, StoredPicture
-from flux_ray.jobs.service import Desk
+from flux_ray.jobs.job import JobSubmission, StoredImage
+from flux_ray.jobs.service import JobService
 from flux_ray.request import Encoding, ImageRequest, RgbImage
 from tests.conftest import LIMITS
 from tests.jobs.painter import paint, picture_for
@@ -34,7 +34,7 @@ GONE = {
 
 
 def picture_named(name):
-    return StoredPicture(name, 7, 3, "0" * 64)
+    return StoredImage(name, 7, 3, "0" * 64)
 
 
 class Clock:
@@ -124,7 +124,7 @@ def draw(desk):
         request = ImageRequest(
             "r", "tiny", "a ring", 64, 64, 4, 1.0, seed, 2, (reference,), Encoding(format)
         )
-        job = await desk.accept(Offer("anna", request))
+        job = await desk.accept(JobSubmission("anna", request))
 
         async def is_ready():
             return (await desk.find("anna", job.job_id)).status == "ready"
@@ -237,7 +237,9 @@ async def test_nothing_is_written_there(client, draw, urls):
 
 async def test_stores_that_are_away_are_no_answer(client, draw, urls, gateway_args, router):
     _, job = await draw()
-    away = Desk(gateway_args.jobs.model_copy(update={"database": "sqlite:////proc/no/such"}), paint)
+    away = JobService(
+        gateway_args.jobs.model_copy(update={"database": "sqlite:////proc/no/such"}), paint
+    )
     transport = httpx.ASGITransport(app=build_api(router, gateway_args, desk=away))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as other:
         answer = await other.get(urls.url_of(job.result.pictures[0]))
