@@ -8,7 +8,7 @@ import pytest
 from flux_ray import metrics
 from flux_ray.metrics import Metric
 from flux_ray.replica import metrics as replica_meter
-from flux_ray.replica.metrics import Meter
+from flux_ray.replica.metrics import ReplicaMetrics
 from flux_ray.router import metrics as bill_module
 from flux_ray.router.metrics import RouterMetrics
 
@@ -51,7 +51,7 @@ def test_a_bucket_of_seconds_is_at_most_twice_as_long_as_the_one_before() -> Non
 
 
 def test_seconds_of_stages_are_added_up(sums: Counter[str]) -> None:
-    meter = Meter("tiny")
+    meter = ReplicaMetrics("tiny")
     for stage, seconds in (("denoise", 0.2), ("denoise", 0.3), ("decode", 1.0), ("decode", 0.0)):
         meter.observe_stage(stage, seconds)
     assert sums == {

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.parallel.mesh import Mesh, open_store
 from flux_ray.replica.rank import RankActor
-from flux_ray.replica.transport import Extension
+from flux_ray.replica.transport import RankServer
 from tests.ranks import Ranks
 from tests.test_house import PACKAGE, README, SOURCES
 
@@ -91,7 +91,7 @@ def test_the_rendezvous_listens_at_the_address_that_it_is_given(host):
 
 
 def test_a_line_listens_at_the_address_that_it_is_given():
-    extension = Extension("127.0.0.1")
+    extension = RankServer("127.0.0.1")
     assert extension.address.port in ports_at("127.0.0.1")
     extension._socket.close()
 

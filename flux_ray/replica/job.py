@@ -26,7 +26,7 @@ Observe = Callable[[str, float], None]
 
 
 @dataclass(eq=False)
-class Job:
+class ReplicaJob:
     """A request in this replica. A client that leaves cancels `result`; nothing else does.
 
     `began_at`: when its prompt was begun with, which may be before the ranks are free.
@@ -61,7 +61,7 @@ class Job:
             self.result.set_result(outcome)
 
 
-class Stopwatch:
+class StageTimer:
     """Seconds by stage, and each of them told to `observe`."""
 
     def __init__(self, observe: Observe) -> None:
@@ -85,13 +85,13 @@ class Stopwatch:
         return StageTimes(queue_s, encode_s, spent["denoise"], decode_s, is_cached, spent["file"])
 
 
-class Gathering:
+class JobOutput:
     """What the ranks have answered of a job; its client hears of it.
 
     Files are made meanwhile, and are `files` in their order; those of previews are heard of in it.
     """
 
-    def __init__(self, job: Job, files: Files) -> None:
+    def __init__(self, job: ReplicaJob, files: Files) -> None:
         self._job = job
         self._files = files
         self.said = Encoded((), is_cached=False)
@@ -146,7 +146,7 @@ class Gathering:
         for file in (*self.files, *self.previews):
             file.cancel()
 
-    async def deliver(self, times: Stopwatch, queue_s: float) -> None:
+    async def deliver(self, times: StageTimer, queue_s: float) -> None:
         """Answer with the files when they are made; the ranks draw the next job meanwhile."""
         await asyncio.wait([*self.files, *self.previews])
         files = [file for file in self.files if not file.cancelled()]

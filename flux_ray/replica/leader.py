@@ -18,14 +18,14 @@ from ray.util.placement_group import get_current_placement_group
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.following import follow
-from flux_ray.replica.metrics import Meter
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.metrics import ReplicaMetrics
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.placement import load_ranks, start_ranks
 from flux_ray.replica.process import end_process
 from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
-from flux_ray.replica.runs import Runs
+from flux_ray.replica.runs import RunningRequests
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
@@ -72,14 +72,14 @@ class Leader:
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
         ranks = start_ranks(self.rank_class, args, placement_group)
-        patience = Patience(args.min_step_timeout_s, args.step_timeout_s)
+        patience = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         prompts: Prompts = EncodedByRanks()
         if text_encoder is not None:
             prompts = EncodedElsewhere(text_encoder, args.step_timeout_s)
         async with asyncio.timeout(args.load_timeout_s):
             loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
-        self._meter = Meter(args.tier)
-        self._runs = Runs(args.retry_bytes, args.retry_s)
+        self._meter = ReplicaMetrics(args.tier)
+        self._runs = RunningRequests(args.retry_bytes, args.retry_s)
         self._group = RankGroup(loaded, patience, lambda: end_with(ranks))
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)

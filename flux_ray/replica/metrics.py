@@ -16,7 +16,7 @@ from flux_ray.metrics import (
 from flux_ray.request import ImageRequest
 
 
-class Meter:
+class ReplicaMetrics:
     """Counts what one replica of a tier does."""
 
     def __init__(self, tier: str) -> None:

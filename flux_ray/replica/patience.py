@@ -7,7 +7,7 @@ FACTOR = 10
 NUM_REMEMBERED = 16
 
 
-class Patience:
+class StepWatchdog:
     """Ten times what such calls took of late, but at least `floor_s` and at most `limit_s`.
 
     Calls are alike when they have the same method and about the same size, in pixels or any other

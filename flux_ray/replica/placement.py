@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import KilledForMemory
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
-from flux_ray.replica.transport import Line, connect
+from flux_ray.replica.transport import RankConnection, connect
 
 # The line to a process that is killed closes at once. Why it was killed, Ray says a moment later.
 CAUSE_S = 0.5
@@ -74,7 +74,7 @@ class LoadedRank:
     """One rank as its group sees it. `work` is the actor's call that ends with it."""
 
     actor: ActorHandle[Any]
-    line: Line
+    line: RankConnection
     work: asyncio.Future[None]
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:

@@ -14,8 +14,8 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.memory import free_memory, out_of_memory
 from flux_ray.replica.process import card_here, keep_memory, load_engine
-from flux_ray.replica.timer import CardTimer, HostTimer, Launched, Timer, follows
-from flux_ray.replica.transport import Address, Extension, StageFailed
+from flux_ray.replica.timer import GpuTimer, HostTimer, Launched, Timer, follows
+from flux_ray.replica.transport import Address, RankServer, StageFailed
 from flux_ray.replica.watchdog import LeaderWatch
 from flux_ray.request import (
     DenoisedImage,
@@ -42,7 +42,7 @@ CONCURRENCY_GROUPS = {"control": 1}
 
 
 @dataclass
-class Drawing:
+class RankJob:
     """A job on this rank: what its images share, and the one being drawn.
 
     `encoded` is its prompt, where the shared text encoder encoded it; `seeds` are still to come.
@@ -77,7 +77,7 @@ class RankActor:
     _adapter: "Adapter"
     _encoding: "CachedEncoder"
     _store: "TCPStore | None" = None
-    _extension: Extension
+    _extension: RankServer
 
     def __init__(self, rank: int, args: TierArgs) -> None:
         if args.device == "cpu":
@@ -86,7 +86,7 @@ class RankActor:
         load_engine()
         self._rank = rank
         self._args = args
-        self._drawings: dict[int, Drawing] = {}
+        self._drawings: dict[int, RankJob] = {}
         self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
         self._leader = LeaderWatch(repr(self))
@@ -151,7 +151,7 @@ class RankActor:
 
     def listen(self) -> Address:
         """Where the leader finds this rank."""
-        self._extension = Extension(self._host)
+        self._extension = RankServer(self._host)
         return self._extension.address
 
     def work(self) -> None:
@@ -183,7 +183,7 @@ class RankActor:
         try:
             self.agree(job, stages)
             if request is not None:
-                self._drawings[job] = Drawing(request, encoded, list(request.seeds))
+                self._drawings[job] = RankJob(request, encoded, list(request.seeds))
             return self.run_all(job, stages)
         except FluxError as error:
             self._mistakes[job] = error
@@ -212,7 +212,7 @@ class RankActor:
     def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
         """The stages; on a card, none waits for the one before it."""
         is_on_card = self._args.device == "cuda"
-        timer: Timer = CardTimer() if is_on_card else HostTimer()
+        timer: Timer = GpuTimer() if is_on_card else HostTimer()
         timer.mark()
         values = []
         for stage in stages:
@@ -236,7 +236,7 @@ class RankActor:
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
         )
 
-    def drawing(self, job: int) -> Drawing:
+    def drawing(self, job: int) -> RankJob:
         """A job that was taken on."""
         if job in self._mistakes:
             raise self._mistakes[job]
@@ -285,7 +285,7 @@ class RankActor:
         return image
 
     def pixels(
-        self, drawing: Drawing, draw: "Callable[[ImageState], RgbImage]"
+        self, drawing: RankJob, draw: "Callable[[ImageState], RgbImage]"
     ) -> DenoisedImage | None:
         """The job's image as this draws it. The leader makes a file of it."""
         assert drawing.state is not None, "pixels before prepare"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.transport import framed
 from flux_ray.request import Encoded, StageAnswer
 
@@ -44,7 +44,9 @@ class RankGroup:
     actor at once, where a living one would be sent their second try.
     """
 
-    def __init__(self, ranks: Sequence[Rank], patience: Patience, end: Callable[[], None]) -> None:
+    def __init__(
+        self, ranks: Sequence[Rank], patience: StepWatchdog, end: Callable[[], None]
+    ) -> None:
         self._ranks = ranks
         self._patience = patience
         self._end = end

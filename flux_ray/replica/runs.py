@@ -12,7 +12,7 @@ from flux_ray.request import Finished, Hear, ImageResult, News
 
 
 @dataclass(eq=False)
-class Run:
+class RunningRequest:
     """A request while it is drawn, and those who wait for it."""
 
     drawing: asyncio.Task[ImageResult] | None = None
@@ -28,7 +28,7 @@ class Run:
             hear(news)
 
 
-class Runs:
+class RunningRequests:
     """Draws, and keeps results of up to `max_bytes`, each for `keep_s` seconds.
 
     Whoever waits for a run may leave by being cancelled, and the last one ends it. A gateway that
@@ -41,14 +41,14 @@ class Runs:
         self._max_bytes = max_bytes
         self._keep_s = keep_s
         self._clock = clock
-        self._running: dict[str, Run] = {}
+        self._running: dict[str, RunningRequest] = {}
         # Until when, by name, in that order.
         self._kept: dict[str, tuple[float, ImageResult]] = {}
         self._num_bytes = 0
 
     async def draw(self, name: str, draw: Draw, hear: Hear | None) -> ImageResult:
         """Draw a request under that name: the last run of a name is the one that is found."""
-        run = Run()
+        run = RunningRequest()
         run.drawing = asyncio.ensure_future(draw(run.tell))
         self._running[name] = run
         self._drop(name)
@@ -74,7 +74,7 @@ class Runs:
                 return
             self._drop(name)
 
-    async def _wait(self, run: Run, hear: Hear | None) -> ImageResult:
+    async def _wait(self, run: RunningRequest, hear: Hear | None) -> ImageResult:
         assert run.drawing is not None
         if hear is not None:
             for news in run.finished:
@@ -90,7 +90,7 @@ class Runs:
             if not run.num_waiting:
                 run.drawing.cancel()
 
-    def _end(self, name: str, run: Run, drawing: asyncio.Task[ImageResult]) -> None:
+    def _end(self, name: str, run: RunningRequest, drawing: asyncio.Task[ImageResult]) -> None:
         """Keep what was drawn; of what was not, the next one is to be drawn anew."""
         # Asking for the error too: nobody else may, and asyncio complains of errors unheard.
         is_drawn = not drawing.cancelled() and drawing.exception() is None

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.files import Files
-from flux_ray.replica.job import Gathering, Job, Observe, Stopwatch
+from flux_ray.replica.job import JobOutput, Observe, ReplicaJob, StageTimer
 from flux_ray.replica.prompts import Prompts
 from flux_ray.replica.stages import calls_of, sizes_of, stages_of
 from flux_ray.request import (
@@ -63,9 +63,9 @@ class StepLoop:
         self._prompts = prompts
         self._observe = observe
         self._files = Files() if files is None else files
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._jobs: asyncio.Queue[ReplicaJob] = asyncio.Queue()
         # One waits here for the ranks, and one for its place: prompts are megabytes.
-        self._ready: asyncio.Queue[Job] = asyncio.Queue(maxsize=1)
+        self._ready: asyncio.Queue[ReplicaJob] = asyncio.Queue(maxsize=1)
         self._delivering: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
         # In a request's context what the loop asks of Ray would be the request's, and Ray would
@@ -78,7 +78,9 @@ class StepLoop:
         """The request's pictures; cancel the call to leave. `hear` is told how they come along."""
         if self.pump.done():
             raise ReplicaFailed("the step loop of this replica has ended")
-        job = Job(next(self._numbers), request, asyncio.get_running_loop().create_future(), hear)
+        job = ReplicaJob(
+            next(self._numbers), request, asyncio.get_running_loop().create_future(), hear
+        )
         self._jobs.put_nowait(job)
         return await job.result
 
@@ -122,21 +124,21 @@ class StepLoop:
             # Neither its client nor the next job waits for this.
             dropping = asyncio.create_task(self._drop(job))
 
-    async def _drop(self, job: Job) -> None:
+    async def _drop(self, job: ReplicaJob) -> None:
         """The ranks forget it, if they know it. Those of a group that is broken will end."""
         if job.is_on_ranks:
             with contextlib.suppress(FluxError):
                 await self._ranks.run(job.number, ("drop",), sizes_of(job.request))
 
-    async def _draw(self, job: Job, free_at: float) -> None:
+    async def _draw(self, job: ReplicaJob, free_at: float) -> None:
         """Have it drawn, and files made of its images, unless the client leaves in between.
 
         Of its prompt, only what the ranks waited for is time that it took them.
         """
-        times = Stopwatch(self._observe)
+        times = StageTimer(self._observe)
         began_at = max(free_at, job.began_at)
         times.wait(time.perf_counter() - began_at)
-        gathered = Gathering(job, self._files)
+        gathered = JobOutput(job, self._files)
         encoded, job.encoded = job.encoded, None
         async for answers in self._answers(job, encoded):
             for stage, answer in answers:
@@ -150,14 +152,14 @@ class StepLoop:
         self._delivering.add(delivering)
         delivering.add_done_callback(partial(self._end_delivery, job))
 
-    def _end_delivery(self, job: Job, delivering: asyncio.Task[None]) -> None:
+    def _end_delivery(self, job: ReplicaJob, delivering: asyncio.Task[None]) -> None:
         """A mistake of ours is not to leave the client waiting for ever."""
         self._delivering.discard(delivering)
         if not delivering.cancelled() and (error := delivering.exception()) is not None:
             job.finish(error)
 
     async def _answers(
-        self, job: Job, encoded: EncodedPrompt | None
+        self, job: ReplicaJob, encoded: EncodedPrompt | None
     ) -> AsyncIterator[list[tuple[str, StageAnswer]]]:
         """What the ranks say to each stage, call by call, until the client has left.
 

@@ -12,7 +12,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError
 from flux_ray.replica.memory import free_memory, out_of_memory
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.process import end_process, load_engine
 from flux_ray.request import EncodedPrompt
 
@@ -31,7 +31,7 @@ class TextEncoder:
         """Serve awaits this: the replica is RUNNING once it has encoded a prompt."""
         self._args = args
         self._turn = asyncio.Lock()
-        self._patience = Patience(args.min_step_timeout_s, args.step_timeout_s)
+        self._patience = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         self._known: Cache[EncodedPrompt] = Cache(args.cache_bytes, lambda each: len(each.data))
         self._thread = ThreadPoolExecutor(max_workers=1)
         loop = asyncio.get_running_loop()

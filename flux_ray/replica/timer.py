@@ -47,7 +47,7 @@ class HostTimer:
         return [max(MIN_S, after - before) for before, after in pairwise(self._marks)]
 
 
-class CardTimer:
+class GpuTimer:
     """Of stages that return when their kernels are queued: marks are events in the same queue.
 
     To wait for the card after every stage would time them as well, but then it has nothing to do

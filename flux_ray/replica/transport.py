@@ -103,7 +103,7 @@ class Underway(Protocol):
         """Wait for the answer and return it; StageFailed if it failed after all."""
 
 
-class Extension:
+class RankServer:
     """A rank's end. Nothing is unpickled before its leader has proved to know the token."""
 
     def __init__(self, host: str) -> None:
@@ -199,7 +199,7 @@ def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
         return error
 
 
-class Line:
+class RankConnection:
     """A leader's end: calls are answered in the order in which they were made.
 
     They are sent when the rank, which may not be at work yet, has proved to be this leader's.
@@ -251,7 +251,7 @@ def settle(answer: asyncio.Future[Any], outcome: object) -> None:
         answer.set_result(outcome)
 
 
-async def connect(address: Address) -> Line:
+async def connect(address: Address) -> RankConnection:
     """The leader's end of a line to the rank that listens there."""
     reader, writer = await asyncio.open_connection(address.host, address.port, limit=READ_BYTES)
-    return Line(reader, writer, address.token)
+    return RankConnection(reader, writer, address.token)

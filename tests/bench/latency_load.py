@@ -18,7 +18,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.engine.images import encode_picture, image_for, scaled
 from flux_ray.replica.files import Files, Made
 from flux_ray.replica.leader import Leader
-from flux_ray.replica.rank import Drawing, RankActor
+from flux_ray.replica.rank import RankActor, RankJob
 from flux_ray.request import DenoisedImage, Encoding, RgbImage
 
 NUM_CLIENTS = 8
@@ -44,7 +44,7 @@ def is_large(seed: int) -> bool:
 class FormerRank(RankActor):
     """Makes files itself, as ranks did, where the seed says so."""
 
-    def pixels(self, drawing: Drawing, draw: Callable[..., RgbImage]) -> DenoisedImage | None:
+    def pixels(self, drawing: RankJob, draw: Callable[..., RgbImage]) -> DenoisedImage | None:
         image = super().pixels(drawing, draw)
         if image is None or drawing.seed // SEEDS_A_WAY not in (2, 4):
             return image

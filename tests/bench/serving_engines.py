@@ -14,7 +14,7 @@ from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
-from flux_ray.replica.runs import Runs
+from flux_ray.replica.runs import RunningRequests
 from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
 
 FAKE_S = 0.05
@@ -114,7 +114,7 @@ class FakeLeader(Leader):
     async def __init__(self, args: TierArgs) -> None:
         self._description = description_of(args, PROCESSOR)
         self._engine = FakeEngine()
-        self._runs = Runs(args.retry_bytes, args.retry_s)
+        self._runs = RunningRequests(args.retry_bytes, args.retry_s)
 
     async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         data = await self._engine.draw(request.prompt, request.seed)

@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.errors import NotKept, ProtocolMismatch
 from flux_ray.replica.leader import Leader
-from flux_ray.replica.runs import Runs
+from flux_ray.replica.runs import RunningRequests
 from flux_ray.request import (
     PROTOCOL,
     GeneratedImage,
@@ -55,7 +55,7 @@ class FakeMeter:
 def leader() -> Any:
     leader: Any = Leader.__new__(Leader)
     leader._loop, leader._meter, leader._description = FakeLoop(), FakeMeter(), DESCRIPTION
-    leader._runs = Runs(1000, 60.0)
+    leader._runs = RunningRequests(1000, 60.0)
     return leader
 
 

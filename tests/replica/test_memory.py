@@ -13,7 +13,7 @@ from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import OutOfMemory, ReplicaFailed
 from flux_ray.replica import rank_group as group_module
 from flux_ray.replica.memory import is_out_of_memory
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
@@ -172,7 +172,7 @@ class Replica:
 
     def __init__(self, *ranks: dict[str, object]) -> None:
         self.ended = asyncio.Event()
-        patience = Patience(60, 60)
+        patience = StepWatchdog(60, 60)
         self.group = RankGroup([Line(each) for each in ranks], patience, self.ended.set)
         self.loop = StepLoop(self.group, EncodedByRanks(), lambda stage, seconds: None)
 

@@ -4,17 +4,17 @@ import math
 
 import pytest
 
-from flux_ray.replica.patience import NUM_REMEMBERED, Patience
+from flux_ray.replica.patience import NUM_REMEMBERED, StepWatchdog
 
 MEGAPIXEL = 1024 * 1024
 
 
 @pytest.fixture
-def patience() -> Patience:
-    return Patience(floor_s=5, limit_s=60)
+def patience() -> StepWatchdog:
+    return StepWatchdog(floor_s=5, limit_s=60)
 
 
-def test_what_was_never_seen_gets_the_limit(patience: Patience) -> None:
+def test_what_was_never_seen_gets_the_limit(patience: StepWatchdog) -> None:
     patience.learn(0.1, "denoise", (MEGAPIXEL, 0))
     assert patience.seconds_for("decode", sizes=(MEGAPIXEL, 0)) == 60
     assert patience.seconds_for("denoise", sizes=(4 * MEGAPIXEL, 0)) == 60
@@ -23,18 +23,18 @@ def test_what_was_never_seen_gets_the_limit(patience: Patience) -> None:
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, 5), (0.7, 7), (30, 60)])
 def test_ten_times_as_long_between_floor_and_limit(
-    patience: Patience, seconds: float, expected: float
+    patience: StepWatchdog, seconds: float, expected: float
 ) -> None:
     patience.learn(seconds, "denoise", (MEGAPIXEL, 0))
     assert patience.seconds_for("denoise", sizes=(MEGAPIXEL, 0)) == pytest.approx(expected)
 
 
-def test_sizes_that_are_about_the_same_are_alike(patience: Patience) -> None:
+def test_sizes_that_are_about_the_same_are_alike(patience: StepWatchdog) -> None:
     patience.learn(0.7, "denoise", (MEGAPIXEL, 0))
     assert patience.seconds_for("denoise", sizes=(MEGAPIXEL + 100_000, 0)) == pytest.approx(7)
 
 
-def test_the_longest_of_the_last_ones_counts(patience: Patience) -> None:
+def test_the_longest_of_the_last_ones_counts(patience: StepWatchdog) -> None:
     for seconds in (3, 0.7, 0.6):
         patience.learn(seconds, "encode", (0,))
     assert patience.seconds_for("encode", sizes=(0,)) == pytest.approx(30)
@@ -44,21 +44,21 @@ def test_the_longest_of_the_last_ones_counts(patience: Patience) -> None:
     assert timeout_s == pytest.approx(6), "a slow start is forgotten"
 
 
-def test_calls_that_come_together_have_the_time_of_all(patience: Patience) -> None:
+def test_calls_that_come_together_have_the_time_of_all(patience: StepWatchdog) -> None:
     patience.learn(0.7, "denoise")
     patience.learn(0.2, "decode")
     assert patience.seconds_for("denoise", "denoise", "decode") == pytest.approx(16)
     assert patience.seconds_for("denoise", "preview") == 60
 
 
-def test_the_longest_is_told_and_infinite_where_there_is_none(patience: Patience) -> None:
+def test_the_longest_is_told_and_infinite_where_there_is_none(patience: StepWatchdog) -> None:
     for seconds in (0.2, 0.7, 0.1):
         patience.learn(seconds, "denoise")
     assert patience.longest_s("denoise") == 0.7
     assert patience.longest_s("denoise", (MEGAPIXEL,)) == math.inf
 
 
-def test_little_is_remembered_whatever_is_asked_for(patience: Patience) -> None:
+def test_little_is_remembered_whatever_is_asked_for(patience: StepWatchdog) -> None:
     for pixels in range(1, 100_000, 7):
         patience.learn(0.1, "denoise", (pixels, pixels))
         patience.seconds_for("decode", sizes=(pixels, 0))

@@ -11,7 +11,7 @@ import pytest
 from flux_ray import liveness
 from flux_ray.errors import BadReference, KilledForMemory, ReplicaFailed
 from flux_ray.replica import rank_group
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.transport import SIZE, StageFailed
 from flux_ray.request import Encoded, StageAnswer
@@ -69,7 +69,7 @@ class Replica:
         self.ranks = [FakeRank(answer) for answer in answers]
         self.ended = 0
         self.has_ended = asyncio.Event()
-        self.patience = Patience(floor_s, limit_s=10)
+        self.patience = StepWatchdog(floor_s, limit_s=10)
         self.patience.learn(0.001, "encode", SIZES)
         self.group = RankGroup(self.ranks, self.patience, end=self.end)
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from flux_ray.errors import NotKept, OutOfMemory
-from flux_ray.replica.runs import Runs
+from flux_ray.replica.runs import RunningRequests
 from flux_ray.request import (
     Finished,
     GeneratedImage,
@@ -57,8 +57,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def runs(clock: Clock) -> Runs:
-    return Runs(100, KEEP_S, clock)
+def runs(clock: Clock) -> RunningRequests:
+    return RunningRequests(100, KEEP_S, clock)
 
 
 @pytest.fixture
@@ -79,7 +79,9 @@ async def leave(task: "asyncio.Task[ImageResult]") -> None:
     await asyncio.sleep(0)
 
 
-async def test_who_asks_again_gets_the_run_that_goes_on(runs: Runs, painter: Painter) -> None:
+async def test_who_asks_again_gets_the_run_that_goes_on(
+    runs: RunningRequests, painter: Painter
+) -> None:
     """Its first caller's gateway is dead, and so nobody cancels."""
     heard: list[News] = []
     first = await begun(runs.draw("a", painter.draw, None))
@@ -93,7 +95,7 @@ async def test_who_asks_again_gets_the_run_that_goes_on(runs: Runs, painter: Pai
 
 
 async def test_images_that_were_done_before_are_heard_of_again(
-    runs: Runs, painter: Painter
+    runs: RunningRequests, painter: Painter
 ) -> None:
     heard: list[News] = []
     done = Finished("tiny", GeneratedImage(b"first", 7), 0)
@@ -106,7 +108,7 @@ async def test_images_that_were_done_before_are_heard_of_again(
     await asyncio.gather(first, again)
 
 
-async def test_the_last_who_leaves_ends_it(runs: Runs, painter: Painter) -> None:
+async def test_the_last_who_leaves_ends_it(runs: RunningRequests, painter: Painter) -> None:
     first = await begun(runs.draw("a", painter.draw, None))
     again = await begun(runs.recall("a", None))
     await leave(first)
@@ -120,7 +122,9 @@ async def test_the_last_who_leaves_ends_it(runs: Runs, painter: Painter) -> None
     assert painter.num_left == 1
 
 
-async def test_a_failure_is_told_to_all_and_not_kept(runs: Runs, painter: Painter) -> None:
+async def test_a_failure_is_told_to_all_and_not_kept(
+    runs: RunningRequests, painter: Painter
+) -> None:
     painter.error = OutOfMemory("too large")
     first = await begun(runs.draw("a", painter.draw, None))
     again = await begun(runs.recall("a", None))
@@ -132,14 +136,14 @@ async def test_a_failure_is_told_to_all_and_not_kept(runs: Runs, painter: Painte
         await runs.recall("a", None)
 
 
-async def test_another_name_has_nothing(runs: Runs, painter: Painter) -> None:
+async def test_another_name_has_nothing(runs: RunningRequests, painter: Painter) -> None:
     painter.may_end.set()
     await runs.draw("a", painter.draw, None)
     with pytest.raises(NotKept):
         await runs.recall("b", None)
 
 
-async def test_what_is_drawn_anew_replaces_what_was_kept(runs: Runs) -> None:
+async def test_what_is_drawn_anew_replaces_what_was_kept(runs: RunningRequests) -> None:
     old, new = Painter(), Painter()
     old.may_end.set()
     await runs.draw("a", old.draw, None)
@@ -149,7 +153,9 @@ async def test_what_is_drawn_anew_replaces_what_was_kept(runs: Runs) -> None:
     assert await again is await drawing is new.result
 
 
-async def test_results_are_kept_for_a_while(runs: Runs, clock: Clock, painter: Painter) -> None:
+async def test_results_are_kept_for_a_while(
+    runs: RunningRequests, clock: Clock, painter: Painter
+) -> None:
     painter.may_end.set()
     await runs.draw("a", painter.draw, None)
     clock.now = KEEP_S - 1
@@ -160,7 +166,7 @@ async def test_results_are_kept_for_a_while(runs: Runs, clock: Clock, painter: P
 
 
 async def test_an_idle_replica_forgets_them_too() -> None:
-    runs, painter = Runs(100, 0.01), Painter()
+    runs, painter = RunningRequests(100, 0.01), Painter()
     painter.may_end.set()
     await runs.draw("a", painter.draw, None)
     async with asyncio.timeout(30):
@@ -171,7 +177,7 @@ async def test_an_idle_replica_forgets_them_too() -> None:
 @pytest.mark.parametrize(
     ("sizes", "kept"), [([40, 40, 40], "bc"), ([40, 101], ""), ([101, 40], "b"), ([0, 100], "ab")]
 )
-async def test_their_bytes_are_bounded(runs: Runs, sizes: list[int], kept: str) -> None:
+async def test_their_bytes_are_bounded(runs: RunningRequests, sizes: list[int], kept: str) -> None:
     """The oldest give way."""
     for name, size in zip("abc", sizes, strict=False):
         painter = Painter(size)

@@ -13,12 +13,12 @@ from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.step_loop import StepLoop
-from flux_ray.replica.transport import Extension, Line, connect
+from flux_ray.replica.transport import RankConnection, RankServer, connect
 from flux_ray.request import Encoding, ImageFormat, ImageRequest, News, Preview, StageAnswer
 from flux_ray.tiny import CHECKPOINT, evaluate
 
@@ -32,7 +32,7 @@ REQUEST = ImageRequest(
 class ThreadedRank:
     """A rank on a thread of this process, and its line."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: RankConnection) -> None:
         self._line = line
 
     def call(self, frame: bytes) -> "asyncio.Future[list[StageAnswer]]":
@@ -55,11 +55,11 @@ def rank() -> RankActor:
 
 @pytest.fixture
 async def loop(rank: RankActor) -> AsyncIterator[StepLoop]:
-    extension = Extension("127.0.0.1")
+    extension = RankServer("127.0.0.1")
     thread = threading.Thread(target=extension.answer, args=(rank.run,), daemon=True)
     thread.start()
     line = await connect(extension.address)
-    group = RankGroup([ThreadedRank(line)], Patience(600, 600), end=lambda: None)
+    group = RankGroup([ThreadedRank(line)], StepWatchdog(600, 600), end=lambda: None)
     yield StepLoop(group, EncodedByRanks(), lambda stage, seconds: None)
     line.close()
     await asyncio.to_thread(thread.join, 30)

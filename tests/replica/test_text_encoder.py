@@ -10,7 +10,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.engine.flux2.text_encoder import unpack
 from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder
-from flux_ray.replica.patience import Patience
+from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.request import ImageRequest
@@ -75,7 +75,7 @@ async def test_only_what_one_prompt_did_leaves_it_alive(
     monkeypatch: pytest.MonkeyPatch, encode: Callable[[str], None], expected: type[Exception]
 ) -> None:
     encoder = await started()
-    encoder._patience = Patience(floor_s=0.1, limit_s=0.1)
+    encoder._patience = StepWatchdog(floor_s=0.1, limit_s=0.1)
     monkeypatch.setattr(encoder, "_encode", encode)
     with pytest.raises(expected):
         await encoder.encode_prompt("a ring")

@@ -12,8 +12,8 @@ from flux_ray.errors import BadReference
 from flux_ray.replica import transport as module
 from flux_ray.replica.transport import (
     Address,
-    Extension,
-    Line,
+    RankConnection,
+    RankServer,
     StageFailed,
     answer_parts,
     connect,
@@ -36,7 +36,7 @@ def run(order: str, *payload: object) -> object:
 @pytest.fixture
 def address() -> Iterator[Address]:
     """Of a rank on a thread, as an actor's call would have it; it ends with its leader."""
-    extension = Extension("127.0.0.1")
+    extension = RankServer("127.0.0.1")
 
     def work() -> None:
         with contextlib.suppress(SystemExit):
@@ -50,19 +50,19 @@ def address() -> Iterator[Address]:
 
 
 @pytest.fixture
-async def line(address: Address) -> AsyncIterator[Line]:
+async def line(address: Address) -> AsyncIterator[RankConnection]:
     line = await connect(address)
     yield line
     line.close()
 
 
-async def answers_to(line: Line, *calls: tuple[object, ...]) -> list[object]:
+async def answers_to(line: RankConnection, *calls: tuple[object, ...]) -> list[object]:
     async with asyncio.timeout(10):
         waiting = [line.call(framed(call)) for call in calls]
         return await asyncio.gather(*waiting, return_exceptions=True)
 
 
-async def test_calls_are_answered_in_order_and_on_one_thread(line: Line) -> None:
+async def test_calls_are_answered_in_order_and_on_one_thread(line: RankConnection) -> None:
     answers = await answers_to(line, *((f"{number}", number) for number in range(50)))
     orders, threads, payloads = zip(*answers, strict=True)
     assert orders == tuple(map(str, range(50)))
@@ -70,14 +70,14 @@ async def test_calls_are_answered_in_order_and_on_one_thread(line: Line) -> None
     assert len(set(threads)) == 1
 
 
-async def test_a_large_call_and_its_large_answer_come_whole(line: Line) -> None:
+async def test_a_large_call_and_its_large_answer_come_whole(line: RankConnection) -> None:
     large = bytes(range(256)) * 2**16
     (answer,) = await answers_to(line, ("draw", large))
     assert isinstance(answer, tuple)
     assert answer[2] == (large,)
 
 
-async def test_pixels_come_as_they_lay_in_memory(line: Line) -> None:
+async def test_pixels_come_as_they_lay_in_memory(line: RankConnection) -> None:
     """However many, among other things, and none of them as part of a pickle."""
     rasters = [RgbImage(256, 256 * n, bytes(range(256)) * 768 * n) for n in range(4)]
     answers = await answers_to(line, ("draw", *rasters), ("draw", DenoisedImage(rasters[3], 7)))
@@ -91,7 +91,7 @@ async def test_pixels_come_as_they_lay_in_memory(line: Line) -> None:
     assert [bytes(data) for data in buffers[1::2]] == [raster.rgb for raster in rasters[1:]]
 
 
-async def test_what_a_rank_raised_is_raised(line: Line) -> None:
+async def test_what_a_rank_raised_is_raised(line: RankConnection) -> None:
     mistake, bug, answer = await answers_to(line, ("mistake",), ("bug",), ("draw",))
     assert type(mistake) is BadReference
     assert (str(mistake), mistake.field) == ("too small", "image")
@@ -99,7 +99,7 @@ async def test_what_a_rank_raised_is_raised(line: Line) -> None:
     assert isinstance(answer, tuple), "and the rank works on"
 
 
-async def test_a_call_that_was_given_up_shifts_no_answers(line: Line) -> None:
+async def test_a_call_that_was_given_up_shifts_no_answers(line: RankConnection) -> None:
     given_up = line.call(framed(("first",)))
     given_up.cancel()
     (answer,) = await answers_to(line, ("second",))
@@ -107,7 +107,7 @@ async def test_a_call_that_was_given_up_shifts_no_answers(line: Line) -> None:
     assert answer[0] == "second"
 
 
-async def test_a_line_is_closed_when_the_rank_has_ended(line: Line) -> None:
+async def test_a_line_is_closed_when_the_rank_has_ended(line: RankConnection) -> None:
     waiting = line.call(framed(("end",)))
     async with asyncio.timeout(5):
         await line.closed
@@ -168,7 +168,7 @@ class Card:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.extension = Extension("127.0.0.1")
+        self.extension = RankServer("127.0.0.1")
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def run(self, name: str) -> object:
