@@ -8,16 +8,16 @@ from functools import partial
 
 from flux_ray.simulator.outcome import Outcome
 from flux_ray.simulator.tier import SimulatedTier
-from flux_ray.simulator.values import Arrival, Failure, Pool, check_pools
+from flux_ray.simulator.values import Arrival, ReplicaOutage, ReplicaPool, check_pools
 
 # With no arrival left and nothing but scaling rounds happening, nobody will serve what waits.
 PATIENCE_S = 3600.0
 
 
-class Engine:
+class EventLoop:
     """Things happen in order of time; of two at the same time, the one first scheduled."""
 
-    def __init__(self, pools: Sequence[Pool]) -> None:
+    def __init__(self, pools: Sequence[ReplicaPool]) -> None:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = itertools.count()
         self.tiers = {
@@ -69,10 +69,10 @@ class Engine:
 
 def simulate(
     arrivals: Iterable[Arrival],
-    pools: Sequence[Pool],
+    pools: Sequence[ReplicaPool],
     *,
     scaling_period_s: float = 1.0,
-    failures: Sequence[Failure] = (),
+    failures: Sequence[ReplicaOutage] = (),
     horizon_s: float | None = None,
 ) -> Outcome:
     """Send the arrivals, which are in order of time from 0 on, through the pools.
@@ -81,7 +81,7 @@ def simulate(
     and curves are counted until then; without it, until the last arrival's work is done. Equal
     arguments give equal outcomes. KeyError for an arrival of a tier that has no pool.
     """
-    engine = Engine(pools)
+    engine = EventLoop(pools)
     for failure in failures:
         engine.schedule(failure.at_s, partial(engine.tiers[failure.tier].fail, failure.replica))
     taken = iter(arrivals)

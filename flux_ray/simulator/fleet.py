@@ -17,7 +17,7 @@ from flux_ray.router.trace import BadTrace, TracedRequest
 from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import Outcome
 from flux_ray.simulator.traffic import sample_of
-from flux_ray.simulator.values import Arrival, Failure, Pool
+from flux_ray.simulator.values import Arrival, ReplicaOutage, ReplicaPool
 
 NUM_SAMPLES = 2000
 # A request may wait for what its deadline leaves beside its own work, and never for nothing.
@@ -147,14 +147,14 @@ def priced(
 
 def failures_of(
     tiers: Iterable[str], per_hour: float, duration_s: float, seed: int
-) -> list[Failure]:
+) -> list[ReplicaOutage]:
     """Replicas of each tier die at that rate, at random, in the order of time."""
     failures = []
     for tier in tiers:
         rng = random.Random(f"{seed} failures of {tier}")
         at_s = rng.expovariate(per_hour / 3600) if per_hour > 0 else duration_s
         while at_s < duration_s:
-            failures.append(Failure(at_s, tier, rng.randrange(1_000_000)))
+            failures.append(ReplicaOutage(at_s, tier, rng.randrange(1_000_000)))
             at_s += rng.expovariate(per_hour / 3600)
     return sorted(failures, key=lambda failure: failure.at_s)
 
@@ -180,7 +180,7 @@ def run_fleet(
     )
 
 
-def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
+def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[ReplicaPool]:
     """New ones, of which each is good for one simulation; they begin within the budget."""
     num_gpus = budget_of(models, plan)
     begin = {model.tier: model.num_replicas for model in models.values()}
@@ -200,7 +200,7 @@ def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[Pool]:
         begin |= share_gpus(wants, num_gpus)
     budget = GpuBudget()
     return [
-        Pool(
+        ReplicaPool(
             tier=model.tier,
             queue=TierQueue(cold_start_s=model.rules.cold_start_s),
             num_replicas=begin[model.tier],

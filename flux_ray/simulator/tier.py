@@ -8,7 +8,7 @@ from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.router.queue.entry import Assignment, QueuedRequest
 from flux_ray.simulator.outcome import Curve, TierOutcome, Waits
 from flux_ray.simulator.replicas import Replica, Replicas
-from flux_ray.simulator.values import Arrival, Pool
+from flux_ray.simulator.values import Arrival, ReplicaPool
 
 Schedule = Callable[[float, Callable[[float], None]], None]
 
@@ -26,7 +26,7 @@ class Request:
 class SimulatedTier:
     """Calls the queue as the router would: after everything that happens, and when it asks to."""
 
-    def __init__(self, pool: Pool, schedule: Schedule) -> None:
+    def __init__(self, pool: ReplicaPool, schedule: Schedule) -> None:
         self.pool = pool
         self.queue = pool.queue
         self.replicas = Replicas(pool.tier, pool.slots_per_replica)

@@ -26,7 +26,7 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ReplicaOutage:
     """At that time the replica of that index, among those of the tier that are up, dies."""
 
     at_s: float
@@ -77,7 +77,7 @@ class QueuePolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class Pool:
+class ReplicaPool:
     """The replicas of one tier. `queue` is used up by a simulation: make a new one for each.
 
     A replica asked for is usable `cold_start_s` later; one that dies comes back after as long.
@@ -96,9 +96,9 @@ class Pool:
     report_period_s: float | None = None
 
 
-def check_pools(pools: Iterable[Pool]) -> dict[str, Pool]:
+def check_pools(pools: Iterable[ReplicaPool]) -> dict[str, ReplicaPool]:
     """By tier; ValueError if two are of one tier or the bounds are impossible."""
-    by_tier: dict[str, Pool] = {}
+    by_tier: dict[str, ReplicaPool] = {}
     for pool in pools:
         if pool.tier in by_tier:
             raise ValueError(f"two pools are of the tier {pool.tier}")

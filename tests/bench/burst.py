@@ -22,7 +22,7 @@ from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import burst
 from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.values import Arrival, Pool
+from flux_ray.simulator.values import Arrival, ReplicaPool
 from tests.bench.opponents.counted import CountedQueue
 from tests.bench.opponents.schedule import Trial, cheapest, demand_of
 from tests.bench.opponents.serve_default import TUNED, ServeDefault, ServeSettings
@@ -80,7 +80,7 @@ def arrivals_of(tier: Tier, slo_scale: float) -> list[Arrival]:
 def run(tier: Tier, arrivals: list[Arrival], policy: Policy) -> TierOutcome:
     """One policy through the hour."""
     queue = CountedQueue(TierQueue(cold_start_s=tier.cold_start_s))
-    pool = Pool(
+    pool = ReplicaPool(
         tier.name,
         queue,
         num_replicas=8,

@@ -10,7 +10,7 @@ from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.arrivals import poisson
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaPool
 from tests.bench.opponents.counted import CountedQueue
 from tests.bench.opponents.routers import (
     EarlyBinding,
@@ -191,7 +191,7 @@ def play(
         actual_s = held_s if service_s is None else service_s + between_s
         arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=actual_s))
     queue = WatchedQueue(new_policy(policy))
-    simulate(arrivals, [Pool(TIER, queue, num_replicas)])
+    simulate(arrivals, [ReplicaPool(TIER, queue, num_replicas)])
     # The simulator numbers its tickets in the order of arrival.
     done = [queue.done_at.get(str(number)) for number in range(len(trace))]
     latencies = (

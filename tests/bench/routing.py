@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Pool
+from flux_ray.simulator.values import ReplicaPool
 from tests.bench.opponents.preemptive import Attained
 from tests.bench.opponents.routers import EarlyBinding, least_work
 from tests.bench.routing_cells import (
@@ -137,7 +137,7 @@ def fleet_figures() -> dict[str, float]:
     for load in (0.95, 1.2):
         stream = arrivals_of(work, Cell(2.0, load), num, 0)
         begin = time.perf_counter()
-        simulate(stream, [Pool(work.tier, TierQueue(), work.num_replicas)])
+        simulate(stream, [ReplicaPool(work.tier, TierQueue(), work.num_replicas)])
         wall_s = time.perf_counter() - begin
         figures[f"million_requests_s_at_{load:g}"] = round(wall_s * 1e6 / num, 1)
     print(f"\n{FLEET_GPUS} GPUs, a million requests, by a tenth of them: {figures}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaPool
 from tests.bench.opponents.fluid import preemptive_bound
 from tests.bench.opponents.preemptive import Attained, preemptive_estimate
 from tests.bench.opponents.routers import (
@@ -118,7 +118,9 @@ def attained(
     """Over all streams."""
     outcomes: list[TierOutcome] = []
     for stream in streams:
-        pool = Pool(work.tier, new_policy(), work.num_replicas, report_period_s=report_period_s)
+        pool = ReplicaPool(
+            work.tier, new_policy(), work.num_replicas, report_period_s=report_period_s
+        )
         outcomes.append(simulate(stream, [pool]).tiers[work.tier])
     # GPU seconds as they were estimated: what a request was sold at.
     return Attained(

@@ -13,7 +13,7 @@ from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
 from flux_ray.simulator.outcome import MAX_POINTS, TierOutcome
-from flux_ray.simulator.values import Arrival, Failure, Pool, QueuePolicy
+from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaOutage, ReplicaPool
 from tests.bench.opponents.routers import EarlyBinding, Fifo, least_requests
 
 
@@ -28,7 +28,9 @@ def poisson(
         yield Arrival(now, "tiny", dice.expovariate(1.0) if is_exponential else 1.0, deadline_s)
 
 
-def outcome_of(pool: Pool, *arrivals: Arrival, failures: tuple[Failure, ...] = ()) -> TierOutcome:
+def outcome_of(
+    pool: ReplicaPool, *arrivals: Arrival, failures: tuple[ReplicaOutage, ...] = ()
+) -> TierOutcome:
     return simulate(arrivals, [pool], failures=failures).tiers["tiny"]
 
 
@@ -43,7 +45,9 @@ def erlang_c(num_servers: int, load: float) -> float:
 def test_one_queue_waits_as_erlang_says(num_servers: int, load: float) -> None:
     rate = num_servers * load
     tiers = [
-        simulate(poisson(rate, 5_000, seed), [Pool("tiny", Fifo(), num_servers)]).tiers["tiny"]
+        simulate(poisson(rate, 5_000, seed), [ReplicaPool("tiny", Fifo(), num_servers)]).tiers[
+            "tiny"
+        ]
         for seed in range(12)
     ]
     must_wait = erlang_c(num_servers, load)
@@ -65,13 +69,13 @@ def test_each_wait_is_what_the_recursion_gives() -> None:
         begin = max(arrival.at_s, free[0])
         waited_s += begin - arrival.at_s
         heapq.heapreplace(free, begin + arrival.cost_s)
-    tier = simulate(arrivals, [Pool("tiny", Fifo(), 4)]).tiers["tiny"]
+    tier = simulate(arrivals, [ReplicaPool("tiny", Fifo(), 4)]).tiers["tiny"]
     assert tier.waits.total_s == pytest.approx(waited_s)
 
 
 @pytest.mark.parametrize("queue", [TierQueue(), Fifo(), EarlyBinding(least_requests())])
 def test_nobody_is_lost_from_the_books(queue: QueuePolicy) -> None:
-    pool = Pool("tiny", queue, 4)
+    pool = ReplicaPool("tiny", queue, 4)
     tier = simulate(poisson(6.0, 2000, deadline_s=3.0), [pool]).tiers["tiny"]
     judged = tier.num_met + tier.num_late + tier.num_refused + tier.num_lost
     assert tier.num_arrived == judged == 2000
@@ -81,7 +85,7 @@ def test_nobody_is_lost_from_the_books(queue: QueuePolicy) -> None:
 
 def test_equal_arguments_give_equal_outcomes() -> None:
     first, second = (
-        simulate(poisson(6.0, 500, deadline_s=2.0), [Pool("tiny", TierQueue(), 4)]).total
+        simulate(poisson(6.0, 500, deadline_s=2.0), [ReplicaPool("tiny", TierQueue(), 4)]).total
         for _ in range(2)
     )
     assert (first.num_met, first.met_s) == (second.num_met, second.met_s)
@@ -89,34 +93,34 @@ def test_equal_arguments_give_equal_outcomes() -> None:
 
 def test_met_late_refused() -> None:
     arrivals = [Arrival(0.0, "tiny", 2.0, 2.0), Arrival(1.0, "tiny", 2.0, 2.5)]
-    late = outcome_of(Pool("tiny", Fifo(), 1), *arrivals)
+    late = outcome_of(ReplicaPool("tiny", Fifo(), 1), *arrivals)
     assert (late.num_met, late.num_late, late.met_s) == (1, 1, 2.0)
     assert (late.attainment, late.attainment_by_gpu_seconds) == (0.5, 0.5)
-    refused = outcome_of(Pool("tiny", TierQueue(), 1), *arrivals)
+    refused = outcome_of(ReplicaPool("tiny", TierQueue(), 1), *arrivals)
     assert (refused.num_met, refused.num_refused) == (1, 1)
     assert late.waits.quantile(1.0) == pytest.approx(1.0, rel=0.02)
 
 
 def test_what_it_really_takes_counts() -> None:
     arrival = Arrival(0.0, "tiny", 1.0, 1.5, actual_s=2.0)
-    assert outcome_of(Pool("tiny", TierQueue(), 1), arrival).num_late == 1
+    assert outcome_of(ReplicaPool("tiny", TierQueue(), 1), arrival).num_late == 1
 
 
 def test_a_request_of_a_replica_that_dies_is_tried_once_more() -> None:
     arrivals = [Arrival(0.0, "tiny", 4.0, 100.0)]
-    pool = Pool("tiny", TierQueue(), 1, cold_start_s=10.0)
-    once = outcome_of(pool, *arrivals, failures=(Failure(1.0, "tiny"),))
+    pool = ReplicaPool("tiny", TierQueue(), 1, cold_start_s=10.0)
+    once = outcome_of(pool, *arrivals, failures=(ReplicaOutage(1.0, "tiny"),))
     assert (once.num_met, once.num_lost) == (1, 0)
-    pool = Pool("tiny", TierQueue(), 1, cold_start_s=10.0)
-    failures = (Failure(1.0, "tiny"), Failure(12.0, "tiny"))
+    pool = ReplicaPool("tiny", TierQueue(), 1, cold_start_s=10.0)
+    failures = (ReplicaOutage(1.0, "tiny"), ReplicaOutage(12.0, "tiny"))
     twice = outcome_of(pool, *arrivals, failures=failures)
     assert (twice.num_met, twice.num_lost) == (0, 1)
 
 
 def test_failures_without_a_replica_and_of_early_bound_work() -> None:
-    pool = Pool("tiny", EarlyBinding(least_requests()), 1, cold_start_s=5.0)
+    pool = ReplicaPool("tiny", EarlyBinding(least_requests()), 1, cold_start_s=5.0)
     arrivals = [Arrival(0.0, "tiny", 4.0, 100.0), Arrival(0.5, "tiny", 4.0, 100.0)]
-    failures = (Failure(1.0, "tiny"), Failure(2.0, "tiny"))
+    failures = (ReplicaOutage(1.0, "tiny"), ReplicaOutage(2.0, "tiny"))
     tier = outcome_of(pool, *arrivals, failures=failures)
     assert (tier.num_met, tier.num_lost) == (2, 0)
 
@@ -135,7 +139,7 @@ class Planned:
 
 def test_a_cold_start_takes_its_time_and_its_gpu_hours() -> None:
     scaling = Planned(1, 0)
-    pool = Pool("tiny", TierQueue(), 0, 4, cold_start_s=10.0, scaling=scaling)
+    pool = ReplicaPool("tiny", TierQueue(), 0, 4, cold_start_s=10.0, scaling=scaling)
     arrivals = [Arrival(0.0, "tiny", 3.0, 1e6)]
     outcome = simulate(arrivals, [pool], scaling_period_s=11.0)
     tier = outcome.tiers["tiny"]
@@ -150,7 +154,7 @@ def test_a_cold_start_takes_its_time_and_its_gpu_hours() -> None:
 
 def test_bounds_hold_and_starts_are_called_off() -> None:
     scaling = Planned(100, -5, 0)
-    pool = Pool(
+    pool = ReplicaPool(
         "tiny", Fifo(), 1, cold_start_s=60.0, scaling=scaling, min_replicas=1, max_replicas=3
     )
     arrivals = [Arrival(float(second), "tiny", 0.5, 10.0) for second in range(5)]
@@ -163,20 +167,20 @@ def test_bounds_hold_and_starts_are_called_off() -> None:
 
 
 def test_it_ends_though_nobody_will_ever_serve() -> None:
-    pool = Pool("tiny", Fifo(), 0, scaling=Planned(0))
+    pool = ReplicaPool("tiny", Fifo(), 0, scaling=Planned(0))
     assert outcome_of(pool, Arrival(0.0, "tiny", 1.0, 10.0)).num_lost == 1
 
 
 def test_the_horizon_ends_arrivals_and_hours_but_not_the_work() -> None:
     arrivals = [Arrival(float(second), "tiny", 4.0, 100.0) for second in range(10)]
-    outcome = simulate(arrivals, [Pool("tiny", Fifo(), 1)], horizon_s=2.0)
+    outcome = simulate(arrivals, [ReplicaPool("tiny", Fifo(), 1)], horizon_s=2.0)
     tier = outcome.tiers["tiny"]
     assert (tier.num_met, outcome.end_s) == (3, 12.0)
     assert tier.gpu_hours == pytest.approx(2 / 3600)
 
 
 def test_the_curve_is_bounded_and_whole() -> None:
-    tier = simulate(poisson(0.5, 3000), [Pool("tiny", Fifo(), 2)]).tiers["tiny"]
+    tier = simulate(poisson(0.5, 3000), [ReplicaPool("tiny", Fifo(), 2)]).tiers["tiny"]
     assert len(tier.points) <= MAX_POINTS
     arrived_s = sum(point.demand * point.length_s for point in tier.points)
     assert arrived_s == pytest.approx(tier.arrived_s)
@@ -185,11 +189,13 @@ def test_the_curve_is_bounded_and_whole() -> None:
 
 def test_tiers_are_apart() -> None:
     arrivals = [Arrival(0.0, "tiny", 1.0, 1.0), Arrival(0.0, "dev", 9.0, 9.0)]
-    outcome = simulate(arrivals, [Pool("tiny", TierQueue(), 1), Pool("dev", TierQueue(), 1)])
+    outcome = simulate(
+        arrivals, [ReplicaPool("tiny", TierQueue(), 1), ReplicaPool("dev", TierQueue(), 1)]
+    )
     assert [tier.num_met for tier in outcome.tiers.values()] == [1, 1]
     assert outcome.total.met_s == 10.0
     with pytest.raises(ValueError, match="two pools"):
-        simulate([], [Pool("tiny", Fifo(), 1), Pool("tiny", Fifo(), 1)])
+        simulate([], [ReplicaPool("tiny", Fifo(), 1), ReplicaPool("tiny", Fifo(), 1)])
 
 
 def test_reports_help_where_estimates_are_wrong() -> None:
@@ -198,7 +204,9 @@ def test_reports_help_where_estimates_are_wrong() -> None:
         Arrival(arrival.at_s, "tiny", 1.0, 2.0, actual_s=dice.lognormvariate(0, 0.3))
         for arrival in poisson(3.8, 4000)
     ]
-    pools = [Pool("tiny", TierQueue(), 4, report_period_s=period_s) for period_s in (None, 0.1)]
+    pools = [
+        ReplicaPool("tiny", TierQueue(), 4, report_period_s=period_s) for period_s in (None, 0.1)
+    ]
     blind, told = (simulate(arrivals, [pool]).total.num_late for pool in pools)
     assert told < blind
 
@@ -227,7 +235,7 @@ def test_a_million_requests_on_ten_thousand_gpus(load: float) -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
     arrivals = poisson(num_gpus * load, 1_000_000, deadline_s=3.0, is_exponential=False)
-    tier = simulate(arrivals, [Pool("tiny", TierQueue(), num_gpus)]).tiers["tiny"]
+    tier = simulate(arrivals, [ReplicaPool("tiny", TierQueue(), num_gpus)]).tiers["tiny"]
     taken_s = time.process_time() - begin
     print(f"\na million requests in {taken_s:.0f} s")
     assert taken_s < 120 * slowness()

@@ -8,7 +8,7 @@ import pytest
 
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, Pool
+from flux_ray.simulator.values import Arrival, ReplicaPool
 
 NUM_REPLICAS = 8
 
@@ -43,7 +43,7 @@ def attainment(key: str, *streams: Iterator[Arrival]) -> float:
     running: dict = {}  # type: ignore[type-arg]
     arrivals = list(heapq.merge(*streams, key=lambda arrival: arrival.at_s))
     met["all"] = sum(arrival.cost_s for arrival in arrivals if arrival.key == key)
-    simulate(arrivals, [Pool("tiny", Watched(share_window_s=10.0), NUM_REPLICAS)])
+    simulate(arrivals, [ReplicaPool("tiny", Watched(share_window_s=10.0), NUM_REPLICAS)])
     return met["met"] / met["all"]
 
 

@@ -18,7 +18,7 @@ class Attained:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class PreemptiveJob:
     """What is left of an arrival."""
 
     deadline: float
@@ -31,7 +31,7 @@ class Job:
 
 
 # Whom to give up first: the largest value.
-RULES: tuple[Callable[[Job], float], ...] = (
+RULES: tuple[Callable[[PreemptiveJob], float], ...] = (
     lambda job: job.left_s,
     lambda job: job.cost_s,
     lambda job: job.left_s / job.cost_s,
@@ -57,10 +57,10 @@ def preemptive_estimate(arrivals: Sequence[Arrival], num_replicas: int) -> Attai
 class Preemptive:
     """One schedule."""
 
-    def __init__(self, num_replicas: int, rule: Callable[[Job], float]) -> None:
+    def __init__(self, num_replicas: int, rule: Callable[[PreemptiveJob], float]) -> None:
         self._num_replicas = num_replicas
         self._rule = rule
-        self._jobs: list[Job] = []
+        self._jobs: list[PreemptiveJob] = []
         self._now = 0.0
         self._num_met = 0
         self._met_s = 0.0
@@ -71,7 +71,7 @@ class Preemptive:
             self._advance(arrival.at_s)
             if arrival.deadline_s >= arrival.cost_s:
                 deadline = arrival.at_s + arrival.deadline_s
-                self._jobs.append(Job(deadline, arrival.cost_s, arrival.cost_s))
+                self._jobs.append(PreemptiveJob(deadline, arrival.cost_s, arrival.cost_s))
         self._advance(math.inf)
         total_s = sum(arrival.cost_s for arrival in arrivals)
         return Attained(self._num_met / len(arrivals), self._met_s / total_s)
@@ -88,7 +88,7 @@ class Preemptive:
             self._jobs = [job for job in self._jobs if not self._is_done(job)]
         self._now = max(self._now, until)
 
-    def _choose(self) -> tuple[list[Job], list[Job]]:
+    def _choose(self) -> tuple[list[PreemptiveJob], list[PreemptiveJob]]:
         """Who runs now, and who pauses."""
         soon = self._now + SAME_S
         while True:
@@ -99,7 +99,7 @@ class Preemptive:
         self._jobs.sort(key=lambda job: (job.urgent_at() > soon, job.deadline))
         return self._jobs[: self._num_replicas], self._jobs[self._num_replicas :]
 
-    def _is_done(self, job: Job) -> bool:
+    def _is_done(self, job: PreemptiveJob) -> bool:
         if job.left_s > SAME_S:
             return False
         self._num_met += 1

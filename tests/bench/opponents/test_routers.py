@@ -7,7 +7,7 @@ import pytest
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, Pool, QueuePolicy
+from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaPool
 from tests.bench.opponents.fluid import preemptive_bound
 from tests.bench.opponents.preemptive import preemptive_estimate
 from tests.bench.opponents.routers import (
@@ -100,7 +100,7 @@ def test_nobody_beats_the_bound(load: float, scale: float) -> None:
     assert bound.by_requests <= 1 and bound.by_gpu_seconds <= 1
     results = [(estimate.by_requests, estimate.by_gpu_seconds)]
     for queue in (TierQueue(), Fifo(), EarlyBinding(least_work(), bound_s=1.0)):
-        tier = simulate(arrivals, [Pool("dev", queue, 4)]).tiers["dev"]
+        tier = simulate(arrivals, [ReplicaPool("dev", queue, 4)]).tiers["dev"]
         results.append((tier.attainment, tier.attainment_by_gpu_seconds))
     for by_requests, by_gpu_seconds in results:
         assert by_requests <= bound.by_requests + 1e-9

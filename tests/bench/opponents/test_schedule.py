@@ -6,7 +6,7 @@ import pytest
 
 from flux_ray.router.autoscaling.state import ScalingState
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, Pool
+from flux_ray.simulator.values import Arrival, ReplicaPool
 from tests.bench.opponents.routers import Fifo
 from tests.bench.opponents.schedule import Schedule, Trial, cheapest, demand_of
 
@@ -34,7 +34,7 @@ def test_the_cheapest_attains_what_it_must_and_no_slot_can_be_lower():
     arrivals = [Arrival(600 + 2 * n, "a", 10.0, 30.0) for n in range(60)]
 
     def attempt(schedule):
-        pool = Pool("a", Fifo(), 1, cold_start_s=40.0, scaling=schedule)
+        pool = ReplicaPool("a", Fifo(), 1, cold_start_s=40.0, scaling=schedule)
         tier = simulate(arrivals, [pool], horizon_s=1200.0).tiers["a"]
         return Trial(tier.attainment, tier.gpu_hours)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, Pool
+from flux_ray.simulator.values import Arrival, ReplicaPool
 from tests.router.queue.driver import Cluster
 
 TIMEOUT_S = 60.0
@@ -203,6 +203,6 @@ def test_the_simulator_serves_whom_the_queue_serves(arrivals):
         cluster.offer(QueuedRequest(f"t{number:03}", "tiny", cost_s, cluster.now + wait_s))
         trace.append(Arrival(cluster.now, "tiny", cost_s, wait_s))
     cluster.run_until(1e6)
-    outcome = simulate(iter(trace), [Pool("tiny", TierQueue(), 2)])
+    outcome = simulate(iter(trace), [ReplicaPool("tiny", TierQueue(), 2)])
     tier = outcome.tiers["tiny"]
     assert (tier.num_met, tier.num_refused) == (len(cluster.granted), len(cluster.refused))
