@@ -117,7 +117,7 @@ def new_key(
     kept = {
         "name": name,
         "prefix": secret[:NUM_PREFIX_CHARS],
-        "sha256": sha256(secret),
+        "sha256": hash_secret(secret),
         "class": key_class,
         "created": now,
         "expires": expires,
@@ -144,7 +144,7 @@ def without_key(file: KeyFile, which: str, now: datetime) -> KeyFile:
     return KeyFile(keys=tuple(revoked))
 
 
-def sha256(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     """In hexadecimal digits.
 
     Slow and salted hashes are for words that people choose. Of 256 random bits none can be guessed,
@@ -174,5 +174,5 @@ class Keyring:
     def find(self, secret: str, now: datetime) -> Key | None:
         """Its key, if that is live."""
         key = self._keys.get(secret[:NUM_PREFIX_CHARS], NOBODY)
-        is_same = hmac.compare_digest(key.sha256, sha256(secret))
+        is_same = hmac.compare_digest(key.sha256, hash_secret(secret))
         return key if is_same & key.is_live(now) else None

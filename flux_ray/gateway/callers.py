@@ -6,7 +6,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from flux_ray.auth.keys import Key, KeyClass, sha256
+from flux_ray.auth.keys import Key, KeyClass, hash_secret
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.model_names import UNLIMITED
@@ -89,7 +89,7 @@ def name_of(request: Request) -> str:
     if key is not None:
         return key.name
     token = token_of(request.headers)
-    return sha256(token)[:KEY_CHARS] if token else ""
+    return hash_secret(token)[:KEY_CHARS] if token else ""
 
 
 def token_of(headers: Headers) -> str:

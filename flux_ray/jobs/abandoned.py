@@ -21,7 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 NOT_SERVED = JobFailure("not_served", "no server here could take this job: its model is not served")
 # Of one round: there may be many, and the next round comes.
-BATCH = 1000
+ABANDONED_BATCH = 1000
 
 PROTOCOL_OF = func.coalesce(JOBS.c.protocol, 0)
 
@@ -87,7 +87,7 @@ class Abandoned:
         columns = (JOBS.c.job_id, JOBS.c.tier, JOBS.c.attempt, JOBS.c.claimable_at_s)
         left = select(*columns, PROTOCOL_OF.label("protocol_"))
         left = left.where(JOBS.c.status == "pending", JOBS.c.claimable_at_s.is_not(None))
-        return left.where(or_(*is_left)).order_by(JOBS.c.claimable_at_s).limit(BATCH)
+        return left.where(or_(*is_left)).order_by(JOBS.c.claimable_at_s).limit(ABANDONED_BATCH)
 
     async def _begun_at_s(self) -> dict[tuple[str, int], float]:
         """When a job of each tier and protocol was last begun."""

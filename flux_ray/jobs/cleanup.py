@@ -10,7 +10,7 @@ from flux_ray.jobs.store import Store
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 60.0
-BATCH = 100
+EXPIRED_BATCH = 100
 
 
 async def clean_up(store: Store, results: Results) -> int:
@@ -19,7 +19,7 @@ async def clean_up(store: Store, results: Results) -> int:
     Raises StoreLost.
     """
     num_removed = num_kept = 0
-    while job_ids := await store.expired(BATCH, num_kept):
+    while job_ids := await store.expired(EXPIRED_BATCH, num_kept):
         gone = [await remove(store, results, job_id) for job_id in job_ids]
         num_removed += sum(gone)
         num_kept += len(gone) - sum(gone)

@@ -35,7 +35,7 @@ def unreadable(names: set[str]) -> Unreadable:
 def outlined(value: Any) -> Any:
     """The row's values, with pictures that have no pixels."""
     if isinstance(value, dict) and BLOB in value:
-        return outline_of(value)
+        return outline_in(value)
     if isinstance(value, dict):
         return {name: outlined(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -43,7 +43,7 @@ def outlined(value: Any) -> Any:
     return value
 
 
-def outline_of(row: dict[str, Any]) -> RgbImage | Mask:
+def outline_in(row: dict[str, Any]) -> RgbImage | Mask:
     """A picture or a mask of the row's size."""
     names = row.keys() - PICTURE_FIELDS
     if names or row.get("kind", MASK) != MASK:

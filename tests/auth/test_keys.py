@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.auth.keys import KeyFile, Keyring, new_key, sha256, with_key, without_key
+from flux_ray.auth.keys import KeyFile, Keyring, hash_secret, new_key, with_key, without_key
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -15,7 +15,7 @@ def test_a_secret_is_recognised_and_is_not_kept():
     key, secret = new_key("alice", "paying", NOW)
     assert secret.startswith("fr-") and len(secret) == 46
     assert secret.startswith(key.prefix) and len(key.prefix) == 11
-    assert key.sha256 == sha256(secret)
+    assert key.sha256 == hash_secret(secret)
     assert secret not in key.model_dump_json()
     assert new_key("alice", "paying", NOW).secret != secret
 

@@ -11,7 +11,7 @@ from flux_ray.router.pricing.cost_model import CostModel
 
 logger = logging.getLogger("ray.serve")
 
-PERIOD_S = 5.0
+PRICES_PERIOD_S = 5.0
 
 
 class PriceTransport(Protocol):
@@ -36,7 +36,7 @@ class PriceExchange:
     async def _run(self) -> None:
         while True:
             await self.share()
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(PRICES_PERIOD_S)
 
     async def share(self) -> None:
         """Once; a ledger that is away is told the next time."""

@@ -25,7 +25,7 @@ from flux_ray.router.quotas.usage import Name, Usage, UsageRow, Use
 
 logger = logging.getLogger("ray.serve")
 
-PERIOD_S = 2.0
+USAGE_PERIOD_S = 2.0
 # So long an answer is held back, for the ledger to hear that its request is over: a client that
 # asks again at once, anywhere, then has its place back.
 LEAVE_S = 0.1
@@ -224,7 +224,7 @@ class QuotaClient:
                 logger.warning("what keys use is not shared: %s", error)
                 await asyncio.sleep(AGAIN_S)
                 continue
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(USAGE_PERIOD_S)
 
 
 def error_for(denial: LimitExceeded) -> FluxError:
