@@ -1,7 +1,13 @@
-"""The values that cross process borders: a request for images, and its result."""
+"""The values that cross process borders: a request for images, and its result.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+Requests whose images are elsewhere until it is their turn; until then sizes and digests do.
+
+News of a request and then its result, as one stream of values.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from typing import Literal
@@ -261,3 +267,47 @@ class ImageResult:
     times: StageTimes
     warnings: tuple[str, ...] = ()
     layout: str = ""
+
+
+Load = Callable[[], Awaitable[ImageRequest]]
+
+
+@dataclass(frozen=True)
+class DeferredRequest(ImageRequest):
+    """A request that has outlines for references: enough to price it, and to name it in caches.
+
+    `load` brings the whole one. Call it when a replica is granted, not before: of all requests
+    that wait together, a gateway could not hold the pixels.
+    """
+
+    load: Load = field(kw_only=True, compare=False, repr=False)
+
+
+def outline_of(width: int, height: int, digest: bytes) -> RgbImage:
+    """Return a raster without pixels, which caches name as the one that it stands for."""
+    outline = RgbImage(width, height, b"")
+    # Where the cached property would keep it.
+    outline.__dict__["digest"] = digest
+    return outline
+
+
+async def loaded(request: ImageRequest) -> ImageRequest:
+    """Return the request with all its pixels. Raises what its `load` raises."""
+    return await request.load() if isinstance(request, DeferredRequest) else request
+
+
+Draw = Callable[[Hear], Awaitable[ImageResult]]
+
+
+async def follow(draw: Draw) -> AsyncGenerator[News | ImageResult, None]:
+    """What `draw` lets hear, and what it returns; its errors. Close it to leave."""
+    heard: asyncio.Queue[News | None] = asyncio.Queue()
+    drawing = asyncio.ensure_future(draw(heard.put_nowait))
+    drawing.add_done_callback(lambda _: heard.put_nowait(None))
+    try:
+        while (news := await heard.get()) is not None:
+            yield news
+        yield await drawing
+    finally:
+        drawing.cancel()
+        await asyncio.gather(drawing, return_exceptions=True)

@@ -6,8 +6,7 @@ from contextlib import aclosing
 import pytest
 
 from flux_ray.errors import ReplicaFailed
-from flux_ray.following import follow
-from flux_ray.request import Hear, ImageResult, Progress, StageTimes
+from flux_ray.request import Hear, ImageResult, Progress, StageTimes, follow
 
 RESULT = ImageResult("id", "tiny", (), StageTimes(0, 0, 0, 0))
 STEPS = [Progress(1, 2), Progress(2, 2)]

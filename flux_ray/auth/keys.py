@@ -1,13 +1,29 @@
-"""API keys: their classes, what is kept of them, and whose a secret is."""
+"""API keys: their classes, what is kept of them, and whose a secret is.
 
+The keys file on disk: read whole or not at all, written in one step, and by one at a time.
+
+The keys that are let in now: read again when their file changes, kept when it is broken.
+"""
+
+import asyncio
+import contextvars
+import fcntl
 import hashlib
 import hmac
+import json
+import logging
+import os
 import secrets
-from collections.abc import Iterable
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flux_ray.catalog.tiers import tier_for
 
@@ -176,3 +192,138 @@ class Keyring:
         key = self._keys.get(secret[:NUM_PREFIX_CHARS], NOBODY)
         is_same = hmac.compare_digest(key.sha256, hash_secret(secret))
         return key if is_same & key.is_live(now) else None
+
+
+class Stamp(NamedTuple):
+    """What changes with a file's contents."""
+
+    modified_ns: int
+    num_bytes: int
+    inode: int
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """None where there is no file to be read. Follows links, as mounted secrets are."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return Stamp(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def read_keys(path: Path) -> KeyFile:
+    """JSON by its name, else YAML. ValueError says what is wrong, and shows no value."""
+    try:
+        text = path.read_text()
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return KeyFile.model_validate({} if found is None else found)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {where}{': ' if where else ''}{message}") from None
+    except (ValueError, yaml.YAMLError):
+        # Their messages quote the line.
+        raise ValueError(f"{path}: it cannot be read as YAML or JSON") from None
+
+
+def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> KeyFile:
+    """Put what `change` makes of the file in its place; without a file it begins with an empty one.
+
+    Two that change it at once take turns, so that no key is lost.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        changed = change(read_keys(path) if path.exists() else KeyFile())
+        write_keys(path, changed)
+        return changed
+    finally:
+        # Which also ends the lock.
+        os.close(folder)
+
+
+def write_keys(path: Path, file: KeyFile) -> None:
+    """For the owner's eyes only; whoever reads meanwhile finds the old file or the new one."""
+    kept = file.model_dump(mode="json", by_alias=True, exclude_none=True)
+    # A link stays one.
+    target = path.resolve()
+    # Made with the mode 0600.
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w") as new:
+            new.write(dumped(kept, is_json=path.suffix == ".json"))
+            new.flush()
+            os.fsync(new.fileno())
+        Path(name).replace(target)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def dumped(kept: object, *, is_json: bool) -> str:
+    """As text."""
+    if is_json:
+        return json.dumps(kept, indent=2) + "\n"
+    text: str = yaml.safe_dump(kept, sort_keys=False)
+    return text
+
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 1.0
+# A disk that hangs is to hold up nobody for longer.
+PATIENCE_S = 2.0
+
+
+class KeyWatch:
+    """Looks at the file at most once a second, when somebody asks: no later request is let in by
+    what was true more than a second ago. ValueError if the file cannot be used at the start: a
+    gateway that let nobody in would look alive.
+    """
+
+    def __init__(self, path: Path, classes: Collection[str], period_s: float = PERIOD_S) -> None:
+        self._path = path
+        self._classes = classes
+        self._period_s = period_s
+        self._stamp = stamp_of(path)
+        self._keyring = self._read()
+        self._looked_at = time.monotonic()
+        self._look: asyncio.Task[None] | None = None
+
+    async def find(self, secret: str) -> Key | None:
+        """The live key with that secret."""
+        await self._keep_up()
+        return self._keyring.find(secret, datetime.now(UTC))
+
+    async def _keep_up(self) -> None:
+        if self._look is None or self._look.done():
+            if time.monotonic() - self._looked_at < self._period_s:
+                return
+            # In an empty context: it is no part of the request that happens to be the first.
+            self._look = asyncio.get_running_loop().create_task(
+                self._read_again(), context=contextvars.Context()
+            )
+        await asyncio.wait((self._look,), timeout=PATIENCE_S)
+
+    async def _read_again(self) -> None:
+        stamp = await asyncio.to_thread(stamp_of, self._path)
+        self._looked_at = time.monotonic()
+        if stamp == self._stamp:
+            return
+        # Also of a broken file: one line in the log is enough.
+        self._stamp = stamp
+        try:
+            self._keyring = await asyncio.to_thread(self._read)
+        except ValueError as error:
+            logger.error("the keys stay as they are: %s", error)
+        else:
+            logger.info("the keys were read again from %s", self._path)
+
+    def _read(self) -> Keyring:
+        file = read_keys(self._path)
+        file.check_classes(self._classes)
+        return Keyring(file)

@@ -1,4 +1,9 @@
-"""One call to the gateway, with a progress bar while it runs; failures end the command."""
+"""One call to the gateway, with a progress bar while it runs; failures end the command.
+
+Where tables go: the terminal as wide as it is, and a pipe as wide as they need.
+
+The tiers of a Serve config file, checked as the cluster will check them.
+"""
 
 import time
 from collections.abc import Sequence
@@ -8,9 +13,16 @@ from typing import Any, NoReturn
 
 import httpx
 import typer
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.tier import Args, TierArgs
+from flux_ray.errors import FluxError
+from flux_ray.router.autoscaling.gpu_budget import Want, check_budget
 
 TIMEOUT = httpx.Timeout(900.0, connect=10.0)
 
@@ -97,3 +109,75 @@ def fail(message: str) -> NoReturn:
     """Say why, and end with status 1."""
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(1)
+
+
+# A pipe has no width of its own, and rich's 80 columns would cut the tables.
+PIPED_WIDTH = 132
+
+
+def table_console() -> Console:
+    """Standard output."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+BUILDERS: dict[str, type[Args]] = {
+    "flux_ray.app:build_tier": TierArgs,
+    "flux_ray.app:build_gateway": GatewayArgs,
+}
+
+
+def tiers_in(path: Path) -> list[TierArgs]:
+    """The args of the applications that are tiers; a file that says nonsense ends the command."""
+    tiers = [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
+    if not tiers:
+        fail(f"{path} serves no tier: none of its applications is one")
+    check_gpu_budgets(tiers)
+    return tiers
+
+
+def check_gpu_budgets(tiers: list[TierArgs]) -> None:
+    """One budget for all tiers that scale on GPUs, which holds what all of them must have."""
+    wants, said = [], {}
+    for args in tiers:
+        scaling, size = args.autoscaling, args.num_gpus_per_replica
+        if scaling is not None and size:
+            wants.append(Want(args.tier, scaling.max_replicas, size, scaling.min_replicas))
+            said[args.tier] = scaling.gpu_budget
+    if len(set(said.values())) > 1:
+        numbers = ", ".join(f"{tier} {number or 'none'}" for tier, number in said.items())
+        fail(f"autoscaling.gpu_budget must be the same in all tiers that scale, not {numbers}")
+    budget = next(iter(said.values()), None)
+    if budget is None:
+        return
+    try:
+        check_budget(wants, budget)
+    except ValueError as error:
+        fail(f"autoscaling.{error}")
+
+
+def applications_in(path: Path) -> list[dict[str, Any]]:
+    """The file's applications, all of them ours."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"{path} cannot be read: {error}")
+    applications = config.get("applications") if isinstance(config, dict) else None
+    if not isinstance(applications, list) or not all(isinstance(a, dict) for a in applications):
+        fail(f"{path} is no Serve config file: it has no list of `applications`")
+    return applications
+
+
+def args_of(application: dict[str, Any]) -> Args:
+    """Its typed args; what is wrong with them is named by application and key."""
+    name, import_path = application.get("name"), application.get("import_path")
+    if import_path not in BUILDERS:
+        fail(f"application {name}: import_path {import_path} is none of {', '.join(BUILDERS)}")
+    try:
+        return BUILDERS[import_path].model_validate(application.get("args", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["args", *(str(part) for part in first["loc"])])
+        fail(f"application {name}: {key}: {first['msg']}")
+    except FluxError as error:
+        fail(f"application {name}: {error}")

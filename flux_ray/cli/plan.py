@@ -1,19 +1,144 @@
-"""`flux-ray plan`: whether a deployment fits its cards, before anything of it is started."""
+"""`flux-ray plan`: whether a deployment fits its cards, before anything of it is started.
+
+A plan for people: a table of cards, the cheapest layouts, and how to read the numbers.
+"""
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from flux_ray.cli.client import fail
-from flux_ray.cli.plan_table import print_plan
-from flux_ray.cli.serve_config import tiers_in
-from flux_ray.cli.terminal import table_console
+from flux_ray.cli.client import fail, table_console, tiers_in
 from flux_ray.config.tier import TierArgs
+
+if TYPE_CHECKING:
+    from flux_ray.planner.layouts import PlacementOption
+    from flux_ray.planner.plan import GpuPlan, Plan, TierPlan
+
+GB = 10**9
+SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+COLUMNS = ("transf.", "encoder", "VAE", "activ.", "comm.", "runtime", "total", "card", "default")
+NOTES = """\
+GB = 10^9 bytes. Weights are counted from the model's shapes, to the byte. Activations are those of
+the largest request that the tier allows (`default`: the total at its default size, without
+references): tensors alive at once, within 10 % of what the same code allocates on the meta device,
+and what waiting requests hold. Assumed: attention that does not keep its scores (where no fused
+kernel takes the VAE's 512 channels it does: 0.3 more), decoding in tiles above a megapixel, 0.8 for
+CUDA, 0.7 for NCCL and each set of GPUs."""
+
+
+def print_plan(plan: "Plan", console: Console) -> None:
+    """All of it; in a narrow terminal the terminal wraps the table, for rich would cut numbers."""
+    card, table = plan.card, table_of(plan)
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, crop=False)
+    for tier in plan.tiers:
+        if tier.device == "cuda":
+            say(console, *layout_lines(tier))
+    needed = f"{plural(plan.num_gpus, 'GPU')} needed, {plan.count} x {card.name} given"
+    verdict = "all fits" if plan.fits else "it does not fit"
+    say(console, "", f"{needed}, of {gb(card.usable_bytes)} usable each: {verdict}.")
+    say(console, "", NOTES.replace("\n", " "))
+    for tier in plan.tiers:
+        for claim in tier.claims:
+            ours = f"published {claim.published}, ours {gb(claim.our_bytes)}"
+            say(console, f"{tier.tier}: {ours}: {claim.why}.")
+
+
+def say(console: Console, *lines: str) -> None:
+    """Plain text: a name in brackets is no markup."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def table_of(plan: "Plan") -> Table:
+    """A row for each kind of card of each tier."""
+    table = Table(title=f"GB on each card, {plan.count} x {plan.card.name}", title_justify="left")
+    table.add_column("tier", no_wrap=True)
+    table.add_column("GPU", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    for tier in plan.tiers:
+        for planned in tier.cards:
+            table.add_row(*row_of(plan, tier, planned))
+        table.add_section()
+    return table
+
+
+def row_of(plan: "Plan", tier: "TierPlan", planned: "GpuPlan") -> list[str]:
+    """The components, their total against the card, and the total at the default picture."""
+    on_card = tier.device == "cuda"
+    return [
+        f"{tier.tier}\n{precision_of(tier)}",
+        place_of(tier, planned),
+        *(gb(num_bytes) for num_bytes in astuple(planned.bytes)),
+        gb(planned.total_bytes),
+        gb(plan.card.usable_bytes) if on_card else "-",
+        gb(planned.default_bytes),
+        verdict_of(planned) if on_card else "no card",
+    ]
+
+
+def precision_of(tier: "TierPlan") -> str:
+    """Of transformer / text encoder."""
+    kept = SHORT[tier.dtype]
+    return f"{tier.quantization or kept} / {tier.encoder_quantization or kept}"
+
+
+def place_of(tier: "TierPlan", planned: "GpuPlan") -> str:
+    """Whose card it is."""
+    if not planned.ranks:
+        return "encoder\nof all replicas"
+    last = planned.ranks[-1]
+    ranks = f"ranks 0-{last}, each" if last else "rank 0"
+    return f"{ranks}\nx {plural(tier.num_replicas, 'replica')}"
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 GPU`, `2 GPUs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def verdict_of(planned: "GpuPlan") -> str:
+    """Whether all requests fit, or only those of the default size."""
+    if planned.fits:
+        return "fits"
+    return "default only" if planned.fits_default else "does not fit"
+
+
+def layout_lines(tier: "TierPlan") -> list[str]:
+    """The cheapest layout, and the others worth naming."""
+    lines = ["", f"{tier.tier}: cheapest layout that fits: {layout_text(tier.cheapest)}"]
+    for layout in tier.alternatives:
+        changed = ", ".join(f"{name}: {value}" for name, value in layout.changes.items())
+        lines.append(f"  or {changed or 'without NVLink, slowly'}: {layout_text(layout)}")
+    if tier.fastest is not None:
+        lines.append(f"  for less latency: {layout_text(tier.fastest)}")
+    return lines
+
+
+def layout_text(layout: "PlacementOption | None") -> str:
+    """Its parallel setting, GPUs and bytes."""
+    if layout is None:
+        return "none"
+    sequence = f" x sequence {layout.sequence}" if layout.sequence > 1 else ""
+    num_gpus = plural(layout.tensor * layout.sequence, "GPU")
+    text = f"tensor {layout.tensor}{sequence}, {num_gpus} a replica of {gb(layout.rank_bytes)} each"
+    if layout.encoder_bytes is None:
+        return text
+    return f"{text}, and one of {gb(layout.encoder_bytes)} for the encoder of all replicas"
+
+
+def gb(num_bytes: int) -> str:
+    """Two digits after the point, so that 7.75 can be told from 8."""
+    return f"{num_bytes / GB:.2f}"
+
 
 if TYPE_CHECKING:
     from flux_ray.planner.plan import Plan

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
-from flux_ray.auth.key_watch import KeyWatch
+from flux_ray.auth.keys import KeyWatch
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.bfl.routes import Bfl
 from flux_ray.gateway.body_limit import BodyLimit

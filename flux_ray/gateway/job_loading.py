@@ -3,9 +3,8 @@
 from dataclasses import replace
 
 from flux_ray.config.gateway import Limits
-from flux_ray.deferred import DeferredRequest
 from flux_ray.gateway.memory_budget import MEMORY
-from flux_ray.request import ImageRequest
+from flux_ray.request import DeferredRequest, ImageRequest
 
 # The pixels, and first what they are unpacked from, then what they are sent in.
 COPIES = 2

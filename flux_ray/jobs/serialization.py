@@ -8,8 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from flux_ray.deferred import DeferredRequest, Load, outline_of
-from flux_ray.request import ImageRequest, Mask, RgbImage
+from flux_ray.request import DeferredRequest, ImageRequest, Load, Mask, RgbImage, outline_of
 
 REQUEST = TypeAdapter(ImageRequest)
 ReadPicture = Callable[[dict[str, Any]], RgbImage | Mask]

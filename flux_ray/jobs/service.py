@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Collection
 
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.abandoned import Abandoned
 from flux_ray.jobs.acceptance import accept

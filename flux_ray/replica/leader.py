@@ -17,7 +17,6 @@ from ray.util.placement_group import get_current_placement_group
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.following import follow
 from flux_ray.replica.metrics import ReplicaMetrics
 from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.placement import load_ranks, start_ranks
@@ -27,7 +26,7 @@ from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.runs import RunningRequests
 from flux_ray.replica.step_loop import StepLoop
-from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult, follow
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from flux_ray.errors import NotKept
-from flux_ray.following import Draw
-from flux_ray.request import Finished, Hear, ImageResult, News
+from flux_ray.request import Draw, Finished, Hear, ImageResult, News
 
 
 @dataclass(eq=False)

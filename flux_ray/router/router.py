@@ -9,7 +9,6 @@ from functools import partial
 from typing import Protocol
 
 from flux_ray.config.gateway import Alias
-from flux_ray.deferred import loaded
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -23,7 +22,7 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.request import Hear, ImageRequest, ImageResult
+from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
 from flux_ray.router.caller import ANYONE, Caller
 from flux_ray.router.deadline import within
 from flux_ray.router.ledger.messages import SubmitRequest

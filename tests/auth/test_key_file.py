@@ -6,8 +6,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flux_ray.auth.key_file import change_keys, read_keys, stamp_of, write_keys
-from flux_ray.auth.keys import KeyFile, new_key, with_key
+from flux_ray.auth.keys import (
+    KeyFile,
+    change_keys,
+    new_key,
+    read_keys,
+    stamp_of,
+    with_key,
+    write_keys,
+)
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 

@@ -5,9 +5,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from flux_ray.auth.key_file import change_keys, write_keys
-from flux_ray.auth.key_watch import KeyWatch
-from flux_ray.auth.keys import KeyFile, new_key, with_key, without_key
+from flux_ray.auth.keys import (
+    KeyFile,
+    KeyWatch,
+    change_keys,
+    new_key,
+    with_key,
+    without_key,
+    write_keys,
+)
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 OLD, NEW = new_key("alice", None, NOW), new_key("alice", None, NOW)

@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 import pytest
 from typer.testing import CliRunner
 
-from flux_ray.auth.key_file import read_keys
-from flux_ray.auth.keys import Keyring
+from flux_ray.auth.keys import Keyring, read_keys
 from flux_ray.cli.main import app
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from flux_ray.cli.main import app
-from flux_ray.cli.plan_table import print_plan
+from flux_ray.cli.plan import print_plan
 from flux_ray.config.tier import TierArgs
 from flux_ray.planner.plan import make_plan
 

@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flux_ray.auth.key_file import change_keys
-from flux_ray.auth.keys import NewKey, new_key, with_key, without_key
+from flux_ray.auth.keys import NewKey, change_keys, new_key, with_key, without_key
 from tests.cluster.conftest import PATIENCE_S, more_gateways, wait_until
 from tests.cluster.storm import PROMPT
 

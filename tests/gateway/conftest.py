@@ -7,8 +7,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from flux_ray.config.gateway import GatewayArgs
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import GatewayArgs, JobArgs
 from flux_ray.jobs.attempt import Generate
 from flux_ray.jobs.service import JobService
 from tests.jobs.painter import paint

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from flux_ray.config.gateway import GatewayArgs, Limits
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import GatewayArgs, JobArgs, Limits
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.fields.json_body import parse_object

@@ -5,8 +5,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from flux_ray.auth.key_file import write_keys
-from flux_ray.auth.keys import KeyFile
+from flux_ray.auth.keys import KeyFile, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from tests.conftest import LIMITS

@@ -6,8 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flux_ray.config.gateway import GatewayArgs
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import GatewayArgs, JobArgs
 from flux_ray.gateway.api import build_api
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk

@@ -10,8 +10,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.auth.key_file import write_keys
-from flux_ray.auth.keys import KeyFile, new_key
+from flux_ray.auth.keys import KeyFile, new_key, write_keys
 from flux_ray.config.gateway import GatewayArgs, Uploads
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.intake import BODY as AT_HAND

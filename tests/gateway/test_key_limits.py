@@ -6,8 +6,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
-from flux_ray.auth.key_file import write_keys
-from flux_ray.auth.keys import KeyFile, new_key
+from flux_ray.auth.keys import KeyFile, new_key, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.router.ledger.quota_client import QuotaClient

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from fastapi import FastAPI
 
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs
 from flux_ray.gateway import lifespan
 from flux_ray.gateway.lifespan import GIVE_BACK_S, drain_s_of, lifespan_of
 from flux_ray.jobs.job import JobSubmission

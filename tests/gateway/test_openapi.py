@@ -4,8 +4,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from flux_ray.config.gateway import GatewayArgs
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import GatewayArgs, JobArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.router.pricing.cost import ReplicaSpec

@@ -8,8 +8,7 @@ import pytest
 import trustme
 from standardwebhooks import Webhook as Verifier
 
-from flux_ray.config.gateway import Webhooks
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs, Webhooks
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.webhooks import Poster, check_webhook_secret, check_webhook_url
 from flux_ray.jobs.job import Idempotency, Job, JobSubmission, Webhook

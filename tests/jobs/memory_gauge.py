@@ -18,8 +18,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from flux_ray.config.gateway import GatewayArgs, Limits
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import GatewayArgs, JobArgs, Limits
 
 TIER = "flux-2-dev"
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,7 @@ import asyncio
 import hashlib
 from dataclasses import asdict, replace
 
-from flux_ray.deferred import loaded
-from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes, loaded
 
 
 def picture_for(request: ImageRequest, seed: int) -> bytes:

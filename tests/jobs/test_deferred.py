@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.config.gateway import Limits
-from flux_ray.deferred import DeferredRequest, loaded
 from flux_ray.errors import ResultsLost
 from flux_ray.gateway import job_loading
 from flux_ray.gateway.job_loading import within_budget
@@ -20,7 +19,7 @@ from flux_ray.jobs.database import Database
 from flux_ray.jobs.outcome import RetryLater, outcome_of
 from flux_ray.jobs.serialization import defer, pack, unpack
 from flux_ray.jobs.store import Store
-from flux_ray.request import ImageRequest, Mask, RgbImage
+from flux_ray.request import DeferredRequest, ImageRequest, Mask, RgbImage, loaded
 from tests.jobs.painter import paint, picture_for
 
 RED, BLUE = RgbImage(3, 2, b"\xff\0\0" * 6), RgbImage(2, 2, b"\0\0\xff" * 4)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs import database as module
 from flux_ray.jobs.acceptance import accept as accept_into

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs
 from flux_ray.jobs.service import JobService
 from flux_ray.request import RgbImage
 from tests.jobs.painter import paint, picture_for

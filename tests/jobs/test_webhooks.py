@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from flux_ray.config.jobs import JobArgs
+from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs import webhooks
 from flux_ray.jobs.acceptance import accept

@@ -2,9 +2,8 @@
 
 import pytest
 
-from flux_ray.deferred import DeferredRequest, outline_of
 from flux_ray.errors import ReplicaFailed, ResultsLost
-from flux_ray.request import ImageRequest, RgbImage
+from flux_ray.request import DeferredRequest, ImageRequest, RgbImage, outline_of
 
 WHOLE = ImageRequest(
     "id", "tiny", "a ring", 128, 128, 4, 1.0, 7, references=(RgbImage(64, 64, bytes(64 * 64 * 3)),)

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from flux_ray.errors import FluxError
-from flux_ray.following import Draw, follow
 from flux_ray.gateway.errors import ErrorEvent, failure_of
 from flux_ray.gateway.event_stream import HEADERS, MEDIA_TYPE, event_text, kept_alive
 from flux_ray.gateway.openai.answer import TokenUsage, usage_for
@@ -21,6 +20,7 @@ from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.warnings import warnings_of
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import (
+    Draw,
     Finished,
     GeneratedImage,
     Hear,
@@ -30,6 +30,7 @@ from flux_ray.request import (
     Preview,
     Progress,
     QueuePosition,
+    follow,
 )
 from flux_ray.router.cascade import cascade
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flux_ray.auth.key_file import write_keys
-from flux_ray.auth.keys import KeyFile
+from flux_ray.auth.keys import KeyFile, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.results.urls import ResultUrls
