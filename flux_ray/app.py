@@ -21,7 +21,7 @@ from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.job_service import desk_for
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
-from flux_ray.replica.placement import bundles_for, strategy_for
+from flux_ray.replica.rank_group import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.autoscaling.budgeted import BudgetTerms
 from flux_ray.router.descriptions import learn_layouts

@@ -7,8 +7,8 @@ import pytest
 
 from flux_ray import metrics
 from flux_ray.metrics import Metric
-from flux_ray.replica import metrics as replica_meter
-from flux_ray.replica.metrics import ReplicaMetrics
+from flux_ray.replica import leader as replica_meter
+from flux_ray.replica.leader import ReplicaMetrics
 from flux_ray.router import metrics as bill_module
 from flux_ray.router.metrics import RouterMetrics
 

@@ -17,8 +17,7 @@ from flux_ray.cli.client import fail, table_console, tiers_in
 from flux_ray.config.tier import TierArgs
 
 if TYPE_CHECKING:
-    from flux_ray.planner.layouts import PlacementOption
-    from flux_ray.planner.plan import GpuPlan, Plan, TierPlan
+    from flux_ray.planner.plan import GpuPlan, PlacementOption, Plan, TierPlan
 
 GB = 10**9
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}

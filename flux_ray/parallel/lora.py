@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux_ray.config.tier import Lora
+from flux_ray.parallel.checkpoint import Shard
 from flux_ray.parallel.mesh import Axis
-from flux_ray.parallel.shards import Shard
 
 PREFIX = "transformer."
 DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"

@@ -12,8 +12,7 @@ from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 from flux_ray.catalog.tiers import EMBEDDED, Tier
 from flux_ray.engine.flux2.family import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import FAMILIES
-from flux_ray.engine.loading import load_config, source_for, weights_of
-from flux_ray.engine.text_models import TextModel, first_layers
+from flux_ray.engine.loading import TextModel, first_layers, load_config, source_for, weights_of
 from flux_ray.parallel.load import build_empty
 
 Shape = dict[str, Any]

@@ -1,4 +1,7 @@
-"""A tier laid out in one way on one kind of card, and what each card then has to hold."""
+"""A tier laid out in one way on one kind of card, and what each card then has to hold.
+
+The bytes that one card has to hold, by component; weights to the byte.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +13,11 @@ from torch import nn
 from flux_ray.catalog.gpus import Gpu
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.loading import DTYPES
-from flux_ray.engine.text_models import encoder_axis
+from flux_ray.engine.loading import DTYPES, encoder_axis
+from flux_ray.parallel.checkpoint import shards_for
+from flux_ray.parallel.load import plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.parallel.precision import check_quantization
+from flux_ray.parallel.precision import check_quantization, is_quantized
 from flux_ray.parallel.sequence import check_heads
 from flux_ray.planner.activations import (
     CARD_CONVOLUTIONS,
@@ -27,7 +31,56 @@ from flux_ray.planner.activations import (
     prompt_bytes,
 )
 from flux_ray.planner.architectures import EmptyModel
-from flux_ray.planner.footprint import Footprint, unpacked_bytes, weight_bytes
+
+# What a product with a quantized weight allocates for each of its numbers where the weight has to
+# be unpacked first: torchao's FP8 by way of fp32, the others straight to a dtype of two bytes.
+UNPACKED_BYTES = {"fp8": 10, "int8": 2, "nf4": 2}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one card, by component."""
+
+    transformer: int = 0
+    text_encoder: int = 0
+    vae: int = 0
+    activations: int = 0
+    communication: int = 0
+    runtime: int = 0
+
+    @property
+    def total(self) -> int:
+        """What the card must have."""
+        return sum(vars(self).values())
+
+
+def weight_bytes(
+    module: nn.Module,
+    plan: Mapping[str, Any],
+    axis: Axis,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> int:
+    """What a rank of `axis` stores of a module: what the loader will assert that it does."""
+    shards = shards_for(module, plan, axis.size)
+    stored = plan_storage(module, shards, axis, dtype, quantization)
+    return sum(tensor.num_bytes for tensor in stored.values())
+
+
+def unpacked_bytes(
+    module: nn.Module, plan: Mapping[str, Any], axis: Axis, quantization: Quantization | None
+) -> int:
+    """A product with the largest quantized weight, if it cannot be multiplied as it is."""
+    if quantization is None:
+        return 0
+    shards = shards_for(module, plan, axis.size)
+    sizes = (
+        tensor.numel() // (axis.size if name in shards else 1)
+        for name, tensor in saved_tensors(module)
+        if is_quantized(name)
+    )
+    return max(sizes) * UNPACKED_BYTES[quantization]
+
 
 # CUDA's context, its libraries and their workspace; and NCCL's buffers for each set of ranks.
 # Assumed: 1.5 GB together for a tensor-parallel rank.

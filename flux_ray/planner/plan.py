@@ -1,17 +1,215 @@
-"""What a deployment needs, counted before anything of it is started."""
+"""What a deployment needs, counted before anything of it is started.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+The cheapest layout of a tier that fits, and what else would do with fewer cards.
+
+The memory figures that were published for these models, beside ours, and why they differ.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from flux_ray.catalog.gpus import Gpu, card_for
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import TierArgs
+from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.planner.activations import ActivationDemand, default_demand, largest_demand
-from flux_ray.planner.architectures import empty_model
-from flux_ray.planner.candidate import Candidate
-from flux_ray.planner.footprint import Footprint
-from flux_ray.planner.layouts import PlacementOption, alternatives, cheapest, fastest
-from flux_ray.planner.published import PublishedFigure, claims_for
+from flux_ray.planner.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape, empty_model
+from flux_ray.planner.candidate import Candidate, Footprint
+
+# A group stays in one node. klein is always one card: its replicas scale better than its ranks.
+TENSOR_DEGREES = (1, 2, 4, 8)
+SINGLE_CARD_FAMILIES = {"flux2-klein"}
+# Without NVLink more tensor ranks than these wait longer than they compute.
+MAX_TENSOR_OVER_PCIE = 2
+FP8 = {"quantization": "fp8", "encoder_quantization": "fp8"}
+NF4 = {"quantization": "nf4", "encoder_quantization": "nf4"}
+SHARED = {"text_encoder": "shared"}
+# What an operator may change to need fewer cards: named, never chosen, mildest first.
+CHANGES: tuple[dict[str, str], ...] = (SHARED, FP8, FP8 | SHARED, NF4, NF4 | SHARED)
+
+
+@dataclass(frozen=True)
+class PlacementOption:
+    """How one replica may be placed: what differs from the config, its GPUs and bytes on each.
+
+    `encoder_bytes` are those of one more card for all replicas, where they share a text encoder.
+    """
+
+    changes: dict[str, str]
+    tensor: int
+    sequence: int
+    rank_bytes: int
+    encoder_bytes: int | None
+    is_slow: bool = False
+
+
+def cheapest(candidate: Candidate, count: int) -> PlacementOption | None:
+    """The fewest tensor ranks that fit, in the precision that the config says."""
+    return next(fitting(candidate, count, {}), None)
+
+
+def alternatives(candidate: Candidate, count: int) -> tuple[PlacementOption, ...]:
+    """Changes with which fewer ranks would do than without."""
+    chosen = cheapest(candidate, count)
+    found = list(slower(candidate, count)) if chosen is None else []
+    fewest: dict[str, int] = {}
+    for changes in CHANGES:
+        layout = next(fitting(candidate, count, changes), None)
+        if layout is None or (chosen is not None and layout.tensor >= chosen.tensor):
+            continue
+        place = changes.get("text_encoder", candidate.args.text_encoder)
+        if layout.tensor < fewest.get(place, layout.tensor + 1):
+            fewest[place] = layout.tensor
+            found.append(layout)
+    return tuple(found)
+
+
+def fastest(candidate: Candidate, count: int, tensor: int) -> PlacementOption | None:
+    """The most sequence ranks on top of the tensor ranks: more latency than more of those buy."""
+    if candidate.tier.family in SINGLE_CARD_FAMILIES:
+        return None
+    num_free = num_for_ranks(candidate, count, {})
+    for sequence in (8, 4, 2):
+        parallel = {"tensor": tensor, "sequence": sequence}
+        if tensor * sequence <= min(num_free, max(TENSOR_DEGREES)):
+            layout = layout_of(candidate, {}, Parallel(**parallel))
+            if layout is not None:
+                return layout
+    return None
+
+
+def fitting(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[PlacementOption]:
+    """The layouts that fit, fewest ranks first."""
+    assert candidate.card is not None
+    for tensor in degrees(candidate, count, changes):
+        if not candidate.card.has_nvlink and tensor > MAX_TENSOR_OVER_PCIE:
+            return
+        layout = layout_of(candidate, changes, Parallel(tensor=tensor))
+        if layout is not None:
+            yield layout
+
+
+def slower(candidate: Candidate, count: int) -> Iterator[PlacementOption]:
+    """A layout that fits only with more tensor ranks than the cards' links are good for."""
+    for tensor in degrees(candidate, count, {}):
+        if tensor > MAX_TENSOR_OVER_PCIE:
+            layout = layout_of(candidate, {}, Parallel(tensor=tensor))
+            if layout is not None:
+                yield replace(layout, is_slow=True)
+                return
+
+
+def degrees(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[int]:
+    """The tensor degrees for which there are cards."""
+    num_free = num_for_ranks(candidate, count, changes)
+    is_single = candidate.tier.family in SINGLE_CARD_FAMILIES
+    for tensor in TENSOR_DEGREES[:1] if is_single else TENSOR_DEGREES:
+        if tensor <= num_free:
+            yield tensor
+
+
+def num_for_ranks(candidate: Candidate, count: int, changes: dict[str, str]) -> int:
+    """All cards but one for a text encoder that is shared."""
+    place = changes.get("text_encoder", candidate.args.text_encoder)
+    return count - (place == "shared")
+
+
+def layout_of(
+    candidate: Candidate, changes: dict[str, str], parallel: Parallel
+) -> PlacementOption | None:
+    """The layout if it is possible and every card holds what it has to at the largest request."""
+    assert candidate.card is not None, "a processor's memory is not planned"
+    update: dict[str, Any] = {**changes, "parallel": parallel}
+    tried = replace(candidate, args=candidate.args.model_copy(update=update))
+    try:
+        rank_bytes = tried.rank(largest_demand(candidate.tier)).total
+    except ValueError:
+        # Heads that cannot be cut, or a precision that cannot be split.
+        return None
+    is_shared = tried.args.text_encoder == "shared"
+    encoder_bytes = tried.shared_encoder().total if is_shared else None
+    if max(rank_bytes, encoder_bytes or 0) > candidate.card.usable_bytes:
+        return None
+    return PlacementOption(changes, parallel.tensor, parallel.sequence, rank_bytes, encoder_bytes)
+
+
+GB = 10**9
+# Mistral-Small-3.2-24B whole, with its eyes, in FP8: the layers' linears 1 byte, the rest 2.
+WHOLE_ENCODER_FP8_BYTES = 25_790_000_000
+
+
+@dataclass(frozen=True)
+class PublishedFigure:
+    """A published figure, ours for one card that holds it all, and the difference in words."""
+
+    published: str
+    our_bytes: int
+    why: str
+
+
+def claims_for(candidate: Candidate) -> tuple[PublishedFigure, ...]:
+    """What was published of the tier's model; nothing of one that has other shapes."""
+    if candidate.tier.name == "flux-2-dev" and has_shape(candidate, DEV_TRANSFORMER):
+        return (full(candidate), fp8(candidate))
+    if candidate.tier.name == "flux-2-klein-4b" and has_shape(candidate, KLEIN_4B_TRANSFORMER):
+        return (klein(candidate),)
+    return ()
+
+
+def has_shape(candidate: Candidate, shape: Shape) -> bool:
+    """Whether the transformer is the published one."""
+    config = candidate.model.transformer.config
+    return all(config[name] == value for name, value in shape.items())
+
+
+def full(candidate: Candidate) -> PublishedFigure:
+    """ "90 GB full"."""
+    whole = on_one_card(candidate, None)
+    transformer, vae = whole.transformer_bytes(), whole.rank(default_demand(whole.tier)).vae
+    encoder = whole.encoder_bytes(1)
+    mixed = transformer + WHOLE_ENCODER_FP8_BYTES + vae
+    return PublishedFigure(
+        "90 GB full",
+        transformer + encoder + vae,
+        f"{mixed / GB:.1f} = bf16 transformer {transformer / GB:.1f} + all of the 24B encoder in"
+        f" FP8 {WHOLE_ENCODER_FP8_BYTES / GB:.1f} + VAE {vae / GB:.1f}; ours, weights too, has"
+        f" 30 of its 40 layers in bf16, {encoder / GB:.1f}",
+    )
+
+
+def fp8(candidate: Candidate) -> PublishedFigure:
+    """ "about 54 GB FP8"."""
+    footprint = on_one_card(candidate, "fp8").rank(default_demand(candidate.tier))
+    weights = footprint.transformer + footprint.text_encoder + footprint.vae
+    return PublishedFigure(
+        "about 54 GB FP8",
+        footprint.total,
+        f"weights {weights / GB:.1f}, of the encoder 30 layers, + about 3 to run, as we read it;"
+        " ours is at 1024x1024 on one card",
+    )
+
+
+def klein(candidate: Candidate) -> PublishedFigure:
+    """ "about 8 GB klein 4B"."""
+    footprint = on_one_card(candidate, None).rank(default_demand(candidate.tier))
+    return PublishedFigure(
+        "about 8 GB klein 4B",
+        footprint.total,
+        f"that is the bf16 transformer alone, {footprint.transformer / GB:.2f}; drawing 1024x1024"
+        f" takes the encoder's {footprint.text_encoder / GB:.1f}, VAE, activations and CUDA too",
+    )
+
+
+def on_one_card(candidate: Candidate, precision: str | None) -> Candidate:
+    """The same model, unsplit, in bf16 or with its linears in `precision`."""
+    update = {
+        "dtype": "bfloat16",
+        "parallel": Parallel(),
+        "text_encoder": "colocated",
+        "quantization": precision,
+        "encoder_quantization": precision,
+    }
+    return replace(candidate, args=candidate.args.model_copy(update=update))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import ray
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import FluxError
-from flux_ray.replica.memory import free_memory, out_of_memory
-from flux_ray.replica.process import card_here, keep_memory, load_engine
+from flux_ray.replica.process import card_here, free_memory, keep_memory, load_engine, out_of_memory
 from flux_ray.replica.timer import GpuTimer, HostTimer, Launched, Timer, follows
 from flux_ray.replica.transport import Address, RankServer, StageFailed
 from flux_ray.replica.watchdog import LeaderWatch

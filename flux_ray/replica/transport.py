@@ -5,25 +5,126 @@ from some megabytes on, theirs are the quicker ones. And Ray cancels the calls o
 cancelled: on one rank only, perhaps, and the ranks would run different jobs from then on. Nothing
 cancels what is in a socket. Between nodes it can be read by who sees their traffic, and is not
 encrypted; who cannot prove to know its token is neither heard nor told anything.
+
+How a leader and a rank believe each other, over a socket to which anybody may have connected.
+
+Both know a token, which is never said: each proves that it knows it, of two numbers that are used
+once, so that whoever listens can neither learn it nor say the same again. Rank: a number. Leader:
+another one and its proof. Rank: its own proof. Nothing else is read or sent before.
+
+Pickles that come over a line: of values of ours, and of nothing that runs.
+
+A pickle may name any function of any module and have it called. Whoever has come between two nodes
+is not to run code on both of them.
 """
 
 import asyncio
 import contextlib
+import hmac
 import io
 import pickle
 import secrets
 import select
 import socket
 import struct
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from flux_ray import request
 from flux_ray.errors import FluxError
-from flux_ray.replica.handshake import TOKEN_BYTES, is_leader, meet_rank
-from flux_ray.replica.unpickling import unpickled
 from flux_ray.request import RgbImage
+
+TOKEN_BYTES = 32
+NUMBER_BYTES = 32
+PROOF_BYTES = 32
+# What a proof is made of besides: that of one end is none of the other's.
+LEADER, RANK = b"flux-ray leader", b"flux-ray rank"
+
+
+class Impostor(ConnectionError):
+    """Who answers does not know the token."""
+
+
+def proof_of(speaker: bytes, token: bytes, rank_number: bytes, leader_number: bytes) -> bytes:
+    """What only who knows the token can say, and only in this meeting."""
+    return hmac.digest(token, speaker + rank_number + leader_number, "sha256")
+
+
+def is_leader(connection: socket.socket, token: bytes, patience_s: float) -> bool:
+    """Say whether the leader has connected, and prove to it that this is its rank. Blocks.
+
+    False for whoever is too slow or has left, too.
+    """
+    number = secrets.token_bytes(NUMBER_BYTES)
+    end_s = time.monotonic() + patience_s
+    try:
+        connection.settimeout(patience_s)
+        connection.sendall(number)
+        said = received(connection, NUMBER_BYTES + PROOF_BYTES, end_s)
+        leader_number, proof = said[:NUMBER_BYTES], said[NUMBER_BYTES:]
+        if not hmac.compare_digest(proof, proof_of(LEADER, token, number, leader_number)):
+            return False
+        connection.sendall(proof_of(RANK, token, number, leader_number))
+        connection.settimeout(None)
+    except OSError:
+        return False
+    return True
+
+
+def received(connection: socket.socket, num_bytes: int, end_s: float) -> bytes:
+    """So many bytes; fewer where they do not come by then, however slowly some do."""
+    said = b""
+    with suppress(TimeoutError):
+        while len(said) < num_bytes and (left_s := end_s - time.monotonic()) > 0:
+            connection.settimeout(left_s)
+            more = connection.recv(num_bytes - len(said))
+            if not more:
+                break
+            said += more
+    return said
+
+
+async def meet_rank(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes
+) -> None:
+    """Prove to a rank that this is its leader. Raises Impostor if it is no rank of this leader's.
+
+    EOFError if it hangs up.
+    """
+    rank_number = await reader.readexactly(NUMBER_BYTES)
+    number = secrets.token_bytes(NUMBER_BYTES)
+    writer.write(number + proof_of(LEADER, token, rank_number, number))
+    proof = await reader.readexactly(PROOF_BYTES)
+    if not hmac.compare_digest(proof, proof_of(RANK, token, rank_number, number)):
+        raise Impostor("who answers for the rank does not know its token")
+
+
+# The frozen values of requests and answers, and what makes an error of ours again.
+ALLOWED = frozenset(
+    (kind.__module__, name)
+    for name, kind in vars(request).items()
+    if isinstance(kind, type) and is_dataclass(kind)
+) | {("flux_ray.errors", "revived"), ("flux_ray.replica.transport", "StageFailed")}
+
+
+class LineUnpickler(pickle.Unpickler):
+    """Makes what is allowed, besides numbers, texts, bytes, tuples, lists, sets and dicts."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """As pickle asks it; UnpicklingError for everything else."""
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} does not go over a line")
+        return super().find_class(module, name)
+
+
+def unpickled(data: bytes | bytearray, buffers: Iterable[bytes] = ()) -> Any:
+    """Return the value of a pickle; UnpicklingError if it is none of a line's."""
+    return LineUnpickler(io.BytesIO(data), buffers=buffers).load()
+
 
 SIZE = struct.Struct("!Q")
 # Of an answer: the bytes of its pickle, and how many buffers follow that.

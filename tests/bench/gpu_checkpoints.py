@@ -13,10 +13,9 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.checkpoint import Checkpoint, Shard
 from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis
-from flux_ray.parallel.shards import Shard
 from flux_ray.planner.architectures import EmptyModel
 from flux_ray.tiny import CHECKPOINT
 

@@ -20,8 +20,7 @@ from flux_ray.config.tier import Quantization, TierArgs
 from flux_ray.engine.api import Conditioning, ImageSpec, ImageState, PromptEmbeds
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.flux2.text_encoder import FAMILIES
-from flux_ray.engine.loading import Placement, load_config
-from flux_ray.engine.text_models import TextModel, first_layers
+from flux_ray.engine.loading import Placement, TextModel, first_layers, load_config
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.planner.architectures import (

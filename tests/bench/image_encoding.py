@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.engine import png
+from flux_ray.engine import images as png
 from flux_ray.engine.images import encode_picture, image_for, raster_for
 from flux_ray.request import Encoding, RgbImage
 

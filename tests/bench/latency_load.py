@@ -16,7 +16,7 @@ from ray.serve import Application
 from flux_ray.app import tier_application
 from flux_ray.config.tier import TierArgs
 from flux_ray.engine.images import encode_picture, image_for, scaled
-from flux_ray.replica.files import Files, Made
+from flux_ray.replica.job import Files, Made
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank import RankActor, RankJob
 from flux_ray.request import DenoisedImage, Encoding, RgbImage

@@ -20,7 +20,7 @@ from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
-from flux_ray.replica.placement import bundles_for, strategy_for
+from flux_ray.replica.rank_group import bundles_for, strategy_for
 from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.queue.entry import QueuedRequest

@@ -13,8 +13,7 @@ from flux_ray.app import tier_application
 from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.replica.leader import Leader, description_of
-from flux_ray.replica.runs import RunningRequests
+from flux_ray.replica.leader import Leader, RunningRequests, description_of
 from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
 
 FAKE_S = 0.05

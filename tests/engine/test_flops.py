@@ -13,11 +13,11 @@ from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.text_models import encoder_axis
+from flux_ray.engine.loading import encoder_axis
+from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import build_empty, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
-from flux_ray.parallel.shards import shards_for
 from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.pricing.cost import ReplicaSpec, encoder_ranks, work_of

@@ -7,8 +7,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from flux_ray.engine.images import encode_picture, image_for, raster_for
-from flux_ray.engine.png import encode_png
+from flux_ray.engine.images import encode_picture, encode_png, image_for, raster_for
 from flux_ray.request import Encoding, ImageFormat, RgbImage
 
 

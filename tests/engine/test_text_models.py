@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.loading import Placement
-from flux_ray.engine.text_models import (
+from flux_ray.engine.loading import (
+    Placement,
     TextModel,
     encoder_axis,
     load_text_model,

@@ -19,8 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Qwen3Model
 
-from flux_ray.engine.loading import Placement
-from flux_ray.engine.text_models import load_text_model, qwen3
+from flux_ray.engine.loading import Placement, load_text_model, qwen3
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh

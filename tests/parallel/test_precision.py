@@ -30,7 +30,7 @@ from transformers import (
 from flux_ray.config.tier import Parallel
 from flux_ray.parallel import load as loading
 from flux_ray.parallel import precision
-from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.checkpoint import Checkpoint, shards_for
 from flux_ray.parallel.load import LoadSpec, build_empty, load_sharded, plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import (
@@ -42,7 +42,6 @@ from flux_ray.parallel.precision import (
     quantizes_activations,
     stored_bytes,
 )
-from flux_ray.parallel.shards import shards_for
 from tests.ranks import Ranks
 
 CLASSES = {"flux2": Flux2Transformer2DModel, "flux1": FluxTransformer2DModel}

@@ -9,11 +9,11 @@ from torchao.quantization.quantize_.common import KernelPreference
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
+from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import build_empty, place, settle_linears
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import quantize
 from flux_ray.parallel.sequence import split_sequence
-from flux_ray.parallel.shards import shards_for
 from flux_ray.planner.activations import (
     ActivationDemand,
     Forward,
@@ -31,7 +31,7 @@ from flux_ray.planner.architectures import (
     mistral,
     qwen3_4b,
 )
-from flux_ray.planner.footprint import UNPACKED_BYTES
+from flux_ray.planner.candidate import UNPACKED_BYTES
 from tests.planner.allocations import peak_bytes
 
 GIB = 2**30

@@ -9,15 +9,13 @@ from diffusers import Flux2Transformer2DModel
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel, TierArgs
-from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.checkpoint import Checkpoint, shards_for
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import held_parts
-from flux_ray.parallel.shards import shards_for
 from flux_ray.planner.activations import default_demand, largest_demand
 from flux_ray.planner.architectures import EmptyModel, empty_model
-from flux_ray.planner.candidate import Candidate
-from flux_ray.planner.footprint import weight_bytes
+from flux_ray.planner.candidate import Candidate, weight_bytes
 from flux_ray.tiny import CHECKPOINT
 
 GB = 10**9

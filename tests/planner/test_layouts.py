@@ -12,7 +12,7 @@ from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.planner.candidate import Candidate
-from flux_ray.planner.layouts import PlacementOption, alternatives, cheapest, fastest
+from flux_ray.planner.plan import PlacementOption, alternatives, cheapest, fastest
 
 GB = 10**9
 HUB = "owner/name@revision"

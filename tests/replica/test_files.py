@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.errors import FluxError
-from flux_ray.replica import files as module
-from flux_ray.replica.files import Files
-from flux_ray.replica.prompts import EncodedByRanks
+from flux_ray.replica import job as module
+from flux_ray.replica.job import Files
 from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.request import (
     DenoisedImage,
     Encoded,

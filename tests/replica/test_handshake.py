@@ -15,18 +15,23 @@ from hypothesis import strategies as st
 
 from flux_ray import errors
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent
-from flux_ray.replica import handshake
-from flux_ray.replica.handshake import (
+from flux_ray.replica import transport as handshake
+from flux_ray.replica.transport import (
+    ALLOWED,
     LEADER,
     NUMBER_BYTES,
     PROOF_BYTES,
+    Address,
     Impostor,
+    StageFailed,
+    answer_parts,
+    connect,
+    framed,
     is_leader,
     meet_rank,
     proof_of,
+    unpickled,
 )
-from flux_ray.replica.transport import Address, StageFailed, answer_parts, connect, framed
-from flux_ray.replica.unpickling import ALLOWED, unpickled
 from flux_ray.request import (
     DenoisedImage,
     Encoded,

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from flux_ray.errors import NotKept, ProtocolMismatch
-from flux_ray.replica.leader import Leader
-from flux_ray.replica.runs import RunningRequests
+from flux_ray.replica.leader import Leader, RunningRequests
 from flux_ray.request import (
     PROTOCOL,
     GeneratedImage,

@@ -12,13 +12,13 @@ import torch
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import OutOfMemory, ReplicaFailed
 from flux_ray.replica import rank_group as group_module
-from flux_ray.replica.memory import is_out_of_memory
-from flux_ray.replica.patience import StepWatchdog
-from flux_ray.replica.prompts import EncodedByRanks
+from flux_ray.replica.process import is_out_of_memory
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import StageFailed
+from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoded, ImageRequest, StageAnswer
 
 torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def test_what_was_remembered_makes_room(rank: RankActor, monkeypatch: pytest.Mon
 
 
 def test_a_card_gives_back_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flux_ray.replica.memory import free_memory
+    from flux_ray.replica.process import free_memory
 
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(gc.isenabled()))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flux_ray.replica.patience import NUM_REMEMBERED, StepWatchdog
+from flux_ray.replica.watchdog import NUM_REMEMBERED, StepWatchdog
 
 MEGAPIXEL = 1024 * 1024
 

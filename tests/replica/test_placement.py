@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import KilledForMemory
-from flux_ray.replica.placement import LoadedRank, bundles_for, ranks_by_node, strategy_for
+from flux_ray.replica.rank_group import LoadedRank, bundles_for, ranks_by_node, strategy_for
 
 
 def test_one_bundle_a_rank() -> None:

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from flux_ray.errors import BadRequest, FluxError, ReplicaFailed
-from flux_ray.replica.prompts import EncodedByRanks, EncodedElsewhere
+from flux_ray.replica.text_encoder import EncodedByRanks, EncodedElsewhere
 from flux_ray.request import EncodedPrompt
 
 ENCODED = EncodedPrompt(b"\0\0", (1, 1), "bfloat16")

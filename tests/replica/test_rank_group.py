@@ -11,9 +11,9 @@ import pytest
 from flux_ray import liveness
 from flux_ray.errors import BadReference, KilledForMemory, ReplicaFailed
 from flux_ray.replica import rank_group
-from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.transport import SIZE, StageFailed
+from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoded, StageAnswer
 
 SIZES = (64 * 64, 0)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from flux_ray.errors import NotKept, OutOfMemory
-from flux_ray.replica.runs import RunningRequests
+from flux_ray.replica.leader import RunningRequests
 from flux_ray.request import (
     Finished,
     GeneratedImage,

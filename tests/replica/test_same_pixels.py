@@ -13,12 +13,12 @@ from PIL import Image
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.replica.patience import StepWatchdog
-from flux_ray.replica.prompts import EncodedByRanks
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import RankConnection, RankServer, connect
+from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoding, ImageFormat, ImageRequest, News, Preview, StageAnswer
 from flux_ray.tiny import CHECKPOINT, evaluate
 

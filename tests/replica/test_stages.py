@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.replica.stages import SHORT_S, calls_of, sizes_of, stages_of
+from flux_ray.replica.step_loop import SHORT_S, calls_of, sizes_of, stages_of
 from flux_ray.request import ImageRequest, RgbImage
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)

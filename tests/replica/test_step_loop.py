@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.errors import BadReference, ReplicaFailed
-from flux_ray.replica.files import Files
-from flux_ray.replica.prompts import EncodedByRanks
-from flux_ray.replica.stages import SHORT_S
-from flux_ray.replica.step_loop import StepLoop
+from flux_ray.replica.job import Files
+from flux_ray.replica.step_loop import SHORT_S, StepLoop
+from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.request import (
     DenoisedImage,
     Encoded,

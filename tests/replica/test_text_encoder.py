@@ -10,9 +10,9 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.engine.flux2.text_encoder import unpack
 from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder
-from flux_ray.replica.patience import StepWatchdog
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.text_encoder import TextEncoder
+from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import ImageRequest
 
 ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32", text_encoder="shared")

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from flux_ray.tiny import pool, tasks, world
+from flux_ray.tiny import tasks, world
+from flux_ray.tiny import train_transformer as pool
 from flux_ray.tiny.world import HELD_OUT, Scene, Thing
 
 

@@ -8,7 +8,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_inpu
 from transformers import AutoTokenizer
 
 from flux_ray.engine.flux2.family import Family, check_class
-from flux_ray.engine.text_models import mistral3
+from flux_ray.engine.loading import mistral3
 
 
 def load_tokenizer(folder: Path) -> Any:

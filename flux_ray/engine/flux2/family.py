@@ -7,8 +7,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from flux_ray.engine.loading import CONFIGS, WeightSource, fetch, load_config, source_for
-from flux_ray.engine.text_models import TextModel
+from flux_ray.engine.loading import CONFIGS, TextModel, WeightSource, fetch, load_config, source_for
 
 
 @dataclass(frozen=True)

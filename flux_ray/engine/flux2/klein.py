@@ -7,7 +7,7 @@ from diffusers import Flux2KleinPipeline
 from transformers import AutoTokenizer
 
 from flux_ray.engine.flux2.family import Family, check_class
-from flux_ray.engine.text_models import qwen3
+from flux_ray.engine.loading import qwen3
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,4 +1,19 @@
-"""FLUX.2: our step loop over diffusers' parts, bit-equal to its pipelines."""
+"""FLUX.2: our step loop over diffusers' parts, bit-equal to its pipelines.
+
+Drawing a part of a picture: what diffusers' inpainting does, and the rest put back at the end.
+
+Flux2KleinInpaintPipeline noises the picture's latents to where the image is after each step, and
+puts them in the place of tokens outside of the mask. It decodes these too, which is close to the
+picture and not the picture: here its own pixels are put back there.
+
+A model's pixels as eight bits a channel, made on its own device.
+
+Rotary tables that are computed once per image and passed to every step.
+
+diffusers' FLUX.2 transformer takes position ids and builds its tables from them in fp64, in every
+forward: about 150 small operations for values that depend only on the image's size, its references
+and the length of its prompt.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +27,9 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TOKEN_SIDE
 from flux_ray.catalog.tiers import Tier
@@ -25,9 +42,6 @@ from flux_ray.engine.api import (
     StepInputs,
 )
 from flux_ray.engine.flux2.family import open_checkpoint
-from flux_ray.engine.flux2.inpainting import keep_rest, paste_rest, token_weights
-from flux_ray.engine.flux2.pixels import raster_of
-from flux_ray.engine.flux2.rotary import TableEmbedder
 from flux_ray.engine.flux2.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
@@ -42,6 +56,74 @@ from flux_ray.engine.loading import (
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, RgbImage
+from flux_ray.resizing import mask_image
+
+
+def token_weights(mask: Mask, latents: Tensor) -> Tensor:
+    """How far each of these tokens is drawn anew: as far as the mask marks its middle.
+
+    Where it marks no token's middle, those that it touches are: no mask is without effect.
+    """
+    marks = torch.frombuffer(bytearray(mask.marks), dtype=torch.uint8)
+    pixels = marks.view(1, 1, mask.height, mask.width).to(torch.float32) / 255
+    size = (mask.height // TOKEN_SIDE, mask.width // TOKEN_SIDE)
+    weights = functional.interpolate(pixels, size=size, mode="bilinear")
+    if not weights.any():
+        weights = functional.max_pool2d(pixels, TOKEN_SIDE)
+    return weights.to(latents.device, latents.dtype).reshape(1, 1, -1).transpose(1, 2)
+
+
+def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
+    """The latents after a step, with the picture's outside of the mask, as noisy as they are."""
+    edit = state.conditioning.edit
+    assert edit is not None and state.noise is not None, "no picture to keep anything of"
+    sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
+    kept = sigma * state.noise + (1.0 - sigma) * edit.latents
+    return (1 - edit.weights) * kept + edit.weights * latents
+
+
+def paste_rest(edit: InpaintInput, drawn: Image.Image) -> Image.Image:
+    """What was drawn where the mask says so, and the picture's very pixels everywhere else."""
+    return Image.composite(drawn, image_for(edit.picture), mask_image(edit.mask))
+
+
+def raster_of(pixels: Tensor) -> RgbImage:
+    """Return the raster of pixels [3, height, width] from 0 to 1.
+
+    To the bit what diffusers makes of them on the CPU: in float32, and halves go to the even one.
+    A quarter of the bytes leaves the device, and the CPU has nothing to compute.
+    """
+    eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
+    height, width, _ = eight_bit.shape
+    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
+
+
+class TableEmbedder(nn.Module):
+    """Stands in for a transformer's `pos_embed`: takes ids as before, or what `table` returned.
+
+    Ids are whole numbers and a table is not, so that the pipeline which lends the transformer can
+    still be called by itself.
+    """
+
+    def __init__(self, embedder: nn.Module) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def table(self, ids: Tensor) -> Tensor:
+        """Return cosines and sines beside each other, [1, tokens, 2 x head_dim], of [1, tokens, 4].
+
+        The tokens stand where they stand in the ids: sequence parallel cuts both alike.
+        """
+        return torch.cat(self.embedder(ids[0]), dim=-1).unsqueeze(0)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each [tokens, head_dim]. The transformer drops the batch."""
+        if not ids.is_floating_point():
+            cosines, sines = self.embedder(ids)
+            return cosines, sines
+        cosines, sines = ids.chunk(2, dim=-1)
+        return cosines, sines
+
 
 FULL_TIMESTEP = 1000
 

@@ -11,8 +11,14 @@ from flux_ray.engine.api import PromptEmbeds
 from flux_ray.engine.flux2.dev import DEV
 from flux_ray.engine.flux2.family import Family, open_checkpoint
 from flux_ray.engine.flux2.klein import KLEIN
-from flux_ray.engine.loading import PROMPT_PARTS, Placement, WeightSource, fetch, weights_of
-from flux_ray.engine.text_models import load_text_model
+from flux_ray.engine.loading import (
+    PROMPT_PARTS,
+    Placement,
+    WeightSource,
+    fetch,
+    load_text_model,
+    weights_of,
+)
 from flux_ray.request import EncodedPrompt
 
 FAMILIES = {"flux2-klein": KLEIN, "flux2-dev": DEV}

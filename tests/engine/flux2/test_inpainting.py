@@ -16,8 +16,7 @@ from flux_ray.config.tier import Parallel
 from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2 import pipeline as flux2
-from flux_ray.engine.flux2.inpainting import token_weights
-from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.flux2.pipeline import Flux2, token_weights
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import Placement
 from flux_ray.parallel.load import build_empty

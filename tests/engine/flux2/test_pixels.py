@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from flux_ray.engine.flux2.pixels import raster_of
+from flux_ray.engine.flux2.pipeline import raster_of
 from flux_ray.engine.images import raster_for
 
 PROCESSOR = VaeImageProcessor()
