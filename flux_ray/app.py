@@ -18,7 +18,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_h11
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.job_service import desk_for
+from flux_ray.gateway.bfl.routes import desk_for
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank_group import bundles_for, strategy_for

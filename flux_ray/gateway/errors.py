@@ -1,6 +1,17 @@
-"""Every failure in the words of the route's dialect; nothing of our insides is shown."""
+"""Every failure in the words of the route's dialect; nothing of our insides is shown.
+
+Errors as BFL answers them: FastAPI's shapes, with a `message` that its own client reads.
+
+Which dialect a path is of: its errors have that dialect's shape.
+
+What is left of a limit, in the headers that clients know.
+
+What to say to who asks for a route that is not there: most often its base URL is wrong.
+"""
 
 import logging
+import math
+from typing import Literal, NamedTuple
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -8,6 +19,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from flux_ray.errors import (
     BadRequest,
@@ -18,15 +30,181 @@ from flux_ray.errors import (
     RateLimited,
     WrongEncoding,
 )
-from flux_ray.gateway.bfl_failure import BflFailure, bfl_failure, bfl_status
 from flux_ray.gateway.callers import DEADLINE
-from flux_ray.gateway.dialects import Dialect, dialect_of, model_in, path_of
-from flux_ray.gateway.limit_headers import limit_headers
-from flux_ray.gateway.missed_routes import Missed
+from flux_ray.gateway.http import HEADER, READABLE
 from flux_ray.gateway.model_names import unknown
 from flux_ray.gateway.probes import PROBES
-from flux_ray.gateway.request_id import HEADER
-from flux_ray.gateway.unpacking import READABLE
+
+NOT_AUTHENTICATED = "Not authenticated"
+
+
+class FieldFailure(BaseModel):
+    """What is wrong with a field; `loc` is where it is."""
+
+    loc: list[str]
+    msg: str
+    type: str
+
+
+class BflFailure(BaseModel):
+    """The body of every answer that is no success: of wrong fields, `detail` is a list."""
+
+    detail: str | list[FieldFailure]
+    message: str
+
+
+def bfl_status(error: FluxError) -> int:
+    """Of BFL's own: a wrong field is 422, no key 403, and no credits 402."""
+    if isinstance(error, InvalidKey):
+        return 403
+    if isinstance(error, QuotaSpent):
+        return 402
+    return 422 if error.status == 400 and error.field is not None else error.status
+
+
+def bfl_failure(error: FluxError, place: str) -> BflFailure:
+    """`place` is where its fields are: `body` or `query`."""
+    if isinstance(error, InvalidKey):
+        return BflFailure(detail=NOT_AUTHENTICATED, message=error.shown)
+    if bfl_status(error) != 422 or error.field is None:
+        return BflFailure(detail=error.shown, message=error.shown)
+    failure = FieldFailure(loc=[place, error.field], msg=error.shown, type=error.code)
+    return BflFailure(detail=[failure], message=error.shown)
+
+
+Dialect = Literal["openai", "bfl", "hugging_face"]
+# Hugging Face's raw endpoint.
+HUB = "/models/"
+# ComfyUI's nodes send to BFL through their maker's server: `/proxy/bfl/<model>/generate`.
+COMFY = "/proxy/bfl/"
+GENERATE = "/generate"
+# OpenAI's other routes of one word: who asks for them wants to read that in its words.
+OPENAIS = {
+    "assistants",
+    "batches",
+    "completions",
+    "containers",
+    "conversations",
+    "embeddings",
+    "evals",
+    "files",
+    "images",
+    "models",
+    "moderations",
+    "responses",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+}
+
+
+# BFL's own, where no model is named.
+BFLS = {"get_result", "cancel", "jobs", "credits", "my_finetunes"}
+
+
+def path_of(scope: Scope) -> str:
+    """As the routes know it: without what Serve's route prefix adds."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def dialect_of(request: Request, path: str | None = None) -> Dialect:
+    """OpenAI's where it is no other's; `app.state.bfl_paths` are BFL's.
+
+    `path`: instead of the request's own.
+    """
+    path = path_of(request.scope) if path is None else path
+    if path.startswith(HUB):
+        return "hugging_face"
+    bfl_paths = request.app.state.bfl_paths
+    # A model that is not served: its client has to read why.
+    return "bfl" if path in bfl_paths or (bfl_paths and model_in(request)) else "openai"
+
+
+def model_in(request: Request) -> str | None:
+    """The model of which a path of BFL's is, whether or not it is served; None of other paths."""
+    return model_at(request.method, path_of(request.scope))
+
+
+def dialect_at(method: str, path: str) -> Dialect:
+    """Of a path where it is not known which models are served, and whether there are jobs."""
+    if path.startswith(HUB):
+        return "hugging_face"
+    is_bfls = path.removeprefix("/v1/") in BFLS or model_at(method, path) is not None
+    return "bfl" if is_bfls else "openai"
+
+
+def model_at(method: str, path: str) -> str | None:
+    """As model_in."""
+    if method != "POST":
+        return None
+    if path.startswith(COMFY) and path.endswith(GENERATE):
+        return path.removeprefix(COMFY).removesuffix(GENERATE)
+    name = path.removeprefix("/v1/")
+    return None if name == path or "/" in name or name in OPENAIS else name
+
+
+def limit_headers(limit: float, left: float, reset_s: float) -> dict[str, str]:
+    """`reset_s` in whole seconds: never too early."""
+    return {
+        "x-ratelimit-limit": f"{limit:.6g}",
+        "x-ratelimit-remaining": f"{left:.6g}",
+        "x-ratelimit-reset": str(max(1, math.ceil(reset_s))),
+    }
+
+
+VERSION = "v1"
+# Below these, the rest of a path is a model's name.
+OF_MODELS = (("POST", HUB), ("GET", "/v1/models/"))
+MAX_PATH_CHARS = 200
+WHERE_TO_LOOK = f"GET /{VERSION}/models lists the models, GET /openapi.json all routes"
+
+
+class Missed(NamedTuple):
+    """A path that is no route: the route that was meant, if any, and the answer."""
+
+    meant: str | None
+    dialect: Dialect
+    message: str
+
+    @classmethod
+    def of(cls, request: Request) -> "Missed":
+        """Say what was asked for, and with which base URL it would be there."""
+        path, method = path_of(request.scope), request.method[:20]
+        meant = meant_by(method, path, request.app.state.paths)
+        message = f"there is no {method} {path[:MAX_PATH_CHARS]} here"
+        if meant is not None:
+            message += f", but {meant[:MAX_PATH_CHARS]}"
+        message += f"; the base URL of clients is {base_url_of(request)}; {WHERE_TO_LOOK}"
+        return cls(meant, dialect_of(request, meant), message)
+
+
+def base_url_of(request: Request) -> str:
+    """Return the base URL as it is configured: it is never made of what a client sends."""
+    public_url: str | None = request.app.state.public_url
+    if public_url is None:
+        return f"this server's address followed by /{VERSION}"
+    server = public_url.rstrip("/")
+    return f"{server}/{VERSION}, or {server} for clients that add /{VERSION} themselves"
+
+
+def meant_by(method: str, path: str, known: frozenset[tuple[str, str]]) -> str | None:
+    """Return the longest route in which this path ends, whatever stands before it.
+
+    `known`: methods and paths of the routes without parameters.
+    """
+    parts = [part for part in path.split("/") if part]
+    for start in range(min(len(parts), 20)):
+        tail = "/".join(part for part in parts[start:] if part != VERSION)
+        for candidate in (f"/{VERSION}/{tail}", f"/{tail}"):
+            is_known = (method, candidate) in known or any(
+                method == by and candidate.startswith(below) for by, below in OF_MODELS
+            )
+            if tail and is_known and candidate != path:
+                return candidate
+    return None
+
 
 # The only logger that Serve writes to its log files.
 logger = logging.getLogger("ray.serve")

@@ -9,14 +9,11 @@ from starlette.responses import Response
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
-from flux_ray.gateway.body_limit import forget_body, read_body
-from flux_ray.gateway.callers import PARAMETERS
-from flux_ray.gateway.dialects import HUB
-from flux_ray.gateway.errors import HubFailure
+from flux_ray.gateway.callers import PARAMETER, PARAMETERS
+from flux_ray.gateway.errors import HUB, HubFailure
 from flux_ray.gateway.fields.foreign import is_image_name, is_mask_name
-from flux_ray.gateway.fields.json_body import parse_object
-from flux_ray.gateway.fields.sent import SentFields, heed
-from flux_ray.gateway.idempotency import PARAMETER
+from flux_ray.gateway.fields.sent import SentFields, heed, parse_object
+from flux_ray.gateway.http import forget_body, read_body
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.sources import (
     ImageSource,
@@ -32,10 +29,10 @@ from flux_ray.gateway.openai.fields import (
     bad_request,
     check_supported,
     fields_schema,
+    warnings_of,
 )
 from flux_ray.gateway.openai.references import is_picture_name
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.gateway.openai.warnings import warnings_of
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router

@@ -12,9 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flux_ray.gateway.begun_bodies import BegunBodies
-from flux_ray.gateway.last_ready import LastReady
-from flux_ray.gateway.proxy_answers import ProxyAnswers
+from flux_ray.gateway.proxy_middleware import BegunBodies, LastReady, ProxyAnswers
 
 # For a whole head, from the connection or from its first byte. Slow networks need one.
 HEAD_S = 10.0

@@ -10,11 +10,10 @@ from starlette.requests import Request
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import KeyReused
-from flux_ray.gateway.callers import Callers, may_spill
-from flux_ray.gateway.fields.scaled_sizes import size_notes
-from flux_ray.gateway.idempotency import IDEMPOTENCY_KEY, retry_of, seed_of
+from flux_ray.gateway.callers import IDEMPOTENCY_KEY, Callers, may_spill, retry_of, seed_of
+from flux_ray.gateway.errors import limit_headers
+from flux_ray.gateway.fields.sizes import size_notes
 from flux_ray.gateway.images.masks import fitted
-from flux_ray.gateway.limit_headers import limit_headers
 from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
 from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
 from flux_ray.router.caller import Caller

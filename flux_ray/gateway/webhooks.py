@@ -1,7 +1,14 @@
-"""Webhooks at the gateway: which URLs and secrets are taken, and how a message is posted."""
+"""Webhooks at the gateway: which URLs and secrets are taken, and how a message is posted.
+
+How webhooks are signed: as BFL does it, and as Standard Webhooks says.
+"""
 
 import asyncio
+import base64
+import binascii
 import contextlib
+import hashlib
+import hmac
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +18,53 @@ import httpx
 from flux_ray import __version__
 from flux_ray.config.gateway import Webhooks
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.images.addresses import AddressRefused, is_reachable, literal, place_of
-from flux_ray.gateway.images.fetch import Guard, Resolve, resolver
-from flux_ray.gateway.signatures import headers_for, key_of
+from flux_ray.gateway.images.fetch import (
+    AddressRefused,
+    Guard,
+    Resolve,
+    is_reachable,
+    literal,
+    place_of,
+    resolver,
+)
 from flux_ray.jobs.job import Webhook
 from flux_ray.jobs.webhooks import NotTaken
+
+# What follows is the key, in base64.
+PREFIX = "whsec_"
+
+
+def headers_for(secret: str | None, message_id: str, body: bytes, now_s: float) -> dict[str, str]:
+    """Of one posting; those that tell a repeat are there without a secret too."""
+    timestamp = str(int(now_s))
+    headers = {"webhook-id": message_id, "webhook-timestamp": timestamp}
+    if secret:
+        signed = f"{message_id}.{timestamp}.".encode() + body
+        standard = base64.b64encode(digest(key_of(secret), signed)).decode()
+        headers["webhook-signature"] = f"v1,{standard}"
+        headers["x-bfl-signature"] = f"sha256={digest(secret.encode(), body).hex()}"
+    return headers
+
+
+def digest(key: bytes, data: bytes) -> bytes:
+    """HMAC with SHA-256."""
+    return hmac.digest(key, data, hashlib.sha256)
+
+
+def key_of(secret: str) -> bytes:
+    """Of Standard Webhooks. ValueError: it says that it is base64, and is none."""
+    if not secret.startswith(PREFIX):
+        return secret.encode()
+    text = secret.removeprefix(PREFIX).rstrip("=")
+    try:
+        # Some leave the padding out.
+        key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        key = b""
+    if not key:
+        raise ValueError(f"what follows {PREFIX} is not base64")
+    return key
+
 
 # Not those of references: whoever names slow name servers there holds up no webhook.
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve-webhooks")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from flux_ray.gateway.event_stream import comment_text, event_text
+from flux_ray.gateway.http import comment_text, event_text
 from tests.fuzz.mutations import FUZZ
 
 pytestmark = pytest.mark.slow

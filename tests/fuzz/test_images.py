@@ -8,7 +8,7 @@ from PIL import Image
 from flux_ray.errors import FluxError
 from flux_ray.gateway.images.decode import decode, decode_reference
 from flux_ray.gateway.images.masks import decode_erased, decode_mask, decode_painted_mask
-from flux_ray.gateway.images.orientation import orientation
+from flux_ray.gateway.images.normalize import orientation
 from tests.conftest import LIMITS
 from tests.fuzz.mutations import FUZZ, mended, mutated, within_budget
 from tests.gateway.images.icc import ADOBE, GREY

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from flux_ray.config.gateway import Fetching, GatewayArgs
 from flux_ray.errors import BadRequest, FluxError
 from flux_ray.gateway.bfl.fields import BflFields, parse_body
-from flux_ray.gateway.fields.json_body import parse_object
+from flux_ray.gateway.fields.sent import parse_object
 from flux_ray.gateway.openai.fields import ImageFields
 from tests.conftest import LIMITS
 from tests.fuzz.mutations import FUZZ, mutated, within_budget

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ray.gateway import begun_bodies
-from flux_ray.gateway.begun_bodies import BEGINNING_BYTES, BegunBodies
+from flux_ray.gateway import proxy_middleware as begun_bodies
+from flux_ray.gateway.http import HEADER
 from flux_ray.gateway.intake import BODY
-from flux_ray.gateway.request_id import HEADER
+from flux_ray.gateway.proxy_middleware import BEGINNING_BYTES, BegunBodies
 
 PATH = "/v1/images/generations"
 NEVER: list[dict[str, Any]] = []

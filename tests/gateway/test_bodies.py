@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from flux_ray.config.gateway import GatewayArgs, JobArgs, Limits
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.fields.json_body import parse_object
+from flux_ray.gateway.fields.sent import parse_object
 from flux_ray.gateway.images.masks import decode_mask, decode_painted_mask
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
@@ -219,7 +219,7 @@ async def test_a_bomb_is_not_unpacked_beyond_the_limit(client, monkeypatch):
             return piece
 
     packed = gzip.compress(bytes(200_000_000), 1)
-    monkeypatch.setattr("flux_ray.gateway.unpacking.zlib.decompressobj", Counting)
+    monkeypatch.setattr("flux_ray.gateway.http.zlib.decompressobj", Counting)
     headers = JSON | {"content-encoding": "gzip"}
     answer = await client.post(GENERATIONS, content=packed, headers=headers)
     assert (answer.status_code, num_bytes <= 3 * 2**20) == (413, True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ray.errors import GatewayFull, RateLimited
-from flux_ray.gateway.body_places import BodyPlaces
+from flux_ray.gateway.intake import BodyPlaces
 
 FOREVER_S = 3600.0
 

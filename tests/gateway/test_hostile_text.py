@@ -19,12 +19,12 @@ from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.callers import deadline_of, token_of
 from flux_ray.gateway.fields.foreign import holds_image, is_image_name, plain_name
+from flux_ray.gateway.http import Unpacking, encodings_of
 from flux_ray.gateway.huggingface import format_of, parse_inputs
-from flux_ray.gateway.images.addresses import AddressRefused, place_of
+from flux_ray.gateway.images.fetch import AddressRefused, place_of
 from flux_ray.gateway.images.sources import decode_base64, is_picture, is_url
-from flux_ray.gateway.openai.edit_form import open_form, text_parts
 from flux_ray.gateway.openai.fields import ImageFields, parse_json
-from flux_ray.gateway.unpacking import Unpacking, encodings_of
+from flux_ray.gateway.openai.references import open_form, text_parts
 from tests.conftest import LIMITS
 from tests.gateway.fake_desk import FakeDesk
 

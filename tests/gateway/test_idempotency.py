@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.gateway.request_id import new_request_id
+from flux_ray.gateway.http import new_request_id
 from flux_ray.request import Mask
 from tests.gateway.streaming import event_of, streamed
 

@@ -7,9 +7,8 @@ import httpx
 import pytest
 from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
 
-from flux_ray.gateway import last_ready
-from flux_ray.gateway.last_ready import MAX_AGE_S, LastReady
-from flux_ray.gateway.proxy_answers import ProxyAnswers
+from flux_ray.gateway import proxy_middleware as last_ready
+from flux_ray.gateway.proxy_middleware import MAX_AGE_S, LastReady, ProxyAnswers
 
 READY = {"tiers": ["tiny"]}
 UNREADY = {"error": {"code": "tier_unavailable"}}

@@ -6,8 +6,8 @@ import pytest
 from fastapi import FastAPI
 
 from flux_ray.config.gateway import JobArgs
-from flux_ray.gateway import lifespan
-from flux_ray.gateway.lifespan import GIVE_BACK_S, drain_s_of, lifespan_of
+from flux_ray.gateway import api as lifespan
+from flux_ray.gateway.api import GIVE_BACK_S, drain_s_of, lifespan_of
 from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.service import JobService
 from flux_ray.request import ImageRequest, ImageResult, QueuePosition

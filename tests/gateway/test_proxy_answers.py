@@ -7,8 +7,8 @@ import httpx
 import pytest
 from ray.serve._private.http_util import RequestIdMiddleware, convert_object_to_asgi_messages
 
-from flux_ray.gateway.proxy_answers import ProxyAnswers
-from flux_ray.gateway.request_id import is_ours
+from flux_ray.gateway.http import is_ours
+from flux_ray.gateway.proxy_middleware import ProxyAnswers
 from tests.gateway.streaming import event_of
 
 GENERATIONS = "/v1/images/generations"

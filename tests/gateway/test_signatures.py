@@ -9,7 +9,7 @@ import pytest
 from openai import InvalidWebhookSignatureError, OpenAI
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from flux_ray.gateway.signatures import headers_for, key_of
+from flux_ray.gateway.webhooks import headers_for, key_of
 
 BODY = '{"id": "1", "prompt": "ein rotes Fähnchen 🖼"}'.encode()
 KEY = bytes(range(32))

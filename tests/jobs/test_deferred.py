@@ -9,8 +9,8 @@ import pytest
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import ResultsLost
-from flux_ray.gateway import job_loading
-from flux_ray.gateway.job_loading import within_budget
+from flux_ray.gateway import jobs as job_loading
+from flux_ray.gateway.jobs import within_budget
 from flux_ray.gateway.memory_budget import MemoryBudget
 from flux_ray.jobs import attempt, serialization
 from flux_ray.jobs.acceptance import accept

@@ -1,8 +1,12 @@
-"""From a job to BFL's answers: what was accepted, and what became of it."""
+"""From a job to BFL's answers: what was accepted, and what became of it.
+
+What BFL's API posts to a job's webhook: how it ended, for whoever need not ask then.
+"""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from pydantic_core import to_json
 
 from flux_ray.jobs.job import Job
 from flux_ray.jobs.job import Status as JobStatus
@@ -172,3 +176,15 @@ def details_of(job: Job) -> dict[str, Any]:
     if job.failure is not None:
         details["error"] = {"code": job.failure.code, "message": job.failure.message}
     return details
+
+
+def message_for(job: Job, sample_url: str | None) -> bytes:
+    """The JSON body. `sample_url`: where the picture is, of a job that is ready."""
+    details = details_of(job)
+    message: dict[str, Any] = {"id": job.job_id, "status": STATUSES[job.status]}
+    if sample_url is not None:
+        message["result"] = sample_of(job, sample_url).model_dump()
+    elif (error := details.get("error")) is not None:
+        message |= {"error": error["code"], "message": error["message"]}
+    # Of the end, not of the posting: a repeat says the same.
+    return to_json(message | {"details": details, "timestamp": job.finished_at_s})

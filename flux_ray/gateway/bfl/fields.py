@@ -15,8 +15,7 @@ from flux_ray.gateway.fields.foreign import (
     is_mask_name,
     is_nothing,
 )
-from flux_ray.gateway.fields.json_body import parse_object
-from flux_ray.gateway.fields.sent import heed
+from flux_ray.gateway.fields.sent import heed, parse_object
 from flux_ray.gateway.fields.sizes import parse_size
 from flux_ray.gateway.openai.fields import (
     MAX_SEED,

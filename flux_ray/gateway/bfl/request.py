@@ -1,4 +1,7 @@
-"""From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too."""
+"""From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too.
+
+The pictures of BFL's routes: references in order, or one to fill where its mask says.
+"""
 
 from dataclasses import replace
 from itertools import islice
@@ -8,14 +11,36 @@ from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.fields import MAX_PIXELS, MIN_SIDE, BflFields
-from flux_ray.gateway.fields.scaled_sizes import size_notes
-from flux_ray.gateway.fields.sizes import fitted, ratio_of, shape_in, side_of, size_like, sized
+from flux_ray.gateway.fields.sizes import (
+    fitted,
+    ratio_of,
+    shape_in,
+    side_of,
+    size_like,
+    size_notes,
+    sized,
+)
 from flux_ray.gateway.images.decode import SentImage
-from flux_ray.gateway.images.sources import RequestImages
-from flux_ray.gateway.openai.fields import ImageFields
+from flux_ray.gateway.images.fetch import Fetcher
+from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
+from flux_ray.gateway.images.sources import RequestImages, read_pictures, read_with_alpha
+from flux_ray.gateway.model_names import ResolvedModel
+from flux_ray.gateway.openai.fields import MAX_NAMED_FIELDS, ImageFields, warnings_for
+from flux_ray.gateway.openai.references import sources_in_json
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.gateway.openai.warnings import MAX_NAMED_FIELDS, warnings_for
 from flux_ray.request import ImageFormat, ImageRequest
+
+
+async def pictures_of(
+    sent: BflFields, target: ResolvedModel, limits: Limits, fetcher: Fetcher
+) -> RequestImages:
+    """All of them, decoded. As BFL has it, the alpha channel of `image` may be its mask."""
+    to_fill = {} if sent.image is None else {"image": sent.image}
+    taken = sources_in_json(to_fill | sent.others, target)
+    if sent.image is None or taken.mask is not None or not taken.references:
+        return await read_pictures(taken, target, limits, fetcher, decode_painted_mask)
+    return await read_with_alpha(taken, target, limits, fetcher, decode_with_alpha)
+
 
 # Who asks for the result sees them come; a picture of few steps is there before a preview is.
 NUM_PREVIEWS = 3

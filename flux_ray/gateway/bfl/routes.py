@@ -1,4 +1,7 @@
-"""BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready."""
+"""BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready.
+
+The desk of a gateway: its jobs are drawn by the router, and told of in BFL's words.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,24 +22,50 @@ from flux_ray.gateway.bfl.answer import (
     ResultResponse,
     accepted,
     listed,
+    message_for,
     result_of,
 )
 from flux_ray.gateway.bfl.fields import BflFields, fields_schema, parse_body
-from flux_ray.gateway.bfl.images import pictures_of
-from flux_ray.gateway.bfl.request import job_request_for, job_warnings_for
-from flux_ray.gateway.bfl_failure import BflFailure
+from flux_ray.gateway.bfl.request import job_request_for, job_warnings_for, pictures_of
 from flux_ray.gateway.callers import SPILL
-from flux_ray.gateway.dialects import COMFY, GENERATE, path_of
+from flux_ray.gateway.errors import COMFY, GENERATE, BflFailure, path_of
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.job_submission import PARAMETER, JobSubmitter, idempotency_of
+from flux_ray.gateway.jobs import PARAMETER, JobGenerator, JobSubmitter, idempotency_of
 from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.openai.routes import JSON, content_type_of
-from flux_ray.gateway.results.urls import preview_url_of, sample_url_of, urls_for
+from flux_ray.gateway.results import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.submit import Submitter
-from flux_ray.gateway.webhooks import webhook_of
+from flux_ray.gateway.webhooks import Poster, webhook_of
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
 from flux_ray.jobs.service import JobService
+from flux_ray.jobs.webhooks import Mail
 from flux_ray.router.router import Router
+
+
+def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> JobService | None:
+    """None where there are no jobs. `poster`: else one that posts as `args.webhooks` say."""
+    if args.jobs is None or args.public_url is None:
+        return None
+    public_url = args.public_url
+
+    async def message_of(job: Job) -> bytes:
+        # A new URL each time: the first one may have expired.
+        return message_for(job, sample_url_of(job, await urls_for(desk, public_url)))
+
+    poster = poster or Poster(args.webhooks)
+    mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
+    drawing = JobGenerator(router, args)
+    desk = JobService(
+        args.jobs,
+        drawing.draw,
+        drawing.progress_of,
+        mail,
+        drawing.preview_of,
+        drawing.standing_of,
+        tiers=args.tiers,
+    )
+    return desk
+
 
 RESULT = "/v1/get_result"
 # Ours: BFL has no such routes.

@@ -10,13 +10,16 @@ from PIL import Image
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.images.colours import to_srgb
-from flux_ray.gateway.images.decode_work import DecodeWork
-from flux_ray.gateway.images.jpeg_ends import with_its_end
-from flux_ray.gateway.images.jpeg_segments import JPEG_START, PlainJpeg, plain_jpeg
-from flux_ray.gateway.images.notes import note
-from flux_ray.gateway.images.orientation import turn_upright
-from flux_ray.gateway.images.png_chunks import PNG_START, check_chunks
+from flux_ray.gateway.images.file_formats import (
+    JPEG_START,
+    PNG_START,
+    DecodeWork,
+    PlainJpeg,
+    check_chunks,
+    plain_jpeg,
+    with_its_end,
+)
+from flux_ray.gateway.images.normalize import note, to_srgb, turn_upright
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import RgbImage
 from flux_ray.resizing import scale_down

@@ -7,7 +7,7 @@ from PIL import Image
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_from, read
-from flux_ray.gateway.images.decoders import DECODERS, FIRST
+from flux_ray.gateway.images.file_formats import DECODERS, FIRST
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture

@@ -19,10 +19,10 @@ from flux_ray.gateway.images.decode import (
     is_large,
     whole_image,
 )
-from flux_ray.gateway.images.decoders import DECODERS, timed
 from flux_ray.gateway.images.fetch import Fetcher
+from flux_ray.gateway.images.file_formats import DECODERS, timed
 from flux_ray.gateway.images.masks import decode_mask
-from flux_ray.gateway.images.notes import with_notes
+from flux_ray.gateway.images.normalize import with_notes
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.request import Mask, RgbImage
 

@@ -1,11 +1,20 @@
-"""The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks."""
+"""The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks.
 
-from collections.abc import Callable, Iterator, Mapping
+The multipart body of an edit: how it is read, whether it is whole, and its text parts.
+"""
+
+import io
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
-from flux_ray.errors import BadReference, BadRequest
+from flux_ray.config.gateway import Limits
+from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.fields.foreign import (
     is_image_name,
     is_mask_name,
@@ -104,3 +113,105 @@ def counted(sources: Iterator[ImageSource], target: ResolvedModel) -> list[Image
             raise BadReference(message, source.param)
         taken.append(source)
     return taken
+
+
+MAX_FORM_FILES = 32
+MAX_FORM_FIELDS = 64
+UTF_8 = ("utf-8", "utf8")
+PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
+
+
+class WholeFormParser(MultiPartParser):
+    """Reads a form, and knows whether it ended as one does.
+
+    A part that holds a picture's bytes is a file, though it may have no file name.
+    """
+
+    is_whole = False
+
+    def on_part_end(self) -> None:
+        """Keep the bytes of a picture, which as text would be lost."""
+        part = self._current_part
+        if part.file is None and is_picture_name(part.field_name) and is_binary(part.data):
+            file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
+            self.items.append((part.field_name, file))
+            return
+        super().on_part_end()
+
+    def close_files(self) -> None:
+        """Close also those that the form does not have, as it ended within them."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+    def on_end(self) -> None:
+        """Note the closing delimiter, which Starlette does not look for."""
+        self.is_whole = True
+
+
+def is_binary(data: bytearray) -> bool:
+    """Whether that is a file's bytes rather than base64 or a URL."""
+    return data.startswith(PICTURE_STARTS) or not data[:64].isascii()
+
+
+@asynccontextmanager
+async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
+    """The parts of the body; its files are closed in the end.
+
+    BadRequest if it cannot be read or is not whole; WrongContentType if it is not in UTF-8.
+    """
+    check_charset(request)
+    parser = WholeFormParser(
+        request.headers,
+        request.stream(),
+        max_files=MAX_FORM_FILES,
+        max_fields=MAX_FORM_FIELDS,
+        # Text may be as long as in JSON: a field's own check then names the field.
+        max_part_size=limits.max_body_bytes,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise form_fault(error.message) from None
+    try:
+        if not parser.is_whole:
+            raise BadRequest(
+                "the form is not whole: the closing delimiter, the boundary between two pairs"
+                " of dashes, is missing at its end"
+            )
+        yield form
+    finally:
+        await form.close()
+        parser.close_files()
+
+
+def check_charset(request: Request) -> None:
+    """Raises before a text is decoded with a codec of the client's choice: some take hours."""
+    _, options = parse_options_header(request.headers.get("content-type"))
+    charset = options.get(b"charset")
+    if charset is not None and charset.decode("latin-1").strip().lower() not in UTF_8:
+        raise WrongContentType("send the form as UTF-8: no other charset is read")
+
+
+def form_fault(detail: str) -> BadRequest:
+    """Starlette tells its form faults apart by words only."""
+    if detail.startswith("Too many files"):
+        return BadReference(f"a form may have at most {MAX_FORM_FILES} images", "image")
+    if detail.startswith("Too many fields"):
+        return BadRequest(f"a form may have at most {MAX_FORM_FIELDS} text parts")
+    if detail.startswith("Missing boundary"):
+        return BadRequest("the form cannot be read: its content-type names no boundary")
+    return BadRequest("the form cannot be read")
+
+
+def text_parts(form: FormData) -> dict[str, str]:
+    """The parts that are no pictures and not empty, each name once."""
+    parts: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if is_picture_name(name) or (is_unfilled(value) and name != "prompt"):
+            continue
+        if isinstance(value, UploadFile):
+            raise BadRequest(f"{name[:80]} is no picture that is read here", name[:80])
+        if name in parts:
+            raise BadRequest(f"{name[:80]} was sent twice", name[:80])
+        parts[name] = value
+    return parts

@@ -6,10 +6,10 @@ import uuid
 from flux_ray.catalog.tiers import Tier
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference, BadRequest
-from flux_ray.gateway.fields.scaled_sizes import generated_size
 from flux_ray.gateway.fields.sizes import (
     check_size,
     fitted,
+    generated_size,
     parse_size,
     ratio_of,
     shape_in,

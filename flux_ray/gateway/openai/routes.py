@@ -9,11 +9,9 @@ from starlette.responses import Response
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
-from flux_ray.gateway.body_limit import forget_body, read_body
-from flux_ray.gateway.callers import PARAMETERS
+from flux_ray.gateway.callers import PARAMETER, PARAMETERS
 from flux_ray.gateway.errors import Envelope
-from flux_ray.gateway.event_stream import MEDIA_TYPE
-from flux_ray.gateway.idempotency import PARAMETER
+from flux_ray.gateway.http import MEDIA_TYPE, forget_body, read_body
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
 from flux_ray.gateway.images.sources import (
@@ -23,19 +21,18 @@ from flux_ray.gateway.images.sources import (
     read_with_alpha,
 )
 from flux_ray.gateway.model_names import ResolvedModel
-from flux_ray.gateway.openai.answer import Answer, answer_for
-from flux_ray.gateway.openai.edit_form import open_form, text_parts
-from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json
+from flux_ray.gateway.openai.answer import Answer, Kind, answer_for, stream
+from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json, warnings_of
 from flux_ray.gateway.openai.references import (
     MASK_NAMES,
     REFERENCE_NAMES,
+    open_form,
     sources_in_form,
     take_sources,
+    text_parts,
 )
 from flux_ray.gateway.openai.request import request_for
-from flux_ray.gateway.openai.stream import Kind, stream
-from flux_ray.gateway.openai.warnings import warnings_of
-from flux_ray.gateway.results.kept_images import KeptImages
+from flux_ray.gateway.results import KeptImages
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.router.router import Router
 

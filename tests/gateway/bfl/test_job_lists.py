@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.job_service import desk_for
+from flux_ray.gateway.bfl.routes import desk_for
 from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import NotTaken
 from flux_ray.request import Hear, ImageRequest, ImageResult, News, Progress, QueuePosition

@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.job_service import desk_for
+from flux_ray.gateway.bfl.routes import desk_for
 from flux_ray.jobs.service import JobService
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel

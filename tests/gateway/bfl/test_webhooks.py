@@ -9,7 +9,7 @@ from standardwebhooks import Webhook as Verifier
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.job_service import desk_for
+from flux_ray.gateway.bfl.routes import desk_for
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving

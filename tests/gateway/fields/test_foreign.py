@@ -11,8 +11,7 @@ from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.bfl.request import size_for
 from flux_ray.gateway.fields.foreign import IMAGES, MASKS, OURS, REFUSED, STRENGTHS
 from flux_ray.gateway.fields.sent import heed
-from flux_ray.gateway.openai.fields import ImageFields
-from flux_ray.gateway.openai.warnings import warnings_for
+from flux_ray.gateway.openai.fields import ImageFields, warnings_for
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"

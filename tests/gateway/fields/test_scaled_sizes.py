@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.fields.scaled_sizes import check_scaled, generated_size, generates
+from flux_ray.gateway.fields.sizes import check_scaled, generated_size, generates
 
 PATH = "/v1/images/generations"
 TINY = tier_for("tiny")

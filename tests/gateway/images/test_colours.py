@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import decode
 from flux_ray.gateway.images.masks import decode_mask
-from flux_ray.gateway.images.notes import with_notes
+from flux_ray.gateway.images.normalize import with_notes
 from tests.conftest import LIMITS
 from tests.gateway.images.icc import ADOBE, GREY
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.images import decode_work
+from flux_ray.gateway.images import file_formats
 from flux_ray.gateway.images.decode import decode, is_large, work_bytes
-from flux_ray.gateway.images.notes import with_notes
+from flux_ray.gateway.images.normalize import with_notes
 from tests.gateway.images.icc import ADOBE
 from tests.gateway.images.image_files import (
     after_start,
@@ -147,7 +147,7 @@ def test_the_limit_is_of_all_attempts_together(monkeypatch):
         ticks += 1
         return float(ticks)
 
-    monkeypatch.setattr(decode_work.time, "thread_time", count)
+    monkeypatch.setattr(file_formats.time, "thread_time", count)
     decode(PROGRESSIVE, LIMITS.model_copy(update={"max_decode_s": 1e9}), "image 1")
     limits = LIMITS.model_copy(update={"max_decode_s": ticks * 1.5})
     decode(PROGRESSIVE, limits, "image 1")

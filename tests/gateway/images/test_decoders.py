@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from flux_ray.gateway.images.decoders import FIRST, LONG_S, Decoders
+from flux_ray.gateway.images.file_formats import FIRST, LONG_S, Decoders
 
 
 async def test_the_request_that_came_first_is_decoded_first():

@@ -9,8 +9,7 @@ import trustme
 
 from flux_ray.config.gateway import Fetching
 from flux_ray.errors import BadReference
-from flux_ray.gateway.images.addresses import is_reachable
-from flux_ray.gateway.images.fetch import Fetcher
+from flux_ray.gateway.images.fetch import Fetcher, is_reachable
 from tests.gateway.images.image_server import serving
 
 

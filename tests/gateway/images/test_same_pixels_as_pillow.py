@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 
 from flux_ray.config.gateway import Limits
 from flux_ray.gateway.images.decode import decode
-from flux_ray.gateway.images.decode_work import DecodeWork
-from flux_ray.gateway.images.jpeg_segments import PIECE_BYTES, plain_jpeg
-from flux_ray.gateway.images.notes import with_notes
+from flux_ray.gateway.images.file_formats import PIECE_BYTES, DecodeWork, plain_jpeg
+from flux_ray.gateway.images.normalize import with_notes
 from tests.gateway.images.image_files import (
     after_start,
     before,

@@ -15,7 +15,7 @@ from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.gateway.images import decode as references
-from flux_ray.gateway.images import decoders
+from flux_ray.gateway.images import file_formats
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
@@ -184,4 +184,4 @@ async def test_nothing_is_decoded_scaled_or_hashed_on_the_event_loop(client, han
     assert threads == {}
     fresh = replace(travelled.references[0])
     assert fresh.digest == travelled.references[0].digest
-    assert decoders.DECODERS._num_free >= 1
+    assert file_formats.DECODERS._num_free >= 1

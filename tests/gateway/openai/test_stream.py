@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed
-from flux_ray.gateway import event_stream
+from flux_ray.gateway import http as event_stream
 from flux_ray.gateway.errors import Envelope, Failure
-from flux_ray.gateway.event_stream import event_text, kept_alive
+from flux_ray.gateway.http import event_text, kept_alive
 from flux_ray.request import (
     Finished,
     GeneratedImage,

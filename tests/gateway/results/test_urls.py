@@ -10,7 +10,7 @@ import pytest
 from flux_ray.auth.keys import KeyFile, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.results.urls import ResultUrls
+from flux_ray.gateway.results import ResultUrls
 from flux_ray.jobs.job import JobSubmission, StoredImage
 from flux_ray.jobs.service import JobService
 from flux_ray.request import Encoding, ImageRequest, RgbImage

@@ -1,0 +1,197 @@
+"""References that are this server's own results: read from their store, without the network.
+
+URLs of jobs' pictures: whoever has one may read that picture, for a while.
+
+Answers by URL: pictures that were just drawn, kept for as long as those of jobs.
+
+`GET /results/...`: finished pictures for whoever has the signed URL of one.
+"""
+
+import hmac
+import re
+import time
+from collections.abc import Callable
+from urllib.parse import parse_qs, urlsplit
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from flux_ray.errors import BadReference, UnknownResult
+from flux_ray.gateway.errors import Envelope, answer_for
+from flux_ray.gateway.images.fetch import MAX_URL_CHARS, Fetcher
+from flux_ray.jobs.job import Job, StoredImage
+from flux_ray.jobs.results import ResultMissing, ResultTooLarge
+from flux_ray.jobs.service import JobService
+from flux_ray.request import ImageRequest, ImageResult
+
+PREFIX = "/results/"
+VALID_S = 600
+_EXPIRY = re.compile(r"[0-9]{1,12}", re.A)
+_SIGNATURE = re.compile(r"[0-9a-f]{64}", re.A)
+
+
+class ResultUrls:
+    """Makes them and checks them. `secret` is the desk's, so that any gateway knows all of them."""
+
+    def __init__(
+        self,
+        public_url: str,
+        secret: bytes,
+        valid_s: float = VALID_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._public_url = public_url.rstrip("/")
+        self._secret = secret
+        self._valid_s = valid_s
+        self._clock = clock
+
+    def url_of(self, picture: StoredImage) -> str:
+        """Absolute, and good from now on for so long as they are."""
+        expiry = str(int(self._clock() + self._valid_s))
+        signature = self._sign(picture.name, expiry)
+        return f"{self._public_url}{PREFIX}{picture.name}?exp={expiry}&sig={signature}"
+
+    def allows(self, name: str, expiry: str, signature: str) -> bool:
+        """Whether it is one of ours, for that very name, and not yet over."""
+        if not _EXPIRY.fullmatch(expiry) or not _SIGNATURE.fullmatch(signature):
+            return False
+        is_ours = hmac.compare_digest(self._sign(name, expiry), signature)
+        return is_ours and self._clock() < int(expiry)
+
+    def _sign(self, name: str, expiry: str) -> str:
+        # What else is ever signed with this secret has other words in front.
+        words = f"result {expiry} {name}".encode("utf-8", "backslashreplace")
+        return hmac.digest(self._secret, words, "sha256").hex()
+
+
+async def urls_for(desk: JobService, public_url: str) -> ResultUrls:
+    """With the secret that all gateways share. Raises StoreLost."""
+    return ResultUrls(public_url, await desk.url_secret())
+
+
+def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
+    """Where the first picture of a job is, if it is ready."""
+    if job.status != "ready" or job.result is None:
+        return None
+    return urls.url_of(job.result.pictures[0])
+
+
+def preview_url_of(job: Job, urls: ResultUrls) -> str | None:
+    """Where what it will look like is, if it runs and that is known."""
+    return None if job.preview is None else urls.url_of(job.preview)
+
+
+class KeptImages:
+    """Where there are jobs there is a place to keep them. Raises StoreLost and ResultsLost."""
+
+    def __init__(self, desk: JobService, public_url: str) -> None:
+        self._desk = desk
+        self._public_url = public_url
+
+    async def urls_of(
+        self, owner: str, request: ImageRequest, result: ImageResult
+    ) -> tuple[str, ...]:
+        """A signed one of each picture."""
+        urls = await urls_for(self._desk, self._public_url)
+        pictures = await self._desk.keep(owner, request, result)
+        return tuple(urls.url_of(picture) for picture in pictures)
+
+
+class OwnResultsFirst(Fetcher):
+    """A Fetcher that knows the URLs which this server signs.
+
+    A signature is of the result's name alone, so that by whatever host clients reach this server
+    (localhost, a private `public_url`, a load balancer), the URL is its own, and nobody else's.
+    """
+
+    def __init__(self, fetcher: Fetcher, desk: JobService, public_url: str) -> None:
+        # Those of the other: reading the certificates takes a while.
+        self.fetching, self.guard = fetcher.fetching, fetcher.guard
+        self._fetcher = fetcher
+        self._desk = desk
+        self._public_url = public_url.rstrip("/")
+
+    async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
+        """The bytes of an own result, else as the Fetcher. Raises StoreLost too."""
+        result = await self._result_of(url)
+        if result is None:
+            if url.startswith(self._public_url + PREFIX):
+                message = f"{name}: its URL is none of this server's results, or not any more"
+                raise BadReference(message, "url")
+            return await self._fetcher.read(url, max_bytes, name, until_s)
+        try:
+            data = await self._desk.read_by_name(result)
+        except (ResultMissing, ResultTooLarge):
+            message = f"{name}: the result at its URL is not kept any more"
+            raise BadReference(message, "url") from None
+        if len(data) > max_bytes:
+            raise BadReference(f"{name} is larger than {max_bytes} bytes", "url")
+        return data
+
+    async def _result_of(self, url: str) -> str | None:
+        """The name of the result, if the URL is signed by this server and still good."""
+        if len(url) > MAX_URL_CHARS:
+            # Python keeps the last 128 URLs that it split, each as long as a body may be.
+            return None
+        try:
+            parts = urlsplit(url)
+            query = parse_qs(parts.query, max_num_fields=8)
+        except ValueError:
+            return None
+        _, found, name = parts.path.rpartition(PREFIX)
+        exp, sig = (query.get(field, [""])[0] for field in ("exp", "sig"))
+        if not found or not sig:
+            return None
+        urls = await urls_for(self._desk, self._public_url)
+        return name if urls.allows(name, exp, sig) else None
+
+
+# By the ending that we gave the file; what is in it is not looked at.
+TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+PRIVATE = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
+
+
+class ResultRoutes:
+    """The one route; it asks for no key, as the signature is the right to read."""
+
+    def __init__(self, desk: JobService, public_url: str) -> None:
+        self._desk = desk
+        self._public_url = public_url
+
+    def routes(self) -> APIRouter:
+        """Whatever the path below it, this answers, so that all that is wrong looks alike."""
+        path = PREFIX + "{name:path}"
+        picture = {"schema": {"type": "string", "format": "binary"}}
+        routes = APIRouter(tags=["results"])
+        routes.add_api_route(
+            path,
+            self.show,
+            response_class=Response,
+            responses={
+                200: {"content": dict.fromkeys(TYPES.values(), picture)},
+                "default": {"model": Envelope},
+            },
+        )
+        routes.add_api_route(path, self.show, methods=["HEAD"], include_in_schema=False)
+        return routes
+
+    async def show(self, request: Request, name: str, exp: str = "", sig: str = "") -> Response:
+        """The picture, if the URL is one of ours and there is still such a picture."""
+        try:
+            urls = await urls_for(self._desk, self._public_url)
+            if not urls.allows(name, exp, sig):
+                return missing(request)
+            data = await self._desk.read_by_name(name)
+        except (ResultMissing, ResultTooLarge):
+            return missing(request)
+        headers = PRIVATE | {"content-disposition": "inline"}
+        return Response(data, media_type=TYPES[name.rpartition(".")[2]], headers=headers)
+
+
+def missing(request: Request) -> Response:
+    """One text for all that may be wrong with a URL; not to be remembered by anybody."""
+    error = UnknownResult("there is no such picture, or its URL is not valid any more")
+    answer = answer_for(request, error)
+    answer.headers.update(PRIVATE)
+    return answer
