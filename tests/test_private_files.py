@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from flux_ray import private_files
-from flux_ray.jobs.database import Database
-from flux_ray.jobs.results import Results
-from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.database import Database, shared_secret
+from flux_ray.jobs.images import Results
 from flux_ray.private_files import is_open_to_others, make_folder
 from flux_ray.request import GeneratedImage, ImageRequest
 from flux_ray.router.recorder import Recorder

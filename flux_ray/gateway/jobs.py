@@ -20,8 +20,8 @@ from flux_ray.gateway.callers import allowance_of, key_of, name_of
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.gateway.submit import PreparedRequest
+from flux_ray.jobs.images import is_job_id
 from flux_ray.jobs.job import Idempotency, Job, JobSubmission, ListPlace, State, Webhook
-from flux_ray.jobs.results import is_job_id
 from flux_ray.jobs.service import JobService
 from flux_ray.jobs.store import too_many
 from flux_ray.request import (

@@ -20,8 +20,8 @@ from starlette.responses import Response
 from flux_ray.errors import BadReference, UnknownResult
 from flux_ray.gateway.errors import Envelope, answer_for
 from flux_ray.gateway.images.fetch import MAX_URL_CHARS, Fetcher
+from flux_ray.jobs.images import ResultMissing, ResultTooLarge
 from flux_ray.jobs.job import Job, StoredImage
-from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 from flux_ray.jobs.service import JobService
 from flux_ray.request import ImageRequest, ImageResult
 

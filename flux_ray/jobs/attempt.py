@@ -1,22 +1,129 @@
-"""One attempt at one job: draw it while the lease is kept, keep its pictures, end it."""
+"""One attempt at one job: draw it while the lease is kept, keep its pictures, end it.
+
+What becomes of a job whose attempt failed: another one, after a pause, or its end.
+
+Shows what a job will look like while it is drawn, where any gateway finds it.
+"""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from flux_ray.errors import FluxError, ResultsLost, StoreLost
-from flux_ray.jobs.job import Job, JobFailure, JobResult, Lease
-from flux_ray.jobs.outcome import LOST, RetryLater, outcome_of
-from flux_ray.jobs.previews import Previews
-from flux_ray.jobs.results import Results
-from flux_ray.jobs.serialization import defer, num_blobs, unpack
+from flux_ray.errors import (
+    FluxError,
+    OutOfMemory,
+    Overloaded,
+    RateLimited,
+    ResultsLost,
+    StoreLost,
+    TierUnavailable,
+)
+from flux_ray.jobs.images import Results, ResultTooLarge
+from flux_ray.jobs.job import Job, JobFailure, JobResult, Lease, StoredImage
+from flux_ray.jobs.lease_worker import spawn
+from flux_ray.jobs.serialization import Unreadable, defer, num_blobs, unpack
 from flux_ray.jobs.store import Store
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePosition
 
+FIRST_PAUSE_S = 1.0
+MAX_PAUSE_S = 60.0
+# Each attempt takes a replica's turn before it reads: not too often while a store is away.
+AWAY_PAUSE_S = 5.0
+
+LOST = JobFailure("server_error", "the picture could not be drawn")
+
+
+class RetryLater(NamedTuple):
+    """Another attempt, so much later; `is_lost` if it counts against the job."""
+
+    after_s: float
+    is_lost: bool
+
+
+def outcome_of(error: BaseException | None, num_lost: int) -> RetryLater | JobFailure:
+    """After `error` in an attempt (None: it was cancelled from within).
+
+    A job waits for its turn as long as that takes, and for its references as long as their store is
+    away. What may be the job's own fault is tried again
+    too, as a whole cluster may have died under it; how often, the worker decides by `num_lost`.
+    What needs more memory than a card has would need it again: that is its end.
+    """
+    if isinstance(error, (Overloaded, RateLimited, TierUnavailable)):
+        return RetryLater(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
+    if isinstance(error, Unreadable):
+        return RetryLater(MAX_PAUSE_S, is_lost=False)
+    if isinstance(error, StoreLost):
+        return RetryLater(AWAY_PAUSE_S, is_lost=False)
+    if isinstance(error, OutOfMemory) or (isinstance(error, FluxError) and error.status < 500):
+        return JobFailure(error.code, error.message)
+    if isinstance(error, ResultTooLarge):
+        return LOST
+    return RetryLater(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)
+
+
 logger = logging.getLogger("ray.serve")
+
+# The last one that was heard of, if there is one.
+Last = Callable[[], GeneratedImage | None]
+
+
+class Previews:
+    """Of one attempt. What fails here costs a preview, and never the job."""
+
+    def __init__(self, lease: Lease, store: Store, results: Results, last: Last) -> None:
+        self._lease = lease
+        self._store = store
+        self._results = results
+        self._last = last
+        self._num_written = 0
+        self._shown: tuple[StoredImage, ...] = ()
+
+    @asynccontextmanager
+    async def shown(self, beat_s: float) -> AsyncIterator[None]:
+        """While this is open: looked for at each beat, and removed at its end.
+
+        Who is cancelled is to leave at once: what stays goes when the job has expired.
+        """
+        showing = spawn(self._show_on(beat_s))
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.wait({showing})
+        await self._remove()
+
+    async def _show_on(self, beat_s: float) -> None:
+        seen: GeneratedImage | None = None
+        while True:
+            await asyncio.sleep(beat_s)
+            if (image := self._last()) is not None and image is not seen:
+                seen = image
+                await self._show(image)
+
+    async def _show(self, image: GeneratedImage) -> None:
+        job = self._lease.job
+        number, self._num_written = self._num_written, self._num_written + 1
+        try:
+            picture = await self._results.write_preview(
+                job.job_id, job.attempt, number, image, job.packed["encoding"]["format"]
+            )
+            # Those before it stay: somebody may have their URLs.
+            self._shown += (picture,)
+            await self._store.show(self._lease, self._shown)
+        except (StoreLost, ResultTooLarge) as error:
+            logger.warning("job %s is not previewed: %s", job.job_id, error)
+
+    async def _remove(self) -> None:
+        job = self._lease.job
+        form = job.packed["encoding"]["format"]
+        try:
+            await self._results.remove_previews(job.job_id, job.attempt, self._num_written, form)
+        except StoreLost as error:
+            logger.warning("job %s keeps its previews for now: %s", job.job_id, error)
+
 
 # A lease outlives two beats that were lost.
 BEATS_PER_LEASE = 3

@@ -1,13 +1,22 @@
-"""The way to the database: SQLite or PostgreSQL, its transactions, its clock, and its loss."""
+"""The way to the database: SQLite or PostgreSQL, its transactions, its clock, and its loss.
+
+The file of an SQLite database: made for nobody else's eyes, and known again by its inode.
+
+Secrets that all gateways of a database share: whoever asks first makes them.
+"""
 
 import asyncio
 import logging
+import os
+import secrets
+import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from sqlalchemy import (
     ColumnElement,
@@ -21,6 +30,7 @@ from sqlalchemy import (
     literal,
     select,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     DatabaseError,
@@ -34,9 +44,55 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.migrations.schema import migrate
-from flux_ray.jobs.sqlite_file import DatabaseFile, FileIdentity
+from flux_ray.jobs.table import SECRETS
+from flux_ray.private_files import keep_from_others, make_folder, open_privately
 
 logger = logging.getLogger("ray.serve")
+
+# What SQLite keeps beside it, with the mode of the file itself.
+COMPANIONS = ("", "-wal", "-shm")
+
+
+class FileIdentity(NamedTuple):
+    """What a file keeps as long as it is the same one, whatever is written into it."""
+
+    device: int
+    inode: int
+
+
+class DatabaseFile:
+    """One file; connections to it never make it, so that none finds an empty one in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def make(self) -> None:
+        """Make it where it is not there, and close it to others where it is. Raises OSError."""
+        make_folder(self.path.parent)
+        os.close(open_privately(str(self.path), os.O_RDWR | os.O_CREAT))
+        kept = [keep_from_others(Path(f"{self.path}{each}")) for each in COMPANIONS]
+        if not all(kept):
+            folder = shlex.quote(str(self.path.parent))
+            logger.warning(
+                "other users of this machine can read the prompts and secrets in %s, whose files"
+                " are not ours to change: chmod 700 %s",
+                self.path,
+                folder,
+            )
+
+    def identity(self) -> FileIdentity | None:
+        """Return that of the file which is there now; None where there is none."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return FileIdentity(found.st_dev, found.st_ino)
+
+    def url_for(self, url: URL) -> URL:
+        """Return the URL by which it is opened only if it is there."""
+        name = f"file:{quote(str(self.path.absolute()))}"
+        return url.set(database=name, query={"mode": "rw", "uri": "true"})
+
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 # How long a statement waits for those of other processes.
@@ -303,3 +359,20 @@ def only_read_sqlite(connection: Any, record: object) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only=ON")
     cursor.close()
+
+
+NUM_BYTES = 32
+
+
+async def shared_secret(database: Database, name: str) -> bytes:
+    """Random bytes, for everybody the same ones under that name. Raises StoreLost."""
+    query = select(SECRETS.c.value).where(SECRETS.c.name == name)
+    # First: who only reads does not wait for who writes.
+    if row := await database.first(query):
+        return bytes.fromhex(row["value"])
+    insert = sqlite.insert if database.is_sqlite else postgresql.insert
+    made = insert(SECRETS).values(name=name, value=secrets.token_hex(NUM_BYTES))
+    await database.execute(made.on_conflict_do_nothing().returning(SECRETS.c.name))
+    # Of several who were first at once, one was.
+    [row] = await database.execute(query)
+    return bytes.fromhex(row["value"])

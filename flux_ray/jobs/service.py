@@ -1,4 +1,7 @@
-"""The desk at which dialects hand jobs in and ask for them, at any gateway."""
+"""The desk at which dialects hand jobs in and ask for them, at any gateway.
+
+Takes offers in: a job is accepted when its row and its reference pictures are kept.
+"""
 
 import asyncio
 import logging
@@ -6,8 +9,6 @@ from collections.abc import Collection
 
 from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
-from flux_ray.jobs.abandoned import Abandoned
-from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import (
     Generate,
     PreviewOf,
@@ -17,18 +18,35 @@ from flux_ray.jobs.attempt import (
     remove_references,
     unheard,
 )
-from flux_ray.jobs.cleanup import PERIOD_S, keep_clean
-from flux_ray.jobs.database import Database
-from flux_ray.jobs.images import ImageStore
+from flux_ray.jobs.cleanup import PERIOD_S, Abandoned, keep_clean
+from flux_ray.jobs.database import Database, shared_secret
+from flux_ray.jobs.images import ImageStore, Results
 from flux_ray.jobs.job import Idempotency, Job, JobSubmission, ListPlace, Status, StoredImage
 from flux_ray.jobs.lease_worker import repeat, spawn
-from flux_ray.jobs.results import Results
-from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.serialization import compress, pack
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.webhook_outbox import WebhookOutbox
-from flux_ray.jobs.webhooks import Mail, WebhookWorker
+from flux_ray.jobs.webhooks import Mail, WebhookOutbox, WebhookWorker
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult
+
+
+async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
+    """The job, which from now on is never lost.
+
+    Raises KeyReused, RateLimited, StoreLost, ResultsLost and ResultTooLarge: it was not accepted,
+    or that is not known; offered again with its idempotency key, it is the same job.
+    """
+    packed = await asyncio.to_thread(pack, offer.request)
+    job = await store.accept(offer, packed.row, is_whole=not packed.pictures)
+    if job.status != "arriving":
+        return job
+    # The gateway that was at it before may be gone: the pictures are the same.
+    await results.write_references(job.job_id, packed.pictures, compress)
+    admitted = await store.admit(job.job_id)
+    if admitted is None:
+        raise StoreLost("the reference pictures took too long to be stored")
+    return admitted
+
 
 logger = logging.getLogger("ray.serve")
 

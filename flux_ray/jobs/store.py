@@ -1,8 +1,12 @@
-"""The store of jobs: accept, claim, beat, end, cancel and find, each one transaction."""
+"""The store of jobs: accept, claim, beat, end, cancel and find, each one transaction.
+
+Tells which rows have stayed as they are for so long, by a clock that nobody sets.
+"""
 
 import time
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -16,7 +20,6 @@ from sqlalchemy import (
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.insertion import insertion, num_active
 from flux_ray.jobs.job import (
     End,
     Idempotency,
@@ -29,12 +32,77 @@ from flux_ray.jobs.job import (
     Status,
     StoredImage,
 )
-from flux_ray.jobs.listing import num_before, page_of
-from flux_ray.jobs.rows import COLUMNS, job_of
-from flux_ray.jobs.silence import Clock, Silence
-from flux_ray.jobs.statements import Sign, Wanted, claim_of, next_job, running, sign_of
+from flux_ray.jobs.statements import (
+    COLUMNS,
+    Sign,
+    Wanted,
+    claim_of,
+    insertion,
+    job_of,
+    next_job,
+    num_active,
+    num_before,
+    page_of,
+    running,
+    sign_of,
+)
 from flux_ray.jobs.table import JOBS
 from flux_ray.request import PROTOCOL, QueuePosition
+
+Clock = Callable[[], float]
+M = TypeVar("M", bound=Hashable)
+
+# Of `after_s`: what one look may add. Time in which nobody could look is not silence: the database
+# or this process was away, and the others may have been as well.
+MAX_GAP = 1 / 3
+
+
+class Seen(NamedTuple, Generic[M]):
+    """What was seen of a row, and for how many seconds nothing else was."""
+
+    mark: M
+    silent_s: float
+
+
+class Silence(Generic[M]):
+    """Rows by their ids, each with a mark that changes with every sign of life.
+
+    Whoever watches counts by its own `clock`: clocks that are set, here or at the database, make
+    nobody silent. It has to watch for `after_s` itself before it says so of anybody.
+    """
+
+    def __init__(self, after_s: float, clock: Clock = time.monotonic) -> None:
+        self._after_s = after_s
+        self._clock = clock
+        self._seen: dict[str, Seen[M]] = {}
+        self._seen_at_s: float | None = None
+
+    def begin(self) -> float:
+        """Return the time of a look that is about to begin, for `look`."""
+        return self._clock()
+
+    def look(self, marks: Mapping[str, M], begun_s: float) -> None:
+        """Take down what there is to see; rows that are not among it are forgotten."""
+        gap_s = 0.0
+        if self._seen_at_s is not None:
+            # From when the last look was over: what it saw may have been true until then.
+            gap_s = min(max(begun_s - self._seen_at_s, 0.0), MAX_GAP * self._after_s)
+        self._seen = {name: self._seen_again(name, mark, gap_s) for name, mark in marks.items()}
+        self._seen_at_s = self._clock()
+
+    def _seen_again(self, name: str, mark: M, gap_s: float) -> Seen[M]:
+        before = self._seen.get(name)
+        if before is None or before.mark != mark:
+            return Seen(mark, 0.0)
+        return Seen(mark, before.silent_s + gap_s)
+
+    @property
+    def silent(self) -> dict[str, M]:
+        """Those that gave no sign for `after_s`, with the marks that they had all the while."""
+        return {
+            name: seen.mark for name, seen in self._seen.items() if seen.silent_s >= self._after_s
+        }
+
 
 MAX_TRIES = 5
 # A lost worker is noticed so much later than it has to be, at most.

@@ -10,7 +10,7 @@ from flux_ray.errors import StoreLost
 from flux_ray.jobs.attempt import Attempt, WorkerContext
 from flux_ray.jobs.job import Lease
 from flux_ray.jobs.lease_worker import POLL_S, Busy, LeasedJob, LeaseWorker, repeat, spawn
-from flux_ray.jobs.reading import Unreadable, check_readable
+from flux_ray.jobs.serialization import Unreadable, check_readable
 from flux_ray.jobs.statements import Wanted
 
 logger = logging.getLogger("ray.serve")

@@ -3,8 +3,8 @@
 import uuid
 from typing import Any
 
+from flux_ray.jobs.images import ResultMissing
 from flux_ray.jobs.job import Idempotency, Job, JobResult, JobSubmission, StoredImage
-from flux_ray.jobs.results import ResultMissing
 from flux_ray.request import ImageRequest, ImageResult
 
 PICTURE = b"a picture"

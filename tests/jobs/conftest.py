@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.images import Results
 from flux_ray.jobs.job import JobSubmission
-from flux_ray.jobs.results import Results
 from flux_ray.jobs.store import Store
 from flux_ray.request import ImageRequest
 from tests.jobs.servers import S3, Postgres

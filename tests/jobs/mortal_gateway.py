@@ -8,15 +8,14 @@ import sys
 
 from flux_ray.config.gateway import Webhooks
 from flux_ray.gateway.webhooks import Poster
-from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.cleanup import keep_clean
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.images import Results
 from flux_ray.jobs.job import Idempotency, Job, JobSubmission, Webhook
-from flux_ray.jobs.results import Results
+from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
-from flux_ray.jobs.webhook_outbox import WebhookOutbox
-from flux_ray.jobs.webhooks import Mail, WebhookWorker
+from flux_ray.jobs.webhooks import Mail, WebhookOutbox, WebhookWorker
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, RgbImage
 from tests.jobs.painter import paint

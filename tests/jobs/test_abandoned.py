@@ -2,7 +2,7 @@
 
 import pytest
 
-from flux_ray.jobs.abandoned import NOT_SERVED, Abandoned
+from flux_ray.jobs.cleanup import NOT_SERVED, Abandoned
 from flux_ray.jobs.serialization import pack
 from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store

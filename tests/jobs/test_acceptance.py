@@ -6,11 +6,11 @@ import pytest
 
 from flux_ray.errors import KeyReused, ResultsLost
 from flux_ray.jobs import cleanup
-from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.cleanup import clean_up, keep_clean
-from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import Idempotency, JobResult
 from flux_ray.jobs.serialization import pack
+from flux_ray.jobs.service import accept
+from flux_ray.jobs.statements import ARRIVAL_S
 from flux_ray.request import GeneratedImage, RgbImage
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.waiting import wait_until

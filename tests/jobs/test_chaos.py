@@ -15,10 +15,10 @@ from sqlalchemy import text
 from standardwebhooks import Webhook
 
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.results import Results
+from flux_ray.jobs.images import Results
 from flux_ray.jobs.store import Store, job_of
 from flux_ray.jobs.table import JOBS
-from flux_ray.jobs.webhook_outbox import WebhookOutbox
+from flux_ray.jobs.webhooks import WebhookOutbox
 from tests.jobs.mortal_gateway import LEASE_S, SECRET, offer_for
 from tests.jobs.painter import picture_for
 from tests.jobs.waiting import wait_until

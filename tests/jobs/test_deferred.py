@@ -13,11 +13,10 @@ from flux_ray.gateway import jobs as job_loading
 from flux_ray.gateway.jobs import within_budget
 from flux_ray.gateway.memory_budget import MemoryBudget
 from flux_ray.jobs import attempt, serialization
-from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Attempt, WorkerContext
+from flux_ray.jobs.attempt import Attempt, RetryLater, WorkerContext, outcome_of
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.outcome import RetryLater, outcome_of
 from flux_ray.jobs.serialization import defer, pack, unpack
+from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
 from flux_ray.request import DeferredRequest, ImageRequest, Mask, RgbImage, loaded
 from tests.jobs.painter import paint, picture_for
@@ -123,7 +122,7 @@ async def test_packing_and_unpacking_are_never_on_the_event_loop(store, folder, 
 
         return watch
 
-    monkeypatch.setattr("flux_ray.jobs.acceptance.compress", watched(serialization.compress))
+    monkeypatch.setattr("flux_ray.jobs.service.compress", watched(serialization.compress))
     monkeypatch.setattr(serialization, "set_apart", watched(serialization.set_apart))
     monkeypatch.setattr(serialization, "picture_of", watched(serialization.picture_of))
     monkeypatch.setattr("hashlib.sha256", watched(__import__("hashlib").sha256))

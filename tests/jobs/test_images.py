@@ -9,13 +9,11 @@ import pytest
 
 from flux_ray.errors import ResultsLost
 from flux_ray.jobs.cleanup import clean_up
-from flux_ray.jobs.database import Database
-from flux_ray.jobs.images import KEPT_FOR, ImageStore
-from flux_ray.jobs.insertion import ARRIVAL_S
+from flux_ray.jobs.database import Database, shared_secret
+from flux_ray.jobs.images import KEPT_FOR, ImageStore, ResultMissing
 from flux_ray.jobs.job import JobResult
-from flux_ray.jobs.results import ResultMissing
 from flux_ray.jobs.serialization import pack
-from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.statements import ARRIVAL_S
 from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S, LEASE_S
 from tests.jobs.painter import paint

@@ -15,11 +15,10 @@ import pytest
 from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs import database as module
-from flux_ray.jobs.acceptance import accept as accept_into
-from flux_ray.jobs.database import Database
-from flux_ray.jobs.results import Results
+from flux_ray.jobs.database import Database, shared_secret
+from flux_ray.jobs.images import Results
 from flux_ray.jobs.service import JobService
-from flux_ray.jobs.shared_secret import shared_secret
+from flux_ray.jobs.service import accept as accept_into
 from flux_ray.jobs.store import Store
 from tests.jobs.conftest import KEEP_S, LEASE_S
 from tests.jobs.painter import paint

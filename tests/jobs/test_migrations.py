@@ -8,11 +8,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from flux_ray.jobs.database import Database
+from flux_ray.jobs.database import Database, shared_secret
 from flux_ray.jobs.job import Idempotency
 from flux_ray.jobs.migrations.schema import VERSION_TABLE
 from flux_ray.jobs.serialization import pack, unpack
-from flux_ray.jobs.shared_secret import shared_secret
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import METADATA
 from tests.jobs.conftest import KEEP_S, LEASE_S

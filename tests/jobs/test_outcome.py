@@ -3,9 +3,9 @@
 import pytest
 
 from flux_ray import errors
+from flux_ray.jobs.attempt import LOST, MAX_PAUSE_S, RetryLater, outcome_of
+from flux_ray.jobs.images import ResultMissing, ResultTooLarge
 from flux_ray.jobs.job import JobFailure
-from flux_ray.jobs.outcome import LOST, MAX_PAUSE_S, RetryLater, outcome_of
-from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from flux_ray.errors import ResultsLost, StoreLost
-from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import Attempt, WorkerContext
-from flux_ray.jobs.images import ImageStore
+from flux_ray.jobs.attempt import Attempt, Previews, WorkerContext
+from flux_ray.jobs.images import ImageStore, ResultMissing, ResultTooLarge
 from flux_ray.jobs.job import Lease, StoredImage
-from flux_ray.jobs.previews import Previews
-from flux_ray.jobs.results import ResultMissing, ResultTooLarge
 from flux_ray.jobs.serialization import unpack
+from flux_ray.jobs.service import accept
 from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S
 from tests.jobs.painter import paint, picture_for

@@ -8,8 +8,8 @@ import boto3
 import pytest
 
 from flux_ray.errors import ResultsLost
+from flux_ray.jobs.images import ResultMissing, Results, ResultTooLarge, write_whole
 from flux_ray.jobs.job import StoredImage
-from flux_ray.jobs.results import ResultMissing, Results, ResultTooLarge, write_whole
 from flux_ray.request import GeneratedImage
 
 JOB = str(uuid.UUID(int=1))

@@ -12,9 +12,8 @@ from sqlalchemy import text
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.serialization import pack
-from flux_ray.jobs.silence import MAX_GAP, Silence
 from flux_ray.jobs.statements import Wanted
-from flux_ray.jobs.store import Store
+from flux_ray.jobs.store import MAX_GAP, Silence, Store
 from flux_ray.request import ImageRequest
 from tests.jobs.conftest import KEEP_S, LEASE_S, Clock
 

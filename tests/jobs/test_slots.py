@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.job import Job
+from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult

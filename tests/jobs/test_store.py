@@ -11,10 +11,9 @@ from sqlalchemy import text
 
 from flux_ray.errors import KeyReused, RateLimited, StoreLost
 from flux_ray.jobs.database import Database
-from flux_ray.jobs.insertion import ARRIVAL_S
 from flux_ray.jobs.job import Idempotency, Job, JobFailure, JobResult, StoredImage, Webhook
 from flux_ray.jobs.serialization import pack, unpack
-from flux_ray.jobs.statements import Wanted
+from flux_ray.jobs.statements import ARRIVAL_S, Wanted
 from flux_ray.jobs.store import Store
 from tests.jobs.conftest import KEEP_S, LEASE_S
 

@@ -3,11 +3,9 @@
 import pytest
 from sqlalchemy import text
 
-from flux_ray.jobs.acceptance import accept
-from flux_ray.jobs.attempt import WorkerContext
-from flux_ray.jobs.outcome import RetryLater, outcome_of
-from flux_ray.jobs.reading import Unreadable, check_readable
-from flux_ray.jobs.serialization import pack
+from flux_ray.jobs.attempt import RetryLater, WorkerContext, outcome_of
+from flux_ray.jobs.serialization import Unreadable, check_readable, pack
+from flux_ray.jobs.service import accept
 from flux_ray.jobs.statements import Wanted
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker

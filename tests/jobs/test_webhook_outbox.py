@@ -9,7 +9,7 @@ from sqlalchemy.exc import ProgrammingError
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.job import JobFailure, JobResult, Webhook
 from flux_ray.jobs.serialization import pack
-from flux_ray.jobs.webhook_outbox import WebhookOutbox
+from flux_ray.jobs.webhooks import WebhookOutbox
 from tests.jobs.conftest import KEEP_S
 
 LEASE_S = 10.0

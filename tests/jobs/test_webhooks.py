@@ -7,14 +7,12 @@ import pytest
 from flux_ray.config.gateway import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs import webhooks
-from flux_ray.jobs.acceptance import accept
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import Webhook
-from flux_ray.jobs.service import JobService
+from flux_ray.jobs.service import JobService, accept
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.table import JOBS
-from flux_ray.jobs.webhook_outbox import WebhookOutbox
-from flux_ray.jobs.webhooks import Mail, NotTaken, WebhookWorker
+from flux_ray.jobs.webhooks import Mail, NotTaken, WebhookOutbox, WebhookWorker
 from tests.jobs.painter import paint
 from tests.jobs.waiting import wait_until
 

@@ -5,12 +5,12 @@ import asyncio
 import pytest
 
 from flux_ray.errors import BadRequest, Overloaded, ReplicaFailed, ResultsLost, StoreLost
-from flux_ray.jobs import outcome
-from flux_ray.jobs.acceptance import accept
+from flux_ray.jobs import attempt as outcome
 from flux_ray.jobs.attempt import WorkerContext
 from flux_ray.jobs.database import Database
+from flux_ray.jobs.images import Results
 from flux_ray.jobs.job import Job, JobFailure
-from flux_ray.jobs.results import Results
+from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, RgbImage

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from flux_ray.config.gateway import Fetching, GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.jobs.results import ResultMissing
+from flux_ray.jobs.images import ResultMissing
 from flux_ray.request import GeneratedImage, ImageResult, StageTimes
 from tests.conftest import LIMITS
 
