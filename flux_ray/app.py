@@ -23,26 +23,23 @@ from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank_group import bundles_for, strategy_for
 from flux_ray.replica.text_encoder import TextEncoder
-from flux_ray.router.autoscaling.budgeted import BudgetTerms
-from flux_ray.router.descriptions import learn_layouts
-from flux_ray.router.dispatch import TierHandles
+from flux_ray.router.autoscaling.gpu_budget import BudgetTerms
+from flux_ray.router.dispatch import TierHandles, learn_layouts
 from flux_ray.router.ledger.client import LedgerClient
-from flux_ray.router.ledger.price_exchange import PriceExchange
-from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.ledger.quota_client import PriceExchange, QuotaClient
 from flux_ray.router.ledger.remote import RemoteLedger
 from flux_ray.router.metrics import RouterMetrics
-from flux_ray.router.pricing.config_check import check_possible
+from flux_ray.router.pricing.config_check import check_possible, drain_timeout_s
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.pricing.drain_timeout import drain_timeout_s
-from flux_ray.router.recorder import Recorder
 from flux_ray.router.replica_choice import AssignedReplicaRouter
 from flux_ray.router.router import Router, Terms
+from flux_ray.router.trace import Recorder
 
 logger = logging.getLogger("ray.serve")
 
 # A leader that ended is replaced at the next check; one that hangs is killed before three of them
-# are over (router/ledger/hung_replicas.py).
+# are over (router/ledger/remote.py).
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 

@@ -22,12 +22,10 @@ from flux_ray.request import (
     Progress,
     StageTimes,
 )
-from flux_ray.router.ledger.messages import SubmitRequest
-from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.pricing.calibration import Observation
+from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.pricing.cost import ReplicaSpec
-from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.pricing.cost_model import CostModel, Observation
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
 

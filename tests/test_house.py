@@ -82,9 +82,8 @@ MAY_NOT_IMPORT = {
 RAY_HANDS = {
     "router/autoscaling/policy.py",
     "router/dispatch.py",
-    "router/ledger/hung_replicas.py",
-    "router/ledger/actor.py",
     "router/ledger/remote.py",
+    "router/ledger/actor.py",
     "router/readiness.py",
     "router/replica_choice.py",
 }

@@ -11,7 +11,7 @@ from flux_ray.jobs.database import Database, shared_secret
 from flux_ray.jobs.images import Results
 from flux_ray.private_files import is_open_to_others, make_folder
 from flux_ray.request import GeneratedImage, ImageRequest
-from flux_ray.router.recorder import Recorder
+from flux_ray.router.trace import Recorder
 
 JOB = "01234567-0123-0123-0123-0123456789ab"
 IMAGES = (GeneratedImage(b"pixels", 1),)

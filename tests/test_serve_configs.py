@@ -13,7 +13,7 @@ from flux_ray.cli.client import BUILDERS
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import Args, TierArgs
 from flux_ray.planner.plan import make_plan
-from flux_ray.router.pricing.drain_timeout import drain_timeout_s
+from flux_ray.router.pricing.config_check import drain_timeout_s
 
 FOLDER = Path(__file__).parent.parent / "serve"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -15,11 +15,16 @@ from rich.table import Table
 
 from flux_ray.cli.client import fail, table_console, tiers_in
 from flux_ray.router.trace import TracedRequest
-from flux_ray.simulator.arrivals import Pattern
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
 from flux_ray.simulator.outcome import Outcome, TierOutcome
-from flux_ray.simulator.traces import from_zero, last_arrival_s, read_trace
-from flux_ray.simulator.traffic import Traffic, generate
+from flux_ray.simulator.traffic import (
+    Pattern,
+    Traffic,
+    from_zero,
+    generate,
+    last_arrival_s,
+    read_trace,
+)
 
 COLUMNS = ("requests", "SLO met", "by GPU s", "p50 s", "p95 s", "p99 s", "late", "refused", "lost")
 QUANTILES = (0.5, 0.95, 0.99)

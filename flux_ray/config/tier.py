@@ -109,7 +109,7 @@ class TierArgs(Args):
     `retry_bytes`, `retry_s`: of finished images that a replica keeps for requests that come again,
     and for how long.
     `drain_timeout_s`: a replica that is taken away has so long for the requests that it has; else
-    as long as the tier's longest one takes (router/pricing/drain_timeout.py).
+    as long as the tier's longest one takes (router/pricing/config_check.py).
     """
 
     tier: str

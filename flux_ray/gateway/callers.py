@@ -19,9 +19,9 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.http import HEADER, is_ours
 from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.request import ImageRequest, Mask
-from flux_ray.router.caller import Caller
-from flux_ray.router.ledger.retries import Retry
-from flux_ray.router.quotas.quota_ledger import QuotaLimits
+from flux_ray.router.ledger.messages import Retry
+from flux_ray.router.quotas import QuotaLimits
+from flux_ray.router.quote import Caller
 
 DEADLINE = "x-flux-deadline-s"
 # Ray Serve's own.

@@ -34,7 +34,7 @@ from flux_ray.request import (
     Progress,
     QueuePosition,
 )
-from flux_ray.router.caller import Caller
+from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
 # The pixels, and first what they are unpacked from, then what they are sent in.

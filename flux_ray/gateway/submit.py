@@ -16,8 +16,8 @@ from flux_ray.gateway.fields.sizes import size_notes
 from flux_ray.gateway.images.masks import fitted
 from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
 from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
-from flux_ray.router.caller import Caller
-from flux_ray.router.ledger.retries import Place
+from flux_ray.router.ledger.messages import Place
+from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
 logger = logging.getLogger("ray.serve")

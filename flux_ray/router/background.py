@@ -1,9 +1,15 @@
-"""Tasks that belong to no request, and go on whatever happens in them."""
+"""Tasks that belong to no request, and go on whatever happens in them.
+
+Deadlines that a gateway keeps by a timer of its own.
+"""
 
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from flux_ray.errors import FluxError
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,3 +33,16 @@ def keep_running(work: Callable[[], Awaitable[None]], what: str) -> "asyncio.Tas
             await asyncio.sleep(AGAIN_S)
 
     return asyncio.get_running_loop().create_task(run(), context=contextvars.Context())
+
+
+@asynccontextmanager
+async def within(seconds: float | None, late: FluxError) -> AsyncIterator[None]:
+    """Raise `late` if what is inside is not done by then. A TimeoutError from inside stays one."""
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            yield
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise late from None

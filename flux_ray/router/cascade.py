@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flux_ray.errors import FluxError
 from flux_ray.request import Hear, ImageRequest, ImageResult
-from flux_ray.router.caller import Caller
+from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
 logger = logging.getLogger("ray.serve")

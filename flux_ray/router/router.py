@@ -23,19 +23,13 @@ from flux_ray.errors import (
     not_deployed,
 )
 from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
-from flux_ray.router.caller import ANYONE, Caller
-from flux_ray.router.deadline import within
-from flux_ray.router.ledger.messages import SubmitRequest
+from flux_ray.router.background import within
+from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.ledger.quota_client import Reservation
-from flux_ray.router.ledger.retries import Place, Retry
-from flux_ray.router.pricing.cache_keys import affinity_of
-from flux_ray.router.pricing.calibration import Observation
-from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.progress import followed
-from flux_ray.router.queue.forecast import Forecast
-from flux_ray.router.quotas.quota_ledger import UNLIMITED, LimitStatus, QuotaLimits, UsageEntry
-from flux_ray.router.quotas.usage import Use
-from flux_ray.router.quote import Quote, offer_for, quote_for
+from flux_ray.router.pricing.cost_model import CostModel, Observation, affinity_of
+from flux_ray.router.queue.admission import Forecast
+from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLimits, UsageEntry, Use
+from flux_ray.router.quote import ANYONE, Caller, Quote, followed, offer_for, quote_for
 from flux_ray.router.tier_choice import TierCandidate, in_order
 
 logger = logging.getLogger("ray.serve")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.quote import Quote
 
 

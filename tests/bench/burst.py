@@ -16,13 +16,11 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.router.autoscaling.scaler import Scaler, ScalingRules
-from flux_ray.router.autoscaling.state import Scaling
+from flux_ray.router.autoscaling.scaler import Scaler, Scaling, ScalingRules
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.arrivals import burst
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.values import Arrival, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, ReplicaPool, TierOutcome
+from flux_ray.simulator.traffic import burst
 from tests.bench.opponents.counted import CountedQueue
 from tests.bench.opponents.schedule import Trial, cheapest, demand_of
 from tests.bench.opponents.serve_default import TUNED, ServeDefault, ServeSettings

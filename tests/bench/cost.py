@@ -27,9 +27,8 @@ from flux_ray.engine.images import encode_picture
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import Adapter, load_adapter
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
-from flux_ray.router.pricing.calibration import Observation
 from flux_ray.router.pricing.cost import ReplicaSpec, price, work_of
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing.cost_model import CostModel, Observation
 
 TINY = tier_for("tiny")
 LAYOUT = ReplicaSpec.of(TierArgs(tier="tiny", device="cpu", dtype="float32"), "cpu")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.arrivals import poisson
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, QueuePolicy, ReplicaPool
+from flux_ray.simulator.traffic import poisson
 from tests.bench.opponents.counted import CountedQueue
 from tests.bench.opponents.routers import (
     EarlyBinding,

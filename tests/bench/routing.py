@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import ReplicaPool
 from tests.bench.opponents.preemptive import Attained
 from tests.bench.opponents.routers import EarlyBinding, least_work
 from tests.bench.routing_cells import (

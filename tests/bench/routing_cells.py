@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.outcome import TierOutcome
-from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, QueuePolicy, ReplicaPool, TierOutcome
 from tests.bench.opponents.fluid import preemptive_bound
 from tests.bench.opponents.preemptive import Attained, preemptive_estimate
 from tests.bench.opponents.routers import (

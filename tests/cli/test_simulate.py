@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flux_ray.cli.main import app
 from flux_ray.router.trace import TracedRequest
-from flux_ray.simulator.traces import write_trace
+from flux_ray.simulator.traffic import write_trace
 
 ROOT = Path(__file__).parents[2]
 FLEET = ROOT / "serve" / "fleet.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import openai
 
-from flux_ray.simulator.traces import from_zero, read_trace
+from flux_ray.simulator.traffic import from_zero, read_trace
 from tests.cluster.conftest import PATIENCE_S, backlog, wait_until
 from tests.cluster.storm import PROMPT, Draw, unread
 

@@ -12,7 +12,7 @@ from flux_ray.gateway.api import build_api
 from flux_ray.router.ledger.quota_client import QuotaClient
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.quotas.quota_ledger import QuotaLedger
+from flux_ray.router.quotas import QuotaLedger
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
 

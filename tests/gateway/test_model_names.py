@@ -13,7 +13,7 @@ from flux_ray.errors import Overloaded, ReplicaFailed, TierUnavailable
 from flux_ray.gateway.api import build_api
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.router import Router, Terms
 
 PATH = "/v1/images/generations"

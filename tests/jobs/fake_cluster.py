@@ -8,7 +8,7 @@ from PIL import Image
 
 from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
 from flux_ray.router.ledger.ledger import Offer
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.admission import Forecast
 
 DRAW_S = 0.02
 

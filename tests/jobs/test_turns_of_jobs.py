@@ -6,7 +6,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.jobs import JobGenerator
 from flux_ray.jobs.job import Job
 from flux_ray.request import ImageRequest
-from flux_ray.router.caller import Caller
+from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)

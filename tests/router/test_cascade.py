@@ -8,8 +8,8 @@ import pytest
 
 from flux_ray.errors import Overloaded, TierUnavailable
 from flux_ray.request import ImageRequest, ImageResult, StageTimes
-from flux_ray.router.caller import ANYONE
 from flux_ray.router.cascade import cascade
+from flux_ray.router.quote import ANYONE
 
 FINAL = ImageRequest("id", "flux-2-dev", "a ring", 1024, 1024, 50, 4.0, seed=7)
 PREVIEW = replace(FINAL, tier="flux-2-klein-4b", num_steps=4)

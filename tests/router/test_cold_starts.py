@@ -8,7 +8,7 @@ import pytest
 from flux_ray.config.tier import TierArgs
 from flux_ray.request import PROTOCOL
 from flux_ray.router.autoscaling.policy import LedgerPolicy
-from flux_ray.router.descriptions import learn_layouts
+from flux_ray.router.dispatch import learn_layouts
 from flux_ray.router.ledger.actor import LedgerActor
 from flux_ray.router.ledger.ledger import Ledger
 from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest

@@ -9,8 +9,8 @@ import pytest
 from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import ReplicaFailed
 from flux_ray.request import PROTOCOL, ImageRequest, StageTimes
-from flux_ray.router import descriptions as module
-from flux_ray.router.descriptions import Descriptions, learn_layouts
+from flux_ray.router import dispatch as module
+from flux_ray.router.dispatch import Descriptions, learn_layouts
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.wire import Description

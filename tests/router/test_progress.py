@@ -6,8 +6,7 @@ import pytest
 
 from flux_ray.request import ImageRequest, News, Progress, RanksDone
 from flux_ray.router.pricing.cost import Cost
-from flux_ray.router.progress import FOLLOWED_S, RemainingTime, followed
-from flux_ray.router.quote import Quote
+from flux_ray.router.quote import FOLLOWED_S, Quote, RemainingTime, followed
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 10, 1.0, seed=7)
 

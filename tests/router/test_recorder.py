@@ -6,9 +6,8 @@ import time
 import pytest
 
 from flux_ray.request import ImageRequest, RgbImage
-from flux_ray.router.recorder import Recorder
-from flux_ray.router.trace import TracedRequest
-from flux_ray.simulator.traces import read_trace
+from flux_ray.router.trace import Recorder, TracedRequest
+from flux_ray.simulator.traffic import read_trace
 
 REQUEST = ImageRequest(
     "id", "flux-2-dev", "a secret", 768, 512, 28, 4.0, 1, 2, (RgbImage(1, 1, b"abc"),)

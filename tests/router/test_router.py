@@ -18,13 +18,12 @@ from flux_ray.errors import (
     TierUnavailable,
 )
 from flux_ray.request import ImageRequest
-from flux_ray.router.caller import Caller
+from flux_ray.router.ledger.messages import Place, Retry
 from flux_ray.router.ledger.quota_client import Reservation
-from flux_ray.router.ledger.retries import Place, Retry
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.quotas.quota_ledger import LimitStatus, QuotaLimits
-from flux_ray.router.quotas.usage import Use
+from flux_ray.router.quotas import LimitStatus, QuotaLimits, Use
+from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router, Terms
 from tests.conftest import news_of
 

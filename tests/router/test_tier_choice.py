@@ -6,7 +6,7 @@ from flux_ray.config.gateway import Alias
 from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest
 from flux_ray.router.pricing.cost import Cost
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.quote import Quote
 from flux_ray.router.tier_choice import TierCandidate, in_order
 

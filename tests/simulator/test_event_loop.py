@@ -9,11 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from flux_ray.router.autoscaling.state import ScalingState
+from flux_ray.router.autoscaling.scaler import ScalingState
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.outcome import MAX_POINTS, TierOutcome
-from flux_ray.simulator.values import Arrival, QueuePolicy, ReplicaOutage, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import (
+    MAX_POINTS,
+    Arrival,
+    QueuePolicy,
+    ReplicaOutage,
+    ReplicaPool,
+    TierOutcome,
+)
 from tests.bench.opponents.routers import EarlyBinding, Fifo, least_requests
 
 

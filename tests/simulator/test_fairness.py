@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, ReplicaPool
 
 NUM_REPLICAS = 8
 

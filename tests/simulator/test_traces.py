@@ -9,9 +9,18 @@ import pytest
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.router.trace import BadTrace, TracedRequest, parse_line
-from flux_ray.simulator.arrivals import bursty, diurnal, times_for
-from flux_ray.simulator.traces import from_zero, last_arrival_s, read_trace, write_trace
-from flux_ray.simulator.traffic import Traffic, generate, sample_of
+from flux_ray.simulator.traffic import (
+    Traffic,
+    bursty,
+    diurnal,
+    from_zero,
+    generate,
+    last_arrival_s,
+    read_trace,
+    sample_of,
+    times_for,
+    write_trace,
+)
 
 ENTRY = TracedRequest(1.5, "flux-2-dev", 768, 512, 28, 2, 3, 40.0, "team")
 

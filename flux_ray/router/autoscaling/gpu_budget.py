@@ -1,8 +1,14 @@
-"""How GPUs that do not suffice for all tiers are shared: minimum, priority, proportion."""
+"""How GPUs that do not suffice for all tiers are shared: minimum, priority, proportion.
 
+A tier's scaling policy within the GPU budget that it shares with the cluster's other tiers.
+"""
+
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
+
+from flux_ray.router.autoscaling.scaler import Scaling, ScalingState, target_of
 
 
 @dataclass(frozen=True)
@@ -65,3 +71,114 @@ def check_budget(wants: Iterable[Want], budget: int) -> None:
     least = sum(want.min_replicas * want.num_gpus_per_replica for want in wants)
     if least > budget:
         raise ValueError(f"gpu_budget {budget} is below the min_replicas of all: {least} GPUs")
+
+
+logger = logging.getLogger("ray.serve")
+
+# A tier that has not asked for so long is gone, and so is its share. Serve asks ten times a second,
+# but not while it imports the code of a tier that is deployed again: on a busy machine that took
+# 24 s, in which the replicas that were up lost their GPUs to another tier.
+FORGET_S = 60.0
+# More than this between two questions, and nobody was asked: nobody is gone for that.
+MAX_STEP_S = 1.0
+
+
+@dataclass(frozen=True)
+class BudgetTerms:
+    """What a tier's config says: the GPUs of all, its part of them, and how soon it comes."""
+
+    gpu_budget: int
+    num_gpus_per_replica: int = 1
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tier as the budget knows it: what it wants and holds, and when it was heard."""
+
+    want: Want
+    held_gpus: int
+    gpu_budget: int
+    heard_at: float
+
+
+class GpuBudget:
+    """The GPUs of one cluster, and what its tiers want of them at the moment.
+
+    GPUs that another tier still holds are not given away before it has let go of them. A new budget
+    knows of nobody's; but a tier's policy wants no more than it has until the ledger has answered,
+    and by then all of them have asked.
+    """
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._budgets: frozenset[int] = frozenset()
+        self._asked_at: float | None = None
+        # Stands still while nobody asks.
+        self._clock_s = 0.0
+
+    def grant(self, want: Want, gpu_budget: int, state: ScalingState) -> int:
+        """How many replicas the tier may have now, in all."""
+        size, target = want.num_gpus_per_replica, target_of(state)
+        self._pass_time(state.now)
+        self._note(want, target * size, gpu_budget)
+        num_gpus = self._smallest()
+        share = share_gpus([member.want for member in self._members.values()], num_gpus)[want.tier]
+        free = max(0, num_gpus - sum(member.held_gpus for member in self._members.values()))
+        granted = min(share, target + fitting(want, share, free))
+        self._note(want, max(target, granted) * size, gpu_budget)
+        return granted
+
+    def _pass_time(self, now: float) -> None:
+        if self._asked_at is not None:
+            self._clock_s += min(max(0.0, now - self._asked_at), MAX_STEP_S)
+        self._asked_at = now
+        for tier, member in list(self._members.items()):
+            if self._clock_s - member.heard_at > FORGET_S:
+                del self._members[tier]
+
+    def _note(self, want: Want, held_gpus: int, gpu_budget: int) -> None:
+        self._members[want.tier] = Member(want, held_gpus, gpu_budget, self._clock_s)
+
+    def _smallest(self) -> int:
+        """Of what the tiers say; a config file that was deployed in parts may have left several."""
+        budgets = frozenset(member.gpu_budget for member in self._members.values())
+        if budgets != self._budgets and len(budgets) > 1:
+            said = ", ".join(f"{tier} {m.gpu_budget}" for tier, m in sorted(self._members.items()))
+            logger.warning("gpu_budget differs between tiers, the smallest counts: %s", said)
+        self._budgets = budgets
+        return min(budgets)
+
+
+class Budgeted:
+    """A tier's policy within the cluster's budget."""
+
+    def __init__(self, policy: Scaling, budget: GpuBudget, tier: str, terms: BudgetTerms) -> None:
+        self._policy = policy
+        self._budget = budget
+        self._tier = tier
+        self._terms = terms
+
+    def replicas(self, state: ScalingState) -> int:
+        """What the policy wants, or as much of it as the budget has for this tier."""
+        terms = self._terms
+        want = Want(
+            self._tier,
+            self._policy.replicas(state),
+            terms.num_gpus_per_replica,
+            state.min_replicas,
+            terms.priority,
+        )
+        return self._budget.grant(want, terms.gpu_budget, state)
+
+
+_CLUSTER = GpuBudget()
+
+
+def cluster_budget() -> GpuBudget:
+    """The one of this process: Serve's controller asks the policies of all tiers in one.
+
+    Call it rather than import what it returns: Serve pickles the module of a policy by value, and
+    every tier would get a budget of its own.
+    """
+    return _CLUSTER

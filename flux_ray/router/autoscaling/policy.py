@@ -7,9 +7,14 @@ from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
-from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, cluster_budget
-from flux_ray.router.autoscaling.scaler import LastGoodTarget, Scaler, ScalingRules
-from flux_ray.router.autoscaling.state import Scaling, ScalingState
+from flux_ray.router.autoscaling.gpu_budget import Budgeted, BudgetTerms, cluster_budget
+from flux_ray.router.autoscaling.scaler import (
+    LastGoodTarget,
+    Scaler,
+    Scaling,
+    ScalingRules,
+    ScalingState,
+)
 from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.messages import Backlog
 from flux_ray.router.ledger.remote import RemoteLedger

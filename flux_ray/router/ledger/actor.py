@@ -22,23 +22,24 @@ from flux_ray.router.ledger.messages import (
     Backlog,
     Decision,
     GatewayReport,
+    Outbox,
+    Place,
+    Receipt,
     ReportReply,
     SubmitRequest,
 )
-from flux_ray.router.ledger.outbox import Outbox, Receipt
-from flux_ray.router.ledger.retries import Place
-from flux_ray.router.pricing.calibration import Snapshot, merged
-from flux_ray.router.queue.forecast import Forecast
+from flux_ray.router.pricing.cost_model import Snapshot, merged
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.router.quotas.quota_ledger import (
+from flux_ray.router.quotas import (
     LimitExceeded,
     LimitStatus,
     QuotaLedger,
     QuotaLimits,
     UsageEntry,
+    UsageRow,
     UsageSync,
 )
-from flux_ray.router.quotas.usage import UsageRow
 
 logger = logging.getLogger("ray.serve")
 

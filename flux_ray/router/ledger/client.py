@@ -10,14 +10,19 @@ from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
 from flux_ray.request import Hear
-from flux_ray.router.background import AGAIN_S, keep_running
-from flux_ray.router.deadline import within
-from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
-from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.background import AGAIN_S, keep_running, within
+from flux_ray.router.ledger.messages import (
+    Decision,
+    GatewayReport,
+    Place,
+    Receipt,
+    ReportReply,
+    Retry,
+    SubmitRequest,
+)
 from flux_ray.router.ledger.pending import PendingRequests
-from flux_ray.router.ledger.retries import Place, Retry
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import Rejection
-from flux_ray.router.queue.forecast import Forecast
 
 logger = logging.getLogger("ray.serve")
 

@@ -1,4 +1,7 @@
-"""A gateway's side of the allowances: who comes in is counted, and so is what it took."""
+"""A gateway's side of the allowances: who comes in is counted, and so is what it took.
+
+What gateways learned of prices, shared through the ledger: it outlives any one of them.
+"""
 
 import asyncio
 import contextvars
@@ -10,20 +13,60 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router.background import AGAIN_S, keep_running
-from flux_ray.router.deadline import within
+from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
-from flux_ray.router.quotas.quota_ledger import (
+from flux_ray.router.pricing.cost_model import CostModel, Snapshot
+from flux_ray.router.quotas import (
     UNLIMITED,
     LimitExceeded,
     LimitStatus,
+    Name,
     QuotaLimits,
+    Usage,
     UsageEntry,
+    UsageRow,
     UsageSync,
+    Use,
 )
-from flux_ray.router.quotas.usage import Name, Usage, UsageRow, Use
 
 logger = logging.getLogger("ray.serve")
+
+PRICES_PERIOD_S = 5.0
+
+
+class PriceTransport(Protocol):
+    """The way to the ledger."""
+
+    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
+        """What all gateways know, this one included. Raises LedgerLost."""
+
+
+class PriceExchange:
+    """Tells the ledger of this gateway's prices, and learns those of the others."""
+
+    def __init__(self, exchange: PriceTransport, prices: CostModel) -> None:
+        self._exchange = exchange
+        self._prices = prices
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on, every few seconds."""
+        self._task = keep_running(self._run, "the exchange of prices")
+
+    async def _run(self) -> None:
+        while True:
+            await self.share()
+            await asyncio.sleep(PRICES_PERIOD_S)
+
+    async def share(self) -> None:
+        """Once; a ledger that is away is told the next time."""
+        try:
+            known = await self._exchange.share_prices(self._prices.snapshot())
+        except LedgerLost as error:
+            logger.warning("prices are not shared: %s", error)
+            return
+        self._prices.restore(known)
+
 
 USAGE_PERIOD_S = 2.0
 # So long an answer is held back, for the ledger to hear that its request is over: a client that

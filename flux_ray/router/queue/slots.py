@@ -1,13 +1,48 @@
-"""The replicas of a tier as the queue sees them: which are free, and when the others will be."""
+"""The replicas of a tier as the queue sees them: which are free, and when the others will be.
+
+Which replicas were lately given a prompt or a reference, and so hold what was made of it.
+"""
 
 import heapq
 import itertools
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.sums import SortedSums
+
+MAX_NAMES = 50_000
+MAX_HOLDERS = 16
+
+
+class CacheDirectory:
+    """A guess from the grants; the least recently granted names are forgotten."""
+
+    def __init__(self) -> None:
+        self._holders: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
+
+    def note(self, ticket: QueuedRequest, replica: str) -> None:
+        """The ticket went there."""
+        for name, _ in ticket.affinity:
+            holders = self._holders.setdefault(name, OrderedDict())
+            self._holders.move_to_end(name)
+            holders[replica] = None
+            holders.move_to_end(replica)
+            if len(holders) > MAX_HOLDERS:
+                holders.popitem(last=False)
+        while len(self._holders) > MAX_NAMES:
+            self._holders.popitem(last=False)
+
+    def savings(self, ticket: QueuedRequest) -> dict[str, float]:
+        """Seconds saved, by replica."""
+        saved_s: dict[str, float] = {}
+        for name, seconds in ticket.affinity:
+            for replica in self._holders.get(name, ()):
+                saved_s[replica] = saved_s.get(replica, 0.0) + seconds
+        return saved_s
+
 
 free_at_of = attrgetter("free_at")
 # Stands for a first replica, where none is up and none is known to be starting.

@@ -5,22 +5,24 @@ from collections.abc import Iterable
 from itertools import count
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.queue.admission import MAX_PLAYED, Line, give_way, wait_of
-from flux_ray.router.queue.cache_directory import CacheDirectory
-from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
-from flux_ray.router.queue.estimate_error import EstimateError
-from flux_ray.router.queue.forecast import (
+from flux_ray.router.queue.admission import (
+    MAX_PLAYED,
     NEVER,
     SAME_S,
+    EstimateError,
     Forecast,
+    Line,
     QueueEntry,
     capacity_curve,
     free_times,
+    give_way,
     level,
     play,
+    wait_of,
 )
+from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
 from flux_ray.router.queue.shares import Shares
-from flux_ray.router.queue.slots import Slot, Slots
+from flux_ray.router.queue.slots import CacheDirectory, Slot, Slots
 from flux_ray.router.queue.sums import SortedSums
 
 # A start that takes longer than it should: so much of the usual time is still to be counted on.

@@ -1,7 +1,7 @@
 """A queue that counts its requests: what Serve's autoscaler sees instead of their seconds."""
 
 from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
-from flux_ray.simulator.values import QueuePolicy
+from flux_ray.simulator.outcome import QueuePolicy
 
 
 class CountedQueue:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
-from flux_ray.simulator.values import Arrival
+from flux_ray.simulator.outcome import Arrival
 from tests.bench.opponents.preemptive import Attained
 
 # Costs within this factor are taken together, at the weight of the smallest of them.

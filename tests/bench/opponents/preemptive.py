@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flux_ray.simulator.values import Arrival
+from flux_ray.simulator.outcome import Arrival
 
 SAME_S = 1e-7
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from flux_ray.router.autoscaling.state import ScalingState
-from flux_ray.simulator.values import Arrival
+from flux_ray.router.autoscaling.scaler import ScalingState
+from flux_ray.simulator.outcome import Arrival
 
 SLOT_S = 30.0
 # Slots are changed together, a quarter as many each time, from half of them all down to one.

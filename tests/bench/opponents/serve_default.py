@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from flux_ray.router.autoscaling.state import ScalingState, target_of
+from flux_ray.router.autoscaling.scaler import ScalingState, target_of
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.router.autoscaling.state import ScalingState
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, ReplicaPool
+from flux_ray.router.autoscaling.scaler import ScalingState
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, ReplicaPool
 from tests.bench.opponents.routers import Fifo
 from tests.bench.opponents.schedule import Schedule, Trial, cheapest, demand_of
 

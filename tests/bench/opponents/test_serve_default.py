@@ -8,7 +8,7 @@ import pytest
 from ray.serve import autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
-from flux_ray.router.autoscaling.state import ScalingState
+from flux_ray.router.autoscaling.scaler import ScalingState
 from tests.bench.opponents.serve_default import TUNED, ServeDefault, ServeSettings
 
 QUICK = ServeSettings(

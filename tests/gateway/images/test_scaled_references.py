@@ -21,9 +21,8 @@ from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageRequest, RgbImage
 from flux_ray.resizing import fit_mask, fit_picture
-from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.cost import ReplicaSpec, work_of
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing.cost_model import CostModel, affinity_of
 
 LIMITS = Limits()
 TINY, KLEIN = tier_for("tiny"), tier_for("flux-2-klein-4b")

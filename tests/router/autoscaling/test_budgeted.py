@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.router.autoscaling.budgeted import Budgeted, BudgetTerms, GpuBudget
-from flux_ray.router.autoscaling.scaler import LastGoodTarget
-from flux_ray.router.autoscaling.state import ScalingState
+from flux_ray.router.autoscaling.gpu_budget import Budgeted, BudgetTerms, GpuBudget
+from flux_ray.router.autoscaling.scaler import LastGoodTarget, ScalingState
 
 STATE = ScalingState(0.0, 4, 0, 0.0, 0.0, 0.0, 1, 100)
 

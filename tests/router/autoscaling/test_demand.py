@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux_ray.router.autoscaling.demand import ArrivalRate
+from flux_ray.router.autoscaling.scaler import ArrivalRate
 
 
 def observe(demand, amounts, start=0):

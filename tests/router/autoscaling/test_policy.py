@@ -12,9 +12,9 @@ from ray import cloudpickle
 
 from flux_ray.app import replicas_of
 from flux_ray.config.tier import TierArgs
-from flux_ray.router.autoscaling import budgeted
+from flux_ray.router.autoscaling import gpu_budget as budgeted
 from flux_ray.router.autoscaling import policy as autoscaling
-from flux_ray.router.autoscaling.budgeted import GpuBudget
+from flux_ray.router.autoscaling.gpu_budget import GpuBudget
 from flux_ray.router.ledger.messages import Backlog
 
 HUB = "owner/name@revision"

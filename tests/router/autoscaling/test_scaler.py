@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.router.autoscaling.scaler import LastGoodTarget, Scaler, ScalingRules
-from flux_ray.router.autoscaling.state import ScalingState
+from flux_ray.router.autoscaling.scaler import LastGoodTarget, Scaler, ScalingRules, ScalingState
 
 RULES = ScalingRules(target_wait_s=10.0, cold_start_s=60.0, headroom=0.0, idle_s=120.0)
 

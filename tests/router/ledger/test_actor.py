@@ -13,12 +13,9 @@ from flux_ray.router.ledger import ledger
 from flux_ray.router.ledger import remote as remote_ledger
 from flux_ray.router.ledger.actor import LedgerActor
 from flux_ray.router.ledger.client import LedgerLost
-from flux_ray.router.ledger.messages import GatewayReport, SubmitRequest
-from flux_ray.router.ledger.outbox import Receipt
+from flux_ray.router.ledger.messages import GatewayReport, Receipt, Retry, SubmitRequest
 from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
-from flux_ray.router.ledger.retries import Retry
-from flux_ray.router.quotas.quota_ledger import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry
-from flux_ray.router.quotas.usage import Use
+from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, Use
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = SubmitRequest("ours", "tiny", 30.0, 600.0)

@@ -13,9 +13,15 @@ from flux_ray.router import background
 from flux_ray.router.ledger import client as turns_module
 from flux_ray.router.ledger.client import LedgerClient, LedgerLost, error_for
 from flux_ray.router.ledger.ledger import Ledger
-from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
-from flux_ray.router.ledger.outbox import Receipt
-from flux_ray.router.ledger.retries import Place, Retry
+from flux_ray.router.ledger.messages import (
+    Decision,
+    GatewayReport,
+    Place,
+    Receipt,
+    ReportReply,
+    Retry,
+    SubmitRequest,
+)
 from flux_ray.router.queue.entry import Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
 

@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from flux_ray import liveness
 from flux_ray.router import handover
-from flux_ray.router.ledger import hung_replicas
-from flux_ray.router.ledger.hung_replicas import AskedReplica, HungReplicas, our_replicas
+from flux_ray.router.ledger import remote as hung_replicas
+from flux_ray.router.ledger.remote import AskedReplica, HungReplicas, our_replicas
 
 GATEWAY = "SERVE_REPLICA::gateway#gateway#aaaa"
 LEADER = "SERVE_REPLICA::tiny#tiny#bbbb"

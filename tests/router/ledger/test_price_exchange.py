@@ -2,10 +2,9 @@
 
 from flux_ray.request import ImageRequest, StageTimes
 from flux_ray.router.ledger.client import LedgerLost
-from flux_ray.router.ledger.price_exchange import PriceExchange
-from flux_ray.router.pricing.calibration import Snapshot, merged
+from flux_ray.router.ledger.quota_client import PriceExchange
 from flux_ray.router.pricing.cost import ReplicaSpec
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing.cost_model import CostModel, Snapshot, merged
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 TIMES = StageTimes(queue_s=0.0, encode_s=1.0, denoise_s=2.0, decode_s=3.0)

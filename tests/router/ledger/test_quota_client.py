@@ -9,14 +9,7 @@ from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.ledger import quota_client as turnstile_module
 from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.quota_client import QuotaClient
-from flux_ray.router.quotas.quota_ledger import (
-    UNLIMITED,
-    LimitStatus,
-    QuotaLedger,
-    QuotaLimits,
-    UsageEntry,
-)
-from flux_ray.router.quotas.usage import Use
+from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLedger, QuotaLimits, UsageEntry, Use
 
 ONE = QuotaLimits(max_concurrent=1)
 

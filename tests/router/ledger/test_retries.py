@@ -3,10 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ray.router.ledger import retries
+from flux_ray.router.ledger import messages as retries
 from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
-from flux_ray.router.ledger.messages import GatewayReport, SubmitRequest
-from flux_ray.router.ledger.retries import KEPT_S, Place, Places, Retry
+from flux_ray.router.ledger.messages import (
+    KEPT_S,
+    GatewayReport,
+    Place,
+    Places,
+    Retry,
+    SubmitRequest,
+)
 from flux_ray.router.queue.tier_queue import TierQueue
 
 RETRY = Retry("ours", "a ring")

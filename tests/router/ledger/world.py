@@ -8,8 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from flux_ray.router.ledger.ledger import SILENCE_S, Ledger
-from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
-from flux_ray.router.ledger.outbox import Outbox, Receipt
+from flux_ray.router.ledger.messages import (
+    Decision,
+    GatewayReport,
+    Outbox,
+    Receipt,
+    ReportReply,
+    SubmitRequest,
+)
 from flux_ray.router.ledger.pending import PendingRequests
 from flux_ray.router.queue.tier_queue import TierQueue
 

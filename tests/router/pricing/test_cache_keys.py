@@ -5,9 +5,8 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
-from flux_ray.router.pricing.cache_keys import affinity_of
 from flux_ray.router.pricing.cost import ReplicaSpec
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing.cost_model import CostModel, affinity_of
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
 

@@ -11,17 +11,17 @@ import pytest
 
 from flux_ray.errors import TierUnavailable
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
-from flux_ray.router.pricing.calibration import (
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
+from flux_ray.router.pricing.cost_model import (
     NUM_BUCKETS,
     WINDOW,
     Calibration,
     CalibrationRow,
+    CostModel,
     Observation,
     bucket_of,
     merged,
 )
-from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
-from flux_ray.router.pricing.cost_model import CostModel
 
 LAYOUT = ReplicaSpec("h100-80gb", tensor=2)
 LAYOUTS = {"flux-2-dev": LAYOUT, "flux-2-klein-4b": ReplicaSpec("h100-80gb")}

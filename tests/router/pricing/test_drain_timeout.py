@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.gateway import Limits
 from flux_ray.config.tier import TierArgs
+from flux_ray.router.pricing.config_check import MAX_S, MIN_S, drain_timeout_s, longest_work
 from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
-from flux_ray.router.pricing.drain_timeout import MAX_S, MIN_S, drain_timeout_s, longest_work
 
 NAMES = [tier.name for tier in TIERS]
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from flux_ray.router.queue.estimate_error import HOPED_DEVIATIONS, LEAST_SHARE, EstimateError
+from flux_ray.router.queue.admission import HOPED_DEVIATIONS, LEAST_SHARE, EstimateError
 
 
 def noted(*ratios: float) -> float:

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import QueuedRequest
-from flux_ray.router.queue.forecast import Forecast
 from flux_ray.router.queue.tier_queue import TierQueue
 
 

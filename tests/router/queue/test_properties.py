@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
-from flux_ray.simulator.event_loop import simulate
-from flux_ray.simulator.values import Arrival, ReplicaPool
+from flux_ray.simulator.fleet import simulate
+from flux_ray.simulator.outcome import Arrival, ReplicaPool
 from tests.router.queue.driver import Cluster
 
 TIMEOUT_S = 60.0

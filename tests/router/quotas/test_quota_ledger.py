@@ -6,8 +6,15 @@ from collections import Counter
 
 import pytest
 
-from flux_ray.router.quotas.quota_ledger import SILENCE_S, QuotaLedger, QuotaLimits, UsageEntry
-from flux_ray.router.quotas.usage import DAY_S, Usage, Use
+from flux_ray.router.quotas import (
+    DAY_S,
+    SILENCE_S,
+    QuotaLedger,
+    QuotaLimits,
+    Usage,
+    UsageEntry,
+    Use,
+)
 
 NOON = 20_000.5 * DAY_S
 

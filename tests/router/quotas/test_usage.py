@@ -1,6 +1,6 @@
 """What keys used, told back and forth."""
 
-from flux_ray.router.quotas.usage import DAY_S, Usage, Use
+from flux_ray.router.quotas import DAY_S, Usage, Use
 
 NOON = 20_000.5 * DAY_S
 
