@@ -19,11 +19,11 @@ def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def fit_picture(picture: RgbImage, size: tuple[int, int]) -> RgbImage:
+def fit_picture(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
     """The picture in the size drawn; to the pixel what it was if it had that size."""
-    if (picture.width, picture.height) == size:
-        return picture
-    image = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    if (raster.width, raster.height) == size:
+        return raster
+    image = Image.frombytes("RGB", (raster.width, raster.height), raster.rgb)
     return RgbImage(*size, image.resize(size, Image.Resampling.LANCZOS).tobytes())
 
 

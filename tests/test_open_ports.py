@@ -100,7 +100,7 @@ def test_one_rank_meets_nobody(monkeypatch):
     rank = RankActor.__new__(RankActor)
     rank._args = TierArgs(tier="tiny", device="cpu")
     before = listeners()
-    assert rank.meet() is None
+    assert rank.create_store() is None
     assert listeners() == before
 
 

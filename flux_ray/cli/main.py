@@ -184,9 +184,9 @@ def generate(
     answer, taken_s = call(url, sent, image or [], key_file)
     for warning in answer["warnings"]:
         typer.secho(warning, fg="yellow", err=True)
-    for path, picture in zip(paths, answer["data"], strict=True):
-        save(path, picture["b64_json"])
-        typer.echo(f"{path}  seed {picture['seed']}  {taken_s:.2f} s")
+    for path, answered in zip(paths, answer["data"], strict=True):
+        save(path, answered["b64_json"])
+        typer.echo(f"{path}  seed {answered['seed']}  {taken_s:.2f} s")
 
 
 @app.command()

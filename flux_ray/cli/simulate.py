@@ -173,7 +173,7 @@ def simulate(
                 until_done=arriving.is_recorded,
             )
         if plot is not None:
-            draw(outcome, plot)
+            plot_to(outcome, plot)
     except ValueError as error:
         fail(str(error))
     show(outcome, as_json)
@@ -196,7 +196,7 @@ def arriving_of(
     return Arriving(from_zero(read_trace(path)), last_arrival_s(path), is_recorded=True)
 
 
-def draw(outcome: Outcome, path: Path) -> None:
+def plot_to(outcome: Outcome, path: Path) -> None:
     """The picture; the command ends if matplotlib cannot write such a file."""
     # Only here: it takes a second to import, and the other commands do without.
     from flux_ray.cli.simulate_plot import save_plot

@@ -31,7 +31,7 @@ from flux_ray.gateway.openai.fields import (
     fields_schema,
     warnings_of,
 )
-from flux_ray.gateway.openai.references import is_picture_name
+from flux_ray.gateway.openai.references import is_image_or_mask_name
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import ImageFormat
@@ -225,7 +225,7 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
     extra: dict[str, Any] = {
         name: each
         for name, each in (sent.wish.model_extra or {}).items()
-        if not is_picture_name(name)
+        if not is_image_or_mask_name(name)
     }
     for name in NOT_HERE & extra.keys():
         raise BadRequest(f"{name} is not for this route", name)

@@ -107,11 +107,11 @@ class Previews:
         job = self._lease.job
         number, self._num_written = self._num_written, self._num_written + 1
         try:
-            picture = await self._results.write_preview(
+            stored = await self._results.write_preview(
                 job.job_id, job.attempt, number, image, job.packed["encoding"]["format"]
             )
             # Those before it stay: somebody may have their URLs.
-            self._shown += (picture,)
+            self._shown += (stored,)
             await self._store.show(self._lease, self._shown)
         except (StoreLost, ResultTooLarge) as error:
             logger.warning("job %s is not previewed: %s", job.job_id, error)

@@ -99,7 +99,7 @@ class RankActor:
         """Where this rank listens. A group on one node is reached from nowhere else."""
         return LOOPBACK if self._args.parallel.num_nodes == 1 else node_address()
 
-    def meet(self) -> "Endpoint | None":
+    def create_store(self) -> "Endpoint | None":
         """Where the others find this rank, the first; None where there are none."""
         if self._args.parallel.num_ranks == 1:
             return None
@@ -180,7 +180,7 @@ class RankActor:
         and so is OutOfMemory; any other error as StageFailed.
         """
         try:
-            self.agree(job, stages)
+            self.check_lockstep(job, stages)
             if request is not None:
                 self._drawings[job] = RankJob(request, encoded, list(request.seeds))
             return self.run_all(job, stages)
@@ -220,7 +220,7 @@ class RankActor:
         launched = Launched(values, timer, describe)
         return launched if is_on_card and follows(job, stages) else launched.answers()
 
-    def agree(self, job: int, stages: tuple[str, ...]) -> None:
+    def check_lockstep(self, job: int, stages: tuple[str, ...]) -> None:
         """Raise LockstepBroken unless all ranks are here, for this job, after as many calls.
 
         One loop makes all calls, to every rank in the same order, so they do agree, and on who was

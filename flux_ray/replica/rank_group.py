@@ -112,7 +112,7 @@ class LoadedRank:
 async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:
     """Return when every rank has its part of the model; a rank's own error comes through."""
     # A reference: its value is the ranks' alone, and needs torch to be read.
-    endpoint: Any = ranks[0].meet.remote()
+    endpoint: Any = ranks[0].create_store.remote()
     await asyncio.gather(*(rank.load.remote(endpoint) for rank in ranks))
     return await asyncio.gather(*map(put_to_work, ranks))
 

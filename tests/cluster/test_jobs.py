@@ -13,8 +13,9 @@ with warnings.catch_warnings():
     from blackforest import BFLClient
     from blackforest.types.general.client_config import ClientConfig
 
-from tests.cluster.conftest import PATIENCE_S
 from tests.cluster.test_pictures import RED_ON_BLUE, Draw, PixelsOf, check_circle
+
+from tests.cluster.conftest import PATIENCE_S
 
 WAIT = ClientConfig(sync=True, polling_interval=0.2, timeout=PATIENCE_S)
 

@@ -21,7 +21,7 @@ from flux_ray.parallel.precision import is_quantized
 from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.pricing.cost import ReplicaSpec, encoder_ranks, work_of
-from tests.engine.drawing import reference
+from tests.engine.generation import reference
 
 ATTENTION = "aten.bmm"
 # The others are these under other names.

@@ -15,7 +15,7 @@ from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage
-from tests.engine.drawing import draw, reference, save_lora
+from tests.engine.generation import draw, reference, save_lora
 from tests.ranks import Ranks
 
 LAYOUTS = {

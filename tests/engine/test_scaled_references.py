@@ -14,7 +14,7 @@ from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.gateway.images.decode import decode, decode_reference
 from flux_ray.gateway.images.masks import fit
 from flux_ray.request import ImageRequest, Mask, RgbImage
-from tests.engine.drawing import finish
+from tests.engine.generation import finish
 
 TINY, LIMITS = tier_for("tiny"), Limits()
 # Of what a rank scales: to the limit, once around it, and long.

@@ -54,7 +54,7 @@ def test_torch_says_so_where_the_machine_has_no_more() -> None:
 
 def loaded(**changes: Any) -> RankActor:
     rank = RankActor(0, ARGS.model_copy(update=changes))
-    rank.load(rank.meet())
+    rank.load(rank.create_store())
     return rank
 
 

@@ -81,7 +81,7 @@ def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
 @pytest.fixture(scope="module")
 def rank() -> RankActor:
     rank = RankActor(0, ARGS)
-    rank.load(rank.meet())
+    rank.load(rank.create_store())
     return rank
 
 
@@ -201,9 +201,9 @@ def test_a_rank_knows_its_card(rank: RankActor) -> None:
 def come(mesh: Mesh, jobs: tuple[int, ...], calls: tuple[tuple[str, ...], ...]) -> str:
     rank = RankActor.__new__(RankActor)
     rank._mesh, rank._num_calls = mesh, 0
-    rank.agree(7, ("encode",))
+    rank.check_lockstep(7, ("encode",))
     try:
-        rank.agree(jobs[mesh.world.rank], calls[mesh.world.rank])
+        rank.check_lockstep(jobs[mesh.world.rank], calls[mesh.world.rank])
     except LockstepBroken:
         return "broken"
     return "agreed"

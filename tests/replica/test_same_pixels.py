@@ -49,7 +49,7 @@ class ThreadedRank:
 @pytest.fixture(scope="module")
 def rank() -> RankActor:
     rank = RankActor(0, TierArgs(tier="tiny", device="cpu", dtype="float32"))
-    rank.load(rank.meet())
+    rank.load(rank.create_store())
     return rank
 
 

@@ -44,7 +44,7 @@ async def test_ranks_without_one_hold_what_ranks_with_one_would() -> None:
         for kind in ("colocated", "shared")
     )
     for rank in (colocated, shared):
-        rank.load(rank.meet())
+        rank.load(rank.create_store())
     colocated.run(1, ("encode",), REQUEST)
     shared.run(1, ("encode",), REQUEST, encoded)
     embeds = [rank._drawings[1].conditioning.prompt.embeds for rank in (colocated, shared)]

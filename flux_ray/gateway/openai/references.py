@@ -42,7 +42,7 @@ def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSo
     return checked(of(is_image_name), of(is_mask_name), target)
 
 
-def is_picture_name(name: str) -> bool:
+def is_image_or_mask_name(name: str) -> bool:
     """Whether a form's part of that name is a reference or a mask."""
     name = plain_name(name)
     return is_image_name(name) or is_mask_name(name)
@@ -132,7 +132,7 @@ class WholeFormParser(MultiPartParser):
     def on_part_end(self) -> None:
         """Keep the bytes of a picture, which as text would be lost."""
         part = self._current_part
-        if part.file is None and is_picture_name(part.field_name) and is_binary(part.data):
+        if part.file is None and is_image_or_mask_name(part.field_name) and is_binary(part.data):
             file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
             self.items.append((part.field_name, file))
             return
@@ -207,7 +207,7 @@ def text_parts(form: FormData) -> dict[str, str]:
     """The parts that are no pictures and not empty, each name once."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
-        if is_picture_name(name) or (is_unfilled(value) and name != "prompt"):
+        if is_image_or_mask_name(name) or (is_unfilled(value) and name != "prompt"):
             continue
         if isinstance(value, UploadFile):
             raise BadRequest(f"{name[:80]} is no picture that is read here", name[:80])

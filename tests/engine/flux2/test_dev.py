@@ -15,7 +15,7 @@ from flux_ray.engine.flux2.dev import check_index, load_tokenizer
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
-from tests.engine.drawing import draw, draw_with_pipeline, reference, save_lora
+from tests.engine.generation import draw, draw_with_pipeline, reference, save_lora
 
 PROMPT = "a red circle [IMG] on a blue background"
 DEV = tier_for("flux-2-dev")

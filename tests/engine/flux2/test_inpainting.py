@@ -25,7 +25,7 @@ from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, mask_image
 from flux_ray.tiny import CHECKPOINT
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
-from tests.engine.drawing import SEED, finish, reference
+from tests.engine.generation import SEED, finish, reference
 
 PROMPT = "a red circle on a blue background"
 TINY = tier_for("tiny")

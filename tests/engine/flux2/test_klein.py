@@ -13,7 +13,7 @@ from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT
-from tests.engine.drawing import draw, draw_with_pipeline, reference
+from tests.engine.generation import draw, draw_with_pipeline, reference
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)

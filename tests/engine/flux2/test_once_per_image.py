@@ -21,7 +21,7 @@ from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage
-from tests.engine.drawing import SEED, finish, reference
+from tests.engine.generation import SEED, finish, reference
 from tests.ranks import Ranks
 
 PROMPT = "a red circle on a blue background"

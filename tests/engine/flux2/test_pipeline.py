@@ -15,7 +15,7 @@ from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
-from tests.engine.drawing import draw, draw_with_pipeline, finish, reference
+from tests.engine.generation import draw, draw_with_pipeline, finish, reference
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)

@@ -11,7 +11,7 @@ from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.flux2.text_encoder import load_prompt_encoder, pack, unpack
 from flux_ray.engine.loading import Placement
 from flux_ray.tiny import CHECKPOINT
-from tests.engine.drawing import finish
+from tests.engine.generation import finish
 
 PROMPT = "a red circle on a blue background"
 TINY = tier_for("tiny")

@@ -49,7 +49,7 @@ def told(handles: FakeHandles, monkeypatch) -> Callable[..., None]:
     """`told(*news)`: what the next jobs hear before they wait until `told.go` is set."""
     news: list[News] = []
     go = asyncio.Event()
-    draw = handles.generate
+    of_handles = handles.generate
 
     async def generate(
         request: ImageRequest, replica: str, hear: Hear | None = None
@@ -58,7 +58,7 @@ def told(handles: FakeHandles, monkeypatch) -> Callable[..., None]:
             assert hear is not None
             hear(each)
         await go.wait()
-        return await draw(request, replica)
+        return await of_handles(request, replica)
 
     monkeypatch.setattr(handles, "generate", generate)
 

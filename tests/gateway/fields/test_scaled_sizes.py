@@ -26,8 +26,8 @@ async def test_the_answer_has_the_size_that_was_asked_for(client, handles, size,
         assert (request.width, request.height) == generated
     [warning] = body["warnings"]
     assert f"scaled from that to {size}" in warning
-    drawn = request.width * request.height // 256
-    assert body["usage"]["output_tokens"] == drawn, "priced by what is generated"
+    num_tokens = request.width * request.height // 256
+    assert body["usage"]["output_tokens"] == num_tokens, "priced by what is generated"
 
 
 async def test_a_size_that_it_generates_is_left_alone(client, handles):
