@@ -21,7 +21,7 @@ export no_proxy := $(NO_PROXY)
 serve: export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD ?= 0
 serve: export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP ?= 0
 # Proxies reach gateways by gRPC instead of actor calls: two milliseconds less. Serve's limit of four
-# megabytes would make an error of every answer with more in it. The largest one has ten pictures of
+# megabytes would make an error of every answer with more in it. The largest one has ten images of
 # four megapixels in base64, 168 megabytes; more would only be what a stranger at that port may send.
 serve: export RAY_SERVE_PROXY_USE_GRPC ?= 1
 serve: export RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH ?= 268435456

@@ -3,7 +3,7 @@
 FluxError                 500  server_error
   BadRequest              400  the caller's words are wrong; the message and the field are shown
     UnknownTier           404  no such tier here
-    UnknownResult         404  no such picture, or none for that URL
+    UnknownResult         404  no such image, or none for that URL
     InvalidKey            401  no key was sent, or none that is let in
     LicenseForbids        403  the caller's key may not use a tier of that licence
     TierForbidden         403  the caller's key may not use that tier
@@ -27,7 +27,7 @@ FluxError                 500  server_error
   GatewayFailed           503  a gateway died under the request
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
-    ResultsLost           503  the store of their pictures cannot
+    ResultsLost           503  the store of their images cannot
   DeadlinePassed          504  the request took longer than the gateway waits
 
 Arguments are positional only, so that every error survives a process border. Where the code on
@@ -88,7 +88,7 @@ class UnknownTier(BadRequest):
 
 
 class UnknownResult(BadRequest):
-    """No finished picture for that URL: nobody is told why."""
+    """No finished image for that URL: nobody is told why."""
 
     status = 404
     code = "result_not_found"

@@ -19,7 +19,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-IMAGES = Metric("flux_images", "Pictures drawn.")
+IMAGES = Metric("flux_images", "Images drawn.")
 STAGE_SECONDS = Metric(
     "flux_stage_seconds",
     "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; of "

@@ -37,7 +37,7 @@ class RgbImage:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which pixels of a picture to draw anew: `marks` has a byte for each, 255 there, else 0."""
+    """Which pixels of an image to draw anew: `marks` has a byte for each, 255 there, else 0."""
 
     width: int
     height: int
@@ -46,7 +46,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a picture becomes bytes; `quality` (0..100) counts for jpeg and webp.
+    """How an image becomes bytes; `quality` (0..100) counts for jpeg and webp.
 
     `scaled_to`: width and height to which it is scaled first, where that is not how it is drawn.
     """
@@ -60,8 +60,8 @@ class Encoding:
 class ImageRequest:
     """What a caller asked for, complete: defaults filled in, everything checked.
 
-    With a `mask`, the first reference is the picture that is edited: it is scaled to the size that
-    is drawn, and the rest of it stays. `num_previews` is of each picture, while it is drawn.
+    With a `mask`, the first reference is the image that is edited: it is scaled to the size that
+    is drawn, and the rest of it stays. `num_previews` is of each image, while it is drawn.
     """
 
     request_id: str
@@ -80,7 +80,7 @@ class ImageRequest:
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
-        """After how many steps of a picture it is previewed: evenly spread, never after the last.
+        """After how many steps of an image it is previewed: evenly spread, never after the last.
 
         They are fewer than `num_previews` where there are too few steps.
         """
@@ -95,7 +95,7 @@ class ImageRequest:
 
     @property
     def num_denoise_steps(self) -> int:
-        """Of all its pictures."""
+        """Of all its images."""
         return self.num_steps * self.num_images
 
     @property
@@ -125,7 +125,7 @@ class ImageRequest:
 
     @property
     def megapixels(self) -> float:
-        """Of all its pictures."""
+        """Of all its images."""
         return self.width * self.height * self.num_images / 1e6
 
 
@@ -169,7 +169,7 @@ class DenoisedImage:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One picture as encoded bytes."""
+    """One image as encoded bytes."""
 
     data: bytes
     seed: int
@@ -177,7 +177,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Progress:
-    """How many denoise steps of a request are done, of all that its pictures take.
+    """How many denoise steps of a request are done, of all that its images take.
 
     It begins anew where a second replica draws what the first did not live to finish.
     """
@@ -193,7 +193,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a picture of a request will look like; `number` counts its previews, from 0."""
+    """What an image of a request will look like; `number` counts its previews, from 0."""
 
     tier: str
     image: GeneratedImage
@@ -256,7 +256,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """The pictures of one request, and what it took.
+    """The images of one request, and what it took.
 
     `layout` is what the replica that drew them calls its layout in its `describe`.
     """
@@ -296,18 +296,18 @@ async def loaded(request: ImageRequest) -> ImageRequest:
     return await request.load() if isinstance(request, DeferredRequest) else request
 
 
-Draw = Callable[[Hear], Awaitable[ImageResult]]
+Generate = Callable[[Hear], Awaitable[ImageResult]]
 
 
-async def follow(draw: Draw) -> AsyncGenerator[News | ImageResult, None]:
+async def follow(generate: Generate) -> AsyncGenerator[News | ImageResult, None]:
     """What `draw` lets hear, and what it returns; its errors. Close it to leave."""
     heard: asyncio.Queue[News | None] = asyncio.Queue()
-    drawing = asyncio.ensure_future(draw(heard.put_nowait))
-    drawing.add_done_callback(lambda _: heard.put_nowait(None))
+    generation = asyncio.ensure_future(generate(heard.put_nowait))
+    generation.add_done_callback(lambda _: heard.put_nowait(None))
     try:
         while (news := await heard.get()) is not None:
             yield news
-        yield await drawing
+        yield await generation
     finally:
-        drawing.cancel()
-        await asyncio.gather(drawing, return_exceptions=True)
+        generation.cancel()
+        await asyncio.gather(generation, return_exceptions=True)

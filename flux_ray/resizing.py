@@ -19,8 +19,8 @@ def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def fit_picture(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
-    """The picture in the size drawn; to the pixel what it was if it had that size."""
+def fit_image(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
+    """The image in the size drawn; to the pixel what it was if it had that size."""
     if (raster.width, raster.height) == size:
         return raster
     image = Image.frombytes("RGB", (raster.width, raster.height), raster.rgb)
@@ -28,7 +28,7 @@ def fit_picture(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """The mask, scaled as its picture is; specks that would be lost are pixels, if all would be."""
+    """The mask, scaled as its image is; specks that would be lost are pixels, if all would be."""
     if (mask.width, mask.height) == size:
         return mask
     scaled = mask_image(mask).resize(size, Image.Resampling.LANCZOS)
@@ -46,5 +46,5 @@ def specks(mask: Mask, size: tuple[int, int]) -> bytes:
 
 
 def mask_image(mask: Mask) -> Image.Image:
-    """As a grey picture, white where to draw."""
+    """As a grey image, white where to draw."""
     return Image.frombytes("L", (mask.width, mask.height), mask.marks)

@@ -1,4 +1,4 @@
-"""What several test folders share: a gateway of fakes, pictures to send, and the log."""
+"""What several test folders share: a gateway of fakes, images to send, and the log."""
 
 import io
 import logging
@@ -55,7 +55,7 @@ LIMITS = Limits(
 
 
 def news_of(request: ImageRequest) -> list[News]:
-    """What a replica lets hear of one picture; its previews are `preview <number>`."""
+    """What a replica lets hear of one image; its previews are `preview <number>`."""
     previews = [
         Preview(request.tier, GeneratedImage(b"preview %d" % number, request.seed), number)
         for number in range(len(request.preview_steps))
@@ -64,7 +64,7 @@ def news_of(request: ImageRequest) -> list[News]:
 
 
 class FakeHandles:
-    """Replicas that answer at once with `picture <seed>`, after raising what is in `failures`."""
+    """Replicas that answer at once with `image <seed>`, after raising what is in `failures`."""
 
     def __init__(self) -> None:
         self.requests: list[ImageRequest] = []
@@ -72,7 +72,7 @@ class FakeHandles:
         self.failures: list[Exception] = []
         self.ready: tuple[str, ...] = ("tiny",)
         # By replica and the name of the run.
-        self.drawn: dict[tuple[str, str], ImageResult] = {}
+        self.generated: dict[tuple[str, str], ImageResult] = {}
 
     async def connect(self, tier: str) -> None:
         pass
@@ -86,20 +86,20 @@ class FakeHandles:
             hear(news)
         if self.failures:
             raise self.failures.pop(0)
-        self.drawn[replica, run] = ImageResult(
+        self.generated[replica, run] = ImageResult(
             request_id=request.request_id,
             tier=request.tier,
-            images=tuple(GeneratedImage(b"picture %d" % seed, seed) for seed in request.seeds),
+            images=tuple(GeneratedImage(b"image %d" % seed, seed) for seed in request.seeds),
             times=StageTimes(queue_s=0.001, encode_s=0.002, denoise_s=0.003, decode_s=0.004),
         )
-        return self.drawn[replica, run]
+        return self.generated[replica, run]
 
     async def recall(
         self, request: ImageRequest, replica: str, hear: Hear | None, run: str
     ) -> ImageResult:
-        if (replica, run) not in self.drawn:
+        if (replica, run) not in self.generated:
             raise NotKept("it was drawn elsewhere")
-        return self.drawn[replica, run]
+        return self.generated[replica, run]
 
     async def ready_tiers(self) -> tuple[str, ...]:
         return self.ready
@@ -211,8 +211,8 @@ def api(router: Router, gateway_args: GatewayArgs) -> FastAPI:
 
 
 @pytest.fixture
-def picture() -> Callable[..., bytes]:
-    """`picture(100, 80, format="PNG", mode="RGB", color="red")` as a file's bytes."""
+def make_image() -> Callable[..., bytes]:
+    """`image(100, 80, format="PNG", mode="RGB", color="red")` as a file's bytes."""
 
     def draw(width=96, height=80, *, format="PNG", mode="RGB", color="red", **options) -> bytes:
         file = io.BytesIO()

@@ -70,7 +70,7 @@ def work(pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from flux_ray.parallel.mesh import Endpoint, join_mesh, open_store, visit_store
+    from flux_ray.parallel.mesh import Endpoint, connect_store, join_mesh, open_store
 
     torch.set_num_threads(1)
     store = None
@@ -83,7 +83,7 @@ def work(pipe: Connection) -> None:
             else:
                 rank, parallel, endpoint, job = payload
                 function, args = cloudpickle.loads(job)
-                met = store if rank == 0 else visit_store(endpoint, MEETING_S)
+                met = store if rank == 0 else connect_store(endpoint, MEETING_S)
                 mesh = join_mesh(met, rank, parallel, "cpu", MEETING_S)
                 answer = function(mesh, *args)
                 if dist.is_initialized():

@@ -18,7 +18,7 @@ def test_every_error_survives_a_process_border(error_type):
 
 
 @pytest.mark.parametrize("error_type", ALL)
-def test_every_error_is_drawn_with_its_status(error_type):
+def test_every_error_is_generated_with_its_status(error_type):
     [line] = [
         line for line in errors.__doc__.splitlines() if line.split()[:1] == [error_type.__name__]
     ]

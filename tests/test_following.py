@@ -13,23 +13,23 @@ STEPS = [Progress(1, 2), Progress(2, 2)]
 
 
 async def test_the_result_comes_last() -> None:
-    async def draw(hear: Hear) -> ImageResult:
+    async def generate(hear: Hear) -> ImageResult:
         for step in STEPS:
             hear(step)
             await asyncio.sleep(0)
         return RESULT
 
-    assert [value async for value in follow(draw)] == [*STEPS, RESULT]
+    assert [value async for value in follow(generate)] == [*STEPS, RESULT]
 
 
 async def test_an_error_comes_after_what_was_heard() -> None:
-    async def draw(hear: Hear) -> ImageResult:
+    async def generate(hear: Hear) -> ImageResult:
         hear(STEPS[0])
         raise ReplicaFailed("died")
 
     heard = []
     with pytest.raises(ReplicaFailed, match="died"):
-        async for value in follow(draw):
+        async for value in follow(generate):
             heard.append(value)
     assert heard == STEPS[:1]
 
@@ -37,7 +37,7 @@ async def test_an_error_comes_after_what_was_heard() -> None:
 async def test_who_leaves_ends_it() -> None:
     ended = asyncio.Event()
 
-    async def draw(hear: Hear) -> ImageResult:
+    async def generate(hear: Hear) -> ImageResult:
         hear(STEPS[0])
         try:
             await asyncio.Event().wait()
@@ -45,13 +45,13 @@ async def test_who_leaves_ends_it() -> None:
             ended.set()
         return RESULT
 
-    async with aclosing(follow(draw)) as stream:
+    async with aclosing(follow(generate)) as stream:
         await anext(stream)
         assert not ended.is_set()
     assert ended.is_set()
 
     async def listen() -> None:
-        async for _ in follow(draw):
+        async for _ in follow(generate):
             ended.clear()
 
     listener = asyncio.create_task(listen())

@@ -77,7 +77,7 @@ async def test_a_database_that_is_not_ours_to_close_is_warned_of(
 
 async def test_results_in_a_folder_that_was_there_before(open_folder, serve_log):
     results = Results(str(open_folder))
-    await results.write_pictures(JOB, 1, IMAGES, "png")
+    await results.write_images(JOB, 1, IMAGES, "png")
     await results.write_references(JOB, (b"pixels",))
     assert modes_in(open_folder) == {(True, "0o700"), (False, "0o600")}
     await results.warn_of_others()

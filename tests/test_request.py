@@ -25,7 +25,7 @@ def test_one_seed_an_image():
     assert REQUEST.seeds == (7, 8, 9)
 
 
-def test_under_a_mask_the_first_reference_has_the_size_that_is_drawn():
+def test_under_a_mask_the_first_reference_has_the_size_that_is_generated():
     two = dataclasses.replace(REQUEST, references=(RgbImage(9, 8, b""), RgbImage(7, 6, b"")))
     masked = dataclasses.replace(two, mask=Mask(9, 8, b""))
     assert two.reference_sizes == ((9, 8), (7, 6))

@@ -64,7 +64,7 @@ def test_what_is_said_by_default_is_not_sent() -> None:
 
 
 def test_pixels_are_not_copied() -> None:
-    """A picture may have 60 MB."""
+    """An image may have 60 MB."""
     arrived = request_from(pack_request(WHOLE))
     assert arrived.references[0].rgb is WHOLE.references[0].rgb
     assert arrived.mask is not None and WHOLE.mask is not None
@@ -171,7 +171,7 @@ def test_a_newer_description_is_understood_as_far_as_it_goes() -> None:
     "error",
     [
         OutOfMemory("too large"),
-        BadReference("no picture", "image"),
+        BadReference("no image", "image"),
         Overloaded("later", None, 7),
         ProtocolMismatch("what?", None, 3),
     ],

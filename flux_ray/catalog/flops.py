@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 # An image token is 16 x 16 pixels: the VAE's 8, and patches of 2.
 TOKEN_SIDE = 16
-# The VAE takes larger pictures in tiles of this side, which overlap by a quarter: whole,
+# The VAE takes larger images in tiles of this side, which overlap by a quarter: whole,
 # four megapixels would take 6 GiB, or 25 where its attention is not fused.
 MAX_WHOLE_PIXELS = 1024 * 1024
 TILE_SIDE = 1024
@@ -18,7 +18,7 @@ TILE_STRIDE = 768
 
 @dataclass(frozen=True)
 class TransformerWork:
-    """Of one forward; `fixed_flops` are those that do not depend on the picture's size.
+    """Of one forward; `fixed_flops` are those that do not depend on the image's size.
 
     Block weights are those of the blocks' linear layers: what is quantized, and split over ranks.
     """
@@ -37,7 +37,7 @@ class TransformerWork:
         return self.num_double_blocks + self.num_single_blocks
 
     def product_flops(self, num_tokens: int) -> int:
-        """Of the linear layers, for the tokens of text, picture and references."""
+        """Of the linear layers, for the tokens of text, image and references."""
         return self.fixed_flops + self.token_flops * num_tokens
 
     def attention_flops(self, num_tokens: int) -> int:
@@ -69,15 +69,15 @@ class VaeWork:
     attention_flops: float
 
     def encode_flops(self, pixels: int) -> int:
-        """Of one reference picture."""
+        """Of one reference image."""
         return self.encode_pixel_flops * pixels + int(self.attention_flops * pixels**2)
 
     def edit_flops(self, width: int, height: int) -> int:
-        """Of encoding a picture of which a part is drawn, in tiles as it is decoded."""
+        """Of encoding an image of which a part is drawn, in tiles as it is decoded."""
         return sum(self.encode_flops(tile) for tile in tiles_of(width, height))
 
     def decode_flops(self, width: int, height: int) -> int:
-        """Of one picture; its tiles overlap, so that above a megapixel it is more a pixel."""
+        """Of one image; its tiles overlap, so that above a megapixel it is more a pixel."""
         return sum(
             self.decode_pixel_flops * tile + int(self.attention_flops * tile**2)
             for tile in tiles_of(width, height)
@@ -94,14 +94,14 @@ class Workload:
 
 
 def tiles_of(width: int, height: int) -> tuple[int, ...]:
-    """The pixels of each tile that the VAE takes a picture in; up to a megapixel it is one."""
+    """The pixels of each tile that the VAE takes an image in; up to a megapixel it is one."""
     if width * height <= MAX_WHOLE_PIXELS:
         return (width * height,)
     return tuple(w * h for w in tile_lengths(width) for h in tile_lengths(height))
 
 
 def tile_lengths(side: int) -> tuple[int, ...]:
-    """Of the tiles along one side of a picture, in pixels."""
+    """Of the tiles along one side of an image, in pixels."""
     return tuple(min(TILE_SIDE, side - start) for start in range(0, side, TILE_STRIDE))
 
 

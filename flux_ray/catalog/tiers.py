@@ -15,7 +15,7 @@ class Tier:
     sides; `weights` is `embedded`, or None where the operator names them in the tier's args.
     Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
     A reference of more than `max_reference_pixels` is scaled down by the model. `takes_mask`: it
-    can draw a part of a picture and keep the rest.
+    can draw a part of an image and keep the rest.
     `scales_sizes`: other sizes than its own are generated at its default area and then scaled.
     `quality_steps`: the steps of OpenAI's words for quality, where they make a difference.
     """

@@ -59,7 +59,7 @@ def secret_in(key_file: Path) -> str:
 def send(
     client: httpx.Client, fields: dict[str, Any] | None, images: Sequence[Path]
 ) -> httpx.Response:
-    """The tiers, a generation, or with pictures an edit."""
+    """The tiers, a generation, or with images an edit."""
     if fields is None:
         return client.get("/v1/models")
     if not images:

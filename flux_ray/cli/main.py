@@ -1,6 +1,6 @@
-"""`flux-ray`: ask a running cluster for pictures, or plan and simulate one.
+"""`flux-ray`: ask a running cluster for images, or plan and simulate one.
 
-Where the command puts pictures, and in which format.
+Where the command puts images, and in which format.
 
 `flux-ray keys`: make, list and revoke API keys in the file that the gateways read.
 """
@@ -41,7 +41,7 @@ def paths_for(path: Path, num_images: int) -> list[Path]:
 
 
 def save(path: Path, b64: str) -> None:
-    """Write one picture, in a folder that may not be there yet."""
+    """Write one image, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(b64))
 
@@ -166,7 +166,7 @@ def generate(
     key_file: KeyFile = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite files.")] = False,
 ) -> None:
-    """Draw pictures of PROMPT, or edit the ones given with --image."""
+    """Draw images of PROMPT, or edit the ones given with --image."""
     paths = paths_for(output, num_images)
     # Before anything is drawn that would then have no place.
     if not force and (taken := [str(path) for path in paths if path.exists()]):

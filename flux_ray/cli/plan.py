@@ -71,7 +71,7 @@ def table_of(plan: "Plan") -> Table:
 
 
 def row_of(plan: "Plan", tier: "TierPlan", planned: "GpuPlan") -> list[str]:
-    """The components, their total against the card, and the total at the default picture."""
+    """The components, their total against the card, and the total at the default image."""
     on_card = tier.device == "cuda"
     return [
         f"{tier.tier}\n{precision_of(tier)}",

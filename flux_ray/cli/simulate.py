@@ -197,7 +197,7 @@ def arriving_of(
 
 
 def plot_to(outcome: Outcome, path: Path) -> None:
-    """The picture; the command ends if matplotlib cannot write such a file."""
+    """The image; the command ends if matplotlib cannot write such a file."""
     # Only here: it takes a second to import, and the other commands do without.
     from flux_ray.cli.simulate_plot import save_plot
 

@@ -17,7 +17,7 @@ DEMAND, REPLICAS, STARTING, WAITING = "#E69F00", "#0072B2", "#56B4E9", "#D55E00"
 
 
 def save_plot(outcome: "Outcome", path: Path) -> None:
-    """Write the picture; ValueError names the file names that it may have."""
+    """Write the image; ValueError names the file names that it may have."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path} must end in one of: {', '.join(FORMATS)}")
     num_tiers = max(1, len(outcome.tiers))
@@ -27,8 +27,8 @@ def save_plot(outcome: "Outcome", path: Path) -> None:
     )
     in_minutes = outcome.end_s <= MAX_HOURS_IN_MINUTES * 3600
     for number, (name, tier) in enumerate(outcome.tiers.items()):
-        draw_load(grid[2 * number][0], name, tier, 60 if in_minutes else 3600)
-        draw_waiting(grid[2 * number + 1][0], tier, 60 if in_minutes else 3600)
+        generate_load(grid[2 * number][0], name, tier, 60 if in_minutes else 3600)
+        generate_waiting(grid[2 * number + 1][0], tier, 60 if in_minutes else 3600)
     # One for all tiers, above them: inside it would hide a peak.
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", fontsize=9, ncols=3, frameon=False)
@@ -37,7 +37,7 @@ def save_plot(outcome: "Outcome", path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -> None:
+def generate_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -> None:
     """Work that arrives a second, over the replicas that are there for it."""
     edges = edges_of(tier, unit_s)
     replicas = [point.replicas for point in tier.points]
@@ -54,7 +54,7 @@ def draw_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -> No
     axes.grid(alpha=0.25)
 
 
-def draw_waiting(axes: "Axes", tier: "TierOutcome", unit_s: float) -> None:
+def generate_waiting(axes: "Axes", tier: "TierOutcome", unit_s: float) -> None:
     """What waits, as the seconds that each replica would be busy with it."""
     shares = [point.waiting_s / max(point.replicas, 1.0) for point in tier.points]
     axes.stairs(shares, edges_of(tier, unit_s), fill=True, color=WAITING, alpha=0.6)

@@ -22,7 +22,7 @@ class JobArgs(Args):
     `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
     `results`: a folder, or a URL of fsspec (`s3://bucket/folder`), of which `results_options` say
     more (`endpoint_url`). `lease_s`: after so long without a sign of its worker a job is another's.
-    `keep_s`: so long an ended job and its pictures are there, and so long one waits that no gateway
+    `keep_s`: so long an ended job and its images are there, and so long one waits that no gateway
     takes. `max_running`: of one gateway and tier at once, of one owner three quarters of that.
     `max_lost`: a job that was lost with so many workers is given up. `webhook_retries_s`: pauses
     before a webhook that was not taken is posted again; then it is given up.
@@ -117,10 +117,10 @@ class Uploads(Args):
 
 
 class Fetching(Args):
-    """Reference pictures by URL: from public addresses, unless `networks` names others.
+    """Reference images by URL: from public addresses, unless `networks` names others.
 
     `hosts`: if given, no others. `networks`: of ours, that callers may reach, such as
-    `10.1.2.0/24`. `timeout_s`: for all pictures of a request together.
+    `10.1.2.0/24`. `timeout_s`: for all images of a request together.
     """
 
     enabled: bool = True
@@ -185,7 +185,7 @@ class GatewayArgs(Args):
     `cors_origins`: of pages that may ask from a browser, like `https://app.example.com`, or `*`.
     `num_cpus`: of each replica, of its node's. More than 0, for what it decodes: Ray then keeps it
     off a head that has no processors to give.
-    `jobs`: routes that answer before the picture is drawn, and answers by URL, where it is given.
+    `jobs`: routes that answer before the image is drawn, and answers by URL, where it is given.
     `drain_timeout_s`: of a gateway that is taken away, for what it has: more than
     `request_timeout_s`, for what came last may wait all of that.
     `max_ongoing_requests`: that Serve hands to a gateway at once. Those beyond it wait in Serve's
@@ -292,7 +292,7 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_public_url(self) -> "GatewayArgs":
-        """Jobs and their pictures are told of by URL."""
+        """Jobs and their images are told of by URL."""
         if self.jobs is not None and self.public_url is None:
             raise ValueError("public_url: jobs are told of by URL, and it says of which host")
         return self

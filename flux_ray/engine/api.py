@@ -21,13 +21,13 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class InpaintInput:
-    """A picture of which a part is drawn anew, and the mask of that part, in the size drawn.
+    """An image of which a part is drawn anew, and the mask of that part, in the size drawn.
 
-    `latents` are the picture's, [1, tokens, channels]; `weights`, [1, tokens, 1], are 1 where a
+    `latents` are the image's, [1, tokens, channels]; `weights`, [1, tokens, 1], are 1 where a
     token is drawn anew, 0 where it stays.
     """
 
-    picture: RgbImage
+    image: RgbImage
     mask: Mask
     latents: Tensor
     weights: Tensor
@@ -38,7 +38,7 @@ class Conditioning:
     """The encoded prompt and references of a request, shared by all of its images.
 
     Latents are [1, tokens, channels], ids [1, tokens, 4]; None without references. With an `edit`,
-    the first of them is its picture.
+    the first of them is its image.
     """
 
     prompt: PromptEmbeds
@@ -54,7 +54,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The picture to draw: its size in pixels, the number of denoise steps, and the guidance.
+    """The image to draw: its size in pixels, the number of denoise steps, and the guidance.
 
     Only a model that was distilled with guidance heeds that. `has_previews`: its states can be
     previewed.

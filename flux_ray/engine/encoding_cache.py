@@ -9,7 +9,7 @@ from flux_ray.engine.cache import Cache
 from flux_ray.engine.flux2.text_encoder import unpack
 from flux_ray.engine.registry import Adapter
 from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
-from flux_ray.resizing import fit_mask, fit_picture
+from flux_ray.resizing import fit_image, fit_mask
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class References:
 class CachedEncoder:
     """Prompts and sets of references of one rank, in one cache of `max_bytes`.
 
-    What comes out is the very tensors that went in: a picture does not change by it.
+    What comes out is the very tensors that went in: an image does not change by it.
     """
 
     def __init__(self, adapter: Adapter, max_bytes: int, device: str) -> None:
@@ -44,11 +44,11 @@ class CachedEncoder:
         if request.mask is None:
             return self._references(request, request.references, prompt, is_known)
         size = (request.width, request.height)
-        picture, mask = fit_picture(request.references[0], size), fit_mask(request.mask, size)
-        references = (picture, *request.references[1:])
+        image, mask = fit_image(request.references[0], size), fit_mask(request.mask, size)
+        references = (image, *request.references[1:])
         given, is_known = self._references(request, references, prompt, is_known)
         # A mask is never remembered: it is quicker made than found.
-        return self._adapter.edit(given, picture, mask), is_known
+        return self._adapter.edit(given, image, mask), is_known
 
     def forget(self) -> None:
         """Make room: all of it can be made again."""

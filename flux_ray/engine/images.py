@@ -64,7 +64,7 @@ def scaled(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
     return raster_for(image_for(raster).resize(size, Image.Resampling.LANCZOS))
 
 
-def encode_picture(raster: RgbImage, encoding: Encoding) -> bytes:
+def encode_image(raster: RgbImage, encoding: Encoding) -> bytes:
     """The raster as a png, jpeg or webp file, scaled to the size that is asked for."""
     size = encoding.scaled_to
     if size is not None and size != (raster.width, raster.height):

@@ -41,7 +41,7 @@ HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 # What to take of a checkpoint, as the hub names files. Its top folder has other copies of the
 # weights, and `*.bin` runs code when it is read.
 CONFIGS = ("model_index.json", "*/*.json")
-PICTURE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
+IMAGE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
 PROMPT_PARTS = (
     "text_encoder/*.safetensors",
     *(f"tokenizer/*.{ending}" for ending in ("txt", "jinja", "model")),

@@ -19,8 +19,8 @@ class Adapter(Protocol):
     def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
         """The words and reference images of a request, once for all of its images."""
 
-    def edit(self, given: Conditioning, picture: RgbImage, mask: Mask) -> Conditioning:
-        """The same, to draw only a part of a picture: its first reference, in the size drawn."""
+    def edit(self, given: Conditioning, image: RgbImage, mask: Mask) -> Conditioning:
+        """The same, to draw only a part of an image: its first reference, in the size drawn."""
 
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
         """An image of pure noise, drawn on the CPU from the seed, with its schedule."""

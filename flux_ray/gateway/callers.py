@@ -1,4 +1,4 @@
-"""Who asks, and until when: what the router needs to know of a request besides the picture.
+"""Who asks, and until when: what the router needs to know of a request besides the image.
 
 By what a request is known when its client, or a balancer, sends it again.
 """
@@ -182,7 +182,7 @@ async def retry_of(
         number = None
     if key is None and number is None:
         return None
-    # Of large pictures it takes a while.
+    # Of large images it takes a while.
     fingerprint = await asyncio.to_thread(fingerprint_of, model, request, seed)
     if key is not None:
         return Retry(digest_of(name_of(http), IDEMPOTENCY_KEY, key), fingerprint)

@@ -1,4 +1,4 @@
-"""Hugging Face's raw endpoint, `POST /models/{model}`: words or a picture in, one picture out."""
+"""Hugging Face's raw endpoint, `POST /models/{model}`: words or an image in, one image out."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ from flux_ray.gateway.images.sources import (
     ImageSource,
     ImageSources,
     RequestImages,
-    is_picture,
-    read_pictures,
+    is_image,
+    read_images,
 )
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.fields import (
@@ -54,7 +54,7 @@ MAX_HEADER_CHARS = 4096
 
 
 class TargetSize(BaseModel):
-    """Of the picture, as image_to_image sends it."""
+    """Of the image, as image_to_image sends it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +63,7 @@ class TargetSize(BaseModel):
 
 
 class Parameters(BaseModel):
-    """The client's, by OpenAI's names where it has them; a prompt where `inputs` is a picture."""
+    """The client's, by OpenAI's names where it has them; a prompt where `inputs` is an image."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,7 +72,7 @@ class Parameters(BaseModel):
 
 
 class Inputs(BaseModel):
-    """The body: a prompt, or a picture (base64, or its URL) with the prompt as a parameter."""
+    """The body: a prompt, or an image (base64, or its URL) with the prompt as a parameter."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -95,32 +95,32 @@ class HuggingFace:
 
     def routes(self) -> APIRouter:
         """The body is read here, within limits and with our own errors."""
-        pictures = {name: {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
+        images = {name: {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
         routes = APIRouter(tags=["hugging face"])
         body = {"required": True, "content": {"application/json": {"schema": body_schema()}}}
         routes.add_api_route(
             HUB + "{model:path}",
-            self.draw,
+            self.generate,
             methods=["POST"],
             response_class=Response,
-            responses={200: {"content": pictures}, "default": {"model": HubFailure}},
+            responses={200: {"content": images}, "default": {"model": HubFailure}},
             openapi_extra={"requestBody": body, "parameters": [*PARAMETERS, PARAMETER]},
         )
         return routes
 
-    async def draw(self, request: Request, model: str) -> Response:
-        """One picture as its bytes; what was not heeded is in `x-flux-warnings`."""
+    async def generate(self, request: Request, model: str) -> Response:
+        """One image as its bytes; what was not heeded is in `x-flux-warnings`."""
         fields, order = await self.read(request, model)
-        result = await self.orders.draw(order)
-        drawn = order.request_of(result)
+        result = await self.orders.generate(order)
+        generated = order.request_of(result)
         warnings = [*warnings_of(fields, result), *order.notes_on(result)]
-        headers = {"x-flux-model": result.tier, "x-flux-seed": str(drawn.seed)}
+        headers = {"x-flux-model": result.tier, "x-flux-seed": str(generated.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
             # Names that a client made up are among them; a header is ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
             headers["x-flux-warnings"] = text[:MAX_HEADER_CHARS]
-        media_type = f"image/{drawn.encoding.format}"
+        media_type = f"image/{generated.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
     async def read(self, request: Request, model: str) -> tuple[ImageFields, PreparedRequest]:
@@ -129,24 +129,24 @@ class HuggingFace:
         target = self.orders.target_of(request, model)
         sent, names = parse_inputs(await read_body(request))
         fields = fields_of(sent, names, format_of(request))
-        pictures = await self.pictures_of(sent, target)
+        images = await self.images_of(sent, target)
         order = await self.orders.take(
             request,
             target,
-            lambda tier: request_for(fields, tier, self.limits, pictures.references),
-            pictures.notes,
+            lambda tier: request_for(fields, tier, self.limits, images.references),
+            images.notes,
         )
         forget_body(request)
         return fields, await self.orders.named(request, order, fields.seed)
 
-    async def pictures_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
-        """The picture to edit, if there is one."""
+    async def images_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
+        """The image to edit, if there is one."""
         if sent.wish.prompt is None:
             return RequestImages()
         if not target.max_references:
-            raise BadReference(f"{target.name} takes no pictures", "inputs")
+            raise BadReference(f"{target.name} takes no images", "inputs")
         sources = ImageSources([ImageSource("inputs", sent.inputs)])
-        return await read_pictures(sources, target, self.limits, self.fetcher)
+        return await read_images(sources, target, self.limits, self.fetcher)
 
 
 def body_schema() -> dict[str, Any]:
@@ -164,12 +164,12 @@ def body_schema() -> dict[str, Any]:
 
 
 def check_content_type(request: Request) -> None:
-    """Raises for bodies that can be no JSON: some clients send a picture as it is."""
+    """Raises for bodies that can be no JSON: some clients send an image as it is."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in AS_JSON and not sent.endswith("+json"):
         raise WrongContentType(
             f"the body is {sent[:80]}: send JSON, application/json, with the words as `inputs`,"
-            " or a picture in base64 as `inputs` and its words as `parameters.prompt`"
+            " or an image in base64 as `inputs` and its words as `parameters.prompt`"
         )
 
 
@@ -187,7 +187,7 @@ def parse_inputs(body: bytes) -> tuple[Inputs, dict[str, str]]:
         sent = Inputs.model_validate(parts | {"parameters": parameters})
     except ValidationError as error:
         raise bad_request(error) from None
-    check_pictures(sent)
+    check_images(sent)
     return sent, names
 
 
@@ -202,22 +202,22 @@ def joined(
     number = values.pop("n", None)
     if number is not None and (isinstance(number, bool) or str(number) not in ("1", "1.0")):
         name = names.get("n", "n")
-        raise BadRequest(f"{name} is not for this route: one request is one picture", name)
+        raise BadRequest(f"{name} is not for this route: one request is one image", name)
     return SentFields(values, names)
 
 
-def check_pictures(sent: Inputs) -> None:
-    """Raises for pictures that stand where none is read."""
+def check_images(sent: Inputs) -> None:
+    """Raises for images that stand where none is read."""
     for name, each in (sent.wish.model_extra or {}).items():
         if each == {} or (isinstance(each, list) and not any(each)):
             continue
         if is_mask_name(name):
             raise BadRequest(f"{name} is not for this route", name)
         if is_image_name(name):
-            message = "a picture is sent as inputs, and its words as parameters.prompt"
+            message = "an image is sent as inputs, and its words as parameters.prompt"
             raise BadReference(message, name)
-    if sent.wish.prompt is None and is_picture(sent.inputs):
-        raise BadRequest("what to do with the picture is to be said in parameters.prompt", "prompt")
+    if sent.wish.prompt is None and is_image(sent.inputs):
+        raise BadRequest("what to do with the image is to be said in parameters.prompt", "prompt")
 
 
 def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -> ImageFields:
@@ -232,7 +232,7 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
     if sent.wish.target_size is not None:
         extra |= sent.wish.target_size.model_dump()
     if sent.wish.prompt is None:
-        # Each side may be sent alone: that is a square, where there is no picture to be like.
+        # Each side may be sent alone: that is a square, where there is no image to be like.
         sides = [extra[name] for name in ("width", "height") if extra.get(name) is not None]
         extra |= dict.fromkeys(("width", "height"), sides[0]) if len(sides) == 1 else {}
     prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt

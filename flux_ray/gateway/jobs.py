@@ -81,8 +81,8 @@ class JobGenerator:
         self._previews: dict[str, GeneratedImage] = {}
         self._standings: dict[str, QueuePosition] = {}
 
-    async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
-        """The job's pictures; raises as the router does."""
+    async def generate(self, job: Job, request: ImageRequest) -> ImageResult:
+        """The job's images; raises as the router does."""
         request = within_budget(request, self.args.limits)
 
         def hear(news: News) -> None:
@@ -112,7 +112,7 @@ class JobGenerator:
         return self._standings.get(request_id)
 
     def preview_of(self, request_id: str) -> GeneratedImage | None:
-        """What a request's picture will look like; None if nothing was heard of that."""
+        """What a request's image will look like; None if nothing was heard of that."""
         return self._previews.get(request_id)
 
     def caller_of(self, job: Job) -> Caller:

@@ -1,10 +1,10 @@
 """References that are this server's own results: read from their store, without the network.
 
-URLs of jobs' pictures: whoever has one may read that picture, for a while.
+URLs of jobs' images: whoever has one may read that image, for a while.
 
-Answers by URL: pictures that were just drawn, kept for as long as those of jobs.
+Answers by URL: images that were just drawn, kept for as long as those of jobs.
 
-`GET /results/...`: finished pictures for whoever has the signed URL of one.
+`GET /results/...`: finished images for whoever has the signed URL of one.
 """
 
 import hmac
@@ -46,11 +46,11 @@ class ResultUrls:
         self._valid_s = valid_s
         self._clock = clock
 
-    def url_of(self, picture: StoredImage) -> str:
+    def url_of(self, image: StoredImage) -> str:
         """Absolute, and good from now on for so long as they are."""
         expiry = str(int(self._clock() + self._valid_s))
-        signature = self._sign(picture.name, expiry)
-        return f"{self._public_url}{PREFIX}{picture.name}?exp={expiry}&sig={signature}"
+        signature = self._sign(image.name, expiry)
+        return f"{self._public_url}{PREFIX}{image.name}?exp={expiry}&sig={signature}"
 
     def allows(self, name: str, expiry: str, signature: str) -> bool:
         """Whether it is one of ours, for that very name, and not yet over."""
@@ -71,10 +71,10 @@ async def urls_for(desk: JobService, public_url: str) -> ResultUrls:
 
 
 def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
-    """Where the first picture of a job is, if it is ready."""
+    """Where the first image of a job is, if it is ready."""
     if job.status != "ready" or job.result is None:
         return None
-    return urls.url_of(job.result.pictures[0])
+    return urls.url_of(job.result.images[0])
 
 
 def preview_url_of(job: Job, urls: ResultUrls) -> str | None:
@@ -92,10 +92,10 @@ class KeptImages:
     async def urls_of(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[str, ...]:
-        """A signed one of each picture."""
+        """A signed one of each image."""
         urls = await urls_for(self._desk, self._public_url)
-        pictures = await self._desk.keep(owner, request, result)
-        return tuple(urls.url_of(picture) for picture in pictures)
+        images = await self._desk.keep(owner, request, result)
+        return tuple(urls.url_of(image) for image in images)
 
 
 class OwnResultsFirst(Fetcher):
@@ -162,14 +162,14 @@ class ResultRoutes:
     def routes(self) -> APIRouter:
         """Whatever the path below it, this answers, so that all that is wrong looks alike."""
         path = PREFIX + "{name:path}"
-        picture = {"schema": {"type": "string", "format": "binary"}}
+        image = {"schema": {"type": "string", "format": "binary"}}
         routes = APIRouter(tags=["results"])
         routes.add_api_route(
             path,
             self.show,
             response_class=Response,
             responses={
-                200: {"content": dict.fromkeys(TYPES.values(), picture)},
+                200: {"content": dict.fromkeys(TYPES.values(), image)},
                 "default": {"model": Envelope},
             },
         )
@@ -177,7 +177,7 @@ class ResultRoutes:
         return routes
 
     async def show(self, request: Request, name: str, exp: str = "", sig: str = "") -> Response:
-        """The picture, if the URL is one of ours and there is still such a picture."""
+        """The image, if the URL is one of ours and there is still such an image."""
         try:
             urls = await urls_for(self._desk, self._public_url)
             if not urls.allows(name, exp, sig):
@@ -191,7 +191,7 @@ class ResultRoutes:
 
 def missing(request: Request) -> Response:
     """One text for all that may be wrong with a URL; not to be remembered by anybody."""
-    error = UnknownResult("there is no such picture, or its URL is not valid any more")
+    error = UnknownResult("there is no such image, or its URL is not valid any more")
     answer = answer_for(request, error)
     answer.headers.update(PRIVATE)
     return answer

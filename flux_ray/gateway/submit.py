@@ -36,13 +36,13 @@ class PreparedRequest(NamedTuple):
     notes: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
 
-    def request_of(self, drawn: ImageResult | Preview | Finished) -> ImageRequest:
+    def request_of(self, generated: ImageResult | Preview | Finished) -> ImageRequest:
         """The one that was drawn."""
-        return next(each for each in self.requests if each.tier == drawn.tier)
+        return next(each for each in self.requests if each.tier == generated.tier)
 
-    def notes_on(self, drawn: ImageResult | Preview | Finished) -> list[str]:
+    def notes_on(self, generated: ImageResult | Preview | Finished) -> list[str]:
         """Tell the caller what is not as it was asked for, besides fields without effect."""
-        return [*size_notes(self.request_of(drawn)), *self.notes]
+        return [*size_notes(self.request_of(generated)), *self.notes]
 
 
 class Submitter:
@@ -110,8 +110,8 @@ class Submitter:
             requests = [replace(each, seed=seed) for each in requests]
         return order._replace(requests=requests, caller=caller, places=places)
 
-    async def draw(self, order: PreparedRequest, hear: Hear | None = None) -> ImageResult:
-        """Its pictures, by the tier that the policy prefers, if no replica has them yet."""
+    async def generate(self, order: PreparedRequest, hear: Hear | None = None) -> ImageResult:
+        """Its images, by the tier that the policy prefers, if no replica has them yet."""
         if order.places:
             result = await self.router.recall(order.places, order.requests, order.caller, hear)
             if result is not None:

@@ -1,1 +1,1 @@
-"""Durable jobs: kept in a database until they are done, their pictures in a results store."""
+"""Durable jobs: kept in a database until they are done, their images in a results store."""

@@ -1,4 +1,4 @@
-"""One attempt at one job: draw it while the lease is kept, keep its pictures, end it.
+"""One attempt at one job: draw it while the lease is kept, keep its images, end it.
 
 What becomes of a job whose attempt failed: another one, after a pause, or its end.
 
@@ -33,7 +33,7 @@ MAX_PAUSE_S = 60.0
 # Each attempt takes a replica's turn before it reads: not too often while a store is away.
 AWAY_PAUSE_S = 5.0
 
-LOST = JobFailure("server_error", "the picture could not be drawn")
+LOST = JobFailure("server_error", "the image could not be drawn")
 
 
 class RetryLater(NamedTuple):
@@ -189,23 +189,23 @@ class Attempt:
             logger.error("job %s is given up: it was lost too often", lease.job_id)
             await self._fail(LOST)
             return
-        drawing = asyncio.create_task(self._draw())
+        generation = asyncio.create_task(self._generate())
         try:
             async with self._previews():
-                if await self._watch(drawing):
-                    await self._conclude(drawing)
+                if await self._watch(generation):
+                    await self._conclude(generation)
                 elif self._is_idle():
-                    await end(drawing)
+                    await end(generation)
                     await self._give_back()
                 else:
                     logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
             # First: another would have it drawn at the same time.
-            await end(drawing)
+            await end(generation)
             await self._give_back()
             raise
         finally:
-            await end(drawing)
+            await end(generation)
 
     @property
     def _beat_s(self) -> float:
@@ -225,16 +225,16 @@ class Attempt:
         )
         return previews.shown(self._beat_s)
 
-    async def _draw(self) -> JobResult:
+    async def _generate(self) -> JobResult:
         job, results = self._lease.job, self._shop.results
         request = defer(job.packed, self._request_id, self._load)
-        drawn = await self._shop.generate(job, request)
-        pictures = await self._insist(
-            lambda: results.write_pictures(
-                job.job_id, job.attempt, drawn.images, request.encoding.format
+        generated = await self._shop.generate(job, request)
+        images = await self._insist(
+            lambda: results.write_images(
+                job.job_id, job.attempt, generated.images, request.encoding.format
             )
         )
-        return JobResult(pictures, asdict(drawn.times), drawn.warnings)
+        return JobResult(images, asdict(generated.times), generated.warnings)
 
     async def _load(self) -> ImageRequest:
         """The whole request. Raises StoreLost; ResultMissing or ValueError if it is not there."""
@@ -246,11 +246,11 @@ class Attempt:
             raise ResultsLost(f"references took longer than {LOAD_S:g} s to read") from None
         return await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
 
-    async def _watch(self, drawing: "asyncio.Task[JobResult]") -> bool:
+    async def _watch(self, generation: "asyncio.Task[JobResult]") -> bool:
         """Beat until it is drawn; False if the lease is lost, or is to be given back."""
         shop, request_id = self._shop, self._request_id
         while True:
-            done, _ = await asyncio.wait({drawing}, timeout=self._beat_s)
+            done, _ = await asyncio.wait({generation}, timeout=self._beat_s)
             if done:
                 return True
             if self._is_idle():
@@ -263,11 +263,11 @@ class Attempt:
                 # Whoever takes the job meanwhile: only one of us can finish it.
                 logger.warning("job %s has no beat: %s", self._lease.job_id, error)
 
-    async def _conclude(self, drawing: "asyncio.Task[JobResult]") -> None:
+    async def _conclude(self, generation: "asyncio.Task[JobResult]") -> None:
         lease, store = self._lease, self._shop.store
-        error = None if drawing.cancelled() else drawing.exception()
-        if error is None and not drawing.cancelled():
-            if await self._insist(lambda: store.finish(lease, drawing.result())):
+        error = None if generation.cancelled() else generation.exception()
+        if error is None and not generation.cancelled():
+            if await self._insist(lambda: store.finish(lease, generation.result())):
                 await remove_references(self._shop.results, lease.job)
             return
         if not isinstance(error, FluxError):
@@ -289,7 +289,7 @@ class Attempt:
             logger.warning("job %s waits for its lease to end: %s", self._lease.job_id, error)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Ask until the stores answer: a drawn picture is not given up for an outage."""
+        """Ask until the stores answer: a drawn image is not given up for an outage."""
         while True:
             try:
                 return await call()
@@ -303,7 +303,7 @@ async def remove_references(results: Results, job: Job) -> None:
     try:
         await results.remove_references(job.job_id, num_blobs(job.packed))
     except ResultsLost as error:
-        logger.warning("job %s keeps its reference pictures for now: %s", job.job_id, error)
+        logger.warning("job %s keeps its reference images for now: %s", job.job_id, error)
 
 
 async def end(task: "asyncio.Task[JobResult]") -> None:

@@ -1,4 +1,4 @@
-"""Removes what has expired: first a job's pictures, then its row, so that none is forgotten.
+"""Removes what has expired: first a job's images, then its row, so that none is forgotten.
 
 Ends jobs that no worker takes: of a tier that nobody serves, or a release that nobody runs.
 
@@ -113,7 +113,7 @@ EXPIRED_BATCH = 100
 
 
 async def clean_up(store: Store, results: Results) -> int:
-    """Remove the jobs that have expired, but for those whose pictures stay; how many.
+    """Remove the jobs that have expired, but for those whose images stay; how many.
 
     Raises StoreLost.
     """

@@ -1,6 +1,6 @@
-"""The shelf: pictures of jobs by their names, and those that were drawn without a job.
+"""The shelf: images of jobs by their names, and those that were drawn without a job.
 
-The results store: pictures by names of ours, in a folder or wherever fsspec reaches.
+The results store: images by names of ours, in a folder or wherever fsspec reaches.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ MAX_BYTES = 128 * 2**20
 # Entries of a folder: those of one release are all alike.
 MAX_LOOKED_AT = 1000
 
-# A store that never answers keeps a thread: not one of those that decode pictures.
+# A store that never answers keeps a thread: not one of those that decode images.
 THREADS = ThreadPoolExecutor(16, thread_name_prefix="results")
 
 T = TypeVar("T")
@@ -79,22 +79,22 @@ class Results:
         ):
             folder = shlex.quote(self._root)
             logger.warning(
-                "other users of this machine can read pictures in %s: chmod -R go= %s",
+                "other users of this machine can read images in %s: chmod -R go= %s",
                 self._root,
                 folder,
             )
 
-    async def write_pictures(
+    async def write_images(
         self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
     ) -> tuple[StoredImage, ...]:
-        """Keep the pictures of an attempt. Raises ResultTooLarge."""
+        """Keep the images of an attempt. Raises ResultTooLarge."""
         names = (f"{job_id}/{attempt}-{number}.{format}" for number in range(len(images)))
         return tuple([await self._keep(*each) for each in zip(names, images, strict=True)])
 
     async def write_preview(
         self, job_id: str, attempt: int, number: int, image: GeneratedImage, format: ImageFormat
     ) -> StoredImage:
-        """Keep what an attempt's picture will look like. Raises ResultTooLarge."""
+        """Keep what an attempt's image will look like. Raises ResultTooLarge."""
         return await self._keep(f"{job_id}/{attempt}-preview-{number}.{format}", image)
 
     async def remove_previews(
@@ -103,30 +103,30 @@ class Results:
         """Delete those of an attempt that are there."""
         await self._remove(f"{job_id}/{attempt}-preview-{n}.{format}" for n in range(count))
 
-    async def read_picture(self, picture: StoredImage) -> bytes:
+    async def read_image(self, image: StoredImage) -> bytes:
         """The very bytes that were written. Raises ResultMissing."""
-        data = await self._read(picture.name)
-        if await translated(lambda: hashlib.sha256(data).hexdigest()) != picture.sha256:
-            raise ResultMissing(f"{picture.name} is damaged")
+        data = await self._read(image.name)
+        if await translated(lambda: hashlib.sha256(data).hexdigest()) != image.sha256:
+            raise ResultMissing(f"{image.name} is damaged")
         return data
 
     async def write_references(
-        self, job_id: str, pictures: tuple[bytes, ...], pack: Callable[[bytes], bytes] = bytes
+        self, job_id: str, images: tuple[bytes, ...], pack: Callable[[bytes], bytes] = bytes
     ) -> None:
-        """Keep the pictures of a request. Raises ResultTooLarge.
+        """Keep the images of a request. Raises ResultTooLarge.
 
         Each is packed in the thread that writes it: packed all at once, they would be in memory
         twice.
         """
-        for number, picture in enumerate(pictures):
-            await self._write(f"{job_id}/reference-{number}", partial(pack, picture))
+        for number, image in enumerate(images):
+            await self._write(f"{job_id}/reference-{number}", partial(pack, image))
 
     async def read_references(self, job_id: str, count: int) -> tuple[bytes, ...]:
-        """The pictures of a request. Raises ResultMissing."""
+        """The images of a request. Raises ResultMissing."""
         return tuple([await self._read(f"{job_id}/reference-{n}") for n in range(count)])
 
     async def remove_references(self, job_id: str, count: int) -> None:
-        """Delete the pictures of a request, those that are there."""
+        """Delete the images of a request, those that are there."""
         await self._remove(f"{job_id}/reference-{number}" for number in range(count))
 
     async def remove_job(self, job_id: str) -> None:
@@ -234,9 +234,9 @@ KEPT_FOR = "kept for "
 
 
 class ImageStore:
-    """Pictures count only while a row names them: those of lost attempts are not here.
+    """Images count only while a row names them: those of lost attempts are not here.
 
-    Everything raises StoreLost and ResultsLost. `keep_s`: so long a picture is kept.
+    Everything raises StoreLost and ResultsLost. `keep_s`: so long an image is kept.
     """
 
     def __init__(self, database: Database, results: Results, keep_s: float) -> None:
@@ -246,25 +246,23 @@ class ImageStore:
 
     async def read(self, name: str) -> bytes:
         """The very bytes that were written under that name. Raises ResultMissing."""
-        return await self._results.read_picture(await self._find(name))
+        return await self._results.read_image(await self._find(name))
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[StoredImage, ...]:
-        """Pictures that somebody waited for, as those of a job that is ready; cleaned up with them.
+        """Images that somebody waited for, as those of a job that is ready; cleaned up with them.
 
         Raises ResultTooLarge.
         """
         job_id = str(uuid.uuid4())
         # First the row: what is written without one would never be removed.
         await self._database.first(self._arrival(job_id, owner, request))
-        pictures = await self._results.write_pictures(
-            job_id, 0, result.images, request.encoding.format
-        )
-        kept = JobResult(pictures, asdict(result.times), result.warnings)
+        images = await self._results.write_images(job_id, 0, result.images, request.encoding.format)
+        kept = JobResult(images, asdict(result.times), result.warnings)
         if await self._database.first(self._completion(job_id, kept)) is None:
-            raise StoreLost("the pictures took too long to be stored")
-        return pictures
+            raise StoreLost("the images took too long to be stored")
+        return images
 
     def _arrival(self, job_id: str, owner: str, request: ImageRequest) -> Executable:
         now = self._database.now
@@ -302,7 +300,7 @@ class ImageStore:
             JOBS.c.job_id == name.partition("/")[0], or_(is_kept, is_previewed)
         )
         if (row := await self._database.first(named)) is not None:
-            for picture in RESULT.validate_python(row["result"]).pictures:
-                if picture.name == name:
-                    return picture
-        raise ResultMissing("no job has a picture of that name")
+            for image in RESULT.validate_python(row["result"]).images:
+                if image.name == name:
+                    return image
+        raise ResultMissing("no job has an image of that name")

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from flux_ray.request import ImageRequest, QueuePosition
 
-# `arriving`: its reference pictures are being stored, nobody was told of it. `refused`: by the
+# `arriving`: its reference images are being stored, nobody was told of it. `refused`: by the
 # content filter. The last four are ends: nothing leaves them.
 Status = Literal["arriving", "pending", "running", "ready", "failed", "refused", "cancelled"]
 End = Literal["ready", "failed", "refused"]
@@ -55,7 +55,7 @@ class JobSubmission:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture in the results store, by its name there."""
+    """An image in the results store, by its name there."""
 
     name: str
     seed: int
@@ -65,16 +65,16 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job came to: its pictures, and what they took."""
+    """What a job came to: its images, and what they took."""
 
-    pictures: tuple[StoredImage, ...]
+    images: tuple[StoredImage, ...]
     stages_s: dict[str, float]
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class JobFailure:
-    """Why there is no picture, in words for the caller."""
+    """Why there is no image, in words for the caller."""
 
     code: str
     message: str
@@ -91,7 +91,7 @@ class ListPlace(NamedTuple):
 class Job:
     """A row of the store. Times are of the database's clock, in seconds since 1970.
 
-    `packed` is the request without its pictures. `num_lost` counts the workers that were lost with
+    `packed` is the request without its images. `num_lost` counts the workers that were lost with
     it. `progress` goes from 0 to 1. While it runs, `result` has its previews, and `standing`
     says where it is in its tier's queue, if its worker waits there. `webhook_state` is None without
     a webhook, else `waiting` for the end, `due`, `delivered` or `given up`.
@@ -128,7 +128,7 @@ class Job:
         """What it will look like, as far as is known while it runs."""
         if self.status != "running" or self.result is None:
             return None
-        return self.result.pictures[-1]
+        return self.result.images[-1]
 
 
 @dataclass(frozen=True)

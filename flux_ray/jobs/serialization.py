@@ -1,4 +1,4 @@
-"""Requests as JSON for a row, with their pictures set apart for the results store.
+"""Requests as JSON for a row, with their images set apart for the results store.
 
 Whether this release reads of a job's row the request that was packed, nothing left out.
 """
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from flux_ray.request import DeferredRequest, ImageRequest, Load, Mask, RgbImage, outline_of
 
 REQUEST = TypeAdapter(ImageRequest)
-ReadPicture = Callable[[dict[str, Any]], RgbImage | Mask]
+ReadImage = Callable[[dict[str, Any]], RgbImage | Mask]
 BLOB = "blob"
 MASK = "mask"
 # Of a reference's pixels, as its raster says it.
@@ -23,54 +23,54 @@ DIGEST = "digest"
 
 @dataclass(frozen=True)
 class PackedRequest:
-    """`row` is JSON in which a picture, or its mask, is its size and its number among `pictures`.
+    """`row` is JSON in which an image, or its mask, is its size and its number among `images`.
 
     These are pixels. A blob is what is kept of one: `compress` makes it.
     """
 
     row: dict[str, Any]
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...]
 
     @property
     def blobs(self) -> tuple[bytes, ...]:
         """All of them at once."""
-        return tuple(map(compress, self.pictures))
+        return tuple(map(compress, self.images))
 
 
 def pack(request: ImageRequest) -> PackedRequest:
-    """The request in two parts. Takes a while where the digest of a picture is not known."""
-    pictures: list[bytes] = []
-    row = packed(request, pictures)
+    """The request in two parts. Takes a while where the digest of an image is not known."""
+    images: list[bytes] = []
+    row = packed(request, images)
     assert isinstance(row, dict)
-    return PackedRequest(row, tuple(pictures))
+    return PackedRequest(row, tuple(images))
 
 
 def compress(pixels: bytes) -> bytes:
-    """Take the least time; flat pictures still shrink."""
+    """Take the least time; flat images still shrink."""
     return zlib.compress(pixels, 1)
 
 
-def packed(value: Any, pictures: list[bytes]) -> Any:
-    """Wherever a picture stands, in fields yet to come too, it goes to `pictures`."""
+def packed(value: Any, images: list[bytes]) -> Any:
+    """Wherever an image stands, in fields yet to come too, it goes to `images`."""
     if isinstance(value, RgbImage):
-        return set_apart(value.rgb, value, pictures) | {DIGEST: value.digest.hex()}
+        return set_apart(value.rgb, value, images) | {DIGEST: value.digest.hex()}
     if isinstance(value, Mask):
-        return set_apart(value.marks, value, pictures) | {"kind": MASK}
+        return set_apart(value.marks, value, images) | {"kind": MASK}
     if is_dataclass(value):
-        return {each.name: packed(getattr(value, each.name), pictures) for each in fields(value)}
+        return {each.name: packed(getattr(value, each.name), images) for each in fields(value)}
     if isinstance(value, (tuple, list)):
-        return [packed(each, pictures) for each in value]
+        return [packed(each, images) for each in value]
     return value
 
 
-def set_apart(pixels: bytes, picture: RgbImage | Mask, pictures: list[bytes]) -> dict[str, Any]:
+def set_apart(pixels: bytes, image: RgbImage | Mask, images: list[bytes]) -> dict[str, Any]:
     """What stands in the row for them."""
-    pictures.append(pixels)
-    return {BLOB: len(pictures) - 1, "width": picture.width, "height": picture.height}
+    images.append(pixels)
+    return {BLOB: len(images) - 1, "width": image.width, "height": image.height}
 
 
 def num_blobs(row: Any) -> int:
-    """How many pictures the row tells of."""
+    """How many images the row tells of."""
     if isinstance(row, dict):
         return 1 if BLOB in row else sum(map(num_blobs, row.values()))
     return sum(map(num_blobs, row)) if isinstance(row, list) else 0
@@ -79,9 +79,9 @@ def num_blobs(row: Any) -> int:
 def unpack(row: dict[str, Any], blobs: tuple[bytes, ...], request_id: str) -> ImageRequest:
     """The request as it was offered, under a name of its own. ValueError: it cannot be that.
 
-    Takes a while where there are pictures.
+    Takes a while where there are images.
     """
-    return request_of(row, lambda part: picture_of(part, blobs[part[BLOB]]), request_id)
+    return request_of(row, lambda part: image_of(part, blobs[part[BLOB]]), request_id)
 
 
 def defer(row: dict[str, Any], request_id: str, load: Load) -> DeferredRequest:
@@ -91,18 +91,18 @@ def defer(row: dict[str, Any], request_id: str, load: Load) -> DeferredRequest:
     return DeferredRequest(**values, load=load)
 
 
-def request_of(row: dict[str, Any], read: ReadPicture, request_id: str) -> ImageRequest:
-    """The row as a request, with what `read` makes of its pictures."""
+def request_of(row: dict[str, Any], read: ReadImage, request_id: str) -> ImageRequest:
+    """The row as a request, with what `read` makes of its images."""
     unknown = row.keys() - ImageRequest.__dataclass_fields__.keys()
     if unknown:
-        # Left out, it would be another picture.
+        # Left out, it would be another image.
         raise ValueError(f"a newer flux-ray packed this request: {sorted(unknown)}")
     request: ImageRequest = REQUEST.validate_python(unpacked(row, read))
     return replace(request, request_id=request_id)
 
 
-def unpacked(value: Any, read: ReadPicture) -> Any:
-    """The row's values, with its pictures."""
+def unpacked(value: Any, read: ReadImage) -> Any:
+    """The row's values, with its images."""
     if isinstance(value, dict) and BLOB in value:
         return read(value)
     if isinstance(value, dict):
@@ -113,7 +113,7 @@ def unpacked(value: Any, read: ReadPicture) -> Any:
 
 
 def outline(row: dict[str, Any], request_id: str) -> RgbImage | Mask:
-    """The picture or the mask without its pixels."""
+    """The image or the mask without its pixels."""
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], b"")
     # An older row says no digest: it has something in common with no other request.
@@ -122,41 +122,41 @@ def outline(row: dict[str, Any], request_id: str) -> RgbImage | Mask:
 
 
 def size_of(row: dict[str, Any]) -> int:
-    """The bytes of a picture's pixels, or of a mask."""
+    """The bytes of an image's pixels, or of a mask."""
     # A row without a kind is older than masks.
     num_bytes: int = row["width"] * row["height"] * (1 if row.get("kind") == MASK else 3)
     return num_bytes
 
 
-def picture_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
-    """The picture or the mask, if it has the size that the row says."""
+def image_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
+    """The image or the mask, if it has the size that the row says."""
     num_bytes = size_of(row)
     try:
         # Never more than that, whatever the blob would grow to.
         pixels = zlib.decompressobj().decompress(blob, num_bytes + 1)
     except zlib.error as error:
-        raise ValueError("a stored reference picture is damaged") from error
+        raise ValueError("a stored reference image is damaged") from error
     if len(pixels) != num_bytes:
-        raise ValueError("a stored reference picture has another size")
+        raise ValueError("a stored reference image has another size")
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], pixels)
     raster = RgbImage(row["width"], row["height"], pixels)
     # Made here, where it holds nobody up; it travels with the pixels.
     if row.get(DIGEST, raster.digest.hex()) != raster.digest.hex():
-        raise ValueError("a stored reference picture is another one")
+        raise ValueError("a stored reference image is another one")
     return raster
 
 
-# What stands in a row for a picture.
-PICTURE_FIELDS = frozenset({BLOB, "width", "height", "kind", "digest"})
+# What stands in a row for an image.
+IMAGE_FIELDS = frozenset({BLOB, "width", "height", "kind", "digest"})
 
 
 class Unreadable(ValueError):
-    """The row says what this release does not know: done by it, it would be another picture."""
+    """The row says what this release does not know: done by it, it would be another image."""
 
 
 def check_readable(row: dict[str, Any]) -> None:
-    """Raise Unreadable, naming the fields, never what they hold. No picture is looked at."""
+    """Raise Unreadable, naming the fields, never what they hold. No image is looked at."""
     try:
         request = REQUEST.validate_python(outlined(row))
     except ValidationError as error:
@@ -172,7 +172,7 @@ def unreadable(names: set[str]) -> Unreadable:
 
 
 def outlined(value: Any) -> Any:
-    """The row's values, with pictures that have no pixels."""
+    """The row's values, with images that have no pixels."""
     if isinstance(value, dict) and BLOB in value:
         return outline_in(value)
     if isinstance(value, dict):
@@ -183,8 +183,8 @@ def outlined(value: Any) -> Any:
 
 
 def outline_in(row: dict[str, Any]) -> RgbImage | Mask:
-    """A picture or a mask of the row's size."""
-    names = row.keys() - PICTURE_FIELDS
+    """An image or a mask of the row's size."""
+    names = row.keys() - IMAGE_FIELDS
     if names or row.get("kind", MASK) != MASK:
         raise unreadable(set(names) or {"kind"})
     return (Mask if "kind" in row else RgbImage)(row["width"], row["height"], b"")

@@ -1,6 +1,6 @@
 """The desk at which dialects hand jobs in and ask for them, at any gateway.
 
-Takes offers in: a job is accepted when its row and its reference pictures are kept.
+Takes offers in: a job is accepted when its row and its reference images are kept.
 """
 
 import asyncio
@@ -37,14 +37,14 @@ async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
     or that is not known; offered again with its idempotency key, it is the same job.
     """
     packed = await asyncio.to_thread(pack, offer.request)
-    job = await store.accept(offer, packed.row, is_whole=not packed.pictures)
+    job = await store.accept(offer, packed.row, is_whole=not packed.images)
     if job.status != "arriving":
         return job
-    # The gateway that was at it before may be gone: the pictures are the same.
-    await results.write_references(job.job_id, packed.pictures, compress)
+    # The gateway that was at it before may be gone: the images are the same.
+    await results.write_references(job.job_id, packed.images, compress)
     admitted = await store.admit(job.job_id)
     if admitted is None:
-        raise StoreLost("the reference pictures took too long to be stored")
+        raise StoreLost("the reference images took too long to be stored")
     return admitted
 
 
@@ -164,17 +164,17 @@ class JobService:
         return await self._store.num_active(owner)
 
     async def read_by_name(self, name: str) -> bytes:
-        """A picture of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""
+        """An image of any job, or a preview while it runs. Raises ResultMissing, ResultsLost."""
         return await self._shelf.read(name)
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[StoredImage, ...]:
-        """Pictures that were drawn without a job. Raises ResultsLost and ResultTooLarge."""
+        """Images that were drawn without a job. Raises ResultsLost and ResultTooLarge."""
         return await self._shelf.keep(owner, request, result)
 
     async def url_secret(self) -> bytes:
-        """What URLs of pictures are signed with: the same at every gateway of this database."""
+        """What URLs of images are signed with: the same at every gateway of this database."""
         number = self._database.num_renewals
         if number not in self._url_secrets:
             self._url_secrets = {number: await shared_secret(self._database, "result-urls")}

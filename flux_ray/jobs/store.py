@@ -236,7 +236,7 @@ class Store:
         return await self._end(held(lease), "ready", result=asdict(result), progress=1.0)
 
     async def fail(self, lease: Lease, failure: JobFailure, end: End = "failed") -> bool:
-        """There will be no picture; False as for finish."""
+        """There will be no image; False as for finish."""
         return await self._end(held(lease), end, failure=asdict(failure))
 
     async def cancel(self, owner: str, job_id: str) -> bool:

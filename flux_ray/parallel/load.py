@@ -106,7 +106,7 @@ def load_sharded(
         # all ranks agree on scales in the same order.
         for name, shape in shapes.items():
             place(model, name, read_local(name, shape, shards.get(name), recipe))
-    settle_linears(model, shards, recipe.axis)
+    finish_linears(model, shards, recipe.axis)
     settle_four_bit(model, recipe.dtype)
     model.to(recipe.device).eval()
     check_precision(dict(saved_tensors(model)), expected)
@@ -176,7 +176,7 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def settle_linears(model: nn.Module, shards: Shards, axis: Axis) -> None:
+def finish_linears(model: nn.Module, shards: Shards, axis: Axis) -> None:
     """Tell the split linears their sizes, and the row-parallel ones to sum."""
     for name, shard in shards.items():
         owner, _, leaf = name.rpartition(".")

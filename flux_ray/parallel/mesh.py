@@ -63,7 +63,7 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
     )
 
 
-def visit_store(endpoint: Endpoint, timeout_s: float) -> TCPStore:
+def connect_store(endpoint: Endpoint, timeout_s: float) -> TCPStore:
     """The other ranks' way to the store of rank 0."""
     return TCPStore(
         endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=timeout_s)

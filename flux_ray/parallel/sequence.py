@@ -23,7 +23,7 @@ def num_padded(num_tokens: int, num_ranks: int) -> int:
     return -(-num_tokens // num_ranks) * num_ranks
 
 
-def own_part(tokens: Tensor, dim: int, axis: Axis) -> Tensor:
+def local_part(tokens: Tensor, dim: int, axis: Axis) -> Tensor:
     """This rank's part along `dim`, of zero-padded tokens."""
     padded = num_padded(tokens.shape[dim], axis.size)
     pad = tokens.new_zeros(
@@ -70,8 +70,8 @@ class Ulysses:
         assert not args, "a sequence-parallel model takes keyword arguments"
         image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
         self._look_at(text.shape[1], image.shape[1], image.device)
-        cut = {name: own_part(inputs[name], 1, self.axis) for name in TOKENS}
-        ids = {name: own_part(inputs[name], inputs[name].ndim - 2, self.axis) for name in IDS}
+        cut = {name: local_part(inputs[name], 1, self.axis) for name in TOKENS}
+        ids = {name: local_part(inputs[name], inputs[name].ndim - 2, self.axis) for name in IDS}
         return args, inputs | cut | ids
 
     def _look_at(self, num_text: int, num_image: int, device: torch.device) -> None:

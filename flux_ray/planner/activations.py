@@ -22,7 +22,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class ActivationDemand:
-    """The size of a request: pixels of the picture, and its reference images."""
+    """The size of a request: pixels of the image, and its reference images."""
 
     pixels: int
     num_references: int
@@ -39,7 +39,7 @@ def default_demand(tier: Tier) -> ActivationDemand:
 
 
 def num_image_tokens(vae: Any, tier: Tier, demand: ActivationDemand) -> int:
-    """Of the picture and of its references, each as large as the model takes it."""
+    """Of the image and of its references, each as large as the model takes it."""
     side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
     pixels = demand.pixels + demand.num_references * tier.max_reference_pixels
     return pixels // int(side) ** 2

@@ -174,11 +174,11 @@ class Candidate:
         return 0 if self.card is None else num_sets
 
     def num_image_tokens(self, demand: ActivationDemand) -> int:
-        """Of the picture and its references."""
+        """Of the image and its references."""
         return num_image_tokens(self.model.vae.config, self.tier, demand)
 
     def denoise_peak(self, demand: ActivationDemand) -> int:
-        """One step of one picture: a replica's requests take turns."""
+        """One step of one image: a replica's requests take turns."""
         quantization, axis = self.args.quantization, Axis(0, self.args.parallel.tensor)
         module = self.model.transformer
         forward = Forward(
@@ -209,7 +209,7 @@ class Candidate:
         return unpacked_bytes(module, plan, axis, quantization)
 
     def vae_peak(self, demand: ActivationDemand) -> int:
-        """Decoding the picture, or encoding a reference, or a tile of a picture under a mask."""
+        """Decoding the image, or encoding a reference, or a tile of an image under a mask."""
         config, size = self.model.vae.config, self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
         peak = max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))

@@ -216,7 +216,7 @@ def on_one_card(candidate: Candidate, precision: str | None) -> Candidate:
 class GpuPlan:
     """What is on a card at the largest request; `ranks` is empty for a shared text encoder's.
 
-    `default_bytes` is the total at a picture of the tier's default size without references.
+    `default_bytes` is the total at an image of the tier's default size without references.
     """
 
     ranks: tuple[int, ...]

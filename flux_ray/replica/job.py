@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from flux_ray.engine.images import encode_picture
+from flux_ray.engine.images import encode_image
 from flux_ray.errors import FluxError
 from flux_ray.request import (
     DenoisedImage,
@@ -42,7 +42,7 @@ Made = tuple[GeneratedImage, float]
 class Files:
     """Makes files in about the order in which they are asked for. Pillow and ISA-L free the GIL."""
 
-    def __init__(self, encode: Encode = encode_picture) -> None:
+    def __init__(self, encode: Encode = encode_image) -> None:
         self._encode = encode
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="files")
         self._room = asyncio.Semaphore(MAX_WAITING)

@@ -37,7 +37,16 @@ from flux_ray.replica.rank_group import RankGroup, load_ranks, start_ranks
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks, EncodedElsewhere, Prompts
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import PROTOCOL, Draw, Finished, Hear, ImageRequest, ImageResult, News, follow
+from flux_ray.request import (
+    PROTOCOL,
+    Finished,
+    Generate,
+    Hear,
+    ImageRequest,
+    ImageResult,
+    News,
+    follow,
+)
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
 
@@ -80,7 +89,7 @@ class ReplicaMetrics:
 class RunningRequest:
     """A request while it is drawn, and those who wait for it."""
 
-    drawing: asyncio.Task[ImageResult] | None = None
+    generation: asyncio.Task[ImageResult] | None = None
     hearing: list[Hear] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
     num_waiting: int = 0
@@ -111,13 +120,13 @@ class RunningRequests:
         self._kept: dict[str, tuple[float, ImageResult]] = {}
         self._num_bytes = 0
 
-    async def draw(self, name: str, draw: Draw, hear: Hear | None) -> ImageResult:
+    async def generate(self, name: str, generate: Generate, hear: Hear | None) -> ImageResult:
         """Draw a request under that name: the last run of a name is the one that is found."""
         run = RunningRequest()
-        run.drawing = asyncio.ensure_future(draw(run.tell))
+        run.generation = asyncio.ensure_future(generate(run.tell))
         self._running[name] = run
         self._drop(name)
-        run.drawing.add_done_callback(partial(self._end, name, run))
+        run.generation.add_done_callback(partial(self._end, name, run))
         return await self._wait(run, hear)
 
     async def recall(self, name: str, hear: Hear | None) -> ImageResult:
@@ -140,31 +149,31 @@ class RunningRequests:
             self._drop(name)
 
     async def _wait(self, run: RunningRequest, hear: Hear | None) -> ImageResult:
-        assert run.drawing is not None
+        assert run.generation is not None
         if hear is not None:
             for news in run.finished:
                 hear(news)
             run.hearing.append(hear)
         run.num_waiting += 1
         try:
-            return await asyncio.shield(run.drawing)
+            return await asyncio.shield(run.generation)
         finally:
             run.num_waiting -= 1
             if hear is not None:
                 run.hearing.remove(hear)
             if not run.num_waiting:
-                run.drawing.cancel()
+                run.generation.cancel()
 
-    def _end(self, name: str, run: RunningRequest, drawing: asyncio.Task[ImageResult]) -> None:
+    def _end(self, name: str, run: RunningRequest, generation: asyncio.Task[ImageResult]) -> None:
         """Keep what was drawn; of what was not, the next one is to be drawn anew."""
         # Asking for the error too: nobody else may, and asyncio complains of errors unheard.
-        is_drawn = not drawing.cancelled() and drawing.exception() is None
+        is_generated = not generation.cancelled() and generation.exception() is None
         if self._running.get(name) is not run:
             return
         del self._running[name]
-        if not is_drawn:
+        if not is_generated:
             return
-        result = drawing.result()
+        result = generation.result()
         self._kept[name] = (self._clock() + self._keep_s, result)
         self._num_bytes += num_bytes(result)
         self.forget()
@@ -218,7 +227,7 @@ class Leader:
     async def __init__(  # type: ignore[misc]
         self, args: TierArgs, text_encoder: DeploymentHandle[Any] | None = None
     ) -> None:
-        """Serve awaits this: the replica is RUNNING once it has drawn a picture."""
+        """Serve awaits this: the replica is RUNNING once it has drawn an image."""
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
         ranks = start_ranks(self.rank_class, args, placement_group)
@@ -243,22 +252,22 @@ class Leader:
 
     async def generate(self, call: Wire) -> Wire:
         """The images of the request in a call; ProtocolMismatch for one that is not understood."""
-        return pack_answer(await self._drawing_of(call)(None))
+        return pack_answer(await self._generation_of(call)(None))
 
     async def follow(self, call: Wire) -> AsyncIterator[Wire]:
         """The request's images, after what is to be heard of them."""
-        async with aclosing(follow(self._drawing_of(call))) as stream:
+        async with aclosing(follow(self._generation_of(call))) as stream:
             async for news in stream:
                 yield pack_answer(news)
 
-    def _drawing_of(self, call: Wire) -> Callable[[Hear | None], Awaitable[ImageResult]]:
+    def _generation_of(self, call: Wire) -> Callable[[Hear | None], Awaitable[ImageResult]]:
         """How a call's images come about: they are drawn, or were for a call before it."""
         if "recall" in call:
             return partial(self._runs.recall, call["recall"])
-        draw = partial(self._draw, request_from(call))
-        return partial(self._runs.draw, call["run"], draw) if "run" in call else draw
+        generate = partial(self._generate, request_from(call))
+        return partial(self._runs.generate, call["run"], generate) if "run" in call else generate
 
-    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
         with self._meter.count(request):
             result = await self._loop.generate(request, hear)
         return replace(result, layout=self._description.layout)

@@ -85,7 +85,7 @@ class RankActor:
         load_engine()
         self._rank = rank
         self._args = args
-        self._drawings: dict[int, RankJob] = {}
+        self._generations: dict[int, RankJob] = {}
         self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
         self._leader = LeaderWatch(repr(self))
@@ -115,14 +115,14 @@ class RankActor:
         from flux_ray.engine.encoding_cache import CachedEncoder
         from flux_ray.engine.loading import Placement
         from flux_ray.engine.registry import load_adapter
-        from flux_ray.parallel.mesh import join_mesh, visit_store
+        from flux_ray.parallel.mesh import connect_store, join_mesh
 
         args, timeout_s = self._args, self._args.load_timeout_s
         if args.device == "cpu":
             torch.set_num_threads(args.num_threads)
         store = self._store
         if self._rank > 0 and endpoint is not None:
-            store = visit_store(endpoint, timeout_s)
+            store = connect_store(endpoint, timeout_s)
         # The ranks' own patience must outlast the slowest disk; that of a step is the leader's.
         self._mesh = join_mesh(store, self._rank, args.parallel, args.device, timeout_s)
         placement = Placement(
@@ -182,7 +182,7 @@ class RankActor:
         try:
             self.check_lockstep(job, stages)
             if request is not None:
-                self._drawings[job] = RankJob(request, encoded, list(request.seeds))
+                self._generations[job] = RankJob(request, encoded, list(request.seeds))
             return self.run_all(job, stages)
         except FluxError as error:
             self._mistakes[job] = error
@@ -203,7 +203,7 @@ class RankActor:
 
         Among several ranks that is of no use: their group ends, out of step as they are.
         """
-        self._drawings.pop(job, None)
+        self._generations.pop(job, None)
         if self._args.parallel.num_ranks == 1:
             self._encoding.forget()
             free_memory(self._args.device)
@@ -235,25 +235,27 @@ class RankActor:
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
         )
 
-    def drawing(self, job: int) -> RankJob:
+    def generation(self, job: int) -> RankJob:
         """A job that was taken on."""
         if job in self._mistakes:
             raise self._mistakes[job]
-        return self._drawings[job]
+        return self._generations[job]
 
     def encode(self, job: int) -> Encoded:
         """Encode a job's prompt and its references, where they are not known."""
-        drawing = self.drawing(job)
-        drawing.conditioning, is_cached = self._encoding.encode(drawing.request, drawing.encoded)
-        drawing.encoded = None
-        return Encoded(drawing.conditioning.warnings, is_cached)
+        generation = self.generation(job)
+        generation.conditioning, is_cached = self._encoding.encode(
+            generation.request, generation.encoded
+        )
+        generation.encoded = None
+        return Encoded(generation.conditioning.warnings, is_cached)
 
     def prepare(self, job: int) -> None:
         """Begin the job's next image."""
         from flux_ray.engine.api import ImageSpec
 
-        drawing = self.drawing(job)
-        request = drawing.request
+        generation = self.generation(job)
+        request = generation.request
         canvas = ImageSpec(
             request.width,
             request.height,
@@ -261,38 +263,38 @@ class RankActor:
             request.guidance,
             has_previews=bool(request.preview_steps),
         )
-        assert drawing.conditioning is not None, "prepare before encode"
-        drawing.seed = drawing.seeds.pop(0)
-        drawing.state = self._adapter.prepare(drawing.conditioning, canvas, drawing.seed)
+        assert generation.conditioning is not None, "prepare before encode"
+        generation.seed = generation.seeds.pop(0)
+        generation.state = self._adapter.prepare(generation.conditioning, canvas, generation.seed)
 
     def denoise(self, job: int) -> None:
         """One step of the job's image."""
-        drawing = self.drawing(job)
-        assert drawing.state is not None, "denoise before prepare"
-        drawing.state = self._adapter.denoise(drawing.state)
+        generation = self.generation(job)
+        assert generation.state is not None, "denoise before prepare"
+        generation.state = self._adapter.denoise(generation.state)
 
     def preview(self, job: int) -> DenoisedImage | None:
         """What the job's image will be like, from rank 0."""
-        return self.pixels(self.drawing(job), self._adapter.preview)
+        return self.pixels(self.generation(job), self._adapter.preview)
 
     def decode(self, job: int) -> DenoisedImage | None:
         """The job's image, from rank 0. With its last one the job is over."""
-        drawing = self.drawing(job)
-        image = self.pixels(drawing, self._adapter.decode)
-        if not drawing.seeds:
+        generation = self.generation(job)
+        image = self.pixels(generation, self._adapter.decode)
+        if not generation.seeds:
             self.drop(job)
         return image
 
     def pixels(
-        self, drawing: RankJob, draw: "Callable[[ImageState], RgbImage]"
+        self, generation: RankJob, generate: "Callable[[ImageState], RgbImage]"
     ) -> DenoisedImage | None:
         """The job's image as this draws it. The leader makes a file of it."""
-        assert drawing.state is not None, "pixels before prepare"
+        assert generation.state is not None, "pixels before prepare"
         if self._rank != 0:
             return None
-        return DenoisedImage(draw(drawing.state), drawing.seed)
+        return DenoisedImage(generate(generation.state), generation.seed)
 
     def drop(self, job: int) -> None:
         """Forget a job, whatever became of it."""
-        self._drawings.pop(job, None)
+        self._generations.pop(job, None)
         self._mistakes.pop(job, None)

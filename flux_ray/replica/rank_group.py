@@ -20,7 +20,7 @@ from flux_ray.config.tier import Parallel, TierArgs
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
-from flux_ray.replica.transport import RankConnection, connect, framed
+from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoded, StageAnswer
 
@@ -180,7 +180,7 @@ class RankGroup:
             # Who heard of it while this process lives would be sent here again.
             await self._ended.wait()
             raise ReplicaFailed(self._broken.result().message)
-        frame = framed((job, stages, *payload))
+        frame = encode_frame((job, stages, *payload))
         calls = [rank.call(frame) for rank in self._ranks]
         # Fair, so that calls have their turns in the order in which the ranks got them.
         async with self._turn:

@@ -118,7 +118,7 @@ class StepLoop:
         )
 
     async def generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        """The request's pictures; cancel the call to leave. `hear` is told how they come along."""
+        """The request's images; cancel the call to leave. `hear` is told how they come along."""
         if self.pump.done():
             raise ReplicaFailed("the step loop of this replica has ended")
         job = ReplicaJob(
@@ -130,12 +130,12 @@ class StepLoop:
     async def _run(self) -> None:
         """Neither ends but by a mistake of ours, and then both do."""
         encoding = asyncio.create_task(self._encode_prompts())
-        drawing = asyncio.create_task(self._draw_jobs())
+        generation = asyncio.create_task(self._generate_jobs())
         try:
-            await asyncio.gather(encoding, drawing)
+            await asyncio.gather(encoding, generation)
         finally:
             encoding.cancel()
-            drawing.cancel()
+            generation.cancel()
 
     async def _encode_prompts(self) -> None:
         while True:
@@ -151,7 +151,7 @@ class StepLoop:
             self._observe("prompt", time.perf_counter() - job.began_at)
             await self._ready.put(job)
 
-    async def _draw_jobs(self) -> None:
+    async def _generate_jobs(self) -> None:
         dropping: asyncio.Task[None] | None = None
         while True:
             free_at = time.perf_counter()
@@ -159,7 +159,7 @@ class StepLoop:
             if job.has_left:
                 continue
             try:
-                await self._draw(job, free_at)
+                await self._generate(job, free_at)
             except FluxError as error:
                 job.finish(error)
             if dropping is not None:
@@ -173,7 +173,7 @@ class StepLoop:
             with contextlib.suppress(FluxError):
                 await self._ranks.run(job.number, ("drop",), sizes_of(job.request))
 
-    async def _draw(self, job: ReplicaJob, free_at: float) -> None:
+    async def _generate(self, job: ReplicaJob, free_at: float) -> None:
         """Have it drawn, and files made of its images, unless the client leaves in between.
 
         Of its prompt, only what the ranks waited for is time that it took them.

@@ -151,7 +151,7 @@ class Address:
     token: bytes = field(repr=False)
 
 
-def framed(value: object) -> bytes:
+def encode_frame(value: object) -> bytes:
     """A value as it goes over the line: its pickle, after the bytes that it has."""
     data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     return SIZE.pack(len(data)) + data

@@ -14,7 +14,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Part(NamedTuple):
-    """Pictures of a request: a preview, or what was asked for."""
+    """Images of a request: a preview, or what was asked for."""
 
     result: ImageResult
     is_final: bool
@@ -27,9 +27,9 @@ async def cascade(
     caller: Caller,
     hear: Hear | None = None,
 ) -> AsyncGenerator[Part, None]:
-    """The preview, if it is there before the final pictures, and those. Close it to leave.
+    """The preview, if it is there before the final images, and those. Close it to leave.
 
-    `hear` is told how the final pictures come along. A preview that fails costs nothing but
+    `hear` is told how the final images come along. A preview that fails costs nothing but
     itself; the errors are those of `generate` for `final`.
     """
     early = asyncio.create_task(router.generate(preview, caller))

@@ -379,5 +379,5 @@ async def last_of(stream: AsyncIterator[Wire], hear: Hear) -> ImageResult:
         elif value is not None:
             hear(value)
     if result is None:
-        raise ReplicaFailed("a replica ended its answer before the pictures")
+        raise ReplicaFailed("a replica ended its answer before the images")
     return result

@@ -1,6 +1,6 @@
 """A request and its price, so that it is priced once on its way; and what the ledger hears.
 
-Who asks for pictures: until when, with what weight, and what they allow.
+Who asks for images: until when, with what weight, and what they allow.
 
 How long a running request still takes: by its price, then by the pace of its own steps.
 """
@@ -133,7 +133,7 @@ class RemainingTime:
         return priced_s * (now - began_at) / (at_first_s - priced_s)
 
     def _priced_s(self, num_done: int) -> float:
-        """Of the steps that are left, and the pictures and previews that are not decoded."""
+        """Of the steps that are left, and the images and previews that are not decoded."""
         request = self._request
         num_before, step = divmod(num_done - 1, request.num_steps)
         num_shown = sum(each < step + 1 for each in request.preview_steps)

@@ -179,7 +179,7 @@ class Router:
     async def generate(
         self, request: ImageRequest, caller: Caller = ANYONE, hear: Hear | None = None
     ) -> ImageResult:
-        """The pictures of a request; a second replica draws the same ones, from the same seed.
+        """The images of a request; a second replica draws the same ones, from the same seed.
 
         `hear` is told how they come along: of a second replica from the beginning.
         """
@@ -194,7 +194,7 @@ class Router:
         caller: Caller = ANYONE,
         hear: Hear | None = None,
     ) -> ImageResult:
-        """The pictures of the one that the alias's policy prefers: the same request of each tier.
+        """The images of the one that the alias's policy prefers: the same request of each tier.
 
         They come best first. Where its tier refuses it after all, the next is tried; of refusals
         the one that is over first is told.

@@ -49,7 +49,7 @@ class TracedRequest:
 def traced(
     request: ImageRequest, at_s: float, deadline_s: float | None = None, key: str = ""
 ) -> TracedRequest:
-    """The entry of a real request; neither its prompt nor its pictures are kept."""
+    """The entry of a real request; neither its prompt nor its images are kept."""
     return TracedRequest(
         at_s=at_s,
         tier=request.tier,

@@ -198,7 +198,7 @@ SHAPES = (
     Shape(side=1.0, steps=0.5, weight=0.45),
     Shape(side=1.5, steps=0.7, weight=0.15),
 )
-# How many reference pictures: an assumption of ours, one request in four being an edit.
+# How many reference images: an assumption of ours, one request in four being an edit.
 REFERENCES = (0, 1, 2, 3)
 REFERENCE_WEIGHTS = (0.75, 0.17, 0.05, 0.03)
 # Some callers send far more than others: the n-th sends 1/n of what the first does (Zipf).

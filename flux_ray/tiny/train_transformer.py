@@ -261,8 +261,8 @@ def draw_batch(pool: Pool, shared: random.Random, own: random.Random) -> Batch:
         [length for length, _ in TEXT_LENGTHS], [weight for _, weight in TEXT_LENGTHS]
     )[0]
     entries = pool.entries[kind, canvas]
-    num_pictures = 1 + len(entries[0].references)
-    num_tokens = num_pictures * canvas[0] * canvas[1] // 256 + text_length
+    num_images = 1 + len(entries[0].references)
+    num_tokens = num_images * canvas[0] * canvas[1] // 256 + text_length
     size = max(2, min(24, NUM_TOKENS // num_tokens))
     return Batch(pool, own.choices(entries, k=size), canvas, text_length, own)
 

@@ -57,7 +57,7 @@ class Tier:
         return sum(cost * weight for cost, weight in zip(self.costs_s, WEIGHTS, strict=True))
 
 
-# Eight groups and eight cards at 60 % load; klein-9b with references and more than one picture.
+# Eight groups and eight cards at 60 % load; klein-9b with references and more than one image.
 TIERS = (
     Tier("flux-2-dev", (4.0, 9.0, 25.0), 4.8, cold_start_s=60.0, num_gpus=2),
     Tier("flux-2-klein-9b", (1.0, 2.5, 5.0), 4.8, cold_start_s=20.0, num_gpus=1),

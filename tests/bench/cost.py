@@ -23,7 +23,7 @@ import torch
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.engine.api import ImageSpec
-from flux_ray.engine.images import encode_picture
+from flux_ray.engine.images import encode_image
 from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import Adapter, load_adapter
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
@@ -42,7 +42,7 @@ Times = dict[str, StageTimes]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """A request and what it took, round by round, by each clock.
 
     `is_new_size`: its sides are of those that nothing was learned from.
@@ -60,7 +60,7 @@ class Drawn:
 
 
 def random_request(dice: random.Random, number: int, sides: tuple[int, ...]) -> ImageRequest:
-    """Any size of those sides, 0 to 2 references, 1 to 8 steps, one or two pictures."""
+    """Any size of those sides, 0 to 2 references, 1 to 8 steps, one or two images."""
     references = []
     for _ in range(dice.randrange(3)):
         width, height = dice.choice(sides), dice.choice(sides)
@@ -79,7 +79,7 @@ def random_request(dice: random.Random, number: int, sides: tuple[int, ...]) -> 
     )
 
 
-def draw(adapter: Adapter, request: ImageRequest) -> Times:
+def generate(adapter: Adapter, request: ImageRequest) -> Times:
     """The stages of one request one after the other, timed as the step loop does."""
     stages = ("encode", "denoise", "decode")
     seconds = {clock: dict.fromkeys(stages, 0.0) for clock in CLOCKS}
@@ -100,22 +100,22 @@ def draw(adapter: Adapter, request: ImageRequest) -> Times:
         state = timed("encode", lambda seed=seed: adapter.prepare(given, canvas, seed))
         while not state.is_done:
             state = timed("denoise", lambda state=state: adapter.denoise(state))
-        timed("decode", lambda state=state: encode_picture(adapter.decode(state), request.encoding))
+        timed("decode", lambda state=state: encode_image(adapter.decode(state), request.encoding))
     return {
         clock: StageTimes(0.0, *(spent[stage] for stage in stages))
         for clock, spent in seconds.items()
     }
 
 
-def requests() -> list[Drawn]:
+def requests() -> list[Generated]:
     """Learned from, held out of the same sizes, learned from, held out of new sizes, and so on."""
     dice = random.Random(0)
-    drawn = []
+    generated = []
     for number in range(NUM_REQUESTS):
         is_new_size = number % 4 == 3
         request = random_request(dice, number, SIDES[1::2] if is_new_size else SIDES[::2])
-        drawn.append(Drawn(request, number % 2 == 1, is_new_size))
-    return drawn
+        generated.append(Generated(request, number % 2 == 1, is_new_size))
+    return generated
 
 
 def spread(wrong: list[float]) -> dict[str, float]:
@@ -124,34 +124,34 @@ def spread(wrong: list[float]) -> dict[str, float]:
 
 
 def errors(
-    drawn: list[Drawn], clock: str, predict: Callable[[Drawn], float]
+    generated: list[Generated], clock: str, predict: Callable[[Generated], float]
 ) -> dict[str, dict[str, float]]:
     """|predicted / measured - 1| of single draws, and of the median draw."""
     single, median = [], []
-    for each in drawn:
+    for each in generated:
         predicted, measured = predict(each), each.seconds(clock)
         single += [abs(predicted / seconds - 1) for seconds in measured]
         median.append(abs(predicted / statistics.median(measured) - 1))
     return {"single": spread(single), "median_of_rounds": spread(median)}
 
 
-def draw_all(adapter: Adapter) -> list[Drawn]:
+def generate_all(adapter: Adapter) -> list[Generated]:
     """All requests with their times."""
     dice = random.Random(1)
     for number in range(WARM_UP):
-        draw(adapter, random_request(dice, number, SIDES))
-    drawn = requests()
+        generate(adapter, random_request(dice, number, SIDES))
+    generated = requests()
     for _ in range(NUM_ROUNDS):
-        for each in drawn:
-            each.times.append(draw(adapter, each.request))
-    return drawn
+        for each in generated:
+            each.times.append(generate(adapter, each.request))
+    return generated
 
 
-def learn(model: CostModel, drawn: list[Drawn], clock: str) -> dict[str, float]:
+def learn(model: CostModel, generated: list[Generated], clock: str) -> dict[str, float]:
     """Teach it in the order of drawing; the median error of each stage, as the metric has it."""
     seen: list[Observation] = []
     for number in range(NUM_ROUNDS):
-        for each in drawn:
+        for each in generated:
             seen.extend(model.learn(each.request, each.times[number][clock]))
     return {
         stage: statistics.median(one.error for one in seen if one.stage == stage)
@@ -159,18 +159,18 @@ def learn(model: CostModel, drawn: list[Drawn], clock: str) -> dict[str, float]:
     }
 
 
-def report(drawn: list[Drawn], clock: str) -> dict[str, object]:
+def report(generated: list[Generated], clock: str) -> dict[str, object]:
     """The figures by one clock, printed."""
     model = CostModel({"tiny": LAYOUT})
-    held_out = [each for each in drawn if each.is_held_out]
-    learned_from = [each for each in drawn if not each.is_held_out]
+    held_out = [each for each in generated if each.is_held_out]
+    learned_from = [each for each in generated if not each.is_held_out]
     learn(model, learned_from, clock)
     groups = {
         "held out": held_out,
         "of sizes learned": [each for each in held_out if not each.is_new_size],
         "of new sizes": [each for each in held_out if each.is_new_size],
     }
-    ways: dict[str, Callable[[Drawn], float]] = {
+    ways: dict[str, Callable[[Generated], float]] = {
         "before": lambda each: price(work_of(each.request), LAYOUT).total_s,
         "after": lambda each: model.price(each.request).total_s,
         "own median": lambda each: statistics.median(each.seconds(clock)),
@@ -194,8 +194,8 @@ def report(drawn: list[Drawn], clock: str) -> dict[str, object]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    drawn = draw_all(load_adapter(TINY, None, Placement("float32", "cpu")))
-    print(json.dumps({clock: report(drawn, clock) for clock in CLOCKS}))
+    generated = generate_all(load_adapter(TINY, None, Placement("float32", "cpu")))
+    print(json.dumps({clock: report(generated, clock) for clock in CLOCKS}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured of loaded models: whole pictures of klein-4b, and steps of dev's ranks."""
+"""What is measured of loaded models: whole images of klein-4b, and steps of dev's ranks."""
 
 import traceback
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.bench.gpu_models import (
     PROMPT,
     Scale,
     Subject,
-    draw,
+    generate,
     load_dev,
     load_klein,
     random_prompt,
@@ -67,7 +67,7 @@ def attempt(name: str, measure: Callable[[], Figures]) -> Figures:
 
 
 def klein_job(bench: Bench) -> Figures:
-    """Whole pictures, by precision."""
+    """Whole images, by precision."""
     figures, klein = {}, bench.scale.klein
     for name, quantization in PRECISIONS.items():
         candidate = klein.candidate(
@@ -104,7 +104,7 @@ def dev_job(bench: Bench) -> Figures:
 
 
 def check_card(bench: Bench, candidate: Candidate) -> None:
-    """Skipped if the plan says that the card is too small for the usual picture."""
+    """Skipped if the plan says that the card is too small for the usual image."""
     needed = candidate.rank(default_demand(candidate.tier)).total
     total = bench.device.total_bytes()
     if total is not None and needed > total:
@@ -112,7 +112,7 @@ def check_card(bench: Bench, candidate: Candidate) -> None:
 
 
 def stages_of(bench: Bench, subject: Subject, adapter: Flux2) -> dict[str, Call]:
-    """What an adapter can do: without a text encoder a step, else all of a picture."""
+    """What an adapter can do: without a text encoder a step, else all of an image."""
     state = start(adapter, subject, random_prompt(subject, bench.device))
     stages: dict[str, Call] = {"step": lambda: adapter.denoise(state)}
     if adapter.prompts is None:
@@ -121,7 +121,7 @@ def stages_of(bench: Bench, subject: Subject, adapter: Flux2) -> dict[str, Call]
     while not done.is_done:
         done = adapter.denoise(done)
     return {
-        "picture": lambda: draw(adapter, subject),
+        "image": lambda: generate(adapter, subject),
         "encode": lambda: adapter.encode_prompt(PROMPT),
         **stages,
         "decode": lambda: adapter.decode(done),
@@ -153,15 +153,15 @@ def measure_stages(
 
 def beside_plan(candidate: Candidate, measured: dict[str, int | None]) -> Figures:
     """The measured bytes with those that a plan counts for the same."""
-    if "picture" in measured:
-        parts = measured["weights"], measured["picture"]
+    if "image" in measured:
+        parts = measured["weights"], measured["image"]
         measured["whole"] = None if None in parts else sum(parts)
     demand = default_demand(candidate.tier)
     footprint = candidate.rank(demand)
     weights = footprint.transformer + footprint.text_encoder + footprint.vae
     planned = {
         "weights": weights,
-        "picture": footprint.activations,
+        "image": footprint.activations,
         "whole": weights + footprint.activations,
         "encode": candidate.prompt_peak(1),
         "step": candidate.denoise_peak(demand),

@@ -44,7 +44,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: its shapes, and the tier that says how large a picture is."""
+    """A model to measure: its shapes, and the tier that says how large an image is."""
 
     tier: Tier
     transformer: Shape
@@ -59,7 +59,7 @@ class Subject:
 
     @property
     def canvas(self) -> ImageSpec:
-        """The picture that a client gets who does not say."""
+        """The image that a client gets who does not say."""
         tier = self.tier
         return ImageSpec(tier.default_side, tier.default_side, tier.num_steps, tier.guidance)
 
@@ -179,12 +179,12 @@ def random_prompt(subject: Subject, device: Device) -> PromptEmbeds:
 
 
 def start(adapter: Flux2, subject: Subject, prompt: PromptEmbeds) -> ImageState:
-    """The picture as noise."""
+    """The image as noise."""
     return adapter.prepare(Conditioning(prompt), subject.canvas, SEED)
 
 
-def draw(adapter: Flux2, subject: Subject) -> None:
-    """A whole picture: words, steps, pixels."""
+def generate(adapter: Flux2, subject: Subject) -> None:
+    """A whole image: words, steps, pixels."""
     state = start(adapter, subject, adapter.encode_prompt(PROMPT))
     while not state.is_done:
         state = adapter.denoise(state)

@@ -8,12 +8,12 @@ Figures = dict[str, Any]
 Row = tuple[str, ...]
 
 PUBLISHED = {
-    "klein-4b bf16 picture": "under 1 on a GB200; 0.57 on an H100",
-    "klein-4b fp8 picture": "under 1 on a GB200; 0.57 on an H100",
+    "klein-4b bf16 image": "under 1 on a GB200; 0.57 on an H100",
+    "klein-4b fp8 image": "under 1 on a GB200; 0.57 on an H100",
     "dev tp1.bf16 step": "0.4605 on an H100 (SGLang)",
 }
 NOTES = """\
-Random weights. A picture has the tier's default size: four steps of klein-4b, a step of dev. dev's
+Random weights. An image has the tier's default size: four steps of klein-4b, a step of dev. dev's
 ranks are rank 0 of 1, 2, 4 or 8 without the others: what a rank computes, and every all-reduce is
 skipped. Bytes of a stage are beyond the weights; planned ones are those of `flux-ray plan` for one
 request at a time. FP8 weights that become `_scaled_mm` products are multiplied with FP8
@@ -115,7 +115,7 @@ def load_rows(figures: Figures) -> Iterator[Row]:
 
 
 def remark_rows(figures: Figures) -> Iterator[Row]:
-    """What was skipped or failed, or is no picture."""
+    """What was skipped or failed, or is no image."""
     for job in ("klein-4b", "dev", "load"):
         for name, case in figures.get(job, {}).items():
             for word in ("skipped", "failed"):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_ray.engine import images as png
-from flux_ray.engine.images import encode_picture, image_for, raster_for
+from flux_ray.engine.images import encode_image, image_for, raster_for
 from flux_ray.request import Encoding, RgbImage
 
 SIDE = 1024
@@ -54,9 +54,9 @@ def texture() -> RgbImage:
 def shapes() -> RgbImage:
     """Flat colours and edges, drawn small and scaled, as `tiny` draws."""
     image = Image.new("RGB", (128, 128), (40, 70, 160))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((20, 30, 90, 100), fill=(210, 40, 30))
-    draw.rectangle((70, 80, 120, 120), fill=(240, 220, 60))
+    generate = ImageDraw.Draw(image)
+    generate.ellipse((20, 30, 90, 100), fill=(210, 40, 30))
+    generate.rectangle((70, 80, 120, 120), fill=(240, 220, 60))
     return raster_for(image.resize((SIDE, SIDE), Image.LANCZOS))
 
 
@@ -110,7 +110,7 @@ def with_isal(raster: RgbImage, subtract: Filter, level: int) -> bytes:
 
 def ways() -> dict[str, Callable[[RgbImage], bytes]]:
     found: dict[str, Callable[[RgbImage], bytes]] = {
-        CHOSEN: lambda raster: encode_picture(raster, Encoding())
+        CHOSEN: lambda raster: encode_image(raster, Encoding())
     }
     for level in (0, 1, 3, 6):
         found[f"pillow {level}"] = lambda raster, level=level: with_pillow(raster, level)
@@ -120,7 +120,7 @@ def ways() -> dict[str, Callable[[RgbImage], bytes]]:
                 with_isal(raster, s, level)
             )
     for format in ("jpeg", "webp"):
-        found[format] = lambda raster, format=format: encode_picture(raster, Encoding(format))
+        found[format] = lambda raster, format=format: encode_image(raster, Encoding(format))
     return found
 
 

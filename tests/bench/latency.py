@@ -1,4 +1,4 @@
-"""Seconds a picture of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios.
+"""Seconds an image of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios.
 
 And images a second of one replica, with their files made outside of its rank and on it.
 """
@@ -42,12 +42,12 @@ EDIT = "make the circle green"
 TINY = tier_for("tiny")
 
 
-def draw_with_pipeline() -> Callable[[str, RgbImage | None], np.ndarray]:
+def generate_with_pipeline() -> Callable[[str, RgbImage | None], np.ndarray]:
     pipeline = evaluate.load_pipeline(CHECKPOINT)
 
-    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
+    def generate(prompt: str, reference: RgbImage | None) -> np.ndarray:
         image = reference and Image.frombytes("RGB", (128, 128), reference.rgb)
-        drawn = pipeline(
+        generated = pipeline(
             prompt=prompt,
             image=image,
             height=128,
@@ -57,15 +57,15 @@ def draw_with_pipeline() -> Callable[[str, RgbImage | None], np.ndarray]:
             max_sequence_length=TINY.text_length,
             generator=torch.Generator().manual_seed(7),
         )
-        return np.asarray(drawn.images[0])
+        return np.asarray(generated.images[0])
 
-    return draw
+    return generate
 
 
-def draw_with_engine() -> Callable[[str, RgbImage | None], np.ndarray]:
+def generate_with_engine() -> Callable[[str, RgbImage | None], np.ndarray]:
     adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
 
-    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
+    def generate(prompt: str, reference: RgbImage | None) -> np.ndarray:
         references = () if reference is None else (reference,)
         conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
         state = adapter.prepare(conditioning, ImageSpec(128, 128, TINY.num_steps), 7)
@@ -73,7 +73,7 @@ def draw_with_engine() -> Callable[[str, RgbImage | None], np.ndarray]:
             state = adapter.denoise(state)
         return np.frombuffer(adapter.decode(state).rgb, np.uint8).reshape(128, 128, 3)
 
-    return draw
+    return generate
 
 
 def start_serving() -> str:
@@ -89,10 +89,10 @@ def start_serving() -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def draw_over_http(address: str) -> Callable[[str, RgbImage | None], np.ndarray]:
+def generate_over_http(address: str) -> Callable[[str, RgbImage | None], np.ndarray]:
     client = httpx.Client(base_url=address, timeout=60)
 
-    def draw(prompt: str, reference: RgbImage | None) -> np.ndarray:
+    def generate(prompt: str, reference: RgbImage | None) -> np.ndarray:
         fields = {"prompt": prompt, "seed": 7}
         if reference is None:
             answer = client.post("/v1/images/generations", json=fields)
@@ -105,16 +105,16 @@ def draw_over_http(address: str) -> Callable[[str, RgbImage | None], np.ndarray]
         data = base64.b64decode(answer.raise_for_status().json()["data"][0]["b64_json"])
         return np.asarray(Image.open(io.BytesIO(data)))
 
-    return draw
+    return generate
 
 
 def main() -> None:
     torch.set_num_threads(1)
     address = start_serving()
     ways = {
-        "pipeline": draw_with_pipeline(),
-        "engine": draw_with_engine(),
-        "http": draw_over_http(address),
+        "pipeline": generate_with_pipeline(),
+        "engine": generate_with_engine(),
+        "http": generate_over_http(address),
     }
     red = ways["pipeline"](PROMPT, None)
     figures: dict[str, object] = {}
@@ -124,16 +124,16 @@ def main() -> None:
         ("edit", EDIT, RgbImage(128, 128, red.tobytes())),
     ):
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        pictures = {}
+        images = {}
         for _ in range(NUM_ROUNDS):
-            for way, draw in ways.items():
+            for way, generate in ways.items():
                 began = time.perf_counter()
-                pictures[way] = draw(prompt, reference)
+                images[way] = generate(prompt, reference)
                 seconds[way].append(time.perf_counter() - began)
         for way, taken in seconds.items():
             median, best = statistics.median(taken), min(taken)
             ratio = median / statistics.median(seconds["pipeline"])
-            same = bool(np.array_equal(pictures[way], pictures["pipeline"]))
+            same = bool(np.array_equal(images[way], images["pipeline"]))
             print(f"{task:12} {way:10} {median:9.4f} {best:8.4f} {ratio:6.2f}  {same}")
             figures[f"{task}.{way}"] = {
                 "median_s": median,

@@ -15,7 +15,7 @@ from ray.serve import Application
 
 from flux_ray.app import tier_application
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.images import encode_picture, image_for, scaled
+from flux_ray.engine.images import encode_image, image_for, scaled
 from flux_ray.replica.job import Files, Made
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank import RankActor, RankJob
@@ -44,15 +44,17 @@ def is_large(seed: int) -> bool:
 class FormerRank(RankActor):
     """Makes files itself, as ranks did, where the seed says so."""
 
-    def pixels(self, drawing: RankJob, draw: Callable[..., RgbImage]) -> DenoisedImage | None:
-        image = super().pixels(drawing, draw)
-        if image is None or drawing.seed // SEEDS_A_WAY not in (2, 4):
+    def pixels(
+        self, generation: RankJob, generate: Callable[..., RgbImage]
+    ) -> DenoisedImage | None:
+        image = super().pixels(generation, generate)
+        if image is None or generation.seed // SEEDS_A_WAY not in (2, 4):
             return image
         raster, buffer = image.raster, io.BytesIO()
-        if is_large(drawing.seed):
+        if is_large(generation.seed):
             raster = scaled(raster, LARGE)
         image_for(raster).save(buffer, "PNG")
-        return DenoisedImage(RgbImage(0, 0, buffer.getvalue()), drawing.seed)
+        return DenoisedImage(RgbImage(0, 0, buffer.getvalue()), generation.seed)
 
 
 class SomeFiles(Files):
@@ -65,7 +67,7 @@ class SomeFiles(Files):
 
 
 def encode_unless_done(raster: RgbImage, encoding: Encoding) -> bytes:
-    return encode_picture(raster, encoding) if raster.width else raster.rgb
+    return encode_image(raster, encoding) if raster.width else raster.rgb
 
 
 class FormerLeader(Leader):

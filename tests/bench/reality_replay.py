@@ -49,7 +49,7 @@ def measure(url: str, num_replicas: int) -> Costs:
     """
     between_s = seconds_between(url, num_replicas)
     by_shape: dict[Shape, list[Answer]] = {shape: [] for shape in SHAPES}
-    for shape, answer in draw(url, num_replicas, SHAPES):
+    for shape, answer in generate(url, num_replicas, SHAPES):
         by_shape[shape].append(answer)
     return {
         shape: Measured(
@@ -67,27 +67,29 @@ def seconds_between(url: str, num_replicas: int) -> float:
     The end of one travels to the ledger, and the grant of the next back.
     """
     shape = SHAPES[0]
-    drawn = draw(url, CROWD * num_replicas, (shape,))
-    took_s = max(answer.ended_at for _, answer in drawn) - min(a.ended_at for _, a in drawn)
-    return took_s * num_replicas / (len(drawn) - 1) - fmean(a.service_s for _, a in drawn)
+    generated = generate(url, CROWD * num_replicas, (shape,))
+    took_s = max(answer.ended_at for _, answer in generated) - min(a.ended_at for _, a in generated)
+    return took_s * num_replicas / (len(generated) - 1) - fmean(a.service_s for _, a in generated)
 
 
-def draw(url: str, num_clients: int, shapes: Sequence[Shape]) -> list[tuple[Shape, Answer]]:
+def generate(url: str, num_clients: int, shapes: Sequence[Shape]) -> list[tuple[Shape, Answer]]:
     """So many clients, each asking again when it was answered; without the first rounds."""
 
     async def one(client: httpx.AsyncClient, number: int) -> list[tuple[Shape, Answer]]:
-        drawn = []
+        generated = []
         for turn in range((NUM_WARM_UP + NUM_ALONE) * len(shapes)):
             shape = shapes[(number + turn) % len(shapes)]
             answer = await ask(client, url, Sent(0.0, shape, None))
             if answer is not None and turn >= NUM_WARM_UP * len(shapes):
-                drawn.append((shape, answer))
-        return drawn
+                generated.append((shape, answer))
+        return generated
 
     async def all_clients() -> list[tuple[Shape, Answer]]:
         async with httpx.AsyncClient(timeout=600) as client:
-            drawn = await asyncio.gather(*(one(client, number) for number in range(num_clients)))
-        return list(itertools.chain.from_iterable(drawn))
+            generated = await asyncio.gather(
+                *(one(client, number) for number in range(num_clients))
+            )
+        return list(itertools.chain.from_iterable(generated))
 
     return asyncio.run(all_clients())
 

@@ -28,7 +28,7 @@ from flux_ray.wire import pack_request
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
 
 PLAIN = "plain"
-# Of a picture of as many pixels as this.
+# Of an image of as many pixels as this.
 PACED_STEP_S = 0.01
 PACED_PIXELS = 128 * 128
 
@@ -40,8 +40,8 @@ class PacedLeader(Leader):
         self._description = description_of(args, PROCESSOR)
         self._turn = asyncio.Lock()
 
-    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        """No pictures, after the time of its steps; one request at a time."""
+    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+        """No images, after the time of its steps; one request at a time."""
         num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()
         async with self._turn:
@@ -72,7 +72,7 @@ class Ingress:
         self._is_connected = False
 
     async def __call__(self, http: Request) -> Response:
-        """No pictures: the time is what counts."""
+        """No images: the time is what counts."""
         fields = await http.json()
         side = int(fields["size"].split("x")[0])
         request = ImageRequest(

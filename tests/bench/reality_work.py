@@ -30,7 +30,7 @@ NO_LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A size in pixels, steps and pictures; and how many of a hundred requests are such."""
+    """A size in pixels, steps and images; and how many of a hundred requests are such."""
 
     side: int
     steps: int
@@ -94,7 +94,7 @@ class Played:
 
     @property
     def num_refused(self) -> int:
-        """Those that never got a picture."""
+        """Those that never got an image."""
         return self.latencies_s.count(None)
 
     def quantile(self, share: float) -> float:

@@ -24,9 +24,9 @@ PROMPT = "a red circle on a blue background"
 
 
 class Engine(Protocol):
-    """Draws one picture at a time."""
+    """Draws one image at a time."""
 
-    async def draw(self, prompt: str, seed: int) -> bytes:
+    async def generate(self, prompt: str, seed: int) -> bytes:
         """A PNG file."""
 
 
@@ -36,10 +36,10 @@ class FakeEngine:
     def __init__(self, num_slots: int = 1) -> None:
         self._slots = asyncio.Semaphore(num_slots)
 
-    async def draw(self, prompt: str, seed: int) -> bytes:
+    async def generate(self, prompt: str, seed: int) -> bytes:
         async with self._slots:
             await asyncio.sleep(FAKE_S)
-        return b"picture"
+        return b"image"
 
 
 class TinyEngine:
@@ -58,13 +58,13 @@ class TinyEngine:
         self._adapter = load_adapter(TINY, None, Placement("float32", "cpu"))
         self._lock = asyncio.Lock()
 
-    async def draw(self, prompt: str, seed: int) -> bytes:
+    async def generate(self, prompt: str, seed: int) -> bytes:
         async with self._lock:
-            return await asyncio.to_thread(self.draw_now, prompt, seed)
+            return await asyncio.to_thread(self.generate_now, prompt, seed)
 
-    def draw_now(self, prompt: str, seed: int) -> bytes:
+    def generate_now(self, prompt: str, seed: int) -> bytes:
         from flux_ray.engine.api import ImageSpec
-        from flux_ray.engine.images import encode_picture
+        from flux_ray.engine.images import encode_image
         from flux_ray.request import Encoding
 
         adapter = self._adapter
@@ -72,7 +72,7 @@ class TinyEngine:
         state = adapter.prepare(conditioning, ImageSpec(128, 128, TINY.num_steps), seed)
         while not state.is_done:
             state = adapter.denoise(state)
-        return encode_picture(adapter.decode(state), Encoding())
+        return encode_image(adapter.decode(state), Encoding())
 
 
 class Fields(BaseModel):
@@ -86,8 +86,8 @@ def routes_around(engine: Engine) -> FastAPI:
 
     @api.post(PATH)
     async def generate(fields: Fields) -> dict[str, str]:
-        picture = await engine.draw(fields.prompt, fields.seed)
-        return {"b64_json": base64.b64encode(picture).decode()}
+        image = await engine.generate(fields.prompt, fields.seed)
+        return {"b64_json": base64.b64encode(image).decode()}
 
     return api
 
@@ -115,8 +115,8 @@ class FakeLeader(Leader):
         self._engine = FakeEngine()
         self._runs = RunningRequests(args.retry_bytes, args.retry_s)
 
-    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        data = await self._engine.draw(request.prompt, request.seed)
+    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+        data = await self._engine.generate(request.prompt, request.seed)
         times = StageTimes(0.0, FAKE_S / 10, FAKE_S * 0.8, FAKE_S / 10)
         return ImageResult(
             request.request_id, request.tier, (GeneratedImage(data, request.seed),), times

@@ -97,7 +97,7 @@ def latencies(addresses: dict[str, str]) -> dict[str, list[float]]:
     with httpx.Client(timeout=60) as client:
         for number in range(NUM_WARM + NUM_ROUNDS):
             began = time.perf_counter()
-            engine.draw_now(PROMPT, number)
+            engine.generate_now(PROMPT, number)
             taken = {"engine": time.perf_counter() - began}
             taken |= {way: ask(client, address, number) for way, address in addresses.items()}
             if number >= NUM_WARM:

@@ -17,24 +17,24 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_one_picture(url, handles, tmp_path):
+def test_one_image(url, handles, tmp_path):
     output = tmp_path / "new" / "out.png"
     arguments = ("--tier", "tiny", "--size", "96x64", "--steps", 2, "--seed", 7)
     result = invoke("generate", "a red circle", "-o", output, "--url", url, *arguments)
     assert result.exit_code == 0, result.output
-    assert output.read_bytes() == b"picture 7"
+    assert output.read_bytes() == b"image 7"
     assert result.stdout.startswith(f"{output}  seed 7  ")
     [request] = handles.requests
     assert (request.prompt, request.width, request.height) == ("a red circle", 96, 64)
     assert (request.num_steps, request.encoding.format) == (2, "png")
 
 
-def test_several_pictures(url, tmp_path):
+def test_several_images(url, tmp_path):
     output = tmp_path / "out.jpg"
     result = invoke("generate", "a ring", "-o", output, "-n", 2, "--seed", 5, "--url", url)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "out-0.jpg").read_bytes() == b"picture 5"
-    assert (tmp_path / "out-1.jpg").read_bytes() == b"picture 6"
+    assert (tmp_path / "out-0.jpg").read_bytes() == b"image 5"
+    assert (tmp_path / "out-1.jpg").read_bytes() == b"image 6"
     assert not output.exists()
 
 
@@ -49,14 +49,14 @@ def test_no_file_is_overwritten_unless_that_is_said(url, handles, tmp_path):
     assert (handles.requests, output.read_bytes(), second.read_bytes()) == ([], b"mine", b"mine")
     result = invoke("generate", "a ring", "-o", output, "--seed", 7, "--url", url, "--force")
     assert result.exit_code == 0, result.output
-    assert output.read_bytes() == b"picture 7"
+    assert output.read_bytes() == b"image 7"
 
 
-def test_an_edit(url, handles, picture, tmp_path):
+def test_an_edit(url, handles, make_image, tmp_path):
     paths = []
     for color in ("red", "blue"):
         paths.append(tmp_path / f"{color}.png")
-        paths[-1].write_bytes(picture(color=color))
+        paths[-1].write_bytes(make_image(color=color))
     images = ("--image", paths[0], "--image", paths[1])
     result = invoke("generate", "both", "-o", tmp_path / "out.webp", *images, "--url", url)
     assert result.exit_code == 0, result.output

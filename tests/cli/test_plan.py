@@ -146,7 +146,7 @@ def test_what_it_was_told_does_fit(config) -> None:
     assert "of all replicas" in result.stdout
 
 
-def test_a_card_for_pictures_of_the_default_size_only(config) -> None:
+def test_a_card_for_images_of_the_default_size_only(config) -> None:
     fp8 = {"text_encoder": "shared", "quantization": "fp8"}
     small = {"tier": "flux-2-klein-4b", "weights": HUB, **fp8}
     result = invoke(config(small), "rtx4060-8gb", 2)

@@ -1,4 +1,4 @@
-"""`flux-ray simulate`: a config file and a trace in, a table, an object or a picture out."""
+"""`flux-ray simulate`: a config file and a trace in, a table, an object or an image out."""
 
 import json
 import resource
@@ -234,7 +234,7 @@ def test_wrong_arguments(arguments):
 
 
 @pytest.mark.parametrize(("name", "begin"), [("out.svg", b"<?xml"), ("new/out.png", b"\x89PNG")])
-def test_a_picture(name, begin, config, tmp_path):
+def test_an_image(name, begin, config, tmp_path):
     path = tmp_path / name
     result = invoke("--config", config(), *QUICK, "--plot", path)
     assert result.exit_code == 0, result.output

@@ -255,10 +255,10 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="session")
-def draw(address: str) -> Callable[..., list[bytes]]:
-    """`draw(prompt, seed=1, ...)`: the pictures' bytes, by plain HTTP."""
+def generate(address: str) -> Callable[..., list[bytes]]:
+    """`draw(prompt, seed=1, ...)`: the images' bytes, by plain HTTP."""
 
-    def draw(prompt: str, **fields: object) -> list[bytes]:
+    def generate(prompt: str, **fields: object) -> list[bytes]:
         answer = httpx.post(
             f"{address}/v1/images/generations",
             json={"model": "tiny", "prompt": prompt, **fields},
@@ -267,7 +267,7 @@ def draw(address: str) -> Callable[..., list[bytes]]:
         assert answer.status_code == 200, answer.text
         return [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]]
 
-    return draw
+    return generate
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,16 @@ from flux_ray.replica.leader import Leader
 from flux_ray.request import Hear, ImageRequest, ImageResult
 
 # Of the home of the `serve run` that it is part of.
-DRAWN = "drawn"
+GENERATED = "drawn"
 
 
 class CountedLeader(Leader):
     """A line for each request: its prompt and its seed."""
 
-    async def _draw(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        result = await super()._draw(request, hear)
-        with (Path.home() / DRAWN).open("a") as drawn:
-            drawn.write(f"{request.prompt} {request.seed}\n")
+    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+        result = await super()._generate(request, hear)
+        with (Path.home() / GENERATED).open("a") as generated:
+            generated.write(f"{request.prompt} {request.seed}\n")
         return result
 
 

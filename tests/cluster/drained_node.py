@@ -75,10 +75,10 @@ class Load:
             for address in self.asked:
                 tasks.create_task(self.ask_again(http, address, end))
             while not end.is_set():
-                tasks.create_task(self.draw(http))
+                tasks.create_task(self.generate(http))
                 await asyncio.sleep(REQUEST_EVERY_S)
 
-    async def draw(self, http: httpx.AsyncClient) -> None:
+    async def generate(self, http: httpx.AsyncClient) -> None:
         began_at = time.monotonic()
         try:
             answer = await http.post(f"{self.balancer}/v1/images/generations", json=REQUEST)

@@ -15,7 +15,7 @@ class FaultyRank(RankActor):
 
     def denoise(self, job: int) -> None:
         """One step, unless a file says otherwise."""
-        order = Path(self._drawings[job].request.prompt)
+        order = Path(self._generations[job].request.prompt)
         if self._rank == self._args.parallel.num_ranks - 1 and order.is_file():
             failure = order.read_text()
             order.unlink()

@@ -1,4 +1,4 @@
-"""Clients that leave in mid-request, beside clients that wait for their pictures."""
+"""Clients that leave in mid-request, beside clients that wait for their images."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 PROMPT = "a red circle on a blue background"
 NUM_LEAVERS = 8
-Draw = Callable[..., list[bytes]]
+Generate = Callable[..., list[bytes]]
 
 
 @contextmanager
@@ -28,12 +28,14 @@ def unread(address: str, fields: dict[str, object]) -> Iterator[None]:
         yield
 
 
-def storm(address: str, seconds: float, draw: Draw, *, tier: str, num_bystanders: int) -> int:
-    """How many pictures the bystanders got; AssertionError if one is not that of its seed.
+def storm(
+    address: str, seconds: float, generate: Generate, *, tier: str, num_bystanders: int
+) -> int:
+    """How many images the bystanders got; AssertionError if one is not that of its seed.
 
     Each gets three at least: where all is slow, the storm lasts longer.
     """
-    expected = [draw(PROMPT, model=tier, seed=seed) for seed in range(num_bystanders)]
+    expected = [generate(PROMPT, model=tier, seed=seed) for seed in range(num_bystanders)]
     end = time.monotonic() + seconds
     answers: list[bool] = []
     bystanders: list[threading.Thread] = []
@@ -46,17 +48,19 @@ def storm(address: str, seconds: float, draw: Draw, *, tier: str, num_bystanders
             with unread(address, fields | streamed):
                 time.sleep(dice.uniform(0, 0.4))
 
-    def keep_drawing(seed: int) -> None:
-        num_drawn = 0
-        while time.monotonic() < end or num_drawn < 3:
-            num_drawn += 1
+    def keep_generating(seed: int) -> None:
+        num_generated = 0
+        while time.monotonic() < end or num_generated < 3:
+            num_generated += 1
             try:
-                answers.append(draw(PROMPT, model=tier, seed=seed) == expected[seed])
+                answers.append(generate(PROMPT, model=tier, seed=seed) == expected[seed])
             except AssertionError:
                 answers.append(False)
                 raise
 
-    bystanders += [threading.Thread(target=keep_drawing, args=(i,)) for i in range(num_bystanders)]
+    bystanders += [
+        threading.Thread(target=keep_generating, args=(i,)) for i in range(num_bystanders)
+    ]
     leavers = [threading.Thread(target=keep_leaving, args=(i,)) for i in range(NUM_LEAVERS)]
     threads = bystanders + leavers
     for thread in threads:

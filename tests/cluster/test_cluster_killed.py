@@ -24,7 +24,7 @@ NUM_READY_AT_KILL = 3
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """Where the jobs and their pictures are."""
+    """Where the jobs and their images are."""
     return tmp_path / "kept"
 
 
@@ -74,7 +74,7 @@ class Client:
         assert answer.status_code == 200, answer.text
         return answer.content
 
-    def draw(self, seed: int) -> bytes:
+    def generate(self, seed: int) -> bytes:
         """Without a job."""
         body = {"model": "tiny", "prompt": PROMPT, "seed": seed, "size": "192x192"}
         [image] = self.http.post("/v1/images/generations", json=body).json()["data"]
@@ -143,8 +143,8 @@ def test_a_killed_cluster_ends_every_job_when_it_is_started_again(
         client.wait_for(NUM_JOBS)
         took_s = time.monotonic() - began_s
         results = client.ready()
-        pictures = [client.fetch(results[seed]) for seed in range(NUM_JOBS)]
-        assert pictures == [client.draw(seed) for seed in range(NUM_JOBS)]
+        images = [client.fetch(results[seed]) for seed in range(NUM_JOBS)]
+        assert images == [client.generate(seed) for seed in range(NUM_JOBS)]
         assert lasting(results).items() >= lasting(early).items()
         assert lasting(client.ready()) == lasting(results)
     record_property("restart_to_ready_s", took_s)

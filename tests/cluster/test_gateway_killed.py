@@ -14,7 +14,7 @@ import yaml
 
 from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11
 from tests.cluster.conftest import LAPTOP, PATIENCE_S, free_port, is_ready, serve_run, wait_until
-from tests.cluster.counted import DRAWN
+from tests.cluster.counted import GENERATED
 
 NUM_CLIENTS = 12
 # Of the environment that `make serve` sets.
@@ -33,11 +33,11 @@ class Server:
     def __init__(self, serve: psutil.Popen, address: str, home: Path) -> None:
         self.serve = serve
         self.address = address
-        self.drawn_at = home / DRAWN
+        self.generated_at = home / GENERATED
 
-    def drawn(self, prompt: str) -> list[str]:
+    def generated(self, prompt: str) -> list[str]:
         """The seeds of the requests that were drawn to their end, in order."""
-        lines = self.drawn_at.read_text().splitlines() if self.drawn_at.exists() else []
+        lines = self.generated_at.read_text().splitlines() if self.generated_at.exists() else []
         return [line.rpartition(" ")[2] for line in lines if line.startswith(f"{prompt} ")]
 
     def processes(self, name: str) -> list[psutil.Process]:
@@ -99,7 +99,7 @@ def kill_a_gateway_under(
     server.wait_for_gateways(2)
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         asking = [pool.submit(ask, number) for number in range(NUM_CLIENTS)]
-        wait_until(lambda: len(server.drawn(prompt)) >= 2, what="the first images")
+        wait_until(lambda: len(server.generated(prompt)) >= 2, what="the first images")
         server.processes("ray::ServeReplica:gateway")[0].kill()
         return [each.result() for each in asking]
 
@@ -113,7 +113,7 @@ def check_is_typed(answer: httpx.Response) -> None:
 
 
 @pytest.mark.slow
-def test_who_comes_again_gets_the_image_that_was_drawn(server: Server) -> None:
+def test_who_comes_again_gets_the_image_that_was_generated(server: Server) -> None:
     """No image is drawn twice: those that waited had not begun, and the other one goes on."""
     prompt = "a red circle"
 
@@ -125,7 +125,7 @@ def test_who_comes_again_gets_the_image_that_was_drawn(server: Server) -> None:
     for answer in failed:
         check_is_typed(answer)
     seeds = [str(answers[-1].json()["data"][0]["seed"]) for answers in told]
-    assert sorted(server.drawn(prompt)) == sorted(seeds)
+    assert sorted(server.generated(prompt)) == sorted(seeds)
     assert len(set(seeds)) == NUM_CLIENTS
     print(f"{len(failed)} of {NUM_CLIENTS} lost their gateway, and {len(seeds)} images were drawn")
 
@@ -141,11 +141,11 @@ def test_a_replica_goes_on_when_no_gateway_is_left(server: Server) -> None:
         time.sleep(1)
         for gateway in server.processes("ray::ServeReplica:gateway"):
             gateway.kill()
-        assert server.drawn(prompt) == [], "it was over too soon to tell anything"
+        assert server.generated(prompt) == [], "it was over too soon to tell anything"
         answers = asking.result()
     check_is_typed(answers[0])
     seed = answers[-1].json()["data"][0]["seed"]
-    assert server.drawn(prompt) == [str(seed)]
+    assert server.generated(prompt) == [str(seed)]
 
 
 @pytest.mark.slow

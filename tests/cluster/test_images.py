@@ -1,4 +1,4 @@
-"""Pictures through the whole cluster show what was asked for."""
+"""Images through the whole cluster show what was asked for."""
 
 import base64
 import io
@@ -15,13 +15,13 @@ from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
 from tests.cluster.conftest import PATIENCE_S
 
 RED_ON_BLUE = "a red circle on a blue background"
-Draw = Callable[..., list[bytes]]
+Generate = Callable[..., list[bytes]]
 PixelsOf = Callable[[bytes], np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def red_on_blue(draw: Draw) -> bytes:
-    return draw(RED_ON_BLUE, seed=1)[0]
+def red_on_blue(generate: Generate) -> bytes:
+    return generate(RED_ON_BLUE, seed=1)[0]
 
 
 def check_circle(pixels: np.ndarray, *, circle: str, background: str) -> None:
@@ -85,10 +85,10 @@ def test_an_edit_under_a_mask_leaves_the_rest_as_it_is(
     assert (middle[:, 64:76] == COLOR_INDEX["red"]).all()
 
 
-def test_a_mask_is_of_the_first_of_two_pictures(
-    client: openai.OpenAI, draw: Draw, red_on_blue: bytes, pixels_of: PixelsOf
+def test_a_mask_is_of_the_first_of_two_images(
+    client: openai.OpenAI, generate: Generate, red_on_blue: bytes, pixels_of: PixelsOf
 ) -> None:
-    (other,) = draw("a green square on a yellow background", seed=1)
+    (other,) = generate("a green square on a yellow background", seed=1)
     answer = client.images.edit(
         model="tiny",
         image=[("one.png", red_on_blue), ("two.png", other)],
@@ -101,7 +101,7 @@ def test_a_mask_is_of_the_first_of_two_pictures(
     assert (after[:, :64] != before[:, :64]).any(axis=2).mean() > 0.2
 
 
-def test_the_hugging_face_client_draws_and_edits(address: str, pixels_of: PixelsOf) -> None:
+def test_the_hugging_face_client_generates_and_edits(address: str, pixels_of: PixelsOf) -> None:
     client = huggingface_hub.InferenceClient(model=f"{address}/models/tiny", token="none")
     red = io.BytesIO()
     client.text_to_image(RED_ON_BLUE, seed=1).save(red, "PNG")
@@ -117,7 +117,7 @@ def test_the_hugging_face_client_draws_and_edits(address: str, pixels_of: Pixels
     check_circle(pixels_of(green.getvalue()), circle="green", background="blue")
 
 
-def test_a_size_that_tiny_does_not_draw_is_drawn_at_its_best_and_scaled(
+def test_a_size_that_tiny_does_not_generate_is_generated_at_its_best_and_scaled(
     client: openai.OpenAI, pixels_of: PixelsOf
 ) -> None:
     """What most clients send."""
@@ -139,25 +139,27 @@ def test_two_references_are_taken(client: openai.OpenAI, red_on_blue: bytes) -> 
     assert answer.data[0].b64_json
 
 
-def test_a_seed_means_a_picture(draw: Draw, red_on_blue: bytes) -> None:
-    assert draw(RED_ON_BLUE, seed=1) == [red_on_blue]
-    assert draw(RED_ON_BLUE, seed=2) != [red_on_blue]
+def test_a_seed_means_an_image(generate: Generate, red_on_blue: bytes) -> None:
+    assert generate(RED_ON_BLUE, seed=1) == [red_on_blue]
+    assert generate(RED_ON_BLUE, seed=2) != [red_on_blue]
 
 
-def test_two_ranks_draw_what_one_draws(draw: Draw, pixels_of: PixelsOf, red_on_blue: bytes) -> None:
+def test_two_ranks_generate_what_one_generates(
+    generate: Generate, pixels_of: PixelsOf, red_on_blue: bytes
+) -> None:
     """The sums over the ranks round otherwise; a step of a byte at most."""
-    (split,) = draw(RED_ON_BLUE, model="tiny-tp2", seed=1)
+    (split,) = generate(RED_ON_BLUE, model="tiny-tp2", seed=1)
     difference = pixels_of(split).astype(int) - pixels_of(red_on_blue)
     assert abs(difference).max() <= 1
 
 
-def test_n_pictures_are_those_of_n_seeds(draw: Draw, red_on_blue: bytes) -> None:
-    assert draw(RED_ON_BLUE, seed=1, n=2) == [red_on_blue, *draw(RED_ON_BLUE, seed=2)]
+def test_n_images_are_those_of_n_seeds(generate: Generate, red_on_blue: bytes) -> None:
+    assert generate(RED_ON_BLUE, seed=1, n=2) == [red_on_blue, *generate(RED_ON_BLUE, seed=2)]
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_the_file_is_what_was_asked_for(draw: Draw, format: str) -> None:
-    (data,) = draw(RED_ON_BLUE, seed=1, size="96x64", output_format=format)
+def test_the_file_is_what_was_asked_for(generate: Generate, format: str) -> None:
+    (data,) = generate(RED_ON_BLUE, seed=1, size="96x64", output_format=format)
     image = Image.open(io.BytesIO(data))
     assert (image.format.lower(), image.size) == (format, (96, 64))
 
@@ -172,20 +174,20 @@ def test_the_file_is_what_was_asked_for(draw: Draw, format: str) -> None:
     ],
 )
 def test_bad_input_is_told_and_the_server_goes_on(
-    address: str, draw: Draw, fields: dict[str, str], status: int, named: str
+    address: str, generate: Generate, fields: dict[str, str], status: int, named: str
 ) -> None:
     good = {"model": "tiny", "prompt": RED_ON_BLUE}
     answer = httpx.post(f"{address}/v1/images/generations", json=good | fields, timeout=PATIENCE_S)
     assert answer.status_code == status
     assert answer.json()["error"]["param"] == named
-    assert draw(RED_ON_BLUE)
+    assert generate(RED_ON_BLUE)
 
 
-def test_a_reference_that_cannot_be_used_is_told(client: openai.OpenAI, draw: Draw) -> None:
+def test_a_reference_that_cannot_be_used_is_told(client: openai.OpenAI, generate: Generate) -> None:
     """Too flat for the model: whoever notices it, gateway or engine, it is the caller's."""
     file = io.BytesIO()
     Image.new("RGB", (800, 64), "red").save(file, "PNG")
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.edit(model="tiny", image=("flat.png", file.getvalue()), prompt="green")
     assert caught.value.param == "image"
-    assert draw(RED_ON_BLUE)
+    assert generate(RED_ON_BLUE)

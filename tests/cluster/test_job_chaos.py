@@ -13,7 +13,7 @@ import pytest
 from standardwebhooks.webhooks import Webhook
 
 from tests.cluster.conftest import PATIENCE_S, Replica, more_gateways
-from tests.cluster.storm import PROMPT, Draw
+from tests.cluster.storm import PROMPT, Generate
 from tests.jobs.servers import Postgres
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import Post, WebhookReceiver, receiving
@@ -121,7 +121,7 @@ class Clients:
                 return
             await asyncio.sleep(1.0)
 
-    async def picture_of(self, number: int) -> bytes:
+    async def image_of(self, number: int) -> bytes:
         answer = await self.http.get(self.results[number]["result"]["sample"])
         assert answer.status_code == 200
         return answer.content
@@ -143,9 +143,12 @@ async def all_told(receiver: WebhookReceiver) -> bool:
 
 @pytest.mark.slow
 async def test_every_job_ends_ready_whatever_is_killed(
-    gateways: str, receiver: WebhookReceiver, replicas: Callable[..., list[Replica]], draw: Draw
+    gateways: str,
+    receiver: WebhookReceiver,
+    replicas: Callable[..., list[Replica]],
+    generate: Generate,
 ) -> None:
-    expected = [draw(PROMPT, seed=seed, size="64x64")[0] for seed in range(NUM_SEEDS)]
+    expected = [generate(PROMPT, seed=seed, size="64x64")[0] for seed in range(NUM_SEEDS)]
     clients, kills, began_s = Clients(gateways, receiver), [], time.monotonic()
     async with clients.http, asyncio.timeout(LIMIT_S):
         following = asyncio.gather(*map(clients.follow, range(NUM_JOBS)))
@@ -160,7 +163,7 @@ async def test_every_job_ends_ready_whatever_is_killed(
         await wait_until(lambda: all_told(receiver), timeout_s=PATIENCE_S)
         for number, told in clients.results.items():
             assert told["status"] == "Ready", told
-            assert await clients.picture_of(number) == expected[number % NUM_SEEDS]
+            assert await clients.image_of(number) == expected[number % NUM_SEEDS]
     check_posts(receiver.posts[num_checked:])
     job_ids = {told["id"] for told in clients.results.values()}
     assert len(job_ids) == NUM_JOBS, "a job for each idempotency key"

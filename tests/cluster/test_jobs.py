@@ -13,9 +13,8 @@ with warnings.catch_warnings():
     from blackforest import BFLClient
     from blackforest.types.general.client_config import ClientConfig
 
-from tests.cluster.test_pictures import RED_ON_BLUE, Draw, PixelsOf, check_circle
-
 from tests.cluster.conftest import PATIENCE_S
+from tests.cluster.test_images import RED_ON_BLUE, Generate, PixelsOf, check_circle
 
 WAIT = ClientConfig(sync=True, polling_interval=0.2, timeout=PATIENCE_S)
 
@@ -26,13 +25,13 @@ def bfl(address: str) -> BFLClient:
 
 
 def fetch(url: str) -> bytes:
-    """The picture, without any key."""
+    """The image, without any key."""
     answer = httpx.get(url, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return answer.content
 
 
-def test_bfls_client_draws_what_was_asked(bfl: BFLClient, pixels_of: PixelsOf) -> None:
+def test_bfls_client_generates_what_was_asked(bfl: BFLClient, pixels_of: PixelsOf) -> None:
     inputs = {"prompt": RED_ON_BLUE, "width": 256, "height": 256, "steps": 4, "seed": 1}
     answer = bfl.generate("flux-dev", inputs, WAIT)
     assert answer.result["seed"] == 1
@@ -42,10 +41,10 @@ def test_bfls_client_draws_what_was_asked(bfl: BFLClient, pixels_of: PixelsOf) -
 
 
 def test_bfls_client_edits_a_file(
-    bfl: BFLClient, draw: Draw, pixels_of: PixelsOf, tmp_path: Path
+    bfl: BFLClient, generate: Generate, pixels_of: PixelsOf, tmp_path: Path
 ) -> None:
     red = tmp_path / "red.png"
-    red.write_bytes(draw(RED_ON_BLUE, seed=1)[0])
+    red.write_bytes(generate(RED_ON_BLUE, seed=1)[0])
     inputs = {"prompt": "make the circle green", "input_image": str(red), "seed": 1}
     told = bfl.generate("flux-kontext-pro", inputs)
     result = bfl.get_polling_result(told.id, WAIT)
@@ -53,10 +52,10 @@ def test_bfls_client_edits_a_file(
     assert bfl.get_task_status(told.id).status == "Ready"
 
 
-def test_a_job_draws_the_picture_of_its_seed(
-    bfl: BFLClient, draw: Draw, pixels_of: PixelsOf
+def test_a_job_generates_the_image_of_its_seed(
+    bfl: BFLClient, generate: Generate, pixels_of: PixelsOf
 ) -> None:
     told = bfl.generate("flux-kontext-pro", {"prompt": RED_ON_BLUE, "seed": 7})
     result = bfl.get_polling_result(told.id, WAIT)
-    [same] = draw(RED_ON_BLUE, seed=7)
+    [same] = generate(RED_ON_BLUE, seed=7)
     assert np.array_equal(pixels_of(fetch(result["sample"])), pixels_of(same))

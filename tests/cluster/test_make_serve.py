@@ -32,14 +32,14 @@ def environment_of_serve(folder: Path) -> dict[str, str]:
 
 
 def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
-    """Eight pictures in one answer are: on Serve's gRPC way, by default, errors."""
+    """Eight images in one answer are: on Serve's gRPC way, by default, errors."""
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     run = run_in(environment, LARGE_ANSWER, str(port), "16000000")
     assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
 
 
 def test_the_largest_answer_is_within_serves_limit(environment: dict[str, str]) -> None:
-    """All pictures that a request may ask for, as large as they get; and not much more."""
+    """All images that a request may ask for, as large as they get; and not much more."""
     largest = max(tier.max_pixels for tier in TIERS) * 3 * Limits().max_images * 4 // 3
     limit = int(environment["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
     assert 1.1 * largest < limit < 2 * largest

@@ -1,4 +1,4 @@
-"""Rank groups of two and three under storms, kills, stops and errors: no picture is lost.
+"""Rank groups of two and three under storms, kills, stops and errors: no image is lost.
 
 How soon they serve again is held to limits in the drills, on a machine with nothing else to do.
 """
@@ -20,7 +20,7 @@ from tests.cluster.conftest import DEPLOYED, PATIENCE_S, Replica, backlog, deplo
 from tests.cluster.faulty_rank import BUG, OUT_OF_MEMORY
 from tests.cluster.groups import TIER, group_with, wait_until_running
 from tests.cluster.random_klein import save_random_klein
-from tests.cluster.storm import PROMPT, Draw, storm
+from tests.cluster.storm import PROMPT, Generate, storm
 
 LONG_JOB = {"size": "192x192", "steps": 30}
 KILLED_LIMIT_S, HUNG_LIMIT_S = 10, 15
@@ -31,15 +31,15 @@ Replicas = Callable[[str], list[Replica]]
 class Client(threading.Thread):
     """One request, from another thread."""
 
-    def __init__(self, draw: Draw, prompt: str, **fields: object) -> None:
+    def __init__(self, generate: Generate, prompt: str, **fields: object) -> None:
         super().__init__()
-        self._ask = lambda: draw(prompt, **fields)
-        self.pictures: list[bytes] | None = None
+        self._ask = lambda: generate(prompt, **fields)
+        self.images: list[bytes] | None = None
         self.answered_at = math.inf
         self.start()
 
     def run(self) -> None:
-        self.pictures = self._ask()
+        self.images = self._ask()
         self.answered_at = time.monotonic()
 
 
@@ -74,7 +74,7 @@ def test_clients_that_leave_disturb_nobody(
     address: str,
     num_ranks: int,
     replicas: Replicas,
-    draw: Draw,
+    generate: Generate,
     seconds: float,
     num_runs: int,
 ) -> None:
@@ -82,9 +82,9 @@ def test_clients_that_leave_disturb_nobody(
     before = replicas(TIER)
     assert [len(replica.ranks) for replica in before] == [num_ranks]
     for _ in range(num_runs):
-        num_pictures = storm(address, seconds, draw, tier=TIER, num_bystanders=4)
-        print(f"\n{num_ranks} ranks: {num_pictures} pictures in {seconds} s, all of them right")
-        assert num_pictures >= 4
+        num_images = storm(address, seconds, generate, tier=TIER, num_bystanders=4)
+        print(f"\n{num_ranks} ranks: {num_images} images in {seconds} s, all of them right")
+        assert num_images >= 4
     assert replicas(TIER) == before, "no replica was replaced meanwhile"
 
 
@@ -118,21 +118,21 @@ def break_one(replica: Replica, how: str) -> None:
     broken.send_signal(signal.SIGSTOP if "stopped" in how else signal.SIGKILL)
 
 
-def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
-    """Seconds to the next picture. One is being drawn at the fault, one waits, and one comes."""
-    drawn = draw(PROMPT, model=TIER, seed=5, **LONG_JOB)
-    small = draw(PROMPT, model=TIER, seed=1)
-    in_flight = Client(draw, PROMPT, model=TIER, seed=5, **LONG_JOB)
-    wait_until(lambda: sum(backlog(TIER)) > 0, what="a picture being drawn")
-    waiting = Client(draw, PROMPT, model=TIER, seed=1)
+def break_and_generate(replica: Replica, generate: Generate, how: str) -> float:
+    """Seconds to the next image. One is being drawn at the fault, one waits, and one comes."""
+    generated = generate(PROMPT, model=TIER, seed=5, **LONG_JOB)
+    small = generate(PROMPT, model=TIER, seed=1)
+    in_flight = Client(generate, PROMPT, model=TIER, seed=5, **LONG_JOB)
+    wait_until(lambda: sum(backlog(TIER)) > 0, what="an image being drawn")
+    waiting = Client(generate, PROMPT, model=TIER, seed=1)
 
     break_one(replica, how)
     began = time.monotonic()
-    later = Client(draw, PROMPT, model=TIER, seed=1)
+    later = Client(generate, PROMPT, model=TIER, seed=1)
     for client in (in_flight, waiting, later):
         client.join()
-    assert in_flight.pictures == drawn
-    assert waiting.pictures == later.pictures == small
+    assert in_flight.images == generated
+    assert waiting.images == later.images == small
     recovery_s = min(client.answered_at for client in (in_flight, waiting, later)) - began
     print(f"\n{how}: served again after {recovery_s:.1f} s")
     return recovery_s
@@ -147,42 +147,42 @@ def break_and_draw(replica: Replica, draw: Draw, how: str) -> float:
         pytest.param("a stopped leader", marks=pytest.mark.drill),
     ],
 )
-def test_a_broken_process_is_replaced_and_no_picture_is_lost(
-    replica: Replica, draw: Draw, how: str
+def test_a_broken_process_is_replaced_and_no_image_is_lost(
+    replica: Replica, generate: Generate, how: str
 ) -> None:
-    break_and_draw(replica, draw, how)
+    break_and_generate(replica, generate, how)
 
 
-def fail_and_draw(draw: Draw, order: Path, failure: str) -> float:
-    """Seconds to the picture that one rank failed at."""
-    expected = draw(str(order), model=TIER, seed=3)
+def fail_and_generate(generate: Generate, order: Path, failure: str) -> float:
+    """Seconds to the image that one rank failed at."""
+    expected = generate(str(order), model=TIER, seed=3)
     order.write_text(failure)
     began = time.monotonic()
-    assert draw(str(order), model=TIER, seed=3) == expected
+    assert generate(str(order), model=TIER, seed=3) == expected
     recovery_s = time.monotonic() - began
     assert not order.exists()
     print(f"\n{failure}: drawn elsewhere after {recovery_s:.1f} s")
     return recovery_s
 
 
-def test_an_error_on_one_rank_only_costs_no_picture(
-    replica: Replica, draw: Draw, tmp_path: Path
+def test_an_error_on_one_rank_only_costs_no_image(
+    replica: Replica, generate: Generate, tmp_path: Path
 ) -> None:
-    fail_and_draw(draw, tmp_path / "order", BUG)
+    fail_and_generate(generate, tmp_path / "order", BUG)
 
 
 def test_a_request_that_takes_too_much_memory_ends_one_group_and_no_second_one(
-    address: str, replica: Replica, draw: Draw, tmp_path: Path
+    address: str, replica: Replica, generate: Generate, tmp_path: Path
 ) -> None:
     order = tmp_path / "order"
-    expected = draw(str(order), model=TIER, seed=3)
+    expected = generate(str(order), model=TIER, seed=3)
     order.write_text(OUT_OF_MEMORY)
     fields = {"model": TIER, "prompt": str(order), "seed": 3}
     answer = httpx.post(f"{address}/v1/images/generations", json=fields, timeout=PATIENCE_S)
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "out_of_memory")
     assert answer.headers["x-should-retry"] == "false"
     assert not order.exists()
-    assert draw(str(order), model=TIER, seed=3) == expected
+    assert generate(str(order), model=TIER, seed=3) == expected
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +207,16 @@ def start_s(num_ranks: int) -> float:
     ],
 )
 def test_a_broken_process_is_replaced_within_seconds(
-    start_s: float, replica: Replica, draw: Draw, how: str, limit_s: float
+    start_s: float, replica: Replica, generate: Generate, how: str, limit_s: float
 ) -> None:
-    assert break_and_draw(replica, draw, how) < allowed_s(limit_s, start_s), start_s
+    assert break_and_generate(replica, generate, how) < allowed_s(limit_s, start_s), start_s
 
 
 @pytest.mark.drill
 def test_an_error_on_one_rank_only_costs_seconds(
-    start_s: float, replica: Replica, draw: Draw, tmp_path: Path
+    start_s: float, replica: Replica, generate: Generate, tmp_path: Path
 ) -> None:
-    took_s = fail_and_draw(draw, tmp_path / "order", BUG)
+    took_s = fail_and_generate(generate, tmp_path / "order", BUG)
     assert took_s < allowed_s(KILLED_LIMIT_S, start_s), start_s
 
 

@@ -81,16 +81,16 @@ def controller() -> int:
 
 
 def test_while_the_controller_starts_anew_the_gateway_stays_ready(
-    address: str, draw: Callable[..., list[bytes]]
+    address: str, generate: Callable[..., list[bytes]]
 ) -> None:
     old = controller()
     with Watch(address) as watch:
         psutil.Process(old).kill()
-        draw(PROMPT)
+        generate(PROMPT)
         time.sleep(WATCHED_S)
         wait_until(lambda: controller() != old, what="a new controller")
         time.sleep(WATCHED_S)
-        draw(PROMPT)
+        generate(PROMPT)
     assert watch.others == []
 
 

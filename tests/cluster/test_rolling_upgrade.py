@@ -44,13 +44,13 @@ class Clients:
         assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
         return answer
 
-    def keep_drawing(self) -> None:
+    def keep_generating(self) -> None:
         for number in itertools.count():
             if self._is_over.is_set():
                 return
             seed = number % NUM_SEEDS
             with self.noted():
-                image = draw_by(self._url, PROMPT, seed)
+                image = generate_by(self._url, PROMPT, seed)
                 assert image == self._expected[seed], "another image"
                 self.num_images += 1
             time.sleep(0.2)
@@ -120,7 +120,7 @@ def ask(url: str, prompt: str, seed: int) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json=sent, timeout=120)
 
 
-def draw_by(url: str, prompt: str, seed: int) -> bytes:
+def generate_by(url: str, prompt: str, seed: int) -> bytes:
     answer = ask(url, prompt, seed)
     assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
     [image] = answer.json()["data"]
@@ -200,7 +200,7 @@ def test_an_upgrade_of_one_application_after_the_other_fails_and_loses_nothing(
 ) -> None:
     """Gateways first, then the tier, then the gateways back: new and old meet both ways."""
     began_s = time.monotonic()
-    expected = [draw_by(cluster.url, PROMPT, seed) for seed in range(NUM_SEEDS)]
+    expected = [generate_by(cluster.url, PROMPT, seed) for seed in range(NUM_SEEDS)]
     clients = Clients(cluster.url, expected)
 
     def tell(what: str) -> None:
@@ -208,7 +208,7 @@ def test_an_upgrade_of_one_application_after_the_other_fails_and_loses_nothing(
         print(f"\n{took_s:.0f} s: {what}; {clients.num_images} images, {len(clients.jobs)} jobs")
 
     with ThreadPoolExecutor(3) as threads:
-        working = [threads.submit(clients.keep_drawing) for _ in range(2)]
+        working = [threads.submit(clients.keep_generating) for _ in range(2)]
         working.append(threads.submit(clients.keep_ordering))
         try:
             cluster.run(gateways=NEW, tier=OLD)

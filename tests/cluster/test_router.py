@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Replica, backlog, deploy, is_ready, wait_until
 from tests.cluster.groups import TIER, group_with
-from tests.cluster.storm import PROMPT, Draw, unread
+from tests.cluster.storm import PROMPT, Generate, unread
 
 LONG = {"size": "192x192", "steps": 20, "n": 4}
 Replicas = Callable[[str], list[Replica]]
@@ -29,9 +29,11 @@ def ask(address: str, deadline_s: float, **fields: object) -> httpx.Response:
 
 
 @contextlib.contextmanager
-def long_jobs(draw: Draw, number: int) -> Iterator[list[threading.Thread]]:
+def long_jobs(generate: Generate, number: int) -> Iterator[list[threading.Thread]]:
     """So many, of which one runs and the others wait when the `with` begins."""
-    clients = [threading.Thread(target=draw, args=(PROMPT,), kwargs=LONG) for _ in range(number)]
+    clients = [
+        threading.Thread(target=generate, args=(PROMPT,), kwargs=LONG) for _ in range(number)
+    ]
     for client in clients:
         client.start()
     wait_until(lambda: backlog("tiny")[0] > 0, what="one that waits for another")
@@ -40,9 +42,9 @@ def long_jobs(draw: Draw, number: int) -> Iterator[list[threading.Thread]]:
         client.join()
 
 
-def test_what_cannot_be_done_in_time_is_refused_at_once(address: str, draw: Draw) -> None:
-    draw(PROMPT, **LONG)
-    with long_jobs(draw, 3) as others:
+def test_what_cannot_be_done_in_time_is_refused_at_once(address: str, generate: Generate) -> None:
+    generate(PROMPT, **LONG)
+    with long_jobs(generate, 3) as others:
         answer = ask(address, 0.05, **LONG)
         assert any(other.is_alive() for other in others), "before those that came first are done"
     assert answer.status_code == 400, answer.text
@@ -50,15 +52,17 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(address: str, draw: Draw
     assert ask(address, PATIENCE_S).status_code == 200
 
 
-def test_what_would_wait_too_long_is_refused_until_it_would_not(address: str, draw: Draw) -> None:
+def test_what_would_wait_too_long_is_refused_until_it_would_not(
+    address: str, generate: Generate
+) -> None:
     """`Retry-After` is honest: by then, or soon after on a busy machine, the request is taken."""
     for _ in range(3):
-        draw(PROMPT, **LONG)
+        generate(PROMPT, **LONG)
     began = time.monotonic()
-    draw(PROMPT)
+    generate(PROMPT)
     # Enough for itself, and not for what is before it.
     deadline_s = max(0.4, 2 * (time.monotonic() - began))
-    with long_jobs(draw, 3):
+    with long_jobs(generate, 3):
         refused = ask(address, deadline_s)
         assert refused.status_code == 429, "three times some seconds are before it"
         for num_tries in itertools.count(1):
@@ -69,18 +73,18 @@ def test_what_would_wait_too_long_is_refused_until_it_would_not(address: str, dr
             assert (refused.status_code, num_tries < 5) == (429, True)
 
 
-def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw) -> None:
+def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, generate: Generate) -> None:
     import ray
 
     from flux_ray.router.ledger.remote import start_ledger
 
-    expected = draw(PROMPT, seed=3, **LONG)
+    expected = generate(PROMPT, seed=3, **LONG)
     answers: list[list[bytes]] = []
 
-    def keep_drawing() -> None:
-        answers.append(draw(PROMPT, seed=3, **LONG))
+    def keep_generating() -> None:
+        answers.append(generate(PROMPT, seed=3, **LONG))
 
-    clients = [threading.Thread(target=keep_drawing) for _ in range(3)]
+    clients = [threading.Thread(target=keep_generating) for _ in range(3)]
     for client in clients:
         client.start()
     wait_until(lambda: backlog("tiny")[0] > 0, what="work that waits for other work")
@@ -91,7 +95,9 @@ def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, draw: Draw
     wait_until(lambda: backlog("tiny") == (0.0, 0.0), what="a ledger at zero")
 
 
-def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(address: str, draw: Draw) -> None:
+def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(
+    address: str, generate: Generate
+) -> None:
     """Stopped it answers nobody, and does not die by itself."""
     from ray._private.state import state
 
@@ -99,20 +105,20 @@ def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(address: str, dr
         actors = state.actor_table(None, actor_state_name="ALIVE").values()
         return {actor["Pid"] for actor in actors if actor["ActorClassName"] == "LedgerActor"}
 
-    draw(PROMPT)
+    generate(PROMPT)
     [hung] = ledgers()
     psutil.Process(hung).suspend()
     refused = ask(address, 3)
     assert refused.status_code == 429, refused.text
     assert int(refused.headers["retry-after"]) > 0
     assert hung in ledgers(), "the refusal did not wait for another"
-    assert draw(PROMPT)
+    assert generate(PROMPT)
     wait_until(lambda: ledgers() and hung not in ledgers(), what="another ledger")
 
 
 @pytest.mark.parametrize("how", ["left", "gateway", "tiny"])
 def test_no_phantom_work_stays_behind(
-    address: str, draw: Draw, replicas: Replicas, how: str
+    address: str, generate: Generate, replicas: Replicas, how: str
 ) -> None:
     """Clients that leave, and a gateway or a replica that dies with all it had."""
     with contextlib.ExitStack() as clients:
@@ -125,12 +131,12 @@ def test_no_phantom_work_stays_behind(
             wait_until(lambda: backlog("tiny") == (0.0, 0.0), what="a ledger at zero")
     wait_until(lambda: backlog("tiny") == (0.0, 0.0), what="a ledger at zero")
     wait_until(lambda: is_ready(address), what="a gateway that serves")
-    assert draw(PROMPT)
+    assert generate(PROMPT)
 
 
 @pytest.mark.slow
 def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(
-    config: dict[str, Any], draw: Draw, replicas: Replicas
+    config: dict[str, Any], generate: Generate, replicas: Replicas
 ) -> None:
     """The first request waits for a replica, and many for a second one; none is lost."""
     scaling = {
@@ -142,10 +148,12 @@ def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(
     }
     with group_with(config, deploy, stays=True, parallel={"tensor": 1}, autoscaling=scaling):
         wait_until(lambda: not replicas(TIER), what="no replica when nobody asks")
-        assert len(draw(PROMPT, model=TIER, seed=1)) == 1
+        assert len(generate(PROMPT, model=TIER, seed=1)) == 1
         answers: list[int] = []
         clients = [
-            threading.Thread(target=lambda: answers.append(len(draw(PROMPT, model=TIER, **LONG))))
+            threading.Thread(
+                target=lambda: answers.append(len(generate(PROMPT, model=TIER, **LONG)))
+            )
             for _ in range(10)
         ]
         for client in clients:

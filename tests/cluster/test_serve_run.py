@@ -20,7 +20,7 @@ def serve(tmp_path: Path, port: int) -> Iterator[psutil.Popen]:
         yield serve
 
 
-def is_drawn(address: str, tier: str) -> bool:
+def is_generated(address: str, tier: str) -> bool:
     body = {"model": tier, "prompt": "a red circle"}
     answer = httpx.post(f"{address}/v1/images/generations", json=body, timeout=PATIENCE_S)
     return answer.status_code == 200
@@ -32,7 +32,7 @@ def test_it_serves_and_leaves_nothing_behind(
 ) -> None:
     address = f"http://127.0.0.1:{port}"
     wait_until_ready(address)
-    wait_until(lambda: is_drawn(address, "tiny-tp2"), what="a picture of two ranks")
+    wait_until(lambda: is_generated(address, "tiny-tp2"), what="an image of two ranks")
     children = serve.children(recursive=True)
     assert any("RankActor" in " ".join(child.cmdline()) for child in children)
 

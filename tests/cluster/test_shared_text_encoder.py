@@ -1,4 +1,4 @@
-"""One text encoder for all replicas of a tier: the same pictures, and its death costs none."""
+"""One text encoder for all replicas of a tier: the same images, and its death costs none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,20 +8,20 @@ import pytest
 
 from tests.cluster.conftest import PATIENCE_S, Replica, deploy
 from tests.cluster.groups import TIER, group_with
-from tests.cluster.storm import PROMPT, Draw
+from tests.cluster.storm import PROMPT, Generate
 
 
 @pytest.mark.slow
-def test_a_shared_text_encoder_changes_no_picture(
-    config: dict[str, Any], draw: Draw, replicas: Callable[[str], list[Replica]]
+def test_a_shared_text_encoder_changes_no_image(
+    config: dict[str, Any], generate: Generate, replicas: Callable[[str], list[Replica]]
 ) -> None:
-    expected = draw(PROMPT, model=TIER, seed=1)
+    expected = generate(PROMPT, model=TIER, seed=1)
     with group_with(config, deploy, stays=True, text_encoder="shared"):
         (before,) = replicas(TIER)
-        assert draw(PROMPT, model=TIER, seed=1) == expected
+        assert generate(PROMPT, model=TIER, seed=1) == expected
 
         (encoder,) = replicas(TIER, f"{TIER}-text-encoder")
         encoder.leader.kill()
         psutil.wait_procs([encoder.leader], timeout=PATIENCE_S)
-        assert draw(PROMPT, model=TIER, seed=1) == expected
+        assert generate(PROMPT, model=TIER, seed=1) == expected
         assert replicas(TIER) == [before], "the ranks outlived it"

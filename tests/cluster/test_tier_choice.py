@@ -11,7 +11,7 @@ import openai
 
 from flux_ray.simulator.traffic import from_zero, read_trace
 from tests.cluster.conftest import PATIENCE_S, backlog, wait_until
-from tests.cluster.storm import PROMPT, Draw, unread
+from tests.cluster.storm import PROMPT, Generate, unread
 
 LONG = {"size": "192x192", "steps": 30, "n": 4}
 
@@ -28,13 +28,13 @@ def model_for(address: str, deadline_s: float) -> str:
     return str(answer.json()["model"])
 
 
-def test_auto_is_the_best_tier_that_is_in_time(address: str, draw: Draw) -> None:
+def test_auto_is_the_best_tier_that_is_in_time(address: str, generate: Generate) -> None:
     for _ in range(3):
         began = time.monotonic()
-        draw(PROMPT, model="tiny-tp2", **LONG)
+        generate(PROMPT, model="tiny-tp2", **LONG)
         long_s = time.monotonic() - began
         began = time.monotonic()
-        draw(PROMPT)
+        generate(PROMPT)
         deadline_s = max(1.0, 4 * (time.monotonic() - began))
     assert model_for(address, PATIENCE_S) == "tiny-tp2", "the later row of the catalogue"
     # As many as are ten times as much work: a fast machine does three of them in two seconds.
@@ -46,9 +46,11 @@ def test_auto_is_the_best_tier_that_is_in_time(address: str, draw: Draw) -> None
         assert model_for(address, deadline_s) == "tiny", "the other has some seconds before it"
 
 
-def test_a_cascade_shows_a_preview_of_the_same_request(client: openai.OpenAI, draw: Draw) -> None:
+def test_a_cascade_shows_a_preview_of_the_same_request(
+    client: openai.OpenAI, generate: Generate
+) -> None:
     """Of the same seed, while the better tier is still busy with another request."""
-    load = threading.Thread(target=draw, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
+    load = threading.Thread(target=generate, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
     load.start()
     wait_until(lambda: sum(backlog("tiny-tp2")) > 0, what="a busy tier")
     with client.images.generate(
@@ -67,12 +69,12 @@ def test_a_cascade_shows_a_preview_of_the_same_request(client: openai.OpenAI, dr
     assert late.usage.output_tokens > 0
 
 
-def test_what_arrives_is_recorded(address: str, draw: Draw, traces: Path) -> None:
+def test_what_arrives_is_recorded(address: str, generate: Generate, traces: Path) -> None:
     def newest() -> tuple[str, int, int, int]:
         *_, last = read_trace(traces)
         return last.tier, last.width, last.height, last.steps
 
-    draw(PROMPT, size="64x96", steps=3)
+    generate(PROMPT, size="64x96", steps=3)
     wait_until(lambda: newest() == ("tiny", 64, 96, 3), what="the last request, recorded")
     assert next(from_zero(read_trace(traces))).at_s == 0
     assert PROMPT not in "".join(path.read_text() for path in traces.iterdir())

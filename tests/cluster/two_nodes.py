@@ -1,6 +1,6 @@
 """A program of its own, for one process has one Ray: a group over two nodes, and one of them lost.
 
-Prints one JSON object: on how many nodes its ranks were, how far its picture is from that of one
+Prints one JSON object: on how many nodes its ranks were, how far its image is from that of one
 rank, and whether the group drew the same after a node was lost and another one joined.
 """
 
@@ -49,17 +49,17 @@ def largest_difference(one: bytes, other: bytes) -> int:
     return int(abs(first - second).max())
 
 
-def draw(handle: DeploymentHandle, tier: str) -> bytes:
+def generate(handle: DeploymentHandle, tier: str) -> bytes:
     answer = handle.generate.remote(pack_request(request_for(tier))).result(timeout_s=60)
     return answer_from(answer).images[0].data
 
 
-def draw_again(handle: DeploymentHandle, tier: str) -> bytes:
+def generate_again(handle: DeploymentHandle, tier: str) -> bytes:
     """Until a whole group serves."""
     end = time.monotonic() + RECOVERY_S
     while True:
         try:
-            return draw(handle, tier)
+            return generate(handle, tier)
         except (ray.exceptions.RayError, TimeoutError):
             if time.monotonic() > end:
                 raise
@@ -74,14 +74,14 @@ def main() -> None:
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     serve.start(proxy_location="Disabled")
     # What is left of the head is too little for a rank of the group, and a node holds one of them.
-    alone = draw(start("tiny", Parallel(), 0.5), "tiny")
+    alone = generate(start("tiny", Parallel(), 0.5), "tiny")
     split = start("tiny-tp2", Parallel(tensor=2, num_nodes=2), 0.9)
     num_nodes = len(nodes_of_ranks() - {ray.get_runtime_context().get_node_id()})
-    drawn = draw(split, "tiny-tp2")
+    generated = generate(split, "tiny-tp2")
     cluster.remove_node(lost, allow_graceful=False)
     cluster.add_node(**NODE)
-    again = draw_again(split, "tiny-tp2") == drawn
-    difference = largest_difference(alone, drawn)
+    again = generate_again(split, "tiny-tp2") == generated
+    difference = largest_difference(alone, generated)
     print(json.dumps({"num_nodes": num_nodes, "difference": difference, "again": again}))
     serve.shutdown()
     ray.shutdown()

@@ -1,4 +1,4 @@
-"""The same picture drawn by a diffusers pipeline and by an adapter, and what to draw it from."""
+"""The same image drawn by a diffusers pipeline and by an adapter, and what to draw it from."""
 
 import random
 from pathlib import Path
@@ -19,26 +19,26 @@ SEED = 7
 
 
 def reference(width: int, height: int, seed: int) -> RgbImage:
-    """A picture with something everywhere, so that a pixel's shift would show."""
+    """An image with something everywhere, so that a pixel's shift would show."""
     pixels = random.Random(seed).randbytes(8 * 8 * 3)
     return raster_for(Image.frombytes("RGB", (8, 8), pixels).resize((width, height)))
 
 
-def draw_with_pipeline(
+def generate_with_pipeline(
     pipeline: DiffusionPipeline,
     prompt: str,
     canvas: ImageSpec,
     references: tuple[RgbImage, ...],
     **options: Any,
 ) -> tuple[Tensor, RgbImage]:
-    """The last latents and the picture."""
+    """The last latents and the image."""
     last: dict[str, Tensor] = {}
 
     def remember(_: object, step: int, timestep: object, tensors: dict) -> dict:
         last.update(tensors)
         return {}
 
-    pictures = pipeline(
+    images = pipeline(
         prompt=prompt,
         image=[image_for(raster) for raster in references] or None,
         width=canvas.width,
@@ -49,7 +49,7 @@ def draw_with_pipeline(
         callback_on_step_end=remember,
         **options,
     ).images
-    return last["latents"], raster_for(pictures[0])
+    return last["latents"], raster_for(images[0])
 
 
 def finish(adapter: Flux2, state: ImageState) -> ImageState:
@@ -58,14 +58,14 @@ def finish(adapter: Flux2, state: ImageState) -> ImageState:
     return state
 
 
-def draw(
+def generate(
     adapter: Flux2,
     prompt: str,
     canvas: ImageSpec,
     references: tuple[RgbImage, ...],
     mask: Mask | None = None,
 ) -> tuple[Tensor, RgbImage]:
-    """The last latents and the picture; a mask is of the first reference."""
+    """The last latents and the image; a mask is of the first reference."""
     conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
     if mask is not None:
         conditioning = adapter.edit(conditioning, references[0], mask)

@@ -79,20 +79,20 @@ def test_a_shared_encoders_prompt_is_known_if_it_says_so():
 
 
 @pytest.mark.parametrize("shades", [(), (200,), (200, 30)])
-def test_a_picture_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades):
+def test_an_image_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades):
     encoding = CachedEncoder(klein_adapter, 2**20, "cpu")
     asked = request("a red circle on a blue background", *shades)
 
-    def draw() -> bytes:
+    def generate() -> bytes:
         conditioning, _ = encoding.encode(asked, None)
         state = klein_adapter.prepare(conditioning, ImageSpec(64, 64, 2), 7)
         while not state.is_done:
             state = klein_adapter.denoise(state)
         return klein_adapter.decode(state).rgb
 
-    first = draw()
+    first = generate()
     assert encoding.encode(asked, None)[1], "known by now"
-    assert draw() == first
+    assert generate() == first
     fresh = klein_adapter.encode(klein_adapter.encode_prompt(asked.prompt), asked.references)
     again, _ = encoding.encode(asked, None)
     assert torch.equal(again.prompt.embeds, fresh.prompt.embeds)

@@ -7,7 +7,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from flux_ray.engine.images import encode_picture, encode_png, image_for, raster_for
+from flux_ray.engine.images import encode_image, encode_png, image_for, raster_for
 from flux_ray.request import Encoding, ImageFormat, RgbImage
 
 
@@ -60,15 +60,13 @@ def test_it_says_what_pillows_file_says() -> None:
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 def test_a_file_has_the_size_that_is_asked_for(format: ImageFormat, size: tuple[int, int]) -> None:
     raster = noise(48, 32)
-    image = opened(encode_picture(raster, Encoding(format, scaled_to=size)))
+    image = opened(encode_image(raster, Encoding(format, scaled_to=size)))
     assert ((image.format or "").lower(), image.size) == (format, size)
     if format == "png":
         expected = image_for(raster).resize(size, Image.Resampling.LANCZOS)
         assert image.tobytes() == expected.tobytes()
 
 
-def test_the_size_that_is_drawn_is_not_scaled() -> None:
+def test_the_size_that_is_generated_is_not_scaled() -> None:
     raster = noise(48, 32)
-    assert encode_picture(raster, Encoding(scaled_to=(48, 32))) == encode_picture(
-        raster, Encoding()
-    )
+    assert encode_image(raster, Encoding(scaled_to=(48, 32))) == encode_image(raster, Encoding())

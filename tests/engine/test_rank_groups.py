@@ -15,7 +15,7 @@ from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage
-from tests.engine.generation import draw, reference, save_lora
+from tests.engine.generation import generate, reference, save_lora
 from tests.ranks import Ranks
 
 LAYOUTS = {
@@ -35,16 +35,16 @@ PROMPT = "a red circle on a blue background"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """What a rank drew, and how much of the transformer's weights and tokens it had for that."""
 
     latents: list[Any]
-    pictures: list[Any]
+    images: list[Any]
     num_bytes: int
     num_tokens: list[int]
 
 
-def draw_all(mesh: Mesh, tier: str, weights: str, **options: Any) -> Drawn:
+def generate_all(mesh: Mesh, tier: str, weights: str, **options: Any) -> Generated:
     torch.set_num_threads(1)
     adapter = load_adapter(tier_for(tier), weights, Placement("float32", "cpu", mesh, **options))
     transformer = adapter.pipeline.transformer
@@ -52,10 +52,10 @@ def draw_all(mesh: Mesh, tier: str, weights: str, **options: Any) -> Drawn:
     transformer.x_embedder.register_forward_pre_hook(
         lambda _, inputs: num_tokens.append(inputs[0].shape[1])
     )
-    drawn = [draw(adapter, PROMPT, *job) for job in JOBS]
-    return Drawn(
-        [latents.numpy() for latents, _ in drawn],
-        [np.frombuffer(picture.rgb, np.uint8).astype(int) for _, picture in drawn],
+    generated = [generate(adapter, PROMPT, *job) for job in JOBS]
+    return Generated(
+        [latents.numpy() for latents, _ in generated],
+        [np.frombuffer(image.rgb, np.uint8).astype(int) for _, image in generated],
         sum(parameter.nbytes for parameter in transformer.parameters()),
         num_tokens,
     )
@@ -67,8 +67,8 @@ def weights(small_dev: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(weights: dict[str, str]) -> dict[str, Drawn]:
-    return {tier: draw_all(Mesh(), tier, folder) for tier, folder in weights.items()}
+def alone(weights: dict[str, str]) -> dict[str, Generated]:
+    return {tier: generate_all(Mesh(), tier, folder) for tier, folder in weights.items()}
 
 
 # Ranks of tiny take long to load; of its layouts the one with both axes has all that may differ.
@@ -85,26 +85,26 @@ def alone(weights: dict[str, str]) -> dict[str, Drawn]:
         for tier in ("tiny", "flux-2-dev")
     ],
 )
-def test_every_rank_has_the_latents_and_the_picture_of_one_rank(
+def test_every_rank_has_the_latents_and_the_image_of_one_rank(
     run_ranks: Ranks,
     weights: dict[str, str],
-    alone: dict[str, Drawn],
+    alone: dict[str, Generated],
     parallel: Parallel,
     tier: str,
 ) -> None:
     one = alone[tier]
-    for rank in run_ranks(parallel, draw_all, tier, weights[tier]):
+    for rank in run_ranks(parallel, generate_all, tier, weights[tier]):
         for latents, expected in zip(rank.latents, one.latents, strict=True):
             assert abs(latents - expected).max() <= 1e-5 * abs(expected).max()
-        for picture, expected in zip(rank.pictures, one.pictures, strict=True):
-            assert abs(picture - expected).max() <= 1
+        for image, expected in zip(rank.images, one.images, strict=True):
+            assert abs(image - expected).max() <= 1
         assert rank.num_bytes < one.num_bytes * (0.7 if parallel.tensor == 2 else 1.01)
         assert rank.num_tokens == [-(-num // parallel.sequence) for num in one.num_tokens]
 
 
 @pytest.mark.parametrize("setting", ["fp8", "lora"])
-def test_a_group_with_fewer_bits_or_a_lora_draws_what_one_rank_does(
-    run_ranks: Ranks, small_dev: Path, alone: dict[str, Drawn], tmp_path: Path, setting: str
+def test_a_group_with_fewer_bits_or_a_lora_generates_what_one_rank_does(
+    run_ranks: Ranks, small_dev: Path, alone: dict[str, Generated], tmp_path: Path, setting: str
 ) -> None:
     save_lora(tmp_path / "style.safetensors")
     lora = Lora(path=str(tmp_path / "style.safetensors"), scale=0.1)
@@ -113,11 +113,11 @@ def test_a_group_with_fewer_bits_or_a_lora_draws_what_one_rank_does(
         "lora": {"loras": (lora,)},
     }
 
-    def draw_so(mesh: Mesh, weights: str) -> Drawn:
-        return draw_all(mesh, "flux-2-dev", weights, **settings[setting])
+    def generate_so(mesh: Mesh, weights: str) -> Generated:
+        return generate_all(mesh, "flux-2-dev", weights, **settings[setting])
 
-    one = draw_so(Mesh(), str(small_dev))
-    for rank in run_ranks(Parallel(tensor=2), draw_so, str(small_dev)):
+    one = generate_so(Mesh(), str(small_dev))
+    for rank in run_ranks(Parallel(tensor=2), generate_so, str(small_dev)):
         for latents, expected in zip(rank.latents, one.latents, strict=True):
             assert abs(latents - expected).max() <= 1e-5 * abs(expected).max()
     plain = alone["flux-2-dev"].latents[0]

@@ -33,7 +33,7 @@ def asked(references: tuple[RgbImage, ...], mask: Mask | None = None) -> ImageRe
     return ImageRequest("id", "tiny", prompt, 128, 112, 1, 1.0, 7, references=references, mask=mask)
 
 
-def drawn(adapter, request: ImageRequest) -> RgbImage:
+def generated(adapter, request: ImageRequest) -> RgbImage:
     conditioning, _ = CachedEncoder(adapter, 0, "cpu").encode(request, None)
     canvas = ImageSpec(request.width, request.height, request.num_steps, request.guidance)
     return adapter.decode(finish(adapter, adapter.prepare(conditioning, canvas, request.seed)))
@@ -50,7 +50,7 @@ def test_a_large_reference_and_a_scaled_one_make_the_same_image(klein_adapter, s
     late = asked(tuple(decode(each, LIMITS, "image 1") for each in files))
     scaled = asked(tuple(map(early, files)))
     assert scaled.references[0].width < size[0]
-    assert drawn(klein_adapter, scaled) == drawn(klein_adapter, late)
+    assert generated(klein_adapter, scaled) == generated(klein_adapter, late)
 
 
 @pytest.mark.parametrize("size", [(700, 500), (64, 64)])
@@ -59,8 +59,8 @@ def test_under_a_mask_too(klein_adapter, size):
     marks = np.zeros((height, width), np.uint8)
     marks[height // 4 : height // 2, width // 3 : width // 2] = 255
     files = [file_of(*size, seed=1), file_of(400, 300, seed=2)]
-    picture, other = (decode(each, LIMITS, "image 1") for each in files)
-    late = asked((picture, other), Mask(width, height, marks.tobytes()))
-    scaled = fit(replace(late, references=(picture, early(files[1]))), LIMITS)
+    image, other = (decode(each, LIMITS, "image 1") for each in files)
+    late = asked((image, other), Mask(width, height, marks.tobytes()))
+    scaled = fit(replace(late, references=(image, early(files[1]))), LIMITS)
     assert (scaled.references[0].width, scaled.mask.height) == (128, 112)
-    assert drawn(klein_adapter, scaled) == drawn(klein_adapter, late)
+    assert generated(klein_adapter, scaled) == generated(klein_adapter, late)

@@ -20,15 +20,15 @@ def job_args(tmp_path: Path) -> JobArgs:
 
 
 @pytest.fixture
-def draw_job() -> Generate:
+def generate_job() -> Generate:
     """What draws jobs: a painter, for the cluster."""
     return paint
 
 
 @pytest.fixture
-async def desk(gateway_args: GatewayArgs, draw_job: Generate) -> AsyncIterator[JobService]:
+async def desk(gateway_args: GatewayArgs, generate_job: Generate) -> AsyncIterator[JobService]:
     """Of the gateway's args."""
-    desk = JobService(gateway_args.jobs, draw_job)
+    desk = JobService(gateway_args.jobs, generate_job)
     await desk.open()
     yield desk
     await desk.close()

@@ -7,7 +7,7 @@ from flux_ray.jobs.images import ResultMissing
 from flux_ray.jobs.job import Idempotency, Job, JobResult, JobSubmission, StoredImage
 from flux_ray.request import ImageRequest, ImageResult
 
-PICTURE = b"a picture"
+IMAGE = b"an image"
 
 
 class FakeDesk:
@@ -29,7 +29,7 @@ class FakeDesk:
         job_id = str(uuid.uuid4())
         request = offer.request
         name = f"{job_id}/1-0.{request.encoding.format}"
-        result = JobResult((StoredImage(name, request.seed, len(PICTURE), ""),), {})
+        result = JobResult((StoredImage(name, request.seed, len(IMAGE), ""),), {})
         packed: dict[str, Any] = {"prompt": request.prompt}
         job = Job(
             job_id,
@@ -86,6 +86,6 @@ class FakeDesk:
 
     async def read_by_name(self, name: str) -> bytes:
         for job in self.jobs.values():
-            if job.result is not None and job.result.pictures[0].name == name:
-                return PICTURE
+            if job.result is not None and job.result.images[0].name == name:
+                return IMAGE
         raise ResultMissing(name)

@@ -33,9 +33,9 @@ def part(name: str, data: bytes, more: str = "") -> bytes:
 
 
 @pytest.fixture
-def form(picture) -> bytes:
+def form(make_image) -> bytes:
     """Whole, with its mask last."""
-    image, mask = picture(96, 80), picture(96, 80, color="white")
+    image, mask = make_image(96, 80), make_image(96, 80, color="white")
     parts = [
         part("prompt", b"make the circle green"),
         part("image", image, '; filename="a.png"\r\nContent-Type: image/png'),
@@ -70,9 +70,9 @@ async def test_a_form_is_decoded_as_utf_8_only(client, handles, form, charset):
         assert answer.status_code == 200
 
 
-async def test_a_file_that_was_not_chosen_is_as_none(client, handles, picture):
+async def test_a_file_that_was_not_chosen_is_as_none(client, handles, make_image):
     kind = '; filename=""\r\nContent-Type: application/octet-stream'
-    body = part("prompt", b"make it green") + part("image", picture(), '; filename="a.png"')
+    body = part("prompt", b"make it green") + part("image", make_image(), '; filename="a.png"')
     for name in ("mask", "image[]", "image2", "mask_image", "style"):
         body += part(name, b"", kind)
     for name in ("size", "n", "output_format", "seed", "model", "stream", "quality"):
@@ -87,8 +87,8 @@ async def test_a_file_that_was_not_chosen_is_as_none(client, handles, picture):
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("kind", ["", "\r\nContent-Type: image/png"])
-async def test_a_picture_part_needs_no_file_name(client, handles, picture, format, kind):
-    body = part("prompt", b"make it green") + part("image", picture(format=format), kind)
+async def test_an_image_part_needs_no_file_name(client, handles, make_image, format, kind):
+    body = part("prompt", b"make it green") + part("image", make_image(format=format), kind)
     answer = await client.post(EDITS, content=body + b"--xxBxx--", headers=FORM)
     assert answer.status_code == 200, answer.text
     assert len(handles.requests[0].references) == 1
@@ -275,9 +275,9 @@ async def test_who_opens_the_server_in_a_browser_is_told_where_to_look(client):
 
 
 @pytest.mark.parametrize("kind", ["image/png", "application/octet-stream", "multipart/form-data"])
-async def test_a_raw_picture_is_no_body_of_hugging_faces_route(client, picture, kind):
+async def test_a_raw_image_is_no_body_of_hugging_faces_route(client, make_image, kind):
     headers = {"content-type": kind}
-    answer = await client.post("/models/tiny", content=picture(), headers=headers)
+    answer = await client.post("/models/tiny", content=make_image(), headers=headers)
     assert (answer.status_code, kind in answer.json()["error"]) == (415, True)
     assert "base64 as `inputs`" in answer.json()["error"]
 
@@ -319,8 +319,8 @@ async def test_a_nested_field_is_named_where_it_is_wrong(client, size):
 
 
 @pytest.mark.parametrize("space", ["\n", " ", "\r\n\t"])
-async def test_space_around_a_picture_is_nothing(client, handles, picture, space):
-    data = f"{space}data:image/png;base64,{text_of(picture())}{space}"
+async def test_space_around_an_image_is_nothing(client, handles, make_image, space):
+    data = f"{space}data:image/png;base64,{text_of(make_image())}{space}"
     assert (await client.post(EDITS, json=PROMPT | {"image": data})).status_code == 200
     answer = await client.post(EDITS, data=PROMPT, files={"image": (None, data)})
     assert answer.status_code == 200
@@ -341,7 +341,7 @@ def painted_on_nothing() -> bytes:
     return file_of(layer)
 
 
-def test_white_on_a_transparent_layer_is_drawn_on_bfls_routes():
+def test_white_on_a_transparent_layer_is_generated_on_bfls_routes():
     """By OpenAI's rule, which its own routes keep, what is transparent is."""
     limits = Limits()
     marks = np.frombuffer(decode_painted_mask(painted_on_nothing(), limits, "mask").marks, np.uint8)
@@ -352,7 +352,7 @@ def test_white_on_a_transparent_layer_is_drawn_on_bfls_routes():
 
 @pytest.mark.parametrize(("model", "is_mask"), [("dall-e-2", True), ("gpt-image-1", False)])
 async def test_transparency_is_the_mask_of_dall_e_2_only(router, handles, model, is_mask):
-    """Others take a transparent picture for a reference of which some parts are empty."""
+    """Others take a transparent image for a reference of which some parts are empty."""
     args = GatewayArgs(tiers=("tiny",), limits=LIMITS, aliases={model: "tiny"})
     transport = httpx.ASGITransport(app=build_api(router, args))
     erased = Image.new("RGBA", LEFT.shape[::-1], (200, 0, 0, 255))

@@ -74,8 +74,8 @@ async def test_who_finds_no_room_is_told_to_come_back_in_its_dialect(
     assert "in hand" in str(message_of(answer.json()))
 
 
-async def test_a_form_finds_no_room_either(client, full, picture):
-    files = {"image": ("a.png", picture(), "image/png")}
+async def test_a_form_finds_no_room_either(client, full, make_image):
+    files = {"image": ("a.png", make_image(), "image/png")}
     answer = await client.post(EDITS, data={"prompt": "a ring"}, files=files)
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "overloaded"
@@ -155,7 +155,9 @@ async def test_a_slow_body_leaves_nothing(router, gateway_args):
 
 
 @pytest.mark.parametrize("way", ["json", "form", "hugging face"])
-async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router, picture, way):
+async def test_while_it_is_generated_only_the_pixels_are_held(
+    client, turns, router, make_image, way
+):
     """Not the body, nor the texts in it: an edit may wait for minutes."""
     held, before = [], MEMORY.num_bytes
     taking = router.turns.take
@@ -165,7 +167,7 @@ async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router,
         return await taking(offer)
 
     router.turns.take = take
-    data = picture(96, 80)
+    data = make_image(96, 80)
     text = base64.b64encode(data).decode()
     if way == "json":
         answer = await client.post(EDITS, json={"prompt": "a ring", "image": text})
@@ -179,7 +181,7 @@ async def test_while_it_is_drawn_only_the_pixels_are_held(client, turns, router,
     assert held == [96 * 80 * 3]
 
 
-async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, picture):
+async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, make_image):
     is_waiting = asyncio.Event()
 
     async def take(offer, hear=None) -> str:
@@ -187,7 +189,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, p
         await asyncio.Event().wait()
 
     router.turns.take = take
-    text = base64.b64encode(picture()).decode()
+    text = base64.b64encode(make_image()).decode()
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         body = {"prompt": "a ring", "image": text}

@@ -62,7 +62,7 @@ def png(width: int, height: int, depth: int = 8, color: int = 2, *extra: bytes) 
 
 
 def saved(format: str, size: tuple[int, int] = (96, 80)) -> bytes:
-    """A picture of noise, for flat colour packs too well to be cut."""
+    """An image of noise, for flat colour packs too well to be cut."""
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format)
@@ -181,7 +181,7 @@ async def test_files_as_base64(client, handles, name):
 
 @pytest.mark.parametrize("name", FILES)
 async def test_masks(client, handles, name):
-    """After a good picture, as a file and as base64."""
+    """After a good image, as a file and as base64."""
     files = {"image": ("a.png", GOOD), "mask": ("m.png", FILES[name])}
     answer = await check(client, EDITS, data=PROMPT, files=files)
     assert answer.json()["error"]["param"] == "mask"
@@ -261,11 +261,11 @@ async def test_slow_body(router, gateway_args, handles):
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_file_names(client, handles, name):
-    """A good picture under such a name is a picture; a bad one's error does not repeat the name."""
+    """A good image under such a name is an image; a bad one's error does not repeat the name."""
     answer = await client.post(EDITS, data=PROMPT, files={"image": (name, GOOD)})
     assert answer.status_code == 200
     assert len(handles.requests[0].references) == 1
-    await check(client, EDITS, data=PROMPT, files={"image": (name, b"no picture")})
+    await check(client, EDITS, data=PROMPT, files={"image": (name, b"no image")})
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ async def test_a_file_name_longer_than_a_header(client):
     assert answer.json()["error"]["message"] == "the form cannot be read"
 
 
-async def test_what_follows_a_picture_is_not_kept(client, handles):
+async def test_what_follows_an_image_is_not_kept(client, handles):
     files = [("image", ("a", GOOD)), ("image", ("b", GOOD + b"PK\x03\x04<script>"))]
     assert (await client.post(EDITS, data=PROMPT, files=files)).status_code == 200
     first, second = handles.requests[0].references

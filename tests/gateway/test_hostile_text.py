@@ -22,7 +22,7 @@ from flux_ray.gateway.fields.foreign import holds_image, is_image_name, plain_na
 from flux_ray.gateway.http import Unpacking, encodings_of
 from flux_ray.gateway.huggingface import format_of, parse_inputs
 from flux_ray.gateway.images.fetch import AddressRefused, place_of
-from flux_ray.gateway.images.sources import decode_base64, is_picture, is_url
+from flux_ray.gateway.images.sources import decode_base64, is_image, is_url
 from flux_ray.gateway.openai.fields import ImageFields, parse_json
 from flux_ray.gateway.openai.references import open_form, text_parts
 from tests.conftest import LIMITS
@@ -113,7 +113,7 @@ OF_BODIES: dict[str, Callable[[int], object]] = {
     "base64 of ends": lambda n: decode_base64("A" + "=" * n, ALL, "image"),
     "base64 of no alphabet": lambda n: decode_base64("é" * n, ALL, "image"),
     "data of data": lambda n: decode_base64("data:;base64," * (n // 13), ALL, "image"),
-    "is it a picture": lambda n: (is_picture(" " * n + "iVBOR"), is_url("a" * n)),
+    "is it an image": lambda n: (is_image(" " * n + "iVBOR"), is_url("a" * n)),
     "is it its name": lambda n: is_image_name(plain_name("image" + "[1" * (n // 2))),
     "does it hold one": lambda n: holds_image("a" * n, [" " * n, {"x": "data:" * (n // 5)}]),
     "a form's text": lambda n: read_form(part(NAMED, b"\xe2\x82" * (n // 2)) + END),

@@ -19,10 +19,10 @@ def ask(client):
     return ask
 
 
-async def test_words_become_one_picture(ask, handles):
+async def test_words_become_one_image(ask, handles):
     answer = await ask("a ring", width=96, height=64, num_inference_steps=3, seed=7)
     assert answer.status_code == 200, answer.text
-    assert (answer.content, answer.headers["content-type"]) == (b"picture 7", "image/png")
+    assert (answer.content, answer.headers["content-type"]) == (b"image 7", "image/png")
     assert (answer.headers["x-flux-model"], answer.headers["x-flux-seed"]) == ("tiny", "7")
     (request,) = handles.requests
     assert (request.prompt, request.width, request.height) == ("a ring", 96, 64)
@@ -30,8 +30,8 @@ async def test_words_become_one_picture(ask, handles):
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
-async def test_a_picture_is_edited(ask, handles, picture, prefix):
-    sent = prefix + base64.b64encode(picture(96, 80)).decode()
+async def test_an_image_is_edited(ask, handles, make_image, prefix):
+    sent = prefix + base64.b64encode(make_image(96, 80)).decode()
     answer = await ask(sent, prompt="make it red", target_size={"width": 64, "height": 64})
     assert answer.status_code == 200, answer.text
     (request,) = handles.requests
@@ -64,11 +64,11 @@ async def test_what_has_no_effect_is_said(ask):
         ("", {}, 400, "prompt is empty"),
         ("a ring", {"width": 100, "height": 8}, 400, "16 to 4096"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
-        ("a ring", {"image": "aGk="}, 400, "a picture is sent as inputs"),
-        ("a ring", {"images": ["aGk="]}, 400, "a picture is sent as inputs"),
-        (PNG, {}, 400, "what to do with the picture"),
-        (PNG, {"num_inference_steps": 4}, 400, "what to do with the picture"),
-        (f"data:image/png;base64,{PNG}", {}, 400, "what to do with the picture"),
+        ("a ring", {"image": "aGk="}, 400, "an image is sent as inputs"),
+        ("a ring", {"images": ["aGk="]}, 400, "an image is sent as inputs"),
+        (PNG, {}, 400, "what to do with the image"),
+        (PNG, {"num_inference_steps": 4}, 400, "what to do with the image"),
+        (f"data:image/png;base64,{PNG}", {}, 400, "what to do with the image"),
         ("a ring", {"mask": "aGVsbG8="}, 400, "mask is not for this route"),
         ("a ring", {"mask_image": "aGVsbG8="}, 400, "mask_image is not for this route"),
         ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
@@ -88,8 +88,8 @@ async def test_mistakes_are_told_in_its_words(ask, handles, inputs, parameters, 
 
 
 @pytest.mark.parametrize("start", ["/9j/", "UklGR", "iVBORw0KGgo"])
-async def test_words_that_begin_like_a_picture_are_words(ask, handles, start):
-    assert (await ask(f"{start} is how a picture begins in base64, as nobody knows")).is_success
+async def test_words_that_begin_like_an_image_are_words(ask, handles, start):
+    assert (await ask(f"{start} is how an image begins in base64, as nobody knows")).is_success
     assert handles.requests[0].prompt.startswith(start)
 
 

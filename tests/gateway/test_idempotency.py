@@ -37,10 +37,10 @@ async def test_without_a_name_it_is_another_request(client, handles):
     assert len({request.seed for request in handles.requests}) == 2
 
 
-async def test_what_was_lost_is_drawn_again_and_is_the_same(client, handles, turns):
+async def test_what_was_lost_is_generated_again_and_is_the_same(client, handles, turns):
     """With its replica, or with the ledger too."""
     seeds = [seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED))]
-    handles.drawn.clear()
+    handles.generated.clear()
     seeds.append(seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED)))
     turns.offers.clear()
     seeds.append(seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED)))
@@ -108,29 +108,29 @@ async def test_a_key_that_is_none_is_named(client, handles, key):
     assert handles.requests == []
 
 
-async def test_a_form_is_known_whatever_its_boundary(client, handles, picture):
+async def test_a_form_is_known_whatever_its_boundary(client, handles, make_image):
     """An application that tries again makes the form anew."""
     seeds = []
     for name in ("a.png", "b.png"):
-        files = {"image": (name, picture())}
+        files = {"image": (name, make_image())}
         answer = await client.post(EDITS, data=REQUEST, files=files, headers=NAMED)
         seeds.append(seeds_of(answer))
     assert seeds[0] == seeds[1]
     assert len(handles.requests) == 1
-    files = {"image": ("a.png", picture(color="blue"))}
+    files = {"image": ("a.png", make_image(color="blue"))}
     answer = await client.post(EDITS, data=REQUEST, files=files, headers=NAMED)
     assert answer.status_code == 422
 
 
-async def test_a_mask_is_a_part_of_it(client, handles, picture):
-    for marked, status in ((picture(color="white"), 200), (picture(color="white"), 200)):
-        files = {"image": ("a.png", picture()), "mask": ("m.png", marked)}
+async def test_a_mask_is_a_part_of_it(client, handles, make_image):
+    for marked, status in ((make_image(color="white"), 200), (make_image(color="white"), 200)):
+        files = {"image": ("a.png", make_image()), "mask": ("m.png", marked)}
         answer = await client.post(EDITS, data=REQUEST, files=files, headers=NAMED)
         assert answer.status_code == status
     [request] = handles.requests
     assert isinstance(request.mask, Mask)
     answer = await client.post(
-        EDITS, data=REQUEST, files={"image": ("a.png", picture())}, headers=NAMED
+        EDITS, data=REQUEST, files={"image": ("a.png", make_image())}, headers=NAMED
     )
     assert answer.status_code == 422
 

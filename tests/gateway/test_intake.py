@@ -184,10 +184,10 @@ async def test_a_burst_of_small_bodies_is_read_in_turns(client_of):
 @pytest.fixture
 async def full(client_of, turns):
     """A gateway all of whose places are taken by requests that wait for their image."""
-    may_draw = asyncio.Event()
+    may_generate = asyncio.Event()
 
     async def take(offer, hear=None) -> str:
-        await may_draw.wait()
+        await may_generate.wait()
         return "replica"
 
     turns.take = take
@@ -205,7 +205,7 @@ async def full(client_of, turns):
         ]
         await asyncio.sleep(0.05)
         yield client
-        may_draw.set()
+        may_generate.set()
         answers = await asyncio.gather(*asking)
     assert {answer.status_code for answer in answers} == {200}
 

@@ -62,7 +62,7 @@ async def router(handles, turns) -> AsyncIterator[Router]:
 @pytest.fixture
 async def desk(router, gateway_args) -> AsyncIterator[JobService]:
     """Nobody draws before it is opened by the test."""
-    desk = JobService(gateway_args.jobs, JobGenerator(router, gateway_args).draw)
+    desk = JobService(gateway_args.jobs, JobGenerator(router, gateway_args).generate)
     await desk._database.create()
     yield desk
     await desk.close()
@@ -172,12 +172,12 @@ async def test_credits_are_what_a_key_has_left_today(client, desk):
     assert await credits("anna") == 1e9
     body = {"model": "tiny", "prompt": "a ring", "size": "128x128"}
     headers = {"x-key": key_of("poor")}
-    drawn = await client.post("/v1/images/generations", json=body, headers=headers)
-    assert drawn.status_code == 200, drawn.text
+    generated = await client.post("/v1/images/generations", json=body, headers=headers)
+    assert generated.status_code == 200, generated.text
     assert await credits("poor") == pytest.approx(1.5 - 0.009), "what the fakes took"
 
 
-async def test_pictures_that_were_kept_are_nobodys_jobs(client, desk):
+async def test_images_that_were_kept_are_nobodys_jobs(client, desk):
     """Though their URLs tell a name like that of a job."""
     body = {"model": "tiny", "prompt": "a ring", "response_format": "url"}
     headers = {"x-key": key_of("anna")}

@@ -115,7 +115,7 @@ LIMIT_HEADERS = tuple(f"x-ratelimit-{name}" for name in ("limit", "remaining", "
     ("path", "fields"),
     [(PATH, {}), (PATH, {"stream": True}), ("/models/tiny", {"inputs": "a ring"})],
 )
-async def test_pictures_tell_what_is_left(ask, path, fields):
+async def test_images_tell_what_is_left(ask, path, fields):
     for left in ("1", "0"):
         answer = await ask("quick", path=path, **fields)
         assert answer.status_code == 200, answer.text
@@ -124,7 +124,7 @@ async def test_pictures_tell_what_is_left(ask, path, fields):
         assert 58 <= int(reset) <= 60
 
 
-async def test_pictures_tell_what_is_left_of_a_day(ask):
+async def test_images_tell_what_is_left_of_a_day(ask):
     answer = await ask("small")
     assert answer.headers["x-ratelimit-limit"] == "0.04"
     assert answer.headers["x-ratelimit-remaining"] == "0.023616"

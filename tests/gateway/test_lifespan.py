@@ -38,7 +38,7 @@ class Easel:
     def __init__(self) -> None:
         self.begun, self.done = asyncio.Event(), asyncio.Event()
 
-    async def draw(self, job, request) -> ImageResult:
+    async def generate(self, job, request) -> ImageResult:
         self.begun.set()
         await self.done.wait()
         return await paint(job, request)
@@ -66,7 +66,7 @@ async def status_of(desk: JobService, job) -> str:
 
 async def test_a_running_job_ends_at_the_gateway_that_is_replaced(args):
     easel = Easel()
-    desk, observer = JobService(args, easel.draw), JobService(args, paint)
+    desk, observer = JobService(args, easel.generate), JobService(args, paint)
     async with Served(desk, DRAIN_S) as served:
         job = await desk.accept(offer(1))
         await easel.begun.wait()
@@ -88,7 +88,7 @@ async def is_leaving(desk: JobService) -> bool:
 
 async def test_what_is_not_done_in_time_is_given_back_uncounted(args):
     easel = Easel()
-    desk, observer = JobService(args, easel.draw), JobService(args, paint)
+    desk, observer = JobService(args, easel.generate), JobService(args, paint)
     async with Served(desk, drain_timeout_s=0.2):
         job = await desk.accept(offer(1))
         await easel.begun.wait()
@@ -99,7 +99,7 @@ async def test_what_is_not_done_in_time_is_given_back_uncounted(args):
 
 async def test_a_job_that_waits_for_a_replica_is_given_back_at_once(args):
     easel = Easel()
-    desk = JobService(args, easel.draw, standing_of=lambda request_id: QueuePosition(3, 100.0))
+    desk = JobService(args, easel.generate, standing_of=lambda request_id: QueuePosition(3, 100.0))
     observer = JobService(args, paint)
     async with Served(desk, DRAIN_S):
         job = await desk.accept(offer(1))

@@ -30,8 +30,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-def draw_job(router, gateway_args):
-    return JobGenerator(router, gateway_args).draw
+def generate_job(router, gateway_args):
+    return JobGenerator(router, gateway_args).generate
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.conftest import LIMITS
 MAX_BYTES = 100
 
 
-def test_there_is_room_again_when_a_picture_is_gone():
+def test_there_is_room_again_when_an_image_is_gone():
     held, first, second = MemoryBudget(), RgbImage(2, 2, b"a" * 12), RgbImage(2, 2, b"b" * 12)
     held.add(first, 12, 20)
     with pytest.raises(Overloaded) as refused:
@@ -28,19 +28,19 @@ def test_there_is_room_again_when_a_picture_is_gone():
     assert held.num_bytes == 12
 
 
-def test_what_is_decoded_is_counted(picture):
+def test_what_is_decoded_is_counted(make_image):
     before = MEMORY.num_bytes
-    raster = decode(picture(96, 80), LIMITS, "image 1")
+    raster = decode(make_image(96, 80), LIMITS, "image 1")
     assert MEMORY.num_bytes == before + 96 * 80 * 3
     del raster
     assert MEMORY.num_bytes == before
     assert MEMORY.num_work_bytes == 0
 
 
-def test_a_gateway_that_is_full_decodes_no_more(picture):
+def test_a_gateway_that_is_full_decodes_no_more(make_image):
     full = LIMITS.model_copy(update={"max_held_bytes": 1000})
     with pytest.raises(Overloaded):
-        decode(picture(96, 80), full, "image 1")
+        decode(make_image(96, 80), full, "image 1")
 
 
 def test_the_largest_image_may_always_be_decoded():

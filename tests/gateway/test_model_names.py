@@ -94,9 +94,9 @@ async def test_auto_is_the_best_that_is_in_time(ask, turns, handles):
     assert served_by(await ask("auto", headers={"x-flux-deadline-s": "0.9"})) == KLEIN_9B
 
 
-async def test_what_a_tier_cannot_do_never_reaches_it(ask, client, turns, picture):
+async def test_what_a_tier_cannot_do_never_reaches_it(ask, client, turns, make_image):
     """Nine images are too many for all, five for klein, and 4-step tiers take no guidance."""
-    file = ("a.png", picture(64, 64), "image/png")
+    file = ("a.png", make_image(64, 64), "image/png")
     form = {"prompt": "a ring", "model": "auto", "size": "64x64"}
     edits = "/v1/images/edits"
     turns.forecasts = {DEV: BUSY}
@@ -144,7 +144,7 @@ async def test_where_a_tier_refuses_after_all_the_next_is_tried(ask, turns, hand
     assert answer.headers["retry-after"] == "5"
 
 
-async def test_all_tiers_draw_the_same_request(ask, turns, handles):
+async def test_all_tiers_generate_the_same_request(ask, turns, handles):
     turns.refusals = [Overloaded("too late", None, 7)]
     answer = await ask("auto")
     offers = [offer.ticket_id for offer in turns.offers]
@@ -192,7 +192,7 @@ def events_of(text: str) -> list[tuple[str, dict]]:
     return [(name[7:], json.loads(data[6:])) for name, data in blocks]
 
 
-async def test_a_cascade_streams_a_preview_and_then_the_picture(ask, handles, turns):
+async def test_a_cascade_streams_a_preview_and_then_the_image(ask, handles, turns):
     """The fakes answer at once: which of the two is first is not sure, the final is last."""
     answer = await ask("studio", stream=True, seed=5)
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -212,13 +212,13 @@ async def test_a_cascade_streams_a_preview_and_then_the_picture(ask, handles, tu
     assert served_by(await ask("studio")) == DEV, "without a stream there is no preview"
 
 
-async def test_any_model_streams_its_pictures(ask):
+async def test_any_model_streams_its_images(ask):
     events = events_of((await ask(DEV, stream=True, n=2)).text)
     assert [name for name, _ in events] == ["image_generation.completed"] * 2
     assert events[0][1]["seed"] + 1 == events[1][1]["seed"]
 
 
-async def test_pictures_are_previewed_while_they_are_drawn(ask, handles):
+async def test_images_are_previewed_while_they_are_generated(ask, handles):
     """Each preview once, though a second replica makes them all again."""
     handles.failures = [ReplicaFailed("died")]
     answer = await ask(DEV, stream=True, partial_images=2, seed=5)
@@ -232,7 +232,7 @@ async def test_pictures_are_previewed_while_they_are_drawn(ask, handles):
     assert [event["partial_image_index"] for event in early] == [0, 1]
     assert [b64decode(event["b64_json"]) for event in early] == [b"preview 0", b"preview 1"]
     final = events[-1][1]
-    assert b64decode(final["b64_json"]) == b"picture 5"
+    assert b64decode(final["b64_json"]) == b"image 5"
     assert {(event["id"], event["model"], event["seed"]) for event in early} == {
         (final["id"], DEV, 5)
     }

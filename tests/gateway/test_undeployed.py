@@ -41,8 +41,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-def draw_job(router, gateway_args):
-    return JobGenerator(router, gateway_args).draw
+def generate_job(router, gateway_args):
+    return JobGenerator(router, gateway_args).generate
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ async def test_it_is_refused_at_once_in_every_dialect(client, turns, name, path,
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
-async def test_an_edit_is_refused_too(client, turns, picture):
+async def test_an_edit_is_refused_too(client, turns, make_image):
     form = {"model": BEST, "prompt": "a ring"}
-    answer = await client.post("/v1/images/edits", data=form, files={"image": picture()})
+    answer = await client.post("/v1/images/edits", data=form, files={"image": make_image()})
     assert (answer.status_code, turns.offers) == (503, [])
 
 

@@ -98,7 +98,7 @@ def offer() -> Callable[..., JobSubmission]:
 
     def make(seed: int = 7, owner: str = "anna", references=(), **rest) -> JobSubmission:
         request = ImageRequest(
-            "r", "tiny", f"picture {seed}", 64, 48, 4, 1.0, seed, references=references
+            "r", "tiny", f"image {seed}", 64, 48, 4, 1.0, seed, references=references
         )
         return JobSubmission(owner, request, **rest)
 

@@ -10,7 +10,7 @@ from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, St
 from flux_ray.router.ledger.ledger import Offer
 from flux_ray.router.queue.admission import Forecast
 
-DRAW_S = 0.02
+GENERATE_S = 0.02
 
 
 def small_image() -> bytes:
@@ -53,9 +53,9 @@ class FakeHandles:
     ) -> ImageResult:
         travelled = pickle.loads(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
         assert all(each.rgb for each in travelled.references)
-        await asyncio.sleep(DRAW_S)
+        await asyncio.sleep(GENERATE_S)
         images = tuple(GeneratedImage(self.image, seed) for seed in request.seeds)
-        times = StageTimes(0.0, 0.001, DRAW_S, 0.001)
+        times = StageTimes(0.0, 0.001, GENERATE_S, 0.001)
         return ImageResult(request.request_id, request.tier, images, times)
 
     async def ready_tiers(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ SECRET = "whsec_c3Rvcm0="
 
 
 def offer_for(seed: int, port: int = 0) -> JobSubmission:
-    """Some have reference pictures; all are told of to the receiver at that port."""
+    """Some have reference images; all are told of to the receiver at that port."""
     references = (RgbImage(8, 8, bytes([seed]) * 192),) * (seed % 3)
     request = ImageRequest(
         "r", "tiny", f"no. {seed}", 64, 64, 4, 1.0, seed, 1 + seed % 2, references

@@ -1,4 +1,4 @@
-"""What stands for the cluster: a picture that its request alone decides."""
+"""What stands for the cluster: an image that its request alone decides."""
 
 import asyncio
 import hashlib
@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes, loaded
 
 
-def picture_for(request: ImageRequest, seed: int) -> bytes:
+def image_for(request: ImageRequest, seed: int) -> bytes:
     """As a model would: by the words, the references and the seed, not by the attempt."""
     words = asdict(replace(request, request_id=""))
     return hashlib.sha256(repr((seed, words)).encode()).hexdigest().encode()
@@ -16,5 +16,5 @@ def picture_for(request: ImageRequest, seed: int) -> bytes:
 async def paint(job: object, request: ImageRequest, for_s: float = 0.0) -> ImageResult:
     await asyncio.sleep(for_s)
     request = await loaded(request)
-    images = tuple(GeneratedImage(picture_for(request, seed), seed) for seed in request.seeds)
+    images = tuple(GeneratedImage(image_for(request, seed), seed) for seed in request.seeds)
     return ImageResult(request.request_id, request.tier, images, StageTimes(0, 0, for_s, 0))

@@ -1,4 +1,4 @@
-"""Accepting and cleaning up: rows and pictures come and go together."""
+"""Accepting and cleaning up: rows and images come and go together."""
 
 import asyncio
 
@@ -29,7 +29,7 @@ async def test_references_are_there_before_the_job(store, folder, offer, tmp_pat
     assert names(tmp_path) == {f"{job.job_id}/reference-0", f"{job.job_id}/reference-1"}
 
 
-async def test_an_offer_whose_pictures_were_not_kept_is_offered_again(
+async def test_an_offer_whose_images_were_not_kept_is_offered_again(
     store, folder, offer, monkeypatch
 ):
     kept = offer(references=(RED,), idempotency=Idempotency("key", "words"))
@@ -57,11 +57,11 @@ async def test_the_same_offer_at_many_gateways_is_one_job(store, folder, offer, 
         await accept(store, folder, offer(idempotency=Idempotency("key", "others")))
 
 
-async def test_expired_jobs_go_with_their_pictures(store, folder, offer, clock, tmp_path):
+async def test_expired_jobs_go_with_their_images(store, folder, offer, clock, tmp_path):
     gone = await accept(store, folder, offer(references=(RED,)))
     lease = await store.claim("w")
     # Of an attempt that was lost.
-    await folder.write_pictures(gone.job_id, 9, (GeneratedImage(b"late", 7),), "png")
+    await folder.write_images(gone.job_id, 9, (GeneratedImage(b"late", 7),), "png")
     await store.finish(lease, JobResult((), {}))
     kept = await accept(store, folder, offer(references=(RED,)))
     assert await clean_up(store, folder) == 0
@@ -116,6 +116,6 @@ async def test_a_folder_that_stays_holds_up_no_other(store, folder, offer, clock
         await remove(job_id)
 
     monkeypatch.setattr(folder, "remove_job", fail_one)
-    monkeypatch.setattr(cleanup, "BATCH", 2)
+    monkeypatch.setattr(cleanup, "EXPIRED_BATCH", 2)
     assert await clean_up(store, folder) == 4
     assert await store.expired(10) == (jobs[0].job_id,)

@@ -20,7 +20,7 @@ from flux_ray.jobs.store import Store, job_of
 from flux_ray.jobs.table import JOBS
 from flux_ray.jobs.webhooks import WebhookOutbox
 from tests.jobs.mortal_gateway import LEASE_S, SECRET, offer_for
-from tests.jobs.painter import picture_for
+from tests.jobs.painter import image_for
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving
 
@@ -158,8 +158,8 @@ async def check_all(database: Database, store: Store, results: Results) -> int:
     assert {job.status for job in jobs.values()} == {"ready"}
     for seed, job in jobs.items():
         request = offer_for(seed).request
-        pictures = [await results.read_picture(picture) for picture in job.result.pictures]
-        assert pictures == [picture_for(request, each) for each in request.seeds]
+        images = [await results.read_image(image) for image in job.result.images]
+        assert images == [image_for(request, each) for each in request.seeds]
     assert await count(database, "SELECT count(*) FROM ends WHERE status = 'ready'") == NUM_JOBS
     assert await count(database, "SELECT count(*) FROM ends") == NUM_JOBS
     assert await store.claim("nobody") is None

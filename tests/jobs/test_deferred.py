@@ -19,7 +19,7 @@ from flux_ray.jobs.serialization import defer, pack, unpack
 from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
 from flux_ray.request import DeferredRequest, ImageRequest, Mask, RgbImage, loaded
-from tests.jobs.painter import paint, picture_for
+from tests.jobs.painter import image_for, paint
 
 RED, BLUE = RgbImage(3, 2, b"\xff\0\0" * 6), RgbImage(2, 2, b"\0\0\xff" * 4)
 REQUEST = ImageRequest("r", "tiny", "a ring", 64, 48, 4, 1.0, 7, references=(RED, BLUE))
@@ -62,7 +62,7 @@ def test_a_row_from_before_digests_is_read_and_is_like_no_other():
 
 def test_other_pixels_than_those_of_the_row_are_refused():
     other = pack(replace(REQUEST, references=(RgbImage(3, 2, b"\0" * 18), BLUE)))
-    with pytest.raises(ValueError, match="stored reference picture is another one"):
+    with pytest.raises(ValueError, match="stored reference image is another one"):
         unpack(row_of(REQUEST), other.blobs, "r")
 
 
@@ -84,8 +84,8 @@ async def test_they_are_read_when_it_is_the_jobs_turn(store, folder, offer, monk
     await Attempt(await store.claim("worker"), WorkerContext(store, folder, generate)).run()
     ready = await store.find("anna", job.job_id)
     assert len(reads) == 1
-    [picture] = ready.result.pictures
-    assert await folder.read_picture(picture) == picture_for(wanted.request, 7)
+    [image] = ready.result.images
+    assert await folder.read_image(image) == image_for(wanted.request, 7)
 
 
 async def test_a_store_that_is_away_gives_the_turn_back_and_costs_nothing(
@@ -124,7 +124,7 @@ async def test_packing_and_unpacking_are_never_on_the_event_loop(store, folder, 
 
     monkeypatch.setattr("flux_ray.jobs.service.compress", watched(serialization.compress))
     monkeypatch.setattr(serialization, "set_apart", watched(serialization.set_apart))
-    monkeypatch.setattr(serialization, "picture_of", watched(serialization.picture_of))
+    monkeypatch.setattr(serialization, "image_of", watched(serialization.image_of))
     monkeypatch.setattr("hashlib.sha256", watched(__import__("hashlib").sha256))
     await accept(store, folder, offer(references=(RED, BLUE)))
     await Attempt(await store.claim("worker"), WorkerContext(store, folder, paint)).run()

@@ -1,4 +1,4 @@
-"""Pictures by name, and the secret that all gateways share."""
+"""Images by name, and the secret that all gateways share."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,7 @@ from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S, LEASE_S
 from tests.jobs.painter import paint
 
-IMAGE = (GeneratedImage(b"a picture", 7),)
+IMAGE = (GeneratedImage(b"an image", 7),)
 
 
 @pytest.fixture
@@ -27,68 +27,68 @@ def shelf(database, folder) -> ImageStore:
 
 
 @pytest.fixture
-def draw(store, folder, offer):
-    """`draw()`: the lease of a job, and its picture in the folder."""
+def generate(store, folder, offer):
+    """`draw()`: the lease of a job, and its image in the folder."""
 
-    async def draw():
+    async def generate():
         await store.accept(offer(), pack(offer().request).row, True)
         lease = await store.claim("w")
-        [picture] = await folder.write_pictures(lease.job_id, lease.attempt, IMAGE, "png")
-        return lease, picture
+        [image] = await folder.write_images(lease.job_id, lease.attempt, IMAGE, "png")
+        return lease, image
 
-    return draw
+    return generate
 
 
-async def test_a_ready_jobs_picture_is_found_by_name(shelf, store, draw, clock):
-    lease, picture = await draw()
+async def test_a_ready_jobs_image_is_found_by_name(shelf, store, generate, clock):
+    lease, image = await generate()
     with pytest.raises(ResultMissing):
-        await shelf.read(picture.name)
-    assert await store.finish(lease, JobResult((picture,), {}))
-    assert await shelf.read(picture.name) == b"a picture"
+        await shelf.read(image.name)
+    assert await store.finish(lease, JobResult((image,), {}))
+    assert await shelf.read(image.name) == b"an image"
     clock.now_s += KEEP_S
     with pytest.raises(ResultMissing):
-        await shelf.read(picture.name)
+        await shelf.read(image.name)
 
 
-async def test_pictures_of_lost_attempts_are_not_there(shelf, store, draw, folder, pass_s):
-    lost, old = await draw()
+async def test_images_of_lost_attempts_are_not_there(shelf, store, generate, folder, pass_s):
+    lost, old = await generate()
     await pass_s(LEASE_S + 1)
     lease = await store.claim("another")
-    [picture] = await folder.write_pictures(lease.job_id, lease.attempt, IMAGE, "png")
-    assert await store.finish(lease, JobResult((picture,), {}))
+    [image] = await folder.write_images(lease.job_id, lease.attempt, IMAGE, "png")
+    assert await store.finish(lease, JobResult((image,), {}))
     assert lost.job_id == lease.job_id
     with pytest.raises(ResultMissing):
         await shelf.read(old.name)
-    assert await shelf.read(picture.name) == b"a picture"
+    assert await shelf.read(image.name) == b"an image"
 
 
-async def test_what_was_changed_on_the_disk_is_not_shown(shelf, store, draw):
-    lease, picture = await draw()
-    changed = dataclasses.replace(picture, sha256="0" * 64)
+async def test_what_was_changed_on_the_disk_is_not_shown(shelf, store, generate):
+    lease, image = await generate()
+    changed = dataclasses.replace(image, sha256="0" * 64)
     assert await store.finish(lease, JobResult((changed,), {}))
     with pytest.raises(ResultMissing):
-        await shelf.read(picture.name)
+        await shelf.read(image.name)
 
 
 @pytest.mark.parametrize("file", ["reference-0", "1-0.jpeg", "../1-0.png", "", "1-0.png/"])
-async def test_other_names_are_unknown(shelf, store, draw, folder, file):
-    lease, picture = await draw()
-    await folder.write_references(lease.job_id, (b"somebody's own picture",))
-    assert await store.finish(lease, JobResult((picture,), {}))
+async def test_other_names_are_unknown(shelf, store, generate, folder, file):
+    lease, image = await generate()
+    await folder.write_references(lease.job_id, (b"somebody's own image",))
+    assert await store.finish(lease, JobResult((image,), {}))
     for job_id in (lease.job_id, str(uuid.uuid4()), "%", "..", ""):
         with pytest.raises(ResultMissing):
             await shelf.read(f"{job_id}/{file}")
 
 
-async def test_what_was_drawn_without_a_job_is_kept_as_long(shelf, store, folder, offer, clock):
+async def test_what_was_generated_without_a_job_is_kept_as_long(shelf, store, folder, offer, clock):
     request = offer().request
     result = await paint(None, request)
-    [picture] = await shelf.keep("anna", request, result)
-    assert await shelf.read(picture.name) == result.images[0].data
-    job_id = picture.name.partition("/")[0]
+    [image] = await shelf.keep("anna", request, result)
+    assert await shelf.read(image.name) == result.images[0].data
+    job_id = image.name.partition("/")[0]
     assert await store.find("anna", job_id) is None
     job = await store.find(KEPT_FOR + "anna", job_id)
-    assert (job.status, job.result.pictures, job.packed) == ("ready", (picture,), {})
+    assert (job.status, job.result.images, job.packed) == ("ready", (image,), {})
     assert await store.num_active("anna") == 0
     assert await store.claim("w") is None
     clock.now_s += KEEP_S - 1
@@ -96,7 +96,7 @@ async def test_what_was_drawn_without_a_job_is_kept_as_long(shelf, store, folder
     clock.now_s += 1
     assert await clean_up(store, folder) == 1
     with pytest.raises(ResultMissing):
-        await folder.read_picture(picture)
+        await folder.read_image(image)
 
 
 async def test_what_was_kept_in_part_is_removed_too(shelf, store, folder, offer, clock):
@@ -104,7 +104,7 @@ async def test_what_was_kept_in_part_is_removed_too(shelf, store, folder, offer,
         await write(*args)
         raise ResultsLost("the disk is full")
 
-    write, folder.write_pictures = folder.write_pictures, full
+    write, folder.write_images = folder.write_images, full
     request = offer().request
     with pytest.raises(ResultsLost):
         await shelf.keep("anna", request, await paint(None, request))

@@ -14,7 +14,7 @@ from flux_ray.jobs.serialization import unpack
 from flux_ray.jobs.service import accept
 from flux_ray.request import GeneratedImage
 from tests.jobs.conftest import KEEP_S
-from tests.jobs.painter import paint, picture_for
+from tests.jobs.painter import image_for, paint
 from tests.jobs.waiting import wait_until
 
 JOB = SimpleNamespace(job_id="j", attempt=2, packed={"encoding": {"format": "webp"}})
@@ -59,7 +59,7 @@ async def show(stores: FakeStores, *images: GeneratedImage | None) -> None:
 async def test_each_preview_is_shown_once_beside_those_before_it():
     stores = FakeStores()
     await show(stores, None, image_of(1), image_of(2), None)
-    names = [[picture.name for picture in pictures] for pictures in stores.shown]
+    names = [[image.name for image in images] for images in stores.shown]
     assert names == [["j/2-0.webp"], ["j/2-0.webp", "j/2-1.webp"]]
     assert stores.removed == [("j", 2, 2, "webp")]
 
@@ -68,7 +68,7 @@ async def test_each_preview_is_shown_once_beside_those_before_it():
 async def test_one_that_cannot_be_kept_is_left_out(error, serve_log):
     stores = FakeStores(error)
     await show(stores, image_of(1), image_of(2))
-    assert [[picture.name for picture in each] for each in stores.shown] == [["j/2-1.webp"]]
+    assert [[image.name for image in each] for each in stores.shown] == [["j/2-1.webp"]]
     assert "job j is not previewed: away" in serve_log.text
 
 
@@ -93,14 +93,14 @@ async def test_a_store_that_hangs_holds_nobody_up(monkeypatch):
     assert not stores.shown
 
 
-class Drawing:
+class Generation:
     """Draws when it is told to, and has a preview in the meantime."""
 
     def __init__(self) -> None:
         self.is_asked = False
         self.may_end = asyncio.Event()
 
-    async def draw(self, job, request):
+    async def generate(self, job, request):
         await self.may_end.wait()
         return await paint(job, request)
 
@@ -118,9 +118,11 @@ def begin(store, folder, offer, monkeypatch):
         wanted = offer()
         wanted = replace(wanted, request=replace(wanted.request, num_previews=num_previews))
         await accept(store, folder, wanted)
-        lease, drawing = await store.claim("w"), Drawing()
-        workshop = WorkerContext(store, folder, drawing.draw, preview_of=drawing.preview_of)
-        return lease, drawing, asyncio.create_task(Attempt(lease, workshop).run())
+        lease, generation = await store.claim("w"), Generation()
+        workshop = WorkerContext(
+            store, folder, generation.generate, preview_of=generation.preview_of
+        )
+        return lease, generation, asyncio.create_task(Attempt(lease, workshop).run())
 
     return begin
 
@@ -134,20 +136,20 @@ async def previewed(store, lease: Lease) -> StoredImage:
 
 
 async def test_any_gateway_reads_a_preview_until_its_job_ends(store, database, folder, begin):
-    lease, drawing, attempt = await begin()
+    lease, generation, attempt = await begin()
     preview = await previewed(store, lease)
     shelf = ImageStore(database, folder, KEEP_S)
     assert await shelf.read(preview.name) == b"preview 1"
-    drawing.may_end.set()
+    generation.may_end.set()
     await attempt
     job = await store.find("anna", lease.job_id)
     assert (job.status, job.preview) == ("ready", None)
-    [picture] = job.result.pictures
-    assert await shelf.read(picture.name) == picture_for(unpack(job.packed, (), ""), 7)
+    [image] = job.result.images
+    assert await shelf.read(image.name) == image_for(unpack(job.packed, (), ""), 7)
     with pytest.raises(ResultMissing):
         await shelf.read(preview.name)
     with pytest.raises(ResultMissing):
-        await folder.read_picture(preview)
+        await folder.read_image(preview)
 
 
 async def test_a_job_that_is_given_back_or_cancelled_shows_none(store, folder, begin):
@@ -163,13 +165,13 @@ async def test_a_job_that_is_given_back_or_cancelled_shows_none(store, folder, b
     await attempt
     assert (await store.find("anna", lease.job_id)).result is None
     with pytest.raises(ResultMissing):
-        await folder.read_picture(preview)
+        await folder.read_image(preview)
 
 
 async def test_nothing_is_looked_for_where_none_is_asked(store, begin):
-    lease, drawing, attempt = await begin(num_previews=0)
+    lease, generation, attempt = await begin(num_previews=0)
     await asyncio.sleep(0.05)
-    drawing.may_end.set()
+    generation.may_end.set()
     await attempt
     assert (await store.find("anna", lease.job_id)).status == "ready"
-    assert not drawing.is_asked
+    assert not generation.is_asked

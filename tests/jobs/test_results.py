@@ -30,12 +30,12 @@ def make_results(request, tmp_path):
     return lambda **rest: Results(f"s3://{bucket}/results", s3.options, **rest)
 
 
-async def test_pictures_come_back_for_any_gateway(make_results):
-    stored = await make_results().write_pictures(JOB, 1, IMAGES, "png")
-    assert [picture.name for picture in stored] == [f"{JOB}/1-0.png", f"{JOB}/1-1.png"]
-    assert [(picture.seed, picture.num_bytes) for picture in stored] == [(7, 5), (8, 6)]
+async def test_images_come_back_for_any_gateway(make_results):
+    stored = await make_results().write_images(JOB, 1, IMAGES, "png")
+    assert [image.name for image in stored] == [f"{JOB}/1-0.png", f"{JOB}/1-1.png"]
+    assert [(image.seed, image.num_bytes) for image in stored] == [(7, 5), (8, 6)]
     other = make_results()
-    assert [await other.read_picture(picture) for picture in stored] == [b"first", b"second"]
+    assert [await other.read_image(image) for image in stored] == [b"first", b"second"]
 
 
 async def test_references_come_back(make_results):
@@ -48,65 +48,65 @@ async def test_references_come_back(make_results):
 async def test_references_are_removed_and_nothing_else(make_results):
     results = make_results()
     await results.write_references(JOB, (b"one", b"two"))
-    [kept] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
+    [kept] = await results.write_images(JOB, 1, IMAGES[:1], "png")
     await results.remove_references(JOB, 2)
     for count in (1, 2):
         with pytest.raises(ResultMissing):
             await results.read_references(JOB, count)
-    assert await results.read_picture(kept) == b"first"
+    assert await results.read_image(kept) == b"first"
     await results.remove_references(JOB, 2)
 
 
 async def test_previews_are_removed_and_nothing_else(make_results):
     results = make_results()
     previews = [await results.write_preview(JOB, 1, n, IMAGES[n], "png") for n in range(2)]
-    [kept] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
-    assert [await results.read_picture(each) for each in previews] == [b"first", b"second"]
+    [kept] = await results.write_images(JOB, 1, IMAGES[:1], "png")
+    assert [await results.read_image(each) for each in previews] == [b"first", b"second"]
     await results.remove_previews(JOB, 1, 3, "png")
     for preview in previews:
         with pytest.raises(ResultMissing):
-            await results.read_picture(preview)
-    assert await results.read_picture(kept) == b"first"
+            await results.read_image(preview)
+    assert await results.read_image(kept) == b"first"
 
 
 async def test_attempts_do_not_meet(make_results):
     results = make_results()
-    [first] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
-    [second] = await results.write_pictures(JOB, 2, IMAGES[1:], "png")
-    assert await results.read_picture(first) == b"first"
-    assert await results.read_picture(second) == b"second"
+    [first] = await results.write_images(JOB, 1, IMAGES[:1], "png")
+    [second] = await results.write_images(JOB, 2, IMAGES[1:], "png")
+    assert await results.read_image(first) == b"first"
+    assert await results.read_image(second) == b"second"
 
 
 async def test_a_job_is_removed_with_all_it_has(make_results):
     results = make_results()
     other = str(uuid.UUID(int=2))
     await results.write_references(JOB, (b"one",))
-    [gone] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
-    [kept] = await results.write_pictures(other, 1, IMAGES[:1], "png")
+    [gone] = await results.write_images(JOB, 1, IMAGES[:1], "png")
+    [kept] = await results.write_images(other, 1, IMAGES[:1], "png")
     await make_results().remove_job(JOB)
     with pytest.raises(ResultMissing):
-        await results.read_picture(gone)
+        await results.read_image(gone)
     with pytest.raises(ResultMissing):
         await results.read_references(JOB, 1)
-    assert await results.read_picture(kept) == b"first"
+    assert await results.read_image(kept) == b"first"
     await results.remove_job(JOB)
 
 
 async def test_sizes_are_bounded(make_results):
-    [stored] = await make_results().write_pictures(JOB, 1, IMAGES[1:], "png")
+    [stored] = await make_results().write_images(JOB, 1, IMAGES[1:], "png")
     narrow = make_results(max_bytes=5)
     with pytest.raises(ResultTooLarge):
-        await narrow.write_pictures(JOB, 2, IMAGES[1:], "png")
+        await narrow.write_images(JOB, 2, IMAGES[1:], "png")
     with pytest.raises(ResultTooLarge):
-        await narrow.read_picture(stored)
-    assert len(await narrow.write_pictures(JOB, 2, IMAGES[:1], "png")) == 1
+        await narrow.read_image(stored)
+    assert len(await narrow.write_images(JOB, 2, IMAGES[:1], "png")) == 1
 
 
-async def test_a_damaged_picture_is_missing(make_results):
+async def test_a_damaged_image_is_missing(make_results):
     results = make_results()
-    [stored] = await results.write_pictures(JOB, 1, IMAGES[:1], "png")
+    [stored] = await results.write_images(JOB, 1, IMAGES[:1], "png")
     with pytest.raises(ResultMissing):
-        await results.read_picture(dataclasses.replace(stored, sha256="0" * 64))
+        await results.read_image(dataclasses.replace(stored, sha256="0" * 64))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ async def test_a_damaged_picture_is_missing(make_results):
 async def test_only_our_names_are_looked_for(tmp_path, folder, name):
     (tmp_path / "secret").write_bytes(b"secret")
     with pytest.raises(ResultMissing, match="no name of ours"):
-        await folder.read_picture(StoredImage(name, 1, 6, ""))
+        await folder.read_image(StoredImage(name, 1, 6, ""))
 
 
 @pytest.mark.parametrize("job_id", ["", ".", "..", "*", f"{JOB}/..", f"{JOB}\n"])

@@ -1,4 +1,4 @@
-"""Requests in two parts: JSON for the row, pictures for the results store."""
+"""Requests in two parts: JSON for the row, images for the results store."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_an_attempt_has_a_name_of_its_own():
     assert unpack(packed.row, packed.blobs, "attempt 2").request_id == "attempt 2"
 
 
-def test_no_picture_is_in_the_row():
+def test_no_image_is_in_the_row():
     row = json.dumps(pack(REQUEST).row)
     assert "rgb" not in row
 
@@ -55,13 +55,13 @@ def test_a_field_of_a_newer_release_is_not_left_out():
 
 
 @pytest.mark.parametrize("blob", [b"", b"no zlib", pack(REQUEST).blobs[1]])
-def test_a_damaged_picture_is_no_picture(blob):
+def test_a_damaged_image_is_no_image(blob):
     packed = pack(REQUEST)
-    with pytest.raises(ValueError, match="stored reference picture"):
+    with pytest.raises(ValueError, match="stored reference image"):
         unpack(packed.row, (blob, packed.blobs[1]), "r")
 
 
-def test_a_blob_grows_no_further_than_its_picture():
+def test_a_blob_grows_no_further_than_its_image():
     bomb = pack(
         ImageRequest("r", "t", "", 1, 1, 1, 1.0, 1, 1, (RgbImage(4000, 4000, bytes(48_000_000)),))
     )

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from flux_ray.config.gateway import JobArgs
 from flux_ray.jobs.service import JobService
 from flux_ray.request import RgbImage
-from tests.jobs.painter import paint, picture_for
+from tests.jobs.painter import image_for, paint
 from tests.jobs.waiting import wait_until
 
 RED = RgbImage(1, 1, b"\xff\0\0")
@@ -31,8 +31,8 @@ async def test_any_gateway_answers_for_any_job(args, offer, tmp_path):
 
     await wait_until(is_ready)
     found = await second.find("anna", job.job_id)
-    data = await second.read_by_name(found.result.pictures[0].name)
-    assert data == picture_for(wanted.request, wanted.request.seed)
+    data = await second.read_by_name(found.result.images[0].name)
+    assert data == image_for(wanted.request, wanted.request.seed)
     assert await second.find("ben", job.job_id) is None
     await first.close()
 

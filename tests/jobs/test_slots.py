@@ -22,7 +22,7 @@ class Cards:
     def __init__(self) -> None:
         self.waiting: Counter[str] = Counter()
 
-    async def draw(self, job: Job, request: ImageRequest) -> ImageResult:
+    async def generate(self, job: Job, request: ImageRequest) -> ImageResult:
         if job.tier == "dev":
             self.waiting[job.owner] += 1
             await asyncio.Event().wait()
@@ -37,7 +37,7 @@ def cards() -> Cards:
 @pytest.fixture
 async def worker(store, folder, cards):
     worker = Worker(
-        WorkerContext(store, folder, cards.draw), 4, poll_s=0.02, tiers=("dev", "klein")
+        WorkerContext(store, folder, cards.generate), 4, poll_s=0.02, tiers=("dev", "klein")
     )
     worker.start()
     yield worker
@@ -70,16 +70,16 @@ async def test_a_tier_without_room_keeps_no_other_tier_waiting(store, cards, wor
 
     await wait_until(is_full)
     # More than there are slots, of an owner who waits for dev and of another.
-    drawn = [await hand_in("klein", owner) for owner in ("anna", "carl") * 4]
-    await wait_until(lambda: are_ready(store, drawn))
+    generated = [await hand_in("klein", owner) for owner in ("anna", "carl") * 4]
+    await wait_until(lambda: are_ready(store, generated))
     assert cards.waiting.total() == 4, "no more of a tier than it has slots"
 
 
 async def test_an_owner_leaves_slots_of_each_tier_to_others(store, cards, worker, hand_in):
     for _ in range(6):
         await hand_in("dev", "anna")
-    drawn = [await hand_in("klein", "anna") for _ in range(6)]
-    await wait_until(lambda: are_ready(store, drawn))
+    generated = [await hand_in("klein", "anna") for _ in range(6)]
+    await wait_until(lambda: are_ready(store, generated))
     await hand_in("dev", "ben")
 
     async def is_full() -> bool:

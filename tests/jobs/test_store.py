@@ -117,16 +117,16 @@ async def test_a_beat_keeps_the_lease(store, offer, pass_s):
 async def test_previews_are_there_while_their_lease_is(store, offer, pass_s):
     job = await accept(store, offer())
     late = await store.claim("late")
-    assert await store.show(late, RESULT.pictures)
-    assert (await store.find("anna", job.job_id)).preview == RESULT.pictures[0]
+    assert await store.show(late, RESULT.images)
+    assert (await store.find("anna", job.job_id)).preview == RESULT.images[0]
     await pass_s(LEASE_S)
     lease = await store.claim("w")
-    assert not await store.show(late, RESULT.pictures)
+    assert not await store.show(late, RESULT.images)
     assert (await store.find("anna", job.job_id)).result is None
-    assert await store.show(lease, RESULT.pictures)
+    assert await store.show(lease, RESULT.images)
     assert await store.fail(lease, FAILURE)
     assert (await store.find("anna", job.job_id)).result is None
-    assert not await store.show(lease, RESULT.pictures)
+    assert not await store.show(lease, RESULT.images)
 
 
 async def test_a_late_worker_ends_nothing(store, offer, pass_s):

@@ -17,7 +17,7 @@ async def test_a_job_says_that_it_is_one_and_has_no_deadline(
     router: Router, turns, gateway_args: GatewayArgs
 ) -> None:
     """It says within what time it wants its turn, and that is no promise to anybody."""
-    await JobGenerator(router, gateway_args).draw(JOB, REQUEST)
+    await JobGenerator(router, gateway_args).generate(JOB, REQUEST)
     (offer,) = turns.offers
     assert (offer.is_job, offer.has_deadline) == (True, False)
 

@@ -163,7 +163,7 @@ async def test_a_mistake_of_ours_is_tried_again_and_told_without_its_words(
     employ(message_of=message_of)
     assert await wait_for(job_id, "given up") == 3
     assert "ValueError" in serve_log.text and "in message_of" in serve_log.text
-    assert "picture 7" not in serve_log.text
+    assert "image 7" not in serve_log.text
 
 
 async def test_a_gateway_that_closes_gives_its_letters_back(

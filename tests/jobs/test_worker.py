@@ -14,7 +14,7 @@ from flux_ray.jobs.service import accept
 from flux_ray.jobs.store import Store
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult, RgbImage
-from tests.jobs.painter import paint, picture_for
+from tests.jobs.painter import image_for, paint
 from tests.jobs.waiting import wait_until
 
 RED = RgbImage(3, 2, b"\xff\x00\x00" * 6)
@@ -60,18 +60,18 @@ async def end_of(store: Store, job: Job) -> Job:
     return await store.find(job.owner, job.job_id)
 
 
-async def pictures_of(results: Results, job: Job) -> list[bytes]:
-    return [await results.read_picture(picture) for picture in job.result.pictures]
+async def images_of(results: Results, job: Job) -> list[bytes]:
+    return [await results.read_image(image) for image in job.result.images]
 
 
-async def test_a_job_becomes_the_picture_of_its_seed(store, folder, offer, employ):
+async def test_a_job_becomes_the_image_of_its_seed(store, folder, offer, employ):
     wanted = offer(seed=3, references=(RED,))
     job = await accept(store, folder, wanted)
     employ()
     ready = await end_of(store, job)
     assert (ready.status, ready.attempt) == ("ready", 1)
-    assert await pictures_of(folder, ready) == [picture_for(wanted.request, 3)]
-    assert ready.result.pictures[0].seed == 3
+    assert await images_of(folder, ready) == [image_for(wanted.request, 3)]
+    assert ready.result.images[0].seed == 3
     assert ready.result.stages_s["denoise_s"] == 0.0
 
 
@@ -86,7 +86,7 @@ async def test_references_go_when_the_job_has_ended(store, folder, offer, employ
     assert ended.status == ("failed" if errors else "ready")
 
 
-async def test_references_that_stay_cost_no_picture(
+async def test_references_that_stay_cost_no_image(
     store, folder, offer, employ, monkeypatch, serve_log
 ):
     async def refuse(job_id: str, count: int) -> None:
@@ -97,7 +97,7 @@ async def test_references_that_stay_cost_no_picture(
     worker = employ()
     assert (await end_of(store, job)).status == "ready"
     await worker.stop(drain_s=5)
-    assert f"job {job.job_id} keeps its reference pictures for now: away" in serve_log.text
+    assert f"job {job.job_id} keeps its reference images for now: away" in serve_log.text
 
 
 async def test_one_owner_leaves_room_for_others(store, folder, offer, employ):
@@ -191,7 +191,7 @@ async def test_a_long_job_keeps_its_lease_and_tells_its_progress(store, folder, 
     assert (ready.status, ready.attempt, ready.progress) == ("ready", 1, 1.0)
 
 
-async def test_a_cancelled_job_is_drawn_no_further(store, folder, offer, employ):
+async def test_a_cancelled_job_is_generated_no_further(store, folder, offer, employ):
     stopped = asyncio.Event()
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
@@ -228,17 +228,17 @@ async def test_a_stopped_worker_gives_its_jobs_back_at_once(store, folder, offer
     assert (lease.job_id, lease.job.num_lost) == (job.job_id, 0)
 
 
-async def test_a_job_is_given_back_when_it_is_drawn_no_more(store, folder, offer, employ):
-    begun, is_drawing = asyncio.Event(), True
+async def test_a_job_is_given_back_when_it_is_generated_no_more(store, folder, offer, employ):
+    begun, is_generating = asyncio.Event(), True
 
     async def generate(job: object, request: ImageRequest) -> ImageResult:
-        nonlocal is_drawing
+        nonlocal is_generating
         begun.set()
         try:
             return await paint(job, request, 60)
         finally:
             await asyncio.sleep(0.05)
-            is_drawing = False
+            is_generating = False
 
     await accept(store, folder, offer())
     worker = employ(generate)
@@ -249,7 +249,7 @@ async def test_a_job_is_given_back_when_it_is_drawn_no_more(store, folder, offer
         return await store.claim("another") is not None
 
     await wait_until(is_claimable)
-    assert not is_drawing
+    assert not is_generating
     await stopping
 
 
@@ -321,7 +321,7 @@ async def test_a_job_waits_for_its_turn_for_ever(store, folder, offer, employ, m
     assert (ready.status, ready.num_lost, ready.attempt) == ("ready", 0, 10)
 
 
-async def test_outages_of_both_stores_cost_no_picture(store, folder, offer, employ, monkeypatch):
+async def test_outages_of_both_stores_cost_no_image(store, folder, offer, employ, monkeypatch):
     def sometimes(call, error):
         count = 0
 
@@ -336,14 +336,14 @@ async def test_outages_of_both_stores_cost_no_picture(store, folder, offer, empl
 
     for name in ("claim", "beat", "finish"):
         monkeypatch.setattr(store, name, sometimes(getattr(store, name), StoreLost("away")))
-    for name in ("read_references", "write_pictures"):
+    for name in ("read_references", "write_images"):
         monkeypatch.setattr(folder, name, sometimes(getattr(folder, name), ResultsLost("away")))
     jobs = [await accept(store, folder, offer(seed, references=(RED,))) for seed in range(5)]
     employ()
     for seed, job in enumerate(jobs):
         ready = await end_of(store, job)
         wanted = offer(seed, references=(RED,)).request
-        assert await pictures_of(folder, ready) == [picture_for(wanted, seed)]
+        assert await images_of(folder, ready) == [image_for(wanted, seed)]
 
 
 async def test_a_worker_whose_job_was_taken_leaves_it_alone(store, folder, offer, employ):

@@ -10,7 +10,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
 from flux_ray.parallel.checkpoint import shards_for
-from flux_ray.parallel.load import build_empty, place, settle_linears
+from flux_ray.parallel.load import build_empty, finish_linears, place
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import quantize
 from flux_ray.parallel.sequence import split_sequence
@@ -60,7 +60,7 @@ def rank_of(shape: dict, parallel: Parallel) -> Flux2Transformer2DModel:
         whole = parameter.shape
         local = shards[name].local_shape(whole, tensor) if name in shards else whole
         place(model, name, empty(*local))
-    settle_linears(model, shards, tensor)
+    finish_linears(model, shards, tensor)
     split_sequence(model, Axis(0, parallel.sequence))
     return model
 
@@ -137,7 +137,7 @@ def test_encoding_a_reference_takes_what_the_model_says(vae: AutoencoderKLFlux2)
     assert encode_bytes(vae.config, 1024 * 1024, 2) == pytest.approx(measured, rel=WITHIN_A_TENTH)
 
 
-def test_encoding_a_large_picture_under_a_mask_takes_no_more(vae: AutoencoderKLFlux2) -> None:
+def test_encoding_a_large_image_under_a_mask_takes_no_more(vae: AutoencoderKLFlux2) -> None:
     """In tiles, besides its pixels: less than decoding it."""
     vae.use_tiling = True
     measured = peak_bytes(lambda: vae.encode(empty(1, 3, 2048, 2048)))
@@ -188,7 +188,7 @@ def test_an_fp8_weight_is_unpacked_by_way_of_fp32() -> None:
     assert peak / weight.numel() == pytest.approx(UNPACKED_BYTES["fp8"], rel=WITHIN_A_TENTH)
 
 
-def test_tokens_are_those_of_the_picture_and_its_references(vae: AutoencoderKLFlux2) -> None:
+def test_tokens_are_those_of_the_image_and_its_references(vae: AutoencoderKLFlux2) -> None:
     dev = tier_for("flux-2-dev")
     assert num_image_tokens(vae.config, dev, default_demand(dev)) == 4096
     assert num_image_tokens(vae.config, dev, ActivationDemand(1024 * 1024, 3)) == 16384

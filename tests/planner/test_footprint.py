@@ -150,7 +150,7 @@ def test_a_card_of_dev_holds_at_a_megapixel_what_was_counted_before(
         ("nf4", "nf4", 8.3, False),
     ],
 )
-def test_klein_4b_draws_no_megapixel_on_8_gb_beside_its_encoder(
+def test_klein_4b_generates_no_megapixel_on_8_gb_beside_its_encoder(
     quantization: str | None, encoder: str | None, gigabytes: float, fits: bool
 ) -> None:
     """A card takes 0.97 GB more for decoding than was counted before it was measured."""
@@ -165,7 +165,7 @@ def test_klein_4b_draws_no_megapixel_on_8_gb_beside_its_encoder(
     assert (total <= planned.card.usable_bytes) == fits
 
 
-def test_klein_4b_in_fp8_draws_a_megapixel_on_8_gb_if_its_encoder_is_elsewhere() -> None:
+def test_klein_4b_in_fp8_generates_a_megapixel_on_8_gb_if_its_encoder_is_elsewhere() -> None:
     planned = candidate("flux-2-klein-4b", "rtx4060-8gb", quantization="fp8", text_encoder="shared")
     total = planned.rank(default_demand(planned.tier)).total
     assert total / GB == pytest.approx(7.5, abs=0.25)
@@ -186,7 +186,7 @@ def test_sequence_ranks_share_the_activations() -> None:
         candidate("flux-2-dev", parallel=Parallel(tensor=2, sequence=sequence)).denoise_peak(demand)
         for sequence in (2, 4)
     ]
-    # Of a step: each rank is given room for a whole picture's decoding.
+    # Of a step: each rank is given room for a whole image's decoding.
     assert activations[1] < 0.65 * activations[0]
 
 

@@ -110,7 +110,7 @@ async def loop(ranks: FakeRanks, encoder: Encoder) -> StepLoop:
     return StepLoop(ranks, EncodedByRanks(), lambda *seen: None, Files(encoder.encode))
 
 
-async def test_the_next_request_is_drawn_while_a_file_is_made(
+async def test_the_next_request_is_generated_while_a_file_is_made(
     ranks: FakeRanks, loop: StepLoop, encoder: Encoder
 ) -> None:
     async with asyncio.timeout(10):

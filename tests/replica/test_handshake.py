@@ -26,7 +26,7 @@ from flux_ray.replica.transport import (
     StageFailed,
     answer_parts,
     connect,
-    framed,
+    encode_frame,
     is_leader,
     meet_rank,
     proof_of,
@@ -144,7 +144,7 @@ async def impostor() -> AsyncIterator[tuple[Address, list[bytes], asyncio.Event]
 async def test_a_leader_says_nothing_to_who_is_not_its_rank(impostor):
     address, heard, hung_up = impostor
     line = await connect(address)
-    line.call(framed(("a secret prompt",)))
+    line.call(encode_frame(("a secret prompt",)))
     async with asyncio.timeout(10):
         await line.closed
         line.close()

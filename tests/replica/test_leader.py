@@ -33,10 +33,10 @@ class FakeLoop:
     """Draws at once."""
 
     def __init__(self) -> None:
-        self.drawn: list[ImageRequest] = []
+        self.generated: list[ImageRequest] = []
 
     async def generate(self, request: ImageRequest, hear: Any = None) -> ImageResult:
-        self.drawn.append(request)
+        self.generated.append(request)
         if hear is not None:
             hear(Progress(1, 1))
         return RESULT
@@ -71,7 +71,7 @@ async def test_a_result_says_how_its_replica_is_laid_out(leader: Any, is_followe
     result = answer_from(last)
     assert isinstance(result, ImageResult)
     assert (result.images, result.layout) == (RESULT.images, DESCRIPTION.layout)
-    assert leader._loop.drawn == [REQUEST]
+    assert leader._loop.generated == [REQUEST]
 
 
 @pytest.mark.parametrize("is_followed", [False, True])
@@ -82,7 +82,7 @@ async def test_what_it_does_not_know_of_a_request_is_refused(
     call["request"] |= {"sharpness": 1.0}
     with pytest.raises(ProtocolMismatch, match="sharpness"):
         await said(leader, call, is_followed=is_followed)
-    assert leader._loop.drawn == []
+    assert leader._loop.generated == []
 
 
 async def test_it_tells_of_itself(leader: Any) -> None:
@@ -90,13 +90,13 @@ async def test_it_tells_of_itself(leader: Any) -> None:
 
 
 @pytest.mark.parametrize("is_followed", [False, True])
-async def test_what_comes_again_is_not_drawn_again(leader: Any, is_followed: bool) -> None:
+async def test_what_comes_again_is_not_generated_again(leader: Any, is_followed: bool) -> None:
     """By the name of its run only: what has none, or another, is another request."""
     first = await said(leader, pack_request(REQUEST, "mine"), is_followed=is_followed)
     again = await said(leader, pack_recall("tiny", "b", "mine"), is_followed=is_followed)
     assert again == first[-1:]
     with pytest.raises(NotKept):
         await said(leader, pack_recall("tiny", "b", "theirs"), is_followed=is_followed)
-    assert len(leader._loop.drawn) == 1
+    assert len(leader._loop.generated) == 1
     await said(leader, pack_request(REQUEST), is_followed=is_followed)
-    assert len(leader._loop.drawn) == 2
+    assert len(leader._loop.generated) == 2

@@ -68,7 +68,7 @@ STAGES = ("encode", "prepare", "denoise", "denoise", "decode")
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA has 3 MB"), MemoryError()])
 @pytest.mark.parametrize("stage", ["encode", "prepare", "denoise", "decode"])
-def test_the_same_process_draws_the_next_image(
+def test_the_same_process_generates_the_next_image(
     rank: RankActor, monkeypatch: pytest.MonkeyPatch, error: Exception, stage: str
 ) -> None:
     expected = rank.run(1, STAGES, REQUEST)[-1].value
@@ -91,7 +91,7 @@ def test_the_same_process_draws_the_next_image(
     assert emptied == ["cpu"]
     assert [each() for each in held] == [None], "not even by its traceback"
     rank.run(2, ("drop",))
-    assert (rank._drawings, rank._mistakes) == ({}, {})
+    assert (rank._generations, rank._mistakes) == ({}, {})
     assert rank.run(3, STAGES, REQUEST)[-1].value == expected
 
 

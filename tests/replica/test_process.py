@@ -45,7 +45,7 @@ def test_memory_is_not_fetched_again_and_again() -> None:
     assert num_faults("keep") < num_pages / 10
 
 
-LOAD_AND_DRAW = """
+LOAD_AND_GENERATE = """
 import sys
 from flux_ray.replica.process import UNUSED_BY_DIFFUSERS, load_engine
 load_engine()
@@ -64,7 +64,7 @@ print("torchao" in sys.modules)
 
 def test_of_quantizers_only_those_in_use_are_loaded() -> None:
     run = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_DRAW],
+        [sys.executable, "-c", LOAD_AND_GENERATE],
         check=True,
         capture_output=True,
         text=True,

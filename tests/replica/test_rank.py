@@ -72,7 +72,7 @@ def run(rank: RankActor, job: int, stages: str, request: ImageRequest | None = N
     return [answer.value for answer in answers]
 
 
-def draw(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
+def generate(rank: RankActor, job: int, request: ImageRequest) -> bytes | None:
     run(rank, job, "encode prepare", request)
     image = run(rank, job, "denoise " * request.num_steps + "decode")[-1]
     return image and image.raster.rgb
@@ -97,7 +97,7 @@ def test_an_image_is_answered_as_its_pixels(rank: RankActor) -> None:
 
 
 def test_previews_are_images_of_the_same_kind_and_change_nothing(rank: RankActor) -> None:
-    plain = draw(rank, 1, REQUEST)
+    plain = generate(rank, 1, REQUEST)
     *_, preview = run(rank, 2, "encode prepare denoise preview", replace(REQUEST, num_previews=1))
     *_, final = run(rank, 2, "denoise decode")
     assert (preview.raster.width, preview.raster.height) == (64, 96)
@@ -111,19 +111,19 @@ def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
     run(rank, 1, "drop")
     with pytest.raises(StageFailed, match="KeyError: 1"):
         run(rank, 1, "denoise")
-    assert not rank._drawings
+    assert not rank._generations
 
 
-def test_a_job_is_over_with_its_last_picture(rank: RankActor) -> None:
+def test_a_job_is_over_with_its_last_image(rank: RankActor) -> None:
     request = replace(REQUEST, num_images=2)
     image = "prepare denoise denoise decode"
     *_, first = run(rank, 1, f"encode {image}", request)
-    assert rank._drawings
+    assert rank._generations
     *_, second = run(rank, 1, image)
-    assert not rank._drawings
+    assert not rank._generations
     assert (first.seed, second.seed) == request.seeds
-    assert first.raster.rgb == draw(rank, 1, REQUEST)
-    assert second.raster.rgb == draw(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))
+    assert first.raster.rgb == generate(rank, 1, REQUEST)
+    assert second.raster.rgb == generate(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))
 
 
 def test_each_stage_says_what_it_took(rank: RankActor) -> None:
@@ -137,7 +137,7 @@ def test_each_stage_says_what_it_took(rank: RankActor) -> None:
 
 def test_only_rank_0_decodes(rank: RankActor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank, "_rank", 1)
-    assert draw(rank, 1, REQUEST) is None
+    assert generate(rank, 1, REQUEST) is None
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_callers_mistake_stays_what_it_is(rank: RankActor) -> None:
     with pytest.raises(BadReference):
         run(rank, 1, "denoise decode")  # It was sent before the leader heard.
     run(rank, 1, "drop")
-    assert draw(rank, 1, REQUEST)
+    assert generate(rank, 1, REQUEST)
 
 
 def test_a_rank_knows_its_card(rank: RankActor) -> None:

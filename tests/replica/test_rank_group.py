@@ -84,8 +84,8 @@ class Replica:
 
 
 async def test_rank_0_answers_for_all() -> None:
-    replica = Replica("picture", None, None)
-    assert await replica.encode() == "picture"
+    replica = Replica("image", None, None)
+    assert await replica.encode() == "image"
     await replica.group.ping()
     assert replica.ended == 0
 

@@ -30,7 +30,7 @@ class Painter:
         image = GeneratedImage(bytes(num_bytes), 7)
         self.result = ImageResult("id", "tiny", (image,), StageTimes(0, 0, 0, 0))
 
-    async def draw(self, hear: Hear) -> ImageResult:
+    async def generate(self, hear: Hear) -> ImageResult:
         self.num_begun += 1
         self.hears.append(hear)
         try:
@@ -84,7 +84,7 @@ async def test_who_asks_again_gets_the_run_that_goes_on(
 ) -> None:
     """Its first caller's gateway is dead, and so nobody cancels."""
     heard: list[News] = []
-    first = await begun(runs.draw("a", painter.draw, None))
+    first = await begun(runs.generate("a", painter.generate, None))
     again = await begun(runs.recall("a", heard.append))
     painter.hears[0](Progress(1, 4))
     painter.may_end.set()
@@ -99,7 +99,7 @@ async def test_images_that_were_done_before_are_heard_of_again(
 ) -> None:
     heard: list[News] = []
     done = Finished("tiny", GeneratedImage(b"first", 7), 0)
-    first = await begun(runs.draw("a", painter.draw, None))
+    first = await begun(runs.generate("a", painter.generate, None))
     painter.hears[0](Progress(1, 4))
     painter.hears[0](done)
     again = await begun(runs.recall("a", heard.append))
@@ -109,7 +109,7 @@ async def test_images_that_were_done_before_are_heard_of_again(
 
 
 async def test_the_last_who_leaves_ends_it(runs: RunningRequests, painter: Painter) -> None:
-    first = await begun(runs.draw("a", painter.draw, None))
+    first = await begun(runs.generate("a", painter.generate, None))
     again = await begun(runs.recall("a", None))
     await leave(first)
     assert painter.num_left == 0
@@ -126,7 +126,7 @@ async def test_a_failure_is_told_to_all_and_not_kept(
     runs: RunningRequests, painter: Painter
 ) -> None:
     painter.error = OutOfMemory("too large")
-    first = await begun(runs.draw("a", painter.draw, None))
+    first = await begun(runs.generate("a", painter.generate, None))
     again = await begun(runs.recall("a", None))
     painter.may_end.set()
     for task in (first, again):
@@ -138,26 +138,26 @@ async def test_a_failure_is_told_to_all_and_not_kept(
 
 async def test_another_name_has_nothing(runs: RunningRequests, painter: Painter) -> None:
     painter.may_end.set()
-    await runs.draw("a", painter.draw, None)
+    await runs.generate("a", painter.generate, None)
     with pytest.raises(NotKept):
         await runs.recall("b", None)
 
 
-async def test_what_is_drawn_anew_replaces_what_was_kept(runs: RunningRequests) -> None:
+async def test_what_is_generated_anew_replaces_what_was_kept(runs: RunningRequests) -> None:
     old, new = Painter(), Painter()
     old.may_end.set()
-    await runs.draw("a", old.draw, None)
-    drawing = await begun(runs.draw("a", new.draw, None))
+    await runs.generate("a", old.generate, None)
+    generation = await begun(runs.generate("a", new.generate, None))
     again = await begun(runs.recall("a", None))
     new.may_end.set()
-    assert await again is await drawing is new.result
+    assert await again is await generation is new.result
 
 
 async def test_results_are_kept_for_a_while(
     runs: RunningRequests, clock: Clock, painter: Painter
 ) -> None:
     painter.may_end.set()
-    await runs.draw("a", painter.draw, None)
+    await runs.generate("a", painter.generate, None)
     clock.now = KEEP_S - 1
     await runs.recall("a", None)
     clock.now = KEEP_S
@@ -168,7 +168,7 @@ async def test_results_are_kept_for_a_while(
 async def test_an_idle_replica_forgets_them_too() -> None:
     runs, painter = RunningRequests(100, 0.01), Painter()
     painter.may_end.set()
-    await runs.draw("a", painter.draw, None)
+    await runs.generate("a", painter.generate, None)
     async with asyncio.timeout(30):
         while runs._kept:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
@@ -182,7 +182,7 @@ async def test_their_bytes_are_bounded(runs: RunningRequests, sizes: list[int], 
     for name, size in zip("abc", sizes, strict=False):
         painter = Painter(size)
         painter.may_end.set()
-        await runs.draw(name, painter.draw, None)
+        await runs.generate(name, painter.generate, None)
         await asyncio.sleep(0)
     assert "".join(runs._kept) == kept
     assert runs._num_bytes <= 100

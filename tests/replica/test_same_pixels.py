@@ -68,7 +68,7 @@ async def loop(rank: RankActor) -> AsyncIterator[StepLoop]:
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    drawn = evaluate.load_pipeline(CHECKPOINT)(
+    generated = evaluate.load_pipeline(CHECKPOINT)(
         prompt=REQUEST.prompt,
         width=REQUEST.width,
         height=REQUEST.height,
@@ -77,7 +77,7 @@ def expected() -> np.ndarray:
         max_sequence_length=TINY.text_length,
         generator=torch.Generator().manual_seed(REQUEST.seed),
     )
-    return np.asarray(drawn.images[0])
+    return np.asarray(generated.images[0])
 
 
 def former(expected: np.ndarray, encoding: Encoding) -> bytes:

@@ -11,7 +11,7 @@ REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidanc
 IMAGE = ["prepare", "denoise", "denoise", "denoise", "decode"]
 
 
-def test_a_request_is_encoded_once_and_each_image_drawn() -> None:
+def test_a_request_is_encoded_once_and_each_image_generated() -> None:
     assert list(stages_of(replace(REQUEST, num_images=2))) == ["encode", *IMAGE, *IMAGE]
 
 

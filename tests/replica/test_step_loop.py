@@ -299,7 +299,7 @@ async def test_a_mistake_of_ours_ends_the_loop(ranks: FakeRanks, loop: StepLoop)
     stuck.cancel()
 
 
-async def test_requests_are_drawn_in_order_of_arrival(ranks: FakeRanks, loop: StepLoop) -> None:
+async def test_requests_are_generated_in_order_of_arrival(ranks: FakeRanks, loop: StepLoop) -> None:
     results: list[ImageResult] = await asyncio.gather(
         *(loop.generate(replace(REQUEST, seed=seed)) for seed in range(5))
     )
@@ -330,7 +330,7 @@ async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> 
     assert (await loop.generate(REQUEST)).images
 
 
-async def test_the_next_prompt_is_encoded_while_this_one_is_drawn(ranks: FakeRanks) -> None:
+async def test_the_next_prompt_is_encoded_while_this_one_is_generated(ranks: FakeRanks) -> None:
     """And costs the ranks no time."""
     encoder = SlowEncoder()
     loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())

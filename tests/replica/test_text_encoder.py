@@ -47,7 +47,7 @@ async def test_ranks_without_one_hold_what_ranks_with_one_would() -> None:
         rank.load(rank.create_store())
     colocated.run(1, ("encode",), REQUEST)
     shared.run(1, ("encode",), REQUEST, encoded)
-    embeds = [rank._drawings[1].conditioning.prompt.embeds for rank in (colocated, shared)]
+    embeds = [rank._generations[1].conditioning.prompt.embeds for rank in (colocated, shared)]
     assert torch.equal(*embeds)
     assert torch.equal(embeds[0], unpack(encoded, "cpu").embeds)
     assert shared._adapter.prompts is None, "its memory is saved"

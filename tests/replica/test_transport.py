@@ -17,7 +17,7 @@ from flux_ray.replica.transport import (
     StageFailed,
     answer_parts,
     connect,
-    framed,
+    encode_frame,
 )
 from flux_ray.request import DenoisedImage, RgbImage
 
@@ -58,7 +58,7 @@ async def line(address: Address) -> AsyncIterator[RankConnection]:
 
 async def answers_to(line: RankConnection, *calls: tuple[object, ...]) -> list[object]:
     async with asyncio.timeout(10):
-        waiting = [line.call(framed(call)) for call in calls]
+        waiting = [line.call(encode_frame(call)) for call in calls]
         return await asyncio.gather(*waiting, return_exceptions=True)
 
 
@@ -100,7 +100,7 @@ async def test_what_a_rank_raised_is_raised(line: RankConnection) -> None:
 
 
 async def test_a_call_that_was_given_up_shifts_no_answers(line: RankConnection) -> None:
-    given_up = line.call(framed(("first",)))
+    given_up = line.call(encode_frame(("first",)))
     given_up.cancel()
     (answer,) = await answers_to(line, ("second",))
     assert isinstance(answer, tuple)
@@ -108,7 +108,7 @@ async def test_a_call_that_was_given_up_shifts_no_answers(line: RankConnection) 
 
 
 async def test_a_line_is_closed_when_the_rank_has_ended(line: RankConnection) -> None:
-    waiting = line.call(framed(("end",)))
+    waiting = line.call(encode_frame(("end",)))
     async with asyncio.timeout(5):
         await line.closed
     assert not waiting.done(), "the group ends it, and tells why"
@@ -120,7 +120,7 @@ def say_nothing(address: Address) -> socket.socket:
 
 def say_something_else(address: Address) -> socket.socket:
     stranger = say_nothing(address)
-    stranger.sendall(b"x" * module.TOKEN_BYTES + framed(("end",)))
+    stranger.sendall(b"x" * module.TOKEN_BYTES + encode_frame(("end",)))
     return stranger
 
 
@@ -191,7 +191,7 @@ async def test_a_step_is_begun_before_the_former_one_is_waited_for(card: Card) -
     line = await connect(card.extension.address)
     calls = ("encode", "step 1", "step 2", "step 3", "decode", "step 4")
     # All of them are there before it begins.
-    waiting = [line.call(framed((name,))) for name in calls]
+    waiting = [line.call(encode_frame((name,))) for name in calls]
     await asyncio.sleep(0.05)
     card.thread.start()
     async with asyncio.timeout(10):
@@ -211,7 +211,7 @@ async def test_a_step_is_begun_before_the_former_one_is_waited_for(card: Card) -
 async def test_what_is_done_is_answered_though_no_call_follows(card: Card) -> None:
     card.thread.start()
     line = await connect(card.extension.address)
-    waiting = line.call(framed(("step 1",)))
+    waiting = line.call(encode_frame(("step 1",)))
     await asyncio.sleep(0.05)
     assert not waiting.done()
     card.log.append("step 1 done")
@@ -222,7 +222,7 @@ async def test_what_is_done_is_answered_though_no_call_follows(card: Card) -> No
 
 async def test_a_fault_of_the_card_is_told_of_the_call_that_it_was_in(card: Card) -> None:
     line = await connect(card.extension.address)
-    waiting = [line.call(framed((name,))) for name in ("step 1", "fault", "encode")]
+    waiting = [line.call(encode_frame((name,))) for name in ("step 1", "fault", "encode")]
     card.thread.start()
     async with asyncio.timeout(10):
         answers = await asyncio.gather(*waiting, return_exceptions=True)
@@ -233,6 +233,6 @@ async def test_a_fault_of_the_card_is_told_of_the_call_that_it_was_in(card: Card
 async def test_a_leader_that_is_gone_ends_a_rank_whose_card_works(card: Card) -> None:
     card.thread.start()
     line = await connect(card.extension.address)
-    line.call(framed(("step 1",)))
+    line.call(encode_frame(("step 1",)))
     await asyncio.sleep(0.05)
     line.close()

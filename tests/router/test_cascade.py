@@ -1,4 +1,4 @@
-"""A preview while the final pictures are drawn, of one request on two tiers."""
+"""A preview while the final images are drawn, of one request on two tiers."""
 
 import asyncio
 from contextlib import aclosing

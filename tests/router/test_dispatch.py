@@ -347,7 +347,7 @@ async def test_rays_errors(answer, raised, expected):
 
 
 async def test_our_errors_come_out_of_rays_wrapping(answer):
-    cause = BadReference("no picture", "image")
+    cause = BadReference("no image", "image")
     answer.value = task_error(cause)
     with pytest.raises(BadReference) as caught:
         await TierHandles(("tiny",)).generate(REQUEST, "replica")
@@ -390,7 +390,7 @@ async def test_who_listens_hears_what_comes_before_the_result(answer):
     ("value", "expected"),
     [
         (ActorDiedError(), ReplicaFailed),
-        (task_error(BadReference("no picture", "image")), BadReference),
+        (task_error(BadReference("no image", "image")), BadReference),
         (None, ReplicaFailed),
     ],
     ids=["a death", "a mistake", "no result"],
@@ -403,7 +403,7 @@ async def test_a_stream_may_fail_in_the_middle(answer, value, expected):
     assert GRANTED == {}
 
 
-async def test_an_end_that_does_not_come_loses_no_picture(monkeypatch):
+async def test_an_end_that_does_not_come_loses_no_image(monkeypatch):
     async def stream_without_end():
         yield pack_answer(Progress(1, 1))
         yield pack_answer(RESULT)

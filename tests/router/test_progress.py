@@ -33,8 +33,8 @@ def test_news_that_come_together_say_nothing_of_the_pace() -> None:
 
 
 @pytest.mark.parametrize("slowness", [1.0, 1.5])
-def test_pictures_and_previews_between_the_steps_are_counted(slowness: float) -> None:
-    """Each of four pictures: four steps of 1 s, a preview after two and a picture of 0.5 s each."""
+def test_images_and_previews_between_the_steps_are_counted(slowness: float) -> None:
+    """Each of four images: four steps of 1 s, a preview after two and an image of 0.5 s each."""
     request = replace(REQUEST, num_steps=4, num_images=4, num_previews=1)
     assert request.preview_steps == (2,)
     pace, now, done = RemainingTime(Quote(request, Cost(1.0, 16.0, 4.0), 21.0)), 0.0, 0

@@ -86,9 +86,9 @@ def test_the_pipelines_own_text_length_works(pipeline: Flux2KleinPipeline) -> No
 def test_seeds_differ_and_repeat(pipeline: Flux2KleinPipeline) -> None:
     task_set = evaluate.SETS[0]
     task = task_set.draw(random.Random(0))
-    pictures = [evaluate.generate(pipeline, task, task_set, seed=seed) for seed in (1, 1, 2)]
-    assert np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
+    images = [evaluate.generate(pipeline, task, task_set, seed=seed) for seed in (1, 1, 2)]
+    assert np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
 
 
 def test_the_catalogue_asks_for_what_was_measured() -> None:

@@ -26,7 +26,7 @@ def test_a_rendered_scene_has_the_colours_that_it_names() -> None:
 
 @pytest.mark.parametrize("draw", [world.draw_single, world.draw_double])
 @pytest.mark.parametrize("canvas", [(128, 128), (96, 96), (192, 128), (128, 192)])
-def test_the_judge_accepts_every_true_picture(draw, canvas) -> None:
+def test_the_judge_accepts_every_true_image(draw, canvas) -> None:
     rng = random.Random(1)
     for _ in range(25):
         scene = draw(rng, held_out=None, canvas=canvas)
@@ -66,7 +66,7 @@ def test_a_blob_passes_as_no_shape_but_a_circle() -> None:
             assert not verdict.shape, scene
 
 
-def test_noise_is_no_picture() -> None:
+def test_noise_is_no_image() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     assert not judge(noise, RED_ON_BLUE).everything
 

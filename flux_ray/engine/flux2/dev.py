@@ -14,7 +14,7 @@ from flux_ray.engine.loading import mistral3
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer inside of the PixtralProcessor that the checkpoint names.
 
-    The processor itself would want torchvision, for pictures that it never gets here. Its one other
+    The processor itself would want torchvision, for images that it never gets here. Its one other
     difference: it adds a BOS token where the chat template has none.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

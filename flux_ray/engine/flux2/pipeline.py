@@ -1,10 +1,10 @@
 """FLUX.2: our step loop over diffusers' parts, bit-equal to its pipelines.
 
-Drawing a part of a picture: what diffusers' inpainting does, and the rest put back at the end.
+Drawing a part of an image: what diffusers' inpainting does, and the rest put back at the end.
 
-Flux2KleinInpaintPipeline noises the picture's latents to where the image is after each step, and
+Flux2KleinInpaintPipeline noises the image's latents to where the image is after each step, and
 puts them in the place of tokens outside of the mask. It decodes these too, which is close to the
-picture and not the picture: here its own pixels are put back there.
+image and not the image: here its own pixels are put back there.
 
 A model's pixels as eight bits a channel, made on its own device.
 
@@ -45,7 +45,7 @@ from flux_ray.engine.flux2.family import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import FAMILIES, PromptEncoder, load_encoder
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
-    PICTURE_PARTS,
+    IMAGE_PARTS,
     Placement,
     WeightSource,
     check_transformer,
@@ -74,17 +74,17 @@ def token_weights(mask: Mask, latents: Tensor) -> Tensor:
 
 
 def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
-    """The latents after a step, with the picture's outside of the mask, as noisy as they are."""
+    """The latents after a step, with the image's outside of the mask, as noisy as they are."""
     edit = state.conditioning.edit
-    assert edit is not None and state.noise is not None, "no picture to keep anything of"
+    assert edit is not None and state.noise is not None, "no image to keep anything of"
     sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
     kept = sigma * state.noise + (1.0 - sigma) * edit.latents
     return (1 - edit.weights) * kept + edit.weights * latents
 
 
-def paste_rest(edit: InpaintInput, drawn: Image.Image) -> Image.Image:
-    """What was drawn where the mask says so, and the picture's very pixels everywhere else."""
-    return Image.composite(drawn, image_for(edit.picture), mask_image(edit.mask))
+def paste_rest(edit: InpaintInput, generated: Image.Image) -> Image.Image:
+    """What was drawn where the mask says so, and the image's very pixels everywhere else."""
+    return Image.composite(generated, image_for(edit.image), mask_image(edit.mask))
 
 
 def raster_of(pixels: Tensor) -> RgbImage:
@@ -194,22 +194,22 @@ class Flux2:
         return pixels
 
     @torch.inference_mode()
-    def edit(self, given: Conditioning, picture: RgbImage, mask: Mask) -> Conditioning:
-        """The same, to draw only a part of a picture: its first reference, in the size drawn."""
-        assert given.reference_latents is not None, "a mask without the picture that it is of"
-        if picture.width * picture.height <= self.tier.max_reference_pixels:
-            num_tokens = picture.width // TOKEN_SIDE * (picture.height // TOKEN_SIDE)
+    def edit(self, given: Conditioning, image: RgbImage, mask: Mask) -> Conditioning:
+        """The same, to draw only a part of an image: its first reference, in the size drawn."""
+        assert given.reference_latents is not None, "a mask without the image that it is of"
+        if image.width * image.height <= self.tier.max_reference_pixels:
+            num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
             latents = given.reference_latents[:, :num_tokens]
         else:
-            latents = self.large_latents(picture)
+            latents = self.large_latents(image)
         weights = token_weights(mask, latents)
-        return replace(given, edit=InpaintInput(picture, mask, latents, weights))
+        return replace(given, edit=InpaintInput(image, mask, latents, weights))
 
-    def large_latents(self, picture: RgbImage) -> Tensor:
-        """Of a picture that is larger than a reference may be, above a megapixel tile by tile."""
+    def large_latents(self, image: RgbImage) -> Tensor:
+        """Of an image that is larger than a reference may be, above a megapixel tile by tile."""
         vae = self.pipeline.vae
-        pixels = self.pipeline.image_processor.preprocess(image_for(picture))
-        vae.use_tiling = picture.width * picture.height > MAX_WHOLE_PIXELS
+        pixels = self.pipeline.image_processor.preprocess(image_for(image))
+        vae.use_tiling = image.width * image.height > MAX_WHOLE_PIXELS
         try:
             latents, _ = self.pipeline.prepare_image_latents(
                 [pixels], batch_size=1, generator=None, device=self.device, dtype=vae.dtype
@@ -221,7 +221,7 @@ class Flux2:
 
     @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """Noise from a CPU generator, so that the device never changes the picture."""
+        """Noise from a CPU generator, so that the device never changes the image."""
         latents, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
@@ -267,7 +267,7 @@ class Flux2:
 
     @torch.inference_mode()
     def denoise(self, state: ImageState) -> ImageState:
-        """One Euler step along the transformer's velocity; what is kept of a picture, comes too."""
+        """One Euler step along the transformer's velocity; what is kept of an image, comes too."""
         velocity = self.velocity(state)
         dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
         latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
@@ -296,7 +296,7 @@ class Flux2:
 
     @torch.inference_mode()
     def preview(self, state: ImageState) -> RgbImage:
-        """The picture at the end of the last step's velocity: a flow is nearly straight."""
+        """The image at the end of the last step's velocity: a flow is nearly straight."""
         assert state.velocity is not None, "a preview that the canvas does not speak of"
         latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
         return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
@@ -336,7 +336,7 @@ def unpack_latents(state: ImageState) -> Tensor:
 
 def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
     """The checkpoint's pipeline with the rank's part of the transformer."""
-    folder = fetch(source, PICTURE_PARTS)
+    folder = fetch(source, IMAGE_PARTS)
     pipeline = load_pipeline(folder, placement)
     check_scheduler(pipeline.scheduler)
     deltas = lora_deltas(placement.loras, type(pipeline), placement.device)

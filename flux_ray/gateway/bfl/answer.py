@@ -38,7 +38,7 @@ class AsyncResponse(BaseModel):
 
 
 class Sample(BaseModel):
-    """The picture of a job that is ready: `sample` is where, until that expires."""
+    """The image of a job that is ready: `sample` is where, until that expires."""
 
     sample: str
     prompt: str
@@ -163,11 +163,11 @@ def sample_of(job: Job, url: str) -> Sample:
 
 
 def details_of(job: Job) -> dict[str, Any]:
-    """The tier, what was not heeded, the caller's own words, and why there is no picture."""
-    drawn = () if job.result is None else job.result.warnings
+    """The tier, what was not heeded, the caller's own words, and why there is no image."""
+    generated = () if job.result is None else job.result.warnings
     details: dict[str, Any] = {
         "served_model": job.tier,
-        "warnings": [*job.memo["warnings"], *drawn],
+        "warnings": [*job.memo["warnings"], *generated],
     }
     if job.metadata:
         details["metadata"] = job.metadata
@@ -179,7 +179,7 @@ def details_of(job: Job) -> dict[str, Any]:
 
 
 def message_for(job: Job, sample_url: str | None) -> bytes:
-    """The JSON body. `sample_url`: where the picture is, of a job that is ready."""
+    """The JSON body. `sample_url`: where the image is, of a job that is ready."""
     details = details_of(job)
     message: dict[str, Any] = {"id": job.job_id, "status": STATUSES[job.status]}
     if sample_url is not None:

@@ -31,7 +31,7 @@ RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 MIN_SIDE = 64
 # Of the documentation: 4 MP in all.
 MAX_PIXELS = 4 * 1024 * 1024
-PICTURE = "base64, with or without a data prefix, or a URL"
+IMAGE = "base64, with or without a data prefix, or a URL"
 # What these ask for is what is done.
 IDLE: dict[str, tuple[Any, ...]] = {
     "prompt_upsampling": (False,),
@@ -52,7 +52,7 @@ class BflFields(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, title="BflFields")
 
     prompt: str = Field("", description="may be empty where `image` is filled")
-    image: Any = Field(None, description=f"to fill: {PICTURE}")
+    image: Any = Field(None, description=f"to fill: {IMAGE}")
     seed: Whole | None = Field(
         None, ge=0, le=MAX_SEED, description="drawn and returned if absent or -1"
     )
@@ -152,8 +152,8 @@ def fields_schema() -> dict[str, Any]:
     schema = BflFields.model_json_schema()
     schema["properties"] = with_texts(schema["properties"])
     images = ("input_image", *(f"input_image_{number}" for number in range(2, 9)), "images", "mask")
-    schema["properties"] |= {name: {"description": f"{PICTURE}; or a list"} for name in images}
+    schema["properties"] |= {name: {"description": f"{IMAGE}; or a list"} for name in images}
     schema["properties"]["mask"] = {
-        "description": "of the first picture, white where it is drawn; or `image` has an alpha"
+        "description": "of the first image, white where it is drawn; or `image` has an alpha"
     }
     return schema

@@ -1,6 +1,6 @@
 """From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too.
 
-The pictures of BFL's routes: references in order, or one to fill where its mask says.
+The images of BFL's routes: references in order, or one to fill where its mask says.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ from flux_ray.gateway.fields.sizes import (
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
-from flux_ray.gateway.images.sources import RequestImages, read_pictures, read_with_alpha
+from flux_ray.gateway.images.sources import RequestImages, read_images, read_with_alpha
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.fields import MAX_NAMED_FIELDS, ImageFields, warnings_for
 from flux_ray.gateway.openai.references import sources_in_json
@@ -31,28 +31,28 @@ from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageFormat, ImageRequest
 
 
-async def pictures_of(
+async def images_of(
     sent: BflFields, target: ResolvedModel, limits: Limits, fetcher: Fetcher
 ) -> RequestImages:
     """All of them, decoded. As BFL has it, the alpha channel of `image` may be its mask."""
     to_fill = {} if sent.image is None else {"image": sent.image}
     taken = sources_in_json(to_fill | sent.others, target)
     if sent.image is None or taken.mask is not None or not taken.references:
-        return await read_pictures(taken, target, limits, fetcher, decode_painted_mask)
+        return await read_images(taken, target, limits, fetcher, decode_painted_mask)
     return await read_with_alpha(taken, target, limits, fetcher, decode_with_alpha)
 
 
-# Who asks for the result sees them come; a picture of few steps is there before a preview is.
+# Who asks for the result sees them come; an image of few steps is there before a preview is.
 NUM_PREVIEWS = 3
 MIN_PREVIEWED_STEPS = 8
 
 
 def job_request_for(
-    sent: BflFields, name: str, tier: Tier, limits: Limits, pictures: RequestImages
+    sent: BflFields, name: str, tier: Tier, limits: Limits, images: RequestImages
 ) -> ImageRequest:
     """The complete request; `name` is the route's, on which the format depends."""
-    fields = openai_fields(sent, name, tier, pictures.references)
-    request = request_for(fields, tier, limits, pictures.references, pictures.mask)
+    fields = openai_fields(sent, name, tier, images.references)
+    request = request_for(fields, tier, limits, images.references, images.mask)
     is_long = request.num_steps >= MIN_PREVIEWED_STEPS
     return replace(request, num_previews=NUM_PREVIEWS if is_long else 0)
 
@@ -142,11 +142,13 @@ def job_warnings_for(
         warnings.append(f"{sent.named('steps')} has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     warnings += size_notes(request)
-    drawn = request.output_size
+    generated = request.output_size
     width, height = map(round, pixels_for(sent, tier, references))
     is_too_fine = sent.resolution is not None and width * height > tier.max_pixels
     is_smaller = is_too_fine and not tier.scales_sizes
-    if is_smaller or (sent.width or drawn[0], sent.height or drawn[1]) != drawn:
-        warnings.append(f"{width}x{height} is drawn as {drawn[0]}x{drawn[1]} by {tier.name}")
+    if is_smaller or (sent.width or generated[0], sent.height or generated[1]) != generated:
+        warnings.append(
+            f"{width}x{height} is drawn as {generated[0]}x{generated[1]} by {tier.name}"
+        )
     unknown = (f"unknown field {each[:80]!r} was ignored" for each in sent.unknown)
     return (*warnings, *islice(unknown, MAX_NAMED_FIELDS))

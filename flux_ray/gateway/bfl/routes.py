@@ -26,7 +26,7 @@ from flux_ray.gateway.bfl.answer import (
     result_of,
 )
 from flux_ray.gateway.bfl.fields import BflFields, fields_schema, parse_body
-from flux_ray.gateway.bfl.request import job_request_for, job_warnings_for, pictures_of
+from flux_ray.gateway.bfl.request import images_of, job_request_for, job_warnings_for
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.errors import COMFY, GENERATE, BflFailure, path_of
 from flux_ray.gateway.images.fetch import Fetcher
@@ -54,14 +54,14 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
-    drawing = JobGenerator(router, args)
+    generation = JobGenerator(router, args)
     desk = JobService(
         args.jobs,
-        drawing.draw,
-        drawing.progress_of,
+        generation.generate,
+        generation.progress_of,
         mail,
-        drawing.preview_of,
-        drawing.standing_of,
+        generation.preview_of,
+        generation.standing_of,
         tiers=args.tiers,
     )
     return desk
@@ -132,7 +132,7 @@ class Bfl:
         """The endpoint of one model."""
 
         async def submit(request: Request) -> AsyncResponse:
-            """A job; its picture is there when `polling_url` says Ready."""
+            """A job; its image is there when `polling_url` says Ready."""
             return await self.submit(request, name)
 
         return submit
@@ -161,22 +161,22 @@ class Bfl:
     ) -> Job:
         """A new job, of which nobody has heard."""
         target = self.orders.target_of(http, name)
-        pictures = await pictures_of(sent, target, self.limits, self.fetcher)
+        images = await images_of(sent, target, self.limits, self.fetcher)
         order = await self.orders.take(
             http,
             target,
-            lambda tier: job_request_for(sent, name, tier, self.limits, pictures),
+            lambda tier: job_request_for(sent, name, tier, self.limits, images),
         )
         request = await self.jobs.choose(order)
-        read = sum(each.width * each.height for each in pictures.references) / 1e6
+        read = sum(each.width * each.height for each in images.references) / 1e6
         tier = tier_for(request.tier)
         memo = {
             "cost": round(self.orders.router.gpu_seconds(request), 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
             "warnings": (
-                *job_warnings_for(sent, name, request, tier, pictures.references),
-                *pictures.notes,
+                *job_warnings_for(sent, name, request, tier, images.references),
+                *images.notes,
             ),
         }
         metadata = sent.metadata or {}

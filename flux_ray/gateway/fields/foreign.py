@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.images.sources import is_picture, is_url
+from flux_ray.gateway.images.sources import is_image, is_url
 
 
 def names_in(text: str) -> frozenset[str]:
@@ -58,7 +58,7 @@ _REASONS = {
     "control_image control_images control_image_url control_net controlnet controlnets controls"
     " control_mode preprocessed_image canny_image depth_image edge_image": "control images are not"
     " served",
-    "image_prompt image_prompts image_prompt_url": "pictures as prompts are not served: send image"
+    "image_prompt image_prompts image_prompt_url": "images as prompts are not served: send image"
     " (on BFL's routes input_image)",
     "style_image style_images style_image_url style_reference style_reference_images face_image"
     " subject_reference character_reference character_reference_images pose_image redux_image"
@@ -172,7 +172,7 @@ def holds_image(name: str, value: Any) -> bool:
             waiting += each
         elif isinstance(each, str):
             text = each[:200].strip()
-            if is_picture(text) or (may_be_url and is_url(text)):
+            if is_image(text) or (may_be_url and is_url(text)):
                 return True
     return False
 

@@ -24,7 +24,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 def check_json(body: bytes) -> None:
     """Raises for a body of many small values: each becomes an object, a hundred times its bytes.
 
-    Pictures in base64 have none of these signs, and a prompt is short.
+    Images in base64 have none of these signs, and a prompt is short.
     """
     if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_JSON_VALUES:
         raise BadRequest("the body has too many values")

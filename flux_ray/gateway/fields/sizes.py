@@ -64,8 +64,8 @@ def size_notes(request: ImageRequest) -> list[str]:
     if request.encoding.scaled_to is None:
         return []
     asked = "{}x{}".format(*request.encoding.scaled_to)
-    drawn = f"{request.width}x{request.height}"
-    return [f"{request.tier} generates {drawn} best: the image was scaled from that to {asked}"]
+    generated = f"{request.width}x{request.height}"
+    return [f"{request.tier} generates {generated} best: the image was scaled from that to {asked}"]
 
 
 # Of BFL's documentation: sides between 1:4 and 4:1.
@@ -87,7 +87,7 @@ def parse_size(size: str, field: str = "size") -> tuple[int, int]:
 
 
 def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> None:
-    """Raises unless the tier draws pictures of that size; `fields` is where each side was sent."""
+    """Raises unless the tier draws images of that size; `fields` is where each side was sent."""
     if tier.scales_sizes:
         check_scaled(width, height, tier, fields)
         return

@@ -1,4 +1,4 @@
-"""Reference pictures: untrusted bytes to checked, upright RGB pixels."""
+"""Reference images: untrusted bytes to checked, upright RGB pixels."""
 
 import struct
 import zlib
@@ -79,7 +79,7 @@ class Opened(NamedTuple):
 
 
 def decode(data: bytes, limits: Limits, name: str) -> RgbImage:
-    """The picture in `data`; errors call it by `name`, never by the client's file name.
+    """The image in `data`; errors call it by `name`, never by the client's file name.
 
     Overloaded if this gateway holds as many bytes as it may.
     """
@@ -109,7 +109,7 @@ def scaled_reference(rgb: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def whole_image(raster: RgbImage, max_pixels: Collection[int]) -> SentImage:
-    """Of a picture under a mask: the size that is drawn will say how it is scaled."""
+    """Of an image under a mask: the size that is drawn will say how it is scaled."""
     return SentImage(raster.width, raster.height, dict.fromkeys(max_pixels, raster))
 
 
@@ -132,7 +132,7 @@ def is_large(data: bytes, limits: Limits, name: str) -> bool:
 
 
 def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
-    """What is made of the picture, upright; it is measured before it is decoded.
+    """What is made of the image, upright; it is measured before it is decoded.
 
     Raises BadReference, also where decoding takes more work than it may.
     """
@@ -145,7 +145,7 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
 
 
 def opened(data: bytes, limits: Limits, name: str) -> Opened:
-    """The picture with nothing but its head read, which takes no time. Raises BadReference."""
+    """The image with nothing but its head read, which takes no time. Raises BadReference."""
     if len(data) > limits.max_image_bytes:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
     work = DecodeWork(limits.max_decode_s, name)
@@ -155,7 +155,7 @@ def opened(data: bytes, limits: Limits, name: str) -> Opened:
     try:
         image = work.open(data if jpeg is None else jpeg.data)
     except BROKEN:
-        raise BadReference(f"{name} is not a PNG, JPEG or WebP picture", "image") from None
+        raise BadReference(f"{name} is not a PNG, JPEG or WebP image", "image") from None
     check_size(image.size, limits, name)
     if jpeg is not None and jpeg.is_costly(image.width * image.height, limits.max_image_pixels):
         raise work.exceeded()

@@ -111,7 +111,7 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-# A name server that never answers keeps a thread: not one of those that decode pictures.
+# A name server that never answers keeps a thread: not one of those that decode images.
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")
 HEADERS = {
     "accept": "image/*",
@@ -131,7 +131,7 @@ class Fetcher:
     async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
         """The bytes behind the URL, not after `until_s` of the loop's clock.
 
-        BadReference calls the picture by `name`, and says nothing of what answered.
+        BadReference calls the image by `name`, and says nothing of what answered.
         """
         if not self.fetching.enabled:
             raise BadReference(f"{name}: this gateway does not fetch URLs", "url")
@@ -156,7 +156,7 @@ async def read_stream(client: httpx.AsyncClient, url: str, max_bytes: int, name:
     async with client.stream("GET", url) as answer:
         packing = answer.headers.get("content-encoding", "identity")
         if answer.status_code != 200 or packing != "identity":
-            raise BadReference(f"{name}: its URL did not answer with a picture", "url")
+            raise BadReference(f"{name}: its URL did not answer with an image", "url")
         told = answer.headers.get("content-length", "")
         if told.isdecimal() and (len(told) > 18 or int(told) > max_bytes):
             raise too_large

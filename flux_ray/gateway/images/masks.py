@@ -10,7 +10,7 @@ from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_
 from flux_ray.gateway.images.file_formats import DECODERS, FIRST
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest, Mask, RgbImage
-from flux_ray.resizing import fit_mask, fit_picture
+from flux_ray.resizing import fit_image, fit_mask
 
 MARK_TRANSPARENT = [255] + [0] * 255
 MARK_LIGHT = [0] * 128 + [255] * 128
@@ -49,7 +49,7 @@ def painted_mask_from(image: Image.Image) -> Mask:
 
 
 def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask]:
-    """A picture whose alpha channel is its mask."""
+    """An image whose alpha channel is its mask."""
     raster, mask = decode_erased(data, limits, name)
     if mask is None:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
@@ -57,7 +57,7 @@ def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[RgbImage,
 
 
 def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask | None]:
-    """A picture, and the mask of its fully transparent pixels, if it has any."""
+    """An image, and the mask of its fully transparent pixels, if it has any."""
     rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
     return raster_from(rgb, limits), counted_mask(mask, limits) if 255 in mask.marks else None
 
@@ -68,7 +68,7 @@ def counted_mask(mask: Mask, limits: Limits) -> Mask:
 
 
 async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """The request with its mask, and the picture that it is of, in the size that is drawn.
+    """The request with its mask, and the image that it is of, in the size that is drawn.
 
     To the pixel what a rank makes of them. Overloaded.
     """
@@ -79,17 +79,17 @@ async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
 
 def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
     """Scale what has another size."""
-    size, mask, (picture, *others) = (
+    size, mask, (image, *others) = (
         (request.width, request.height),
         request.mask,
         request.references,
     )
     assert mask is not None, "nothing says what is drawn of it"
-    if (picture.width, picture.height) != size:
-        picture = counted(fit_picture(picture, size), limits)
+    if (image.width, image.height) != size:
+        image = counted(fit_image(image, size), limits)
     if (mask.width, mask.height) != size:
         mask = counted_mask(fit_mask(mask, size), limits)
-    return replace(request, references=(picture, *others), mask=mask)
+    return replace(request, references=(image, *others), mask=mask)
 
 
 def mask_from(image: Image.Image) -> Mask:

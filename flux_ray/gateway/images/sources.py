@@ -1,4 +1,4 @@
-"""Reference pictures and masks wherever they come from: a file part, base64, or a URL."""
+"""Reference images and masks wherever they come from: a file part, base64, or a URL."""
 
 import asyncio
 import binascii
@@ -30,7 +30,7 @@ Read = TypeVar("Read")
 
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 # What PNG, JPEG and WEBP begin with in base64; no prompt is one long word.
-_PICTURE = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|UklGR)\S{50}", re.IGNORECASE)
+_IMAGE = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|UklGR)\S{50}", re.IGNORECASE)
 _LISTED = re.compile(r"\[[0-9]{0,3}\]$")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
 # Both alphabets, and no line breaks.
@@ -39,7 +39,7 @@ _BREAKS = b" \t\r\n"
 
 
 class ImageSource(NamedTuple):
-    """One picture as it was sent, and the field that it was sent in."""
+    """One image as it was sent, and the field that it was sent in."""
 
     field: str
     content: UploadFile | str
@@ -68,14 +68,14 @@ class RequestImages(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-async def read_pictures(
+async def read_images(
     sources: ImageSources,
     target: ResolvedModel,
     limits: Limits,
     fetcher: Fetcher,
     read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
 ) -> RequestImages:
-    """The decoded pictures, one at a time, so that one only is in memory undecoded and unscaled.
+    """The decoded images, one at a time, so that one only is in memory undecoded and unscaled.
 
     Under a mask the first is left as it is: its scaled size is not known yet. `read_mask`: what of
     a mask is marked differs by dialect.
@@ -85,8 +85,8 @@ async def read_pictures(
         references = await reader.read_references(sources.references)
         return RequestImages(references, None, tuple(reader.notes))
     first, *others = sources.references
-    picture = whole_image(await reader.read(first, "image 1", decode), reader.max_pixels)
-    references = (picture, *await reader.read_references(others, first=2))
+    image = whole_image(await reader.read(first, "image 1", decode), reader.max_pixels)
+    references = (image, *await reader.read_references(others, first=2))
     mask = await reader.read(sources.mask, "mask", read_mask)
     return RequestImages(references, mask, tuple(reader.notes))
 
@@ -98,12 +98,12 @@ async def read_with_alpha(
     fetcher: Fetcher,
     decode_first: Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]],
 ) -> RequestImages:
-    """The decoded pictures, where the first one's alpha channel may be its mask."""
+    """The decoded images, where the first one's alpha channel may be its mask."""
     reader = reader_for(target, limits, fetcher)
     first, *others = sources.references
     raster, mask = await reader.read(first, "image 1", decode_first)
-    picture = whole_image(raster, reader.max_pixels)
-    references = (picture, *await reader.read_references(others, first=2))
+    image = whole_image(raster, reader.max_pixels)
+    references = (image, *await reader.read_references(others, first=2))
     return RequestImages(references, mask, tuple(reader.notes))
 
 
@@ -117,11 +117,11 @@ def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "Imag
 
 @dataclass
 class ImageReader:
-    """Reads pictures of one request, not after `until_s` of the loop's clock.
+    """Reads images of one request, not after `until_s` of the loop's clock.
 
     `max_pixels`: what the tiers that may serve it scale references down to. `order`: of requests
     that decode, those that came before it come first. `notes`: what the caller is to be told of
-    the pictures that were read.
+    the images that were read.
     """
 
     limits: Limits
@@ -134,7 +134,7 @@ class ImageReader:
     async def read_references(
         self, sources: list[ImageSource], first: int = 1
     ) -> tuple[SentImage, ...]:
-        """The pictures, of which the first is called number `first`."""
+        """The images, of which the first is called number `first`."""
         decode = partial(decode_reference, max_pixels=self.max_pixels)
         return tuple(
             [
@@ -146,7 +146,7 @@ class ImageReader:
     async def read(
         self, source: ImageSource, name: str, decode: Callable[[bytes, Limits, str], Read]
     ) -> Read:
-        """One picture; decoding takes a while, so it is done off the event loop."""
+        """One image; decoding takes a while, so it is done off the event loop."""
         content, limits = source.content, self.limits
         if isinstance(content, str):
             # Some clients end lines before a data URL, too.
@@ -177,9 +177,9 @@ def is_url(text: str) -> bool:
     return bool(_SCHEME.match(text)) and text[:5].lower() != "data:"
 
 
-def is_picture(text: str) -> bool:
-    """Whether that is base64 of a picture, and not words."""
-    return _PICTURE.match(text[:200].lstrip()) is not None
+def is_image(text: str) -> bool:
+    """Whether that is base64 of an image, and not words."""
+    return _IMAGE.match(text[:200].lstrip()) is not None
 
 
 def decode_base64(text: str, limits: Limits, name: str) -> bytes:

@@ -23,8 +23,8 @@ from flux_ray.gateway.http import HEADERS, MEDIA_TYPE, event_text, kept_alive
 from flux_ray.gateway.openai.fields import ImageFields, warnings_of
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import (
-    Draw,
     Finished,
+    Generate,
     GeneratedImage,
     Hear,
     ImageFormat,
@@ -38,8 +38,8 @@ from flux_ray.request import (
 )
 from flux_ray.router.cascade import cascade
 
-# As pydantic writes a picture whose base64 is to come.
-NO_PICTURE = b'"b64_json":""'
+# As pydantic writes an image whose base64 is to come.
+NO_IMAGE = b'"b64_json":""'
 
 
 class AnsweredImage(BaseModel):
@@ -58,7 +58,7 @@ class InputDetails(BaseModel):
 
 
 class TokenUsage(BaseModel):
-    """Tokens as the transformer counts them: padded text, and patches of pictures."""
+    """Tokens as the transformer counts them: padded text, and patches of images."""
 
     input_tokens: int
     output_tokens: int
@@ -67,7 +67,7 @@ class TokenUsage(BaseModel):
 
 
 class Answer(BaseModel):
-    """OpenAI's fields, then ours: id, model, warnings, and every picture's seed."""
+    """OpenAI's fields, then ours: id, model, warnings, and every image's seed."""
 
     created: int
     data: list[AnsweredImage]
@@ -89,7 +89,7 @@ def answer_for(
     """The whole answer; `started_s` is when the request came, on the monotonic clock."""
     answer = Answer(
         created=int(time.time()),
-        data=pictures_of(result, urls),
+        data=images_of(result, urls),
         output_format=request.encoding.format,
         size="{}x{}".format(*request.output_size),
         usage=usage_for(request),
@@ -104,11 +104,11 @@ def answer_for(
     }
     body = answer.model_dump_json(exclude_none=True).encode()
     if urls is None:
-        body = with_pictures(body, result)
+        body = with_images(body, result)
     return Response(body, media_type="application/json", headers=headers)
 
 
-def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[AnsweredImage]:
+def images_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[AnsweredImage]:
     """By their URLs where there are any; else without their base64, which is put in as bytes."""
     if urls is not None:
         pairs = zip(urls, result.images, strict=True)
@@ -116,13 +116,13 @@ def pictures_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[Answe
     return [AnsweredImage(b64_json="", seed=image.seed) for image in result.images]
 
 
-def with_pictures(body: bytes, result: ImageResult) -> bytes:
+def with_images(body: bytes, result: ImageResult) -> bytes:
     """Put the images as base64 into an answer's JSON, in which their places are empty.
 
     Megabytes of text take pydantic longer than base64 itself: it copies and scans them thrice. No
     text of a client's stands before `data`, so that the first empty places are the images'.
     """
-    before, *after = body.split(NO_PICTURE, len(result.images))
+    before, *after = body.split(NO_IMAGE, len(result.images))
     parts = [before]
     for image, rest in zip(result.images, after, strict=True):
         parts += [b'"b64_json":"', base64.b64encode(image.data), b'"', rest]
@@ -151,7 +151,7 @@ def reference_tokens(width: int, height: int, tier: Tier) -> int:
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:
-    """The transformer's tokens of a picture; what is left over at its sides is cut."""
+    """The transformer's tokens of an image; what is left over at its sides is cut."""
     return (width // tier.size_multiple) * (height // tier.size_multiple)
 
 
@@ -174,7 +174,7 @@ Kind = Literal["image_generation", "image_edit"]
 
 
 class StreamEvent(BaseModel):
-    """OpenAI's fields, then ours. A preview has an index, and a picture what it took."""
+    """OpenAI's fields, then ours. A preview has an index, and an image what it took."""
 
     type: str
     b64_json: str
@@ -191,17 +191,17 @@ class StreamEvent(BaseModel):
     warnings: list[str] = []
 
 
-def drawing_of(orders: Submitter, order: PreparedRequest) -> Draw:
+def generation_of(orders: Submitter, order: PreparedRequest) -> Generate:
     """Return how the order's images are drawn, by its target's policy."""
     best, *others = order.requests
     if order.target.alias.policy != "cascade" or not others:
-        return lambda hear: orders.draw(order, hear)
+        return lambda hear: orders.generate(order, hear)
     # The fast tier's image is the preview.
     early, late = (replace(each, num_previews=0) for each in (others[-1], best))
     # The images of two tiers are not one run that could be found again.
     caller = replace(order.caller, retry=None)
 
-    async def draw(hear: Hear) -> ImageResult:
+    async def generate(hear: Hear) -> ImageResult:
         """Let the fast tier's images be heard as previews."""
         result: ImageResult | None = None
         parts = cascade(orders.router, early, late, caller, hear)
@@ -213,7 +213,7 @@ def drawing_of(orders: Submitter, order: PreparedRequest) -> Draw:
         assert result is not None, "a cascade ends with the images or an error"
         return result
 
-    return draw
+    return generate
 
 
 async def stream(
@@ -221,7 +221,7 @@ async def stream(
 ) -> StreamingResponse:
     """Answer with events; what goes wrong at once is raised, for a plain answer."""
     telling = EventWriter(order, fields, kind)
-    texts = kept_alive(telling.texts(drawing_of(orders, order)), telling.standing)
+    texts = kept_alive(telling.texts(generation_of(orders, order)), telling.standing)
     first = await anext(texts)
 
     async def all_texts() -> AsyncIterator[str]:
@@ -254,9 +254,9 @@ class EventWriter:
         """Say where the request stands: in the queue, or how far it has come."""
         return self._standing
 
-    async def texts(self, draw: Draw) -> AsyncGenerator[str, None]:
+    async def texts(self, generate: Generate) -> AsyncGenerator[str, None]:
         """Yield an event for each preview and image."""
-        async with aclosing(follow(draw)) as news:
+        async with aclosing(follow(generate)) as news:
             async for each in news:
                 for event in self._events_of(each):
                     yield event_text(event.type, event)
@@ -280,10 +280,10 @@ class EventWriter:
     def _event_of(
         self,
         image: GeneratedImage,
-        drawn: ImageResult | Preview | Finished,
+        generated: ImageResult | Preview | Finished,
         index: int | None = None,
     ) -> StreamEvent:
-        request = self._order.request_of(drawn)
+        request = self._order.request_of(generated)
         is_final = index is None
         return StreamEvent(
             type=f"{self._kind}.{'completed' if is_final else 'partial_image'}",
@@ -296,7 +296,7 @@ class EventWriter:
             id=request.request_id,
             model=request.tier,
             seed=image.seed,
-            warnings=[*warnings_of(self._fields, drawn), *self._order.notes_on(drawn)],
+            warnings=[*warnings_of(self._fields, generated), *self._order.notes_on(generated)],
         )
 
 

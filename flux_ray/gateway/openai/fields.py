@@ -52,7 +52,7 @@ Format = Literal["png", "jpeg", "webp"]
 
 
 class ImageFields(BaseModel):
-    """What a client may send besides pictures; unknown fields are named in the answer."""
+    """What a client may send besides images; unknown fields are named in the answer."""
 
     model_config = ConfigDict(extra="allow", frozen=True, title="ImageFields")
 
@@ -71,7 +71,7 @@ class ImageFields(BaseModel):
     guidance_scale: Guidance | None = Field(None, description="or `guidance`, or `cfg_scale`")
     negative_prompt: str | None = None
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="`url` where the gateway keeps pictures"
+        None, description="`url` where the gateway keeps images"
     )
     output_format: Format | None = None
     output_compression: Whole | None = Field(
@@ -84,7 +84,7 @@ class ImageFields(BaseModel):
         None, description="server-sent events; previews where the model is a cascade"
     )
     partial_images: Whole | None = Field(
-        None, ge=0, le=3, description="with `stream`: previews of each picture while it is drawn"
+        None, ge=0, le=3, description="with `stream`: previews of each image while it is drawn"
     )
     quality: str | None = Field(
         None,
@@ -190,10 +190,10 @@ def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
 MAX_NAMED_FIELDS = 20
 
 
-def warnings_of(fields: ImageFields, drawn: ImageResult | Preview | Finished) -> list[str]:
+def warnings_of(fields: ImageFields, generated: ImageResult | Preview | Finished) -> list[str]:
     """All that is to be said: of the fields first, then what its replica had to say."""
-    said = drawn.warnings if isinstance(drawn, ImageResult) else ()
-    return [*warnings_for(fields, tier_for(drawn.tier)), *said]
+    said = generated.warnings if isinstance(generated, ImageResult) else ()
+    return [*warnings_for(fields, tier_for(generated.tier)), *said]
 
 
 def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:

@@ -1,4 +1,4 @@
-"""The fields in which clients of OpenAI's routes, and of its kin, send pictures and masks.
+"""The fields in which clients of OpenAI's routes, and of its kin, send images and masks.
 
 The multipart body of an edit: how it is read, whether it is whole, and its text parts.
 """
@@ -27,13 +27,13 @@ from flux_ray.gateway.model_names import ResolvedModel
 # What OpenAPI shows of the names that gateway/fields/foreign.py knows.
 REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")
 MASK_NAMES = ("mask", "mask_image")
-# How a picture may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
+# How an image may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
 WRAPPERS = ("image_url", "url", "b64_json", "image", "data", "base64")
 MAX_DEPTH = 4
 
 
 def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSources:
-    """The pictures of a JSON body, by their numbers, then in its order."""
+    """The images of a JSON body, by their numbers, then in its order."""
 
     def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
         names = sorted(filter(is_wanted, fields), key=number_of)
@@ -49,7 +49,7 @@ def is_image_or_mask_name(name: str) -> bool:
 
 
 def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
-    """The same, which the fields then have no more: they are kept for longer than the pictures."""
+    """The same, which the fields then have no more: they are kept for longer than the images."""
     sources = sources_in_json(fields, target)
     for name in [each for each in fields if is_image_name(each) or is_mask_name(each)]:
         del fields[name]
@@ -57,7 +57,7 @@ def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
 
 
 def sources_in_form(form: FormData, target: ResolvedModel) -> ImageSources:
-    """The pictures of a form, as files or as text, by their numbers, then in its order."""
+    """The images of a form, as files or as text, by their numbers, then in its order."""
     parts = [(name, value) for name, value in form.multi_items() if not is_unfilled(value)]
 
     def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
@@ -95,7 +95,7 @@ def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[ImageS
 def checked(
     references: Iterator[ImageSource], masks: Iterator[ImageSource], target: ResolvedModel
 ) -> ImageSources:
-    """As many as there may be: of masks one, and none without a picture."""
+    """As many as there may be: of masks one, and none without an image."""
     sources = ImageSources(counted(references, target), next(masks, None))
     if sources.mask is not None and next(masks, None) is not None:
         raise BadRequest("there can be one mask only", sources.mask.param)
@@ -118,19 +118,19 @@ def counted(sources: Iterator[ImageSource], target: ResolvedModel) -> list[Image
 MAX_FORM_FILES = 32
 MAX_FORM_FIELDS = 64
 UTF_8 = ("utf-8", "utf8")
-PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
+IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
 
 
 class WholeFormParser(MultiPartParser):
     """Reads a form, and knows whether it ended as one does.
 
-    A part that holds a picture's bytes is a file, though it may have no file name.
+    A part that holds an image's bytes is a file, though it may have no file name.
     """
 
     is_whole = False
 
     def on_part_end(self) -> None:
-        """Keep the bytes of a picture, which as text would be lost."""
+        """Keep the bytes of an image, which as text would be lost."""
         part = self._current_part
         if part.file is None and is_image_or_mask_name(part.field_name) and is_binary(part.data):
             file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
@@ -150,7 +150,7 @@ class WholeFormParser(MultiPartParser):
 
 def is_binary(data: bytearray) -> bool:
     """Whether that is a file's bytes rather than base64 or a URL."""
-    return data.startswith(PICTURE_STARTS) or not data[:64].isascii()
+    return data.startswith(IMAGE_STARTS) or not data[:64].isascii()
 
 
 @asynccontextmanager
@@ -204,13 +204,13 @@ def form_fault(detail: str) -> BadRequest:
 
 
 def text_parts(form: FormData) -> dict[str, str]:
-    """The parts that are no pictures and not empty, each name once."""
+    """The parts that are no images and not empty, each name once."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
         if is_image_or_mask_name(name) or (is_unfilled(value) and name != "prompt"):
             continue
         if isinstance(value, UploadFile):
-            raise BadRequest(f"{name[:80]} is no picture that is read here", name[:80])
+            raise BadRequest(f"{name[:80]} is no image that is read here", name[:80])
         if name in parts:
             raise BadRequest(f"{name[:80]} was sent twice", name[:80])
         parts[name] = value

@@ -21,7 +21,7 @@ from flux_ray.gateway.openai.fields import MAX_SEED, ImageFields
 from flux_ray.request import Encoding, ImageRequest, Mask
 
 # JavaScript reads integers exactly up to 2**53.
-DRAWN_SEEDS = 2**32
+GENERATED_SEEDS = 2**32
 
 
 def request_for(
@@ -46,7 +46,7 @@ def request_for(
     asked = size_for(fields, tier, references)
     width, height = generated_size(*asked, tier)
     if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
-        # The picture is a reference too, in that size.
+        # The image is a reference too, in that size.
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
     return ImageRequest(
         request_id=uuid.uuid4().hex,
@@ -66,7 +66,7 @@ def request_for(
 
 
 def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
-    """Of the first picture, on a tier that heeds it."""
+    """Of the first image, on a tier that heeds it."""
     if not tier.takes_mask:
         raise BadRequest(f"{tier.name} takes no masks", "mask")
     if not references:
@@ -130,7 +130,7 @@ def steps_for(fields: ImageFields, tier: Tier) -> int:
 
 
 def guidance_for(fields: ImageFields, tier: Tier) -> float:
-    """The caller's only where it changes the picture."""
+    """The caller's only where it changes the image."""
     if fields.guidance_scale is None or not tier.is_guided:
         return tier.guidance
     return fields.guidance_scale
@@ -139,7 +139,7 @@ def guidance_for(fields: ImageFields, tier: Tier) -> float:
 def seed_for(fields: ImageFields, num_images: int) -> int:
     """The first image's seed; the last one's must be a seed too."""
     if fields.seed is None:
-        return secrets.randbelow(DRAWN_SEEDS)
+        return secrets.randbelow(GENERATED_SEEDS)
     if fields.seed + num_images - 1 > MAX_SEED:
         raise BadRequest(f"seed + n - 1 must be at most {MAX_SEED}", "seed")
     return fields.seed

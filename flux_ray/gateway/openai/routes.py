@@ -17,7 +17,7 @@ from flux_ray.gateway.images.masks import decode_erased
 from flux_ray.gateway.images.sources import (
     ImageSources,
     RequestImages,
-    read_pictures,
+    read_images,
     read_with_alpha,
 )
 from flux_ray.gateway.model_names import ResolvedModel
@@ -40,18 +40,18 @@ JSON = "application/json"
 FORM = "multipart/form-data"
 # Aliases of that name stand for OpenAI's, whose clients read URLs unless they ask otherwise.
 URL_MODELS = "dall-e-"
-# Of that name, a picture without a mask is edited where it is transparent, as OpenAI has it.
+# Of that name, an image without a mask is edited where it is transparent, as OpenAI has it.
 ALPHA_MODELS = "dall-e-2"
 EVENTS = {
     "type": "object",
-    "description": "with `stream`: previews, where asked for or of a cascade, and the pictures",
+    "description": "with `stream`: previews, where asked for or of a cascade, and the images",
     "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
     "required": ["event", "data"],
 }
 
 
 class OpenAIImages:
-    """The two routes. `kept`: where answers by URL keep their pictures; None if nowhere."""
+    """The two routes. `kept`: where answers by URL keep their images; None if nowhere."""
 
     def __init__(
         self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptImages | None
@@ -79,14 +79,14 @@ class OpenAIImages:
         return routes
 
     async def generations(self, request: Request) -> Response:
-        """Pictures from words, and from reference pictures where clients send some here."""
+        """Images from words, and from reference images where clients send some here."""
         started_s = time.monotonic()
         content_type_of(request, JSON)
         fields, order = await self.read_json(request)
         return await self.generate(request, fields, order, started_s)
 
     async def edits(self, request: Request) -> Response:
-        """Pictures from words and one or more reference pictures."""
+        """Images from words and one or more reference images."""
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
             fields, order = await self.read_json(request, is_edit=True)
@@ -118,30 +118,30 @@ class OpenAIImages:
     def target_of(self, request: Request, fields: ImageFields) -> ResolvedModel:
         """Of whom it is asked, if this gateway answers in that way."""
         if fields.response_format == "url" and self.kept is None:
-            message = "this gateway keeps no pictures to answer by URL: use b64_json"
+            message = "this gateway keeps no images to answer by URL: use b64_json"
             raise BadRequest(message, "response_format")
         return self.orders.target_of(request, fields.model)
 
-    async def read_pictures(
+    async def read_images(
         self, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> RequestImages:
-        """The pictures, within this gateway's limits."""
+        """The images, within this gateway's limits."""
         limits, fetcher = self.limits, self.fetcher
         is_alone = sources.mask is None and bool(sources.references)
         if is_alone and (fields.model or "").startswith(ALPHA_MODELS):
             return await read_with_alpha(sources, target, limits, fetcher, decode_erased)
-        return await read_pictures(sources, target, limits, fetcher)
+        return await read_images(sources, target, limits, fetcher)
 
     async def order(
         self, http: Request, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> PreparedRequest:
-        """The order, with its pictures as the tiers take them."""
-        pictures = await self.read_pictures(fields, target, sources)
+        """The order, with its images as the tiers take them."""
+        images = await self.read_images(fields, target, sources)
         order = await self.orders.take(
             http,
             target,
-            lambda tier: request_for(fields, tier, self.limits, pictures.references, pictures.mask),
-            pictures.notes,
+            lambda tier: request_for(fields, tier, self.limits, images.references, images.mask),
+            images.notes,
         )
         return await self.orders.named(http, order, fields.seed)
 
@@ -155,26 +155,26 @@ class OpenAIImages:
             streamed = await stream(self.orders, order, fields, kind)
             streamed.headers.update(self.orders.limit_headers(order))
             return streamed
-        result = await self.orders.draw(order)
+        result = await self.orders.generate(order)
         warnings = [*warnings_of(fields, result), *order.notes_on(result)]
-        drawn = order.request_of(result)
+        generated = order.request_of(result)
         urls = None
         if self.kept is not None and wants_url(fields):
-            urls = await self.kept.urls_of(order.caller.key, drawn, result)
-        answer = answer_for(drawn, result, warnings, started_s, urls)
+            urls = await self.kept.urls_of(order.caller.key, generated, result)
+        answer = answer_for(generated, result, warnings, started_s, urls)
         answer.headers.update(self.orders.limit_headers(order))
         return answer
 
 
 def wants_url(fields: ImageFields) -> bool:
-    """Whether the pictures are to be fetched: also who says nothing, of models that do so then."""
+    """Whether the images are to be fetched: also who says nothing, of models that do so then."""
     if fields.response_format is None:
         return (fields.model or "").startswith(URL_MODELS)
     return fields.response_format == "url"
 
 
 def required(sources: ImageSources) -> ImageSources:
-    """An edit without a picture is a mistake."""
+    """An edit without an image is a mistake."""
     if not sources.references:
         raise BadReference("image is required", "image")
     return sources

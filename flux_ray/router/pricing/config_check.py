@@ -12,7 +12,7 @@ from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 
 
 def check_possible(args: GatewayArgs) -> None:
-    """ValueError names a key that leaves no tier enough for its default picture."""
+    """ValueError names a key that leaves no tier enough for its default image."""
     for tier, deadline_s in args.deadlines.items():
         check_deadline(f"deadlines.{tier}", deadline_s, (tier,), args.card)
     for name, key_class in args.key_classes.items():
@@ -29,29 +29,29 @@ def check_possible(args: GatewayArgs) -> None:
 
 
 def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card: str) -> None:
-    """It suffices for a default picture of one of the tiers; quantized, that may be half."""
+    """It suffices for a default image of one of the tiers; quantized, that may be half."""
     least_s = min(default_s(tier, ReplicaSpec(card)) for tier in tiers)
     if max_gpu_seconds < least_s / 2:
         raise ValueError(
-            f"aliases.{name}.max_gpu_seconds: {max_gpu_seconds:g} is impossible: a default picture"
+            f"aliases.{name}.max_gpu_seconds: {max_gpu_seconds:g} is impossible: a default image"
             f" takes {least_s:.2g}"
         )
 
 
 def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: str) -> None:
-    """It suffices for a default picture of one of the tiers."""
+    """It suffices for a default image of one of the tiers."""
     # The fastest that eight cards make of any tier: split by tokens, with weights of a byte.
     layout = ReplicaSpec(card, tensor=2, sequence=4, quantization="fp8", encoder_quantization="fp8")
     least_s = min(default_s(tier, layout) for tier in tiers)
     if deadline_s < least_s:
         raise ValueError(
-            f"{key}: {deadline_s:g} s is impossible: a default picture takes {least_s:.2g} s on"
+            f"{key}: {deadline_s:g} s is impossible: a default image takes {least_s:.2g} s on"
             f" eight cards of {card}"
         )
 
 
 def default_s(tier: str, layout: ReplicaSpec) -> float:
-    """Seconds of a replica for a tier's default picture."""
+    """Seconds of a replica for a tier's default image."""
     row = tier_for(tier)
     return price(
         RequestShape(tier, row.default_side, row.default_side, row.num_steps), layout

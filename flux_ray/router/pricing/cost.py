@@ -190,8 +190,8 @@ class ReplicaSpec:
 class RequestShape:
     """What of a request makes it long; `references` are pixels of each, as the model takes it.
 
-    `is_masked`: a part of a picture is drawn, the first reference. `num_previews` is of each
-    picture. Guidance is no part of it: every tier is distilled, and a step is one forward. Nor are
+    `is_masked`: a part of an image is drawn, the first reference. `num_previews` is of each
+    image. Guidance is no part of it: every tier is distilled, and a step is one forward. Nor are
     files: they are made while the replica does something else.
     """
 
@@ -206,17 +206,17 @@ class RequestShape:
 
     @property
     def num_decoded(self) -> int:
-        """How many times a picture is decoded."""
+        """How many times an image is decoded."""
         return self.num_images * (1 + self.num_previews)
 
     @property
     def pixels(self) -> int:
-        """Of one picture."""
+        """Of one image."""
         return self.width * self.height
 
     @property
     def is_encoded_apart(self) -> bool:
-        """Whether the picture under a mask is larger than the reference that is made of it."""
+        """Whether the image under a mask is larger than the reference that is made of it."""
         return self.is_masked and self.pixels > tier_for(self.tier).max_reference_pixels
 
     @property
@@ -226,7 +226,7 @@ class RequestShape:
 
     @property
     def num_tokens(self) -> int:
-        """Of text, picture and references: what each step computes."""
+        """Of text, image and references: what each step computes."""
         tokens = (self.pixels + sum(self.references)) // TOKEN_SIDE**2
         return tier_for(self.tier).text_length + tokens
 
@@ -267,7 +267,7 @@ def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
     return Cost(
         encode_s=sum(encode_parts_s(work, layout)) + edit_s(work, roofline),
         denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
-        decode_s=picture_s(work, roofline) * work.num_decoded,
+        decode_s=image_s(work, roofline) * work.num_decoded,
     )
 
 
@@ -277,13 +277,13 @@ def roofline_of(layout: ReplicaSpec) -> Roofline:
 
 
 def encode_parts_s(work: RequestShape, layout: ReplicaSpec) -> tuple[float, float]:
-    """The prompt, and the references with the pictures' noise."""
+    """The prompt, and the references with the images' noise."""
     roofline = roofline_of(layout)
     return prompt_s(work, layout, roofline), references_s(work, roofline)
 
 
 def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
-    """One denoise step of one picture."""
+    """One denoise step of one image."""
     model = WORKLOADS[work.tier].transformer
     split = Split(layout.tensor, layout.sequence, layout.quantization)
     seconds = roofline.products_s(
@@ -293,7 +293,7 @@ def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float
         num_weights=model.num_block_weights,
         num_whole_weights=model.num_other_weights,
     )
-    # In a double block text and picture have outputs of attention and MLP each, half as large.
+    # In a double block text and image have outputs of attention and MLP each, half as large.
     exchange = Exchange(
         num_activations=work.num_tokens * model.width,
         num_reduced=model.num_single_blocks + 2 * model.num_double_blocks,
@@ -328,7 +328,7 @@ def encoder_ranks(layout: ReplicaSpec, num_heads: int) -> int:
 
 
 def references_s(work: RequestShape, roofline: Roofline) -> float:
-    """The references in the VAE, one by one on every rank, and each picture's noise."""
+    """The references in the VAE, one by one on every rank, and each image's noise."""
     vae = WORKLOADS[work.tier].vae
     each = (
         roofline.launched_s(roofline.flops_s(vae.encode_flops(pixels)), NUM_VAE_BLOCKS)
@@ -338,14 +338,14 @@ def references_s(work: RequestShape, roofline: Roofline) -> float:
 
 
 def edit_s(work: RequestShape, roofline: Roofline) -> float:
-    """The picture under a mask in the VAE, where it is no reference as it is."""
+    """The image under a mask in the VAE, where it is no reference as it is."""
     if not work.is_encoded_apart:
         return 0.0
     flops = WORKLOADS[work.tier].vae.edit_flops(work.width, work.height)
     return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)
 
 
-def picture_s(work: RequestShape, roofline: Roofline) -> float:
-    """One picture through the VAE on one rank."""
+def image_s(work: RequestShape, roofline: Roofline) -> float:
+    """One image through the VAE on one rank."""
     flops = WORKLOADS[work.tier].vae.decode_flops(work.width, work.height)
     return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)

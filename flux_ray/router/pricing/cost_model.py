@@ -41,9 +41,9 @@ NUM_BUCKETS = 64
 
 @dataclass(frozen=True)
 class Observation:
-    """A stage of one request, in seconds of one step, one picture or one prompt.
+    """A stage of one request, in seconds of one step, one image or one prompt.
 
-    `size` is what the stage works on: tokens of a step, pixels of a picture, of all references.
+    `size` is what the stage works on: tokens of a step, pixels of an image, of all references.
     `prior_s` is the roofline's prediction, `predicted_s` the corrected one.
     """
 
@@ -160,7 +160,7 @@ def sizes_of(work: RequestShape) -> dict[Stage, int]:
 
 
 def num_rounds(work: RequestShape) -> dict[Stage, int]:
-    """How often a request goes through each stage: once, a step of an image, a picture of it.
+    """How often a request goes through each stage: once, a step of an image, an image of it.
 
     What is learned is of one round, so that neither steps nor images come into it.
     """
@@ -200,7 +200,7 @@ class CostModel:
         return self.price_work(work_of(request))
 
     def price_work(self, work: RequestShape) -> Cost:
-        """The same, of what is known of a request without its prompt and pictures."""
+        """The same, of what is known of a request without its prompt and images."""
         if work.tier not in self.layouts:
             raise TierUnavailable(f"{work.tier} is not served here", "model")
         return self._price_in(self.layouts[work.tier], work)

@@ -160,7 +160,7 @@ Line = SortedSums[QueueEntry]
 key_of = attrgetter("key")
 
 
-def give_way(
+def choose_evictions(
     new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
 ) -> list[QueueEntry]:
     """Those who must leave so that `new` can join the line behind `ahead`; maybe itself, alone.

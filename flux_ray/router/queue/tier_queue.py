@@ -14,8 +14,8 @@ from flux_ray.router.queue.admission import (
     Line,
     QueueEntry,
     capacity_curve,
+    choose_evictions,
     free_times,
-    give_way,
     level,
     play,
     wait_of,
@@ -263,7 +263,7 @@ class TierQueue:
         wait_s = 0.0
         if self._is_anybody_before(place) or not self._slots.can_take(now):
             wait_s = wait_of(new, ahead, line, self._slots, now)
-            if give_way(new, ahead, line, self._slots, now) == [new]:
+            if choose_evictions(new, ahead, line, self._slots, now) == [new]:
                 return Forecast(wait_s, is_refused=True)
         return Forecast(wait_s, is_refused=new.latest_start < now - SAME_S)
 
@@ -275,7 +275,7 @@ class TierQueue:
             return None
         if self.waiting_s(now) + new.ticket.cost_s > self._max_waiting_s:
             return "the queue is full"
-        leaving = give_way(new, self._lines[:place], self._lines[place], self._slots, now)
+        leaving = choose_evictions(new, self._lines[:place], self._lines[place], self._slots, now)
         if leaving == [new]:
             if self._slots.is_hoping:
                 return f"no replica is up, and one takes {self.cold_start_s:.0f} s to start"

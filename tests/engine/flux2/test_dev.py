@@ -15,7 +15,7 @@ from flux_ray.engine.flux2.dev import check_index, load_tokenizer
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
-from tests.engine.generation import draw, draw_with_pipeline, reference, save_lora
+from tests.engine.generation import generate, generate_with_pipeline, reference, save_lora
 
 PROMPT = "a red circle [IMG] on a blue background"
 DEV = tier_for("flux-2-dev")
@@ -50,24 +50,26 @@ CASES = {
 def test_equals_the_pipeline_bit_for_bit(
     pipeline: Flux2Pipeline, adapter: Flux2, canvas: ImageSpec, references: tuple[RgbImage, ...]
 ) -> None:
-    latents, picture = draw(adapter, PROMPT, canvas, references)
-    expected_latents, expected_picture = draw_with_pipeline(pipeline, PROMPT, canvas, references)
+    latents, image = generate(adapter, PROMPT, canvas, references)
+    expected_latents, expected_image = generate_with_pipeline(pipeline, PROMPT, canvas, references)
     assert torch.equal(latents, expected_latents)
-    assert picture == expected_picture
+    assert image == expected_image
 
 
-def test_a_lora_is_drawn_as_the_pipeline_draws_it_fused(small_dev: Path, tmp_path: Path) -> None:
+def test_a_lora_is_generated_as_the_pipeline_generates_it_fused(
+    small_dev: Path, tmp_path: Path
+) -> None:
     canvas = ImageSpec(64, 64, 2, guidance=4.0)
     save_lora(tmp_path / "style.safetensors")
     lora = Lora(path=str(tmp_path / "style.safetensors"), scale=0.1)
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu", loras=(lora,)), DEV)
     pipeline = Flux2Pipeline.from_pretrained(small_dev, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    plain, _ = draw_with_pipeline(pipeline, PROMPT, canvas, ())
+    plain, _ = generate_with_pipeline(pipeline, PROMPT, canvas, ())
     pipeline.load_lora_weights(tmp_path, weight_name="style.safetensors")
     pipeline.fuse_lora(lora_scale=0.1)
-    expected, _ = draw_with_pipeline(pipeline, PROMPT, canvas, ())
-    latents, _ = draw(adapter, PROMPT, canvas, ())
+    expected, _ = generate_with_pipeline(pipeline, PROMPT, canvas, ())
+    latents, _ = generate(adapter, PROMPT, canvas, ())
     assert (expected - plain).abs().max() > 0.1
     assert (latents - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -75,7 +77,8 @@ def test_a_lora_is_drawn_as_the_pipeline_draws_it_fused(small_dev: Path, tmp_pat
 def test_guidance_counts(adapter: Flux2) -> None:
     canvas = ImageSpec(64, 64, 1, guidance=1.0)
     low, high = (
-        draw(adapter, PROMPT, replace(canvas, guidance=guidance), ())[0] for guidance in (1.0, 4.0)
+        generate(adapter, PROMPT, replace(canvas, guidance=guidance), ())[0]
+        for guidance in (1.0, 4.0)
     )
     assert (low - high).abs().max() > 1e-3
 

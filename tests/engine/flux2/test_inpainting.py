@@ -1,4 +1,4 @@
-"""A part of a picture is drawn as Flux2KleinInpaintPipeline does, and the rest stays as it is."""
+"""A part of an image is drawn as Flux2KleinInpaintPipeline does, and the rest stays as it is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -61,8 +61,8 @@ def request(
     )
 
 
-def draw(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, RgbImage]:
-    """As a rank does: the last latents and the picture."""
+def generate(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, RgbImage]:
+    """As a rank does: the last latents and the image."""
     conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
     canvas = ImageSpec(asked.width, asked.height, asked.num_steps, asked.guidance)
     state = finish(adapter, adapter.prepare(conditioning, canvas, asked.seed))
@@ -79,10 +79,10 @@ def pipeline() -> Flux2KleinInpaintPipeline:
     return pipeline
 
 
-def draw_with_pipeline(
+def generate_with_pipeline(
     pipeline: Flux2KleinInpaintPipeline, asked: ImageRequest
 ) -> tuple[Tensor, RgbImage]:
-    """The last latents and the picture."""
+    """The last latents and the image."""
     last: dict[str, Tensor] = {}
 
     def remember(_: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def draw_with_pipeline(
         return {}
 
     assert asked.mask is not None
-    picture, *others = (image_for(raster) for raster in asked.references)
-    pictures = pipeline(
+    image, *others = (image_for(raster) for raster in asked.references)
+    images = pipeline(
         prompt=PROMPT,
-        image=picture,
+        image=image,
         mask_image=mask_image(asked.mask),
         image_reference=others or None,
         strength=1.0,
@@ -103,7 +103,7 @@ def draw_with_pipeline(
         callback_on_step_end=remember,
         max_sequence_length=TINY.text_length,
     ).images
-    return last["latents"], raster_for(pictures[0])
+    return last["latents"], raster_for(images[0])
 
 
 CASES = {
@@ -131,20 +131,20 @@ CASES = {
 def test_equals_the_pipeline_bit_for_bit(
     pipeline: Flux2KleinInpaintPipeline, klein_adapter: Flux2, asked: ImageRequest
 ) -> None:
-    """Inside of the mask: outside the pipeline decodes what is the picture here."""
-    latents, picture = draw(klein_adapter, asked)
-    expected_latents, expected_picture = draw_with_pipeline(pipeline, asked)
+    """Inside of the mask: outside the pipeline decodes what is the image here."""
+    latents, image = generate(klein_adapter, asked)
+    expected_latents, expected_image = generate_with_pipeline(pipeline, asked)
     assert torch.equal(latents, expected_latents)
     inside = marked(fit_mask(asked.mask, (asked.width, asked.height)))
-    assert (pixels_of(picture)[inside] == pixels_of(expected_picture)[inside]).all()
+    assert (pixels_of(image)[inside] == pixels_of(expected_image)[inside]).all()
 
 
 def test_a_mask_of_all_changes_nothing(klein_adapter: Flux2) -> None:
     everything = CASES["all of it"]
-    latents, picture = draw(klein_adapter, everything)
-    plain_latents, plain = draw(klein_adapter, replace(everything, mask=None))
+    latents, image = generate(klein_adapter, everything)
+    plain_latents, plain = generate(klein_adapter, replace(everything, mask=None))
     assert torch.equal(latents, plain_latents)
-    assert picture == plain
+    assert image == plain
 
 
 @pytest.mark.parametrize(
@@ -180,34 +180,34 @@ def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
     """Half of a circle turns green; the rest stays to the pixel, which no decoder gives back."""
     mask = mask_of(128, 128, (64, 0, 128, 128))
     asked = replace(request((scene(),), mask, (128, 128)), prompt="make the circle green")
-    before, after = pixels_of(scene()), pixels_of(draw(klein_adapter, asked)[1])
+    before, after = pixels_of(scene()), pixels_of(generate(klein_adapter, asked)[1])
     right, circle = marked(mask), marked(circle_mask(128, 128, 30))
     assert (after[~right] == before[~right]).all()
     assert shares(after, circle & right)["green"] > 0.9
     assert shares(after, circle & ~right)["red"] == 1
-    both = pixels_of(draw(klein_adapter, replace(asked, mask=None))[1])
+    both = pixels_of(generate(klein_adapter, replace(asked, mask=None))[1])
     assert shares(both, circle & ~right)["green"] > 0.9, "without a mask it is all of the circle"
     assert (both[~right] != before[~right]).any()
 
 
 def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
-    picture, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
-    asked = request((picture,), mask, (128, 128))
+    image, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
+    asked = request((image,), mask, (128, 128))
     conditioning, _ = CachedEncoder(klein_adapter, 2**20, "cpu").encode(asked, None)
     canvas = ImageSpec(128, 128, asked.num_steps, asked.guidance, has_previews=True)
     state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
     preview = pixels_of(klein_adapter.preview(state))
-    changed = (preview != pixels_of(picture)).any(axis=2)
+    changed = (preview != pixels_of(image)).any(axis=2)
     assert not changed[~marked(mask)].any()
     assert changed[marked(mask)].mean() > 0.9
     state = finish(klein_adapter, state)
-    assert torch.equal(state.latents, draw(klein_adapter, asked)[0])
+    assert torch.equal(state.latents, generate(klein_adapter, asked)[0])
 
 
-def test_a_picture_is_scaled_to_the_size_drawn_and_its_mask_alike(klein_adapter: Flux2) -> None:
+def test_an_image_is_scaled_to_the_size_generated_and_its_mask_alike(klein_adapter: Flux2) -> None:
     mask = mask_of(256, 256, (128, 64, 256, 192))
     large = raster_for(image_for(scene()).resize((256, 256), Image.Resampling.NEAREST))
-    after = pixels_of(draw(klein_adapter, request((large,), mask, (128, 128)))[1])
+    after = pixels_of(generate(klein_adapter, request((large,), mask, (128, 128)))[1])
     scaled = pixels_of(raster_for(image_for(large).resize((128, 128), Image.Resampling.LANCZOS)))
     inside = marked(mask_of(128, 128, (64, 32, 128, 96)))
     assert (after[~inside] == scaled[~inside]).all()
@@ -227,31 +227,31 @@ def test_a_speck_is_not_lost_where_nothing_else_is_marked() -> None:
     assert marked(fit_mask(mask_of(64, 64, (63, 0, 64, 1)), (128, 96))).any()
 
 
-def test_pictures_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: Flux2) -> None:
-    """The same picture in two sizes, with and without a mask, with another mask."""
-    picture = reference(143, 121, 4)
+def test_images_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: Flux2) -> None:
+    """The same image in two sizes, with and without a mask, with another mask."""
+    image = reference(143, 121, 4)
     masks = circle_mask(143, 121, 40), mask_of(143, 121, (0, 0, 70, 121))
     asked = [
-        request((picture,), None, (128, 112)),
-        request((picture,), masks[0], (128, 112)),
-        request((picture,), masks[1], (128, 112)),
-        request((picture,), masks[1], (96, 80)),
-        request((picture, picture), masks[1], (96, 80)),
+        request((image,), None, (128, 112)),
+        request((image,), masks[0], (128, 112)),
+        request((image,), masks[1], (128, 112)),
+        request((image,), masks[1], (96, 80)),
+        request((image, image), masks[1], (96, 80)),
     ]
     remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
 
-    def draw_known(each: ImageRequest) -> RgbImage:
+    def generate_known(each: ImageRequest) -> RgbImage:
         conditioning, _ = remembering.encode(each, None)
         canvas = ImageSpec(each.width, each.height, each.num_steps)
         state = finish(klein_adapter, klein_adapter.prepare(conditioning, canvas, SEED))
         return klein_adapter.decode(state)
 
-    fresh = [draw(klein_adapter, each)[1] for each in asked]
-    assert [draw_known(each) for each in asked] == fresh
-    assert [draw_known(each) for each in reversed(asked)] == fresh[::-1]
+    fresh = [generate(klein_adapter, each)[1] for each in asked]
+    assert [generate_known(each) for each in asked] == fresh
+    assert [generate_known(each) for each in reversed(asked)] == fresh[::-1]
 
 
-def test_an_edit_of_the_drawn_size_knows_its_picture(klein_adapter: Flux2) -> None:
+def test_an_edit_of_the_generated_size_knows_its_image(klein_adapter: Flux2) -> None:
     """It is encoded as it is without a mask."""
     remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
     plain = request((reference(128, 128, 1),), None, (128, 128))
@@ -268,23 +268,23 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> Tier:
     return replace(tier_for("flux-2-dev"), max_reference_pixels=64 * 64)
 
 
-def test_a_large_picture_is_a_small_reference_and_kept_whole(
+def test_a_large_image_is_a_small_reference_and_kept_whole(
     small_dev: Path, small_limits: Tier
 ) -> None:
     """Its tokens are no more than those of any reference: what a replica has memory for."""
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), small_limits)
-    picture, mask = reference(160, 96, 1), mask_of(160, 96, (0, 0, 80, 96))
-    asked = replace(request((picture,), mask, (160, 96), steps=2), guidance=4.0)
+    image, mask = reference(160, 96, 1), mask_of(160, 96, (0, 0, 80, 96))
+    asked = replace(request((image,), mask, (160, 96), steps=2), guidance=4.0)
     conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
     assert conditioning.reference_latents.shape[1] == 5 * 3
     assert conditioning.edit.latents.shape[1] == 10 * 6
     vae = adapter.pipeline.vae
-    assert not vae.use_tiling, "for this picture only"
-    latents, drawn = draw(adapter, asked)
+    assert not vae.use_tiling, "for this image only"
+    latents, generated = generate(adapter, asked)
     assert latents.shape[1] == 10 * 6
     inside = marked(mask)
-    assert (pixels_of(drawn)[~inside] == pixels_of(picture)[~inside]).all()
-    assert (pixels_of(drawn)[inside] != pixels_of(picture)[inside]).any()
+    assert (pixels_of(generated)[~inside] == pixels_of(image)[~inside]).all()
+    assert (pixels_of(generated)[inside] != pixels_of(image)[inside]).any()
     kept = conditioning.edit.weights[0, :, 0] == 0
     assert torch.equal(latents[0, kept], conditioning.edit.latents[0, kept])
 
@@ -292,21 +292,21 @@ def test_a_large_picture_is_a_small_reference_and_kept_whole(
 def test_what_a_mask_holds_is_nothing_beside_a_step() -> None:
     """The memory plan does not count it."""
     dev, config = tier_for("flux-2-dev"), build_empty(lambda: Flux2Transformer2DModel()).config
-    picture = dev.max_pixels // 16**2
-    largest = Forward(dev.text_length, picture + 6 * 4096, Parallel(tensor=8), 2)
-    held = 2 * picture * config.in_channels * 2
+    image = dev.max_pixels // 16**2
+    largest = Forward(dev.text_length, image + 6 * 4096, Parallel(tensor=8), 2)
+    held = 2 * image * config.in_channels * 2
     assert held < 0.01 * denoise_bytes(config, largest)
 
 
 def test_dev_keeps_what_is_not_marked(small_dev: Path) -> None:
     dev = tier_for("flux-2-dev")
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), dev)
-    picture = reference(96, 64, 1)
-    whole = replace(request((picture,), mask_of(96, 64, (0, 0, 96, 64)), (96, 64)), guidance=4.0)
-    plain = draw(adapter, replace(whole, mask=None))
-    latents, drawn = draw(adapter, whole)
-    assert torch.equal(latents, plain[0]) and drawn == plain[1]
+    image = reference(96, 64, 1)
+    whole = replace(request((image,), mask_of(96, 64, (0, 0, 96, 64)), (96, 64)), guidance=4.0)
+    plain = generate(adapter, replace(whole, mask=None))
+    latents, generated = generate(adapter, whole)
+    assert torch.equal(latents, plain[0]) and generated == plain[1]
     mask = mask_of(96, 64, (32, 16, 64, 48))
-    part = pixels_of(draw(adapter, replace(whole, mask=mask))[1])
-    assert (part[~marked(mask)] == pixels_of(picture)[~marked(mask)]).all()
-    assert (part[marked(mask)] != pixels_of(picture)[marked(mask)]).any()
+    part = pixels_of(generate(adapter, replace(whole, mask=mask))[1])
+    assert (part[~marked(mask)] == pixels_of(image)[~marked(mask)]).all()
+    assert (part[marked(mask)] != pixels_of(image)[marked(mask)]).any()

@@ -13,7 +13,7 @@ from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT
-from tests.engine.generation import draw, draw_with_pipeline, reference
+from tests.engine.generation import generate, generate_with_pipeline, reference
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)
@@ -51,18 +51,18 @@ def test_equals_the_pipeline_bit_for_bit(
 ) -> None:
     tier = replace(TINY, text_length=text_length, max_reference_pixels=1024 * 1024)
     adapter = Flux2.load("embedded", Placement("float32", "cpu"), tier)
-    latents, picture = draw(adapter, PROMPT, canvas, references)
-    expected_latents, expected_picture = draw_with_pipeline(
+    latents, image = generate(adapter, PROMPT, canvas, references)
+    expected_latents, expected_image = generate_with_pipeline(
         pipeline, PROMPT, canvas, references, max_sequence_length=text_length
     )
     assert torch.equal(latents, expected_latents)
-    assert picture == expected_picture
+    assert image == expected_image
 
 
 def test_guidance_changes_nothing_for_a_distilled_model(klein_adapter: Flux2) -> None:
     small = ImageSpec(64, 64, num_steps=1)
     plain, guided = (
-        draw(klein_adapter, PROMPT, replace(small, guidance=guidance), ())
+        generate(klein_adapter, PROMPT, replace(small, guidance=guidance), ())
         for guidance in (1.0, 4.0)
     )
     assert torch.equal(plain[0], guided[0])

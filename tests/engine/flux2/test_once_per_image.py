@@ -88,10 +88,10 @@ def test_every_step_gets_the_same_tensors(klein_adapter: Flux2) -> None:
 def test_tables_go_with_their_image(klein_adapter: Flux2) -> None:
     state = klein_adapter.prepare(condition(klein_adapter, ()), ImageSpec(64, 64, 2), SEED)
     table = weakref.ref(state.fixed.image_rotary)
-    picture = klein_adapter.decode(finish(klein_adapter, state))
+    image = klein_adapter.decode(finish(klein_adapter, state))
     del state
     gc.collect()
-    assert picture.width == 64 and table() is None
+    assert image.width == 64 and table() is None
 
 
 def test_images_that_take_turns_keep_their_own_tables(klein_adapter: Flux2) -> None:
@@ -120,19 +120,19 @@ def test_unpacking_asks_the_device_for_nothing(klein_adapter: Flux2) -> None:
     assert torch.equal(unpack_latents(state)[0], plain)
 
 
-def draw_both(mesh: Mesh, tier: str, weights: str) -> list[tuple[Any, Any, list[int]]]:
+def generate_both(mesh: Mesh, tier: str, weights: str) -> list[tuple[Any, Any, list[int]]]:
     """With tables and with ids, and the calls of the embedder for the former."""
     torch.set_num_threads(1)
     adapter = load_adapter(tier_for(tier), weights, Placement("float32", "cpu", mesh))
     assert isinstance(adapter, Flux2)
-    drawn = []
+    generated = []
     for canvas, references, mask in JOBS:
         given = condition(adapter, references, mask)
         with counted(adapter) as num_tokens:
             once = finish(adapter, adapter.prepare(given, canvas, SEED)).latents
         each_step = finish(adapter, with_ids(adapter.prepare(given, canvas, SEED))).latents
-        drawn.append((once.numpy(), each_step.numpy(), num_tokens))
-    return drawn
+        generated.append((once.numpy(), each_step.numpy(), num_tokens))
+    return generated
 
 
 LAYOUTS = {"TP2": Parallel(tensor=2), "SP2": Parallel(sequence=2)}
@@ -146,10 +146,10 @@ LAYOUTS = {"TP2": Parallel(tensor=2), "SP2": Parallel(sequence=2)}
         pytest.param(LAYOUTS["SP2"], id="SP2"),
     ],
 )
-def test_a_group_with_tables_draws_the_bits_of_one_with_ids(
+def test_a_group_with_tables_generates_the_bits_of_one_with_ids(
     run_ranks: Ranks, small_dev: Path, parallel: Parallel
 ) -> None:
-    for rank in run_ranks(parallel, draw_both, "flux-2-dev", str(small_dev)):
+    for rank in run_ranks(parallel, generate_both, "flux-2-dev", str(small_dev)):
         for once, each_step, num_tokens in rank:
             assert np.array_equal(once, each_step)
             assert len(num_tokens) == 2

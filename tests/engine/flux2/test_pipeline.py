@@ -1,4 +1,4 @@
-"""What all tiers of FLUX.2 share: taking turns, references, large pictures in tiles."""
+"""What all tiers of FLUX.2 share: taking turns, references, large images in tiles."""
 
 import random
 from dataclasses import replace
@@ -15,7 +15,7 @@ from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
 from flux_ray.engine.loading import Placement
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
-from tests.engine.generation import draw, draw_with_pipeline, finish, reference
+from tests.engine.generation import finish, generate, generate_with_pipeline, reference
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)
@@ -63,7 +63,7 @@ def test_previews_are_where_the_flow_leads_and_change_nothing(klein_adapter: Flu
     expected = adapter.decode(replace(states[0], latents=clean))
     assert distance(previews[0], expected) < 1
     errors = [distance(preview, previews[-1]) for preview in previews]
-    assert errors == sorted(errors, reverse=True), "each is nearer to the picture"
+    assert errors == sorted(errors, reverse=True), "each is nearer to the image"
 
 
 def distance(one: RgbImage, other: RgbImage) -> float:
@@ -96,34 +96,34 @@ def few_pixels_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_pixels_whole")
 @pytest.mark.parametrize("size", [(160, 96), (64, 64), (48, 80)])
-def test_a_large_picture_is_decoded_as_the_pipeline_does_in_tiles(
+def test_a_large_image_is_decoded_as_the_pipeline_does_in_tiles(
     small_dev: Path, size: tuple[int, int]
 ) -> None:
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
     pipeline = Flux2Pipeline.from_pretrained(small_dev, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     canvas = ImageSpec(*size, 1, guidance=4.0)
-    picture = draw(adapter, PROMPT, canvas, ())[1]
-    whole = draw_with_pipeline(pipeline, PROMPT, canvas, ())[1]
+    image = generate(adapter, PROMPT, canvas, ())[1]
+    whole = generate_with_pipeline(pipeline, PROMPT, canvas, ())[1]
     pipeline.vae.enable_tiling()
-    tiled = draw_with_pipeline(pipeline, PROMPT, canvas, ())[1]
+    tiled = generate_with_pipeline(pipeline, PROMPT, canvas, ())[1]
     is_large = size == (160, 96)
     assert (tiled != whole) == (size != (64, 64))
-    assert picture == (tiled if is_large else whole)
+    assert image == (tiled if is_large else whole)
 
 
 @pytest.mark.usefixtures("few_pixels_whole")
-def test_a_reference_is_encoded_whole_after_a_picture_in_tiles(small_dev: Path) -> None:
+def test_a_reference_is_encoded_whole_after_an_image_in_tiles(small_dev: Path) -> None:
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), tier_for("flux-2-dev"))
     prompt, references = adapter.encode_prompt(PROMPT), (reference(160, 96, 1),)
     before = adapter.encode(prompt, references)
-    draw(adapter, PROMPT, ImageSpec(160, 96, 1), ())
+    generate(adapter, PROMPT, ImageSpec(160, 96, 1), ())
     after = adapter.encode(prompt, references)
     assert before.reference_latents is not None and after.reference_latents is not None
     assert torch.equal(before.reference_latents, after.reference_latents)
 
 
-def test_a_picture_of_up_to_a_megapixel_is_decoded_whole() -> None:
+def test_an_image_of_up_to_a_megapixel_is_decoded_whole() -> None:
     assert flux2.MAX_WHOLE_PIXELS == 1024 * 1024
 
 

@@ -41,5 +41,5 @@ def test_rows_and_channels_keep_their_order() -> None:
     pixels[0, 0, 1] = pixels[1, 1, 3] = 1.0
     raster = raster_of(pixels)
     assert (raster.width, raster.height) == (4, 2)
-    drawn = np.frombuffer(raster.rgb, np.uint8).reshape(2, 4, 3)
-    assert np.argwhere(drawn).tolist() == [[0, 1, 0], [1, 3, 1]]
+    generated = np.frombuffer(raster.rgb, np.uint8).reshape(2, 4, 3)
+    assert np.argwhere(generated).tolist() == [[0, 1, 0], [1, 3, 1]]

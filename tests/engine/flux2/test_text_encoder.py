@@ -33,18 +33,18 @@ def test_a_prompt_crosses_a_process_border_bit_for_bit(
     assert arrived.warnings == prompt.warnings != ()
 
 
-def test_a_shared_encoder_leads_to_the_same_picture(klein_adapter: Flux2) -> None:
+def test_a_shared_encoder_leads_to_the_same_image(klein_adapter: Flux2) -> None:
     encoder = load_prompt_encoder(TINY, None, LAPTOP)
-    drawer = Flux2.load("embedded", Placement("float32", "cpu", text_encoder="shared"), TINY)
-    assert drawer.prompts is None
-    pictures = []
+    generator = Flux2.load("embedded", Placement("float32", "cpu", text_encoder="shared"), TINY)
+    assert generator.prompts is None
+    images = []
     for prompt in (
         klein_adapter.encode_prompt(PROMPT),
         unpack(pack(encoder.encode_prompt(PROMPT)), "cpu"),
     ):
-        state = drawer.prepare(drawer.encode(prompt, ()), ImageSpec(64, 64, 2), seed=1)
-        pictures.append(drawer.decode(finish(drawer, state)))
-    assert pictures[0] == pictures[1]
+        state = generator.prepare(generator.encode(prompt, ()), ImageSpec(64, 64, 2), seed=1)
+        images.append(generator.decode(finish(generator, state)))
+    assert images[0] == images[1]
 
 
 def test_an_encoder_alone_refuses_another_familys_weights(small_dev: Path) -> None:

@@ -22,7 +22,7 @@ TIERS = ("flux-2-dev", "tiny")
 
 
 class Slow(FakeHandles):
-    """Replicas that end when they are told to; what is heard of a picture comes before."""
+    """Replicas that end when they are told to; what is heard of an image comes before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ async def test_a_long_job_is_previewed_until_it_ends(client, handles):
     handles.may_end.set()
     told = await poll(client, job_id)
     assert (told["status"], told["preview"]) == ("Ready", None)
-    assert (await fetch(client, told["result"]["sample"])).content == b"picture 5"
+    assert (await fetch(client, told["result"]["sample"])).content == b"image 5"
     assert (await fetch(client, url)).status_code == 404
 
 

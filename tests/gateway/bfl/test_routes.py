@@ -29,8 +29,8 @@ def gateway_args(job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-def draw_job(router, gateway_args):
-    return JobGenerator(router, gateway_args).draw
+def generate_job(router, gateway_args):
+    return JobGenerator(router, gateway_args).generate
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ async def submit(client: httpx.AsyncClient, name: str = "tiny", key: str = "k", 
     )
 
 
-async def test_a_job_is_accepted_drawn_and_fetched(client, handles):
+async def test_a_job_is_accepted_generated_and_fetched(client, handles):
     answer = await submit(client, seed=5, width=96, height=64)
     assert answer.status_code == 200
     told = answer.json()
@@ -78,7 +78,7 @@ async def test_a_job_is_accepted_drawn_and_fetched(client, handles):
     url = httpx.URL(sample["sample"])
     assert str(url).startswith(f"{PUBLIC}/results/{told['id']}/")
     fetched = await client.get(url.raw_path.decode().removeprefix("/api"))
-    assert (fetched.status_code, fetched.content) == (200, b"picture 5")
+    assert (fetched.status_code, fetched.content) == (200, b"image 5")
     assert fetched.headers["content-type"] == "image/jpeg"
 
 
@@ -142,8 +142,8 @@ async def test_openais_other_routes_are_missed_in_its_words(client, path):
 
 
 @pytest.mark.parametrize("words", [{}, {"prompt": ""}, {"prompt": None}])
-async def test_what_is_filled_needs_no_words(client, handles, picture, words):
-    clear = base64.b64encode(picture(96, 80, mode="RGBA", color=(255, 0, 0, 0))).decode()
+async def test_what_is_filled_needs_no_words(client, handles, make_image, words):
+    clear = base64.b64encode(make_image(96, 80, mode="RGBA", color=(255, 0, 0, 0))).decode()
     sent = {"image": clear} | words
     answer = await client.post("/v1/flux-dev", json=sent, headers={"x-key": "k"})
     assert answer.status_code == 200, answer.text
@@ -151,8 +151,8 @@ async def test_what_is_filled_needs_no_words(client, handles, picture, words):
     assert (result["status"], result["result"]["prompt"]) == ("Ready", "")
 
 
-async def test_references_come_in_their_order(client, handles, picture):
-    red, blue = (base64.b64encode(picture(64, 80, color=c)).decode() for c in ("red", "blue"))
+async def test_references_come_in_their_order(client, handles, make_image):
+    red, blue = (base64.b64encode(make_image(64, 80, color=c)).decode() for c in ("red", "blue"))
     answer = await submit(
         client, "flux-kontext-pro", input_image_2=f"data:image/png;base64,{blue}", input_image=red
     )
@@ -165,8 +165,8 @@ async def test_references_come_in_their_order(client, handles, picture):
 
 
 @pytest.mark.parametrize("name", ["input_images", "image_urls"])
-async def test_a_list_of_references_is_edited(client, handles, picture, name):
-    red, blue = (base64.b64encode(picture(64, 80, color=c)).decode() for c in ("red", "blue"))
+async def test_a_list_of_references_is_edited(client, handles, make_image, name):
+    red, blue = (base64.b64encode(make_image(64, 80, color=c)).decode() for c in ("red", "blue"))
     sent = {name: [red, {"image_url": {"url": f"data:image/png;base64,{blue}"}}]}
     answer = await submit(client, "flux-kontext-pro", **sent)
     assert answer.status_code == 200, answer.text
@@ -240,7 +240,7 @@ async def test_what_has_no_effect_is_said(client):
         ({"aspect_ratio": "9:1"}, "aspect_ratio"),
         ({"aspect_ratio": "wide"}, "aspect_ratio"),
         ({"output_format": "gif"}, "output_format"),
-        ({"input_image": "no picture"}, "input_image"),
+        ({"input_image": "no image"}, "input_image"),
         ({"input_image_3": "aGk="}, "input_image_3"),
         ({"input_image_9": "aGk="}, "input_image_9"),
         ({"images": ["aGk="]}, "images"),
@@ -261,15 +261,15 @@ async def test_wrong_fields_are_named_as_fastapi_does(client, handles, fields, f
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
-async def test_a_picture_is_filled_where_its_mask_or_its_alpha_says(
-    client, handles, picture, has_mask
+async def test_an_image_is_filled_where_its_mask_or_its_alpha_says(
+    client, handles, make_image, has_mask
 ):
-    clear = picture(96, 80, mode="RGBA", color=(255, 0, 0, 0))
+    clear = make_image(96, 80, mode="RGBA", color=(255, 0, 0, 0))
     fields = {"image": base64.b64encode(clear).decode()}
     if has_mask:
         fields |= {
-            "image": base64.b64encode(picture(96, 80)).decode(),
-            "mask": base64.b64encode(picture(96, 80, color="white")).decode(),
+            "image": base64.b64encode(make_image(96, 80)).decode(),
+            "mask": base64.b64encode(make_image(96, 80, color="white")).decode(),
         }
     answer = await submit(client, "flux-dev", **fields)
     assert answer.status_code == 200, answer.text
@@ -279,8 +279,8 @@ async def test_a_picture_is_filled_where_its_mask_or_its_alpha_says(
     assert [(each.width, each.height) for each in request.references] == [(96, 80)]
 
 
-async def test_what_is_to_be_filled_is_said(client, picture):
-    answer = await submit(client, image=base64.b64encode(picture(96, 80)).decode())
+async def test_what_is_to_be_filled_is_said(client, make_image):
+    answer = await submit(client, image=base64.b64encode(make_image(96, 80)).decode())
     assert answer.status_code == 422
     assert "mask is required" in answer.json()["message"]
 
@@ -309,11 +309,11 @@ async def test_a_job_waits_while_there_is_no_room(client, turns, handles):
 async def test_a_job_can_be_cancelled(client, handles, monkeypatch):
     started = asyncio.Event()
 
-    async def draw_for_ever(request, replica, hear=None):
+    async def generate_for_ever(request, replica, hear=None):
         started.set()
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(handles, "generate", draw_for_ever)
+    monkeypatch.setattr(handles, "generate", generate_for_ever)
     told = (await submit(client)).json()
     await asyncio.wait_for(started.wait(), 10)
     cancelled = await client.post("/v1/cancel", params={"id": told["id"]}, headers={"x-key": "k"})

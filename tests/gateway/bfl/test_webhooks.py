@@ -75,7 +75,7 @@ async def test_a_ready_job_is_told_of(client, receiver):
     assert told["timestamp"] == result["end_time"]
     assert "error" not in told
     path = result["sample"].removeprefix(PUBLIC)
-    assert (await client.get(path)).content == b"picture 5"
+    assert (await client.get(path)).content == b"image 5"
 
 
 async def test_a_cancelled_job_is_told_of(client, receiver, monkeypatch):

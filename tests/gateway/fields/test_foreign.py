@@ -19,13 +19,13 @@ PROMPT = {"prompt": "make the circle green"}
 
 
 @pytest.fixture
-def red(picture) -> str:
-    return base64.b64encode(picture(96, 80)).decode()
+def red(make_image) -> str:
+    return base64.b64encode(make_image(96, 80)).decode()
 
 
 @pytest.fixture
-def blue(picture) -> str:
-    return base64.b64encode(picture(64, 64, color="blue")).decode()
+def blue(make_image) -> str:
+    return base64.b64encode(make_image(64, 64, color="blue")).decode()
 
 
 @pytest.mark.parametrize("name", ["image_url", "input_image", "imageUrl", "init_image", "img"])
@@ -54,8 +54,8 @@ async def test_numbered_images_come_by_their_numbers(client, handles, red, blue,
     assert [each.width for each in handles.requests[0].references] == [96, 64]
 
 
-async def test_numbered_files_of_a_form_come_by_their_numbers(client, handles, picture):
-    files = {"image2": ("b", picture(64, 64)), "image": ("a", picture(96, 80))}
+async def test_numbered_files_of_a_form_come_by_their_numbers(client, handles, make_image):
+    files = {"image2": ("b", make_image(64, 64)), "image": ("a", make_image(96, 80))}
     assert (await client.post(EDITS, data=PROMPT, files=files)).status_code == 200
     assert [each.width for each in handles.requests[0].references] == [96, 64]
 
@@ -71,9 +71,9 @@ async def test_fields_in_extra_body_are_as_if_beside_it(client, handles, red):
     assert answer.json()["error"]["param"] == "extra_body"
 
 
-async def test_a_mask_under_anothers_name_is_heeded(client, handles, picture):
-    whole = base64.b64encode(picture(96, 80)).decode()
-    mask = base64.b64encode(picture(96, 80, color="white")).decode()
+async def test_a_mask_under_anothers_name_is_heeded(client, handles, make_image):
+    whole = base64.b64encode(make_image(96, 80)).decode()
+    mask = base64.b64encode(make_image(96, 80, color="white")).decode()
     body = PROMPT | {"image_url": whole, "mask_url": mask}
     assert (await client.post(GENERATIONS, json=body)).status_code == 200
     assert set(handles.requests[0].mask.marks) == {255}
@@ -106,14 +106,14 @@ async def test_shapes_under_others_names_are_heeded(client, handles, fields, siz
         assert (handles.requests[1].width, handles.requests[1].height) == size
 
 
-async def test_a_ratio_in_a_form_is_heeded(client, handles, picture):
-    files = {"image": ("a", picture(96, 80))}
+async def test_a_ratio_in_a_form_is_heeded(client, handles, make_image):
+    files = {"image": ("a", make_image(96, 80))}
     answer = await client.post(EDITS, data=PROMPT | {"aspect_ratio": "16:9"}, files=files)
     assert (answer.status_code, answer.json()["warnings"]) == (200, [])
     assert (handles.requests[0].width, handles.requests[0].height) == (160, 96)
 
 
-async def test_what_is_finer_than_the_tier_draws_is_said(client, handles):
+async def test_what_is_finer_than_the_tier_generates_is_said(client, handles):
     sent = PROMPT | {"resolution": "4K"}
     [warning] = warnings_for(ImageFields.read(sent), tier_for("flux-2-klein-4b"))
     assert "resolution is more than flux-2-klein-4b draws" in warning

@@ -44,11 +44,11 @@ async def test_hugging_faces_clients_get_their_size_too(client, handles):
     assert handles.requests[0].output_size == (1024, 1024)
 
 
-async def test_an_edit_under_a_mask_gets_its_size_too(client, handles, picture):
+async def test_an_edit_under_a_mask_gets_its_size_too(client, handles, make_image):
     """The mask and the image that it is of are scaled to the size that is generated."""
     body = {"prompt": "a ring", "size": "1024x1024"}
     for name, color in (("image", "red"), ("mask", "white")):
-        body[name] = base64.b64encode(picture(512, 512, color=color)).decode()
+        body[name] = base64.b64encode(make_image(512, 512, color=color)).decode()
     answer = await client.post("/v1/images/edits", json=body)
     assert answer.status_code == 200, answer.text
     [request] = handles.requests

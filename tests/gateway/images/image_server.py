@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 from tests.listening import listening
 
 
-class PictureServer:
+class ImageServer:
     """`asked` are the request lines that reached it, and `hosts` what they took it for."""
 
-    def __init__(self, picture: bytes) -> None:
-        self.picture = picture
+    def __init__(self, image: bytes) -> None:
+        self.image = image
         self.port = 0
         self.asked: list[str] = []
         self.hosts: list[str] = []
@@ -32,17 +32,17 @@ class PictureServer:
     async def write(self, path: str, writer: asyncio.StreamWriter) -> None:
         for start in ("301", "302", "307", "308"):
             if path == f"/{start}":
-                writer.write(response(f"{start} Moved", b"", "location: /picture"))
+                writer.write(response(f"{start} Moved", b"", "location: /image"))
         bodies = {
-            "/picture": response("200 OK", self.picture),
+            "/image": response("200 OK", self.image),
             "/away": response("302 Found", b"", "location: http://169.254.169.254/latest"),
-            "/missing": response("404 Not Found", self.picture),
+            "/missing": response("404 Not Found", self.image),
             "/failing": response("500 Oh", b"secret of the other server"),
             "/html": response("200 OK", b"<html>root:x:0:0</html>", "content-type: image/png"),
-            "/packed": response("200 OK", self.picture, "content-encoding: gzip"),
+            "/packed": response("200 OK", self.image, "content-encoding: gzip"),
             "/told": b"HTTP/1.1 200 OK\r\ncontent-length: 999999999999\r\n\r\n",
             "/told-digits": b"HTTP/1.1 200 OK\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n",
-            "/cut": response("200 OK", self.picture)[:-20],
+            "/cut": response("200 OK", self.image)[:-20],
             "/babble": b"\0\1\2 not http at all\r\n\r\n",
             "/silent": b"",
         }
@@ -68,10 +68,8 @@ def response(status: str, body: bytes, *headers: str) -> bytes:
 
 
 @asynccontextmanager
-async def serving(
-    picture: bytes, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[PictureServer]:
+async def serving(image: bytes, tls: ssl.SSLContext | None = None) -> AsyncIterator[ImageServer]:
     """The server, on a free port of 127.0.0.1."""
-    server = PictureServer(picture)
+    server = ImageServer(image)
     async with listening(server.answer, tls) as server.port:
         yield server

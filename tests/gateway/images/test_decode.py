@@ -1,4 +1,4 @@
-"""Untrusted pictures: what is refused before it is decoded, and how the rest becomes RGB."""
+"""Untrusted images: what is refused before it is decoded, and how the rest becomes RGB."""
 
 import io
 import struct
@@ -30,8 +30,8 @@ def png_of_size(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_formats(picture, format):
-    raster = decode(picture(100, 70, format=format, color="blue"), LIMITS, "image 1")
+def test_formats(make_image, format):
+    raster = decode(make_image(100, 70, format=format, color="blue"), LIMITS, "image 1")
     assert (raster.width, raster.height, len(raster.rgb)) == (100, 70, 100 * 70 * 3)
     red, green, blue = raster.rgb[:3]
     assert red < 10 and green < 10 and blue > 245
@@ -50,18 +50,18 @@ def test_formats(picture, format):
         ("I;16", 0x8000, (128, 128, 128)),
     ],
 )
-def test_modes(picture, mode, color, expected):
-    raster = decode(picture(mode=mode, color=color), LIMITS, "image 1")
+def test_modes(make_image, mode, color, expected):
+    raster = decode(make_image(mode=mode, color=color), LIMITS, "image 1")
     assert tuple(raster.rgb[:3]) == expected
 
 
-def test_transparent_palette(picture):
-    raster = decode(picture(mode="P", color=0, transparency=0), LIMITS, "image 1")
+def test_transparent_palette(make_image):
+    raster = decode(make_image(mode="P", color=0, transparency=0), LIMITS, "image 1")
     assert tuple(raster.rgb[:3]) == (255, 255, 255)
 
 
-def test_cmyk(picture):
-    data = picture(format="JPEG", mode="CMYK", color=(0, 255, 255, 0))
+def test_cmyk(make_image):
+    data = make_image(format="JPEG", mode="CMYK", color=(0, 255, 255, 0))
     red, green, blue = decode(data, LIMITS, "image 1").rgb[:3]
     assert red > 240 and green < 15 and blue < 15
 
@@ -88,16 +88,16 @@ def test_exif_rotation_is_applied():
 
 
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "BMP", "ICO", "PPM", "JPEG2000"])
-def test_other_formats_are_refused(picture, format):
-    with pytest.raises(BadReference, match="image 1 is not a PNG, JPEG or WebP picture"):
-        decode(picture(format=format), LIMITS, "image 1")
+def test_other_formats_are_refused(make_image, format):
+    with pytest.raises(BadReference, match="image 1 is not a PNG, JPEG or WebP image"):
+        decode(make_image(format=format), LIMITS, "image 1")
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\x89PNG\r\n\x1a\n"]
 )
-def test_no_pictures(data):
-    with pytest.raises(BadReference, match="is not a PNG, JPEG or WebP picture"):
+def test_no_images(data):
+    with pytest.raises(BadReference, match="is not a PNG, JPEG or WebP image"):
         decode(data, LIMITS, "image 1")
 
 
@@ -110,20 +110,20 @@ def test_bombs_are_refused_before_they_are_decoded(size):
     assert seen == []
 
 
-def test_too_many_bytes(picture):
+def test_too_many_bytes(make_image):
     with pytest.raises(BadReference, match="larger than 200000 bytes"):
-        decode(picture() + b"\0" * 200_000, LIMITS, "image 1")
+        decode(make_image() + b"\0" * 200_000, LIMITS, "image 1")
 
 
 @pytest.mark.parametrize("size", [(63, 64), (64, 63), (1, 1)])
-def test_too_small(picture, size):
+def test_too_small(make_image, size):
     with pytest.raises(BadReference, match="smaller than 64 pixels"):
-        decode(picture(*size), LIMITS, "image 1")
+        decode(make_image(*size), LIMITS, "image 1")
 
 
-def test_too_long(picture):
+def test_too_long(make_image):
     with pytest.raises(BadReference, match="8 times as long as wide"):
-        decode(picture(64, 513), LIMITS, "image 1")
+        decode(make_image(64, 513), LIMITS, "image 1")
 
 
 # Pillow warns of odd metadata that it skips.

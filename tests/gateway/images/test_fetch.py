@@ -28,38 +28,38 @@ async def read(fetcher: Fetcher, url: str) -> bytes:
     return await fetcher.read(url, 100_000, "image 1", until_s)
 
 
-@pytest.mark.parametrize("name", ["pictures.test", "other.test"])
+@pytest.mark.parametrize("name", ["images.test", "other.test"])
 async def test_the_certificate_is_the_hosts_not_the_addresses(name):
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("pictures.test", "127.0.0.1").configure_cert(tls)
-    async with serving(b"picture", tls) as server:
+    authority.issue_cert("images.test", "127.0.0.1").configure_cert(tls)
+    async with serving(b"image", tls) as server:
         fetcher = fetcher_for(server.port, ["127.0.0.1"])
         authority.configure_trust(fetcher.guard.trusted)
-        url = f"https://{name}:{server.port}/picture"
-        if name == "pictures.test":
-            assert await read(fetcher, url) == b"picture"
+        url = f"https://{name}:{server.port}/image"
+        if name == "images.test":
+            assert await read(fetcher, url) == b"image"
         else:
             with pytest.raises(BadReference, match="could not be read"):
                 await read(fetcher, url)
-        assert len(server.asked) == (name == "pictures.test")
+        assert len(server.asked) == (name == "images.test")
 
 
 async def test_strange_certificates_are_not_trusted():
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("pictures.test").configure_cert(tls)
-    async with serving(b"picture", tls) as server:
+    trustme.CA().issue_cert("images.test").configure_cert(tls)
+    async with serving(b"image", tls) as server:
         fetcher = fetcher_for(server.port, ["127.0.0.1"])
         with pytest.raises(BadReference, match="could not be read"):
-            await read(fetcher, f"https://pictures.test:{server.port}/picture")
+            await read(fetcher, f"https://images.test:{server.port}/image")
         assert server.asked == []
 
 
 async def test_the_next_address_where_one_takes_no_connection():
-    async with serving(b"picture") as server:
+    async with serving(b"image") as server:
         fetcher = fetcher_for(server.port, ["127.0.0.2", "127.0.0.1"])
-        assert await read(fetcher, f"http://pictures.test:{server.port}/picture") == b"picture"
-        assert server.asked == ["/picture"]
+        assert await read(fetcher, f"http://images.test:{server.port}/image") == b"image"
+        assert server.asked == ["/image"]
 
 
 @pytest.mark.parametrize(

@@ -15,28 +15,28 @@ from tests.gateway.test_hostile import EDITS, GENERATIONS, PROMPT, check
 HOME = ["127.0.0.1/32"]
 # The port is that of a server that really listens on 127.0.0.1.
 PRIVATE = (
-    "http://127.0.0.1:{port}/picture",
-    "http://127.1:{port}/picture",
-    "http://127.0.0.1.:{port}/picture",
-    "http://2130706433:{port}/picture",
-    "http://0177.0.0.1:{port}/picture",
-    "http://017700000001:{port}/picture",
-    "http://0x7f000001:{port}/picture",
-    "http://0x7f.0.0.1:{port}/picture",
-    "http://0x7F.1:{port}/picture",
-    "http://127.0.0.1%00.example.com:{port}/picture",
-    "http://[::ffff:127.0.0.1]:{port}/picture",
-    "http://[::ffff:7f00:1]:{port}/picture",
-    "http://[::127.0.0.1]:{port}/picture",
-    "http://[64:ff9b::127.0.0.1]:{port}/picture",
-    "http://[2002:7f00:1::]:{port}/picture",
-    "http://[::1]:{port}/picture",
-    "http://[::]:{port}/picture",
-    "http://[fe80::1%25lo]:{port}/picture",
-    "http://0:{port}/picture",
-    "http://0.0.0.0:{port}/picture",
-    "http://\u2460\u2461\u2466.0.0.1:{port}/picture",
-    "http://127\u30020\u30020\u30021:{port}/picture",
+    "http://127.0.0.1:{port}/image",
+    "http://127.1:{port}/image",
+    "http://127.0.0.1.:{port}/image",
+    "http://2130706433:{port}/image",
+    "http://0177.0.0.1:{port}/image",
+    "http://017700000001:{port}/image",
+    "http://0x7f000001:{port}/image",
+    "http://0x7f.0.0.1:{port}/image",
+    "http://0x7F.1:{port}/image",
+    "http://127.0.0.1%00.example.com:{port}/image",
+    "http://[::ffff:127.0.0.1]:{port}/image",
+    "http://[::ffff:7f00:1]:{port}/image",
+    "http://[::127.0.0.1]:{port}/image",
+    "http://[64:ff9b::127.0.0.1]:{port}/image",
+    "http://[2002:7f00:1::]:{port}/image",
+    "http://[::1]:{port}/image",
+    "http://[::]:{port}/image",
+    "http://[fe80::1%25lo]:{port}/image",
+    "http://0:{port}/image",
+    "http://0.0.0.0:{port}/image",
+    "http://\u2460\u2461\u2466.0.0.1:{port}/image",
+    "http://127\u30020\u30020\u30021:{port}/image",
     "http://169.254.169.254/latest/meta-data",
     "http://2852039166/latest/meta-data",
     "http://0xA9FEA9FE/latest/meta-data",
@@ -49,28 +49,28 @@ PRIVATE = (
     "http://100.64.0.1/",
     "http://224.0.0.1/",
     "http://255.255.255.255/",
-    "http://localhost:{port}/picture",
-    "http://home.test:{port}/picture",
-    "http://mixed.test:{port}/picture",
-    "http://nowhere.test:{port}/picture",
+    "http://localhost:{port}/image",
+    "http://home.test:{port}/image",
+    "http://mixed.test:{port}/image",
+    "http://nowhere.test:{port}/image",
 )
 MALFORMED = (
-    "http://a@home.test:{port}/picture",
-    "http://8.8.8.8@home.test:{port}/picture",
-    "http://@home.test:{port}/picture",
-    "http://8.8.8.8\\@home.test:{port}/picture",
-    "http:\\\\home.test:{port}/picture",
+    "http://a@home.test:{port}/image",
+    "http://8.8.8.8@home.test:{port}/image",
+    "http://@home.test:{port}/image",
+    "http://8.8.8.8\\@home.test:{port}/image",
+    "http:\\\\home.test:{port}/image",
     "http://home.test:{port}/\r\nx-evil: 1",
     "http://home.test:{port}/a b",
-    "http://home.test\t:{port}/picture",
-    "http://home.test.:{port}/picture",
+    "http://home.test\t:{port}/image",
+    "http://home.test.:{port}/image",
     "http://home.test:22/",
     "http://home.test:0/",
     "http://home.test:99999/",
-    "http:///picture",
-    "http:picture",
+    "http:///image",
+    "http:image",
     "https://",
-    "ftp://home.test/picture",
+    "ftp://home.test/image",
     "file:///etc/passwd",
     "gopher://home.test:{port}/_x",
     "javascript:alert(1)",
@@ -106,8 +106,8 @@ class Names:
 
 
 @pytest.fixture
-async def server(picture):
-    async with serving(picture()) as server:
+async def server(make_image):
+    async with serving(make_image()) as server:
         yield server
 
 
@@ -164,7 +164,7 @@ async def test_bad_answers(open_client, server, handles, path):
 @pytest.mark.parametrize("options", [{"enabled": False}, {"hosts": ("other.test",)}])
 async def test_what_the_operator_forbids(open_client, server, names, options):
     async with open_client(networks=HOME, **options) as client:
-        url = f"http://home.test:{server.port}/picture"
+        url = f"http://home.test:{server.port}/image"
         await check(client, EDITS, json=PROMPT | {"image": url})
     assert (server.asked, names.asked) == ([], [])
 
@@ -172,24 +172,27 @@ async def test_what_the_operator_forbids(open_client, server, names, options):
 async def test_a_name_is_resolved_once(open_client, server, names, handles):
     """Between the check and the connection nobody is asked again."""
     async with open_client(networks=HOME) as client:
-        body = PROMPT | {"url": f"http://rebound.test:{server.port}/picture?a=1"}
+        body = PROMPT | {"url": f"http://rebound.test:{server.port}/image?a=1"}
         assert (await client.post(EDITS, json=body)).status_code == 200
-        body = PROMPT | {"url": f"http://evil-rebound.test:{server.port}/picture"}
+        body = PROMPT | {"url": f"http://evil-rebound.test:{server.port}/image"}
         await check(client, EDITS, json=body)
     assert names.asked == ["rebound.test", "evil-rebound.test"]
-    assert server.asked == ["/picture?a=1"]
+    assert server.asked == ["/image?a=1"]
     assert server.hosts == [f"rebound.test:{server.port}"]
     assert len(handles.requests[0].references) == 1
 
 
-async def test_order_over_all_ways(open_client, server, handles, picture):
+async def test_order_over_all_ways(open_client, server, handles, make_image):
     """Form parts keep their order, whatever they hold."""
-    url = f"http://home.test:{server.port}/picture"
-    blue = base64.b64encode(picture(color="blue")).decode()
+    url = f"http://home.test:{server.port}/image"
+    blue = base64.b64encode(make_image(color="blue")).decode()
     async with open_client(networks=HOME, hosts=("home.test",)) as client:
         for parts in (
             [("url", (None, url)), ("image", (None, blue))],
-            [("image[]", ("f", picture())), ("image[]", (None, f"data:image/png;base64,{blue}"))],
+            [
+                ("image[]", ("f", make_image())),
+                ("image[]", (None, f"data:image/png;base64,{blue}")),
+            ],
         ):
             answer = await client.post(EDITS, files=[("prompt", (None, "a ring")), *parts])
             assert answer.status_code == 200, answer.text

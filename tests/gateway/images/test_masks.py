@@ -73,7 +73,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_what_is_to_be_drawn_is_marked(name):
+def test_what_is_to_be_generated_is_marked(name):
     assert decode_mask(MASKS[name], LIMITS, "mask") == Mask(*SIZE, LEFT.tobytes())
 
 
@@ -87,7 +87,7 @@ def test_edges_are_where_openai_and_diffusers_have_them():
     assert rows[1].tolist() == [0] * 128 + [255] * 128
 
 
-def test_a_mask_is_upright_as_its_picture_is():
+def test_a_mask_is_upright_as_its_image_is():
     image = Image.fromarray(LEFT)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -117,8 +117,8 @@ def in_json(data: bytes) -> str:
 
 @pytest.mark.parametrize("name", ["mask", "mask_image", "mask[]"])
 @pytest.mark.parametrize("mask", [ERASED, PAINTED], ids=["erased", "painted"])
-async def test_a_mask_as_a_file(client, handles, picture, name, mask):
-    files = {"image": ("in.png", picture(*SIZE)), name: ("mask.png", mask)}
+async def test_a_mask_as_a_file(client, handles, make_image, name, mask):
+    files = {"image": ("in.png", make_image(*SIZE)), name: ("mask.png", mask)}
     answer = await client.post(EDITS, data=PROMPT, files=files)
     assert answer.status_code == 200, answer.text
     assert handles.requests[0].mask == Mask(*SIZE, LEFT.tobytes())
@@ -138,29 +138,31 @@ async def test_a_mask_as_a_file(client, handles, picture, name, mask):
     ],
 )
 @pytest.mark.parametrize("path", [EDITS, GENERATIONS])
-async def test_a_mask_as_text(client, handles, picture, name, wrap, path):
-    body = PROMPT | {"image": in_json(picture(*SIZE)), name: wrap(in_json(ERASED))}
+async def test_a_mask_as_text(client, handles, make_image, name, wrap, path):
+    body = PROMPT | {"image": in_json(make_image(*SIZE)), name: wrap(in_json(ERASED))}
     answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     assert handles.requests[0].mask == Mask(*SIZE, LEFT.tobytes())
 
 
-async def test_a_mask_as_a_text_part(client, handles, picture):
-    files = {"image": ("in.png", picture(*SIZE)), "mask": (None, in_json(PAINTED))}
+async def test_a_mask_as_a_text_part(client, handles, make_image):
+    files = {"image": ("in.png", make_image(*SIZE)), "mask": (None, in_json(PAINTED))}
     assert (await client.post(EDITS, data=PROMPT, files=files)).status_code == 200
     assert handles.requests[0].mask == Mask(*SIZE, LEFT.tobytes())
 
 
-async def test_the_picture_that_is_edited_is_counted_at_the_size_that_is_drawn(client, picture):
-    files = {"image": ("a", picture(*SIZE)), "mask": ("m", ERASED)}
+async def test_the_image_that_is_edited_is_counted_at_the_size_that_is_generated(
+    client, make_image
+):
+    files = {"image": ("a", make_image(*SIZE)), "mask": ("m", ERASED)}
     answer = await client.post(EDITS, data=PROMPT | {"size": "192x160"}, files=files)
     assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == 12 * 10
 
 
-async def test_a_mask_is_of_the_first_of_two_images(client, handles, picture):
+async def test_a_mask_is_of_the_first_of_two_images(client, handles, make_image):
     files = [
-        ("image[]", ("a", picture(*SIZE))),
-        ("image[]", ("b", picture(64, 64))),
+        ("image[]", ("a", make_image(*SIZE))),
+        ("image[]", ("b", make_image(64, 64))),
         ("mask", ("m", ERASED)),
     ]
     assert (await client.post(EDITS, data=PROMPT, files=files)).status_code == 200
@@ -172,8 +174,8 @@ async def test_a_mask_is_of_the_first_of_two_images(client, handles, picture):
 
 
 @pytest.mark.parametrize("nothing", [None, "", []])
-async def test_no_mask(client, handles, picture, nothing):
-    body = PROMPT | {"image": in_json(picture(*SIZE)), "mask": nothing}
+async def test_no_mask(client, handles, make_image, nothing):
+    body = PROMPT | {"image": in_json(make_image(*SIZE)), "mask": nothing}
     assert (await client.post(EDITS, json=body)).status_code == 200
     assert handles.requests[0].mask is None
 
@@ -186,7 +188,7 @@ async def test_transparency_of_the_image_is_no_mask(client, handles):
 
 MISTAKES = {
     "another size": ({"mask": in_json(file_of(Image.new("L", (80, 96), "white")))}, "mask"),
-    "no picture": ({"mask": in_json(b"hello")}, "mask"),
+    "no image": ({"mask": in_json(b"hello")}, "mask"),
     "no base64": ({"mask_image": "!!!!"}, "mask_image"),
     "a file id": ({"mask": {"file_id": "file-123"}}, "mask"),
     "two": ({"mask": [in_json(ERASED), in_json(ERASED)]}, "mask"),
@@ -196,8 +198,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("fields", "param"), MISTAKES.values(), ids=MISTAKES)
-async def test_mistakes_are_named(client, handles, picture, fields, param):
-    body = PROMPT | {"image": in_json(picture(*SIZE))} | fields
+async def test_mistakes_are_named(client, handles, make_image, fields, param):
+    body = PROMPT | {"image": in_json(make_image(*SIZE))} | fields
     answer = await client.post(EDITS, json=body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] in (param, *fields)
@@ -215,11 +217,11 @@ async def test_a_mask_without_an_image(client, handles, path):
 
 FIELDS = ImageFields(prompt="a ring", seed=1)
 KLEIN, UNABLE = tier_for("flux-2-klein-4b"), replace(tier_for("flux-2-dev"), takes_mask=False)
-PICTURE = whole_image(RgbImage(*SIZE, bytes(96 * 80 * 3)), [KLEIN.max_reference_pixels])
+IMAGE = whole_image(RgbImage(*SIZE, bytes(96 * 80 * 3)), [KLEIN.max_reference_pixels])
 MASK = Mask(*SIZE, LEFT.tobytes())
 
 
-def build(tier, references=(PICTURE,)):
+def build(tier, references=(IMAGE,)):
     return request_for(FIELDS, tier, LIMITS, references, MASK)
 
 
@@ -234,14 +236,14 @@ def test_a_tier_that_takes_no_masks_says_so():
 
 def test_a_size_that_the_model_would_refuse_of_a_reference():
     """Cut to whole tokens, 1040 x 130 is more than eight times as long as wide."""
-    picture = whole_image(RgbImage(1040, 130, b""), [KLEIN.max_reference_pixels])
+    image = whole_image(RgbImage(1040, 130, b""), [KLEIN.max_reference_pixels])
     mask = Mask(1040, 130, b"")
     with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
-        request_for(FIELDS, KLEIN, LIMITS, (picture,), mask)
+        request_for(FIELDS, KLEIN, LIMITS, (image,), mask)
     assert caught.value.field == "size"
     asked = FIELDS.model_copy(update={"size": "1024x128"})
-    assert request_for(asked, KLEIN, LIMITS, (picture,), mask).width == 1024
-    assert request_for(FIELDS, KLEIN, LIMITS, (picture,)).width == 1040
+    assert request_for(asked, KLEIN, LIMITS, (image,), mask).width == 1024
+    assert request_for(FIELDS, KLEIN, LIMITS, (image,)).width == 1040
 
 
 def test_an_alias_goes_on_to_a_tier_that_takes_them():

@@ -20,7 +20,7 @@ from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageRequest, RgbImage
-from flux_ray.resizing import fit_mask, fit_picture
+from flux_ray.resizing import fit_image, fit_mask
 from flux_ray.router.pricing.cost import ReplicaSpec, work_of
 from flux_ray.router.pricing.cost_model import CostModel, affinity_of
 
@@ -99,7 +99,7 @@ async def test_an_edit_sends_what_its_tier_takes(client, handles, router):
     assert (handles.requests[0].width, handles.requests[0].height) == (192, 128)
 
 
-async def test_under_a_mask_both_have_the_size_drawn(client, handles):
+async def test_under_a_mask_both_have_the_size_generated(client, handles):
     image, mask = noisy(700, 500), Image.new("L", (700, 500))
     mask.paste(255, (100, 100, 300, 203))
     file = io.BytesIO()
@@ -110,13 +110,13 @@ async def test_under_a_mask_both_have_the_size_drawn(client, handles):
     assert (await client.post(EDITS, data=form, files=files)).status_code == 200
     request = handles.requests[0]
     whole = decode(image, LIMITS, "image 1")
-    assert request.references[0] == fit_picture(whole, (160, 128))
+    assert request.references[0] == fit_image(whole, (160, 128))
     assert (request.references[1].width, request.references[1].height) == (192, 192)
     marks = requests.Mask(700, 500, mask.tobytes())
     assert request.mask == fit_mask(marks, (160, 128))
 
 
-async def test_each_tier_of_an_alias_has_its_own(handles, turns, bill, picture):
+async def test_each_tier_of_an_alias_has_its_own(handles, turns, bill, make_image):
     """They are made at once, from the pixels that were sent."""
     import httpx
 

@@ -1,4 +1,4 @@
-"""Pictures as text: every form that clients send is read, and what is too much is not decoded."""
+"""Images as text: every form that clients send is read, and what is too much is not decoded."""
 
 import base64
 

@@ -7,7 +7,7 @@ from flux_ray.gateway.openai.answer import Answer, AnsweredImage, answer_for
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 REQUEST = ImageRequest("image-1", "tiny", "a circle", 128, 64, 4, 1.0, 7, num_images=2)
-# What a client could have said of a picture, to be taken for its place.
+# What a client could have said of an image, to be taken for its place.
 WARNINGS = ['no such field: "b64_json":""', '"b64_json":""']
 
 

@@ -23,34 +23,34 @@ async def test_generate(openai):
     answer = await openai.images.generate(
         model="tiny", prompt="a red circle", n=2, size="128x128", extra_body={"seed": 7}
     )
-    pictures = [base64.b64decode(picture.b64_json) for picture in answer.data]
-    assert pictures == [b"picture 7", b"picture 8"]
+    images = [base64.b64decode(image.b64_json) for image in answer.data]
+    assert images == [b"image 7", b"image 8"]
     assert answer.data[1].model_extra["seed"] == 8
     assert (answer.size, answer.output_format) == ("128x128", "png")
     assert answer.usage.output_tokens == 128
 
 
-async def test_edit(openai, handles, picture):
-    one = ("in.png", picture(color="red"))
+async def test_edit(openai, handles, make_image):
+    one = ("in.png", make_image(color="red"))
     await openai.images.edit(model="tiny", prompt="make it green", image=one)
-    two = ("in.png", picture(color="blue"))
+    two = ("in.png", make_image(color="blue"))
     answer = await openai.images.edit(
         model="tiny", prompt="both", image=[one, two], extra_body={"seed": 5, "steps": 2}
     )
-    assert base64.b64decode(answer.data[0].b64_json) == b"picture 5"
+    assert base64.b64decode(answer.data[0].b64_json) == b"image 5"
     assert [len(request.references) for request in handles.requests] == [1, 2]
     assert handles.requests[1].num_steps == 2
 
 
-async def test_edit_of_a_part(openai, handles, picture):
-    mask = ("mask.png", picture(mode="RGBA", color=(0, 0, 0, 0)))
-    one, two = (("in.png", picture(color=color)) for color in ("red", "blue"))
+async def test_edit_of_a_part(openai, handles, make_image):
+    mask = ("mask.png", make_image(mode="RGBA", color=(0, 0, 0, 0)))
+    one, two = (("in.png", make_image(color=color)) for color in ("red", "blue"))
     for image in (one, [one, two]):
         await openai.images.edit(model="tiny", prompt="green", image=image, mask=mask)
     assert [len(request.references) for request in handles.requests] == [1, 2]
     assert {request.mask.marks for request in handles.requests} == {b"\xff" * 96 * 80}
     with pytest.raises(BadRequestError) as caught:
-        wrong = ("mask.png", picture(64, 64, color="white"))
+        wrong = ("mask.png", make_image(64, 64, color="white"))
         await openai.images.edit(model="tiny", prompt="green", image=one, mask=wrong)
     assert fields_of(caught.value) == ("mask", "invalid_value", "invalid_request_error")
 

@@ -1,4 +1,4 @@
-"""`POST /v1/images/edits`: pictures as file parts, fields as text."""
+"""`POST /v1/images/edits`: images as file parts, fields as text."""
 
 import httpx
 import pytest
@@ -10,8 +10,8 @@ PATH = "/v1/images/edits"
 PROMPT = {"prompt": "make the circle green"}
 
 
-async def test_one_image(client, handles, picture):
-    answer = await client.post(PATH, data=PROMPT, files={"image": ("in.png", picture(96, 80))})
+async def test_one_image(client, handles, make_image):
+    answer = await client.post(PATH, data=PROMPT, files={"image": ("in.png", make_image(96, 80))})
     assert answer.status_code == 200
     [request] = handles.requests
     [reference] = request.references
@@ -22,14 +22,14 @@ async def test_one_image(client, handles, picture):
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])
-async def test_several_images_in_order(client, handles, picture, name):
-    files = [(name, ("blob", picture(color=color))) for color in ("red", "blue")]
+async def test_several_images_in_order(client, handles, make_image, name):
+    files = [(name, ("blob", make_image(color=color))) for color in ("red", "blue")]
     answer = await client.post(PATH, data=PROMPT, files=files)
     assert answer.status_code == 200
     assert [r.rgb[:3] for r in handles.requests[0].references] == [b"\xff\0\0", b"\0\0\xff"]
 
 
-async def test_text_parts_are_parsed(client, handles, picture):
+async def test_text_parts_are_parsed(client, handles, make_image):
     data = PROMPT | {
         "seed": "7",
         "n": "2",
@@ -42,7 +42,7 @@ async def test_text_parts_are_parsed(client, handles, picture):
         "partial_images": "0",
         "colour": "red",
     }
-    answer = await client.post(PATH, data=data, files={"image[]": ("blob", picture())})
+    answer = await client.post(PATH, data=data, files={"image[]": ("blob", make_image())})
     assert answer.status_code == 200
     [request] = handles.requests
     assert (request.seed, request.num_images, request.num_steps) == (7, 2, 3)
@@ -67,8 +67,8 @@ async def test_text_parts_are_parsed(client, handles, picture):
     ],
 )
 @pytest.mark.parametrize("asked", [{}, {"size": "auto"}])
-async def test_size_follows_the_first_reference(client, handles, picture, size, expected, asked):
-    files = [("image[]", ("a", picture(*size))), ("image[]", ("b", picture()))]
+async def test_size_follows_the_first_reference(client, handles, make_image, size, expected, asked):
+    files = [("image[]", ("a", make_image(*size))), ("image[]", ("b", make_image()))]
     await client.post(PATH, data=PROMPT | asked, files=files)
     assert (handles.requests[0].width, handles.requests[0].height) == expected
 
@@ -93,15 +93,15 @@ async def test_size_follows_the_first_reference(client, handles, picture, size, 
         ({"steps": "3", "step": "4"}, "steps"),
     ],
 )
-async def test_bad_text_parts_are_named(client, handles, picture, fields, param):
-    answer = await client.post(PATH, data=PROMPT | fields, files={"image": ("a", picture())})
+async def test_bad_text_parts_are_named(client, handles, make_image, fields, param):
+    answer = await client.post(PATH, data=PROMPT | fields, files={"image": ("a", make_image())})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
     assert handles.requests == []
 
 
-async def test_a_file_where_text_belongs(client, picture):
-    files = {"image": ("a", picture()), "prompt": ("p", b"a ring")}
+async def test_a_file_where_text_belongs(client, make_image):
+    files = {"image": ("a", make_image()), "prompt": ("p", b"a ring")}
     answer = await client.post(PATH, files=files)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "prompt"
@@ -124,8 +124,8 @@ async def test_no_image(client):
 
 
 @pytest.mark.parametrize("num_images", [3, 40])
-async def test_too_many_images(client, handles, picture, num_images):
-    files = [("image[]", ("a", picture())) for _ in range(num_images)]
+async def test_too_many_images(client, handles, make_image, num_images):
+    files = [("image[]", ("a", make_image())) for _ in range(num_images)]
     answer = await client.post(PATH, data=PROMPT, files=files)
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -134,9 +134,9 @@ async def test_too_many_images(client, handles, picture, num_images):
     assert handles.requests == []
 
 
-async def test_too_many_text_parts(client, picture):
+async def test_too_many_text_parts(client, make_image):
     data = PROMPT | {f"field{number}": "" for number in range(64)}
-    answer = await client.post(PATH, data=data, files={"image": ("a", picture())})
+    answer = await client.post(PATH, data=data, files={"image": ("a", make_image())})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "a form may have at most 64 text parts"
     assert answer.json()["error"]["param"] is None
@@ -145,11 +145,11 @@ async def test_too_many_text_parts(client, picture):
 @pytest.mark.parametrize(
     ("name", "words"), [("prompt", "longer than 1000"), ("image", "not a PNG"), ("size", "auto")]
 )
-async def test_an_over_long_text_part_is_named(router, picture, name, words):
+async def test_an_over_long_text_part_is_named(router, make_image, name, words):
     limits = Limits(max_prompt_chars=1000)
     api = build_api(router, GatewayArgs(tiers=("tiny",), limits=limits))
     transport = httpx.ASGITransport(app=api)
-    files = {"prompt": (None, "a ring")} | {"image": ("a", picture())}
+    files = {"prompt": (None, "a ring")} | {"image": ("a", make_image())}
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         answer = await client.post(PATH, files=files | {name: (None, "x" * 2_000_000)})
     error = answer.json()["error"]
@@ -158,18 +158,18 @@ async def test_an_over_long_text_part_is_named(router, picture, name, words):
     assert len(answer.text) < 300
 
 
-async def test_numbered_files_are_a_list(client, handles, picture):
-    files = [(f"image[{number}]", ("a", picture(64, 64))) for number in range(2)]
+async def test_numbered_files_are_a_list(client, handles, make_image):
+    files = [(f"image[{number}]", ("a", make_image(64, 64))) for number in range(2)]
     answer = await client.post(PATH, data=PROMPT, files=files)
     assert answer.status_code == 200, answer.text
     assert len(handles.requests[0].references) == 2
 
 
-async def test_a_file_that_nobody_reads_is_named(client, picture):
-    files = {"image": ("a", picture()), "markup": ("m", picture())}
+async def test_a_file_that_nobody_reads_is_named(client, make_image):
+    files = {"image": ("a", make_image()), "markup": ("m", make_image())}
     error = (await client.post(PATH, data=PROMPT, files=files)).json()["error"]
     assert (error["message"], error["param"]) == (
-        "markup is no picture that is read here",
+        "markup is no image that is read here",
         "markup",
     )
 
@@ -188,23 +188,25 @@ async def test_a_file_that_nobody_reads_is_named(client, picture):
         ((333, 777), 7 * 18),
     ],
 )
-async def test_references_are_counted_as_the_model_reads_them(client, picture, size, image_tokens):
-    answer = await client.post(PATH, data=PROMPT, files={"image": ("a", picture(*size))})
+async def test_references_are_counted_as_the_model_reads_them(
+    client, make_image, size, image_tokens
+):
+    answer = await client.post(PATH, data=PROMPT, files={"image": ("a", make_image(*size))})
     assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == image_tokens
 
 
-async def test_unknown_model(client, picture):
-    files = {"image": ("a", picture())}
+async def test_unknown_model(client, make_image):
+    files = {"image": ("a", make_image())}
     answer = await client.post(PATH, data=PROMPT | {"model": "nope"}, files=files)
     assert answer.status_code == 404
 
 
-async def test_the_bad_one_of_two_is_named(client, picture):
-    files = [("image[]", ("ok", picture())), ("image[]", ("../../etc/passwd", b"no picture"))]
+async def test_the_bad_one_of_two_is_named(client, make_image):
+    files = [("image[]", ("ok", make_image())), ("image[]", ("../../etc/passwd", b"no image"))]
     answer = await client.post(PATH, data=PROMPT, files=files)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "image")
-    assert error["message"] == "image 2 is not a PNG, JPEG or WebP picture"
+    assert error["message"] == "image 2 is not a PNG, JPEG or WebP image"
 
 
 @pytest.mark.parametrize(

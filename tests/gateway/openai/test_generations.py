@@ -28,7 +28,7 @@ async def test_defaults_come_from_the_catalogue(client, handles):
 async def test_answer_has_openais_fields_and_ours(client, handles):
     answer = await client.post(PATH, json={"prompt": PROMPT, "seed": 7, "n": 2, "user": "me"})
     body = answer.json()
-    assert [base64.b64decode(p["b64_json"]) for p in body["data"]] == [b"picture 7", b"picture 8"]
+    assert [base64.b64decode(p["b64_json"]) for p in body["data"]] == [b"image 7", b"image 8"]
     assert [p["seed"] for p in body["data"]] == [7, 8]
     assert (body["size"], body["output_format"], body["model"]) == ("128x128", "png", "tiny")
     assert body["id"] == handles.requests[0].request_id
@@ -51,7 +51,7 @@ async def test_headers_tell_seed_model_and_stages(client):
     assert "denoise;dur=3.0" in answer.headers["server-timing"]
 
 
-async def test_a_seed_is_drawn_and_told(client, handles):
+async def test_a_seed_is_generated_and_told(client, handles):
     answers = [await client.post(PATH, json={"prompt": PROMPT}) for _ in range(2)]
     seeds = [answer.json()["data"][0]["seed"] for answer in answers]
     assert seeds == [request.seed for request in handles.requests]
@@ -169,7 +169,7 @@ async def test_what_is_not_heeded_is_named(client, handles, fields, warning):
         ({"guidance": 3, "guidance_scale": 4}, "guidance_scale", "disagree"),
         ({"guidance_scale": "high"}, "guidance_scale", "number"),
         ({"guidance": -1}, "guidance", "0"),
-        ({"response_format": "url"}, "response_format", "keeps no pictures"),
+        ({"response_format": "url"}, "response_format", "keeps no images"),
         ({"response_format": "file"}, "response_format", "b64_json"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_format": "svg"}, "output_format", "'png', 'jpeg' or 'webp'"),
@@ -278,12 +278,12 @@ def test_a_size_that_is_not_scaled_is_refused_by_the_side_that_is_wrong(size, wr
 
 
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
-    draw = handles.generate
+    generate = handles.generate
 
-    async def draw_and_warn(request, replica, hear):
-        return replace(await draw(request, replica), warnings=("the prompt was cut",))
+    async def generate_and_warn(request, replica, hear):
+        return replace(await generate(request, replica), warnings=("the prompt was cut",))
 
-    monkeypatch.setattr(handles, "generate", draw_and_warn)
+    monkeypatch.setattr(handles, "generate", generate_and_warn)
     answer = await client.post(PATH, json={"prompt": PROMPT, "guidance": 2})
     assert answer.json()["warnings"] == ["guidance has no effect on tiny", "the prompt was cut"]
 

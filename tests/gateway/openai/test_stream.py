@@ -169,15 +169,15 @@ async def test_what_is_refused_at_once_keeps_its_status(api, replica, error, sta
         assert answer.headers["content-type"] == "application/json"
 
 
-async def test_who_leaves_while_nothing_is_sent_ends_the_drawing(api, replica, quick):
+async def test_who_leaves_while_nothing_is_sent_ends_the_generation(api, replica, quick):
     async with streamed(api, PATH, BODY) as answer:
         await answer.head()
         await answer.block()
     assert replica.was_left
 
 
-async def test_edits_are_streamed_under_their_own_name(api, replica, picture):
-    source = base64.b64encode(picture()).decode()
+async def test_edits_are_streamed_under_their_own_name(api, replica, make_image):
+    source = base64.b64encode(make_image()).decode()
     replica.tell(None)
     async with streamed(api, "/v1/images/edits", BODY | {"image": source}) as answer:
         await answer.head()

@@ -1,4 +1,4 @@
-"""`response_format: url`, with the official client: kept pictures instead of their bytes."""
+"""`response_format: url`, with the official client: kept images instead of their bytes."""
 
 import base64
 
@@ -49,19 +49,19 @@ async def test_generate(openai, client):
         response_format="url",
         extra_body={"seed": 7, "output_format": "webp"},
     )
-    assert [picture.b64_json for picture in answer.data] == [None, None]
-    assert [picture.model_extra["seed"] for picture in answer.data] == [7, 8]
-    shown = [await read(client, picture.url) for picture in answer.data]
-    assert [each.content for each in shown] == [b"picture 7", b"picture 8"]
+    assert [image.b64_json for image in answer.data] == [None, None]
+    assert [image.model_extra["seed"] for image in answer.data] == [7, 8]
+    shown = [await read(client, image.url) for image in answer.data]
+    assert [each.content for each in shown] == [b"image 7", b"image 8"]
     assert {each.headers["content-type"] for each in shown} == {"image/webp"}
 
 
-async def test_edit(openai, client, picture):
+async def test_edit(openai, client, make_image):
     answer = await openai.images.edit(
-        model="tiny", prompt="x", image=("in.png", picture()), response_format="url"
+        model="tiny", prompt="x", image=("in.png", make_image()), response_format="url"
     )
     shown = await read(client, answer.data[0].url)
-    assert shown.content == b"picture %d" % answer.data[0].model_extra["seed"]
+    assert shown.content == b"image %d" % answer.data[0].model_extra["seed"]
 
 
 async def test_the_default_and_b64_are_as_before(openai, client):
@@ -70,7 +70,7 @@ async def test_the_default_and_b64_are_as_before(openai, client):
             model="tiny", prompt="a ring", extra_body={"seed": 7}, **fields
         )
         assert answer.data[0].url is None
-        assert base64.b64decode(answer.data[0].b64_json) == b"picture 7"
+        assert base64.b64decode(answer.data[0].b64_json) == b"image 7"
     body = {"prompt": "a ring", "response_format": "url"}
     plain = (await client.post("/v1/images/generations", json=body)).json()
     assert {*plain["data"][0]} == {"url", "seed"}
@@ -99,16 +99,16 @@ async def test_clients_of_dall_e_get_bytes_where_nothing_is_kept(router):
 async def test_a_stream_has_the_bytes_and_says_so(client):
     body = {"prompt": "a ring", "seed": 7, "response_format": "url", "stream": True}
     answer = await client.post("/v1/images/generations", json=body)
-    assert base64.b64encode(b"picture 7").decode() in answer.text
+    assert base64.b64encode(b"image 7").decode() in answer.text
     assert "response_format has no effect on a stream" in answer.text
 
 
 @pytest.mark.parametrize("route", ["generate", "edit"])
-async def test_without_a_place_to_keep_them_it_is_a_mistake(router, handles, picture, route):
+async def test_without_a_place_to_keep_them_it_is_a_mistake(router, handles, make_image, route):
     api = build_api(router, GatewayArgs(tiers=("tiny",), limits=LIMITS))
-    fields = {} if route == "generate" else {"image": ("in.png", picture())}
+    fields = {} if route == "generate" else {"image": ("in.png", make_image())}
     async with client_of(api) as openai:
-        with pytest.raises(BadRequestError, match="keeps no pictures") as caught:
+        with pytest.raises(BadRequestError, match="keeps no images") as caught:
             await getattr(openai.images, route)(
                 model="tiny", prompt="x", response_format="url", **fields
             )

@@ -45,9 +45,9 @@ def api(router, gateway_args, desk, network) -> FastAPI:
 
 
 @pytest.fixture
-async def url(client, handles, picture, monkeypatch) -> str:
+async def url(client, handles, make_image, monkeypatch) -> str:
     """Of a red image that was generated a moment ago."""
-    red = GeneratedImage(picture(96, 80), 7)
+    red = GeneratedImage(make_image(96, 80), 7)
 
     async def generate(request, replica, hear=None) -> ImageResult:
         handles.requests.append(request)

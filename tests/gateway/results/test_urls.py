@@ -1,4 +1,4 @@
-"""Signed URLs of pictures: what they open, and what they never open."""
+"""Signed URLs of images: what they open, and what they never open."""
 
 import re
 import uuid
@@ -15,16 +15,16 @@ from flux_ray.jobs.job import JobSubmission, StoredImage
 from flux_ray.jobs.service import JobService
 from flux_ray.request import Encoding, ImageRequest, RgbImage
 from tests.conftest import LIMITS
-from tests.jobs.painter import paint, picture_for
+from tests.jobs.painter import image_for, paint
 from tests.jobs.waiting import wait_until
 
-PUBLIC = "https://pictures.example/flux"
+PUBLIC = "https://images.example/flux"
 SECRET = b"s" * 32
 NAME = f"{uuid.UUID(int=1)}/1-0.png"
 OTHER = f"{uuid.UUID(int=2)}/1-0.png"
 GONE = {
     "error": {
-        "message": "there is no such picture, or its URL is not valid any more",
+        "message": "there is no such image, or its URL is not valid any more",
         "type": "invalid_request_error",
         "param": None,
         "code": "result_not_found",
@@ -32,7 +32,7 @@ GONE = {
 }
 
 
-def picture_named(name):
+def image_named(name):
     return StoredImage(name, 7, 3, "0" * 64)
 
 
@@ -50,7 +50,7 @@ def parts_of(url):
 def test_a_url_is_absolute_and_ends():
     clock = Clock()
     urls = ResultUrls(PUBLIC + "/", SECRET, 600, clock)
-    url = urls.url_of(picture_named(NAME))
+    url = urls.url_of(image_named(NAME))
     assert url.startswith(f"{PUBLIC}/results/{NAME}?exp=1600&sig=")
     assert urls.allows(*parts_of(url))
     clock.now_s = 1599.9
@@ -59,7 +59,7 @@ def test_a_url_is_absolute_and_ends():
     assert not urls.allows(*parts_of(url))
 
 
-SIGNATURE = parts_of(ResultUrls(PUBLIC, SECRET, 600, Clock()).url_of(picture_named(NAME)))[2]
+SIGNATURE = parts_of(ResultUrls(PUBLIC, SECRET, 600, Clock()).url_of(image_named(NAME)))[2]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def api(router, gateway_args, desk):
 
 
 @pytest.fixture
-def draw(desk):
+def generate(desk):
     """`draw(format)`: a request and its job, which is ready."""
 
-    async def draw(format="png", seed=7):
+    async def generate(format="png", seed=7):
         reference = RgbImage(64, 64, b"\0" * 64 * 64 * 3)
         request = ImageRequest(
             "r", "tiny", "a ring", 64, 64, 4, 1.0, seed, 2, (reference,), Encoding(format)
@@ -131,7 +131,7 @@ def draw(desk):
         await wait_until(is_ready)
         return request, await desk.find("anna", job.job_id)
 
-    return draw
+    return generate
 
 
 @pytest.fixture
@@ -140,43 +140,43 @@ async def urls(desk):
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-async def test_the_picture_is_answered_without_a_key(client, draw, urls, format):
-    request, job = await draw(format)
-    for number, picture in enumerate(job.result.pictures):
-        answer = await client.get(urls.url_of(picture))
+async def test_the_image_is_answered_without_a_key(client, generate, urls, format):
+    request, job = await generate(format)
+    for number, image in enumerate(job.result.images):
+        answer = await client.get(urls.url_of(image))
         assert answer.status_code == 200, answer.text
-        assert answer.content == picture_for(request, 7 + number)
+        assert answer.content == image_for(request, 7 + number)
         assert answer.headers["content-type"] == f"image/{format}"
         assert answer.headers["cache-control"] == "private, no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["content-disposition"] == "inline"
-    head = await client.head(urls.url_of(picture))
+    head = await client.head(urls.url_of(image))
     assert {**head.headers} | {"x-request-id": ""} == {**answer.headers} | {"x-request-id": ""}
 
 
-async def test_a_key_is_tolerated_and_not_logged(client, draw, urls, serve_log):
-    _, job = await draw()
-    url = urls.url_of(job.result.pictures[0])
+async def test_a_key_is_tolerated_and_not_logged(client, generate, urls, serve_log):
+    _, job = await generate()
+    url = urls.url_of(job.result.images[0])
     headers = {"authorization": "Bearer fr-nonsense", "x-key": "fr-nonsense"}
     assert (await client.get(url, headers=headers)).status_code == 200
     assert (await client.get(url[:-1] + "x", headers=headers)).status_code == 404
     assert "nonsense" not in serve_log.text and url[-64:] not in serve_log.text
 
 
-async def test_the_host_is_of_no_matter(client, draw, urls):
-    _, job = await draw()
-    url = urls.url_of(job.result.pictures[0])
+async def test_the_host_is_of_no_matter(client, generate, urls):
+    _, job = await generate()
+    url = urls.url_of(job.result.images[0])
     for host in ("evil.example", "x/?", "a@b"):
         assert (await client.get(url, headers={"host": host})).status_code == 200
 
 
-async def test_whatever_is_wrong_looks_the_same(client, draw, urls):
-    _, job = await draw()
-    _, other = await draw(seed=9)
-    picture = job.result.pictures[0]
-    name, expiry, signature = parts_of(urls.url_of(picture))
+async def test_whatever_is_wrong_looks_the_same(client, generate, urls):
+    _, job = await generate()
+    _, other = await generate(seed=9)
+    image = job.result.images[0]
+    name, expiry, signature = parts_of(urls.url_of(image))
     query = f"?exp={expiry}&sig={signature}"
-    expired = ResultUrls("", urls._secret, -1).url_of(picture)
+    expired = ResultUrls("", urls._secret, -1).url_of(image)
     bad = [
         f"/results/{name}",
         f"/results/{name}?exp={expiry}",
@@ -189,7 +189,7 @@ async def test_whatever_is_wrong_looks_the_same(client, draw, urls):
         f"/results/{name}?exp={expiry}&sig=%ff%00%C3%A9",
         f"/results/{name}{query}&exp=1",
         expired,
-        f"/results/{other.result.pictures[0].name}{query}",
+        f"/results/{other.result.images[0].name}{query}",
         f"/results/{name.replace('1-0', '1-1')}{query}",
         f"/results/{name.replace('/', '%252F')}{query}",
         f"/results/..%2F..%2Fetc%2Fpasswd{query}",
@@ -200,10 +200,10 @@ async def test_whatever_is_wrong_looks_the_same(client, draw, urls):
         f"/results//{name}{query}",
         f"/results/{name.upper()}{query}",
         # Signed by us, and yet not to be had.
-        urls.url_of(picture_named(f"{job.job_id}/reference-0")),
-        urls.url_of(picture_named(NAME)),
-        urls.url_of(picture_named(f"{job.job_id}/2-0.png")),
-        urls.url_of(picture_named("../results/x")),
+        urls.url_of(image_named(f"{job.job_id}/reference-0")),
+        urls.url_of(image_named(NAME)),
+        urls.url_of(image_named(f"{job.job_id}/2-0.png")),
+        urls.url_of(image_named("../results/x")),
     ]
     for url in bad:
         answer = await client.get(url)
@@ -218,30 +218,30 @@ def spoil(folder: Path, gone: str, changed: str) -> None:
     (folder / changed).write_bytes(b"<script>")
 
 
-async def test_a_picture_that_is_gone_or_changed(client, draw, urls, tmp_path):
-    _, job = await draw()
-    first, second = job.result.pictures
+async def test_an_image_that_is_gone_or_changed(client, generate, urls, tmp_path):
+    _, job = await generate()
+    first, second = job.result.images
     spoil(tmp_path / "results", first.name, second.name)
-    for picture in (first, second):
-        answer = await client.get(urls.url_of(picture))
+    for image in (first, second):
+        answer = await client.get(urls.url_of(image))
         assert (answer.status_code, answer.json()) == (404, GONE)
 
 
-async def test_nothing_is_written_there(client, draw, urls):
-    _, job = await draw()
-    url = urls.url_of(job.result.pictures[0])
+async def test_nothing_is_written_there(client, generate, urls):
+    _, job = await generate()
+    url = urls.url_of(job.result.images[0])
     for method in ("POST", "PUT", "DELETE", "PATCH"):
         assert (await client.request(method, url)).status_code == 405
 
 
-async def test_stores_that_are_away_are_no_answer(client, draw, urls, gateway_args, router):
-    _, job = await draw()
+async def test_stores_that_are_away_are_no_answer(client, generate, urls, gateway_args, router):
+    _, job = await generate()
     away = JobService(
         gateway_args.jobs.model_copy(update={"database": "sqlite:////proc/no/such"}), paint
     )
     transport = httpx.ASGITransport(app=build_api(router, gateway_args, desk=away))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as other:
-        answer = await other.get(urls.url_of(job.result.pictures[0]))
+        answer = await other.get(urls.url_of(job.result.images[0]))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert answer.json()["error"]["code"] == "store_unavailable"
     await away.close()

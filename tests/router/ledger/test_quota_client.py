@@ -147,11 +147,11 @@ async def test_a_lost_ledger_forgets_no_day_and_no_place(gates, line):
 async def test_while_the_ledger_is_away_requests_wait(gates, line):
     line.is_down = True
 
-    async def draw():
+    async def generate():
         async with gates[0].entered(entry("x"), ONE):
             return "done"
 
-    task = asyncio.create_task(draw())
+    task = asyncio.create_task(generate())
     await asyncio.sleep(0.05)
     assert not task.done()
     line.is_down = False

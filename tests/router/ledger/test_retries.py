@@ -28,7 +28,7 @@ def offer(ticket_id: str, retry: Retry | None, **fields) -> SubmitRequest:
     return SubmitRequest(ticket_id, "tiny", 30.0, 600.0, retry=retry, seed=7, **fields)
 
 
-def test_it_is_found_while_it_is_drawn_and_for_a_while_when_it_was_answered() -> None:
+def test_it_is_found_while_it_is_generated_and_for_a_while_when_it_was_answered() -> None:
     places = Places()
     places.grant(RETRY, place("a"))
     assert places.find("ours", 1e9) == (place("a"),)
@@ -38,7 +38,7 @@ def test_it_is_found_while_it_is_drawn_and_for_a_while_when_it_was_answered() ->
     assert not places._places and not places._live
 
 
-def test_what_was_left_or_failed_is_drawn_anew() -> None:
+def test_what_was_left_or_failed_is_generated_anew() -> None:
     places = Places()
     places.grant(RETRY, place("a"))
     places.end("a", 1.0, is_done=False)

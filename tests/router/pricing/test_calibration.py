@@ -180,7 +180,7 @@ def test_the_error_is_that_of_the_price_before() -> None:
 
 
 def test_observations_say_of_what_they_are() -> None:
-    """The seconds are of one prompt, one step, one picture."""
+    """The seconds are of one prompt, one step, one image."""
     work = replace(WORK, references=(1024 * 1024,), num_images=3)
     seen = model().learn_work(work, times(work, 1.0))
     once = price(replace(work, num_steps=1, num_images=1), LAYOUT)

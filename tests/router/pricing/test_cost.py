@@ -1,6 +1,6 @@
 """Prices before anything was measured: the fact sheet's tables, and what makes a request longer.
 
-The tables are milliseconds a step of one picture of 1024 x 1024 pixels unless said otherwise.
+The tables are milliseconds a step of one image of 1024 x 1024 pixels unless said otherwise.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ TABLE = {
     ("flux-2-klein-4b", "l40s-48gb"): (160.3, 134.0, 117.5, 109.2, 123.8, 72.3, 39.2),
     ("flux-2-klein-4b", "rtx4090-24gb"): (351.7, 234.7, 173.3, 142.7, 224.0, 123.6, 65.2),
 }
-# Of dev on H100, by the picture's side and its references of a megapixel; TP8 and SP8 last.
+# Of dev on H100, by the image's side and its references of a megapixel; TP8 and SP8 last.
 SHAPES = {
     # The sheet's last is 22.6: it has no time for the weights' way from memory, of which Ulysses
     # takes nothing. All 64.4 GB at 0.8 of 3.35 TB/s are 24.0, not 17.9 as the products.
@@ -101,13 +101,13 @@ def test_every_step_and_every_image_is_paid_for_but_the_prompt_only_once() -> No
     assert more.total_s == more.encode_s + more.denoise_s + more.decode_s
 
 
-def test_a_preview_costs_what_decoding_a_picture_does() -> None:
+def test_a_preview_costs_what_decoding_an_image_does() -> None:
     one, more = price(KLEIN, H100), price(replace(KLEIN, num_previews=2, num_images=3), H100)
     assert more.decode_s == pytest.approx(9 * one.decode_s)
     assert more.denoise_s == pytest.approx(3 * one.denoise_s)
 
 
-def test_dev_at_four_megapixels_with_references_costs_hundreds_of_klein_pictures() -> None:
+def test_dev_at_four_megapixels_with_references_costs_hundreds_of_klein_images() -> None:
     work = RequestShape("flux-2-dev", 2048, 2048, num_steps=50, references=(1024 * 1024,) * 4)
     assert price(work, H100).denoise_s > 500 * price(KLEIN, H100).denoise_s
 
@@ -235,19 +235,19 @@ def test_references_count_as_large_as_the_model_takes_them() -> None:
     assert work.num_tokens == 512 + 64 * 32 + 128 * 32 + 6 * 4
 
 
-def test_a_mask_costs_nothing_where_its_picture_is_the_reference_that_it_is() -> None:
-    """The picture is scaled to what is drawn: as a reference that has that size already."""
-    picture, mask = RgbImage(1500, 750, b""), Mask(1500, 750, b"")
-    masked = work_of(request(references=(picture, picture), mask=mask))
-    plain = work_of(request(references=(RgbImage(1024, 512, b""), picture)))
+def test_a_mask_costs_nothing_where_its_image_is_the_reference_that_it_is() -> None:
+    """The image is scaled to what is drawn: as a reference that has that size already."""
+    image, mask = RgbImage(1500, 750, b""), Mask(1500, 750, b"")
+    masked = work_of(request(references=(image, image), mask=mask))
+    plain = work_of(request(references=(RgbImage(1024, 512, b""), image)))
     assert masked == replace(plain, is_masked=True)
     assert price(masked, H100) == price(plain, H100)
 
 
-def test_a_large_picture_under_a_mask_is_encoded_once_more() -> None:
+def test_a_large_image_under_a_mask_is_encoded_once_more() -> None:
     """In nine tiles, as it is decoded, and it has the tokens of a reference of a megapixel."""
-    picture, mask = RgbImage(2048, 2048, b""), Mask(2048, 2048, b"")
-    large = request(width=2048, height=2048, references=(picture,))
+    image, mask = RgbImage(2048, 2048, b""), Mask(2048, 2048, b"")
+    large = request(width=2048, height=2048, references=(image,))
     plain, masked = (price(work_of(each), H100) for each in (large, replace(large, mask=mask)))
     assert masked.denoise_s == plain.denoise_s
     assert masked.decode_s == plain.decode_s
