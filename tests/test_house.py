@@ -250,7 +250,8 @@ def test_readme_tree_is_there():
 
 def test_readme_tree_is_whole():
     listed = listed_paths(readme_tree())
-    inside = {path for path in PACKAGE.iterdir() if not path.name.startswith(("__", "."))}
+    unread = ("__", ".", "py.typed")
+    inside = {path for path in PACKAGE.iterdir() if not path.name.startswith(unread)}
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
     top = {path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     visible = {path for path in top if not any(path.match(pattern) for pattern in ignored)}
