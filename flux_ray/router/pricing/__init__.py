@@ -1,1 +1,1 @@
-"""Prices: what a request takes on a replica of its tier, by a roofline and by what was measured."""
+"""Price requests in replica seconds: a roofline estimate, corrected by what replicas measured."""

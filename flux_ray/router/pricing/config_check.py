@@ -1,6 +1,7 @@
-"""What of a gateway's config no cluster could do: found when it is read, not by its clients.
+"""Check a config against prices: what no cluster could do, and how long a replica may drain.
 
-How long a replica that is taken away may take for what it has in hand: its longest request.
+An impossible deadline or price limit is found when the config is read, not by the first client.
+A replica that is taken away gets the time of its longest possible request (`drain_timeout_s`).
 """
 
 import math
@@ -12,7 +13,10 @@ from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 
 
 def check_possible(args: GatewayArgs) -> None:
-    """ValueError names a key that leaves no tier enough for its default image."""
+    """Raise ValueError, naming the key, if a limit leaves no tier enough for its default image.
+
+    Checked are the deadlines of tiers and of key classes, and `max_gpu_seconds` of aliases.
+    """
     for tier, deadline_s in args.deadlines.items():
         check_deadline(f"deadlines.{tier}", deadline_s, (tier,), args.card)
     for name, key_class in args.key_classes.items():
@@ -29,8 +33,9 @@ def check_possible(args: GatewayArgs) -> None:
 
 
 def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card: str) -> None:
-    """It suffices for a default image of one of the tiers; quantized, that may be half."""
+    """Raise ValueError unless an alias's limit pays for a default image on one of its tiers."""
     least_s = min(default_s(tier, ReplicaSpec(card)) for tier in tiers)
+    # Half: prices here are those without quantization, which may halve them.
     if max_gpu_seconds < least_s / 2:
         raise ValueError(
             f"aliases.{name}.max_gpu_seconds: {max_gpu_seconds:g} is impossible: a default image"
@@ -39,8 +44,8 @@ def check_price(name: str, max_gpu_seconds: float, tiers: tuple[str, ...], card:
 
 
 def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: str) -> None:
-    """It suffices for a default image of one of the tiers."""
-    # The fastest that eight cards make of any tier: split by tokens, with weights of a byte.
+    """Raise ValueError unless one of the tiers can make a default image within the deadline."""
+    # The fastest that any tier gets on eight GPUs: split by tokens, with weights of one byte.
     layout = ReplicaSpec(card, tensor=2, sequence=4, quantization="fp8", encoder_quantization="fp8")
     least_s = min(default_s(tier, layout) for tier in tiers)
     if deadline_s < least_s:
@@ -51,25 +56,30 @@ def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: st
 
 
 def default_s(tier: str, layout: ReplicaSpec) -> float:
-    """Seconds of a replica for a tier's default image."""
+    """Return the replica seconds of a tier's default image in this layout."""
     row = tier_for(tier)
     return price(
         RequestShape(tier, row.default_side, row.default_side, row.num_steps), layout
     ).total_s
 
 
-# A replica's card is known when the replica is up, and this is asked before: as gateways price.
+# A replica's GPU is known only when the replica is up, but this is needed earlier. Gateways price
+# by the same default until a replica has told them.
 CARD: str = GatewayArgs.model_fields["card"].default
-# Prices may be as much too low before anything was measured.
+# Before anything was measured, prices may be too low by this factor.
 MARGIN = 1.5
-# Files of the last images are made when the ranks are done, and other processes take their time.
+# Image files are still to be made when the ranks are done, and other processes are slow to stop.
 MIN_S = 20.0
-# Gateways give up what takes longer than their `request_timeout_s`, and wait so long themselves.
+# No more than gateways wait for themselves: they give up what takes longer.
 MAX_S: float = GatewayArgs.model_fields["drain_timeout_s"].default
 
 
 def drain_timeout_s(args: TierArgs) -> float:
-    """As the args have it, or for the longest request by its price, on a processor or on `CARD`."""
+    """Return the seconds that a replica of these args may take to finish its requests.
+
+    The args may say it. Otherwise it is the price of the longest request, on a processor or on
+    `CARD`, times MARGIN, between MIN_S and MAX_S.
+    """
     if args.drain_timeout_s is not None:
         return args.drain_timeout_s
     longest_s = price(longest_work(args.tier), ReplicaSpec.of(args, CARD)).total_s
@@ -77,10 +87,11 @@ def drain_timeout_s(args: TierArgs) -> float:
 
 
 def longest_work(tier: str) -> RequestShape:
-    """The most and the largest images, with the most references, in the tier's own steps.
+    """Return the longest request to wait for: most and largest images, most references.
 
-    Of more steps than those, which make no distilled tier better, one image takes about as long.
-    Who asks for more of everything is served by another replica where this one has to end.
+    It has the tier's own number of steps. More steps make no distilled tier better, and one image
+    with more of them takes about as long as this. A request that asks for more of everything is
+    generated again on another replica if this one has to end.
     """
     row = tier_for(tier)
     side = math.isqrt(row.max_pixels)

@@ -1,13 +1,9 @@
-"""The price of a request before anything was measured: a roofline over what its stages take.
+"""Estimate the price of a request before anything was measured, by a roofline of its stages.
 
-The model and its constants are those of the project's fact sheet on parallelism: products at a
-fraction of the card's peak, or the weights' way from memory where that is longer; collectives at
-the speed of the link. `calibration` corrects it by what replicas measure.
-
-Seconds of products and of exchanges on one kind of card: the formulas of the cost model.
-
-A product takes as long as its FLOPs, at the fraction of the peak that is reached, or as its weights
-on their way from memory. What is assumed is said at each constant.
+A matrix product takes as long as its FLOPs at the reached fraction of the GPU's peak, or as
+reading its weights from memory, whichever is longer. Collectives take the time that the link
+needs for their bytes. Each constant says what it assumes. `CostModel` in `cost_model.py` corrects
+these estimates by what replicas measure.
 """
 
 from dataclasses import dataclass
@@ -21,19 +17,19 @@ from flux_ray.request import ImageRequest
 
 TERA = 1e12
 GIGA = 1e9
-# Of its data sheet's bandwidth, what plain reads and writes reach.
+# The fraction of the data sheet's bandwidth that plain reads and writes reach.
 MEMORY_FRACTION = 0.8
-# FP8 products reach less of a peak that is twice as high.
+# The fraction of their peak that FP8 products reach: less than BF16 does, of twice the peak.
 FP8_FRACTION = 0.5
-# Bytes a number as stored; NF4 has a scale of four for every 64.
+# Bytes per stored number; NF4 adds a scale of four bytes for every 64 numbers.
 QUANTIZED_BYTES: dict[Quantization, float] = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}
-# Query, key, value and answer. Ours sends the first three in one piece, with as many bytes.
+# Query, key, value and output. We send the first three in one piece, which has as many bytes.
 EXCHANGES_PER_ATTENTION = 4
 
 
 @dataclass(frozen=True)
 class Split:
-    """A model's weights over `tensor` ranks, its tokens over `sequence`."""
+    """How a model is split: its weights over `tensor` ranks, its tokens over `sequence` ranks."""
 
     tensor: int
     sequence: int
@@ -42,11 +38,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What ranks tell each other in one forward: numbers of [tokens, width] that they sum up, and
-    of attentions before and after which tokens are exchanged for heads.
+    """What the ranks exchange in one forward pass.
 
-    `num_passes` are such numbers read or written between products. On one card they are part of
-    the fraction of its peak that was measured; on several they are counted.
+    `num_activations` is the size of one activation tensor [tokens, width], in numbers.
+    `num_reduced` such tensors are summed over tensor ranks, in `num_reductions` all-reduces;
+    before and after each of `num_attentions` attentions, tokens are exchanged for heads.
+    `num_passes` tensors are read or written between products. On one GPU this time is contained in
+    the measured fraction of the peak, so it is counted only on several.
     """
 
     num_activations: int
@@ -58,24 +56,24 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Roofline:
-    """One rank: a card, or `num_threads` of a processor, with numbers of `dtype_bytes`."""
+    """The speed of one rank: a GPU, or `num_threads` of a processor. Numbers have `dtype_bytes`."""
 
     speed: Speed
     num_threads: int
     dtype_bytes: int
 
     def flops_s(self, flops: float) -> float:
-        """Of products in the model's own dtype, on one rank."""
+        """Return the seconds of so many FLOPs in the model's own dtype, on one rank."""
         speed = self.speed
         peak = speed.fp32_tflops if self.dtype_bytes == 4 else speed.bf16_tflops
         return flops / (peak * speed.achieved * TERA * self.num_threads)
 
     def memory_s(self, num_bytes: float) -> float:
-        """Of reading or writing."""
+        """Return the seconds of reading or writing so many bytes of memory."""
         return num_bytes / (self.speed.memory_gb_s * GIGA * MEMORY_FRACTION)
 
     def uses_fp8_units(self, split: Split) -> bool:
-        """Whether FP8 weights are multiplied as they are, by activations made FP8 too."""
+        """Return whether FP8 weights are multiplied in FP8, with activations cast to FP8 too."""
         has_them = self.speed.fp8_tflops is not None
         return has_them and split.quantization == "fp8" and self.dtype_bytes == 2
 
@@ -88,7 +86,11 @@ class Roofline:
         num_weights: int,
         num_whole_weights: int = 0,
     ) -> float:
-        """One forward's products; attention stays in the model's dtype, as do whole weights."""
+        """Return the seconds of the products of one forward pass, on each rank.
+
+        Attention stays in the model's dtype, and so do `num_whole_weights`, the weights that no
+        rank has only a part of.
+        """
         num_ranks = split.tensor * split.sequence
         seconds = self.flops_s(product_flops)
         if self.uses_fp8_units(split):
@@ -101,19 +103,19 @@ class Roofline:
         return max(seconds, read_s) + self.unpacking_s(own, split)
 
     def weight_bytes(self, split: Split) -> float:
-        """Of one number of a block's weights."""
+        """Return the stored bytes of one number of a block's weights."""
         if split.quantization is None:
             return self.dtype_bytes
         return QUANTIZED_BYTES[split.quantization]
 
     def unpacking_s(self, num_weights: float, split: Split) -> float:
-        """Writing quantized weights out in the model's dtype, and reading those for the product."""
+        """Return the seconds of writing weights out in the model's dtype and reading them again."""
         if split.quantization is None or self.uses_fp8_units(split):
             return 0.0
         return self.memory_s(num_weights * 2 * self.dtype_bytes)
 
     def exchanges_s(self, exchange: Exchange, split: Split) -> float:
-        """One forward's all-reduces over tensor ranks and all-to-alls over sequence ranks."""
+        """Return the seconds of one forward's all-reduces (tensor) and all-to-alls (sequence)."""
         num_bytes = exchange.num_activations * self.dtype_bytes / split.sequence
         seconds = 0.0
         if split.tensor > 1:
@@ -130,27 +132,27 @@ class Roofline:
         return seconds
 
     def sent_s(self, num_bytes: float) -> float:
-        """What one rank sends in collectives."""
+        """Return the seconds in which one rank sends so many bytes over its link."""
         return num_bytes / (self.speed.link_gb_s * GIGA)
 
     def launched_s(self, seconds: float, num_blocks: int) -> float:
-        """With the host's part: in turn with the work on a processor, meanwhile on a card."""
+        """Add the host's launch time: on a processor it is added, on a GPU it overlaps."""
         host_s = num_blocks * self.speed.block_s
         return seconds + host_s if self.speed.is_host else max(seconds, host_s)
 
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# The VAE's four resolutions and the middle are blocks to the host.
+# To the host, the VAE's four resolutions and its middle are one block each.
 NUM_VAE_BLOCKS = 5
-# Any bound will do: requests of a few shapes are most of the traffic.
+# Most traffic has a few shapes. Any bound will do that keeps strange ones from filling memory.
 NUM_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """How one replica of a tier is laid out; `card` is `cpu` for this machine's processor.
+    """How one replica of a tier is laid out, as far as prices depend on it.
 
-    Ranks on a processor have `num_threads` each.
+    `card` names the kind of GPU, or is `cpu` for a processor, where each rank has `num_threads`.
     """
 
     card: str
@@ -165,7 +167,7 @@ class ReplicaSpec:
 
     @classmethod
     def of(cls, args: TierArgs, card: str) -> "ReplicaSpec":
-        """Of a tier's args on cards of that name; ValueError names the cards there are."""
+        """Return the layout of a tier's args on GPUs of that name; ValueError if it is unknown."""
         card = PROCESSOR if args.device == "cpu" else card
         speed_for(card)
         return cls(
@@ -182,17 +184,18 @@ class ReplicaSpec:
 
     @property
     def num_ranks(self) -> int:
-        """The cards that a second of this replica occupies."""
+        """The number of GPUs of a replica: the GPU seconds in one of its replica seconds."""
         return self.tensor * self.sequence
 
 
 @dataclass(frozen=True)
 class RequestShape:
-    """What of a request makes it long; `references` are pixels of each, as the model takes it.
+    """The properties of a request that its price depends on.
 
-    `is_masked`: a part of an image is drawn, the first reference. `num_previews` is of each
-    image. Guidance is no part of it: every tier is distilled, and a step is one forward. Nor are
-    files: they are made while the replica does something else.
+    `references` has the pixels of each reference image, in the size in which the model takes it.
+    `is_masked`: only a part of the first reference is generated. `num_previews` counts those of
+    each image. Guidance is left out, because every tier is distilled and a step is one forward
+    pass. Files are left out, because they are made while the ranks do something else.
     """
 
     tier: str
@@ -206,34 +209,34 @@ class RequestShape:
 
     @property
     def num_decoded(self) -> int:
-        """How many times an image is decoded."""
+        """How many times the VAE decodes an image, previews included."""
         return self.num_images * (1 + self.num_previews)
 
     @property
     def pixels(self) -> int:
-        """Of one image."""
+        """The number of pixels of one image."""
         return self.width * self.height
 
     @property
     def is_encoded_apart(self) -> bool:
-        """Whether the image under a mask is larger than the reference that is made of it."""
+        """Whether the masked image is encoded a second time, larger than as a reference."""
         return self.is_masked and self.pixels > tier_for(self.tier).max_reference_pixels
 
     @property
     def encoded_pixels(self) -> int:
-        """Of all that the VAE encodes."""
+        """The number of pixels that the VAE encodes, of all references and the masked image."""
         return sum(self.references) + (self.pixels if self.is_encoded_apart else 0)
 
     @property
     def num_tokens(self) -> int:
-        """Of text, image and references: what each step computes."""
+        """The number of tokens of text, image and references that each step computes."""
         tokens = (self.pixels + sum(self.references)) // TOKEN_SIDE**2
         return tier_for(self.tier).text_length + tokens
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one replica, by stage, for all steps and images of a request."""
+    """A price in replica seconds, by stage, for all steps and images of a request."""
 
     encode_s: float
     denoise_s: float
@@ -241,12 +244,12 @@ class Cost:
 
     @property
     def total_s(self) -> float:
-        """From the prompt to the last pixel."""
+        """Replica seconds from the prompt to the last pixel."""
         return self.encode_s + self.denoise_s + self.decode_s
 
 
 def work_of(request: ImageRequest) -> RequestShape:
-    """The work that a request makes for its tier."""
+    """Return the shape of a request, its references scaled down to what the tier takes."""
     limit = tier_for(request.tier).max_reference_pixels
     return RequestShape(
         request.tier,
@@ -262,7 +265,7 @@ def work_of(request: ImageRequest) -> RequestShape:
 
 @lru_cache(NUM_REMEMBERED)
 def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
-    """The seconds of a request on one replica that has nothing else to do."""
+    """Return the replica seconds of a request on a replica that has nothing else to do."""
     roofline = roofline_of(layout)
     return Cost(
         encode_s=sum(encode_parts_s(work, layout)) + edit_s(work, roofline),
@@ -272,18 +275,18 @@ def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
 
 
 def roofline_of(layout: ReplicaSpec) -> Roofline:
-    """Of one of its cards."""
+    """Return the roofline of one rank of this layout."""
     return Roofline(speed_for(layout.card), layout.num_threads, DTYPE_BYTES[layout.dtype])
 
 
 def encode_parts_s(work: RequestShape, layout: ReplicaSpec) -> tuple[float, float]:
-    """The prompt, and the references with the images' noise."""
+    """Return the seconds of encoding the prompt, and of the references with the images' noise."""
     roofline = roofline_of(layout)
     return prompt_s(work, layout, roofline), references_s(work, roofline)
 
 
 def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
-    """One denoise step of one image."""
+    """Return the seconds of one denoising step of one image."""
     model = WORKLOADS[work.tier].transformer
     split = Split(layout.tensor, layout.sequence, layout.quantization)
     seconds = roofline.products_s(
@@ -305,7 +308,7 @@ def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float
 
 
 def prompt_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
-    """The prompt in the text encoder, wherever that is."""
+    """Return the seconds of the prompt in the text encoder, shared or in the ranks."""
     model, length = WORKLOADS[work.tier].text_encoder, tier_for(work.tier).text_length
     split = Split(encoder_ranks(layout, model.num_heads), 1, layout.encoder_quantization)
     seconds = roofline.products_s(
@@ -320,7 +323,7 @@ def prompt_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> flo
 
 
 def encoder_ranks(layout: ReplicaSpec, num_heads: int) -> int:
-    """Over how many ranks the text encoder is split, as its loader decides."""
+    """Return over how many ranks the text encoder is split; the same rule as in its loader."""
     if layout.is_encoder_shared:
         return 1
     is_whole = layout.encoder_quantization == "nf4" or num_heads % layout.num_ranks
@@ -328,7 +331,10 @@ def encoder_ranks(layout: ReplicaSpec, num_heads: int) -> int:
 
 
 def references_s(work: RequestShape, roofline: Roofline) -> float:
-    """The references in the VAE, one by one on every rank, and each image's noise."""
+    """Return the seconds of the references in the VAE, and of making each image's noise.
+
+    Every rank encodes all references, one by one.
+    """
     vae = WORKLOADS[work.tier].vae
     each = (
         roofline.launched_s(roofline.flops_s(vae.encode_flops(pixels)), NUM_VAE_BLOCKS)
@@ -338,7 +344,7 @@ def references_s(work: RequestShape, roofline: Roofline) -> float:
 
 
 def edit_s(work: RequestShape, roofline: Roofline) -> float:
-    """The image under a mask in the VAE, where it is no reference as it is."""
+    """Return the seconds of the masked image in the VAE, 0 if its reference will do."""
     if not work.is_encoded_apart:
         return 0.0
     flops = WORKLOADS[work.tier].vae.edit_flops(work.width, work.height)
@@ -346,6 +352,6 @@ def edit_s(work: RequestShape, roofline: Roofline) -> float:
 
 
 def image_s(work: RequestShape, roofline: Roofline) -> float:
-    """One image through the VAE on one rank."""
+    """Return the seconds of decoding one image in the VAE, on one rank."""
     flops = WORKLOADS[work.tier].vae.decode_flops(work.width, work.height)
     return roofline.launched_s(roofline.flops_s(flops), NUM_VAE_BLOCKS)

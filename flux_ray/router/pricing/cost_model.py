@@ -1,12 +1,10 @@
-"""The cost model: what a request will take on a replica of its tier, learned from what it took.
+"""Predict what a request will take on a replica of its tier, learning from what requests took.
 
-How much longer stages really take than the roofline says: medians of what replicas measured.
-
-Everything is kept by stage and by size in buckets of half an octave: never more than NUM_BUCKETS
-windows of WINDOW ratios, whatever sizes arrive. Windows are the newest observations by time, so
-that merging them is the same in any order, and as often as one likes.
-
-What a request has in common with others that a replica may have encoded before.
+`CostModel` multiplies the roofline's price of each stage by a ratio: the median of measured over
+estimated seconds (`Calibration`). Ratios are kept by stage, and by size in buckets of half an
+octave, so there are never more than NUM_BUCKETS windows of WINDOW ratios, whatever sizes arrive. A
+window holds the newest observations by time; so gateways can merge what each of them measured in
+any order, and repeatedly. `affinity_of` names what of a request a replica may have in its cache.
 """
 
 import math
@@ -30,10 +28,10 @@ from flux_ray.router.pricing.cost import (
 
 Stage = Literal["encode", "denoise", "decode"]
 
-# A change shows when it is more than half of a window: after 8 observations. Seven of 15 may be
-# nonsense.
+# A median follows a change once it fills more than half of the window: after 8 observations. So up
+# to seven of 15 may be nonsense without harm.
 WINDOW = 15
-# A single first one may be of a cold start.
+# A single first observation may be of a cold start.
 MIN_OBSERVATIONS = 3
 BUCKETS_PER_OCTAVE = 2
 NUM_BUCKETS = 64
@@ -41,10 +39,10 @@ NUM_BUCKETS = 64
 
 @dataclass(frozen=True)
 class Observation:
-    """A stage of one request, in seconds of one step, one image or one prompt.
+    """One measured stage of one request, in seconds per step, per image or per prompt.
 
-    `size` is what the stage works on: tokens of a step, pixels of an image, of all references.
-    `prior_s` is the roofline's prediction, `predicted_s` the corrected one.
+    `size` is what the stage works on: tokens of a step, pixels of an image, or pixels of all
+    references. `prior_s` is the roofline's prediction, `predicted_s` the corrected one.
     """
 
     tier: str
@@ -56,24 +54,24 @@ class Observation:
 
     @property
     def ratio(self) -> float:
-        """Of what was measured to the prior: what is learned."""
+        """Measured seconds over the roofline's, from which the model learns."""
         return self.measured_s / self.prior_s
 
     @property
     def error(self) -> float:
-        """|ln(measured / predicted)|: near 0 the relative error, and as large for half as twice."""
+        """|ln(measured / predicted)|: the relative error if small; half and twice are as wrong."""
         return abs(math.log(self.measured_s / self.predicted_s))
 
 
 class Ratio(NamedTuple):
-    """A measured ratio and when, in seconds since 1970."""
+    """A measured ratio, and when it was measured in seconds since 1970."""
 
     at_s: float
     value: float
 
 
 class CalibrationRow(NamedTuple):
-    """One window of one tier in one layout: plain numbers and words."""
+    """One window of one stage of a tier in one layout, as plain numbers and strings."""
 
     tier: str
     layout: str
@@ -82,24 +80,24 @@ class CalibrationRow(NamedTuple):
     ratios: tuple[Ratio, ...]
 
 
-# What gateways share and what outlives them; `restore` also takes it as JSON gives it back.
+# Gateways share this, and it outlives them. `restore` also takes it as JSON returns it.
 Snapshot = tuple[CalibrationRow, ...]
 
 
 def bucket_of(size: int) -> int:
-    """0 for nothing, then two an octave; the last takes whatever is larger."""
+    """Return the bucket of a size: 0 for nothing, then two per octave, the last without an end."""
     if size < 1:
         return 0
     return min(1 + round(BUCKETS_PER_OCTAVE * math.log2(size)), NUM_BUCKETS - 1)
 
 
 def newest(ratios: Iterable[Ratio]) -> tuple[Ratio, ...]:
-    """A window of them, oldest first, each once."""
+    """Return the newest WINDOW ratios, oldest first, without duplicates."""
     return tuple(sorted(set(ratios))[-WINDOW:])
 
 
 def merged(*snapshots: Snapshot) -> Snapshot:
-    """What several gateways know, as one."""
+    """Merge the snapshots of several gateways into one."""
     windows: dict[tuple[str, str, str, int], tuple[Ratio, ...]] = {}
     for row in (CalibrationRow(*row) for snapshot in snapshots for row in snapshot):
         key = (row.tier, row.layout, row.stage, row.bucket)
@@ -109,16 +107,17 @@ def merged(*snapshots: Snapshot) -> Snapshot:
 
 
 class Calibration:
-    """What was measured of one stage of one tier in one layout."""
+    """The ratios measured for one stage of one tier in one layout, and their medians by size."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[Ratio, ...]] = {}
         self._medians: dict[int, float] = {}
 
     def ratio(self, size: int) -> float:
-        """By which the prior of that size is to be multiplied.
+        """Return the factor by which to multiply the roofline's seconds for that size.
 
-        The size's own bucket, else the nearest that has enough, else all together, else 1.
+        It is the median of the size's own bucket, or of the nearest bucket with enough
+        observations, or of all observations together; 1 if there are too few.
         """
         bucket = bucket_of(size)
         if bucket in self._medians:
@@ -129,18 +128,19 @@ class Calibration:
         return statistics.median(everything) if len(everything) >= MIN_OBSERVATIONS else 1.0
 
     def add(self, observation: Observation, now_s: float) -> None:
-        """Learn from one observation; one that cannot be a time of anything is ignored."""
+        """Learn from one observation; ignore one whose ratio is not positive and finite."""
         ratio = observation.ratio
         if not (math.isfinite(ratio) and ratio > 0):
             return
         bucket = bucket_of(observation.size)
         window = self.windows.get(bucket, ())
-        # Not the oldest, even if a clock was set back or another gateway's is ahead.
+        # Even if a clock was set back or another gateway's is ahead, this one is the newest: as the
+        # oldest it would be dropped from a full window, and nothing would be learned.
         at_s = max(now_s, math.nextafter(window[-1].at_s, math.inf)) if window else now_s
         self.merge(bucket, (Ratio(at_s, ratio),))
 
     def merge(self, bucket: int, ratios: Iterable[Ratio]) -> None:
-        """Learn what somebody else has measured."""
+        """Add ratios that another gateway has measured to the bucket's window."""
         window = newest((*self.windows.get(bucket, ()), *ratios))
         self.windows[bucket] = window
         if len(window) >= MIN_OBSERVATIONS:
@@ -151,7 +151,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def sizes_of(work: RequestShape) -> dict[Stage, int]:
-    """What each stage's time goes by."""
+    """Return the size that the time of each stage depends on: pixels, or tokens to denoise."""
     return {
         "encode": work.encoded_pixels,
         "denoise": work.num_tokens,
@@ -160,9 +160,9 @@ def sizes_of(work: RequestShape) -> dict[Stage, int]:
 
 
 def num_rounds(work: RequestShape) -> dict[Stage, int]:
-    """How often a request goes through each stage: once, a step of an image, an image of it.
+    """Return how often each stage is run: encoding once, denoising once per step of an image.
 
-    What is learned is of one round, so that neither steps nor images come into it.
+    Ratios are learned per round, so that they do not depend on the number of steps or images.
     """
     return {
         "encode": 1,
@@ -172,10 +172,11 @@ def num_rounds(work: RequestShape) -> dict[Stage, int]:
 
 
 class CostModel:
-    """Prices of the tiers that are served, each in its layout.
+    """The prices of the tiers that are served, each in its layout.
 
-    Several gateways share what they learn by `restore` of each other's `snapshot`, through whoever
-    keeps it; so does a gateway with the one that it replaces.
+    Each gateway has one, used from its event loop. Gateways share what they learn by passing each
+    other's `snapshot` to `restore`, through the ledger; a new gateway starts with what
+    the others know.
     """
 
     def __init__(
@@ -183,60 +184,66 @@ class CostModel:
     ) -> None:
         self.layouts = dict(layouts)
         self._clock = clock
-        # Of the layouts that a tier has, or had: what was measured in one says nothing of another.
+        # All layouts that a tier has or had, by name: what was measured in one layout says nothing
+        # about another.
         self._named: dict[tuple[str, str], ReplicaSpec] = {}
         self._learned: defaultdict[tuple[str, ReplicaSpec, str], Calibration] = defaultdict(
             Calibration
         )
 
     def lay_out(self, tier: str, layout: ReplicaSpec, name: str = "") -> None:
-        """Price the tier's requests by this layout from now on; its results call it `name`."""
+        """Price the tier's requests by this layout from now on.
+
+        `name` is how results of its replicas refer to the layout.
+        """
         self.layouts[tier] = layout
         if name:
             self._named[tier, name] = layout
 
     def price(self, request: ImageRequest) -> Cost:
-        """Seconds of one replica; TierUnavailable for a tier that is not served here."""
+        """Return the price in replica seconds; raise TierUnavailable for a tier not served here."""
         return self.price_work(work_of(request))
 
     def price_work(self, work: RequestShape) -> Cost:
-        """The same, of what is known of a request without its prompt and images."""
+        """Return the price of a request of which only the shape is known, as `price` does."""
         if work.tier not in self.layouts:
             raise TierUnavailable(f"{work.tier} is not served here", "model")
         return self._price_in(self.layouts[work.tier], work)
 
     def on_all_cards(self, tier: str, seconds: float, name: str = "") -> float:
-        """GPU seconds of a replica's seconds: for quotas, and for tiers beside each other.
+        """Convert replica seconds into GPU seconds, for quotas and for comparing tiers.
 
-        `name` is that of its layout, where it is known.
+        `name` is that of the replica's layout, if it is known; otherwise the tier's newest counts.
         """
         return seconds * self._named.get((tier, name), self.layouts[tier]).num_ranks
 
     def encode_parts_s(self, request: ImageRequest) -> tuple[float, float]:
-        """Of its encoding, what a replica saves that knows the prompt, and the references."""
+        """Return the seconds that cached prompts, and cached references, save a replica."""
         work, layout = work_of(request), self.layouts[request.tier]
         if not layout.has_cache:
             return 0.0, 0.0
         ratio = self._learned[work.tier, layout, "encode"].ratio(sizes_of(work)["encode"])
         prompt_s, references_s = encode_parts_s(work, layout)
-        # A shared text encoder knows it for all replicas.
+        # A shared text encoder caches the prompt for all replicas, so none is better than another.
         return 0.0 if layout.is_encoder_shared else prompt_s * ratio, references_s * ratio
 
     def learn(
         self, request: ImageRequest, times: StageTimes, name: str = ""
     ) -> tuple[Observation, ...]:
-        """Take in what a request took; each observation's `error` is that of the price before.
+        """Learn from the times of a request, and return what was learned.
 
-        `name` is that of its replica's layout: one that nobody told of teaches nothing.
+        The `error` of each observation is that of the price before. `name` is that of its
+        replica's layout; from a layout that `lay_out` was not told of, nothing is learned.
         """
         return self.learn_work(work_of(request), times, name)
 
     def learn_work(
         self, work: RequestShape, times: StageTimes, name: str = ""
     ) -> tuple[Observation, ...]:
-        """The same. A stage that took no time, or no number of seconds, teaches nothing.
+        """Learn from a request of which only the shape is known, as `learn` does.
 
-        Nor does encoding what a replica knew.
+        Stages whose time is not a positive number are left out, and so is encoding if the replica
+        had the result in its cache.
         """
         layout = self._named.get((work.tier, name)) if name else self.layouts[work.tier]
         if layout is None:
@@ -252,7 +259,7 @@ class CostModel:
         return observations
 
     def snapshot(self) -> Snapshot:
-        """All that was learned, as plain values that JSON takes."""
+        """Return all that was learned, as plain values that JSON can hold."""
         return merged(
             tuple(
                 CalibrationRow(tier, repr(layout), stage, bucket, window)
@@ -262,10 +269,9 @@ class CostModel:
         )
 
     def restore(self, snapshot: Any) -> None:
-        """Learn from a snapshot, or from JSON of one, besides what is known.
+        """Merge a snapshot, or the JSON of one, into what is known.
 
-        What it says of other tiers, and of layouts that no replica of a tier has told of, is left
-        out.
+        Rows of other tiers, and of layouts that no replica of a tier has told of, are left out.
         """
         layouts = {(tier, repr(layout)): layout for tier, layout in self.layouts.items()}
         layouts |= {(tier, repr(layout)): layout for (tier, _), layout in self._named.items()}
@@ -306,18 +312,21 @@ class CostModel:
 
 
 def seconds_of(value: Cost | StageTimes, stage: Stage) -> float:
-    """The stage's field."""
+    """Return the seconds of this stage."""
     seconds: float = getattr(value, f"{stage}_s")
     return seconds
 
 
 def is_time(seconds: float) -> bool:
-    """Whether a stage can have taken that long."""
+    """Return whether this is a possible duration: positive and finite."""
     return math.isfinite(seconds) and seconds > 0
 
 
 def affinity_of(request: ImageRequest, prices: CostModel) -> tuple[tuple[str, float], ...]:
-    """Names of its prompt and its references, with the seconds that a replica saves by each."""
+    """Return what a replica may have cached: hashes of the prompt and of the references.
+
+    Each comes with the replica seconds that it saves.
+    """
     prompt_s, references_s = prices.encode_parts_s(request)
     names = [(request.prompt_name, prompt_s)]
     if request.references:
