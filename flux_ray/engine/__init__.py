@@ -1,1 +1,4 @@
-"""The model: one adapter per family, from words and references to pixels. Knows no Ray, no HTTP."""
+"""The models: one adapter per family turns a prompt and reference images into pixels.
+
+Nothing here knows Ray or HTTP, so that a stage can be tested in a plain process.
+"""

@@ -1,4 +1,8 @@
-"""What the engine remembers between its stages: a request's conditioning and an image's state."""
+"""The values that pass between the stages of the engine, for every model family.
+
+A request is encoded once into a `Conditioning`; each of its images is an `ImageState` that every
+denoise step replaces. All values are frozen, because the images of one request share them.
+"""
 
 from dataclasses import dataclass
 
@@ -9,9 +13,10 @@ from flux_ray.request import Mask, RgbImage
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """A prompt as the transformer takes it: [1, tokens, channels], and ids [1, tokens, 4].
+    """A prompt as the transformer takes it.
 
-    `warnings` are for the caller: what of the prompt was not heeded.
+    `embeds`: [1, tokens, channels] in the model's dtype. `text_ids`: int64 [1, tokens, 4], the
+    positions. `warnings` tell the caller which part of the prompt was ignored.
     """
 
     embeds: Tensor
@@ -21,10 +26,10 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class InpaintInput:
-    """An image of which a part is drawn anew, and the mask of that part, in the size drawn.
+    """The image to inpaint and its mask, both scaled to the size that is generated.
 
-    `latents` are the image's, [1, tokens, channels]; `weights`, [1, tokens, 1], are 1 where a
-    token is drawn anew, 0 where it stays.
+    `latents`: the image, encoded, [1, tokens, channels]. `weights`: [1, tokens, 1], 1 where a token
+    is generated anew and 0 where it is kept. Both have the VAE's dtype.
     """
 
     image: RgbImage
@@ -37,8 +42,9 @@ class InpaintInput:
 class Conditioning:
     """The encoded prompt and references of a request, shared by all of its images.
 
-    Latents are [1, tokens, channels], ids [1, tokens, 4]; None without references. With an `edit`,
-    the first of them is its image.
+    `reference_latents`: [1, tokens, channels] in the VAE's dtype, all references one after the
+    other; `reference_ids`: int64 [1, tokens, 4]; both None without references. `edit` is set if the
+    request has a mask; the first reference is then the image to inpaint.
     """
 
     prompt: PromptEmbeds
@@ -48,16 +54,16 @@ class Conditioning:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What of the request was not heeded."""
+        """Return sentences for the caller about parts of the request that were ignored."""
         return self.prompt.warnings
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """The image to draw: its size in pixels, the number of denoise steps, and the guidance.
+    """The image to generate: its size in pixels, the number of denoise steps, and the guidance.
 
-    Only a model that was distilled with guidance heeds that. `has_previews`: its states can be
-    previewed.
+    Only models that were distilled with guidance use `guidance`; others ignore it. `has_previews`
+    makes each step keep its velocity, without which `preview` cannot work.
     """
 
     width: int
@@ -69,10 +75,10 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the transformer is given alike at every step of one image, and lives as long as it.
+    """The transformer's inputs that stay the same for all steps of one image.
 
-    Rotary tables of the text and of the image with its references, [1, tokens, 2 x head_dim] in
-    fp32, made by `rotary.TableEmbedder`; the guidance, [1].
+    `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the text
+    and of the image with its references, computed by the family's adapter. `guidance`: fp32 [1].
     """
 
     text_rotary: Tensor
@@ -84,10 +90,14 @@ class StepInputs:
 class ImageState:
     """One image between two denoise steps.
 
-    The schedule is the image's own: images of different sizes and step counts take turns on one
-    transformer, and nothing that a step changes is shared. `sigmas` has one value more than
-    `timesteps`: the end. `noise` is what an image under a mask began as, `velocity` the last
-    step's, where there are previews.
+    Each image has its own schedule, because images of different sizes and step counts take turns on
+    one transformer; nothing that a step changes is shared between images.
+
+    `latents`: [1, tokens, channels] in the model's dtype; `latent_ids`: int64 [1, tokens, 4].
+    `timesteps`: fp32 [num_steps]; `sigmas`: fp32 [num_steps + 1], the last one is the end, 0.
+    `step` counts the steps that are done. `noise`: the initial latents, kept only for inpainting.
+    `velocity`: what the last step predicted, like `latents`; None before the first step, and always
+    None if there are no previews.
     """
 
     canvas: ImageSpec
@@ -103,5 +113,5 @@ class ImageState:
 
     @property
     def is_done(self) -> bool:
-        """Whether every denoise step has been made."""
+        """Return whether all denoise steps are done and the image can be decoded."""
         return self.step == len(self.timesteps)

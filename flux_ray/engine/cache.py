@@ -1,4 +1,4 @@
-"""What was lately made of prompts and references, within so many bytes."""
+"""A cache of encoded prompts and references that is bounded in bytes."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -8,10 +8,11 @@ Value = TypeVar("Value")
 
 
 class Cache(Generic[Value]):
-    """The least recently used are forgotten first.
+    """A least-recently-used cache of at most `max_bytes`, on the thread of one rank.
 
-    What is kept is decided by names and sizes alone: ranks that are asked the same keep the same,
-    and none of them waits for another that has it.
+    Names and sizes alone decide what is kept, never time or free memory: all ranks of a replica get
+    the same calls and so keep the same entries. A rank that had to encode what another one still
+    had would wait in a collective that the other never joins.
     """
 
     def __init__(self, max_bytes: int, bytes_of: Callable[[Value], int]) -> None:
@@ -21,14 +22,17 @@ class Cache(Generic[Value]):
         self._values: OrderedDict[str, Value] = OrderedDict()
 
     def get(self, name: str) -> Value | None:
-        """The value of that name, if it is still there."""
+        """Return the value stored under `name`, or None; a hit makes it the most recent."""
         if name not in self._values:
             return None
         self._values.move_to_end(name)
         return self._values[name]
 
     def put(self, name: str, value: Value) -> None:
-        """Keep it, unless it is larger than all there is room for. Its name is new here."""
+        """Store a value under a name that is not in the cache, and evict the oldest to fit it.
+
+        A value larger than `max_bytes` is not stored: it would evict everything and still not fit.
+        """
         num_bytes = self._bytes_of(value)
         if num_bytes > self.max_bytes:
             return

@@ -1,4 +1,4 @@
-"""An adapter's encoding, remembered: the same prompt or references are encoded once."""
+"""A cache in front of an adapter's encode stage: the same prompt or references are encoded once."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,17 @@ from flux_ray.resizing import fit_image, fit_mask
 
 @dataclass(frozen=True)
 class References:
-    """A request's references as the transformer takes them."""
+    """All references of a request, encoded: latents [1, tokens, channels], ids [1, tokens, 4]."""
 
     latents: Tensor
     ids: Tensor
 
 
 class CachedEncoder:
-    """Prompts and sets of references of one rank, in one cache of `max_bytes`.
+    """The encode stage of one rank, with a cache of `max_bytes` for prompts and sets of references.
 
-    What comes out is the very tensors that went in: an image does not change by it.
+    A rank calls it on the thread that works on its jobs. A hit returns the very tensors that were
+    stored, so a cached request gives the same image, bit for bit.
     """
 
     def __init__(self, adapter: Adapter, max_bytes: int, device: str) -> None:
@@ -34,9 +35,10 @@ class CachedEncoder:
     def encode(
         self, request: ImageRequest, encoded: EncodedPrompt | None
     ) -> tuple[Conditioning, bool]:
-        """The conditioning of a request, and whether any of it had been made before.
+        """Return the conditioning of a request, and whether any part of it came from a cache.
 
-        `encoded` is its prompt as a shared text encoder says it; that one remembers by itself.
+        `encoded` is the prompt if a shared text encoder has encoded it already. That encoder has a
+        cache of its own, so such a prompt is not stored here a second time.
         """
         prompt, is_known = self._prompt(request, encoded)
         if not request.references:
@@ -47,11 +49,11 @@ class CachedEncoder:
         image, mask = fit_image(request.references[0], size), fit_mask(request.mask, size)
         references = (image, *request.references[1:])
         given, is_known = self._references(request, references, prompt, is_known)
-        # A mask is never remembered: it is quicker made than found.
+        # Masks are not cached: making one takes less time than hashing it to look it up.
         return self._adapter.edit(given, image, mask), is_known
 
     def forget(self) -> None:
-        """Make room: all of it can be made again."""
+        """Drop everything, to free memory after a job ran out of it; all can be encoded again."""
         self._cache = Cache(self._cache.max_bytes, bytes_of)
 
     def _references(
@@ -84,7 +86,7 @@ class CachedEncoder:
 
 
 def bytes_of(value: PromptEmbeds | References) -> int:
-    """Of its tensors."""
+    """Return how many bytes the tensors of a cached value take."""
     if isinstance(value, PromptEmbeds):
         return value.embeds.nbytes + value.text_ids.nbytes
     return value.latents.nbytes + value.ids.nbytes

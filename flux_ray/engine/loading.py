@@ -1,6 +1,9 @@
-"""Weights to modules: embedded, a folder, or a hub id with its revision; to each rank its part.
+"""Find a checkpoint and load it as modules, each rank only its own part.
 
-The text models: what is built of each, how it is split, and this rank's part of it.
+Weights are the embedded checkpoint, a folder, or a hub id with its revision, and only the files
+that are needed are downloaded. The transformer, the text models and the rest of the pipeline are
+loaded one by one, because each is split in its own way. Text models are built here without the
+layers that no family reads.
 """
 
 import json
@@ -38,8 +41,8 @@ from flux_ray.tiny import CHECKPOINT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
-# What to take of a checkpoint, as the hub names files. Its top folder has other copies of the
-# weights, and `*.bin` runs code when it is read.
+# Which files of a checkpoint to download, as hub patterns. Not the top folder, which has the
+# weights a second time, and no `*.bin`, which may run code when it is loaded.
 CONFIGS = ("model_index.json", "*/*.json")
 IMAGE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
 PROMPT_PARTS = (
@@ -50,7 +53,7 @@ PROMPT_PARTS = (
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights come from; a revision means the hub, none a folder."""
+    """The place of a checkpoint: a hub repository if there is a revision, else a local folder."""
 
     location: str
     revision: str | None = None
@@ -58,9 +61,10 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class Placement:
-    """How and where the weights are held: what of the tier's args the engine heeds, and the rank.
+    """How and where one rank holds the weights: the tier's args that the engine needs, and a mesh.
 
-    `device` is the rank's own; `mesh` its place among the ranks that share the model.
+    `mesh` is the rank's place among the ranks that share the model. `quantization` concerns the
+    transformer, `encoder_quantization` the text encoder.
     """
 
     dtype: Literal["float32", "bfloat16"]
@@ -73,12 +77,12 @@ class Placement:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of activations, and of the weights that are not quantized."""
+        """Return the torch dtype of activations, and of weights that are not quantized."""
         return DTYPES[self.dtype]
 
 
 def weights_of(tier: Tier, weights: str | None) -> str:
-    """The operator's weights, or the catalogue's."""
+    """Return the operator's weights or else the catalogue's; raise ValueError without either."""
     chosen = weights or tier.weights
     if chosen is None:
         raise ValueError(f"tier {tier.name} needs weights")
@@ -86,7 +90,10 @@ def weights_of(tier: Tier, weights: str | None) -> str:
 
 
 def source_for(weights: str) -> WeightSource:
-    """The source that a config's `weights` names; ValueError says what may be written."""
+    """Return the source that a config's `weights` names.
+
+    Raise ValueError, which says what may be written, if it is neither of the possible kinds.
+    """
     if weights == EMBEDDED:
         weights = str(CHECKPOINT)
     if weights and Path(weights).is_dir():
@@ -100,7 +107,10 @@ def source_for(weights: str) -> WeightSource:
 
 
 def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
-    """The folder with those files of the source; a folder never reaches for the network."""
+    """Return a local folder that has the files of the source that match the patterns.
+
+    They are downloaded if they are not cached; a source that is a folder never uses the network.
+    """
     hide_progress()
     if source.revision is None:
         return Path(source.location)
@@ -112,20 +122,23 @@ def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
 
 
 def hide_progress() -> None:
-    """The ranks' bars would draw over each other in the logs."""
+    """Turn off the libraries' progress bars: those of several ranks would garble the logs."""
     disable_progress_bars()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A component's config.json, or the checkpoint's model_index.json."""
+    """Read a component's config.json, or another JSON file of that folder."""
     config: dict[str, Any] = json.loads((folder / name).read_text())
     return config
 
 
 def check_transformer(folder: Path, placement: Placement) -> None:
-    """Refuse what cannot be done with the transformer of a checkpoint; reads no weights."""
+    """Raise ValueError if the transformer cannot be split and quantized as `placement` says.
+
+    It reads only the config, so that a bad setting does not cost the minutes of loading.
+    """
     mesh, num_heads = placement.mesh, load_config(folder / "transformer")["num_attention_heads"]
     check_heads(num_heads, mesh.tensor.size, mesh.sequence.size)
     check_quantization(placement.quantization, mesh.tensor)
@@ -137,7 +150,10 @@ def load_transformer(
     placement: Placement,
     deltas: tuple[Delta, ...] = (),
 ) -> nn.Module:
-    """This rank's part of the transformer, with its tokens shared where the mesh says so."""
+    """Load this rank's part of the transformer, `deltas` (LoRAs) added to its weights.
+
+    With sequence ranks its forward takes and returns all tokens, and works on this rank's share.
+    """
     component = folder / "transformer"
     config = model_class.load_config(component)
     mesh = placement.mesh
@@ -157,7 +173,7 @@ def load_transformer(
 
 
 def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
-    """diffusers' pipeline with its VAE and scheduler, and none of the large parts."""
+    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank."""
     pipeline = DiffusionPipeline.from_pretrained(
         folder,
         transformer=None,
@@ -170,8 +186,8 @@ def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
     return pipeline.to(placement.device)
 
 
-# transformers has none for T5 (of version 1.1, with gates). The position bias is an embedding
-# [buckets, heads] of the first layer, which gives it to the others.
+# How to split T5 (version 1.1, with gates), since transformers has no plan for it. The position
+# bias is an embedding [buckets, heads] of the first layer, which passes it on to all others.
 T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
 T5_PLAN = {
     **{f"encoder.block.*.layer.0.SelfAttention.{name}": "colwise" for name in "qkv"},
@@ -185,10 +201,11 @@ T5_PLAN = {
 
 @dataclass(frozen=True)
 class TextModel:
-    """A text model before its weights.
+    """How to build and split a text model, before its weights are loaded.
 
-    `num_heads` are those that cannot be cut: with grouped queries, of keys and values.
-    `embedding` is the parameter by which a checkpoint's prefix is found.
+    `plan`: the tensor-parallel style of each parameter, as in transformers. `num_heads`: how many
+    heads can be spread over ranks; with grouped queries, the heads of keys and values. `embedding`:
+    the parameter by whose name the prefix of the checkpoint's names is found.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -198,30 +215,35 @@ class TextModel:
 
 
 def qwen3(folder: Path, num_layers: int) -> TextModel:
-    """The first layers of klein's encoder."""
+    """Return klein's text model, cut to its first layers, from the config in `folder`."""
     return first_layers(Qwen3Model, Qwen3Config.from_pretrained(folder), num_layers)
 
 
 def mistral3(folder: Path, num_layers: int) -> TextModel:
-    """The first layers of dev's encoder, without its eyes."""
+    """Return dev's text model, cut to its first layers and without its vision tower."""
     config = Mistral3Config.from_pretrained(folder).text_config
     return first_layers(MistralModel, config, num_layers)
 
 
 def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: int) -> TextModel:
-    """A decoder whose hidden_states[k], k <= num_layers, are those of the whole one, to the bit."""
+    """Return the first layers of a decoder, as the later ones are never read.
+
+    Its hidden_states[k] for k <= num_layers equal those of the whole model, bit for bit. Raise
+    ValueError if the model has fewer layers.
+    """
     if config.num_hidden_layers < num_layers:
         raise ValueError(
             f"a text encoder of {config.num_hidden_layers} layers has no hidden state {num_layers}"
         )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
-        # One each, or transformers does not write the configuration. Mistral's has none.
+        # transformers refuses to save a config with more types than layers. Mistral's has none.
         config.layer_types = config.layer_types[:num_layers]
 
     def build() -> PreTrainedModel:
         model = model_class(config)
-        # The last hidden state is taken after it, but in the whole model it is not the last.
+        # transformers applies the norm to the last hidden state. In the whole model that is a later
+        # layer's, so the norm must not touch the last one here.
         model.norm = nn.Identity()
         return model
 
@@ -229,14 +251,14 @@ def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: in
 
 
 def t5(folder: Path) -> TextModel:
-    """FLUX.1's encoder, whole."""
+    """Return FLUX.1's T5 encoder with all of its layers."""
     config = T5Config.from_pretrained(folder)
 
     def build() -> PreTrainedModel:
         model = T5EncoderModel(config)
-        # One module of two names: the checkpoint has it once.
+        # One module under two names: the checkpoint has its weight only once.
         model.encoder.embed_tokens = model.shared
-        # diffusers' reading of the plan asks every module for one.
+        # diffusers asks every module of a plan for its bias, and an embedding has none.
         model.get_submodule(T5_BIAS).bias = None  # type: ignore[assignment]
         return model
 
@@ -244,10 +266,11 @@ def t5(folder: Path) -> TextModel:
 
 
 def encoder_axis(num_heads: int, mesh: Mesh, quantization: Quantization | None = None) -> Axis:
-    """Over which ranks a text encoder is split: all of them where its heads allow it.
+    """Return the axis over which a text encoder is split.
 
-    Else those of the tensor axis, or ValueError. 4-bit weights cannot be cut, and are not where
-    only tokens are shared.
+    It is all ranks of the replica if their number divides the heads, else the tensor axis; raise
+    ValueError if neither does. 4-bit weights cannot be cut: for nf4 only the tensor axis counts,
+    which must then have size 1, so that every sequence rank holds the whole encoder.
     """
     for axis in (mesh.tensor,) if quantization == "nf4" else (mesh.world, mesh.tensor):
         if num_heads % axis.size == 0:
@@ -259,7 +282,11 @@ def encoder_axis(num_heads: int, mesh: Mesh, quantization: Quantization | None =
 
 
 def prefix_in(checkpoint: Checkpoint, embedding: str) -> str:
-    """What the checkpoint writes before the model's own names."""
+    """Return what the checkpoint puts before the model's own parameter names.
+
+    A whole model's checkpoint may name the text part `language_model.model.` or the like. Raise
+    ValueError unless exactly one of its tensors is the embedding.
+    """
     found = [name for name in checkpoint.files if f".{name}".endswith(f".{embedding}")]
     if len(found) != 1:
         raise ValueError(f"{checkpoint.folder} has {len(found)} tensors named {embedding}")
@@ -267,7 +294,7 @@ def prefix_in(checkpoint: Checkpoint, embedding: str) -> str:
 
 
 def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.Module:
-    """This rank's part of the text model, from the component's folder."""
+    """Load this rank's part of the text model from the component's folder."""
     quantization = placement.encoder_quantization
     axis = encoder_axis(model.num_heads, placement.mesh, quantization)
     checkpoint = Checkpoint(folder)
@@ -277,6 +304,7 @@ def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.
         placement.torch_dtype,
         placement.device,
         prefix=prefix_in(checkpoint, model.embedding),
+        # The checkpoint has later layers, and perhaps a vision tower, that are left out on purpose.
         whole=False,
         quantization=quantization,
     )

@@ -1,4 +1,4 @@
-"""The stages that every model family offers, and which adapter offers them for a tier."""
+"""The stages that every model family implements, and the choice of the adapter for a tier."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,28 +11,42 @@ from flux_ray.request import Mask, RgbImage
 
 
 class Adapter(Protocol):
-    """One loaded model. Stages share nothing but the values they take and return."""
+    """One loaded model, or one rank's part of it; a rank calls its stages from one thread.
+
+    Stages share only the values that they take and return, so that the steps of several images can
+    take turns. `encode_prompt` and `denoise` exchange tensors with the replica's other ranks, so
+    all of them must call the same stages in the same order.
+    """
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
-        """The words of a request; not offered where the text encoder is shared."""
+        """Encode a prompt; not available if the tier has a shared text encoder."""
 
     def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
-        """The words and reference images of a request, once for all of its images."""
+        """Encode the references, and join them with the prompt, once for all images of a request.
+
+        Raise BadReference if a reference has a size that the model cannot take.
+        """
 
     def edit(self, given: Conditioning, image: RgbImage, mask: Mask) -> Conditioning:
-        """The same, to draw only a part of an image: its first reference, in the size drawn."""
+        """Return `given` extended by the image to inpaint and its mask.
+
+        `image` is the first reference, scaled to the size that is generated, and so is `mask`.
+        """
 
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """An image of pure noise, drawn on the CPU from the seed, with its schedule."""
+        """Return an image of pure noise with its schedule.
+
+        The noise comes from a CPU generator: the same seed gives the same image on every device.
+        """
 
     def denoise(self, state: ImageState) -> ImageState:
-        """One step further. All ranks of a group take it together."""
+        """Return the state after one more denoise step; all ranks of a replica step together."""
 
     def preview(self, state: ImageState) -> RgbImage:
-        """What the pixels of an unfinished image will be like; one rank is enough."""
+        """Return an estimate of the finished pixels from an unfinished image; needs one rank."""
 
     def decode(self, state: ImageState) -> RgbImage:
-        """The pixels of a finished image; one rank is enough."""
+        """Return the pixels of a finished image; needs only one rank."""
 
 
 ADAPTERS: dict[str, Callable[[str, Placement, Tier], Adapter]] = {
@@ -42,5 +56,8 @@ ADAPTERS: dict[str, Callable[[str, Placement, Tier], Adapter]] = {
 
 
 def load_adapter(tier: Tier, weights: str | None, placement: Placement) -> Adapter:
-    """The tier's model, from the operator's weights or the catalogue's."""
+    """Load the tier's model from the operator's `weights`, or from the catalogue's if None.
+
+    Raise ValueError if the weights do not fit the tier or cannot be split as `placement` says.
+    """
     return ADAPTERS[tier.family](weights_of(tier, weights), placement, tier)

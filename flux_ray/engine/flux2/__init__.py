@@ -1,4 +1,5 @@
-"""The FLUX.2 family.
+"""The adapter of the FLUX.2 family.
 
-Its step loop over diffusers' parts, and how its text encoders take prompts.
+It runs its own denoise steps over the parts of diffusers' pipelines. Klein and dev differ in their
+text encoders and in how a prompt is formatted for them.
 """

@@ -1,4 +1,7 @@
-"""FLUX.2 dev, pro and max: prompts as Flux2Pipeline puts them to Mistral, with a system message."""
+"""FLUX.2 dev, pro and max: how a prompt is given to Mistral.
+
+As in diffusers' Flux2Pipeline, a prompt is a conversation that begins with a system message.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,10 @@ from flux_ray.engine.loading import mistral3
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer inside of the PixtralProcessor that the checkpoint names.
+    """Load the tokenizer that is inside the PixtralProcessor named by the checkpoint.
 
-    The processor itself would want torchvision, for images that it never gets here. Its one other
-    difference: it adds a BOS token where the chat template has none.
+    The processor itself needs torchvision, for images that it never gets here. It also adds a BOS
+    token if the chat template has none; as we do not, raise ValueError for such a template.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     text = tokenizer.apply_chat_template(messages_for(""), tokenize=False)[0]
@@ -25,18 +28,18 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def messages_for(prompt: str) -> list[list[dict[str, Any]]]:
-    """A batch of one conversation: the system message and the prompt."""
+    """Return a batch of one conversation: the system message and the prompt."""
     messages: list[list[dict[str, Any]]] = format_input([prompt], SYSTEM_MESSAGE)
     return messages
 
 
 def num_tokens(tokenizer: Any, prompt: str) -> int:
-    """Of the conversation in its chat template."""
+    """Return the number of tokens of the whole conversation, formatted and not cut."""
     return len(tokenizer.apply_chat_template(messages_for(prompt))["input_ids"][0])
 
 
 def check_index(index: dict[str, Any], weights: str) -> None:
-    """Only FLUX.2 with guidance embedded."""
+    """Raise ValueError unless the checkpoint is one of FLUX.2 dev, with guidance embedded."""
     check_class(index, Flux2Pipeline, weights)
 
 

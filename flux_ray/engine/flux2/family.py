@@ -1,4 +1,4 @@
-"""What tells one family of FLUX.2 from another, apart from its weights: how it takes prompts."""
+"""What differs between klein and dev apart from the weights: the text encoder and its prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from flux_ray.engine.loading import CONFIGS, TextModel, WeightSource, fetch, loa
 
 @dataclass(frozen=True)
 class Family:
-    """`pipeline` is diffusers' class, whose `encode_prompt` formats the prompt.
+    """How one family of FLUX.2 checkpoints encodes prompts.
 
-    `layers` are the hidden states that it joins into embeddings; `num_tokens` counts those of the
-    formatted prompt, as long as it is. `check_index` raises ValueError for other checkpoints.
+    `pipeline`: diffusers' class, whose `encode_prompt` formats the prompt and encodes it.
+    `layers`: which hidden states of the text model it concatenates into the embeddings.
+    `text_model`: builds the text model from its folder, with as many layers as are needed.
+    `num_tokens`: counts the tokens of the formatted prompt before it is cut.
+    `check_index`: raises ValueError if model_index.json is of another kind of checkpoint.
     """
 
     pipeline: type[DiffusionPipeline]
@@ -27,7 +30,11 @@ class Family:
 
 
 def open_checkpoint(family: Family, weights: str) -> tuple[WeightSource, Path]:
-    """Where the checkpoint is, and its folder with the configs; ValueError for another family's."""
+    """Return the checkpoint's source and a local folder that holds its config files.
+
+    Raise ValueError if the checkpoint belongs to another family. No weights are downloaded yet, so
+    a wrong name is found in seconds.
+    """
     source = source_for(weights)
     folder = fetch(source, CONFIGS)
     family.check_index(load_config(folder, "model_index.json"), weights)
@@ -35,7 +42,10 @@ def open_checkpoint(family: Family, weights: str) -> tuple[WeightSource, Path]:
 
 
 def check_class(index: dict[str, Any], pipeline: type[DiffusionPipeline], weights: str) -> None:
-    """Another pipeline's checkpoint would be drawn wrongly without a word."""
+    """Raise ValueError unless the checkpoint was saved from this pipeline class.
+
+    The checkpoint of another pipeline may load and then generate wrong images without any error.
+    """
     name = index.get("_class_name")
     if name != pipeline.__name__:
         raise ValueError(f"weights {weights!r} are for {name}, not {pipeline.__name__}")

@@ -1,4 +1,4 @@
-"""FLUX.2 klein, distilled: prompts as Flux2KleinPipeline puts them to Qwen3."""
+"""FLUX.2 klein, step-distilled: how a prompt is given to Qwen3, as in Flux2KleinPipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,14 @@ from flux_ray.engine.loading import qwen3
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Qwen2's, with its chat template."""
+    """Load the checkpoint's Qwen2 tokenizer with its chat template."""
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def num_tokens(tokenizer: Any, prompt: str) -> int:
-    """Of the prompt in its chat template."""
+    """Return the number of tokens of the prompt in its chat template, not cut."""
+    # The same template arguments as in the pipeline's `encode_prompt`: with others the count would
+    # be of another text, and the warning about a cut prompt wrong.
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         tokenize=False,
@@ -27,7 +29,7 @@ def num_tokens(tokenizer: Any, prompt: str) -> int:
 
 
 def check_index(index: dict[str, Any], weights: str) -> None:
-    """Only distilled klein."""
+    """Raise ValueError unless the checkpoint is a step-distilled klein."""
     check_class(index, Flux2KleinPipeline, weights)
     if not index.get("is_distilled"):
         raise ValueError(

@@ -1,18 +1,13 @@
-"""FLUX.2: our step loop over diffusers' parts, bit-equal to its pipelines.
+"""The FLUX.2 adapter: the engine's stages over the parts of diffusers' pipelines.
 
-Drawing a part of an image: what diffusers' inpainting does, and the rest put back at the end.
+Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). What is different:
 
-Flux2KleinInpaintPipeline noises the image's latents to where the image is after each step, and
-puts them in the place of tokens outside of the mask. It decodes these too, which is close to the
-image and not the image: here its own pixels are put back there.
-
-A model's pixels as eight bits a channel, made on its own device.
-
-Rotary tables that are computed once per image and passed to every step.
-
-diffusers' FLUX.2 transformer takes position ids and builds its tables from them in fp64, in every
-forward: about 150 small operations for values that depend only on the image's size, its references
-and the length of its prompt.
+- The caller makes each denoise step, so that the steps of several images can take turns.
+- Rotary tables are computed once per image. The transformer itself would build them from position
+  ids in fp64 in every forward, about 150 small operations for values that never change.
+- Inpainting replaces tokens outside of the mask by the image's own after each step, as
+  Flux2KleinInpaintPipeline does. The pipeline also decodes them, which gives nearly the image's
+  pixels; here the pixels outside of the mask are exactly the image's, pasted back at the end.
 """
 
 from dataclasses import replace
@@ -58,82 +53,16 @@ from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, RgbImage
 from flux_ray.resizing import mask_image
 
-
-def token_weights(mask: Mask, latents: Tensor) -> Tensor:
-    """How far each of these tokens is drawn anew: as far as the mask marks its middle.
-
-    Where it marks no token's middle, those that it touches are: no mask is without effect.
-    """
-    marks = torch.frombuffer(bytearray(mask.marks), dtype=torch.uint8)
-    pixels = marks.view(1, 1, mask.height, mask.width).to(torch.float32) / 255
-    size = (mask.height // TOKEN_SIDE, mask.width // TOKEN_SIDE)
-    weights = functional.interpolate(pixels, size=size, mode="bilinear")
-    if not weights.any():
-        weights = functional.max_pool2d(pixels, TOKEN_SIDE)
-    return weights.to(latents.device, latents.dtype).reshape(1, 1, -1).transpose(1, 2)
-
-
-def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
-    """The latents after a step, with the image's outside of the mask, as noisy as they are."""
-    edit = state.conditioning.edit
-    assert edit is not None and state.noise is not None, "no image to keep anything of"
-    sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
-    kept = sigma * state.noise + (1.0 - sigma) * edit.latents
-    return (1 - edit.weights) * kept + edit.weights * latents
-
-
-def paste_rest(edit: InpaintInput, generated: Image.Image) -> Image.Image:
-    """What was drawn where the mask says so, and the image's very pixels everywhere else."""
-    return Image.composite(generated, image_for(edit.image), mask_image(edit.mask))
-
-
-def raster_of(pixels: Tensor) -> RgbImage:
-    """Return the raster of pixels [3, height, width] from 0 to 1.
-
-    To the bit what diffusers makes of them on the CPU: in float32, and halves go to the even one.
-    A quarter of the bytes leaves the device, and the CPU has nothing to compute.
-    """
-    eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
-    height, width, _ = eight_bit.shape
-    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
-
-
-class TableEmbedder(nn.Module):
-    """Stands in for a transformer's `pos_embed`: takes ids as before, or what `table` returned.
-
-    Ids are whole numbers and a table is not, so that the pipeline which lends the transformer can
-    still be called by itself.
-    """
-
-    def __init__(self, embedder: nn.Module) -> None:
-        super().__init__()
-        self.embedder = embedder
-
-    def table(self, ids: Tensor) -> Tensor:
-        """Return cosines and sines beside each other, [1, tokens, 2 x head_dim], of [1, tokens, 4].
-
-        The tokens stand where they stand in the ids: sequence parallel cuts both alike.
-        """
-        return torch.cat(self.embedder(ids[0]), dim=-1).unsqueeze(0)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each [tokens, head_dim]. The transformer drops the batch."""
-        if not ids.is_floating_point():
-            cosines, sines = self.embedder(ids)
-            return cosines, sines
-        cosines, sines = ids.chunk(2, dim=-1)
-        return cosines, sines
-
-
+# The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
 FULL_TIMESTEP = 1000
 
 
 class Flux2:
     """The stages of one loaded checkpoint, or of one rank's part of it.
 
-    The pipeline lends its parts and those of its methods that keep nothing; its `__call__` is not
-    used, because it draws an image from start to end and keeps the schedule in the scheduler.
-    `prompts` is None where the text encoder is shared.
+    A rank calls them from one thread. Of the diffusers pipeline it uses the parts and the methods
+    without state; `__call__` is not used, because it generates an image from start to end and keeps
+    the schedule in its scheduler. `prompts` is None if the tier has a shared text encoder.
     """
 
     def __init__(
@@ -143,12 +72,17 @@ class Flux2:
         self.prompts = prompts
         self.tier = tier
         self.device = pipeline.vae.device
+        # The transformer passes on what it gets as ids, so that `velocity` can pass it tables.
         self.rotary = TableEmbedder(pipeline.transformer.pos_embed)
         pipeline.transformer.pos_embed = self.rotary
 
     @classmethod
     def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
-        """The adapter of a checkpoint, refused before any weight is read if it does not fit."""
+        """Load the adapter of a checkpoint.
+
+        Raise ValueError before any weight is read if the checkpoint is of another family or cannot
+        be split and quantized as `placement` says: reading would take minutes.
+        """
         family = FAMILIES[tier.family]
         source, folder = open_checkpoint(family, weights)
         check_transformer(folder, placement)
@@ -158,13 +92,13 @@ class Flux2:
         return cls(load_parts(source, placement), prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
-        """The text encoder's hidden states for the prompt."""
+        """Encode a prompt with the replica's own text encoder; all its ranks call it together."""
         assert self.prompts is not None, "the text encoder is shared: it has the prompt's embeds"
         return self.prompts.encode_prompt(prompt)
 
     @torch.inference_mode()
     def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
-        """The prompt with the VAE's latents for the references."""
+        """Return the prompt joined with the references' latents, [1, tokens, channels]."""
         if not references:
             return Conditioning(prompt)
         latents, ids = self.pipeline.prepare_image_latents(
@@ -177,9 +111,10 @@ class Flux2:
         return Conditioning(prompt, reference_latents=latents, reference_ids=ids)
 
     def reference_pixels(self, raster: RgbImage) -> Tensor:
-        """The reference as the VAE takes it: scaled to the tier's limit, sides cut to a multiple.
+        """Return a reference as the VAE takes it, fp32 [1, 3, height, width] from -1 to 1.
 
-        The limit of the FLUX.2 tiers is the pipeline's own, a megapixel.
+        It is scaled down to `max_reference_pixels` of the tier (the pipeline's own limit, 1 MP) and
+        cropped to sides that the VAE divides. Raise BadReference if it is too small or too narrow.
         """
         processor = self.pipeline.image_processor
         image = image_for(raster)
@@ -195,9 +130,13 @@ class Flux2:
 
     @torch.inference_mode()
     def edit(self, given: Conditioning, image: RgbImage, mask: Mask) -> Conditioning:
-        """The same, to draw only a part of an image: its first reference, in the size drawn."""
+        """Return `given` extended by the image to inpaint, its latents and its token weights.
+
+        `image` is the first reference, scaled to the size that is generated.
+        """
         assert given.reference_latents is not None, "a mask without the image that it is of"
         if image.width * image.height <= self.tier.max_reference_pixels:
+            # `encode` took it in this very size: its tokens are the first of all references.
             num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
             latents = given.reference_latents[:, :num_tokens]
         else:
@@ -206,7 +145,10 @@ class Flux2:
         return replace(given, edit=InpaintInput(image, mask, latents, weights))
 
     def large_latents(self, image: RgbImage) -> Tensor:
-        """Of an image that is larger than a reference may be, above a megapixel tile by tile."""
+        """Encode an image above `max_reference_pixels`: [1, tokens, channels] in the VAE's dtype.
+
+        Above 1 MP the VAE works in tiles; whole, four megapixels would take several GiB.
+        """
         vae = self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image_for(image))
         vae.use_tiling = image.width * image.height > MAX_WHOLE_PIXELS
@@ -221,7 +163,10 @@ class Flux2:
 
     @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """Noise from a CPU generator, so that the device never changes the image."""
+        """Return an image of pure noise with its schedule.
+
+        The noise is made by a CPU generator: a GPU's generator gives other numbers for the seed.
+        """
         latents, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
@@ -244,7 +189,7 @@ class Flux2:
         )
 
     def step_inputs(self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor) -> StepInputs:
-        """Compute what the transformer is given alike at every step of an image."""
+        """Compute the transformer's inputs that stay the same for all steps of an image."""
         ids = latent_ids
         if given.reference_ids is not None:
             ids = torch.cat([ids, given.reference_ids], dim=1)
@@ -255,7 +200,11 @@ class Flux2:
         )
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
-        """A fresh scheduler, for its timesteps and sigmas."""
+        """Return a new scheduler that holds the timesteps and sigmas for so many steps.
+
+        It is used for nothing else: a shared scheduler would mix the schedules of two images. More
+        tokens shift the schedule towards noise, as in the pipeline.
+        """
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(
             num_steps,
@@ -267,9 +216,13 @@ class Flux2:
 
     @torch.inference_mode()
     def denoise(self, state: ImageState) -> ImageState:
-        """One Euler step along the transformer's velocity; what is kept of an image, comes too."""
+        """Return the state after one Euler step along the transformer's velocity.
+
+        When inpainting, tokens outside of the mask are then replaced by the image's own.
+        """
         velocity = self.velocity(state)
         dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
+        # In fp32, as in diffusers' scheduler: in bf16, small differences would be rounded away.
         latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
         if state.conditioning.edit is not None:
             latents = keep_rest(state, latents)
@@ -277,7 +230,10 @@ class Flux2:
         return replace(state, latents=latents, step=state.step + 1, velocity=kept)
 
     def velocity(self, state: ImageState) -> Tensor:
-        """What the transformer says about the image's tokens; the references' are dropped."""
+        """Return the transformer's prediction for the image's tokens, [1, tokens, channels].
+
+        The references go through the transformer behind the image; their outputs are dropped.
+        """
         given, fixed, latents = state.conditioning, state.fixed, state.latents
         if given.reference_latents is not None:
             latents = torch.cat([latents, given.reference_latents], dim=1)
@@ -285,7 +241,7 @@ class Flux2:
         tokens: Tensor = self.pipeline.transformer(
             hidden_states=latents.to(given.prompt.embeds.dtype),
             timestep=timestep / FULL_TIMESTEP,
-            # A model that was distilled without it has no embedding for it, and drops it.
+            # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed.guidance,
             encoder_hidden_states=given.prompt.embeds,
             txt_ids=fixed.text_rotary,
@@ -296,21 +252,28 @@ class Flux2:
 
     @torch.inference_mode()
     def preview(self, state: ImageState) -> RgbImage:
-        """The image at the end of the last step's velocity: a flow is nearly straight."""
+        """Return an estimate of the finished image, by going on with the last step's velocity.
+
+        The paths of a flow are nearly straight, so a single long step comes close to the end.
+        """
         assert state.velocity is not None, "a preview that the canvas does not speak of"
         latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
         return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
 
     @torch.inference_mode()
     def decode(self, state: ImageState) -> RgbImage:
-        """Undo packing and normalisation, then the VAE: above a megapixel tile by tile."""
+        """Return the pixels: undo the packing and normalisation, then run the VAE's decoder.
+
+        Above 1 MP the VAE works in tiles. When inpainting, the kept pixels are then pasted back.
+        """
         pipeline, vae = self.pipeline, self.pipeline.vae
         latents = unpack_latents(state)
+        # FLUX.2 keeps the mean and variance of its latents in a BatchNorm of the VAE.
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
         latents = pipeline._unpatchify_latents(latents)
-        # Only for what is that large: an encoder in tiles says other things of a reference.
+        # Never leave tiling on: the VAE also encodes references, and tiles change their latents.
         vae.use_tiling = state.canvas.width * state.canvas.height > MAX_WHOLE_PIXELS
         try:
             pixels = vae.decode(latents, return_dict=False)[0]
@@ -322,10 +285,10 @@ class Flux2:
 
 
 def unpack_latents(state: ImageState) -> Tensor:
-    """Put the tokens back in their places, [1, channels, rows, columns].
+    """Return the latents as a map, [1, channels, rows, columns], each token at its position.
 
-    klein's method is that of all FLUX.2 pipelines, and takes the size: without it the device has to
-    be waited for twice, to learn the largest ids.
+    The method of klein's pipeline serves all of FLUX.2, and takes the size. Others find the largest
+    ids on the device, and the CPU has to wait for it twice.
     """
     rows, columns = (side // TOKEN_SIDE for side in (state.canvas.height, state.canvas.width))
     unpacked: Tensor = Flux2KleinPipeline._unpack_latents_with_ids(
@@ -334,8 +297,82 @@ def unpack_latents(state: ImageState) -> Tensor:
     return unpacked
 
 
+def raster_of(pixels: Tensor) -> RgbImage:
+    """Return pixels [3, height, width], floats from 0 to 1, as an image of 8 bits a channel.
+
+    The result is what diffusers computes on the CPU, bit for bit: in fp32, halves rounded to even.
+    Doing it on the device copies a quarter of the bytes and leaves the CPU nothing to compute.
+    """
+    eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
+    height, width, _ = eight_bit.shape
+    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
+
+
+def token_weights(mask: Mask, latents: Tensor) -> Tensor:
+    """Return how much of each token is generated anew, [1, tokens, 1] from 0 to 1, like `latents`.
+
+    The weight is the mask's value in the middle of the token. A mask so small that it marks no
+    token's middle gives 1 to each token that it touches, so that every mask has an effect.
+    """
+    marks = torch.frombuffer(bytearray(mask.marks), dtype=torch.uint8)
+    pixels = marks.view(1, 1, mask.height, mask.width).to(torch.float32) / 255
+    size = (mask.height // TOKEN_SIDE, mask.width // TOKEN_SIDE)
+    weights = functional.interpolate(pixels, size=size, mode="bilinear")
+    if not weights.any():
+        weights = functional.max_pool2d(pixels, TOKEN_SIDE)
+    return weights.to(latents.device, latents.dtype).reshape(1, 1, -1).transpose(1, 2)
+
+
+def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
+    """Return the latents after a step, with those of the image outside of the mask.
+
+    `latents` and the result are [1, tokens, channels]. The image's latents are mixed with the
+    initial noise to the noise level after this step; clean ones would not fit their neighbours.
+    """
+    edit = state.conditioning.edit
+    assert edit is not None and state.noise is not None, "no image to keep anything of"
+    sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
+    kept = sigma * state.noise + (1.0 - sigma) * edit.latents
+    return (1 - edit.weights) * kept + edit.weights * latents
+
+
+def paste_rest(edit: InpaintInput, generated: Image.Image) -> Image.Image:
+    """Return the generated image inside of the mask, and the image's own pixels elsewhere."""
+    return Image.composite(generated, image_for(edit.image), mask_image(edit.mask))
+
+
+class TableEmbedder(nn.Module):
+    """A replacement for a transformer's `pos_embed`: it takes position ids, or a finished table.
+
+    Ids are integers and tables are floats, which tells them apart. It takes ids so that the
+    diffusers pipeline that owns the transformer still works when it is called by itself.
+    """
+
+    def __init__(self, embedder: nn.Module) -> None:
+        super().__init__()
+        self.embedder = embedder
+
+    def table(self, ids: Tensor) -> Tensor:
+        """Return the cosines and sines for ids [1, tokens, 4] as fp32 [1, tokens, 2 x head_dim].
+
+        Tokens are along the same dimension as in the ids, where sequence parallel cuts them.
+        """
+        return torch.cat(self.embedder(ids[0]), dim=-1).unsqueeze(0)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each fp32 [tokens, head_dim], for ids or a table of `table`.
+
+        `ids` is [tokens, 4] or [tokens, 2 x head_dim]: the transformer drops the batch first.
+        """
+        if not ids.is_floating_point():
+            cosines, sines = self.embedder(ids)
+            return cosines, sines
+        cosines, sines = ids.chunk(2, dim=-1)
+        return cosines, sines
+
+
 def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
-    """The checkpoint's pipeline with the rank's part of the transformer."""
+    """Load the checkpoint's pipeline with this rank's part of the transformer, LoRAs added."""
     folder = fetch(source, IMAGE_PARTS)
     pipeline = load_pipeline(folder, placement)
     check_scheduler(pipeline.scheduler)
@@ -346,7 +383,10 @@ def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """The step above is Euler's without noise; another scheduler needs another step."""
+    """Raise ValueError unless the checkpoint's scheduler makes Euler steps without added noise.
+
+    `Flux2.denoise` makes no other steps, and would generate wrong images without any error.
+    """
     if (
         not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
         or scheduler.config.stochastic_sampling

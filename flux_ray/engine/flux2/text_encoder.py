@@ -1,4 +1,7 @@
-"""Prompts to embeddings, inside of a rank group or apart from it."""
+"""Encode prompts as embeddings, in a replica's own ranks or in a shared text encoder.
+
+A shared text encoder is another process, so an encoded prompt can also be packed into bytes.
+"""
 
 from typing import Any
 
@@ -25,9 +28,11 @@ FAMILIES = {"flux2-klein": KLEIN, "flux2-dev": DEV}
 
 
 class PromptEncoder:
-    """A family's text encoder. The ranks that share one encode the same prompts together.
+    """A family's text model with its tokenizer.
 
-    The pipeline lends its formatting of the prompt; it has no other part than these two.
+    If the text model is split over several ranks, all of them must encode the same prompts in the
+    same order. The diffusers pipeline serves only to format and encode prompts, and so has no other
+    parts than these two.
     """
 
     def __init__(self, family: Family, text_encoder: Any, tokenizer: Any, tier: Tier) -> None:
@@ -43,7 +48,10 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
-        """The text model's hidden states for the prompt, padded or cut to the tier's length."""
+        """Encode a prompt, padded or cut to the tier's text length.
+
+        The embeds are [1, text_length, len(family.layers) x hidden_size] in the model's dtype.
+        """
         embeds, text_ids = self.pipeline.encode_prompt(
             prompt,
             device=self.pipeline.text_encoder.device,
@@ -53,7 +61,7 @@ class PromptEncoder:
         return PromptEmbeds(embeds, text_ids, self.warnings_for(prompt))
 
     def warnings_for(self, prompt: str) -> tuple[str, ...]:
-        """The pipeline cuts a prompt that is too long without a word."""
+        """Return a warning for the caller if the prompt is too long; the pipeline just cuts it."""
         num_tokens = self.family.num_tokens(self.pipeline.tokenizer, prompt)
         if num_tokens <= self.length:
             return ()
@@ -63,7 +71,7 @@ class PromptEncoder:
 
 
 def load_prompt_encoder(tier: Tier, weights: str | None, placement: Placement) -> PromptEncoder:
-    """The tier's text encoder alone, from the operator's weights or the catalogue's."""
+    """Load only the tier's text encoder, from the operator's weights or else the catalogue's."""
     family = FAMILIES[tier.family]
     source, _ = open_checkpoint(family, weights_of(tier, weights))
     return load_encoder(family, source, tier, placement)
@@ -72,7 +80,7 @@ def load_prompt_encoder(tier: Tier, weights: str | None, placement: Placement) -
 def load_encoder(
     family: Family, source: WeightSource, tier: Tier, placement: Placement
 ) -> PromptEncoder:
-    """The text encoder of the family's checkpoint."""
+    """Load the text encoder of a checkpoint, this rank's part of it, and its tokenizer."""
     folder = fetch(source, PROMPT_PARTS)
     component = folder / "text_encoder"
     model = family.text_model(component, max(family.layers))
@@ -82,7 +90,11 @@ def load_encoder(
 
 
 def pack(prompt: PromptEmbeds) -> EncodedPrompt:
-    """The prompt as bytes, for another process."""
+    """Return an encoded prompt as plain bytes for another process.
+
+    The positions are not sent: `unpack` computes them from the shape. The bytes are taken as uint8
+    because NumPy has no bfloat16.
+    """
     embeds = prompt.embeds.cpu().contiguous()
     return EncodedPrompt(
         embeds.view(torch.uint8).numpy().tobytes(),
@@ -93,8 +105,9 @@ def pack(prompt: PromptEmbeds) -> EncodedPrompt:
 
 
 def unpack(encoded: EncodedPrompt, device: str) -> PromptEmbeds:
-    """What was packed, bit for bit, on the device."""
+    """Return the embeds that were packed, bit for bit, on `device`, with their positions."""
     dtype = getattr(torch, encoded.dtype)
+    # A bytearray is a copy: torch warns that a tensor over immutable bytes could be written to.
     embeds = torch.frombuffer(bytearray(encoded.data), dtype=dtype).reshape(encoded.shape)
     text_ids: Tensor = Flux2Pipeline._prepare_text_ids(embeds)
     return PromptEmbeds(embeds.to(device), text_ids.to(device), encoded.warnings)
