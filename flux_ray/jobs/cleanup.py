@@ -1,9 +1,10 @@
-"""Removes what has expired: first a job's images, then its row, so that none is forgotten.
+"""The background clean-up of a gateway: abandoned jobs are ended, expired ones are removed.
 
-Ends jobs that no worker takes: of a tier that nobody serves, or a release that nobody runs.
+A job is abandoned if no gateway takes it, because nobody serves its tier or runs the release that
+can read it. One gateway cannot see whether another would take it. So it waits for as long as ended
+jobs are kept, and if no job of the same kind was started meanwhile, it ends the job as failed.
 
-Each gateway leaves such a job to others. Whether there are any, nobody knows; but if it lies there
-for as long as ended jobs are kept, and nothing like it was begun meanwhile, its caller is told.
+Of an expired job the images go first and the row last: without the row nobody would find them.
 """
 
 import logging
@@ -24,14 +25,14 @@ from flux_ray.jobs.table import JOBS
 logger = logging.getLogger("ray.serve")
 
 NOT_SERVED = JobFailure("not_served", "no server here could take this job: its model is not served")
-# Of one round: there may be many, and the next round comes.
+# Per round, so that one round stays short; the next one takes up the rest.
 ABANDONED_BATCH = 1000
 
 PROTOCOL_OF = func.coalesce(JOBS.c.protocol, 0)
 
 
 class Claims(NamedTuple):
-    """What changes when somebody takes the job, or one like it."""
+    """The values of a waiting job that change when a worker takes it, or another job like it."""
 
     attempt: int
     claimable_at_s: float
@@ -39,10 +40,11 @@ class Claims(NamedTuple):
 
 
 class Abandoned:
-    """Looks at the jobs that this gateway takes none of.
+    """The pending jobs that this gateway leaves to others, watched until they are given up.
 
-    `tiers`: those that it serves, None for all. `keep_s`: by its own clock, which nobody sets, and
-    from when it began: a cluster that was off has lost nothing.
+    `tiers` are those that this gateway serves, None for all. A job is given up after `keep_s`
+    seconds without a change. They are counted by this process's monotonic clock from its first
+    look, so that a cluster that was switched off for days does not end jobs when it comes back.
     """
 
     def __init__(
@@ -59,9 +61,9 @@ class Abandoned:
         self._silence: Silence[Claims] = Silence(keep_s, clock)
 
     async def end_all(self, unread: Collection[str] = ()) -> None:
-        """End those that have lain here long enough; `unread`: ids of others that it left.
+        """End the jobs that nobody has taken for `keep_s`. Raises StoreLost.
 
-        Raises StoreLost.
+        `unread` are the ids of jobs of its own tiers that this gateway could not read.
         """
         begun_s = self._silence.begin()
         rows = await self._database.execute(self._left(unread))
@@ -71,7 +73,8 @@ class Abandoned:
                 row["job_id"]: Claims(
                     row["attempt"],
                     row["claimable_at_s"],
-                    # Of one that names no later protocol, those like it say nothing.
+                    # This gateway knows the job's protocol and cannot read it all the same: that
+                    # others of the protocol are started does not mean that somebody can.
                     None
                     if row["job_id"] in unread
                     else latest(begun, row["tier"], row["protocol_"]),
@@ -94,7 +97,7 @@ class Abandoned:
         return left.where(or_(*is_left)).order_by(JOBS.c.claimable_at_s).limit(ABANDONED_BATCH)
 
     async def _begun_at_s(self) -> dict[tuple[str, int], float]:
-        """When a job of each tier and protocol was last begun."""
+        """Return when a job was last started, by tier and protocol."""
         last = func.max(JOBS.c.started_at_s).label("last")
         query = select(JOBS.c.tier, PROTOCOL_OF.label("protocol_"), last)
         query = query.where(JOBS.c.started_at_s.is_not(None)).group_by(JOBS.c.tier, PROTOCOL_OF)
@@ -103,7 +106,10 @@ class Abandoned:
 
 
 def latest(begun: Mapping[tuple[str, int], float], tier: str, protocol: int) -> float | None:
-    """When somebody last began a job of that tier who can read that protocol."""
+    """Return when a gateway that can read `protocol` last started a job of the tier, or None.
+
+    Whoever reads a later protocol reads this one too.
+    """
     times = (at_s for (name, number), at_s in begun.items() if name == tier and number >= protocol)
     return max(times, default=None)
 
@@ -113,9 +119,9 @@ EXPIRED_BATCH = 100
 
 
 async def clean_up(store: Store, results: Results) -> int:
-    """Remove the jobs that have expired, but for those whose images stay; how many.
+    """Remove the expired jobs, and return how many. Raises StoreLost.
 
-    Raises StoreLost.
+    A job whose images cannot be removed stays for the next round.
     """
     num_removed = num_kept = 0
     while job_ids := await store.expired(EXPIRED_BATCH, num_kept):
@@ -123,13 +129,13 @@ async def clean_up(store: Store, results: Results) -> int:
         num_removed += sum(gone)
         num_kept += len(gone) - sum(gone)
         if not any(gone):
-            # It is not this job or that: the results store is away.
+            # Not one of a whole batch could be removed: the results store is away.
             break
     return num_removed
 
 
 async def remove(store: Store, results: Results, job_id: str) -> bool:
-    """Whether it is gone; one that cannot be removed does not hold up the others."""
+    """Remove a job and its images; return False if its images could not be removed."""
     try:
         await results.remove_job(job_id)
     except (ResultsLost, ResultMissing) as error:
@@ -140,7 +146,7 @@ async def remove(store: Store, results: Results, job_id: str) -> bool:
 
 
 async def clean_once(store: Store, results: Results) -> None:
-    """As far as the stores answer."""
+    """Run one clean-up pass; stop if the database is unavailable."""
     try:
         await clean_up(store, results)
     except StoreLost as error:
@@ -148,5 +154,8 @@ async def clean_once(store: Store, results: Results) -> None:
 
 
 async def keep_clean(store: Store, results: Results, period_s: float = PERIOD_S) -> None:
-    """For ever. Several gateways may do so: what is gone already is no error."""
+    """Run a clean-up pass every `period_s` until cancelled.
+
+    Several gateways may do so at once: a job that is already gone is no error.
+    """
     await repeat(lambda: clean_once(store, results), period_s)

@@ -1,8 +1,8 @@
-"""The way to the database: SQLite or PostgreSQL, its transactions, its clock, and its loss.
+"""Access to the job database, SQLite or PostgreSQL: connections, transactions, and its clock.
 
-The file of an SQLite database: made for nobody else's eyes, and known again by its inode.
-
-Secrets that all gateways of a database share: whoever asks first makes them.
+`Database` also notices when the database is deleted, replaced or restored while it is in use. The
+file of an SQLite database is private to its user, and is recognized by its inode. `shared_secret`
+keeps the random bytes that all gateways of one database sign with.
 """
 
 import asyncio
@@ -49,25 +49,30 @@ from flux_ray.private_files import keep_from_others, make_folder, open_privately
 
 logger = logging.getLogger("ray.serve")
 
-# What SQLite keeps beside it, with the mode of the file itself.
+# Suffixes of the files that SQLite writes: the database and two beside it, which get the mode that
+# the database has.
 COMPANIONS = ("", "-wal", "-shm")
 
 
 class FileIdentity(NamedTuple):
-    """What a file keeps as long as it is the same one, whatever is written into it."""
+    """The device and inode of a file: they stay the same while its contents change."""
 
     device: int
     inode: int
 
 
 class DatabaseFile:
-    """One file; connections to it never make it, so that none finds an empty one in its place."""
+    """The file of an SQLite database.
+
+    Only `make` creates it. Connections open it with `mode=rw`: otherwise SQLite would put an empty
+    database in the place of one that was deleted, and nobody would notice.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def make(self) -> None:
-        """Make it where it is not there, and close it to others where it is. Raises OSError."""
+        """Create the file if it is missing, and make it private if it is not. Raises OSError."""
         make_folder(self.path.parent)
         os.close(open_privately(str(self.path), os.O_RDWR | os.O_CREAT))
         kept = [keep_from_others(Path(f"{self.path}{each}")) for each in COMPANIONS]
@@ -81,7 +86,7 @@ class DatabaseFile:
             )
 
     def identity(self) -> FileIdentity | None:
-        """Return that of the file which is there now; None where there is none."""
+        """Return the identity of the file that is at the path now, or None if there is none."""
         try:
             found = self.path.stat()
         except OSError:
@@ -89,48 +94,50 @@ class DatabaseFile:
         return FileIdentity(found.st_dev, found.st_ino)
 
     def url_for(self, url: URL) -> URL:
-        """Return the URL by which it is opened only if it is there."""
+        """Return `url` changed so that connecting fails if the file is missing."""
         name = f"file:{quote(str(self.path.absolute()))}"
         return url.set(database=name, query={"mode": "rw", "uri": "true"})
 
 
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
-# How long a statement waits for those of other processes.
+# How long a statement waits for a lock that another process holds.
 BUSY_TIMEOUT_S = 30
 SWITCH_TRIES = 10
 SWITCH_PAUSE_S = 0.1
-# Whoever replaces a database or restores its tables is given so long before it is touched.
+# A lost database is not touched for so long: whoever restores its tables may still be at it, and
+# tables made in between would collide with theirs.
 SETTLE_S = 3.0
-# What SQLite says, and PostgreSQL's states, where the tables are not those that were made.
+# SQLite's messages and PostgreSQL's SQLSTATEs for tables or columns that are missing.
 MISSING_WORDS = ("no such table", "no such column", "has no column named")
 MISSING_STATES = ("42P01", "42703", "3F000")
-# Of the day on which the seconds begin that everybody else counts.
+# SQLite counts days from 4714 BC; this is 1970-01-01 in its count.
 JULIAN_DAY_OF_1970 = 2440587.5
 DAY_S = 86400.0
-# One that is cut off in its turn is not to keep the others out for ever.
+# The timeouts end a transaction whose gateway was cut off: it would hold the lock, and so keep all
+# other statements of its `turn` waiting for ever.
 BEGIN_TURN = (
     f"BEGIN; SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S}s';"
     f" SET LOCAL idle_in_transaction_session_timeout = '{BUSY_TIMEOUT_S}s'"
 )
-# Gateways that start at once make or change the tables one after another.
+# The advisory lock under which gateways that start at once migrate one after another.
 CREATION_LOCK = 7_355_608
 
-# It logs what each statement holds.
+# Below this level it logs the values of each statement, prompts among them.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
 
 Clock = Callable[[], float]
 
 
 class Database:
-    """Connections to one database.
+    """The connections of one process to the job database.
 
-    Its clock says when what is kept has expired and when a pause is over, for it is one for all
-    gateways. It may be set: no lease of a job goes by it, and no pause becomes longer. `clock`
-    takes its place in tests.
+    The database's own clock decides when rows expire and when pauses end, as it is the same for
+    all gateways. Somebody may set it back or forward: job leases do not depend on it, and pauses
+    do not become longer. Tests pass a `clock` in its place.
 
-    One that is deleted, replaced or restored meanwhile is lost: nothing is read from it or written
-    to it until `SETTLE_S` later, when the tables are made or brought up to date. `num_renewals`
-    counts how often that was, for what was remembered of it.
+    If the database is deleted, replaced or restored while in use, it is lost: all calls raise
+    StoreLost for `SETTLE_S`, then the tables are made or migrated again. `num_renewals` counts how
+    often that happened, so that values cached from an earlier database can be dropped.
     """
 
     def __init__(self, url: str, clock: Clock | None = None) -> None:
@@ -141,7 +148,8 @@ class Database:
             self._url = self._file.url_for(self._url)
         self._clock = clock
         self._engine = engine_for(self._url)
-        # Of their own: where all others wait for whoever writes, a poll does not.
+        # Separate connections: when all others wait for a writer's lock, polls by clients still
+        # find a free one.
         self._reading_engine = engine_for(self._url, only_reads=True)
         self._statements: set[asyncio.Task[Sequence[RowMapping]]] = set()
         self._identity: FileIdentity | None = None
@@ -151,26 +159,27 @@ class Database:
 
     @property
     def now(self) -> ColumnElement[float]:
-        """The time of the statement in which it stands, in seconds since 1970."""
+        """Return the SQL expression for the time of its statement, in seconds since 1970."""
         if self._clock is not None:
             return literal(self._clock(), Double)
         if self.is_sqlite:
             return (func.julianday("now", type_=Double) - JULIAN_DAY_OF_1970) * DAY_S
-        # Not the clock of each row: an index could not be used.
+        # Not `clock_timestamp`, which changes from row to row: no index could be used.
         return cast(extract("epoch", func.statement_timestamp()), Double)
 
     @property
     def is_sqlite(self) -> bool:
-        """A file, not a server."""
+        """Return whether this is an SQLite file, not a PostgreSQL server."""
         return self._engine.dialect.name == "sqlite"
 
     async def create(self) -> None:
-        """Make the tables, or bring them to what this release needs. Raises StoreLost."""
+        """Create the tables, or migrate them to this release. Raises StoreLost."""
         for _ in range(SWITCH_TRIES if self.is_sqlite else 0):
             try:
                 return await self._create()
             except StoreLost:
-                # Several that switch a new file to WAL at once do not wait for each other.
+                # Processes that switch a new file to WAL at once do not wait for each other: SQLite
+                # fails at once, whatever the busy timeout.
                 await asyncio.sleep(SWITCH_PAUSE_S)
         await self._create()
 
@@ -188,7 +197,7 @@ class Database:
         self._lost_at_s = None
 
     async def _make_file(self) -> None:
-        """Make it where it is not there; it is the one that is meant from now on."""
+        """Create the SQLite file if it is missing, and remember its identity. Raises StoreLost."""
         if self._file is None:
             return
         try:
@@ -199,7 +208,7 @@ class Database:
 
     @asynccontextmanager
     async def connect(self, *, only_reads: bool = False) -> AsyncIterator[AsyncConnection]:
-        """A connection that commits after every statement. Raises StoreLost."""
+        """Open a connection that commits after every statement. Raises StoreLost."""
         await self._look()
         engine = self._reading_engine if only_reads else self._engine
         async with self._connected(engine) as connection:
@@ -217,7 +226,7 @@ class Database:
                     if has_moved:
                         await connection.invalidate()
             if has_moved:
-                # What was written went into a file that nobody will find.
+                # What was written went into a file that has no name any more.
                 raise StoreLost("the job database was replaced meanwhile")
         except (InterfaceError, PoolTimeoutError) as error:
             raise StoreLost(str(error)) from error
@@ -229,7 +238,10 @@ class Database:
             raise StoreLost(str(error)) from error
 
     async def _look(self) -> None:
-        """Return if the database is the one that was made; else make it so when it is time."""
+        """Check that the database is still the one that was opened; renew it after `SETTLE_S`.
+
+        Raises StoreLost while it is lost.
+        """
         if self._identity is None:
             await self._make_file()
         self._has_moved(self._identity)
@@ -240,7 +252,7 @@ class Database:
                 return
             if time.monotonic() - self._lost_at_s < SETTLE_S:
                 raise StoreLost("the job database was lost; it is looked for in a moment")
-            # If it fails: not before so long again.
+            # Set before trying: if it fails, the next try is `SETTLE_S` later.
             self._lost_at_s = time.monotonic()
             await self._dispose()
             await self.create()
@@ -248,7 +260,7 @@ class Database:
             logger.warning("jobs are kept again, in the database that is there now")
 
     def _has_moved(self, identity: FileIdentity | None) -> bool:
-        """Say whether another file is there, or none."""
+        """Return whether another SQLite file is at the path now, or none."""
         if self._file is None:
             return False
         found = self._file.identity()
@@ -264,12 +276,13 @@ class Database:
             logger.error("the job database is lost, and the jobs in it: %s", reason)
 
     async def execute(self, statement: Executable, turn: str | None = None) -> Sequence[RowMapping]:
-        """Its rows. Raises StoreLost.
+        """Execute a statement and return its rows. Raises StoreLost.
 
-        Of statements with the same `turn`, each sees what those before it did.
+        Statements with the same `turn` run one after another, so that each sees the effect of
+        those before it.
 
-        Whoever is cancelled leaves the statement to its end: cut off in the middle, a connection
-        would be left over with its thread.
+        If the caller is cancelled the statement still runs to its end: cut off in the middle, it
+        would leave a connection and its thread behind.
         """
         task = asyncio.create_task(self._execute(statement, turn))
         self._statements.add(task)
@@ -278,14 +291,14 @@ class Database:
         return await asyncio.shield(task)
 
     async def first(self, statement: Executable, turn: str | None = None) -> RowMapping | None:
-        """Its one row, if there is one; `turn` as for execute. Raises StoreLost."""
+        """Execute a statement and return its first row, or None; `turn` as for execute."""
         rows = await self.execute(statement, turn)
         return rows[0] if rows else None
 
     async def _execute(self, statement: Executable, turn: str | None) -> Sequence[RowMapping]:
         only_reads = statement.is_select and turn is None
         async with self.connect(only_reads=only_reads) as connection:
-            # SQLite has one writer at a time anyway.
+            # SQLite has only one writer at a time: it needs no lock for turns.
             if turn is None or self.is_sqlite:
                 return (await connection.execute(statement)).mappings().all()
             await connection.exec_driver_sql(BEGIN_TURN)
@@ -295,7 +308,7 @@ class Database:
             return rows
 
     async def close(self) -> None:
-        """Give the connections back, after the last statement."""
+        """Wait for the running statements, then close all connections."""
         if self._statements:
             await asyncio.wait(tuple(self._statements))
         await self._dispose()
@@ -306,13 +319,13 @@ class Database:
 
 
 def look_at(task: "asyncio.Task[Any]") -> None:
-    """Or asyncio complains of an error that nobody saw: who asked may be gone."""
+    """Retrieve the error of a statement whose caller is gone, or asyncio would log it."""
     if not task.cancelled():
         task.exception()
 
 
 def url_for(url: str) -> URL:
-    """`sqlite:///...` and `postgresql://...`, with the driver that this package uses."""
+    """Return a `sqlite:///...` or `postgresql://...` URL with the driver of this package."""
     parsed = make_url(url)
     if parsed.drivername not in DRIVERS:
         raise ValueError(f"database: {parsed.drivername} is neither sqlite nor postgresql")
@@ -323,20 +336,21 @@ def url_for(url: str) -> URL:
 
 
 def has_lost_tables(error: DatabaseError) -> bool:
-    """Say whether the database is not what it was: no tables, older ones, or no database at all."""
+    """Return whether the error means that tables are missing or older, or the file is none."""
     if isinstance(error, ProgrammingError):
         return getattr(error.orig, "sqlstate", None) in MISSING_STATES
     if isinstance(error, OperationalError):
         return any(words in str(error.orig) for words in MISSING_WORDS)
-    # SQLite's own word for a file that is none of its files, or half of one.
+    # SQLite raises the base class itself for a file that is not a database, or half of one.
     return type(error) is DatabaseError
 
 
 def engine_for(url: URL, *, only_reads: bool = False) -> AsyncEngine:
-    """Statements are transactions, but for turns: no caller leaves one open or upgrades its lock.
+    """Return an engine whose connections commit after every statement.
 
-    A connection that the server ended is replaced before it is used. Errors are logged, and are not
-    to tell what a statement holds.
+    So no caller leaves a transaction open or upgrades a read lock; only turns use longer ones. A
+    connection that the server has closed is replaced before use. Parameters are hidden from error
+    texts, which are logged: they hold prompts and secrets.
     """
     create = partial(create_async_engine, url, isolation_level="AUTOCOMMIT", hide_parameters=True)
     if url.drivername != DRIVERS["sqlite"]:
@@ -348,14 +362,14 @@ def engine_for(url: URL, *, only_reads: bool = False) -> AsyncEngine:
 
 
 def set_up_sqlite(connection: Any, record: object) -> None:
-    """What is committed is on the disk: the default may be built otherwise."""
+    """Have every commit synced to the disk; SQLite may be built with a weaker default."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
 
 def only_read_sqlite(connection: Any, record: object) -> None:
-    """A statement that writes is a mistake here: it would wait for other writers."""
+    """Let statements that write fail: on this connection they would wait for other writers."""
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only=ON")
     cursor.close()
@@ -365,14 +379,17 @@ NUM_BYTES = 32
 
 
 async def shared_secret(database: Database, name: str) -> bytes:
-    """Random bytes, for everybody the same ones under that name. Raises StoreLost."""
+    """Return the secret of that name, the same for all gateways; make it if it is missing.
+
+    Raises StoreLost.
+    """
     query = select(SECRETS.c.value).where(SECRETS.c.name == name)
-    # First: who only reads does not wait for who writes.
+    # A read comes first, as it does not wait for writers.
     if row := await database.first(query):
         return bytes.fromhex(row["value"])
     insert = sqlite.insert if database.is_sqlite else postgresql.insert
     made = insert(SECRETS).values(name=name, value=secrets.token_hex(NUM_BYTES))
     await database.execute(made.on_conflict_do_nothing().returning(SECRETS.c.name))
-    # Of several who were first at once, one was.
+    # If several gateways inserted it at once, one of them won: all take that one.
     [row] = await database.execute(query)
     return bytes.fromhex(row["value"])

@@ -1,6 +1,8 @@
-"""The shelf: images of jobs by their names, and those that were drawn without a job.
+"""The files of jobs: their images, previews and reference images, in a results store.
 
-The results store: images by names of ours, in a folder or wherever fsspec reaches.
+`Results` reads and writes them, in a folder or wherever fsspec reaches, under names that it makes
+itself. `ImageStore` reads them by name for callers, where a row of the job database vouches for the
+name, and keeps the images of requests that were answered without a job.
 """
 
 import asyncio
@@ -38,28 +40,29 @@ NAME = re.compile(
     rf"{JOB_ID}/(?:[0-9]+-(?:preview-)?[0-9]+\.(?:png|jpeg|webp)|reference-[0-9]+)", re.A
 )
 MAX_BYTES = 128 * 2**20
-# Entries of a folder: those of one release are all alike.
+# Entries of a folder whose mode is checked: all entries that one release wrote have the same mode.
 MAX_LOOKED_AT = 1000
 
-# A store that never answers keeps a thread: not one of those that decode images.
+# Own threads: a store that never answers blocks them, and must not block those that decode images.
 THREADS = ThreadPoolExecutor(16, thread_name_prefix="results")
 
 T = TypeVar("T")
 
 
 class ResultMissing(Exception):
-    """There is nothing whole of that name."""
+    """Nothing is stored under that name, or it is damaged."""
 
 
 class ResultTooLarge(Exception):
-    """More bytes than the results store keeps under one name."""
+    """An image has more bytes than the results store keeps under one name."""
 
 
 class Results:
-    """A folder a job. Nothing is overwritten with other bytes: each attempt has its own names.
+    """The results store: one folder for each job, through fsspec.
 
-    What is written under a name is there whole or not at all; it counts only when a row names it.
-    All of it raises ResultsLost.
+    Names contain the number of the attempt, so that no file is overwritten with other bytes. A file
+    is there whole or not at all, and counts only once a row of the job database names it. Every
+    method raises ResultsLost if the store does not answer.
     """
 
     def __init__(
@@ -67,13 +70,13 @@ class Results:
     ) -> None:
         if "://" not in url:
             url = str(Path(url).expanduser().absolute())
-        # Other gateways write there too: nobody's listing is remembered.
+        # Other gateways write there too: a cached listing would miss what they wrote.
         self._files, root = url_to_fs(url, use_listings_cache=False, **(options or {}))
         self._root = str(root).rstrip("/")
         self._max_bytes = max_bytes
 
     async def warn_of_others(self) -> None:
-        """Log how to close a folder in which an earlier release left what others may read."""
+        """Log how to make the folder private if an earlier release left it readable to others."""
         if isinstance(self._files, LocalFileSystem) and await asyncio.to_thread(
             has_open_entry, Path(self._root)
         ):
@@ -87,24 +90,24 @@ class Results:
     async def write_images(
         self, job_id: str, attempt: int, images: tuple[GeneratedImage, ...], format: ImageFormat
     ) -> tuple[StoredImage, ...]:
-        """Keep the images of an attempt. Raises ResultTooLarge."""
+        """Store the images of an attempt, and return their names. Raises ResultTooLarge."""
         names = (f"{job_id}/{attempt}-{number}.{format}" for number in range(len(images)))
         return tuple([await self._keep(*each) for each in zip(names, images, strict=True)])
 
     async def write_preview(
         self, job_id: str, attempt: int, number: int, image: GeneratedImage, format: ImageFormat
     ) -> StoredImage:
-        """Keep what an attempt's image will look like. Raises ResultTooLarge."""
+        """Store the preview with that number of an attempt. Raises ResultTooLarge."""
         return await self._keep(f"{job_id}/{attempt}-preview-{number}.{format}", image)
 
     async def remove_previews(
         self, job_id: str, attempt: int, count: int, format: ImageFormat
     ) -> None:
-        """Delete those of an attempt that are there."""
+        """Delete the first `count` previews of an attempt; those that are missing are no error."""
         await self._remove(f"{job_id}/{attempt}-preview-{n}.{format}" for n in range(count))
 
     async def read_image(self, image: StoredImage) -> bytes:
-        """The very bytes that were written. Raises ResultMissing."""
+        """Return the bytes of an image; raise ResultMissing unless they are those written."""
         data = await self._read(image.name)
         if await translated(lambda: hashlib.sha256(data).hexdigest()) != image.sha256:
             raise ResultMissing(f"{image.name} is damaged")
@@ -113,24 +116,24 @@ class Results:
     async def write_references(
         self, job_id: str, images: tuple[bytes, ...], pack: Callable[[bytes], bytes] = bytes
     ) -> None:
-        """Keep the images of a request. Raises ResultTooLarge.
+        """Store the reference images of a request. Raises ResultTooLarge.
 
-        Each is packed in the thread that writes it: packed all at once, they would be in memory
-        twice.
+        Each is packed in the thread that writes it: if all were packed beforehand, they would be
+        in memory twice.
         """
         for number, image in enumerate(images):
             await self._write(f"{job_id}/reference-{number}", partial(pack, image))
 
     async def read_references(self, job_id: str, count: int) -> tuple[bytes, ...]:
-        """The images of a request. Raises ResultMissing."""
+        """Return the reference images of a request. Raises ResultMissing, ResultTooLarge."""
         return tuple([await self._read(f"{job_id}/reference-{n}") for n in range(count)])
 
     async def remove_references(self, job_id: str, count: int) -> None:
-        """Delete the images of a request, those that are there."""
+        """Delete the reference images of a request; missing ones are no error."""
         await self._remove(f"{job_id}/reference-{number}" for number in range(count))
 
     async def remove_job(self, job_id: str) -> None:
-        """Delete all that a job has here, of lost attempts too."""
+        """Delete the whole folder of a job, with what its lost attempts wrote."""
         if not is_job_id(job_id):
             raise ResultMissing(f"{job_id} is no job's name")
         path = f"{self._root}/{job_id}"
@@ -160,13 +163,13 @@ class Results:
             if isinstance(self._files, LocalFileSystem):
                 write_whole(Path(path), data)
             else:
-                # Object stores show an object when all of it came.
+                # Object stores show an object only once all of it has arrived.
                 self._files.pipe_file(path, data)
 
         try:
             await translated(write)
         except ResultMissing as error:
-            # No bucket, or no disk where the folder was: it may come back.
+            # A write finds nothing missing but the bucket or the mounted disk: that may come back.
             raise ResultsLost(str(error)) from error
 
     async def _read(self, name: str) -> bytes:
@@ -185,7 +188,7 @@ class Results:
 
 
 def has_open_entry(folder: Path) -> bool:
-    """Say whether others can come into this folder, and then into one of its first entries."""
+    """Return whether other users can enter the folder, and one of its first entries."""
     if not is_open_to_others(folder):
         return False
     try:
@@ -195,12 +198,12 @@ def has_open_entry(folder: Path) -> bool:
 
 
 def is_job_id(text: str) -> bool:
-    """Whether a job could be called so."""
+    """Return whether the text has the form of a job's id."""
     return re.fullmatch(JOB_ID, text, re.A) is not None
 
 
 async def translated(call: Callable[[], T]) -> T:
-    """What it answers, off the event loop, with errors of this module instead of the store's."""
+    """Return what `call` returns in a thread; raise ResultMissing or ResultsLost for its errors."""
     try:
         return await asyncio.get_running_loop().run_in_executor(THREADS, call)
     except FileNotFoundError as error:
@@ -208,14 +211,15 @@ async def translated(call: Callable[[], T]) -> T:
     except ResultTooLarge:
         raise
     except Exception as error:
-        # fsspec promises no kind of error: each store raises those of its own libraries.
+        # fsspec names no base class of errors: each store raises those of its own libraries.
         raise ResultsLost(f"{type(error).__name__}: {error}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """On the disk before it has its name: neither a kill nor a power cut leaves half a file.
+    """Write a file that only this user may read, whatever the mode of its folder.
 
-    No other user of the machine may read it, whoever made the folder around it.
+    It is synced to the disk before it gets its name: neither a kill nor a power cut leaves half a
+    file under that name.
     """
     make_folder(path.parent)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
@@ -229,14 +233,16 @@ def write_whole(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-# No key is called so: they are nobody's jobs, and are not found as such.
+# In front of the owner of images kept without a job: no key has such a name, so that nobody finds
+# their rows among his jobs.
 KEPT_FOR = "kept for "
 
 
 class ImageStore:
-    """Images count only while a row names them: those of lost attempts are not here.
+    """The images that callers may fetch by name: those that a row of the job database names.
 
-    Everything raises StoreLost and ResultsLost. `keep_s`: so long an image is kept.
+    Images of lost attempts are not found, as no row names them. `keep_s` is how long the images of
+    a request without a job are kept, in seconds. Every method raises StoreLost and ResultsLost.
     """
 
     def __init__(self, database: Database, results: Results, keep_s: float) -> None:
@@ -245,18 +251,18 @@ class ImageStore:
         self._keep_s = keep_s
 
     async def read(self, name: str) -> bytes:
-        """The very bytes that were written under that name. Raises ResultMissing."""
+        """Return the bytes of the image of that name. Raises ResultMissing."""
         return await self._results.read_image(await self._find(name))
 
     async def keep(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[StoredImage, ...]:
-        """Images that somebody waited for, as those of a job that is ready; cleaned up with them.
+        """Store the images of a request that had no job. Raises ResultTooLarge.
 
-        Raises ResultTooLarge.
+        They get a row like that of a job that is ready, so that the clean-up removes them too.
         """
         job_id = str(uuid.uuid4())
-        # First the row: what is written without one would never be removed.
+        # The row comes first: the clean-up would never find images that were written without one.
         await self._database.first(self._arrival(job_id, owner, request))
         images = await self._results.write_images(job_id, 0, result.images, request.encoding.format)
         kept = JobResult(images, asdict(result.times), result.warnings)
@@ -270,7 +276,7 @@ class ImageStore:
             "job_id": job_id,
             "owner": KEPT_FOR + owner,
             "tier": request.tier,
-            # Nobody will draw it again: its words are not kept.
+            # It is never generated again: so its prompt need not be kept.
             "packed": {},
             "seed": request.seed,
             "memo": {},
@@ -293,7 +299,7 @@ class ImageStore:
         return arriving.values(values).returning(JOBS.c.job_id)
 
     async def _find(self, name: str) -> StoredImage:
-        """As its job's row tells of it."""
+        """Return the image as its job's row describes it. Raises ResultMissing."""
         is_kept = and_(JOBS.c.status == "ready", JOBS.c.expires_at_s > self._database.now)
         is_previewed = and_(JOBS.c.status == "running", JOBS.c.result.is_not(None))
         named = select(JOBS.c.result).where(

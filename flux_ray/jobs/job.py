@@ -1,4 +1,4 @@
-"""What is said of jobs: what a caller offers, what the store knows, what a worker holds."""
+"""The values that describe a job: a caller's submission, the row in the store, a worker's lease."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,19 +6,19 @@ from typing import Any, Literal, NamedTuple
 
 from flux_ray.request import ImageRequest, QueuePosition
 
-# `arriving`: its reference images are being stored, nobody was told of it. `refused`: by the
-# content filter. The last four are ends: nothing leaves them.
+# `arriving`: its reference images are still being stored, and no caller knows it yet. `refused`: by
+# the content filter. The last four are final.
 Status = Literal["arriving", "pending", "running", "ready", "failed", "refused", "cancelled"]
 End = Literal["ready", "failed", "refused"]
-# Those that a caller may hear of.
+# The ones that a caller can see.
 State = Literal["pending", "running", "ready", "failed", "refused", "cancelled"]
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """A caller's own name for an offer: the same again is the same job.
+    """The idempotency key of a submission: sent again, it gets the same job.
 
-    `fingerprint` is of the caller's words: the key with others is refused.
+    `fingerprint` is a hash of the caller's request: the same key with another request is refused.
     """
 
     key: str
@@ -27,9 +27,9 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class Webhook:
-    """Where the caller wants to hear of the end, and what the message is signed with.
+    """The URL to which a job's end is posted, and the secret that signs the message.
 
-    Neither is printed: URLs have secrets in them too.
+    Both are left out of the repr, and so out of logs: URLs may contain secrets too.
     """
 
     url: str = field(repr=False)
@@ -38,10 +38,11 @@ class Webhook:
 
 @dataclass(frozen=True)
 class JobSubmission:
-    """A request to be kept until it is done; `owner` is a hash of the caller's key.
+    """A request to be accepted as a job; `owner` is a hash of the caller's key.
 
-    `memo` is JSON that the dialect wants back when it answers. `max_active`: so many jobs of the
-    owner may not have ended, this one included. `metadata` is the caller's own, and given back.
+    `memo` is JSON that the API dialect stores for its own answers. `max_active` is how many
+    unfinished jobs the owner may have, this one included; None for any number. `metadata` is the
+    caller's own, and comes back with the job.
     """
 
     owner: str
@@ -55,7 +56,7 @@ class JobSubmission:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in the results store, by its name there."""
+    """An image in the results store, with its name there and its checksum."""
 
     name: str
     seed: int
@@ -65,7 +66,7 @@ class StoredImage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job came to: its images, and what they took."""
+    """The outcome of a job that is ready: its images, and the seconds of each stage."""
 
     images: tuple[StoredImage, ...]
     stages_s: dict[str, float]
@@ -74,14 +75,14 @@ class JobResult:
 
 @dataclass(frozen=True)
 class JobFailure:
-    """Why there is no image, in words for the caller."""
+    """The reason why a job has no image, in words for the caller."""
 
     code: str
     message: str
 
 
 class ListPlace(NamedTuple):
-    """Where a job stands in the list of its owner's jobs: a page may begin after it."""
+    """The position of a job in the list of its owner's jobs, from which the next page starts."""
 
     created_at_s: float
     job_id: str
@@ -89,12 +90,13 @@ class ListPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the store. Times are of the database's clock, in seconds since 1970.
+    """A job as its row in the store has it; times are the database's, in seconds since 1970.
 
-    `packed` is the request without its images. `num_lost` counts the workers that were lost with
-    it. `progress` goes from 0 to 1. While it runs, `result` has its previews, and `standing`
-    says where it is in its tier's queue, if its worker waits there. `webhook_state` is None without
-    a webhook, else `waiting` for the end, `due`, `delivered` or `given up`.
+    `packed` is the request without its images. `attempt` counts the claims, and `num_lost` the
+    workers that were lost while they had the job. `progress` goes from 0 to 1. While the job runs,
+    `result` has its previews, and `standing` is its place in the queue of its tier, if its worker
+    waits there. `webhook_state` is None without a webhook, else `waiting` for the job's end, `due`,
+    `delivered` or `given up`.
     """
 
     job_id: str
@@ -120,12 +122,12 @@ class Job:
 
     @property
     def place(self) -> ListPlace:
-        """Return its place in the list of its owner's jobs."""
+        """Return the job's position in the list of its owner's jobs."""
         return ListPlace(self.created_at_s, self.job_id)
 
     @property
     def preview(self) -> StoredImage | None:
-        """What it will look like, as far as is known while it runs."""
+        """Return the newest preview of a running job, or None."""
         if self.status != "running" or self.result is None:
             return None
         return self.result.images[-1]
@@ -133,16 +135,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to do a job, until another attempt takes it: it is known by the attempt."""
+    """A worker's right to a job, which ends as soon as the row has another attempt number."""
 
     job: Job
 
     @property
     def job_id(self) -> str:
-        """Whose it is."""
         return self.job.job_id
 
     @property
     def attempt(self) -> int:
-        """A number that no other lease of the job has."""
+        """Return the attempt number, which no other lease of the job has."""
         return self.job.attempt

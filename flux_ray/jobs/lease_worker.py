@@ -1,4 +1,8 @@
-"""The loop of whoever works for the store: claims one thing after another, so many at once."""
+"""The base of the workers that claim rows of the job database: jobs, and webhooks of ended jobs.
+
+`LeaseWorker` claims one thing after another and runs the work of each as a task. `spawn` and
+`repeat` start such tasks so that they outlive the request that started them and log their failures.
+"""
 
 import asyncio
 import contextvars
@@ -13,18 +17,19 @@ from flux_ray.errors import StoreLost
 
 logger = logging.getLogger("ray.serve")
 
-# How soon it is seen what another gateway has put into the store.
+# Seconds between polls: how soon work is seen that another gateway put into the store.
 POLL_S = 0.5
-# Before a store that is away is asked again.
+# Seconds before a store that did not answer is asked again.
 PAUSE_S = 1.0
 
 Work = Coroutine[Any, Any, None]
 
 
 class LeasedJob(NamedTuple):
-    """Work on what was claimed, which gives it back if it is cancelled, and whose it is.
+    """A claim with the work to be done for it; if that is cancelled, it gives the claim back.
 
-    `pool`: of what it takes up room; those of other pools find theirs.
+    `owner` and `pool` say against which limits it counts: each pool has its own room. The pool of
+    a job is its tier; webhooks have one pool.
     """
 
     owner: str
@@ -33,16 +38,17 @@ class LeasedJob(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """What is not claimed now: of pools without room, and of owners with enough in a pool."""
+    """The full pools, and the (pool, owner) pairs at their limit: not to be claimed now."""
 
     pools: frozenset[str]
     owners: frozenset[tuple[str, str]]
 
 
 class LeaseWorker(ABC):
-    """Works on at most `max_running` things of a pool at once, until it is stopped.
+    """A loop that claims work and runs up to `max_running` claims of each pool at once.
 
-    An owner who has `max_per_owner` of them leaves the rest to others.
+    At most `max_per_owner` of them are of one owner, so that nobody fills a pool alone. It polls
+    every `poll_s` seconds, and waits `pause_s` after an error. All of it runs on one event loop.
     """
 
     def __init__(
@@ -60,38 +66,45 @@ class LeaseWorker(ABC):
         self._news = asyncio.Event()
         self._claiming: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[None]] = set()
-        # By pool and owner.
+        # Running claims by (pool, owner).
         self._held: Counter[tuple[str, str]] = Counter()
 
     @abstractmethod
     async def claim(self, busy: Busy) -> LeasedJob | None:
-        """One thing more, but of what is busy; None: there is none. Raises StoreLost."""
+        """Claim one thing more, except what `busy` names; None if there is none.
+
+        Raises StoreLost.
+        """
 
     @property
     def num_running(self) -> int:
-        """Things that it works on."""
+        """Return how many claims it works on."""
         return len(self._running)
 
     def start(self) -> None:
-        """Begin to claim, unless it was stopped."""
+        """Start the claiming loop, unless the worker was stopped."""
         if not self._is_stopping:
             self._claiming = spawn(self._claim_on())
             self._claiming.add_done_callback(self._start_again)
 
     def wake(self) -> None:
-        """There is something to claim: do not wait for the next look."""
+        """Look for work now, without waiting for the next poll."""
         self._news.set()
 
     def stop_claiming(self) -> None:
-        """Claim no more; what runs goes on."""
+        """Stop claiming; what runs goes on."""
         self._is_stopping = True
         self._news.set()
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Claim no more, see work end for `drain_s`, and give the rest back to others at once."""
+        """Stop claiming, wait up to `drain_s` for running work, then cancel the rest.
+
+        What is cancelled gives its claim back, so that another gateway can take it at once.
+        """
         self.stop_claiming()
         if self._claiming is not None:
-            # A claim under way is seen to its end: its lease would have to run out.
+            # Not cancelled: if the claim has reached the database already, nobody would work on it
+            # until its lease runs out.
             await asyncio.wait({self._claiming})
         if self._running and drain_s > 0:
             await asyncio.wait(self._running, timeout=drain_s)
@@ -102,13 +115,13 @@ class LeaseWorker(ABC):
             await asyncio.wait(left)
 
     def _start_again(self, claiming: "asyncio.Task[None]") -> None:
-        """After a mistake of ours, too: without claims everything would wait in vain."""
+        """Restart the claiming loop after a bug ended it, or every job would wait for ever."""
         if not self._is_stopping:
             asyncio.get_running_loop().call_later(self._pause_s, self.start)
 
     async def _claim_on(self) -> None:
         while not self._is_stopping:
-            # Before the look: what comes during it is looked for again.
+            # Cleared before claiming: a wake during the claim then leads to another look.
             self._news.clear()
             pause_s = await self._claim_once()
             if pause_s != 0:
@@ -116,7 +129,7 @@ class LeaseWorker(ABC):
 
     @property
     def busy(self) -> Busy:
-        """Return what it has no room for."""
+        """Return the pools and owners that have no room for another claim."""
         held: Counter[str] = Counter()
         for (pool, _), num in self._held.items():
             held[pool] += num
@@ -126,7 +139,7 @@ class LeaseWorker(ABC):
         )
 
     async def _claim_once(self) -> float:
-        """Seconds until it is worth another look."""
+        """Claim and start one thing; return the seconds until the next look."""
         try:
             claim = await self.claim(self.busy)
         except StoreLost as error:
@@ -143,12 +156,12 @@ class LeaseWorker(ABC):
 
     def _make_room(self, place: tuple[str, str], task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
-        # Who has none left is not remembered.
+        # Subtraction drops owners at zero, where `-= 1` would keep an entry for each for ever.
         self._held -= Counter({place: 1})
         self._news.set()
 
     async def _wait_for_news(self, timeout_s: float) -> None:
-        """There is more to claim or more room, it is to stop, or the time is over."""
+        """Wait until woken, until a claim ends, until stopped, or for `timeout_s`."""
         if self._is_stopping:
             return
         try:
@@ -158,16 +171,16 @@ class LeaseWorker(ABC):
 
 
 def spawn(work: Work) -> "asyncio.Task[None]":
-    """A task of no request: a client that leaves ends only its own work."""
+    """Start a task in an empty context, so that it does not end with the client of a request."""
     task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
     task.add_done_callback(tell_of_failure)
     return task
 
 
 async def repeat(make: Callable[[], Work], period_s: float) -> None:
-    """Do work again and again, `period_s` after the last time, for ever.
+    """Run the work that `make` returns for ever, with `period_s` between two rounds.
 
-    Each round is a task, which tells of its failure: a mistake of ours ends only that round.
+    Each round is a task of its own that logs its failure: a bug ends one round, not the loop.
     """
     while True:
         round_ = spawn(make())
@@ -179,6 +192,6 @@ async def repeat(make: Callable[[], Work], period_s: float) -> None:
 
 
 def tell_of_failure(task: "asyncio.Task[None]") -> None:
-    """A mistake of ours, that somebody has to hear of; what it held waits for its lease to end."""
+    """Log the error of a task that failed by a bug; its claim is free when its lease ends."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("work for the store of jobs failed", exc_info=error)

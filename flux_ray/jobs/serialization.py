@@ -1,6 +1,8 @@
-"""Requests as JSON for a row, with their images set apart for the results store.
+"""Requests as JSON for a job's row, with their images apart, for the results store; and back.
 
-Whether this release reads of a job's row the request that was packed, nothing left out.
+`pack` and `unpack` are the two directions; `defer` reads a request before its images are loaded.
+`check_readable` compares the row with the request read of it, and refuses a row of a newer release
+of which this one would leave something out.
 """
 
 import zlib
@@ -17,15 +19,16 @@ REQUEST = TypeAdapter(ImageRequest)
 ReadImage = Callable[[dict[str, Any]], RgbImage | Mask]
 BLOB = "blob"
 MASK = "mask"
-# Of a reference's pixels, as its raster says it.
+# The key of a reference image's digest, by which encodings of it are cached.
 DIGEST = "digest"
 
 
 @dataclass(frozen=True)
 class PackedRequest:
-    """`row` is JSON in which an image, or its mask, is its size and its number among `images`.
+    """A request in two parts: JSON for the row, and the pixels of its images and mask.
 
-    These are pixels. A blob is what is kept of one: `compress` makes it.
+    In `row` an image or a mask is an object with its size and its index in `images`. What is stored
+    of the pixels is a blob: `compress` makes it.
     """
 
     row: dict[str, Any]
@@ -33,12 +36,12 @@ class PackedRequest:
 
     @property
     def blobs(self) -> tuple[bytes, ...]:
-        """All of them at once."""
+        """Return all images compressed."""
         return tuple(map(compress, self.images))
 
 
 def pack(request: ImageRequest) -> PackedRequest:
-    """The request in two parts. Takes a while where the digest of an image is not known."""
+    """Return the request in two parts. Slow if the digest of an image is not yet computed."""
     images: list[bytes] = []
     row = packed(request, images)
     assert isinstance(row, dict)
@@ -46,12 +49,15 @@ def pack(request: ImageRequest) -> PackedRequest:
 
 
 def compress(pixels: bytes) -> bytes:
-    """Take the least time; flat images still shrink."""
+    """Compress pixels at the fastest level: flat images still shrink a lot."""
     return zlib.compress(pixels, 1)
 
 
 def packed(value: Any, images: list[bytes]) -> Any:
-    """Wherever an image stands, in fields yet to come too, it goes to `images`."""
+    """Return the value as JSON, with the pixels of all images in it appended to `images`.
+
+    Images are found by their type, so that fields that are added later need no change here.
+    """
     if isinstance(value, RgbImage):
         return set_apart(value.rgb, value, images) | {DIGEST: value.digest.hex()}
     if isinstance(value, Mask):
@@ -64,45 +70,48 @@ def packed(value: Any, images: list[bytes]) -> Any:
 
 
 def set_apart(pixels: bytes, image: RgbImage | Mask, images: list[bytes]) -> dict[str, Any]:
-    """What stands in the row for them."""
+    """Append the pixels to `images`, and return what stands for them in the row."""
     images.append(pixels)
     return {BLOB: len(images) - 1, "width": image.width, "height": image.height}
 
 
 def num_blobs(row: Any) -> int:
-    """How many images the row tells of."""
+    """Count the images and masks in a row."""
     if isinstance(row, dict):
         return 1 if BLOB in row else sum(map(num_blobs, row.values()))
     return sum(map(num_blobs, row)) if isinstance(row, list) else 0
 
 
 def unpack(row: dict[str, Any], blobs: tuple[bytes, ...], request_id: str) -> ImageRequest:
-    """The request as it was offered, under a name of its own. ValueError: it cannot be that.
+    """Return the request of a row with its images, under a new id. Slow if it has images.
 
-    Takes a while where there are images.
+    Raises ValueError if the row or a blob cannot be read, or is not what was packed.
     """
     return request_of(row, lambda part: image_of(part, blobs[part[BLOB]]), request_id)
 
 
 def defer(row: dict[str, Any], request_id: str, load: Load) -> DeferredRequest:
-    """The same before any pixel of it is there; `load` brings all. ValueError as for `unpack`."""
+    """Return the request of a row without pixels, which `load` brings later.
+
+    Raises ValueError as `unpack` does.
+    """
     request = request_of(row, lambda part: outline(part, request_id), request_id)
     values = {each.name: getattr(request, each.name) for each in fields(request)}
     return DeferredRequest(**values, load=load)
 
 
 def request_of(row: dict[str, Any], read: ReadImage, request_id: str) -> ImageRequest:
-    """The row as a request, with what `read` makes of its images."""
+    """Return the request of a row, in which `read` makes the images. Raises ValueError."""
     unknown = row.keys() - ImageRequest.__dataclass_fields__.keys()
     if unknown:
-        # Left out, it would be another image.
+        # Without the unknown field it would be another request, with another image.
         raise ValueError(f"a newer flux-ray packed this request: {sorted(unknown)}")
     request: ImageRequest = REQUEST.validate_python(unpacked(row, read))
     return replace(request, request_id=request_id)
 
 
 def unpacked(value: Any, read: ReadImage) -> Any:
-    """The row's values, with its images."""
+    """Return the row's JSON with tuples for lists, and with what `read` makes of each image."""
     if isinstance(value, dict) and BLOB in value:
         return read(value)
     if isinstance(value, dict):
@@ -113,26 +122,29 @@ def unpacked(value: Any, read: ReadImage) -> Any:
 
 
 def outline(row: dict[str, Any], request_id: str) -> RgbImage | Mask:
-    """The image or the mask without its pixels."""
+    """Return the image or mask of a row without pixels, but with the digest of them."""
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], b"")
-    # An older row says no digest: it has something in common with no other request.
+    # Older rows have no digest: a made-up one shares no cached encoding with other requests.
     digest = row.get(DIGEST) or sha256(f"{request_id} {row[BLOB]}".encode()).hexdigest()
     return outline_of(row["width"], row["height"], bytes.fromhex(digest))
 
 
 def size_of(row: dict[str, Any]) -> int:
-    """The bytes of an image's pixels, or of a mask."""
-    # A row without a kind is older than masks.
+    """Return how many bytes the pixels of an image or a mask have."""
+    # Images have no `kind`: rows that were written before there were masks have none either.
     num_bytes: int = row["width"] * row["height"] * (1 if row.get("kind") == MASK else 3)
     return num_bytes
 
 
 def image_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
-    """The image or the mask, if it has the size that the row says."""
+    """Return the image or mask of a blob.
+
+    Raises ValueError unless it has the size and the digest that the row says.
+    """
     num_bytes = size_of(row)
     try:
-        # Never more than that, whatever the blob would grow to.
+        # Bounded: a damaged or malicious blob may expand to any size.
         pixels = zlib.decompressobj().decompress(blob, num_bytes + 1)
     except zlib.error as error:
         raise ValueError("a stored reference image is damaged") from error
@@ -141,22 +153,25 @@ def image_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
     if row.get("kind") == MASK:
         return Mask(row["width"], row["height"], pixels)
     raster = RgbImage(row["width"], row["height"], pixels)
-    # Made here, where it holds nobody up; it travels with the pixels.
+    # Computed here, in a thread, and not where the request is used: it is kept with the pixels.
     if row.get(DIGEST, raster.digest.hex()) != raster.digest.hex():
         raise ValueError("a stored reference image is another one")
     return raster
 
 
-# What stands in a row for an image.
+# All keys that the object of an image may have in a row.
 IMAGE_FIELDS = frozenset({BLOB, "width", "height", "kind", "digest"})
 
 
 class Unreadable(ValueError):
-    """The row says what this release does not know: done by it, it would be another image."""
+    """A row has fields that this release does not know: without them the image would differ."""
 
 
 def check_readable(row: dict[str, Any]) -> None:
-    """Raise Unreadable, naming the fields, never what they hold. No image is looked at."""
+    """Raise Unreadable unless this release reads all of the row; no image is loaded.
+
+    The error names fields and never their values, as it is logged.
+    """
     try:
         request = REQUEST.validate_python(outlined(row))
     except ValidationError as error:
@@ -167,12 +182,12 @@ def check_readable(row: dict[str, Any]) -> None:
 
 
 def unreadable(names: set[str]) -> Unreadable:
-    """Say which fields."""
+    """Return the error that names these fields."""
     return Unreadable(f"a newer flux-ray packed this request: {sorted(names)}")
 
 
 def outlined(value: Any) -> Any:
-    """The row's values, with images that have no pixels."""
+    """Return the row's JSON with tuples for lists and with empty images, for validation."""
     if isinstance(value, dict) and BLOB in value:
         return outline_in(value)
     if isinstance(value, dict):
@@ -183,7 +198,7 @@ def outlined(value: Any) -> Any:
 
 
 def outline_in(row: dict[str, Any]) -> RgbImage | Mask:
-    """An image or a mask of the row's size."""
+    """Return an empty image or mask of the row's size. Raises Unreadable for unknown keys."""
     names = row.keys() - IMAGE_FIELDS
     if names or row.get("kind", MASK) != MASK:
         raise unreadable(set(names) or {"kind"})
@@ -191,7 +206,7 @@ def outline_in(row: dict[str, Any]) -> RgbImage | Mask:
 
 
 def unread(row: Any, value: Any, name: str = "") -> list[str]:
-    """Names of what the row says and the value does not."""
+    """Return the dotted names of what the row has and the validated value has not."""
     if isinstance(value, (RgbImage, Mask)):
         return []
     if isinstance(row, dict) and is_dataclass(value):

@@ -1,10 +1,8 @@
-"""The statements by which workers claim jobs: which is next, and what becomes of its row.
+"""The larger SQL statements of the job store, as functions that build them.
 
-Jobs as rows of their table, and back.
-
-The statement that takes a job in, for an owner who may have so many at once.
-
-Queries for lists of jobs: a page of an owner's, and how many wait before one.
+They insert a job within its owner's limit, page through an owner's jobs, count the jobs in front of
+one, and choose and claim the next job for a worker. `job_of` reads a row as a `Job`. The store runs
+them; nothing here touches the database.
 """
 
 import uuid
@@ -45,32 +43,36 @@ STANDING = TypeAdapter(QueuePosition)
 
 
 def bound(value: Any, column: Column[Any]) -> ColumnElement[Any]:
-    """The value as what the column holds, or SQL as it is."""
+    """Return the value as a literal of the column's type; SQL expressions stay as they are."""
     return value if isinstance(value, ColumnElement) else literal(value, column.type)
 
 
 def job_of(row: RowMapping) -> Job:
-    """The row as a value."""
+    """Return the job of a row."""
     values = {name: row[name] for name in Job.__dataclass_fields__}
     if values["result"] is not None:
         values["result"] = RESULT.validate_python(values["result"])
     if values["failure"] is not None:
         values["failure"] = FAILURE.validate_python(values["failure"])
-    # A gateway of an earlier release wrote none.
+    # Gateways of an earlier release leave it null.
     values["metadata"] = values["metadata"] or {}
     if values["standing"] is not None:
         values["standing"] = STANDING.validate_python(values["standing"])
     return Job(**values)
 
 
-# What did not come in whole by then was left by a gateway that ended.
+# Seconds for the reference images of a job to be stored: if they take longer, the gateway that was
+# at it has died, and the row expires.
 ARRIVAL_S = 3600.0
 
 
 def insertion(
     database: Database, offer: JobSubmission, packed: dict[str, Any], is_whole: bool, protocol: int
 ) -> UpdateBase:
-    """Insert a job, unless its idempotency key is taken or its owner has as many as it may."""
+    """Insert a job, unless its idempotency key is taken or its owner is at `max_active`.
+
+    It returns the new row, or none. `is_whole`: there are no reference images to wait for.
+    """
     now = database.now
     insert = sqlite.insert if database.is_sqlite else postgresql.insert
     values = {
@@ -103,7 +105,7 @@ def insertion(
 
 
 def num_active(database: Database, owner: str) -> ScalarSelect[int]:
-    """Count the owner's jobs that have not ended, those that are still coming in too."""
+    """Count the owner's jobs that have not ended, including those whose images are arriving."""
     mates = JOBS.alias()
     is_active = mates.c.status.in_(("arriving", "pending", "running"))
     is_kept = func.coalesce(mates.c.expires_at_s > database.now, True)
@@ -118,7 +120,10 @@ def page_of(
     state: Status | None,
     is_kept: ColumnElement[bool],
 ) -> Select[tuple[object, ...]]:
-    """Select an owner's jobs, newest first, from after `before`; the index of lists serves it."""
+    """Select a page of an owner's jobs, newest first, that starts after `before`.
+
+    The index `flux_jobs_listed` has the same columns in the same order.
+    """
     conditions = [JOBS.c.owner == owner, JOBS.c.status != "arriving", is_kept]
     place = (JOBS.c.created_at_s, JOBS.c.job_id)
     if before is not None:
@@ -131,7 +136,10 @@ def page_of(
 
 
 def num_before(job_id: str) -> Select[tuple[int]]:
-    """Count the jobs of its tier that are claimed before a pending one; no row if it is not."""
+    """Count the jobs of the same tier that are claimed before a pending job.
+
+    It returns no row if the job is not pending.
+    """
     mine, others = JOBS.alias(), JOBS.alias()
     is_sooner = or_(
         others.c.claimable_at_s < mine.c.claimable_at_s,
@@ -150,17 +158,18 @@ def num_before(job_id: str) -> Select[tuple[int]]:
     return select(counted.label("num_jobs")).select_from(mine).where(pending)
 
 
-# A statement may see what one wrote that began after it: their times differ, with no clock set.
+# A statement can see a row that was written by one that began after it. So `now` may be a little
+# earlier than a time in the row though nobody has set the clock.
 SLACK_S = 5.0
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which jobs a worker takes now; it says so with every claim.
+    """The jobs that a worker can take now, passed with every claim.
 
-    `tiers`: those that its gateway serves, None for all. `full_tiers`: no more of these. `busy`:
-    tiers and owners who have as many of them as an owner may. `unread`: jobs, by their ids, that
-    it could not read.
+    `tiers` are those that its gateway serves, None for all. It takes none of `full_tiers`, none of
+    the (tier, owner) pairs in `busy`, as those owners are at their limit, and none of the job ids
+    in `unread`, which it could not read.
     """
 
     tiers: frozenset[str] | None = None
@@ -170,9 +179,9 @@ class Wanted:
 
 
 class Sign(NamedTuple):
-    """What a worker changes with every sign of life.
+    """The values of a running job's row of which its worker changes some at every heartbeat.
 
-    Gateways of a release without beats move the lease's end alone.
+    Gateways of an earlier release do not count `beat`; they only move the lease's end.
     """
 
     attempt: int
@@ -184,7 +193,7 @@ Signs = Mapping[str, Sign]
 
 
 def running() -> Select[tuple[object, ...]]:
-    """Select the signs of all workers: `sign_of` reads a row."""
+    """Select the heartbeat values of all running jobs; `sign_of` reads a row."""
     beat = func.coalesce(JOBS.c.beat, 0).label("beat")
     columns = (JOBS.c.job_id, JOBS.c.attempt, beat, JOBS.c.claimable_at_s)
     has_lease = JOBS.c.claimable_at_s.is_not(None)
@@ -192,7 +201,7 @@ def running() -> Select[tuple[object, ...]]:
 
 
 def sign_of(row: RowMapping) -> Sign:
-    """Return what a row of `running` says."""
+    """Return the heartbeat values in a row of `running`."""
     return Sign(row["attempt"], row["beat"], row["claimable_at_s"])
 
 
@@ -202,7 +211,7 @@ def claim_of(
     now: ColumnElement[float],
     lease_s: float,
 ) -> UpdateBase:
-    """Make that job the worker's; one that was running has lost its worker."""
+    """Claim a job for a worker; if it was running, count its last worker as lost."""
     return (
         update(JOBS)
         .where(JOBS.c.job_id == job_id)
@@ -225,12 +234,13 @@ def claim_of(
 def next_job(
     wanted: Wanted, silent: Signs, now: ColumnElement[float], protocol: int
 ) -> ScalarSelect[str]:
-    """Select what has waited longest of all that is wanted and can be read.
+    """Select the wanted job that has waited longest, of those packed by `protocol` or earlier.
 
-    `silent`: running jobs whose workers gave no sign; one that gives one now keeps its job.
+    It is pending and due, or running and in `silent`: its worker gave no heartbeat for the length
+    of a lease, and gives none before the statement runs.
     """
     due = JOBS.alias()
-    # The index holds nothing else.
+    # The index is partial, and is used only for queries that say this.
     conditions: list[ColumnElement[bool]] = [due.c.claimable_at_s.is_not(None)]
     is_waiting = and_(due.c.status == "pending", is_due(due.c, "claimable_at_s", "put_off_s", now))
     conditions.append(or_(is_waiting, is_silent(due.c, silent)))
@@ -244,18 +254,23 @@ def next_job(
     if wanted.unread:
         conditions.append(due.c.job_id.not_in(wanted.unread))
     query = select(due.c.job_id).where(*conditions).order_by(due.c.claimable_at_s, due.c.job_id)
-    # SQLite has one writer at a time and leaves the lock out.
+    # Workers that claim at once skip each other's row. SQLite, with one writer at a time, leaves
+    # the clause out.
     return query.limit(1).with_for_update(skip_locked=True).scalar_subquery()
 
 
 def is_due(columns: Any, at: str, put_off: str, now: ColumnElement[float]) -> ColumnElement[bool]:
-    """Its time has come, or more is left of the pause than it ever was: the clock was set back."""
+    """Return whether the time in column `at` has come.
+
+    Also if more is left than `put_off`, the whole pause: then the clock was set back meanwhile, and
+    the job would wait for hours.
+    """
     at_s, put_off_s = columns[at], columns[put_off]
     return or_(at_s <= now, at_s > now + put_off_s + SLACK_S)
 
 
 def is_silent(columns: Any, silent: Signs) -> ColumnElement[bool]:
-    """It is one of these, and its worker has still given no sign."""
+    """Return whether the row is one of `silent`, unchanged until this statement."""
     if not silent:
         return false()
     beat = func.coalesce(columns.beat, 0)

@@ -1,6 +1,7 @@
-"""The store of jobs: accept, claim, beat, end, cancel and find, each one transaction.
+"""The store of jobs: accept, claim, beat, end, cancel and find them, one transaction each.
 
-Tells which rows have stayed as they are for so long, by a clock that nobody sets.
+`Silence` finds the jobs of lost workers: rows that have not changed for as long as a lease, by
+the monotonic clock of the process that looks.
 """
 
 import time
@@ -52,23 +53,24 @@ from flux_ray.request import PROTOCOL, QueuePosition
 Clock = Callable[[], float]
 M = TypeVar("M", bound=Hashable)
 
-# Of `after_s`: what one look may add. Time in which nobody could look is not silence: the database
-# or this process was away, and the others may have been as well.
+# The fraction of `after_s` that one look can add to a row's silence. Time without a look does not
+# count: the database or this process was away, and the workers may have been cut off too.
 MAX_GAP = 1 / 3
 
 
 class Seen(NamedTuple, Generic[M]):
-    """What was seen of a row, and for how many seconds nothing else was."""
+    """The mark that a row had at the last look, and for how many seconds it has had it."""
 
     mark: M
     silent_s: float
 
 
 class Silence(Generic[M]):
-    """Rows by their ids, each with a mark that changes with every sign of life.
+    """A record of how long each row's mark, which every sign of life changes, has been the same.
 
-    Whoever watches counts by its own `clock`: clocks that are set, here or at the database, make
-    nobody silent. It has to watch for `after_s` itself before it says so of anybody.
+    Time is counted by the watcher's own `clock`, so that setting the clock of a machine or of the
+    database makes no row silent. A new watcher has to look for `after_s` seconds before it finds
+    any row silent.
     """
 
     def __init__(self, after_s: float, clock: Clock = time.monotonic) -> None:
@@ -78,14 +80,14 @@ class Silence(Generic[M]):
         self._seen_at_s: float | None = None
 
     def begin(self) -> float:
-        """Return the time of a look that is about to begin, for `look`."""
+        """Return the time before the rows are read, to be passed to `look`."""
         return self._clock()
 
     def look(self, marks: Mapping[str, M], begun_s: float) -> None:
-        """Take down what there is to see; rows that are not among it are forgotten."""
+        """Record the marks of all rows; rows that are not among them are forgotten."""
         gap_s = 0.0
         if self._seen_at_s is not None:
-            # From when the last look was over: what it saw may have been true until then.
+            # Counted from the end of the last look: a mark that it read may have been new by then.
             gap_s = min(max(begun_s - self._seen_at_s, 0.0), MAX_GAP * self._after_s)
         self._seen = {name: self._seen_again(name, mark, gap_s) for name, mark in marks.items()}
         self._seen_at_s = self._clock()
@@ -98,28 +100,28 @@ class Silence(Generic[M]):
 
     @property
     def silent(self) -> dict[str, M]:
-        """Those that gave no sign for `after_s`, with the marks that they had all the while."""
+        """Return the rows whose mark has been the same for `after_s`, with that mark."""
         return {
             name: seen.mark for name, seen in self._seen.items() if seen.silent_s >= self._after_s
         }
 
 
 MAX_TRIES = 5
-# A lost worker is noticed so much later than it has to be, at most.
+# Seconds between two looks at most, by which a lost worker may be noticed late.
 MAX_WATCH_PERIOD_S = 1.0
 LOOKS_PER_LEASE = 10
 EVERYTHING = Wanted()
-# Of an owner who has as many jobs as it may.
+# Seconds in `Retry-After` for an owner at its limit of jobs.
 AGAIN_S = 5
 
 
 class Store:
-    """Jobs in a database that several gateways share. Everything raises StoreLost.
+    """Jobs in a database that several gateways share. Every method raises StoreLost.
 
-    `lease_s`: a worker that gives no sign for so long has lost its job, by the `clock` of whoever
-    watches, which nobody sets. `keep_s`: an ended job is found for so long, by the database's clock
-    like all that is kept: it is for the caller's days, and the gateways that wrote it may be gone.
-    `protocol`: of the requests that are packed here; those of a later one are left to others.
+    A worker that gives no heartbeat for `lease_s` loses its job; the gateway that looks measures
+    this by its own monotonic `clock`. An ended job can be found for `keep_s`, by the database's
+    clock: it is for the caller's days, and the gateway that wrote the row may be gone. Requests are
+    stored with the number `protocol`, and jobs of a later one are left to other gateways.
     """
 
     def __init__(
@@ -137,10 +139,10 @@ class Store:
         self._silence: Silence[Sign] = Silence(lease_s, clock)
 
     async def accept(self, offer: JobSubmission, packed: dict[str, Any], is_whole: bool) -> Job:
-        """The job of an offer, a new one or that of the same key; raises KeyReused.
+        """Insert a job and return it, or return the earlier one of the same idempotency key.
 
-        RateLimited if its owner has as many as it may, whoever else takes some in for it just now.
-        One that is not whole is claimable only when it was admitted.
+        A job that is not whole cannot be claimed before `admit`. Raises KeyReused, and RateLimited
+        if the owner has `max_active` jobs, also if several gateways accept some at once.
         """
         turn = None if offer.max_active is None else offer.owner
         for tries in range(MAX_TRIES):
@@ -152,13 +154,14 @@ class Store:
             named = offer.idempotency
             if named and (known := await self.known(offer.owner, named)):
                 return known
-            # Else the key was that of an expired job, and is free now.
+            # No job has the key: that of an expired one, which `known` has freed now, stood in
+            # the way; or the owner is at its limit.
             if offer.max_active is not None and (named is None or tries):
                 raise too_many(offer.max_active)
         raise StoreLost("the job of this idempotency key comes and goes")
 
     async def admit(self, job_id: str) -> Job | None:
-        """It has come in whole; None if it never will."""
+        """Make an arriving job claimable and return it; None if it has expired."""
         row = await self._database.first(
             update(JOBS)
             .where(JOBS.c.job_id == job_id, JOBS.c.status == "arriving", self._is_kept())
@@ -175,18 +178,21 @@ class Store:
 
     @property
     def watch_period_s(self) -> float:
-        """How often `watch` is to be called."""
+        """Return the seconds between two calls of `watch`."""
         return min(self.lease_s / LOOKS_PER_LEASE, MAX_WATCH_PERIOD_S)
 
     async def watch(self) -> bool:
-        """Look for signs of life of all workers; whether some job's gave none for `lease_s`."""
+        """Look at the heartbeats of all running jobs.
+
+        Return whether some job's worker gave none for `lease_s`: then it can be claimed.
+        """
         begun_s = self._silence.begin()
         rows = await self._database.execute(running())
         self._silence.look({row["job_id"]: sign_of(row) for row in rows}, begun_s)
         return bool(self._silence.silent)
 
     async def claim(self, worker: str, wanted: Wanted = EVERYTHING) -> Lease | None:
-        """The job that has waited longest or lost its worker, of those that are wanted; or None."""
+        """Claim the wanted job that has waited longest or lost its worker; None if none is."""
         now = self._database.now
         job_id = next_job(wanted, self._silence.silent, now, self.protocol)
         row = await self._database.first(claim_of(worker, job_id, now, self.lease_s))
@@ -198,9 +204,10 @@ class Store:
         progress: float | None = None,
         standing: QueuePosition | None = None,
     ) -> bool:
-        """Keep the lease; False if it is no more: cancelled, or another's.
+        """Renew a lease; return False if it has ended: the job was cancelled, or is another's.
 
-        `standing`: where the worker waits with it; None: it does not, or does not know.
+        `standing` is the job's place in its tier's queue, or None if it does not wait there or
+        this is not known.
         """
         values: dict[str, Any] = {
             "claimable_at_s": self._database.now + self.lease_s,
@@ -212,13 +219,14 @@ class Store:
         return await self._change(held(lease), values)
 
     async def show(self, lease: Lease, previews: tuple[StoredImage, ...]) -> bool:
-        """What it will look like, until it ends or is another's; False as for beat."""
+        """Store the names of a running job's previews; return False if the lease has ended."""
         return await self._change(held(lease), {"result": asdict(JobResult(previews, {}))})
 
     async def give_back(self, lease: Lease, after_s: float = 0.0, is_lost: bool = False) -> bool:
-        """Let another do it, `after_s` from now; `is_lost` counts as a lost worker would.
+        """Give a job back to be claimed again, `after_s` from now; `is_lost` adds to `num_lost`.
 
-        At once: it keeps its place before those that came later.
+        Without `after_s` it keeps its place, by the time of its creation, in front of later jobs.
+        Return False if the lease has ended.
         """
         values = {
             "status": "pending",
@@ -232,15 +240,15 @@ class Store:
         return await self._change(held(lease), values)
 
     async def finish(self, lease: Lease, result: JobResult) -> bool:
-        """It is ready; False if the lease is another's or the job ended: nothing was changed."""
+        """End a job as ready; return False, and change nothing, if the lease has ended."""
         return await self._end(held(lease), "ready", result=asdict(result), progress=1.0)
 
     async def fail(self, lease: Lease, failure: JobFailure, end: End = "failed") -> bool:
-        """There will be no image; False as for finish."""
+        """End a job without an image; return False, and change nothing, if the lease has ended."""
         return await self._end(held(lease), end, failure=asdict(failure))
 
     async def cancel(self, owner: str, job_id: str) -> bool:
-        """End it, running or not; False if there is nothing of the owner's to end."""
+        """Cancel the owner's pending or running job; return False if there is none."""
         is_theirs = and_(
             JOBS.c.job_id == job_id,
             JOBS.c.owner == owner,
@@ -249,14 +257,14 @@ class Store:
         return await self._end(is_theirs, "cancelled")
 
     async def abandon(self, job_id: str, attempt: int, failure: JobFailure) -> bool:
-        """End a job that nobody takes; False if somebody did since that attempt."""
+        """End a job that nobody takes; return False if somebody took it after that attempt."""
         is_left = and_(
             JOBS.c.job_id == job_id, JOBS.c.attempt == attempt, JOBS.c.status == "pending"
         )
         return await self._end(is_left, "failed", failure=asdict(failure))
 
     async def find(self, owner: str, job_id: str) -> Job | None:
-        """The owner's job; other people's are as if they were not there."""
+        """Return the owner's job of that id, or None; jobs of other owners are not found."""
         return await self._find(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
     async def list(
@@ -267,37 +275,44 @@ class Store:
         before: ListPlace | None = None,
         state: Status | None = None,
     ) -> tuple[Job, ...]:
-        """The owner's jobs, newest first, those of one state only; `before`: the last page's end.
+        """Return a page of the owner's jobs, newest first, all or those in one state.
 
-        Jobs that come or go meanwhile move nobody to another page.
+        `before` is the place of the last job on the page before. Pages start at a job and not at
+        a number, so that jobs that come or go meanwhile make no page skip or repeat one.
         """
         page = page_of(owner, limit, before, state, self._is_kept())
         return tuple(map(job_of, await self._database.execute(page)))
 
     async def position_of(self, job_id: str) -> int | None:
-        """How many jobs of its tier are claimed before it; None if it does not wait for that."""
+        """Return how many jobs of its tier are claimed before a pending one, else None."""
         row = await self._database.first(num_before(job_id))
         return None if row is None else int(row["num_jobs"])
 
     async def num_active(self, owner: str) -> int:
-        """How many of the owner's jobs have not ended, those that are still coming in too."""
+        """Return how many of the owner's jobs have not ended, arriving ones included."""
         query = select(num_active(self._database, owner).label("num_jobs"))
         [counted] = await self._database.execute(query)
         return int(counted["num_jobs"])
 
     async def expired(self, limit: int, num_skipped: int = 0) -> tuple[str, ...]:
-        """Jobs that nobody finds or hears of any more: their results may go, then they."""
+        """Return ids of jobs that have expired and have no webhook due: these can be removed.
+
+        `num_skipped` passes over those at the front that could not be removed.
+        """
         query = select(JOBS.c.job_id).where(self._is_over()).order_by(JOBS.c.expires_at_s)
         query = query.limit(limit).offset(num_skipped)
         return tuple(row["job_id"] for row in await self._database.execute(query))
 
     async def remove(self, job_id: str) -> None:
-        """Forget a job that has expired."""
+        """Delete the row of a job that has expired."""
         gone = and_(JOBS.c.job_id == job_id, self._is_over())
         await self._database.first(delete(JOBS).where(gone).returning(JOBS.c.job_id))
 
     async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
-        """The owner's job of that key, if there is one. Raises KeyReused."""
+        """Return the owner's job of that idempotency key, or None. Raises KeyReused.
+
+        If the job has expired, the key is freed for another one.
+        """
         is_same = and_(JOBS.c.owner == owner, JOBS.c.idempotency_key == idempotency.key)
         query = select(*COLUMNS, JOBS.c.fingerprint).where(is_same, self._is_kept())
         row = await self._database.first(query)
@@ -311,7 +326,7 @@ class Store:
 
     async def _end(self, condition: ColumnElement[bool], status: str, **values: Any) -> bool:
         now = self._database.now
-        # Of one without a result, no preview is left either.
+        # The column holds the previews of a running job: without a result they go as well.
         values = {"result": None, "standing": None} | values
         values |= {
             "status": status,
@@ -330,7 +345,7 @@ class Store:
         return func.coalesce(JOBS.c.expires_at_s > self._database.now, True)
 
     def _is_over(self) -> ColumnElement[bool]:
-        """It has expired, and nobody is still to be told of it."""
+        """Return whether a job has expired and no webhook of it is due."""
         is_expired = JOBS.c.expires_at_s <= self._database.now
         return and_(is_expired, JOBS.c.webhook_due_at_s.is_(None))
 
@@ -340,13 +355,13 @@ class Store:
 
 
 def too_many(limit: int) -> RateLimited:
-    """How many at once are jobs that wait, too."""
+    """Return the error for an owner that has `limit` unfinished jobs, pending ones included."""
     message = f"this key has {limit} jobs that are not done: as many as it may"
     return RateLimited(message, None, AGAIN_S, limit, 0)
 
 
 def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
-    """What makes the webhook of a job due, if it has one."""
+    """Return the column values that make the webhook of a job due, if it has one."""
     has_one = JOBS.c.webhook_url.is_not(None)
     return {
         "webhook_state": case((has_one, "due"), else_=None),
@@ -355,7 +370,7 @@ def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
 
 
 def held(lease: Lease) -> ColumnElement[bool]:
-    """The lease is the job's present one."""
+    """Return whether the lease is still the job's current one."""
     return and_(
         JOBS.c.job_id == lease.job_id,
         JOBS.c.attempt == lease.attempt,

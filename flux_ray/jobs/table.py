@@ -1,6 +1,6 @@
 """The tables of jobs and of shared secrets, the same in SQLite and in PostgreSQL.
 
-What changes here needs a migration beside it: a test compares them.
+A change here needs a file in `migrations/versions`: a test compares the two.
 """
 
 from sqlalchemy import (
@@ -23,17 +23,17 @@ METADATA = MetaData()
 
 
 class Unsigned64(TypeDecorator[int]):
-    """Up to 2**64 - 1, which databases do not have: the upper half is kept as negative."""
+    """An integer up to 2**64 - 1; databases have none, so the upper half is stored as negative."""
 
     impl = BigInteger
     cache_ok = True
 
     def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
-        """For the database."""
+        """Return the signed integer that the database stores."""
         return value if value is None or value < 2**63 else value - 2**64
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
-        """From it."""
+        """Return the unsigned integer that was stored."""
         return value if value is None or value >= 0 else value + 2**64
 
 
@@ -51,8 +51,8 @@ JOBS = Table(
     Column("attempt", Integer, nullable=False, default=0),
     Column("num_lost", Integer, nullable=False, default=0),
     Column("worker", String(128)),
-    # Of a pending job: not before. Of a running one: the lease's end. Else null: only what has
-    # work left is in the index.
+    # The time before which a pending job is not claimed, or the end of a running job's lease. Null
+    # for all others, which keeps the index as small as the work that is left.
     Column("claimable_at_s", Double),
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(128)),
@@ -64,22 +64,22 @@ JOBS = Table(
     Column("failure", JSON(none_as_null=True)),
     Column("webhook_url", Text),
     Column("webhook_secret", Text),
-    # `waiting` for the job's end, `due`, `delivered`, `given up`; null: nobody wants to hear.
+    # `waiting` for the job's end, `due`, `delivered` or `given up`; null without a webhook.
     Column("webhook_state", String(16)),
     Column("webhook_attempt", Integer, nullable=False, default=0),
     Column("webhook_num_failed", Integer, nullable=False, default=0),
-    # Not before; while it is posted, the lease's end. Null unless it is due.
+    # The time before which it is not posted; while it is posted, the lease's end. Null unless due.
     Column("webhook_due_at_s", Double),
-    # Gateways of an earlier release leave out what follows.
-    # The caller's own words about it.
+    # All columns below are null in rows that gateways of an earlier release wrote.
+    # The caller's own key-value pairs, which come back with the job.
     Column("metadata", JSON(none_as_null=True)),
-    # Where it stands in the queue of its tier, while its worker waits for a replica.
+    # Its place in the queue of its tier, while its worker waits for a replica.
     Column("standing", JSON(none_as_null=True)),
-    # Of the release that packed the request.
+    # PROTOCOL of the release that packed the request: earlier releases leave the job to others.
     Column("protocol", Integer),
-    # Counts the signs of life of its workers: by them others see that a lease is kept.
+    # Counts heartbeats: by its changes other gateways see that the worker is alive.
     Column("beat", Integer),
-    # The longest that may be left until `claimable_at_s`: else the clock was set back meanwhile.
+    # The whole pause before `claimable_at_s`: if more is left, the clock was set back meanwhile.
     Column("put_off_s", Double),
     Column("webhook_put_off_s", Double),
     UniqueConstraint("owner", "idempotency_key"),
@@ -101,7 +101,7 @@ Index(
 # For a page of an owner's jobs, newest first.
 Index("flux_jobs_listed", JOBS.c.owner, JOBS.c.created_at_s, JOBS.c.job_id)
 
-# What all gateways sign with, as hexadecimal digits.
+# The secrets that all gateways sign with, as hexadecimal digits.
 SECRETS = Table(
     "flux_secrets",
     METADATA,

@@ -1,6 +1,7 @@
-"""The postman of a gateway: tells of ended jobs by webhook, at least once, until it is taken.
+"""The webhooks of ended jobs: each is posted at least once, until the receiver answers 2xx.
 
-The mailbox: which webhooks of ended jobs are due, each statement one transaction.
+`WebhookOutbox` keeps in the rows of jobs which webhooks are due. `WebhookWorker` claims them under
+a lease, as jobs are claimed, posts them, and retries or gives up.
 """
 
 import asyncio
@@ -24,9 +25,9 @@ WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt
 
 @dataclass(frozen=True)
 class WebhookDelivery:
-    """The right to tell of a job's end, until another attempt takes it.
+    """A claimed webhook: the right to post a job's end, until another attempt claims it.
 
-    `num_failed` counts the attempts that were not taken at the other end.
+    `num_failed` counts the earlier attempts that the receiver did not take.
     """
 
     job: Job
@@ -36,21 +37,20 @@ class WebhookDelivery:
 
     @property
     def job_id(self) -> str:
-        """Whose end it tells of."""
         return self.job.job_id
 
     @property
     def num_lost(self) -> int:
-        """Attempts of which nobody told how they went: their gateways were lost."""
+        """Return how many attempts have no known outcome, because their gateways were lost."""
         return self.attempt - 1 - self.num_failed
 
 
 class WebhookOutbox:
-    """Letters in a database that several gateways share. Everything raises StoreLost.
+    """The webhooks due in a database that several gateways share. Every method raises StoreLost.
 
-    `lease_s`: a gateway that is silent for so long has lost its letter; another posts it again.
-    That goes by the database's clock: where it is set, a letter is posted once more, or a little
-    sooner, as letters may be.
+    A gateway has `lease_s` to post a webhook and say how it went; then another one posts it again.
+    This goes by the database's clock: if somebody sets it, a webhook may be posted twice or sooner,
+    which receivers have to expect anyway. Each call is one transaction.
     """
 
     def __init__(self, database: Database, lease_s: float) -> None:
@@ -58,7 +58,10 @@ class WebhookOutbox:
         self._lease_s = lease_s
 
     async def claim(self, but_of: Collection[str] = ()) -> WebhookDelivery | None:
-        """The letter that is due the longest, but of those owners; None if there is none."""
+        """Claim the webhook that has been due longest, except those of the owners `but_of`.
+
+        Return None if there is none.
+        """
         now = self._database.now
         row = await self._database.first(
             update(JOBS)
@@ -78,11 +81,11 @@ class WebhookOutbox:
         )
 
     async def delivered(self, letter: WebhookDelivery) -> None:
-        """It was taken, if late: no other attempt is needed."""
+        """Record that the receiver took it, also if another attempt has claimed it meanwhile."""
         await self._change(JOBS.c.job_id == letter.job_id, state="delivered", due_at_s=None)
 
     async def put_off(self, letter: WebhookDelivery, after_s: float) -> None:
-        """It was not taken: once more, `after_s` from now."""
+        """Record that the receiver did not take it, and have it posted again after `after_s`."""
         due_at_s = self._database.now + after_s
         num_failed = letter.num_failed + 1
         await self._change(
@@ -90,15 +93,15 @@ class WebhookOutbox:
         )
 
     async def give_up(self, letter: WebhookDelivery) -> None:
-        """It is not tried again."""
+        """Record that it is not to be posted again."""
         await self._change(held(letter), state="given up", due_at_s=None)
 
     async def give_back(self, letter: WebhookDelivery) -> None:
-        """Let another gateway post it, at once; it is no lost attempt.
+        """Let another gateway post it at once; this attempt does not count as lost.
 
-        Its number is the next attempt's: whoever gives back changes nothing afterwards.
+        The next attempt gets the same number, so call nothing else with this delivery afterwards.
         """
-        # No late one has that number: only its holder makes it free.
+        # Only the holder of an attempt frees its number: no late call can come with it.
         await self._change(held(letter), attempt=letter.attempt - 1, due_at_s=self._database.now)
 
     async def _change(self, condition: ColumnElement[bool], **values: Any) -> None:
@@ -124,7 +127,7 @@ def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSel
 
 
 def held(letter: WebhookDelivery) -> ColumnElement[bool]:
-    """The attempt is the letter's latest one, and nobody heard of another's success."""
+    """Return whether the attempt is the latest one and the webhook is still due."""
     return and_(
         JOBS.c.job_id == letter.job_id,
         JOBS.c.webhook_attempt == letter.attempt,
@@ -135,21 +138,21 @@ def held(letter: WebhookDelivery) -> ColumnElement[bool]:
 logger = logging.getLogger("ray.serve")
 
 MAX_POSTING = 64
-# A receiver that hangs holds up its own owner only.
+# For each owner, so that a receiver that hangs holds up only its own webhooks.
 MAX_POSTING_PER_OWNER = 16
 
-# The body, in the words of the dialect that took the job in; may raise StoreLost.
+# Makes the body, in the shape of the API dialect that accepted the job; may raise StoreLost.
 MessageOf = Callable[[Job], Awaitable[bytes]]
-# Posts a body under an id by which repeats are known; raises NotTaken.
+# Posts a body with an id by which the receiver recognizes repeats; raises NotTaken.
 Post = Callable[[Webhook, str, bytes], Awaitable[None]]
 
 
 class NotTaken(Exception):
-    """The other end did not answer with a success; says why, and nothing of what it answered."""
+    """The receiver did not answer 2xx; the message says why, and quotes nothing of the answer."""
 
 
 class LostTooOften(NotTaken):
-    """With so many gateways that it may be what ends them."""
+    """The webhook was lost with so many gateways that it may be what kills them."""
 
     def __init__(self) -> None:
         super().__init__("it was lost too often")
@@ -157,7 +160,7 @@ class LostTooOften(NotTaken):
 
 @dataclass(frozen=True)
 class Mail:
-    """How ended jobs are told of. `timeout_s`: `post` takes no longer."""
+    """The functions that make and post webhooks; `post` takes at most `timeout_s` seconds."""
 
     message_of: MessageOf
     post: Post
@@ -165,15 +168,15 @@ class Mail:
 
     @property
     def lease_s(self) -> float:
-        """When a gateway that posts is lost for sure: its message and its notes take time too."""
+        """Return the lease in seconds: to make the body, post it, and record the outcome."""
         return self.timeout_s + 30.0
 
 
 class WebhookWorker(LeaseWorker):
-    """Posts one letter after another.
+    """The worker that posts the webhooks which are due, of all jobs of the database.
 
-    `retries_s`: the pauses before a letter that was not taken is posted again. `max_lost`: one that
-    was lost with so many gateways is given up.
+    `retries_s` are the pauses in seconds before each repeat; after the last one the webhook is
+    given up. It is also given up after it was lost with `max_lost` gateways.
     """
 
     def __init__(
@@ -185,16 +188,16 @@ class WebhookWorker(LeaseWorker):
         poll_s: float = POLL_S,
     ) -> None:
         super().__init__(MAX_POSTING, MAX_POSTING_PER_OWNER, poll_s)
-        self._mailbox = mailbox
+        self._outbox = mailbox
         self._mail = mail
         self._retries_s = retries_s
         self._max_lost = max_lost
 
     async def claim(self, busy: Busy) -> LeasedJob | None:
-        """The delivery of the letter that is due the longest."""
+        """Claim the webhook that has been due longest."""
         if busy.pools:
             return None
-        letter = await self._mailbox.claim([owner for _, owner in busy.owners])
+        letter = await self._outbox.claim([owner for _, owner in busy.owners])
         return None if letter is None else LeasedJob(letter.job.owner, self._deliver(letter))
 
     async def _deliver(self, letter: WebhookDelivery) -> None:
@@ -208,7 +211,7 @@ class WebhookWorker(LeaseWorker):
             await self._leave(letter, posting)
             raise
         except StoreLost as error:
-            # Its lease ends, and it is posted once more.
+            # The outcome could not be recorded: it is posted again when its lease ends.
             logger.warning("webhook of job %s waits for a store: %s", letter.job_id, error)
 
     async def _post(self, letter: WebhookDelivery) -> None:
@@ -219,26 +222,29 @@ class WebhookWorker(LeaseWorker):
 
     async def _conclude(self, letter: WebhookDelivery, error: BaseException | None) -> None:
         if error is None:
-            await self._mailbox.delivered(letter)
+            await self._outbox.delivered(letter)
             return
         if isinstance(error, StoreLost):
             raise error
         is_last = isinstance(error, LostTooOften) or letter.num_failed >= len(self._retries_s)
         if is_last:
             logger.warning("webhook of job %s is given up: %s", letter.job_id, reason_of(error))
-            await self._mailbox.give_up(letter)
+            await self._outbox.give_up(letter)
             return
         after_s = self._retries_s[letter.num_failed]
         logger.info(
             "webhook of job %s waits for %g s: %s", letter.job_id, after_s, reason_of(error)
         )
-        await self._mailbox.put_off(letter, after_s)
+        await self._outbox.put_off(letter, after_s)
 
     async def _leave(self, letter: WebhookDelivery, posting: "asyncio.Task[None]") -> None:
-        """Give it back, unless it is over: its end may be on its way to the mailbox already."""
+        """Record the outcome if posting is over, else give the webhook back.
+
+        It may be over although the task was cancelled: the outcome is then not to be lost.
+        """
         try:
             if posting.cancelled():
-                await self._mailbox.give_back(letter)
+                await self._outbox.give_back(letter)
             else:
                 await self._conclude(letter, error_of(posting))
         except StoreLost as error:
@@ -246,12 +252,15 @@ class WebhookWorker(LeaseWorker):
 
 
 def error_of(task: "asyncio.Task[None]") -> BaseException | None:
-    """How a task that is over failed; None if it did not."""
+    """Return the error of a finished task, or None if it succeeded."""
     return asyncio.CancelledError() if task.cancelled() else task.exception()
 
 
 def reason_of(error: BaseException) -> str:
-    """For the log. Of a mistake of ours where it is, not its words: they may quote the message."""
+    """Return the text for the log.
+
+    For a bug it is the traceback without the error's text, which may quote the message.
+    """
     if isinstance(error, NotTaken):
         return str(error)
     lines = "".join(traceback.format_tb(error.__traceback__))

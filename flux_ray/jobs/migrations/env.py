@@ -1,4 +1,4 @@
-"""What alembic runs: the migrations, on the connection and in the transaction that it is given."""
+"""The script that alembic runs: it migrates on the connection that it is given."""
 
 from alembic import context
 

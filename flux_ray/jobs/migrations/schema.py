@@ -1,4 +1,4 @@
-"""Brings the tables of a database to what this release needs."""
+"""The migration of a job database, new or old, to the tables of this release."""
 
 import logging
 from pathlib import Path
@@ -9,18 +9,19 @@ from flux_ray.jobs.table import JOBS, METADATA, SECRETS
 
 logger = logging.getLogger("ray.serve")
 
-# Of its own name: others may keep theirs in the same database.
+# Not alembic's default name: other programs may have their own in the same database.
 VERSION_TABLE = "flux_alembic_version"
-# Of databases that were made before there were migrations.
+# The revision of databases that were made before there were migrations.
 FIRST = "0001"
 
 
 def migrate(connection: Connection) -> None:
-    """Make the tables or change them, in the connection's transaction, which others wait for.
+    """Create or migrate the tables in the connection's transaction, for which other gateways wait.
 
-    A database that a newer release has changed stays as it is: what it has more is not needed here.
+    A database that a newer release has migrated stays as it is: this release needs none of what was
+    added.
     """
-    # Only where a database is opened: every process of a replica imports this module.
+    # Imported only when a database is opened: every process of a replica imports this module.
     from alembic import command
     from alembic.config import Config
     from alembic.migration import MigrationContext
@@ -37,7 +38,8 @@ def migrate(connection: Connection) -> None:
         return
     tables = set(inspect(connection).get_table_names())
     if JOBS.name not in tables and (heads or SECRETS.name in tables):
-        # Somebody dropped it, and others may be left.
+        # Somebody dropped the table of jobs; the version or the secrets may be left. The
+        # migrations would fail on those, so the tables are made as they are today.
         METADATA.create_all(connection)
         command.stamp(config, "head")
         return

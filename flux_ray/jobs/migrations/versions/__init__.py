@@ -1,1 +1,1 @@
-"""One file a change of the tables, each of which names the one before it."""
+"""One file for each change of the tables, which names the change before it."""

@@ -1,4 +1,4 @@
-"""Make the tables of jobs and of shared secrets, as they were before there were migrations."""
+"""The first migration: the tables of jobs and of shared secrets as they were without migrations."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make both."""
+    """Create both tables with their indexes."""
     op.create_table("flux_jobs", *job_columns(), sa.UniqueConstraint("owner", "idempotency_key"))
     for name in ("claimable_at_s", "expires_at_s", "webhook_due_at_s"):
         is_set = sa.text(f"{name} IS NOT NULL")
@@ -25,7 +25,7 @@ def upgrade() -> None:
 
 
 def job_columns() -> list[sa.Column[Any]]:
-    """Say what there is of a job."""
+    """Return the columns of the table of jobs."""
     return [
         sa.Column("job_id", sa.String(36), primary_key=True),
         sa.Column("owner", sa.String(128), nullable=False),

@@ -1,4 +1,4 @@
-"""Add lists of an owner's jobs, the number of their protocol, and leases that go by beats."""
+"""The second migration: columns for lists of jobs, protocol numbers, and heartbeats."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add columns that gateways of the release before leave empty."""
+    """Add columns, which gateways of the release before leave null, and two indexes."""
     for column in (
         sa.Column("metadata", sa.JSON),
         sa.Column("standing", sa.JSON),
