@@ -1,1 +1,1 @@
-"""The queue of a tier: who is taken in, whose turn it is, and on which replica. Pure."""
+"""Queue the requests of a tier: admit them, order them, assign them to replicas. Pure objects."""

@@ -1,8 +1,8 @@
-"""Who gives way when a ticket arrives that does not fit, and how long one that does will wait.
+"""Decide whether a new request fits into a queue, who is evicted for it, and how long it waits.
 
-When waiting tickets will start: played through for a short line, as a fluid for a long one.
-
-How far off the prices are: what a request may take at the least, judged by those before it.
+A queue of up to MAX_PLAYED requests is simulated start by start (`play`). A longer one is treated
+as a fluid: `level` tells when its total work will have been begun. `EstimateError` tells how far
+off the prices are, so that a request which is only nearly too late is not refused for a wrong one.
 """
 
 import heapq
@@ -18,17 +18,17 @@ from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.slots import Slots
 from flux_ray.router.queue.sums import Key, SortedSums
 
-# Two times this close are the same: sums of floats are not exact.
+# Times that are this close count as the same, because sums of floats are not exact.
 SAME_S = 1e-6
 NEVER = float("inf")
-# (until, n, s): up to that time the slots can have done n * t - s seconds of work by the time t.
+# (until, n, s): for times t up to `until`, the slots can have done n * t - s seconds of work by t.
 Piece = tuple[float, int, float]
-# With more busy slots they are counted by the block.
+# Above so many busy slots they are counted by the block, which is coarser but fast enough.
 MAX_SINGLE = 400
 
 
 class Forecast(NamedTuple):
-    """What would become of a request that came now: how long it would wait, if it were taken."""
+    """What would happen to a request that arrived now: refused, or admitted after `wait_s`."""
 
     wait_s: float
     is_refused: bool = False
@@ -36,7 +36,7 @@ class Forecast(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueueEntry:
-    """A ticket in line, which `due` orders. After `latest_start` it is hopeless."""
+    """A request in the queue, ordered by `due`; after `latest_start` it would miss its deadline."""
 
     ticket: QueuedRequest
     due: float
@@ -45,12 +45,12 @@ class QueueEntry:
 
     @property
     def key(self) -> Key:
-        """Its place in the line."""
+        """The sort key in the queue: `due`, then order of arrival."""
         return self.due, self.number
 
 
 def free_times(slots: Slots, num: int, now: float) -> list[float]:
-    """When the first `num` slots will be free, ascending; fewer if there are fewer."""
+    """Return when the first `num` slots will be free, ascending; fewer if there are fewer slots."""
     times = [now] * min(slots.num_idle, num)
     for slot in slots.busy:
         if len(times) >= num:
@@ -60,10 +60,10 @@ def free_times(slots: Slots, num: int, now: float) -> list[float]:
 
 
 def play(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
-    """When each of the line will start, in its order, on slots that are free then.
+    """Simulate the queue, and return when each of its requests will start, in order.
 
-    NEVER for one that would be refused at its turn. `free` is a heap with at least one time, and is
-    left as it is at the end.
+    The time is NEVER for one that would be refused at its turn. `free` is a heap with at least one
+    time at which a slot is free; afterwards it has the times at which slots are free again.
     """
     starts = []
     for waiting in line:
@@ -77,9 +77,10 @@ def play(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
 
 
 def capacity_curve(slots: Slots, now: float) -> list[Piece]:
-    """What the slots can do by any time, overdue ones counting as free from now on.
+    """Return the work that the slots can have done by any time, as pieces of a linear function.
 
-    With many busy slots from below: those of a block then count from when the last of them is free.
+    Overdue slots count as free from now on. With more than MAX_SINGLE busy slots it is a lower
+    bound: the slots of a block then count only from when the last of them is free.
     """
     busy = slots.busy
     num = slots.num_idle
@@ -104,10 +105,10 @@ def capacity_curve(slots: Slots, now: float) -> list[Piece]:
 
 
 def level(curve: Iterable[Piece], work_s: float, now: float) -> float:
-    """By when some slot is free for more after so much work has been begun, in whatever order.
+    """Return when a slot is free again once `work_s` has been started; `now` without slots.
 
-    The time at which the water stands when the work is poured over the slots: no order of list
-    scheduling leaves all slots busy longer (Graham 1966). Now without slots.
+    This is the level of water poured over the slots: no order of list scheduling keeps all of them
+    busy longer (Graham 1966).
     """
     for until, num, taken in curve:
         if num and num * until - taken >= work_s:
@@ -115,18 +116,19 @@ def level(curve: Iterable[Piece], work_s: float, now: float) -> float:
     return now
 
 
-# Requests that the estimate looks back on.
+# The number of past requests that the estimate is made of.
 WINDOW = 200
-# Below so many standard deviations a request takes so little too seldom to hope for it.
+# A request is given up only if it would have to be this many standard deviations faster than its
+# price to be in time.
 HOPED_DEVIATIONS = 1.5
 LEAST_SHARE = 0.3
 
 
 class EstimateError:
-    """Mean and deviation of the logarithm of seconds taken over seconds estimated.
+    """The mean and deviation of log(seconds taken / seconds estimated), over past requests.
 
-    Whoever cannot be in time by the estimate may be so in truth. While estimates are exact, nobody
-    is given that hope; the more they err, the more is tried that seems too late.
+    A request that is too late by its estimate may really be in time. While estimates are exact,
+    such requests are refused; the more the estimates err, the more of them are tried.
     """
 
     def __init__(self) -> None:
@@ -135,14 +137,14 @@ class EstimateError:
 
     @property
     def least_share(self) -> float:
-        """Of its estimate, what a request may hope to take; 1 as long as nothing is known."""
+        """The least share of its estimate that a request may take; 1 while nothing is known."""
         if self._num < 2:
             return 1.0
         hoped = math.exp(self._mean - HOPED_DEVIATIONS * math.sqrt(self._variance))
         return min(max(hoped, LEAST_SHARE), 1.0)
 
     def note(self, taken_s: float, estimated_s: float) -> None:
-        """A request is done."""
+        """Learn from a finished request."""
         if taken_s <= 0 or estimated_s <= 0:
             return
         self._num = min(self._num + 1, WINDOW)
@@ -151,9 +153,10 @@ class EstimateError:
         self._variance += (error * error - self._variance) / self._num
 
 
-# Longer lines are taken as a fluid: on as few slots as make that coarse, they outlast deadlines.
+# Longer queues are treated as a fluid. That is coarse only with few slots, and there a queue of
+# this length waits beyond any deadline anyway.
 MAX_PLAYED = 64
-# Larger tickets that are tried in the newcomer's stead.
+# How many longer requests are considered for eviction in the newcomer's stead.
 MAX_TRIED = 8
 
 Line = SortedSums[QueueEntry]
@@ -163,11 +166,12 @@ key_of = attrgetter("key")
 def choose_evictions(
     new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
 ) -> list[QueueEntry]:
-    """Those who must leave so that `new` can join the line behind `ahead`; maybe itself, alone.
+    """Return the requests to evict so that `new` can join `line` behind `ahead`.
 
-    Nobody, if everyone still starts in time. Otherwise the longest ticket without which everyone
-    does, as Moore (1968) keeps most jobs in time; of equals the newcomer. Nobody leaves for a
-    longer one. Those in the line who are late anyway have no say.
+    The list is empty if all still start in time. Otherwise the longest request is evicted without
+    which all do, as Moore (1968) keeps most jobs in time; of equally long ones the newcomer. None
+    is evicted for a longer one. If `new` itself must go, the list holds it alone. Requests in the
+    line that are late anyway are not considered.
     """
     if sum(len(other) for other in ahead) + len(line) > MAX_PLAYED:
         return _give_way_in_fluid(new, ahead, line, slots, now)
@@ -189,7 +193,7 @@ def choose_evictions(
 
 
 def wait_of(new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float) -> float:
-    """Seconds until `new` would begin, if it joined the line behind `ahead`."""
+    """Return the seconds until `new` would start if it joined `line` behind `ahead`."""
     num_before, before_s = line.before(new.key)
     num_before += sum(len(other) for other in ahead)
     if num_before > MAX_PLAYED:
@@ -240,7 +244,10 @@ def _give_way_in_fluid(
 def _first_crowded(
     new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
 ) -> QueueEntry | None:
-    """Who first would start too late; looked at are the newcomer and the end of each block."""
+    """Return the first request that would start too late with `new` in the line.
+
+    Only `new` and the last request of each block are looked at.
+    """
     before_s = sum(other.total for other in ahead)
     curve = capacity_curve(slots, now)
     if level(curve, before_s + line.before(new.key)[1], now) > new.latest_start + SAME_S:
@@ -253,7 +260,7 @@ def _first_crowded(
         last = block.items[-1]
         if last.key < new.key:
             continue
-        # As level() has it: the work before the last one only grows.
+        # The same as level(), in one pass over the curve: the work before the last one only grows.
         ahead_s = work_s - block.amounts[-1]
         while not num or num * until - taken < ahead_s:
             until, num, taken = next(pieces)

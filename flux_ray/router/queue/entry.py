@@ -1,4 +1,4 @@
-"""What the queue trades in: a ticket to be served, the grant of a replica, and a refusal."""
+"""The values that go into a queue and come out: a request, its assignment or its rejection."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,12 +8,12 @@ from typing import NamedTuple
 class QueuedRequest:
     """A request as the queue sees it.
 
-    `cost_s` is its price: GPU seconds on one replica of the tier, which is also its unloaded
-    latency. `deadline` is a time on the caller's clock. Work of one `key` is paid from one purse,
-    `weight` times as large as that of a key of weight 1. `affinity` names cached things (hashes of
-    the prompt, of references) with the seconds that a replica holding them saves.
-    `has_deadline`: its caller said one; else it waits in order of arrival, and until then at most.
-    `is_job`: nobody waits for it, and it waits behind those for whom somebody does.
+    `cost_s` is its price in replica seconds, which is also its latency on an idle replica.
+    `deadline` is a time on the clock of whoever calls the queue. All requests of one `key` count
+    towards that key's share, which is proportional to `weight`. `affinity` names what a replica
+    may have cached (hashes of the prompt and of the references), with the seconds that this saves.
+    If `has_deadline` is false, the caller named none: the request waits in order of arrival, and
+    at most until `deadline`. `is_job`: no client waits for it, so it waits behind those of clients.
     """
 
     ticket_id: str
@@ -28,9 +28,10 @@ class QueuedRequest:
 
 
 class Rejection(NamedTuple):
-    """Why not, and after how many seconds the same request would be taken if nobody else came.
+    """Why a request was refused, and when to send it again.
 
-    `retry_after_s` is infinite where no waiting helps: the deadline is shorter than the work.
+    After `retry_after_s` the same request would be admitted if nothing else arrived. It is infinite
+    if waiting does not help, because the deadline is shorter than the work.
     """
 
     reason: str
@@ -38,14 +39,14 @@ class Rejection(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The ticket's turn has come, on this replica."""
+    """A request whose turn has come, and the replica that it is for."""
 
     ticket: QueuedRequest
     replica: str
 
 
 class RejectedEntry(NamedTuple):
-    """A ticket that had been waiting, and waits no more."""
+    """A request that was admitted, waited, and is refused after all."""
 
     ticket: QueuedRequest
     refusal: Rejection

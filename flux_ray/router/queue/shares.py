@@ -1,16 +1,17 @@
-"""Fairness between keys: who asks for more than a fair share of the GPU seconds there are."""
+"""Find the keys that ask for more than their fair share of a tier's replica seconds."""
 
 import math
 from dataclasses import dataclass
 
-# A key is over its share from here on, and within it again below 1: it does not flip all the time.
+# A key counts as over its share from 1.2 shares on, and as within it only below 1 again; with one
+# threshold for both it could flip at every review.
 TOLERANCE = 1.2
 NEGLIGIBLE_S = 1e-3
 
 
 @dataclass(slots=True)
 class Asked:
-    """Of one key: GPU seconds asked for, fading with time; as of `at`."""
+    """The demand of one key: replica seconds asked for, decayed up to the time `at`."""
 
     weight: float
     seconds: float
@@ -18,12 +19,12 @@ class Asked:
 
 
 class Shares:
-    """Max-min fair shares of the capacity, by weight and in GPU seconds.
+    """The max-min fair shares of a tier's capacity, by weight and in replica seconds.
 
-    What each key asked for fades with `window_s`. While all of it together fits the capacity
-    nobody is over. Otherwise the small demands are met in full and the others share the rest by
-    weight (water filling; Bertsekas and Gallager, Data Networks, 6.5.2): those that ask for more
-    than that are over their share. Bounded by the keys active in some windows.
+    What each key asked for decays with `window_s`. While all demands together fit the capacity, no
+    key is over its share. Otherwise small demands are met in full, and the others share the rest
+    by weight (water filling; Bertsekas and Gallager, Data Networks, 6.5.2): keys that ask for more
+    than that are `over`. Memory is bounded by the keys that were active in the last few windows.
     """
 
     def __init__(self, window_s: float = 60.0) -> None:
@@ -33,7 +34,7 @@ class Shares:
         self._next_round = -math.inf
 
     def ask(self, key: str, weight: float, cost_s: float, now: float) -> None:
-        """A ticket of this key arrives, whether it is taken or not."""
+        """Add a request to its key's demand, whether it is admitted or not."""
         demand = self._demands.get(key)
         if demand is None:
             self._demands[key] = Asked(weight, cost_s, now)
@@ -43,11 +44,11 @@ class Shares:
         demand.at = now
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time to look who is over."""
+        """Return whether it is time for another review."""
         return now >= self._next_round
 
     def review(self, num_slots: int, now: float) -> frozenset[str]:
-        """The keys whose standing has changed since the last time."""
+        """Decide anew which keys are over their share; return those for which that changed."""
         self._next_round = now + self.window_s / 100
         asked = {key: self._faded(demand, now) for key, demand in self._demands.items()}
         for key, seconds in asked.items():
@@ -55,7 +56,7 @@ class Shares:
                 del self._demands[key]
         before = self.over
         if len(self._demands) < 2:
-            # Behind whom should it go?
+            # A single key has no other to wait behind.
             self.over = frozenset()
             return before
         level = self._level(asked, num_slots * self.window_s)
@@ -67,7 +68,7 @@ class Shares:
         return before ^ self.over
 
     def _level(self, asked: dict[str, float], capacity_s: float) -> float:
-        """Seconds per weight that a key may have."""
+        """Return the water level: replica seconds that each key may have, per weight."""
         weights = {key: demand.weight for key, demand in self._demands.items()}
         left_weight = sum(weights.values())
         for key in sorted(weights, key=lambda key: (asked[key] / weights[key], key)):

@@ -1,6 +1,7 @@
 """The replicas of a tier as the queue sees them: which are free, and when the others will be.
 
-Which replicas were lately given a prompt or a reference, and so hold what was made of it.
+Each replica has one or more slots, and each slot runs one request at a time (`Slots`).
+`CacheDirectory` guesses which replicas still have an encoded prompt or reference in their cache.
 """
 
 import heapq
@@ -18,13 +19,16 @@ MAX_HOLDERS = 16
 
 
 class CacheDirectory:
-    """A guess from the grants; the least recently granted names are forgotten."""
+    """A guess, from past assignments, at which replica has cached what.
+
+    Replicas do not report their caches. The least recently assigned names are forgotten first.
+    """
 
     def __init__(self) -> None:
         self._holders: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
 
     def note(self, ticket: QueuedRequest, replica: str) -> None:
-        """The ticket went there."""
+        """Note that the replica was assigned this request, and so will have its encodings."""
         for name, _ in ticket.affinity:
             holders = self._holders.setdefault(name, OrderedDict())
             self._holders.move_to_end(name)
@@ -36,7 +40,7 @@ class CacheDirectory:
             self._holders.popitem(last=False)
 
     def savings(self, ticket: QueuedRequest) -> dict[str, float]:
-        """Seconds saved, by replica."""
+        """Return the seconds that each replica would save with this request, by replica."""
         saved_s: dict[str, float] = {}
         for name, seconds in ticket.affinity:
             for replica in self._holders.get(name, ()):
@@ -45,16 +49,16 @@ class CacheDirectory:
 
 
 free_at_of = attrgetter("free_at")
-# Stands for a first replica, where none is up and none is known to be starting.
+# The name of a hoped-for first replica, while none is up and none is known to be starting.
 HOPED_FOR = ""
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Room for one ticket on a replica, and for one more while that is about to end.
+    """Room for one request on a replica, and for a second while the first is about to end.
 
-    `begun_at`: when its first ticket started; `free_at`: when it has done all of them. `entry` is
-    its newest entry among the idle.
+    `begun_at` is when its first request started, `free_at` when all of them will be done. `entry`
+    is the number of its newest entry in the heap of idle slots; older entries are stale.
     """
 
     replica: str
@@ -68,13 +72,13 @@ class Slot:
 
 
 class Slots:
-    """All slots of the tier. Seconds already run over an estimate count as zero, not less."""
+    """All slots of a tier. A slot that is overdue has zero seconds left, never fewer."""
 
     def __init__(self, num_per_replica: int = 1, lead_s: float = 0.0) -> None:
         self.num_per_replica = num_per_replica
         self.lead_s = lead_s
         self.num_idle = 0
-        # By the time at which they will be free; expected ones are among them.
+        # By the time at which they will be free; slots of starting replicas are among them.
         self.busy: SortedSums[Slot] = SortedSums()
         self._numbers = itertools.count()
         self._entries = itertools.count()
@@ -86,46 +90,46 @@ class Slots:
 
     @property
     def names(self) -> frozenset[str]:
-        """Replicas that are up or expected, not those that drain."""
+        """The replicas that are up or starting, without those that drain."""
         return frozenset(self._replicas.keys() - {HOPED_FOR})
 
     @property
     def has_any(self) -> bool:
-        """Whether a replica is up or expected, without a look at each of thousands."""
+        """Whether a replica is up or starting; `names` would copy thousands to tell."""
         return len(self._replicas) > self.is_hoping
 
     @property
     def num(self) -> int:
-        """Slots that take tickets now or soon."""
+        """The number of slots that take requests, now or once they have started."""
         return len(self._replicas) * self.num_per_replica
 
     @property
     def is_hoping(self) -> bool:
-        """Whether a first replica is counted on."""
+        """Whether a first replica is hoped for, that is, counted on without being known."""
         return HOPED_FOR in self._replicas
 
     @property
     def hoped_for_at(self) -> float:
-        """When that should be up."""
+        """When the hoped-for replica should be up."""
         return self._replicas[HOPED_FOR][0].free_at
 
     def hope(self, ready_at: float | None) -> None:
-        """Count on a first replica from that time on; None: on none."""
+        """Count on a first replica from that time on; with None, stop counting on one."""
         self._pop(HOPED_FOR)
         if ready_at is not None:
             self.expect(HOPED_FOR, ready_at)
 
     def holds(self, ticket_id: str) -> bool:
-        """Whether it was granted and is not done."""
+        """Return whether the request was assigned and is not done."""
         return ticket_id in self._by_ticket
 
     def replica_of(self, ticket_id: str) -> str | None:
-        """The replica that a ticket was granted and is not done on."""
+        """Return the replica on which the request is, None if it is on none."""
         slot = self._by_ticket.get(ticket_id)
         return None if slot is None else slot.replica
 
     def expect(self, name: str, ready_at: float) -> None:
-        """A replica is starting."""
+        """Count on a starting replica from `ready_at` on, without assigning it anything yet."""
         if name in self._replicas:
             return
         self._pop(HOPED_FOR)
@@ -135,9 +139,9 @@ class Slots:
             self._enter_busy(slot, ready_at)
 
     def add(self, name: str) -> None:
-        """A replica is up; one that is known to be up already stays as it is.
+        """Make a replica available; do nothing if it is known to be up already.
 
-        One that was thought to be gone comes back with what it runs.
+        One that was draining comes back with the requests that it still runs.
         """
         expected = self._expected.pop(name, [])
         if name in self._replicas and not expected:
@@ -155,13 +159,13 @@ class Slots:
                 self._enter_idle(slot)
 
     def drain(self, name: str) -> None:
-        """Nothing new for it; what it runs goes on."""
+        """Assign the replica nothing more; what it runs goes on."""
         slots = self._pop(name)
         if any(slot.tickets for slot in slots):
             self._leaving[name] = slots
 
     def lose(self, name: str) -> list[QueuedRequest]:
-        """It is gone; what it had been given and has not done."""
+        """Remove a dead replica, and return the requests that it had not finished."""
         slots = [*self._leaving.pop(name, ()), *self._pop(name)]
         lost = [ticket for slot in slots for ticket in slot.tickets]
         for ticket in lost:
@@ -169,21 +173,21 @@ class Slots:
         return lost
 
     def can_take(self, now: float) -> bool:
-        """Whether a ticket could be granted now."""
+        """Return whether a request could be assigned now."""
         return self.num_idle > 0 or self._nearly_free(now) is not None
 
     def choose(self, preferred: Iterable[tuple[str, float]], now: float) -> Slot:
-        """The slot of the replica with the least outstanding seconds, less what a cache saves.
+        """Return a slot of the replica with the least outstanding seconds, less what it saves.
 
-        `preferred`: replicas, with the seconds that what they hold would save. RuntimeError if no
-        slot can take a ticket.
+        `preferred` has replicas with the seconds that their caches would save. Raise RuntimeError
+        if no slot can take a request.
         """
         best = self._most_idle() or self._nearly_free(now)
         if best is None:
             raise RuntimeError("no slot is free")
         best_s = self.outstanding_s(best.replica, now)
         for name, saved_s in preferred:
-            # Those that are gone are remembered too.
+            # The cache directory also remembers replicas that are gone.
             free = [slot for slot in self._replicas.get(name, ()) if self._takes(slot, now)]
             if not free:
                 continue
@@ -193,7 +197,10 @@ class Slots:
         return best
 
     def adopt(self, name: str, ticket: QueuedRequest, now: float) -> None:
-        """The replica runs this ticket already; if it is not known to be up, it may come to be."""
+        """Note that a replica runs this request already, whether or not it is known to be up.
+
+        A new ledger hears of running requests from gateways, often before it knows the replicas.
+        """
         if name in self._replicas and name not in self._expected:
             slots = self._replicas[name]
             self.start(min(slots, key=lambda slot: len(slot.tickets)), ticket, now)
@@ -208,7 +215,7 @@ class Slots:
         self._by_ticket[ticket.ticket_id] = slot
 
     def start(self, slot: Slot, ticket: QueuedRequest, now: float) -> None:
-        """The ticket is granted to this slot."""
+        """Assign the request to this slot."""
         begin = now
         if not slot.tickets:
             self._leave_idle(slot)
@@ -222,7 +229,7 @@ class Slots:
         self._refresh(slot.replica)
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
-        """What a granted ticket still takes, by its replica."""
+        """Correct how long an assigned request still takes, as its replica reports."""
         slot = self._by_ticket.get(ticket_id)
         if slot is None:
             return
@@ -235,14 +242,14 @@ class Slots:
         self._enter_busy(slot, free_at)
 
     def taken_s(self, ticket_id: str, now: float) -> tuple[float, float] | None:
-        """Seconds since a granted ticket started, and those it was to take; None if it did not."""
+        """Return the seconds since a request started, and its price; None if it has not started."""
         slot = self._by_ticket.get(ticket_id)
         if slot is None or slot.tickets[0].ticket_id != ticket_id:
             return None
         return now - slot.begun_at, slot.tickets[0].cost_s
 
     def finish(self, ticket_id: str, now: float) -> None:
-        """It is done, or was cancelled; unknown ones are ignored."""
+        """Remove a request that is done or cancelled; ignore an unknown one."""
         slot = self._by_ticket.pop(ticket_id, None)
         if slot is None:
             return
@@ -263,11 +270,11 @@ class Slots:
         self._refresh(slot.replica)
 
     def outstanding_s(self, name: str, now: float) -> float:
-        """Of one replica."""
+        """Return the seconds of work that one replica still has."""
         return sum(max(slot.free_at - now, 0.0) for slot in self._replicas[name] if slot.tickets)
 
     def running_s(self, now: float) -> float:
-        """Of all of them, those that drain included."""
+        """Return the seconds of work that all replicas still have, draining ones included."""
         overdue, overdue_sum = self.busy.before((now, -1))
         running_s = self.busy.total - overdue_sum - now * (len(self.busy) - overdue)
         for slot in self._not_running():
@@ -277,7 +284,7 @@ class Slots:
         return max(running_s, 0.0) if self._by_ticket else 0.0
 
     def next_at(self) -> float | None:
-        """When the next slot is so nearly free that it takes a ticket, if that is an estimate."""
+        """Return when a busy slot will next be within `lead_s` of being free; None without lead."""
         if self.lead_s <= 0:
             return None
         for slot in self.busy:
@@ -299,7 +306,8 @@ class Slots:
     def _nearly_free(self, now: float) -> Slot | None:
         if self.lead_s > 0:
             for slot in self.busy:
-                # As next_at() has it: to the bit, or it would be called again and again.
+                # The same expression as in next_at(), to the bit: or the queue could be woken
+                # at that time again and again without finding the slot free.
                 if slot.free_at - self.lead_s > now:
                     break
                 if self._takes(slot, now):
@@ -333,7 +341,7 @@ class Slots:
         slot.entry = -1
 
     def _refresh(self, name: str) -> None:
-        """Its load has changed: its idle slots are ranked anew."""
+        """Rank the idle slots of a replica anew after its load has changed."""
         if self.num_per_replica > 1:
             for slot in self._replicas[name]:
                 if slot.entry >= 0:

@@ -1,4 +1,4 @@
-"""A sorted list that knows the sum of what comes before any of its entries."""
+"""A sorted list that also tells the sum of all amounts before an entry, in microseconds."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -8,12 +8,13 @@ from typing import Generic, TypeVar
 Key = tuple[float, int]
 Item = TypeVar("Item")
 
-# A full block is cut in two. About the root of the longest list there will be.
+# A block beyond this is cut in two. It is about the square root of the longest list expected, which
+# balances the work in one block against that over all blocks.
 MAX_BLOCK = 200
 
 
 class Block(Generic[Item]):
-    """A run of neighbours: keys, amounts and items, and the sum and largest of the amounts."""
+    """A run of neighbouring entries: keys, amounts and items, with total and peak amount."""
 
     __slots__ = ("amounts", "items", "keys", "peak", "total")
 
@@ -26,10 +27,10 @@ class Block(Generic[Item]):
 
 
 class SortedSums(Generic[Item]):
-    """Items in order of their keys (a time, and a number that makes it unique), with amounts.
+    """A list of items with amounts, sorted by key: a time, and a number that makes it unique.
 
-    Everything takes the time of one block and of a sum over the blocks: microseconds for tens of
-    thousands. When it is empty its sums are zero, not nearly zero.
+    Every operation costs a scan of one block and a sum over the blocks: microseconds for tens of
+    thousands of items. The sums of an empty list are exactly zero, whatever was added and removed.
     """
 
     def __init__(self) -> None:
@@ -50,15 +51,15 @@ class SortedSums(Generic[Item]):
         return sum(self._totals)
 
     def amounts(self) -> Iterator[float]:
-        """All amounts, in order of the keys."""
+        """Iterate over all amounts, in order of the keys."""
         return chain.from_iterable(block.amounts for block in self.blocks)
 
     def first(self) -> Item | None:
-        """The item of the smallest key."""
+        """Return the item of the smallest key, None if there is none."""
         return self.blocks[0].items[0] if self.blocks else None
 
     def add(self, key: Key, amount: float, item: Item) -> None:
-        """Keys are unique."""
+        """Insert an item; its key must be new."""
         if not self.blocks:
             self._insert_block(0, Block([key], [amount], [item]))
             return
@@ -76,7 +77,7 @@ class SortedSums(Generic[Item]):
             self._note(place)
 
     def remove(self, key: Key) -> Item:
-        """KeyError if there is none of that key."""
+        """Remove the item of this key and return it; raise KeyError if there is none."""
         place = bisect_left(self._lasts, key)
         block = self.blocks[place] if place < len(self.blocks) else None
         inside = bisect_left(block.keys, key) if block else 0
@@ -95,7 +96,7 @@ class SortedSums(Generic[Item]):
         return item
 
     def before(self, key: Key) -> tuple[int, float]:
-        """How many keys are smaller, and the sum of their amounts."""
+        """Return how many keys are smaller, and the sum of their amounts."""
         place = bisect_left(self._lasts, key)
         number, total = sum(self._lengths[:place]), sum(self._totals[:place])
         if place < len(self.blocks):
@@ -106,7 +107,7 @@ class SortedSums(Generic[Item]):
         return number, total
 
     def largest_until(self, key: Key) -> Item | None:
-        """The item of the largest amount among keys up to this one; of equals the last."""
+        """Return the item of the largest amount among keys up to this one; of equals the last."""
         place = bisect_left(self._lasts, key)
         best = max(range(place), key=lambda number: (self.blocks[number].peak, number), default=-1)
         peak = self.blocks[best].peak if best >= 0 else 0.0

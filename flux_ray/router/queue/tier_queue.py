@@ -1,4 +1,4 @@
-"""The queue of a tier, one for the whole cluster: who is taken in, whose turn it is, and where."""
+"""The queue of a tier, one for the whole cluster: admission, order, and choice of replica."""
 
 import heapq
 from collections.abc import Iterable
@@ -25,28 +25,29 @@ from flux_ray.router.queue.shares import Shares
 from flux_ray.router.queue.slots import CacheDirectory, Slot, Slots
 from flux_ray.router.queue.sums import SortedSums
 
-# A start that takes longer than it should: so much of the usual time is still to be counted on.
+# While a replica takes longer to start than `cold_start_s`, it is expected after this share of it
+# more; without that, its time would lie in the past and every request would count on it at once.
 OVERDUE_SHARE = 0.25
 
 
 class TierQueue:
-    """Tickets wait in order of the time by which they should start, and are bound late.
+    """A queue of requests in order of the time by which they should start, assigned late.
 
-    A plain object: every method is told the time, and none waits. Call take() after anything else,
-    and at wake_at().
+    A plain object, used by the ledger and the simulator: every method is told the time, and none
+    waits. Call take() after any other method, and at wake_at().
 
-    Who said a deadline should start by its latest start; who said none waits in order of arrival.
-    Keys that ask for more than their share of the GPU seconds wait behind all others (shares.py),
-    and of both the jobs behind the people. What is behind gives way to what is in front.
+    Order: requests with a deadline go by their latest start, the others by arrival. Keys that ask
+    for more than their share of the replica seconds wait behind all others (shares.py), and within
+    both classes jobs wait behind people. What is behind gives way to what is in front.
 
-    A ticket is taken in if it will start by its latest start. Where it would be late, or make
-    another late, the longest waiting ticket without which all are in time gives way, or the
-    newcomer if none is longer (admission.py). Nobody is refused who could be served in time, and
-    whoever cannot be is told so by their latest start, wherever in the line they are.
+    Admission: a request is admitted if it will start by its latest start. If it would be late, or
+    make another late, the longest waiting request without which all are in time is evicted, or
+    the newcomer if none is longer (admission.py). No request is refused that could be served in
+    time, and one that cannot is refused by its latest start, wherever in the queue it is.
 
-    `lead_s`: a ticket is handed over that long before its slot is free. `max_waiting_s` bounds the
-    line in GPU seconds. `cold_start_s`: what a replica takes to start; where none is up, whoever
-    asks for one counts on a first replica after that time.
+    `lead_s`: a request is handed over that long before its slot is free. `max_waiting_s` bounds the
+    queue in replica seconds. `cold_start_s` is how long a replica takes to start; while none is up,
+    requests count on a first replica after that time.
     """
 
     def __init__(
@@ -65,24 +66,24 @@ class TierQueue:
         self._shares = Shares(share_window_s)
         self._spread = EstimateError()
         self._caches = CacheDirectory()
-        # Keys within their share: people, jobs; then keys that are over it: people, jobs.
+        # Of keys within their share: people, jobs; then of keys that are over it: people, jobs.
         self._lines: tuple[Line, ...] = tuple(SortedSums() for _ in range(4))
         self._places: dict[str, tuple[int, QueueEntry]] = {}
-        # By latest start; those that have left the line are passed over.
+        # A heap by latest start; entries of requests that have left are skipped when they come up.
         self._ends: list[tuple[float, int, str]] = []
         self._of_key: dict[str, dict[str, None]] = {}
         self._gave_way: list[RejectedEntry] = []
         self._numbers = count()
-        # When somebody last asked for a replica while none was up.
+        # When a request last counted on a first replica while none was up.
         self._hoped_at = -NEVER
 
     @property
     def replicas(self) -> frozenset[str]:
-        """Those that are up or expected, not those that drain."""
+        """The replicas that are up or starting, without those that drain."""
         return self._slots.names
 
     def learn_cold_start(self, cold_start_s: float) -> None:
-        """What a replica takes to start, from now on."""
+        """Set how long a replica takes to start, from now on."""
         if cold_start_s != self.cold_start_s:
             self.cold_start_s = cold_start_s
             self._slots.hope(None)
@@ -90,7 +91,7 @@ class TierQueue:
     def set_replicas(
         self, names: Iterable[str], now: float, draining: Iterable[str] = ()
     ) -> list[QueuedRequest]:
-        """These are up, and those finish what they run; returned is what vanished ones had."""
+        """Set which replicas are up and which drain; return the requests of vanished ones."""
         wanted = frozenset(names)
         for name in draining:
             self.drain_replica(name, now)
@@ -102,29 +103,30 @@ class TierQueue:
         return lost
 
     def add_replica(self, name: str, now: float) -> None:
-        """It is up; nothing changes if that is known, and what it runs it goes on running."""
+        """Note that a replica is up; one that is known to be up stays as it is."""
         self._slots.add(name)
 
     def expect_replica(self, name: str, ready_at: float, now: float) -> None:
-        """It is starting: tickets may count on it, and wait for it, but do not go there yet."""
+        """Note that a replica is starting: requests may wait for it, but are not assigned to it."""
         self._slots.expect(name, ready_at)
 
     def drain_replica(self, name: str, now: float) -> None:
-        """Nothing more goes there; what it runs goes on."""
+        """Assign the replica nothing more; what it runs goes on."""
         self._slots.drain(name)
 
     def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
-        """It is gone. What it had been given is returned, and forgotten here."""
+        """Remove a dead replica; return, and forget, the requests that it had not finished."""
         return self._slots.lose(name)
 
     def replica_of(self, ticket_id: str) -> str | None:
-        """The replica that a ticket was granted; None if it waits or is not here."""
+        """Return the replica that a request is assigned to; None if it waits or is unknown."""
         return self._slots.replica_of(ticket_id)
 
     def offer(self, ticket: QueuedRequest, now: float, *, is_new: bool = True) -> Rejection | None:
-        """A ticket arrives; None if it is taken in. ValueError if one of that id is here.
+        """Admit a request and return None, or return why not.
 
-        `is_new`: its work was never asked for before; only then it counts towards its key's share.
+        Raise ValueError if a request of that id is here. `is_new` is false for work that was asked
+        for before, which does not count towards the share of its key again.
         """
         if ticket.ticket_id in self._places or self._slots.holds(ticket.ticket_id):
             raise ValueError(f"ticket {ticket.ticket_id} is here already")
@@ -144,20 +146,20 @@ class TierQueue:
         return Rejection(reason, self._retry_after_s(new, place, now))
 
     def forecast(self, ticket: QueuedRequest, now: float) -> Forecast:
-        """What offer() would say, and when its turn would come; nothing changes."""
+        """Return what offer() would answer, and how long the request would wait; change nothing."""
         slack_s = self._slack_s(ticket, now)
         had_hope, hoped_at = self._slots.is_hoping, self._hoped_at
         self._hope(now)
         try:
             return self._forecast(*self._newcomer(ticket, slack_s, now), now)
         finally:
-            # Nobody has asked for a replica yet.
+            # A forecast asks for no replica, so take back the hope for one.
             self._hoped_at = hoped_at
             if not had_hope:
                 self._slots.hope(None)
 
     def positions(self, now: float) -> dict[str, QueuePosition]:
-        """Where everybody in line stands, by ticket, and in how many seconds it should be done."""
+        """Return the position of every waiting request, by id, and the seconds until it is done."""
         if not self._places:
             return {}
         self._hope(now)
@@ -171,9 +173,9 @@ class TierQueue:
         return positions
 
     def adopt(self, ticket: QueuedRequest, replica: str, now: float) -> None:
-        """The replica runs this ticket already, whether that is known to be up or not.
+        """Note that a replica runs this request already, whether or not it is known to be up.
 
-        `cost_s` is what is left of it. Nothing changes if it is known to be granted.
+        `cost_s` is what is left of it. Nothing changes if the request is known to be assigned.
         """
         if ticket.ticket_id in self._places:
             self._leave(ticket.ticket_id)
@@ -181,7 +183,7 @@ class TierQueue:
             self._slots.adopt(replica, ticket, now)
 
     def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
-        """Whose turn it is now and on which replica; and who has waited in vain."""
+        """Return the assignments that are due now, and the requests that waited in vain."""
         refused, self._gave_way = self._gave_way, []
         while (waiting := self._next_end()) is not None and waiting.latest_start < now - SAME_S:
             self._dismiss(waiting, "its deadline can no longer be met", refused, now)
@@ -192,55 +194,55 @@ class TierQueue:
         return grants, refused
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
-        """A replica reports how long a granted ticket still takes; unknown ones are ignored."""
+        """Correct how long an assigned request still takes; ignore an unknown one."""
         self._slots.progress(ticket_id, remaining_s, now)
 
     def finish(self, ticket_id: str, now: float) -> None:
-        """A ticket is done; unknown ones are ignored."""
+        """Remove a finished request, and learn from what it took; ignore an unknown one."""
         taken = self._slots.taken_s(ticket_id, now)
         if taken is not None:
             self._spread.note(*taken)
         self.cancel(ticket_id, now)
 
     def cancel(self, ticket_id: str, now: float) -> None:
-        """It leaves, waiting or granted; unknown ones are ignored."""
+        """Remove a request, waiting or assigned; ignore an unknown one."""
         if ticket_id in self._places:
             self._leave(ticket_id)
         else:
             self._slots.finish(ticket_id, now)
 
     def wake_at(self) -> float | None:
-        """When take() has something to do though nothing else happens."""
+        """Return when take() is to be called next if nothing else happens; None if never."""
         first = self._next_end()
         if first is None:
             return None
-        # A little later, so that it is surely hopeless then.
+        # A little later, so that rounding cannot make it look still in time.
         hopeless_at = first.latest_start + 2 * SAME_S
         next_at = self._slots.next_at()
         return hopeless_at if next_at is None else min(hopeless_at, next_at)
 
     def waiting_s(self, now: float) -> float:
-        """GPU seconds in line."""
+        """Return the replica seconds of all waiting requests."""
         return sum(line.total for line in self._lines)
 
     def running_s(self, now: float) -> float:
-        """GPU seconds granted and not done, as far as is known."""
+        """Return the replica seconds that assigned requests still take, as far as is known."""
         return self._slots.running_s(now)
 
     def _slack_s(self, ticket: QueuedRequest, now: float) -> float:
-        """How long it can wait."""
+        """Return how long the request can wait and still meet its deadline."""
         slack_s = ticket.deadline - ticket.cost_s - now
         if slack_s >= 0:
             return slack_s
-        # Too late by the estimate: not so if that is wrong as often as others were.
+        # Too late by its price; but prices err, and the request may take less (EstimateError).
         return ticket.deadline - ticket.cost_s * self._spread.least_share - now
 
     def _newcomer(
         self, ticket: QueuedRequest, slack_s: float, now: float
     ) -> tuple[QueueEntry, int]:
-        """It, and the line for it."""
+        """Return the entry of a new request, and the index of the line that it belongs in."""
         latest_start = now + slack_s
-        # The longer of two that are in no hurry must not go first only for being longer.
+        # Without a deadline, latest start would put the longer of two requests first.
         due = latest_start if ticket.has_deadline else ticket.deadline
         return QueueEntry(ticket, due, latest_start, next(self._numbers)), self._place_for(ticket)
 
@@ -248,7 +250,7 @@ class TierQueue:
         return 2 * (ticket.key in self._shares.over) + ticket.is_job
 
     def _hope(self, now: float) -> None:
-        """Count on a first replica where none is up or expected: somebody asks for it."""
+        """Count on a first replica if none is up or starting, because a request asks for one."""
         if self._slots.has_any:
             return
         is_asked_anew = not self._places and now - self._hoped_at > 2 * self.cold_start_s
@@ -310,7 +312,7 @@ class TierQueue:
         refused.append(RejectedEntry(waiting.ticket, Rejection(reason, retry_after_s)))
 
     def _retry_after_s(self, waiting: QueueEntry, place: int, now: float) -> float:
-        """After how long it would be taken in, with as much time as now, if nobody else came."""
+        """Return after how long the same request would be admitted if nothing else arrived."""
         self._hope(now)
         slack_s = max(waiting.latest_start - now, 0.0)
         num_waiting = len(self._places)
@@ -322,7 +324,7 @@ class TierQueue:
             begun = max((start for start in starts if start < NEVER), default=now)
             free = times[0]
         if self._would_be_last(waiting, place):
-            # Nobody stands behind it whom it could make late.
+            # No request waits behind it that it could make late.
             begun = now
         return max(begun - now, free - slack_s - now, 0.0) + 2 * SAME_S
 
@@ -331,7 +333,7 @@ class TierQueue:
         return line.before(waiting.key)[0] == len(line) and not any(self._lines[place + 1 :])
 
     def _next_end(self) -> QueueEntry | None:
-        """The waiting ticket that is hopeless first."""
+        """Return the waiting request whose latest start comes first."""
         while self._ends:
             _, number, ticket_id = self._ends[0]
             entry = self._places.get(ticket_id)
