@@ -1,1 +1,1 @@
-"""HTTP: reads what clients send, checks all of it, and answers in their dialect."""
+"""The HTTP side: read what clients send, check it completely, and answer in their API dialect."""

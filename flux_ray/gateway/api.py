@@ -1,6 +1,8 @@
-"""The gateway's HTTP application: its routes, its middleware and its error handlers.
+"""Build the gateway's HTTP application: routes, middleware and error handlers.
 
-When the desk of jobs works: while the gateway is served, and to the end of what it draws.
+`build_api` is the entry point. The lifespan below it ties the job service to the application: it
+claims jobs while the gateway is served, stops claiming when the gateway is told to stop, and gives
+running jobs what is left of the drain time.
 """
 
 import asyncio
@@ -33,39 +35,41 @@ from flux_ray.gateway.results import KeptImages, OwnResultsFirst, ResultRoutes
 from flux_ray.jobs.service import JobService
 from flux_ray.router.router import Router
 
-# Of the time to drain: to give back what is not done by then, before the process is killed.
+# The end of the drain time, kept free to hand unfinished jobs back to other gateways. Without it
+# Serve would kill the process in the middle of that, and the jobs would wait for their leases.
 GIVE_BACK_S = 10.0
 NOTICE_PERIOD_S = 0.5
 
-# Whether this gateway has begun to end; it goes on to answer what it has taken in.
+# Says whether this gateway was told to stop; it still answers the requests that it has accepted.
 IsStopping = Callable[[], bool]
 
 
 class ServiceHours(Protocol):
-    """What opens and closes: a Desk."""
+    """Something that starts and ends with the application: the JobService."""
 
     async def open(self) -> None:
-        """Begin to work."""
+        """Start to claim and run jobs."""
 
     def stop_claiming(self) -> None:
-        """Leave to others what is not claimed yet."""
+        """Claim no more jobs; those already claimed go on."""
 
     async def close(self, drain_s: float) -> None:
-        """See work end for `drain_s`, and leave the rest to others."""
+        """Wait up to `drain_s` for running jobs, then leave the rest to other gateways."""
 
 
 def never() -> bool:
-    """Nobody tells."""
+    """Return False: used where nothing can tell that the gateway is to stop."""
     return False
 
 
 def lifespan_of(
     desk: ServiceHours | None, drain_timeout_s: float, is_stopping: IsStopping = never
 ) -> Lifespan[FastAPI]:
-    """Open the desk with the application, and close it so that running jobs can end.
+    """Return a lifespan that opens the job service with the application and drains it at the end.
 
-    Serve ends an application only when its last request is answered: by then much of
-    `drain_timeout_s` may be over, and the desk is to have claimed nothing meanwhile.
+    Serve ends an application only after its last request was answered. By then much of
+    `drain_timeout_s` may have passed, so the service stops claiming as soon as `is_stopping` says
+    so, and the time since then is taken off the drain.
     """
 
     @asynccontextmanager
@@ -87,7 +91,7 @@ def lifespan_of(
 
 
 async def notice(desk: ServiceHours, is_stopping: IsStopping) -> float:
-    """Have the desk claim no more once the gateway is to end; the loop's time of that."""
+    """Stop claiming jobs once `is_stopping()`, and return the loop's time at which that was."""
     while True:
         if is_stopping():
             desk.stop_claiming()
@@ -96,16 +100,19 @@ async def notice(desk: ServiceHours, is_stopping: IsStopping) -> float:
 
 
 def drain_s_of(drain_timeout_s: float, passed_s: float) -> float:
-    """How long running jobs may go on: a part of the time is kept for what has to follow."""
+    """Return how many seconds running jobs may still take, `passed_s` after the stop was noticed.
+
+    Up to GIVE_BACK_S, but at most half of `drain_timeout_s`, is kept for what follows the drain.
+    """
     kept_s = min(GIVE_BACK_S, drain_timeout_s / 2)
     return max(0.0, drain_timeout_s - kept_s - passed_s)
 
 
 class Dialect(Protocol):
-    """Routes that ask for a key, where keys are asked for."""
+    """The routes of one API; callers need a key for them if the gateway has a keys file."""
 
     def routes(self) -> APIRouter:
-        """All of them."""
+        """Return all routes of the dialect."""
 
 
 BFL_KEY = APIKeyHeader(name="x-key", auto_error=False)
@@ -113,16 +120,16 @@ COMFY_KEY = APIKeyHeader(name="x-api-key", scheme_name="x-api-key", auto_error=F
 
 
 def bare_api(lifespan: Lifespan[FastAPI]) -> FastAPI:
-    """Without routes."""
+    """Return an application without routes or middleware."""
     return FastAPI(
         title="flux-ray",
         version=__version__,
-        # Their pages load scripts from elsewhere.
+        # FastAPI's documentation pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
-        # The redirect's address would be made of the Host header.
+        # Starlette builds the redirect's address from the Host header, which the client chooses.
         redirect_slashes=False,
-        # Its root span would be no child of Serve's: every request would be two traces.
+        # FastAPI's root span is not a child of Serve's: each request would become two traces.
         telemetry={"tracing": False},
         lifespan=lifespan,
     )
@@ -137,24 +144,26 @@ def build_api(
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
 ) -> FastAPI:
-    """A plain ASGI application. ValueError says why the keys file cannot be used.
+    """Return the gateway's ASGI application. Raise ValueError if the keys file cannot be used.
 
-    `desk`: of the jobs, where `args.jobs` is given; it is open while the application is.
-    `is_stopping`: whether the gateway is to end, from when on its desk claims no more jobs.
-    `proxy_sends_id`: a proxy in front puts `x-request-id` on the answers, as Serve's own does.
+    `desk`: the job service, required by the routes that keep results; it runs while the application
+    does. `is_stopping`: polled; once true, the job service claims nothing more. `proxy_sends_id`:
+    true if a proxy in front sets `x-request-id` on answers, as Serve's own does. `fetcher`: reads
+    reference images by URL; tests pass their own.
     """
     api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
+    # From the inside out: requests pass the last one first.
     api.add_middleware(BodyLimit, limits=args.limits)
     api.add_middleware(Unpacking, max_body_bytes=args.limits.max_body_bytes)
     api.add_middleware(Intake, args=args)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
         api.add_middleware(ApiKeyMiddleware, keys=KeyWatch(args.keys_file, args.key_classes))
-        # The door has the say; these are what OpenAPI tells of it.
+        # ApiKeyMiddleware decides. These only make OpenAPI describe the headers.
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
     if args.cors_origins:
-        # Outermost: preflights have no key, and what is refused is to be read too.
+        # CORS is outermost: preflights carry no key, and a page must be able to read refusals, too.
         api.add_middleware(CORSMiddleware, **cors_options(args.cors_origins))
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
     add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)
@@ -169,16 +178,17 @@ def add_routes(
     fetcher: Fetcher,
     guards: Sequence[Dependency],
 ) -> None:
-    """All dialects, and what asks for no key."""
+    """Add the routes of all dialects, guarded by `guards`, and the routes that need no key."""
     kept = None
     of_jobs: list[Dialect] = []
+    # The error handlers read these to tell which dialect a path belongs to.
     api.state.names = names_of(args)
     api.state.public_url = args.public_url
     api.state.bfl_paths = frozenset()
     if desk is not None and args.public_url is not None:
         fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
         kept = KeptImages(desk, args.public_url)
-        # Their URLs are the right to read.
+        # No guards: whoever has a signed URL may read the image.
         api.include_router(ResultRoutes(desk, args.public_url).routes())
         bfl = Bfl(router, args, desk, args.public_url, fetcher)
         of_jobs.append(bfl)
@@ -195,12 +205,12 @@ def add_routes(
         known |= methods_and_paths(routes)
         api.include_router(routes, dependencies=guards)
     api.include_router(Health(router).routes())
-    # For whoever asks at another path.
+    # Lets a 404 say which route was meant.
     api.state.paths = frozenset(known)
 
 
 def methods_and_paths(routes: APIRouter) -> set[tuple[str, str]]:
-    """Return those of the routes without parameters."""
+    """Return (method, path) of the routes without path parameters."""
     return {
         (method, route.path)
         for route in routes.routes

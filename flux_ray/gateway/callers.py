@@ -1,6 +1,8 @@
-"""Who asks, and until when: what the router needs to know of a request besides the image.
+"""Tell who is asking and what they may have: identity, limits, deadline, retries.
 
-By what a request is known when its client, or a balancer, sends it again.
+The router needs this `Caller` beside the image request. A caller is known by the API key that was
+let in, else by a digest of whatever was sent in its place. A request that comes again, from its
+client or from a load balancer, is recognised by its idempotency key or its `x-request-id`.
 """
 
 import asyncio
@@ -24,13 +26,13 @@ from flux_ray.router.quotas import QuotaLimits
 from flux_ray.router.quote import Caller
 
 DEADLINE = "x-flux-deadline-s"
-# Ray Serve's own.
+# Ray Serve's own header: its proxy gives the request up after so many seconds.
 PROXY_TIMEOUT = "x-request-timeout-seconds"
 ALLOW_SPILL = "x-flux-allow-spill"
 KEY_CHARS = 16
-# As they occur on the wire.
+# Schemes of the Authorization header that clients are known to send.
 SCHEMES = ("bearer", "token", "key")
-# What OpenAPI says of them.
+# Header parameters as OpenAPI describes them.
 SPILL: dict[str, Any] = {
     "name": ALLOW_SPILL,
     "in": "header",
@@ -51,13 +53,16 @@ PARAMETERS: list[dict[str, Any]] = [
 
 
 class Callers:
-    """Tells callers apart by their keys, whose classes say what they may."""
+    """Makes the router's Caller from a request; the class of its key says what it may have."""
 
     def __init__(self, args: GatewayArgs) -> None:
         self._classes = args.key_classes
 
     def caller_of(self, request: Request) -> Caller:
-        """The caller. Requests with the same key share; the secret itself goes no further."""
+        """Return the caller of a request. Raise BadRequest if one of its headers cannot be read.
+
+        Requests with one key share its limits. The secret itself is not passed on.
+        """
         key_class = self.class_of(request)
         deadline_s = deadline_of(request)
         return Caller(
@@ -69,16 +74,16 @@ class Callers:
         )
 
     def class_of(self, request: Request) -> KeyClass:
-        """The class of its key; without one nothing is limited."""
+        """Return the class of the request's key; UNLIMITED if it has no key or the key no class."""
         key = key_of(request)
         if key is None or key.key_class is None:
             return UNLIMITED
-        # A file that names other classes is not read.
+        # Cannot fail: a keys file that names an unknown class is refused when it is read.
         return self._classes[key.key_class]
 
 
 def allowance_of(key_class: KeyClass) -> QuotaLimits:
-    """What the class lets a caller have."""
+    """Return the limits of a key class as the ledger counts them."""
     return QuotaLimits(
         key_class.max_concurrent,
         key_class.requests_per_minute,
@@ -88,13 +93,13 @@ def allowance_of(key_class: KeyClass) -> QuotaLimits:
 
 
 def key_of(request: Request) -> Key | None:
-    """The key that the door let in; None where there is no door."""
+    """Return the key that ApiKeyMiddleware let in, or None if this gateway asks for no keys."""
     key: Key | None = getattr(request.state, "key", None)
     return key
 
 
 def name_of(request: Request) -> str:
-    """Whose the request is: of the same caller it is always the same."""
+    """Return the caller's name, always the same for one caller; empty if it sent no key."""
     key = key_of(request)
     if key is not None:
         return key.name
@@ -103,17 +108,20 @@ def name_of(request: Request) -> str:
 
 
 def token_of(headers: Headers) -> str:
-    """The API key, or whatever else is sent in its place."""
+    """Return the secret that was sent, in whichever header, or an empty string."""
     sent = headers.get("authorization", "").strip()
     if not sent:
-        # BFL's clients, and ComfyUI's nodes.
+        # BFL's clients send `x-key`, ComfyUI's nodes `x-api-key`.
         return (headers.get("x-key") or headers.get("x-api-key", "")).strip()
     scheme, _, token = sent.partition(" ")
     return token.strip() if scheme.lower() in SCHEMES else sent
 
 
 def deadline_of(request: Request) -> float | None:
-    """Seconds from now in which the answer is wanted; None where the client does not say."""
+    """Return in how many seconds the answer is wanted, or None if the client does not say.
+
+    Raise BadRequest if the header is not a positive number.
+    """
     sent = request.headers.get(DEADLINE)
     if sent is None:
         return proxy_timeout_of(request)
@@ -121,17 +129,17 @@ def deadline_of(request: Request) -> float | None:
         seconds = float(sent)
     except ValueError:
         seconds = math.nan
-    # Not a number is not above 0 either.
+    # NaN fails this comparison, too.
     if not 0 < seconds < math.inf:
         raise BadRequest(f"{DEADLINE} must be a number of seconds above 0", DEADLINE)
     return seconds
 
 
 def proxy_timeout_of(request: Request) -> float | None:
-    """Return after how many seconds Serve's proxy ends the request, if its client says so.
+    """Return after how many seconds Serve's proxy gives the request up, if its client set that.
 
-    What cannot be done by then is refused in the words of the dialect; the proxy's own answer is
-    plain text. Serve takes what is no number for nothing, and 0 for no limit.
+    A request that cannot be done by then is refused here, in its dialect; the proxy's own answer
+    would be plain text. As Serve does, ignore what is not a number, and take 0 for no limit.
     """
     try:
         seconds = float(request.headers.get(PROXY_TIMEOUT, ""))
@@ -141,7 +149,7 @@ def proxy_timeout_of(request: Request) -> float | None:
 
 
 def may_spill(request: Request) -> bool:
-    """Whether the client says so."""
+    """Return whether the client accepts another tier of the model. BadRequest if unreadable."""
     sent = request.headers.get(ALLOW_SPILL, "false").strip().lower()
     if sent not in ("true", "false"):
         raise BadRequest(f"{ALLOW_SPILL} must be true or false", ALLOW_SPILL)
@@ -156,12 +164,12 @@ PARAMETER: dict[str, Any] = {
     "description": "A name of the caller's own: the same request again has the same images.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
 }
-# As many as are drawn where neither a seed nor a name is sent.
+# The range from which seeds are chosen when the client sends none.
 NUM_SEEDS = 2**32
 
 
 def idempotency_key_of(http: Request) -> str | None:
-    """The caller's own name for its request; None where it sends none."""
+    """Return the request's idempotency key, or None. BadRequest if it is not visible ASCII."""
     sent = http.headers.get(IDEMPOTENCY_KEY)
     if sent is not None and not re.fullmatch(r"[\x21-\x7e]{1,255}", sent):
         raise BadRequest("idempotency-key must be 1 to 255 visible characters", IDEMPOTENCY_KEY)
@@ -171,10 +179,11 @@ def idempotency_key_of(http: Request) -> str | None:
 async def retry_of(
     http: Request, model: str, request: ImageRequest, seed: int | None
 ) -> Retry | None:
-    """By what it is known, if its client named it. `seed`: that the client sent.
+    """Return the name by which a repeat of this request is recognised, or None if it has none.
 
-    Whoever numbers requests for the logs may number several alike: such a number counts for the
-    very same request only, and until it is answered.
+    `seed` is the one that the client sent. An idempotency key counts for good. An `x-request-id`
+    counts only until the request is answered, and together with all that it asks: clients that
+    number requests for their logs may use one number for several requests.
     """
     key = idempotency_key_of(http)
     number = http.headers.get(HEADER)
@@ -182,7 +191,7 @@ async def retry_of(
         number = None
     if key is None and number is None:
         return None
-    # Of large images it takes a while.
+    # Hashing large images takes a while.
     fingerprint = await asyncio.to_thread(fingerprint_of, model, request, seed)
     if key is not None:
         return Retry(digest_of(name_of(http), IDEMPOTENCY_KEY, key), fingerprint)
@@ -191,7 +200,10 @@ async def retry_of(
 
 
 def fingerprint_of(model: str, request: ImageRequest, seed: int | None) -> str:
-    """The same for all that asks for the same images: a form and JSON, with any boundary."""
+    """Return a digest that is equal for requests for the same images.
+
+    Whether they came as a form or as JSON makes no difference, nor does the form's boundary.
+    """
     references = [each.digest.hex() for each in request.references]
     mask = digest_of(request.mask) if request.mask is not None else None
     words = replace(request, request_id="", seed=0, references=(), mask=None)
@@ -199,14 +211,17 @@ def fingerprint_of(model: str, request: ImageRequest, seed: int | None) -> str:
 
 
 def seed_of(retry: Retry) -> int:
-    """Where none is sent: whatever is lost, the images are equal when they are drawn again."""
+    """Return a seed that depends on the retry's name only.
+
+    If everything else is lost, a repeat without a seed still gets the same images.
+    """
     return int(sha256(retry.run.encode()).hexdigest(), 16) % NUM_SEEDS
 
 
 def digest_of(*parts: object) -> str:
-    """Of their representations, which tell where each ends."""
+    """Return the SHA-256 of the parts' representations, which show where each part ends."""
     digest = sha256()
     for part in parts:
-        # A mask has megabytes.
+        # The representation of a mask would be megabytes of escapes.
         digest.update(part.marks if isinstance(part, Mask) else repr(part).encode())
     return digest.hexdigest()

@@ -1,12 +1,9 @@
-"""Every failure in the words of the route's dialect; nothing of our insides is shown.
+"""Answer every failure in the shape of the route's dialect, and show nothing of our internals.
 
-Errors as BFL answers them: FastAPI's shapes, with a `message` that its own client reads.
-
-Which dialect a path is of: its errors have that dialect's shape.
-
-What is left of a limit, in the headers that clients know.
-
-What to say to who asks for a route that is not there: most often its base URL is wrong.
+The dialect is known from the path: OpenAI, BFL (FastAPI's shapes, with the `message` that BFL's own
+client reads) or Hugging Face. `add_error_handlers` registers the handlers. Here are also the
+headers that tell clients whether to retry and what is left of a limit, and the answer for paths
+that do not exist, most often because the client's base URL is wrong.
 """
 
 import logging
@@ -39,7 +36,7 @@ NOT_AUTHENTICATED = "Not authenticated"
 
 
 class FieldFailure(BaseModel):
-    """What is wrong with a field; `loc` is where it is."""
+    """An error in one field; `loc` says where the field is."""
 
     loc: list[str]
     msg: str
@@ -47,14 +44,14 @@ class FieldFailure(BaseModel):
 
 
 class BflFailure(BaseModel):
-    """The body of every answer that is no success: of wrong fields, `detail` is a list."""
+    """BFL's error body; `detail` is a list if a field is wrong, else a text."""
 
     detail: str | list[FieldFailure]
     message: str
 
 
 def bfl_status(error: FluxError) -> int:
-    """Of BFL's own: a wrong field is 422, no key 403, and no credits 402."""
+    """Return BFL's status: 422 for a wrong field, 403 for no key, 402 for no credits."""
     if isinstance(error, InvalidKey):
         return 403
     if isinstance(error, QuotaSpent):
@@ -63,7 +60,7 @@ def bfl_status(error: FluxError) -> int:
 
 
 def bfl_failure(error: FluxError, place: str) -> BflFailure:
-    """`place` is where its fields are: `body` or `query`."""
+    """Return BFL's error body; `place` is where its fields are sent, `body` or `query`."""
     if isinstance(error, InvalidKey):
         return BflFailure(detail=NOT_AUTHENTICATED, message=error.shown)
     if bfl_status(error) != 422 or error.field is None:
@@ -73,12 +70,13 @@ def bfl_failure(error: FluxError, place: str) -> BflFailure:
 
 
 Dialect = Literal["openai", "bfl", "hugging_face"]
-# Hugging Face's raw endpoint.
+# The path prefix of Hugging Face's raw endpoint.
 HUB = "/models/"
-# ComfyUI's nodes send to BFL through their maker's server: `/proxy/bfl/<model>/generate`.
+# ComfyUI's nodes reach BFL through their maker's server: `/proxy/bfl/<model>/generate`.
 COMFY = "/proxy/bfl/"
 GENERATE = "/generate"
-# OpenAI's other routes of one word: who asks for them wants to read that in its words.
+# OpenAI's other routes of one word. They are not served, but they look like BFL's `/v1/<model>`:
+# without this list their callers would get an error in BFL's shape.
 OPENAIS = {
     "assistants",
     "batches",
@@ -99,36 +97,33 @@ OPENAIS = {
 }
 
 
-# BFL's own, where no model is named.
+# BFL's routes that name no model.
 BFLS = {"get_result", "cancel", "jobs", "credits", "my_finetunes"}
 
 
 def path_of(scope: Scope) -> str:
-    """As the routes know it: without what Serve's route prefix adds."""
+    """Return the request's path as the routes know it, without Serve's route prefix."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
 def dialect_of(request: Request, path: str | None = None) -> Dialect:
-    """OpenAI's where it is no other's; `app.state.bfl_paths` are BFL's.
-
-    `path`: instead of the request's own.
-    """
+    """Return the dialect of `path`, by default the request's own; OpenAI's if it is no other's."""
     path = path_of(request.scope) if path is None else path
     if path.startswith(HUB):
         return "hugging_face"
     bfl_paths = request.app.state.bfl_paths
-    # A model that is not served: its client has to read why.
+    # Also for a model that is not served: BFL's client can only read errors of its own shape.
     return "bfl" if path in bfl_paths or (bfl_paths and model_in(request)) else "openai"
 
 
 def model_in(request: Request) -> str | None:
-    """The model of which a path of BFL's is, whether or not it is served; None of other paths."""
+    """Return the model that a BFL path names, served or not; None for any other path."""
     return model_at(request.method, path_of(request.scope))
 
 
 def dialect_at(method: str, path: str) -> Dialect:
-    """Of a path where it is not known which models are served, and whether there are jobs."""
+    """Return the dialect of a path. For the proxies, which do not know what models are served."""
     if path.startswith(HUB):
         return "hugging_face"
     is_bfls = path.removeprefix("/v1/") in BFLS or model_at(method, path) is not None
@@ -136,7 +131,7 @@ def dialect_at(method: str, path: str) -> Dialect:
 
 
 def model_at(method: str, path: str) -> str | None:
-    """As model_in."""
+    """Return the model that a BFL path names, served or not; None for any other path."""
     if method != "POST":
         return None
     if path.startswith(COMFY) and path.endswith(GENERATE):
@@ -146,7 +141,7 @@ def model_at(method: str, path: str) -> str | None:
 
 
 def limit_headers(limit: float, left: float, reset_s: float) -> dict[str, str]:
-    """`reset_s` in whole seconds: never too early."""
+    """Return the rate limit headers; `reset_s` is rounded up, so that nobody is too early."""
     return {
         "x-ratelimit-limit": f"{limit:.6g}",
         "x-ratelimit-remaining": f"{left:.6g}",
@@ -155,14 +150,14 @@ def limit_headers(limit: float, left: float, reset_s: float) -> dict[str, str]:
 
 
 VERSION = "v1"
-# Below these, the rest of a path is a model's name.
+# Below these prefixes, the rest of the path is a model's name.
 OF_MODELS = (("POST", HUB), ("GET", "/v1/models/"))
 MAX_PATH_CHARS = 200
 WHERE_TO_LOOK = f"GET /{VERSION}/models lists the models, GET /openapi.json all routes"
 
 
 class Missed(NamedTuple):
-    """A path that is no route: the route that was meant, if any, and the answer."""
+    """A path that is no route: the route that was probably meant, and what to answer."""
 
     meant: str | None
     dialect: Dialect
@@ -170,7 +165,7 @@ class Missed(NamedTuple):
 
     @classmethod
     def of(cls, request: Request) -> "Missed":
-        """Say what was asked for, and with which base URL it would be there."""
+        """Find what the client probably meant, and word the answer, with the base URL to use."""
         path, method = path_of(request.scope), request.method[:20]
         meant = meant_by(method, path, request.app.state.paths)
         message = f"there is no {method} {path[:MAX_PATH_CHARS]} here"
@@ -181,7 +176,7 @@ class Missed(NamedTuple):
 
 
 def base_url_of(request: Request) -> str:
-    """Return the base URL as it is configured: it is never made of what a client sends."""
+    """Return the configured base URL. It is never built from what the client sends."""
     public_url: str | None = request.app.state.public_url
     if public_url is None:
         return f"this server's address followed by /{VERSION}"
@@ -190,9 +185,10 @@ def base_url_of(request: Request) -> str:
 
 
 def meant_by(method: str, path: str, known: frozenset[tuple[str, str]]) -> str | None:
-    """Return the longest route in which this path ends, whatever stands before it.
+    """Return the longest known route that this path ends with, or None.
 
-    `known`: methods and paths of the routes without parameters.
+    `known` has (method, path) of the routes without path parameters. Clients with a wrong base URL
+    put a prefix in front, or leave out or repeat `/v1`.
     """
     parts = [part for part in path.split("/") if part]
     for start in range(min(len(parts), 20)):
@@ -210,13 +206,13 @@ def meant_by(method: str, path: str, known: frozenset[tuple[str, str]]) -> str |
 logger = logging.getLogger("ray.serve")
 
 CLIENT_CLOSED_REQUEST = 499
-# Of BFL's routes.
+# Fields that BFL's routes read from the query.
 QUERY_FIELDS = ("id", "limit", "before", "status")
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class Failure(BaseModel):
-    """What went wrong; `param` names the field where a field is wrong."""
+    """What went wrong; `param` names the field, if one is to blame."""
 
     message: str
     type: str
@@ -225,26 +221,26 @@ class Failure(BaseModel):
 
 
 class Envelope(BaseModel):
-    """OpenAI's body of every answer that is no success."""
+    """An error body as OpenAI sends it."""
 
     error: Failure
 
 
 class ErrorEvent(Envelope):
-    """An error after the headers, which were those of a success."""
+    """An error in a stream of events, sent after the headers of a success."""
 
     retry_after_s: int | None = None
 
 
 class HubFailure(BaseModel):
-    """Hugging Face's."""
+    """An error body as Hugging Face sends it."""
 
     error: str
     error_type: str
 
 
 def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
-    """After the last one answered, Starlette raises the exception again, for the logs."""
+    """Register the handlers. Starlette raises unknown errors again once answered, for the log."""
 
     async def answer_unknown(request: Request, error: Exception) -> JSONResponse:
         request_id: str = request.state.request_id
@@ -264,9 +260,9 @@ def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
 
 
 async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer an error of our tree, and log it unless it is the caller's or a probe's.
+    """Answer a FluxError, and log it unless it is the caller's fault or answers a probe.
 
-    Of probes only a change is worth a line, which `Health` writes.
+    Probes come every second; `Health` logs only when their answer changes.
     """
     assert isinstance(error, FluxError)
     if not isinstance(error, BadRequest) and path_of(request.scope) not in PROBES:
@@ -275,7 +271,7 @@ async def answer_flux_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Starlette's own: no such route, wrong method, a body that is no multipart."""
+    """Answer Starlette's own errors: unknown routes, wrong methods, unreadable forms."""
     assert isinstance(error, HTTPException)
     dialect, message = dialect_of(request), error.detail
     if error.status_code in CODES:
@@ -297,24 +293,24 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
 
 
 async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's own check of paths and queries."""
+    """Answer FastAPI's own validation of paths and queries."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return answer_for(request, BadRequest(first["msg"], str(first["loc"][-1])))
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
-    """The client left in the middle of its upload: no fault of ours, and nobody reads this."""
+    """End a request whose client left while it sent the body: nobody reads this answer."""
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def answer_for(request: Request, error: FluxError) -> JSONResponse:
-    """The body of an error in the words of the route's dialect, whether to come back, and when."""
+    """Return the answer to an error in the dialect of the request's path."""
     return answer_in(dialect_of(request), error)
 
 
 def answer_in(dialect: Dialect, error: FluxError) -> JSONResponse:
-    """The same, wherever the dialect is known from."""
+    """Return the answer to an error in `dialect`, with the headers that say whether to retry."""
     place = "query" if error.field in QUERY_FIELDS else "body"
     body = body_of(dialect, failure_of(error), bfl_failure(error, place))
     status = bfl_status(error) if dialect == "bfl" else error.status
@@ -322,15 +318,15 @@ def answer_in(dialect: Dialect, error: FluxError) -> JSONResponse:
 
 
 def body_of(dialect: Dialect, failure: Failure, as_bfl: BflFailure) -> BaseModel:
-    """A failure in the dialect's shape."""
+    """Return the failure in the dialect's shape."""
     if dialect == "hugging_face":
         return HubFailure(error=failure.message, error_type=failure.code)
     return as_bfl if dialect == "bfl" else Envelope(error=failure)
 
 
 def headers_for(error: FluxError) -> dict[str, str]:
-    """Whether to come back and when, what there is of a limit, and how to say who one is."""
-    # Until tomorrow clients would try in vain.
+    """Return an error's headers: whether and when to retry, limits, how to authenticate."""
+    # Retries would fail until tomorrow; clients would use up their attempts for nothing.
     may_retry = error.retry_after_s is not None and not isinstance(error, QuotaSpent)
     headers = {"x-should-retry": "true" if may_retry else "false"}
     if error.retry_after_s is not None:
@@ -345,7 +341,7 @@ def headers_for(error: FluxError) -> dict[str, str]:
 
 
 def failure_of(error: FluxError) -> Failure:
-    """What the caller reads of it."""
-    # The router knows of no headers.
+    """Return what the caller reads of an error."""
+    # The router does not know that the deadline came in a header.
     field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
     return Failure(message=error.shown, type=error.type, param=field, code=error.code)

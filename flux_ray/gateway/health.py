@@ -1,4 +1,4 @@
-"""Whether this gateway is alive, and whether a tier behind it can serve."""
+"""Answer probes: `/health` says that this gateway runs, `/readyz` that a tier can serve."""
 
 import logging
 
@@ -14,14 +14,14 @@ logger = logging.getLogger("ray.serve")
 
 
 class Health:
-    """`/health` for process monitors, `/readyz` for load balancers."""
+    """The two probe routes: `/health` for process monitors, `/readyz` for load balancers."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
         self._was_ready: bool | None = None
 
     def routes(self) -> APIRouter:
-        """Both answer GET, and HEAD, which some probes send; OpenAPI describes GET."""
+        """Return both routes for GET and HEAD, which some probes send; OpenAPI shows only GET."""
         routes = APIRouter(tags=["health"])
         routes.add_api_route(HEALTH, self.health)
         routes.add_api_route(READY, self.readyz, responses={503: {"model": Envelope}})
@@ -30,11 +30,14 @@ class Health:
         return routes
 
     async def health(self) -> dict[str, str]:
-        """This process answers."""
+        """Say that this process answers."""
         return {"status": "ok"}
 
     async def readyz(self) -> dict[str, tuple[str, ...]]:
-        """Return the tiers that can serve now; 503 without any, or without a ledger for turns."""
+        """Return the tiers that can serve now.
+
+        Answers 503 if no tier can, or if this gateway cannot reach the ledger.
+        """
         try:
             tiers = await self._ready_tiers()
         except FluxError as error:
@@ -52,7 +55,7 @@ class Health:
         return tiers
 
     def _note(self, reason: str | None) -> None:
-        """Log a change of readiness once: probes come every second or so."""
+        """Log a change of readiness once: probes come about every second."""
         news = readiness_news(self._was_ready, reason)
         self._was_ready = reason is None
         if news is not None:

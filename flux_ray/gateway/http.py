@@ -1,16 +1,12 @@
-"""Bodies that were packed on their way: gzip and deflate are unpacked, a piece at a time.
+"""Handle HTTP below the dialects: body limits, packed bodies, request ids, event streams.
 
-No more of a request's body is read than the gateway allows.
+`BodyLimit` reads no more of a body than the gateway allows and has memory for. `Unpacking` inflates
+gzip and deflate bodies piece by piece, before `BodyLimit` counts them. `RequestId` gives every
+request an id: the client's own, else a new one. Serve's proxy would make one in a form that cannot
+be told from a client's, so our part of the proxy (proxy_middleware.py) sets it first.
 
-Server-sent events that begin at once and are never silent for long.
-
-Proxies and load balancers cut a connection on which nothing has come for a minute, and a tier that
-starts from no replica takes longer than that.
-
-Every HTTP request has an id: the client's own, else a new one; answers bear it.
-
-Serve's proxy makes one where the client sends none, and nobody can tell then whose it is: so our
-part of the proxy (proxy_answers.py) makes it before, in a form of its own.
+Server-sent events begin at once and never pause for long: proxies and load balancers cut a
+connection that is silent for a minute, and a tier that starts from no replica takes longer.
 """
 
 import asyncio
@@ -28,20 +24,20 @@ from flux_ray.config.gateway import Limits
 from flux_ray.errors import BadRequest, BodyTooLarge, WrongEncoding
 from flux_ray.gateway.memory_budget import MEMORY, Share
 
-# Python refuses to read numbers of thousands of digits.
+# Python refuses to parse numbers of thousands of digits.
 MAX_DIGITS = 18
-# JSON is in memory as it came, and as the texts that were read from it. Files of a form are on the
-# disk, but for a megabyte each, and then in memory one by one.
+# How often a body is in memory: JSON as it came and as the texts that were parsed from it. Form
+# files are on disk beyond a megabyte each, and are read into memory one by one.
 JSON_COPIES, FORM_COPIES = 2, 1
-# Of a request's state: what its body holds of the budget.
+# The attribute of a request's state with the body's share of the memory budget.
 SHARE = "body_share"
 
 
 class BodyLimit:
-    """Middleware: reading too large a body raises, before it is read where its length is told.
+    """Middleware that raises BodyTooLarge or Overloaded while a body is read.
 
-    So does one for which the gateway has no room. What was read is in the budget until the answer
-    is out, or until the route says that it is through with it.
+    If the client states the length, it is judged before the first byte is read. What was read
+    counts in the memory budget until the answer is sent, or until the route calls `forget_body`.
     """
 
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
@@ -60,12 +56,14 @@ class BodyLimit:
             share.release()
 
     def limited(self, headers: Headers, share: Share, receive: Receive) -> Receive:
-        """The same messages, within the limits."""
+        """Return a `receive` that passes messages on while they are within the limits."""
         told, copies = told_bytes(headers, self.limits.max_body_bytes), copies_of(headers)
         num_bytes = 0
 
         async def receive_limited() -> Message:
             nonlocal num_bytes
+            # Here rather than before the route runs: errors raised from its reading reach the error
+            # handlers.
             self.check(told)
             message = await receive()
             num_arrived = len(message.get("body", b""))
@@ -79,13 +77,16 @@ class BodyLimit:
         return receive_limited
 
     def check(self, num_bytes: int) -> None:
-        """Raised from the route's own reading, so that it is answered as every error is."""
+        """Raise BodyTooLarge if a body of so many bytes is not read."""
         if num_bytes > self.limits.max_body_bytes:
             raise BodyTooLarge(f"the body is larger than {self.limits.max_body_bytes} bytes")
 
 
 def told_bytes(headers: Headers, max_bytes: int) -> int:
-    """The length that the client says; more than `max_bytes` where it is not worth reading."""
+    """Return the content length that the client states, 0 if none.
+
+    Return `max_bytes` + 1 if the number is so long that it is not worth parsing.
+    """
     told = headers.get("content-length", "")
     if not told.isdecimal():
         return 0
@@ -93,37 +94,38 @@ def told_bytes(headers: Headers, max_bytes: int) -> int:
 
 
 def copies_of(headers: Headers) -> int:
-    """How many times a body of that type is in memory."""
+    """Return how many times a body of this content type is in memory."""
     is_form = headers.get("content-type", "").lower().startswith("multipart/")
     return FORM_COPIES if is_form else JSON_COPIES
 
 
 def forget_body(request: Request) -> None:
-    """Give back what the body holds of the budget: nothing of it is in memory any more."""
+    """Take the body out of the memory budget; call this once nothing of it is in memory."""
     share: Share = getattr(request.state, SHARE)
     share.release()
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body, which the request does not keep for as long as it is answered."""
+    """Return the whole body. Unlike `request.body()`, do not keep it until the answer is sent."""
     return b"".join([chunk async for chunk in request.stream()])
 
 
 MEDIA_TYPE = "text/event-stream"
 HEADERS = {
-    # Nobody on the way is to keep the events, to pack them, or to collect them first.
+    # Proxies must not cache, pack or buffer the events.
     "cache-control": "no-store, no-transform",
     "x-accel-buffering": "no",
 }
-# What is refused sooner is answered with the status of its error.
+# Errors before this are answered with their own HTTP status; later the stream has begun with a 200.
 HOLD_S = 0.3
 HEARTBEAT_S = 5.0
 
 
 def event_text(name: str, data: BaseModel) -> str:
-    """Return an event as it goes over the wire.
+    """Return a server-sent event as it goes over the wire.
 
-    In ASCII: clients cut lines by their language's rules, which know more signs than the standard.
+    The data are ASCII: some clients split lines at characters that the standard does not treat as
+    line ends, such as U+2028.
     """
     written = data.model_dump_json(exclude_none=True, ensure_ascii=True)
     return f"event: {name}\ndata: {written}\n\n"
@@ -137,9 +139,9 @@ def comment_text(words: str) -> str:
 async def kept_alive(
     texts: AsyncGenerator[str, None], words: Callable[[], str]
 ) -> AsyncGenerator[str, None]:
-    """Yield `texts`, and a comment of `words()` whenever none has come for a heartbeat.
+    """Yield `texts`, and a comment of `words()` whenever nothing came for HEARTBEAT_S.
 
-    The first comment comes after HOLD_S. Close it, and `texts` is closed.
+    The first comment comes after HOLD_S. Closing this generator closes `texts`.
     """
     patience_s = HOLD_S
     coming: asyncio.Future[str] | None = None
@@ -166,12 +168,16 @@ async def kept_alive(
 
 HEADER = "x-request-id"
 _USABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-# As long as a UUID, and none.
+# As long as a UUID, but not a valid one: clients that send UUIDs cannot send one of ours.
 _OURS = re.compile(r"flux[0-9a-f]{28}")
 
 
 class RequestId:
-    """Middleware: the id is in `request.state.request_id` and in the answer's header."""
+    """Middleware that sets `request.state.request_id` and the answer's `x-request-id`.
+
+    `proxy_sends_id`: the proxy in front sets the header, so that a second one here would be too
+    many.
+    """
 
     def __init__(self, app: ASGIApp, *, proxy_sends_id: bool) -> None:
         self.app = app
@@ -193,34 +199,37 @@ class RequestId:
 
 
 def request_id_for(headers: Headers) -> str:
-    """The client's id if it is short and plain, for it goes into logs."""
+    """Return the client's id if it is short and safe to log, else a new one."""
     sent = headers.get(HEADER, "")
     return sent if _USABLE.fullmatch(sent) else new_request_id()
 
 
 def new_request_id() -> str:
-    """For a client that sends none."""
+    """Return an id for a request whose client sent none."""
     return f"flux{uuid.uuid4().hex[4:]}"
 
 
 def is_ours(request_id: str) -> bool:
-    """Whether its client sent none."""
+    """Return whether the id was made here, because the client sent none."""
     return _OURS.fullmatch(request_id) is not None
 
 
-# What an answer of 415 says that could be read (RFC 7694).
+# The encodings that can be read, as an answer of 415 names them (RFC 7694).
 READABLE = "gzip, deflate, identity"
 GZIP = ("gzip", "x-gzip")
-# zlib's window bits: of gzip, of deflate as HTTP has it, and as some clients send it.
+# zlib's window bits for gzip, for deflate as HTTP defines it, and for raw deflate, which some
+# clients send instead.
 GZIP_BITS, DEFLATE_BITS, RAW_BITS = 31, 15, -15
-# Whoever counts the bytes may stop after each: a thousandth as many may have been sent.
+# The largest unpacked piece. The body can be refused after each, before a few kB of zeros have
+# become gigabytes.
 PIECE_BYTES = 2**20
-# One is usual, and packers that work in parts make some; an empty one is 20 bytes, and work as any.
+# One gzip stream is usual; packers that work in parallel write several. An empty one takes 20 bytes
+# and as much work as any other.
 MAX_STREAMS = 100
 
 
 class Unpacking:
-    """Middleware: whoever reads and counts a body's bytes inside of this sees them unpacked."""
+    """Middleware that unpacks gzip and deflate bodies for everything inside of it."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
         self.app = app
@@ -236,18 +245,18 @@ class Unpacking:
 
 
 def encodings_of(headers: Headers) -> list[str]:
-    """Return how the body was packed, in the order in which that was done."""
+    """Return the content encodings in the order in which they were applied."""
     names = ",".join(headers.getlist("content-encoding")).lower().split(",")
     return [name.strip() for name in names if name.strip() not in ("", "identity")]
 
 
 def is_of_content(header: tuple[bytes, bytes]) -> bool:
-    """Whether a header is true of the unpacked body, too."""
+    """Return whether a header still holds for the unpacked body."""
     return header[0].lower() not in (b"content-encoding", b"content-length")
 
 
 class PackedBody:
-    """Unpacks one body. Errors are raised to whoever reads it, and answered as every error is."""
+    """One packed body. Errors are raised to the route that reads it, which answers them."""
 
     def __init__(self, receive: Receive, encodings: list[str], max_bytes: int) -> None:
         self._receive = receive
@@ -255,14 +264,14 @@ class PackedBody:
         self._max_bytes = max_bytes
         self._num_packed = self._num_streams = 0
         self._waiting = b""
-        # Within a packed stream; None before it and between two.
+        # None before the first packed stream and between two.
         self._inflater: zlib._Decompress | None = None
         self._may_have_more = False
         self._is_last = False
         self._is_over = False
 
     async def receive(self) -> Message:
-        """Return the next unpacked piece, or what the server has to say after the body."""
+        """Return the next unpacked piece, or after the body whatever the server sends."""
         if self._is_over:
             return await self._receive()
         self._check_encodings()
@@ -302,7 +311,7 @@ class PackedBody:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     def _unpack(self) -> bytes:
-        """Unpack what waits, as far as one piece."""
+        """Unpack the next piece of what has arrived."""
         try:
             if self._inflater is None:
                 return self._begin()
@@ -311,7 +320,7 @@ class PackedBody:
             raise BadRequest(f"the body is no {self._encodings[0]}") from None
 
     def _begin(self) -> bytes:
-        """Unpack the first piece of a stream; of gzip, one may follow another."""
+        """Unpack the first piece of a stream; a gzip body may have several."""
         self._num_streams += 1
         if self._num_streams > MAX_STREAMS:
             raise BadRequest(f"the body has more than {MAX_STREAMS} gzip streams")

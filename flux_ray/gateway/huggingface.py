@@ -1,4 +1,7 @@
-"""Hugging Face's raw endpoint, `POST /models/{model}`: words or an image in, one image out."""
+"""Serve Hugging Face's raw endpoint, `POST /models/{model}`: a prompt or an image in, an image out.
+
+Its fields become those of OpenAI's routes, so that the same checks hold for both.
+"""
 
 from typing import Any
 
@@ -43,18 +46,18 @@ FORMATS: dict[str, ImageFormat] = {
     "image/webp": "webp",
 }
 ANY_FORMAT = ("image/*", "*/*")
-# Clients that send JSON without saying so: curl, and older examples of Hugging Face's.
+# Content types that carry JSON: curl and older examples of Hugging Face's do not declare it.
 AS_JSON = ("", "application/json", "application/x-www-form-urlencoded", "text/plain")
-# OpenAI's, of which this route has but one way.
+# Fields of OpenAI's routes that this route refuses: it has only one way to do each.
 NOT_HERE = {"model", "response_format", "stream"}
-# Of the old API: how to wait, which is not for the client to say here.
+# The old API's field for how to wait; ignored, since clients cannot choose that here.
 OPTIONS = "options"
-# Proxies and clients take no more.
+# Proxies and clients refuse longer headers.
 MAX_HEADER_CHARS = 4096
 
 
 class TargetSize(BaseModel):
-    """Of the image, as image_to_image sends it."""
+    """The size of the image, as `InferenceClient.image_to_image` sends it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +66,10 @@ class TargetSize(BaseModel):
 
 
 class Parameters(BaseModel):
-    """The client's, by OpenAI's names where it has them; a prompt where `inputs` is an image."""
+    """The client's parameters, under OpenAI's names where it has them.
+
+    `prompt` is sent only if `inputs` is an image to edit.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,7 +78,7 @@ class Parameters(BaseModel):
 
 
 class Inputs(BaseModel):
-    """The body: a prompt, or an image (base64, or its URL) with the prompt as a parameter."""
+    """The body: a prompt, or an image (base64 or a URL) with the prompt among the parameters."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,12 +87,12 @@ class Inputs(BaseModel):
 
     @property
     def wish(self) -> Parameters:
-        """All of them, sent or not."""
+        """Return the parameters, empty if none were sent."""
         return self.parameters or Parameters()
 
 
 class HuggingFace:
-    """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` speaks to it."""
+    """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` talks to it."""
 
     def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
         self.orders = Submitter(router, args)
@@ -94,7 +100,7 @@ class HuggingFace:
         self.fetcher = fetcher
 
     def routes(self) -> APIRouter:
-        """The body is read here, within limits and with our own errors."""
+        """Return the route. It reads the body itself, within the limits and with our own errors."""
         images = {name: {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
         routes = APIRouter(tags=["hugging face"])
         body = {"required": True, "content": {"application/json": {"schema": body_schema()}}}
@@ -109,7 +115,7 @@ class HuggingFace:
         return routes
 
     async def generate(self, request: Request, model: str) -> Response:
-        """One image as its bytes; what was not heeded is in `x-flux-warnings`."""
+        """Return one image as a file; fields that had no effect are named in `x-flux-warnings`."""
         fields, order = await self.read(request, model)
         result = await self.orders.generate(order)
         generated = order.request_of(result)
@@ -117,14 +123,14 @@ class HuggingFace:
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(generated.seed)}
         headers |= self.orders.limit_headers(order)
         if warnings:
-            # Names that a client made up are among them; a header is ASCII.
+            # Field names that the client made up may be among them, and a header must be ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
             headers["x-flux-warnings"] = text[:MAX_HEADER_CHARS]
         media_type = f"image/{generated.encoding.format}"
         return Response(result.images[0].data, media_type=media_type, headers=headers)
 
     async def read(self, request: Request, model: str) -> tuple[ImageFields, PreparedRequest]:
-        """What the body asks for, and its order; the body itself is not kept."""
+        """Return the fields of the body and the prepared request; the body itself is not kept."""
         check_content_type(request)
         target = self.orders.target_of(request, model)
         sent, names = parse_inputs(await read_body(request))
@@ -140,7 +146,7 @@ class HuggingFace:
         return fields, await self.orders.named(request, order, fields.seed)
 
     async def images_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
-        """The image to edit, if there is one."""
+        """Return the image to edit, decoded, if there is one."""
         if sent.wish.prompt is None:
             return RequestImages()
         if not target.max_references:
@@ -150,7 +156,7 @@ class HuggingFace:
 
 
 def body_schema() -> dict[str, Any]:
-    """What OpenAPI says of the body, in one piece."""
+    """Return the body's JSON schema for OpenAPI, without references."""
     schema = Inputs.model_json_schema()
     parts = schema.pop("$defs")
     parameters = parts["Parameters"]
@@ -164,7 +170,7 @@ def body_schema() -> dict[str, Any]:
 
 
 def check_content_type(request: Request) -> None:
-    """Raises for bodies that can be no JSON: some clients send an image as it is."""
+    """Raise WrongContentType if the body cannot be JSON: some clients send an image as it is."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in AS_JSON and not sent.endswith("+json"):
         raise WrongContentType(
@@ -174,12 +180,12 @@ def check_content_type(request: Request) -> None:
 
 
 def parse_inputs(body: bytes) -> tuple[Inputs, dict[str, str]]:
-    """The checked body, and what the caller calls the parameters that have another name here."""
+    """Return the checked body, and the caller's own names of translated parameters."""
     parts = {name: each for name, each in parse_object(body).items() if each is not None}
     parameters = parts.pop("parameters", None)
     names: dict[str, str] = {}
     if isinstance(parameters, dict | None):
-        # Some clients send parameters beside the inputs.
+        # Some clients put parameters beside `inputs` instead of into `parameters`.
         beside = {name: each for name, each in parts.items() if name not in ("inputs", OPTIONS)}
         parts = {name: each for name, each in parts.items() if name not in beside}
         parameters, names = joined(parameters or {}, beside)
@@ -207,7 +213,7 @@ def joined(
 
 
 def check_images(sent: Inputs) -> None:
-    """Raises for images that stand where none is read."""
+    """Raise for images in fields where none is read, and for an image without a prompt."""
     for name, each in (sent.wish.model_extra or {}).items():
         if each == {} or (isinstance(each, list) and not any(each)):
             continue
@@ -221,7 +227,7 @@ def check_images(sent: Inputs) -> None:
 
 
 def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -> ImageFields:
-    """The same wish in the words of OpenAI's routes, whose checks then hold here too."""
+    """Return the same wish in the fields of OpenAI's routes, whose checks then apply here, too."""
     extra: dict[str, Any] = {
         name: each
         for name, each in (sent.wish.model_extra or {}).items()
@@ -232,7 +238,7 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
     if sent.wish.target_size is not None:
         extra |= sent.wish.target_size.model_dump()
     if sent.wish.prompt is None:
-        # Each side may be sent alone: that is a square, where there is no image to be like.
+        # A side that is sent alone means a square, as there is no image whose shape could be kept.
         sides = [extra[name] for name in ("width", "height") if extra.get(name) is not None]
         extra |= dict.fromkeys(("width", "height"), sides[0]) if len(sides) == 1 else {}
     prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt
@@ -242,14 +248,14 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
 
 
 def format_of(request: Request) -> ImageFormat:
-    """What the client accepts most, in its order; PNG where that is nothing in particular."""
+    """Return the image format that the client's `Accept` prefers; PNG if it prefers none."""
     weights: dict[str, float] = {}
     for part in request.headers.get("accept", "").lower().split(","):
         name, _, options = part.partition(";")
         weights.setdefault(name.strip().replace("image/jpg", "image/jpeg"), weight_of(options))
     rest = next((weights[name] for name in ANY_FORMAT if name in weights), 0.0)
     named = [name for name in weights if name in FORMATS]
-    # What is not named comes after what is, where both are liked alike.
+    # Formats that are named come first, so that max() prefers them to `*/*` of equal weight.
     liked = [*((weights[name], name) for name in named)]
     liked += [(rest, name) for name in FORMATS if name not in weights]
     weight, best = max(liked, key=lambda each: each[0])
@@ -257,7 +263,7 @@ def format_of(request: Request) -> ImageFormat:
 
 
 def weight_of(options: str) -> float:
-    """Of `q=0.5`, one half; 1 where nothing is said, or nothing that can be read."""
+    """Return the weight in `q=0.5`, clamped to 0..1; 1 if there is none to be read."""
     for option in options.split(";"):
         name, _, value = option.partition("=")
         if name.strip() == "q":

@@ -1,9 +1,9 @@
-"""How many requests are taken in at once, and that their bodies come in time.
+"""Limit how many requests are taken in, and make their bodies come in time.
 
-Serve hands a gateway so many requests and lets all others wait, probes too: whoever could hold
-these places by sending slowly would hold them against everybody.
-
-Places for bodies that are being read: so many in all, and so many of one caller.
+Serve hands a gateway a limited number of requests and lets all others wait, probes included.
+Without these limits, whoever sends slowly could hold all of these places. `Intake` is the
+middleware; `BodyPlaces` counts the bodies that are being read, in all and per caller;
+`ArrivingBody` times one of them.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ AGAIN_S = 1
 
 
 class CallersBodies:
-    """The bodies of one caller: those that are being read, and those that wait for that."""
+    """One caller's bodies: those that are being read, and those that wait for it."""
 
     def __init__(self, max_at_once: int) -> None:
         self.num_in = 0
@@ -34,9 +34,9 @@ class CallersBodies:
 
 
 class BodyPlaces:
-    """Has `num_places`, of which one caller may take half: a burst of small bodies is soon read.
+    """The places for bodies that are being read, of which one caller may hold or await half.
 
-    Called from the event loop.
+    Half is enough: a burst of small bodies is read quickly. Called from the event loop only.
     """
 
     def __init__(self, num_places: int, wait_s: float) -> None:
@@ -47,9 +47,10 @@ class BodyPlaces:
 
     @asynccontextmanager
     async def place(self, caller: str, max_at_once: int) -> AsyncIterator[None]:
-        """Hold a place within: as soon as fewer than `max_at_once` of the caller's are being read.
+        """Hold a place; wait while `max_at_once` bodies of the caller are being read.
 
-        RateLimited where these are too many for too long, GatewayFull where there is no place.
+        Raise RateLimited if that takes longer than `wait_s` or too many of the caller's wait, and
+        GatewayFull if all places are taken.
         """
         bodies = self._enter(caller, max_at_once)
         try:
@@ -84,7 +85,7 @@ class BodyPlaces:
 
 
 def too_many(max_at_once: int) -> RateLimited:
-    """Whose bodies they are need not be said: a key's, or an address's."""
+    """Return the error for too many bodies of one key or address; its text fits both."""
     return RateLimited(
         f"{max_at_once} bodies of yours are being read, which is as many as may be at once:"
         " come back in a moment",
@@ -96,16 +97,21 @@ def too_many(max_at_once: int) -> RateLimited:
 
 
 FULL = "this gateway has as many requests in hand as it may: come back in a moment"
-# Without a word about a body, these have none.
+# Requests of these methods have no body unless a header says so.
 BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
-# In a scope, where a proxy had all of the body before it passed the request on (begun_bodies.py).
+# The key in a scope under which a proxy puts a body that it has read completely (`BegunBodies` in
+# proxy_middleware.py).
 BODY = "flux_ray.body"
-# Who has one IPv6 address has as many as he likes of its network.
+# Whoever has one IPv6 address usually has its whole /64 network, and could use a new address for
+# each body.
 IPV6_PREFIX = 64
 
 
 class Intake:
-    """Middleware: refuses who finds no place, before its body is read; probes always find one."""
+    """Middleware that refuses a request without a free place before its body is read.
+
+    Probes always pass: a busy gateway is still alive.
+    """
 
     def __init__(self, app: ASGIApp, *, args: GatewayArgs) -> None:
         self.app = app
@@ -131,21 +137,21 @@ class Intake:
             self._num_requests -= 1
 
     def timed(self, scope: Scope, receive: Receive, place: AsyncExitStack) -> Receive:
-        """The same messages: the body in a place of its own, given back as soon as it is there."""
+        """Return a `receive` that passes messages on and holds a place while the body arrives."""
         if BODY in scope:
             return BodyAtHand(scope[BODY], receive).receive
         if not may_have_body(scope):
             return receive
 
         async def enter() -> None:
-            """Wait for a place where the route begins to read: who does not read needs none."""
+            """Take a place when the route begins to read; a route that reads nothing needs none."""
             uploader = self.uploader_of(Request(scope))
             await place.enter_async_context(self.places.place(*uploader))
 
         return ArrivingBody(receive, self.uploads, enter, place.aclose).receive
 
     def uploader_of(self, request: Request) -> "Uploader":
-        """Whose share the body is of: its key's, or its address's where none is asked for."""
+        """Return whose share the body counts for: its key's, or its address's if it has no key."""
         most, key = self.uploads.max_per_caller, key_of(request)
         if key is None:
             return Uploader(address_of(request.scope), most)
@@ -161,14 +167,14 @@ class Uploader(NamedTuple):
 
 
 class BodyAtHand:
-    """A body that came with its request, and comes once more as messages."""
+    """A body that a proxy read completely before it passed the request on."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
         self._receive = receive
 
     async def receive(self) -> Message:
-        """Return all of it; after that, as after any body, wait for the client to leave."""
+        """Return the whole body; after that, as after any body, wait for the client to leave."""
         body, self._body = self._body, None
         if body is not None:
             return {"type": "http.request", "body": body, "more_body": False}
@@ -178,9 +184,10 @@ class BodyAtHand:
 
 
 class ArrivingBody:
-    """A body that is timed as it comes, packed or not. `enter` and `leave` its place.
+    """A body that is timed as it comes, packed or not.
 
-    Errors are raised to whoever reads it, and answered as every error is.
+    `enter` takes its place before the first byte is read, `leave` gives it back after the last.
+    Errors are raised to the route that reads it, so that its handlers answer.
     """
 
     def __init__(
@@ -199,7 +206,10 @@ class ArrivingBody:
         self._is_over = False
 
     async def receive(self) -> Message:
-        """Return the next message; after the body one only waits for the client to leave."""
+        """Return the next message; after the body, wait for the client to leave.
+
+        Raise BodyTooSlow if the message does not come in time.
+        """
         if self._is_over:
             return await self._receive()
         if self._began_s is None:
@@ -230,7 +240,7 @@ class ArrivingBody:
 
 
 def may_have_body(scope: Scope) -> bool:
-    """Whether there may be bytes to wait for."""
+    """Return whether the request may have a body to wait for."""
     headers = Headers(scope=scope)
     if "transfer-encoding" in headers:
         return True
@@ -239,7 +249,7 @@ def may_have_body(scope: Scope) -> bool:
 
 
 def address_of(scope: Scope) -> str:
-    """Return the address of who is at the other end of the connection, as Serve's proxy saw it."""
+    """Return the client's address as Serve's proxy saw it, for IPv6 its /64 network."""
     host: str = (scope.get("client") or ("",))[0]
     try:
         address = ipaddress.ip_address(host)

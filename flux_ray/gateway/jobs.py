@@ -1,8 +1,9 @@
-"""Has jobs drawn by the router, on behalf of those who handed them in.
+"""Connect the gateway to its jobs: submit them, find them, and have them generated.
 
-Loads the references of jobs when there is room for them: they were accepted, so they wait.
-
-Hands orders in as jobs, and finds them again for their owners.
+`JobSubmitter` is what a dialect uses to accept jobs and to look them up for their owners.
+`JobGenerator` is what the job service calls to run one through the router. `within_budget` loads a
+job's references only when the memory budget has room: jobs were accepted, so they wait for it
+instead of being refused.
 """
 
 import asyncio
@@ -37,12 +38,16 @@ from flux_ray.request import (
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
-# The pixels, and first what they are unpacked from, then what they are sent in.
+# The pixels, and beside them first the file that they are decoded from, then the message in which
+# they are sent.
 COPIES = 2
 
 
 def within_budget(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """Return the request, whose pixels are counted from before they are loaded until they go."""
+    """Return the request with its pixels counted in the memory budget while they are loaded.
+
+    They are counted from just before they are loaded until nobody holds them.
+    """
     num_bytes = COPIES * num_pixel_bytes(request)
     if not isinstance(request, DeferredRequest) or not num_bytes:
         return request
@@ -60,19 +65,24 @@ def within_budget(request: ImageRequest, limits: Limits) -> ImageRequest:
 
 
 def num_pixel_bytes(request: ImageRequest) -> int:
-    """Of all its references and its mask, by their sizes."""
+    """Return how many bytes the references and the mask take, by their sizes."""
     pixels = sum(3 * each.width * each.height for each in request.references)
     return pixels if request.mask is None else pixels + request.mask.width * request.mask.height
 
 
-# Of a job's memo: the class of the key that it was accepted from.
+# The field of a job's memo with the class of the key under which it was accepted.
 KEY_CLASS = "key_class"
 
+# A job may wait this share of its time for a replica; the rest is for generating. A job that gets
+# no replica in time stays queued, but one whose time ends while it is generated has lost its work.
 QUEUE_SHARE = 0.75
 
 
 class JobGenerator:
-    """What a Desk calls for each attempt at a job."""
+    """Runs jobs through the router; the job service calls it for each attempt.
+
+    It also keeps what was last heard of each running request, for those who poll its job.
+    """
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
         self.router = router
@@ -82,14 +92,14 @@ class JobGenerator:
         self._standings: dict[str, QueuePosition] = {}
 
     async def generate(self, job: Job, request: ImageRequest) -> ImageResult:
-        """The job's images; raises as the router does."""
+        """Return the job's images. Raise what the router raises."""
         request = within_budget(request, self.args.limits)
 
         def hear(news: News) -> None:
             if isinstance(news, QueuePosition):
                 self._standings[request.request_id] = news
                 return
-            # It has been granted a replica.
+            # Any other news means that a replica was assigned.
             self._standings.pop(request.request_id, None)
             if isinstance(news, Progress):
                 self._progress[request.request_id] = news.share
@@ -104,29 +114,27 @@ class JobGenerator:
             self._standings.pop(request.request_id, None)
 
     def progress_of(self, request_id: str) -> float | None:
-        """How far a request has come, from 0 to 1; None if nothing was heard of it."""
+        """Return the share of the steps done, from 0 to 1; None if nothing was heard yet."""
         return self._progress.get(request_id)
 
     def standing_of(self, request_id: str) -> QueuePosition | None:
-        """Where a request waits for a replica; None if it does not, or nothing was heard of it."""
+        """Return where a request waits for a replica; None if it does not, or is not known to."""
         return self._standings.get(request_id)
 
     def preview_of(self, request_id: str) -> GeneratedImage | None:
-        """What a request's image will look like; None if nothing was heard of that."""
+        """Return the latest preview of a request; None if there is none."""
         return self._previews.get(request_id)
 
     def caller_of(self, job: Job) -> Caller:
-        """Its owner, who waits as long as it takes.
+        """Return the job's owner as the router's caller, limited only by what is counted per day.
 
-        How many jobs and how often was asked when they were accepted; what is left is the day's.
+        The limits on jobs at once and on requests a minute were applied when the job was accepted.
         """
         key_class = self.args.key_classes.get(job.memo.get(KEY_CLASS, ""), UNLIMITED)
         allowance = replace(allowance_of(key_class), max_concurrent=None, requests_per_minute=None)
         return Caller(
             key=job.owner,
             weight=key_class.weight,
-            # The rest is for the drawing: a job that gets no turn in time waits on, as one whose
-            # time is over while it is drawn was lost.
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
             is_job=True,
@@ -136,23 +144,23 @@ class JobGenerator:
 PARAMETER: dict[str, Any] = idempotency.PARAMETER | {
     "description": "A name of the caller's own: the same request again is the same job.",
 }
-# While the ledger is away, a client is not to wait for it.
+# Seconds to wait for the ledger when it counts a job: the client is waiting for its answer.
 COUNT_S = 5.0
 
 
 class JobSubmitter:
-    """The way from a dialect to the jobs of this gateway."""
+    """What a dialect uses to submit, find, list and cancel the jobs of a caller."""
 
     def __init__(self, router: Router, desk: JobService) -> None:
         self.router = router
         self.desk = desk
 
     async def known(self, http: Request, named: Idempotency | None) -> Job | None:
-        """The job of the same request, if the caller gave it a name: nothing is counted again."""
+        """Return the job that the caller already submitted under that name, without counting it."""
         return None if named is None else await self.desk.known(name_of(http), named)
 
     async def choose(self, order: PreparedRequest) -> ImageRequest:
-        """The request of the tier that is to draw it; it stays with that."""
+        """Return the request for the tier that will generate it; the job keeps that tier."""
         return await self.router.choose(order.target.alias, order.requests, order.caller)
 
     async def accept(
@@ -165,12 +173,17 @@ class JobSubmitter:
         webhook: Webhook | None,
         metadata: Mapping[str, str],
     ) -> Job:
-        """The job, which is never lost. RateLimited or QuotaTooSmall if it is too much."""
+        """Count the job against the caller's limits and store it; from then on it is never lost.
+
+        Raise RateLimited or QuotaTooSmall if it exceeds a limit, and TierUnavailable if the ledger
+        does not count it in time.
+        """
         owner = name_of(http)
         key = key_of(http)
         if key is not None and key.key_class is not None:
             memo = memo | {KEY_CLASS: key.key_class}
-        # How many at once are jobs that wait, too: the store counts them, exactly in the end.
+        # Waiting jobs count as concurrent, too. The store has the last word, as it counts exactly;
+        # asking first avoids charging a job to the day that will then be refused.
         max_active = order.caller.allowance.max_concurrent
         if max_active is not None and await self.desk.num_active(owner) >= max_active:
             raise too_many(max_active)
@@ -185,7 +198,7 @@ class JobSubmitter:
         )
 
     async def find(self, http: Request, job_id: str) -> Job | None:
-        """The caller's job; other people's are as if they were not there."""
+        """Return the caller's job, or None; other callers' jobs are as if they did not exist."""
         return await self.desk.find(name_of(http), job_id) if is_job_id(job_id) else None
 
     async def list(
@@ -195,13 +208,13 @@ class JobSubmitter:
         return await self.desk.list(name_of(http), limit=limit, before=before, state=state)
 
     async def cancel(self, http: Request, job_id: str) -> None:
-        """End the caller's job, if it has not ended."""
+        """Cancel the caller's job unless it has ended."""
         if is_job_id(job_id):
             await self.desk.cancel(name_of(http), job_id)
 
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:
-    """The caller's own name for this request, with a digest of what it asks."""
+    """Return the idempotency key, if any, with a digest of the request's path and body."""
     sent = idempotency.idempotency_key_of(http)
     if sent is None:
         return None

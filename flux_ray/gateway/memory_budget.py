@@ -1,8 +1,9 @@
-"""The bytes that this process has in hand for callers and jobs, and that they are not too many.
+"""Keep the bytes that this process holds for callers and jobs within one budget.
 
-One budget for all of them: bodies that are read, images while they are decoded, references that
-requests hold, and those of jobs. Who finds no room is refused; a job that was accepted waits for
-room, and meanwhile nobody else comes in.
+Everything counts in `MEMORY`: bodies that are read, images while they are decoded, references that
+requests hold, and those of jobs. A caller that finds no room is refused with Overloaded. A job was
+accepted, so it waits for room; while one waits, no new callers are let in, or a busy gateway would
+never have room for it.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 
 class Share:
-    """Bytes of the budget that somebody holds. Released once, however often that is said."""
+    """Bytes of the budget held by one holder. Releasing it twice is harmless."""
 
     def __init__(self, held: "MemoryBudget", max_bytes: int) -> None:
         self.num_bytes = 0
@@ -31,50 +32,51 @@ class Share:
         self.is_released = False
 
     def grow(self, num_bytes: int) -> None:
-        """Hold so many more. Raises Overloaded, and then holds what it held before."""
+        """Hold `num_bytes` more. Raise Overloaded, and hold what it held, if they do not fit."""
         self._held.take(self, num_bytes, self._max_bytes)
 
     def release(self) -> None:
-        """Hold nothing any more, and never again."""
+        """Give all bytes back; the share can hold nothing afterwards."""
         self._held.give_back(self)
 
     def hold_with(self, value: T) -> T:
-        """Hold it for as long as anybody holds `value`."""
+        """Release the share when nobody holds `value` any more; return `value`."""
         weakref.finalize(value, self.release).atexit = False
         return value
 
 
 class Waiter:
-    """Somebody who waits for room in a loop of its own; woken from any thread."""
+    """A job that waits for room, in its own event loop; it may be woken from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """Let it look again."""
+        """Make the waiter check for room again."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._woken.set)
 
     async def wait(self) -> None:
-        """Return at the next wake."""
+        """Wait until somebody calls `wake`."""
         await self._woken.wait()
         self._woken.clear()
 
 
 class MemoryBudget:
-    """The budget. Called from the event loop and from threads that decode."""
+    """The budget of a process. Called from event loops and from the threads that decode."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        # A raster may end anywhere, even in the middle of this.
+        # Reentrant: the finalizer of an image may run anywhere, even in this thread while it has
+        # the lock.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self.num_work_bytes = 0
         self._waiters: deque[Waiter] = deque()
 
     def check_room(self, num_bytes: int, max_bytes: int) -> None:
-        """Raise Overloaded if somebody waits, or if whoever comes in would find no room."""
+        """Raise Overloaded if a job waits for room, or if so many more bytes do not fit."""
         with self._lock:
             if self._waiters or self.num_bytes + num_bytes > max_bytes:
                 raise Overloaded(FULL, None, AGAIN_S)
@@ -84,17 +86,19 @@ class MemoryBudget:
         return Share(self, max_bytes)
 
     def add(self, value: T, num_bytes: int, max_bytes: int) -> T:
-        """Hold so many bytes for as long as anybody holds `value`. Raises Overloaded."""
+        """Hold `num_bytes` for as long as anybody holds `value`; return that. Raise Overloaded."""
         share = self.share(max_bytes)
         share.grow(num_bytes)
         return share.hold_with(value)
 
     @contextmanager
     def working(self, num_bytes: int, max_bytes: int) -> Iterator[None]:
-        """Hold so many bytes meanwhile, as soon as there is room among those who work.
+        """Hold `num_bytes` of working memory within; block until those who work leave room.
 
-        They have `max_bytes` of their own: what is kept waits for them, and would never go. Called
-        from threads only. More than that are let in when nobody else works.
+        Working memory has a limit of its own, `max_bytes`: a request keeps its decoded images while
+        it waits to decode the next one, so under one common limit such requests could block each
+        other for good. More than `max_bytes` is let in while nobody else works. Called from threads
+        only.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._can_work(num_bytes, max_bytes))
@@ -107,9 +111,9 @@ class MemoryBudget:
                 self._changed.notify_all()
 
     async def room(self, num_bytes: int, max_bytes: int) -> Share:
-        """Wait until there is room for so many bytes, and hold them.
+        """Wait until `num_bytes` fit, and return a share that holds them. First come, first served.
 
-        More than all that there may be are let in when nobody else holds any.
+        More than `max_bytes` is let in while nobody else holds any: a job must not wait forever.
         """
         share = self.share(max_bytes)
         waiter = Waiter()
@@ -123,7 +127,7 @@ class MemoryBudget:
         return share
 
     def take(self, share: Share, num_bytes: int, max_bytes: int) -> None:
-        """Add to the share, unless it was released. Raises Overloaded where there is no room."""
+        """Add to the share unless it was released. Raise Overloaded if there is no room."""
         with self._lock:
             if share.is_released:
                 return
@@ -132,7 +136,7 @@ class MemoryBudget:
             self._add(share, num_bytes)
 
     def give_back(self, share: Share) -> None:
-        """Take all that the share holds out of the budget."""
+        """Take all that the share holds out of the budget, and wake the first waiter."""
         with self._lock:
             share.is_released = True
             num_bytes, share.num_bytes = share.num_bytes, 0

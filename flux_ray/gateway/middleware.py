@@ -1,6 +1,7 @@
-"""Nobody without a key gets further than here, whatever the route, but for the open ones.
+"""Let in requests with a valid API key, and say which web pages may call this gateway.
 
-Lets pages of other origins speak to this gateway from a browser, as far as its args say.
+`ApiKeyMiddleware` stands in front of all routes but the open ones. `cors_options` are what
+Starlette's CORS middleware is told.
 """
 
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from flux_ray.gateway.errors import answer_for, path_of
 from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.results import PREFIX
 
-# A page reads no header of an answer that is not named here.
+# The answer's headers that a page's script may read; browsers hide all others.
 SHOWN_HEADERS = (
     "retry-after",
     "server-timing",
@@ -35,8 +36,8 @@ PREFLIGHT_VALID_S = 600
 def cors_options(origins: tuple[str, ...]) -> dict[str, Any]:
     """Return the options of Starlette's CORSMiddleware.
 
-    Clients send headers of their own making (`x-stainless-os`), so that any may be sent. Cookies
-    are not spoken of: keys are in headers that only the page itself can set.
+    Any request header is allowed, as clients send their own (`x-stainless-os`). Cookies are not:
+    keys travel in headers that only the page itself can set, so another site cannot use them.
     """
     return {
         "allow_origins": origins,
@@ -44,28 +45,30 @@ def cors_options(origins: tuple[str, ...]) -> dict[str, Any]:
         "allow_headers": ("*",),
         "expose_headers": SHOWN_HEADERS,
         "max_age": PREFLIGHT_VALID_S,
-        # A public page may ask a gateway on the reader's own machine, if its operator says so.
+        # Browsers ask before a public page may reach the reader's own machine; the operator has
+        # allowed it.
         "allow_private_network": True,
     }
 
 
-# Probes have no keys, and the description holds no secrets.
+# Probes have no keys, and the API's description holds no secrets.
 OPEN = PROBES | {"/openapi.json"}
-# Below these, the URL itself is the right to read.
+# Below this prefix, URLs are signed, and the signature is the right to read.
 OPEN_BELOW = (PREFIX,)
-# One text for all that may be wrong with a key.
+# One text for everything that may be wrong with a key: it must not tell guessers how close they
+# are.
 REFUSAL = "send a valid API key, as `Authorization: Bearer`, `x-key` or `x-api-key`"
 
 
 class Keys(Protocol):
-    """Who knows the keys."""
+    """The keys that are valid now."""
 
     async def find(self, secret: str) -> Key | None:
-        """The live key with that secret."""
+        """Return the valid key with that secret, or None."""
 
 
 class ApiKeyMiddleware:
-    """Middleware: the key that was let in is in `request.state.key`."""
+    """Middleware that refuses requests without a valid key; it sets `request.state.key`."""
 
     def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
         self.app = app
@@ -77,7 +80,7 @@ class ApiKeyMiddleware:
             return
         key = await self.keys.find(token_of(Headers(scope=scope)))
         if key is None:
-            # Not raised: errors from here are past the handlers.
+            # Answered, not raised: the error handlers are further inside.
             await answer_for(Request(scope), InvalidKey(REFUSAL))(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = key
@@ -85,5 +88,5 @@ class ApiKeyMiddleware:
 
 
 def is_open(path: str) -> bool:
-    """Whether that route asks for no key."""
+    """Return whether that path needs no key."""
     return path in OPEN or path.startswith(OPEN_BELOW)

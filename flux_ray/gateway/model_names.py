@@ -1,4 +1,4 @@
-"""What a model's name stands for: a tier, or tiers and a policy to choose by."""
+"""Resolve a model's name to a tier, or to an alias of several tiers and a policy to choose by."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ class ResolvedModel(NamedTuple):
 
     @property
     def max_references(self) -> int:
-        """Of the tier that takes most."""
+        """Return how many references the tier takes that takes most."""
         return max(tier.max_references for tier in self.tiers)
 
 
@@ -35,12 +35,11 @@ def target_for(
     may_spill: bool = False,
     is_deployed: Callable[[str], bool] = always,
 ) -> ResolvedModel:
-    """The target of that name; without a name the default one, or the only tier.
+    """Return the model of that name, with the tiers that the caller's key class may use.
 
-    Who may not spill gets the first tier that is deployed.
-
-    UnknownTier names what there is. LicenseForbids or TierForbidden where the class of the caller's
-    key may use none of its tiers.
+    Without a name it is the default tier, or the only one. An alias that spills has all its tiers
+    if `may_spill`, else only the first that is deployed. Raise UnknownTier, which lists the names;
+    TierForbidden if the key is for other tiers, LicenseForbids if it is for other licences.
     """
     if name is None:
         name = args.default_tier or (args.tiers[0] if len(args.tiers) == 1 else None)
@@ -61,20 +60,23 @@ def target_for(
 
 
 def unknown(name: str, names: tuple[str, ...]) -> UnknownTier:
-    """Nothing of that name is among these."""
+    """Return the error for a model that is not served; it lists `names`."""
     message = f"no model {name[:80]!r} is served here; there are: {', '.join(names)}"
     return UnknownTier(message, "model")
 
 
 def names_of(args: GatewayArgs) -> tuple[str, ...]:
-    """What a client may ask for by name, besides `auto`."""
+    """Return the model names that a client may send, besides `auto`."""
     return (*args.tiers, *args.aliases)
 
 
 def requests_for(
     target: ResolvedModel, build: Callable[[Tier], ImageRequest]
 ) -> list[ImageRequest]:
-    """The same request of every tier that can do it, best first; else what the best objects to."""
+    """Return the request as each tier that can do it would, best tier first.
+
+    `build` makes it for one tier, or raises BadRequest; if it does for all, raise the best tier's.
+    """
     requests: list[ImageRequest] = []
     objections: list[BadRequest] = []
     for tier in target.tiers:
@@ -85,4 +87,5 @@ def requests_for(
     if not requests:
         raise objections[0]
     first = requests[0]
+    # Whichever tier is chosen, logs and results show one id and one seed.
     return [replace(each, request_id=first.request_id, seed=first.seed) for each in requests]

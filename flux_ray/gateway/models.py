@@ -1,4 +1,4 @@
-"""`/v1/models`: the tiers of this gateway and their aliases, in OpenAI's words."""
+"""Serve `/v1/models`: the tiers of this gateway and their aliases, in OpenAI's format."""
 
 import time
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from flux_ray.gateway.model_names import ResolvedModel, names_of, target_for
 
 
 class Model(BaseModel):
-    """OpenAI's four fields, then what its licence, defaults and limits are.
+    """OpenAI's four fields, then the licence, defaults and limits of a model.
 
-    `tiers` may serve it, best first: itself, or those of an alias, whose best one the rest is of.
-    `scales_sizes`: beyond these sides images are generated at the default area, and scaled.
-    `deployed`: whether one of its tiers is; until then requests are answered 503.
+    `tiers`: those that may serve it, best first; the other fields are the best one's.
+    `scales_sizes`: sizes outside the sides given here are generated at the default area and scaled.
+    `deployed`: whether one of its tiers is deployed; until then its requests are answered 503.
     """
 
     id: str
@@ -40,38 +40,39 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All tiers of this gateway."""
+    """All models of this gateway."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Models:
-    """The two routes; `created` is when this gateway started. `is_deployed` says so of a tier."""
+    """The two routes. `is_deployed` says whether a tier is deployed."""
 
     def __init__(self, args: GatewayArgs, is_deployed: Callable[[str], bool]) -> None:
         self.args = args
         self.is_deployed = is_deployed
+        # OpenAI's clients require a time; when the gateway started serves as one.
         self.created = int(time.time())
 
     def routes(self) -> APIRouter:
-        """Both answer GET."""
+        """Return both routes; they answer GET."""
         routes = APIRouter(tags=["models"], responses={"default": {"model": Envelope}})
         routes.add_api_route("/v1/models", self.list_models)
         routes.add_api_route("/v1/models/{model:path}", self.show_model)
         return routes
 
     async def list_models(self) -> ModelList:
-        """What this gateway is configured to serve."""
+        """List the models that this gateway is configured to serve."""
         targets = [target_for(name, self.args, may_spill=True) for name in names_of(self.args)]
         return ModelList(data=[self.model_for(target) for target in targets])
 
     async def show_model(self, model: str) -> Model:
-        """One of them."""
+        """Return one model by its name."""
         return self.model_for(target_for(model, self.args, may_spill=True))
 
     def model_for(self, target: ResolvedModel) -> Model:
-        """A row of the catalogue as a client sees it."""
+        """Return a tier of the catalogue, or an alias, as clients see it."""
         tier = target.tiers[0]
         return Model(
             id=target.name,

@@ -1,8 +1,8 @@
-"""The routes of probes, and what of their answers is worth a line in the log."""
+"""Name the probe routes, and decide which of their answers to log."""
 
 import logging
 
-# These are answered whatever else this gateway has in hand.
+# Probes are answered however many requests this gateway holds.
 HEALTH, READY = "/health", "/readyz"
 PROBES = frozenset({HEALTH, READY})
 
@@ -16,5 +16,5 @@ def readiness_news(was_ready: bool | None, reason: str | None) -> tuple[int, str
         return None
     if reason is None:
         return logging.INFO, "the gateway is ready"
-    # A gateway that is only starting has lost nothing.
+    # While a gateway starts, not being ready is no cause for a warning.
     return logging.WARNING if was_ready else logging.INFO, f"the gateway is not ready: {reason}"

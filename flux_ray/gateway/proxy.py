@@ -1,6 +1,7 @@
-"""What runs in Serve's proxies: how they read HTTP, for how long, and what they believe of it.
+"""Set up Serve's HTTP proxies: which parser and middleware they use, and how long they wait.
 
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=flux_ray.gateway.proxy:read_with_h11`, where Ray starts.
+Set `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=flux_ray.gateway.proxy:read_with_h11` where Ray
+starts; each proxy then calls `read_with_h11` once.
 """
 
 import asyncio
@@ -14,52 +15,58 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flux_ray.gateway.proxy_middleware import BegunBodies, LastReady, ProxyAnswers
 
-# For a whole head, from the connection or from its first byte. Slow networks need one.
+# Seconds for a complete request head, from the connection or from the head's first byte. Slow
+# networks need one of them.
 HEAD_S = 10.0
-# For the rest of a body whose answer is out already: a client may read that only afterwards.
+# Seconds for the rest of a body whose answer was already sent: some clients read the answer only
+# after they have sent everything.
 REST_S = 30.0
-# In which a client takes nothing of an answer that waits for it: it is gone, or wants to keep it.
+# A client that reads nothing of a waiting answer for so many seconds is gone, or keeps it on
+# purpose.
 UNREAD_S = 60.0
-# In one read, of 256 kB at most: a chunk of a body has two, and takes as long as a large one.
+# Line ends in one read of at most 256 kB. A chunk of a body has two however small it is, and costs
+# as much time as a large one.
 MAX_LINES = 8192
-# Of a head that came at once. h11 has a limit for those only that come in pieces.
+# h11 itself limits only heads that come in pieces; this is for those that come at once.
 MAX_HEADERS, MAX_HEAD_BYTES = 128, 32 * 2**10
 TOO_LARGE = f"at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes in all, are read"
-# Of which a server in front may have believed the other one.
+# Of two lengths, a server in front may believe the other one and see another request (smuggling).
 TWO_LENGTHS = "a body has a content-length or a transfer-encoding, not both"
-# What Serve lets callers say of how it serves them, with `-` or `_`: it is not theirs to say.
+# Serve reads these headers as instructions, with `-` or `_` in their names; callers may not give
+# any.
 NOT_CALLERS = (b"serve-multiplexed-model-id", b"x-request-disconnect-disabled")
 
 
 def read_with_h11() -> list[Middleware]:
-    """Have this process's HTTP read by h11, where uvicorn would take httptools.
+    """Make this process read HTTP with h11 instead of httptools; return the proxy's middleware.
 
-    httptools takes what follows an offer to upgrade for another protocol: the body of every
-    request of a JDK's HttpClient, which offers HTTP/2, is lost. And it keeps headers without end,
-    before any key is asked; h11 takes 16 kB of them. Return what else requests go through.
+    After an offer to upgrade, httptools takes what follows for another protocol: it loses the body
+    of every request of a JDK's HttpClient, which offers HTTP/2. It also buffers headers without
+    limit before any key is checked; h11 stops at 16 kB.
     """
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
-    # The last is the outermost: what it refuses is not taken for the end of a gateway.
+    # The last is the outermost. PlainHeaders' refusals are plain text: further inside, ProxyAnswers
+    # would report them as a gateway that died.
     inside = [Middleware(LastReady), Middleware(BegunBodies)]
     return [*inside, Middleware(ProxyAnswers), Middleware(PlainHeaders)]
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes connections on which nothing happens that should.
+    """An HTTP connection that is closed when the client does not go on in time.
 
-    uvicorn itself does so after an answer only, and not if a single byte has come since.
+    uvicorn itself closes idle connections only after an answer, and only if no byte has come since.
     """
 
     _head: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The head of a first request is to come."""
+        """Start to wait for the first request's head."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """A head may have become whole, or another one may have begun."""
+        """Parse what came. A head may have become complete, or the next one may have begun."""
         if data.count(b"\r\n") > MAX_LINES:
             self.transport.abort()
             return
@@ -67,23 +74,23 @@ class ImpatientProtocol(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """uvicorn waits for the next head; a body may still be coming."""
+        """Go on after an answer: uvicorn awaits the next head, but a body may still be coming."""
         super().on_response_complete()
         if self.conn.their_state is not h11.IDLE:
             self._watch()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is answered, or not at all."""
+        """Start to watch a client that reads more slowly than it is answered, or not at all."""
         super().pause_writing()
         self._expect_reading()
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """Stop watching a client that has read what was waiting."""
         super().resume_writing()
         stop(self._unread)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Stop all timers of a connection that is gone."""
         super().connection_lost(exc)
         stop(self._head)
         stop(self._unread)
@@ -93,14 +100,14 @@ class ImpatientProtocol(H11Protocol):
         self._unread = self.loop.call_later(UNREAD_S, self._check_reading, num_bytes)
 
     def _check_reading(self, num_bytes: int) -> None:
-        """A large answer may take a slow client long, as long as it takes some of it."""
+        """Close the connection if the client read nothing meanwhile; a slow one may go on."""
         if self.transport.get_write_buffer_size() < num_bytes:
             self._expect_reading()
         else:
             self.transport.abort()
 
     def _watch(self) -> None:
-        """Give the client its time, once for each thing that it is to send."""
+        """Run a timer while a head or the rest of a body is due, and none otherwise."""
         is_resting = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
         if self.conn.their_state is not h11.IDLE and not is_resting:
             stop(self._head)
@@ -117,7 +124,7 @@ def stop(timer: asyncio.TimerHandle | None) -> None:
 
 
 class PlainHeaders:
-    """Middleware: heads are not too large, and tell Serve nothing that is not callers' to say."""
+    """Middleware that refuses large or ambiguous heads and drops headers meant for Serve itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,17 +1,14 @@
-"""What Serve's proxies answer themselves, in the words of the dialect: a gateway has died, mostly.
+"""Middleware of Serve's proxies: errors of their own, bodies that do not come, and `/readyz`.
 
-Serve has plain text for it, which tells no client whether to come again.
-
-What Serve's proxies keep from gateways: requests whose bodies do not come.
-
-Each request costs a proxy and a gateway some milliseconds of processor, a connection next to none.
-Hundreds that were opened at once, only to be refused a moment later, kept others for seconds.
-
-What Serve's proxies answer to `/readyz` while no gateway does: what the last one said.
-
-Where the only gateways are replaced at once (their node is drained, or they died), Serve's proxies
-keep requests for the seconds until there is another. A load balancer that heard nothing would send
-none to any node, and answer them with errors of its own.
+- `ProxyAnswers` words the proxy's own errors in the route's dialect, most often because a gateway
+  died. Serve answers plain text, which tells no client whether to retry.
+- `BegunBodies` passes a request on only once its body has begun to come. A request costs a proxy
+  and a gateway milliseconds of processor, an idle connection next to nothing: hundreds that were
+  opened at once, only to be refused a moment later, delayed others by seconds.
+- `LastReady` answers `/readyz` with a gateway's last answer while there is no gateway. Serve's
+  proxies hold requests for the seconds in which the only gateways are replaced (their node is
+  drained, or they died). A load balancer without an answer would take every node out, and answer
+  clients with errors of its own.
 """
 
 import asyncio
@@ -29,15 +26,15 @@ from flux_ray.gateway.http import HEADER, MEDIA_TYPE, event_text, request_id_for
 from flux_ray.gateway.intake import BODY, address_of, may_have_body
 from flux_ray.gateway.probes import READY
 
-# Serve's routes: its own words are what is asked for there.
+# Below this prefix are Serve's own routes, whose callers want Serve's own answers.
 SERVES_OWN = "/-/"
-# No path of an application: it is not deployed.
+# Serve's status if no application has the path: the gateway is not deployed.
 NOT_FOUND = 404
 TIMED_OUT = 408
 
 
 class ProxyAnswers:
-    """Middleware of the proxies, around all of Serve's."""
+    """Middleware around all of Serve's; it replaces Serve's plain text errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -46,7 +43,7 @@ class ProxyAnswers:
         if scope["type"] != "http" or scope["path"].startswith(SERVES_OWN):
             await self.app(scope, receive, send)
             return
-        # Serve would make an id that nobody could tell from a client's, or log one of any length.
+        # Serve would make an id that looks like a client's, and log one of any length.
         headers = MutableHeaders(scope=scope)
         headers[HEADER] = request_id_for(headers)
         answer = ProxiedAnswer(scope, receive, send)
@@ -57,7 +54,7 @@ class ProxyAnswers:
 
 
 class ProxiedAnswer:
-    """An answer on its way through: the gateway's as it is, and the proxy's own in our words."""
+    """One answer on its way: a gateway's passes as it is, the proxy's own is replaced."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
@@ -67,7 +64,7 @@ class ProxiedAnswer:
         self._is_plain = self._is_events = self._is_whole = False
 
     async def send(self, message: Message) -> None:
-        """Pass a part of it on, or keep it back where it is Serve's own."""
+        """Pass a message on, or drop it if the answer is Serve's own."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             kind = Headers(raw=message["headers"]).get("content-type", "")
@@ -79,32 +76,32 @@ class ProxiedAnswer:
             await self._send(message)
 
     async def end(self) -> None:
-        """Say what went wrong where the proxy said it in its words, or did not end the answer."""
+        """Send an error if the answer was Serve's own or missing, or if its events broke off."""
         if self._status is None or self._is_plain:
             error = failure_for(self._status)
             await answer_error(error, self._scope, self._receive, self._send)
         elif self._is_events and not self._is_whole:
             error = failure_for(None)
             told = ErrorEvent(error=failure_of(error), retry_after_s=error.retry_after_s)
-            # It may have been in the middle of an event.
+            # The gateway may have died in the middle of an event; two line ends finish that.
             body = f"\n\n{event_text('error', told)}".encode()
             await self._send({"type": "http.response.body", "body": body})
 
 
 async def answer_error(error: FluxError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request, whose head has its id, in place of a gateway."""
+    """Answer a request in place of a gateway; its head already has an id."""
     answer = answer_in(dialect_at(scope["method"], scope["path"]), error)
     answer.headers[HEADER] = Headers(scope=scope)[HEADER]
     await answer(scope, receive, send)
 
 
 def is_of_serve(status: int, kind: str) -> bool:
-    """Gateways have no errors in plain text."""
+    """Return whether an answer is Serve's own: gateways never send errors as plain text."""
     return status >= 400 and status != NOT_FOUND and kind.startswith("text/plain")
 
 
 def failure_for(status: int | None) -> FluxError:
-    """What it means that the proxy answers so; None: that it does not."""
+    """Return the error that the proxy's status stands for; None means that it sent no answer."""
     if status == TIMED_OUT:
         return DeadlinePassed("the request was not done in the time that it was given")
     return GatewayFailed(
@@ -113,20 +110,22 @@ def failure_for(status: int | None) -> FluxError:
     )
 
 
-# Most bodies without an image are shorter; uvicorn keeps more of each itself.
+# Most bodies without an image are shorter. uvicorn buffers more than this for each anyway.
 BEGINNING_BYTES = 16 * 2**10
-# Who sends more slowly than a modem waits for a turn. The gateway judges them, as it is told to.
+# Seconds for a body to begin. Whoever is slower than a modem waits for a turn; the gateway then
+# decides by its own limits whether that is too slow.
 MOMENT_S = 1.0
-# Of one address.
+# Seconds between two turns of one address.
 TURN_EVERY_S = 1 / 16
 MAX_WAIT_S = 30.0
 TOO_MANY = "the bodies of too many of your requests do not come: send those first"
 
 
 class BegunBodies:
-    """Middleware of the proxies: passes on a request as soon as its body has begun to come.
+    """Middleware that passes a request on as soon as its body has begun to come.
 
-    Those of which nothing much came for a moment are passed on one after the other.
+    Requests whose bodies have hardly begun after MOMENT_S are passed on one after the other, per
+    address.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -148,7 +147,10 @@ class BegunBodies:
             await self.app(body.with_scope(scope), body.receive, send)
 
     async def _wait_for_turn(self, address: str, body: "ComingBody") -> None:
-        """RateLimited where too many of that address wait. Over as soon as the body has begun."""
+        """Wait for the address's next turn, or until the body has begun.
+
+        Raise RateLimited if too many bodies of that address wait already.
+        """
         now_s = asyncio.get_running_loop().time()
         turn_s = max(now_s, self._turns.get(address, now_s)) + TURN_EVERY_S
         if turn_s > now_s + MAX_WAIT_S:
@@ -162,7 +164,7 @@ class BegunBodies:
 
 
 class ComingBody:
-    """A body of which the first messages are kept until somebody receives them."""
+    """A body whose first messages are kept until somebody receives them."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -172,7 +174,7 @@ class ComingBody:
         self.is_given_up = False
 
     async def begins(self, within_s: float) -> bool:
-        """Return whether it came within that time: a good piece of it, all of it, or its end."""
+        """Return whether enough came in that time: BEGINNING_BYTES, all of it, or its end."""
         try:
             async with asyncio.timeout(within_s):
                 while not self._is_over and self._num_bytes < BEGINNING_BYTES:
@@ -188,39 +190,43 @@ class ComingBody:
         self._is_over = not message.get("more_body", False)
 
     def with_scope(self, scope: Scope) -> Scope:
-        """Return the scope with a copy of the body in it if all of it is here.
+        """Return the scope with a copy of the body in it, if all of it is here.
 
-        Serve sends the scope to the gateway, which would have to ask back for messages and wait.
-        Other applications do so.
+        Serve sends the scope to the gateway, which otherwise has to ask the proxy for each message
+        and wait. The messages stay, as applications other than ours read those.
         """
         if not self._is_over:
             return scope
         return {**scope, BODY: b"".join(message.get("body", b"") for message in self._kept)}
 
     async def receive(self) -> Message:
-        """Return the next message, as if nobody had looked."""
+        """Return the next message, as if nobody had read it before."""
         return self._kept.popleft() if self._kept else await self._receive()
 
 
-# A gateway answers from its last word, so that it is busy or gone if it takes longer.
+# A gateway answers `/readyz` from memory: if it takes longer than this it is busy or gone.
 ANSWER_S = 0.5
-# Longer than a gateway takes to start. Then nobody is told to come any more.
+# Seconds for which a last answer is repeated: longer than a gateway takes to start. After that the
+# load balancer learns that there is none.
 MAX_AGE_S = 60.0
 
 
-# Its method and its path: answers to HEAD have no body.
+# A probe's method and path; they are kept apart because answers to HEAD have no body.
 Question = tuple[str, str]
 
 
 class Word(NamedTuple):
-    """An answer that a gateway gave, and when."""
+    """A gateway's answer to a probe, and when it was given."""
 
     messages: list[Message]
     said_s: float
 
 
 class LastReady:
-    """Middleware of the proxies, next to Serve's. A word against it counts at once."""
+    """Middleware next to Serve's that repeats a gateway's last good answer to `/readyz`.
+
+    An answer that it is not ready counts at once.
+    """
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic) -> None:
         self.app = app
@@ -242,9 +248,10 @@ class LastReady:
             await send(message)
 
     async def _ask_briefly(self, question: Question, scope: Scope) -> list[Message]:
-        """Return what a gateway says; nothing if none does now.
+        """Return a gateway's answer, or nothing if none comes within ANSWER_S.
 
-        The question stays: only one at a time waits for a gateway that is to come.
+        The question goes on after that, and later probes share it: only one at a time waits in
+        Serve for a gateway that is still to start.
         """
         asking = self._asking.get(question)
         if asking is None:
@@ -270,7 +277,7 @@ class LastReady:
     def _note(self, question: Question, messages: list[Message]) -> None:
         start, *body = messages
         if start["status"] == 200:
-            # Who hears it later has another id.
+            # Whoever gets this answer later has another request id.
             headers = [each for each in start["headers"] if each[0] != HEADER.encode()]
             self._words[question] = Word([{**start, "headers": headers}, *body], self._clock())
         else:
@@ -278,13 +285,13 @@ class LastReady:
 
 
 async def nothing_more() -> Message:
-    """Never return: the client of this question is the proxy."""
+    """Never return: the proxy asks this question itself, so there is no client to wait for."""
     await asyncio.Event().wait()
     raise AssertionError
 
 
 def is_word(messages: list[Message]) -> bool:
-    """Say whether a gateway said it, and not Serve in its place."""
+    """Return whether an answer is a gateway's, and not Serve's in its place."""
     if not messages:
         return False
     kind = Headers(raw=messages[0]["headers"]).get("content-type", "")

@@ -1,10 +1,9 @@
-"""References that are this server's own results: read from their store, without the network.
+"""Serve finished images by signed URLs, and read them back when they are sent as references.
 
-URLs of jobs' images: whoever has one may read that image, for a while.
-
-Answers by URL: images that were just drawn, kept for as long as those of jobs.
-
-`GET /results/...`: finished images for whoever has the signed URL of one.
+`ResultUrls` signs and checks the URLs: whoever has one may read that image until it expires.
+`KeptImages` stores images that were generated without a job, for as long as those of jobs.
+`ResultRoutes` is `GET /results/...`. `OwnResultsFirst` reads references that are this server's own
+results from the store, without the network.
 """
 
 import hmac
@@ -32,7 +31,10 @@ _SIGNATURE = re.compile(r"[0-9a-f]{64}", re.A)
 
 
 class ResultUrls:
-    """Makes them and checks them. `secret` is the desk's, so that any gateway knows all of them."""
+    """Signs URLs of results and checks them.
+
+    All gateways of a database share `secret`, so that each accepts the URLs of the others.
+    """
 
     def __init__(
         self,
@@ -47,43 +49,43 @@ class ResultUrls:
         self._clock = clock
 
     def url_of(self, image: StoredImage) -> str:
-        """Absolute, and good from now on for so long as they are."""
+        """Return the absolute URL of an image; it is valid for `valid_s` from now on."""
         expiry = str(int(self._clock() + self._valid_s))
         signature = self._sign(image.name, expiry)
         return f"{self._public_url}{PREFIX}{image.name}?exp={expiry}&sig={signature}"
 
     def allows(self, name: str, expiry: str, signature: str) -> bool:
-        """Whether it is one of ours, for that very name, and not yet over."""
+        """Return whether the signature is ours, for this name and expiry, and has not expired."""
         if not _EXPIRY.fullmatch(expiry) or not _SIGNATURE.fullmatch(signature):
             return False
         is_ours = hmac.compare_digest(self._sign(name, expiry), signature)
         return is_ours and self._clock() < int(expiry)
 
     def _sign(self, name: str, expiry: str) -> str:
-        # What else is ever signed with this secret has other words in front.
+        # Whatever else is ever signed with this secret must begin with other words than `result`.
         words = f"result {expiry} {name}".encode("utf-8", "backslashreplace")
         return hmac.digest(self._secret, words, "sha256").hex()
 
 
 async def urls_for(desk: JobService, public_url: str) -> ResultUrls:
-    """With the secret that all gateways share. Raises StoreLost."""
+    """Return the signer with the secret that all gateways share. Raise StoreLost."""
     return ResultUrls(public_url, await desk.url_secret())
 
 
 def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
-    """Where the first image of a job is, if it is ready."""
+    """Return the URL of the job's first image, or None if it is not ready."""
     if job.status != "ready" or job.result is None:
         return None
     return urls.url_of(job.result.images[0])
 
 
 def preview_url_of(job: Job, urls: ResultUrls) -> str | None:
-    """Where what it will look like is, if it runs and that is known."""
+    """Return the URL of the job's latest preview, or None if it has none."""
     return None if job.preview is None else urls.url_of(job.preview)
 
 
 class KeptImages:
-    """Where there are jobs there is a place to keep them. Raises StoreLost and ResultsLost."""
+    """Stores images that were generated without a job, where there is a store for those of jobs."""
 
     def __init__(self, desk: JobService, public_url: str) -> None:
         self._desk = desk
@@ -92,28 +94,32 @@ class KeptImages:
     async def urls_of(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[str, ...]:
-        """A signed one of each image."""
+        """Store the images and return a signed URL of each. Raise StoreLost or ResultsLost."""
         urls = await urls_for(self._desk, self._public_url)
         images = await self._desk.keep(owner, request, result)
         return tuple(urls.url_of(image) for image in images)
 
 
 class OwnResultsFirst(Fetcher):
-    """A Fetcher that knows the URLs which this server signs.
+    """A Fetcher that reads this server's own results from their store.
 
-    A signature is of the result's name alone, so that by whatever host clients reach this server
-    (localhost, a private `public_url`, a load balancer), the URL is its own, and nobody else's.
+    Only the result's name is signed, so a URL is recognised whatever host clients reach this server
+    by (localhost, a private `public_url`, a load balancer); nobody else can make one.
     """
 
     def __init__(self, fetcher: Fetcher, desk: JobService, public_url: str) -> None:
-        # Those of the other: reading the certificates takes a while.
+        # Taken from the wrapped fetcher, without calling Fetcher's own __init__: reading the
+        # certificates again takes a while.
         self.fetching, self.guard = fetcher.fetching, fetcher.guard
         self._fetcher = fetcher
         self._desk = desk
         self._public_url = public_url.rstrip("/")
 
     async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
-        """The bytes of an own result, else as the Fetcher. Raises StoreLost too."""
+        """Return the bytes of an own result, else what the wrapped fetcher reads.
+
+        Raise BadReference as that does, and StoreLost.
+        """
         result = await self._result_of(url)
         if result is None:
             if url.startswith(self._public_url + PREFIX):
@@ -130,9 +136,10 @@ class OwnResultsFirst(Fetcher):
         return data
 
     async def _result_of(self, url: str) -> str | None:
-        """The name of the result, if the URL is signed by this server and still good."""
+        """Return the result's name if this server signed the URL and it is still valid."""
         if len(url) > MAX_URL_CHARS:
-            # Python keeps the last 128 URLs that it split, each as long as a body may be.
+            # Python caches the last 128 URLs that it split, each of which could be as long as a
+            # body.
             return None
         try:
             parts = urlsplit(url)
@@ -147,20 +154,20 @@ class OwnResultsFirst(Fetcher):
         return name if urls.allows(name, exp, sig) else None
 
 
-# By the ending that we gave the file; what is in it is not looked at.
+# Types by the ending that we gave the file; the content is not looked at.
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 PRIVATE = {"cache-control": "private, no-store", "x-content-type-options": "nosniff"}
 
 
 class ResultRoutes:
-    """The one route; it asks for no key, as the signature is the right to read."""
+    """The one route. It needs no key: the signature is the right to read."""
 
     def __init__(self, desk: JobService, public_url: str) -> None:
         self._desk = desk
         self._public_url = public_url
 
     def routes(self) -> APIRouter:
-        """Whatever the path below it, this answers, so that all that is wrong looks alike."""
+        """Return the route, for any path below the prefix: all wrong URLs get one answer."""
         path = PREFIX + "{name:path}"
         image = {"schema": {"type": "string", "format": "binary"}}
         routes = APIRouter(tags=["results"])
@@ -177,7 +184,7 @@ class ResultRoutes:
         return routes
 
     async def show(self, request: Request, name: str, exp: str = "", sig: str = "") -> Response:
-        """The image, if the URL is one of ours and there is still such an image."""
+        """Return the image if its URL is valid and the image is still stored, else a 404."""
         try:
             urls = await urls_for(self._desk, self._public_url)
             if not urls.allows(name, exp, sig):
@@ -190,7 +197,7 @@ class ResultRoutes:
 
 
 def missing(request: Request) -> Response:
-    """One text for all that may be wrong with a URL; not to be remembered by anybody."""
+    """Return one answer for everything that may be wrong with a URL; nobody may cache it."""
     error = UnknownResult("there is no such image, or its URL is not valid any more")
     answer = answer_for(request, error)
     answer.headers.update(PRIVATE)

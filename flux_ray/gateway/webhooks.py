@@ -1,6 +1,6 @@
-"""Webhooks at the gateway: which URLs and secrets are taken, and how a message is posted.
+"""Check the webhooks that callers name, sign their messages, and post them.
 
-How webhooks are signed: as BFL does it, and as Standard Webhooks says.
+Messages are signed in two ways: as BFL does it, and as the Standard Webhooks specification says.
 """
 
 import asyncio
@@ -30,12 +30,15 @@ from flux_ray.gateway.images.fetch import (
 from flux_ray.jobs.job import Webhook
 from flux_ray.jobs.webhooks import NotTaken
 
-# What follows is the key, in base64.
+# In Standard Webhooks, a secret with this prefix is a key in base64.
 PREFIX = "whsec_"
 
 
 def headers_for(secret: str | None, message_id: str, body: bytes, now_s: float) -> dict[str, str]:
-    """Of one posting; those that tell a repeat are there without a secret too."""
+    """Return the headers of one message: id and time, and with a secret its signatures.
+
+    Receivers recognise a repeated message by `webhook-id`, so it is sent without a secret, too.
+    """
     timestamp = str(int(now_s))
     headers = {"webhook-id": message_id, "webhook-timestamp": timestamp}
     if secret:
@@ -47,17 +50,17 @@ def headers_for(secret: str | None, message_id: str, body: bytes, now_s: float) 
 
 
 def digest(key: bytes, data: bytes) -> bytes:
-    """HMAC with SHA-256."""
+    """Return the HMAC-SHA256 of the data."""
     return hmac.digest(key, data, hashlib.sha256)
 
 
 def key_of(secret: str) -> bytes:
-    """Of Standard Webhooks. ValueError: it says that it is base64, and is none."""
+    """Return the key of a Standard Webhooks secret. Raise ValueError if it is not base64."""
     if not secret.startswith(PREFIX):
         return secret.encode()
     text = secret.removeprefix(PREFIX).rstrip("=")
     try:
-        # Some leave the padding out.
+        # Some senders leave out the padding.
         key = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except binascii.Error:
         key = b""
@@ -66,14 +69,15 @@ def key_of(secret: str) -> bytes:
     return key
 
 
-# Not those of references: whoever names slow name servers there holds up no webhook.
+# Threads apart from those that resolve references: slow name servers, which a caller chooses there,
+# would delay webhooks.
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve-webhooks")
 MAX_URL_CHARS = 2083
 MAX_SECRET_CHARS = 1024
-# An answer is read so far that its server can end it in peace, and ignored.
+# So much of an answer is read, and ignored, that its server can finish sending it undisturbed.
 MAX_ANSWER_BYTES = 4096
 MAX_ANSWER_S = 1.0
-# A host's next address is tried then.
+# After so many seconds the host's next address is tried.
 CONNECT_S = 5.0
 HEADERS = {
     "content-type": "application/json",
@@ -84,7 +88,10 @@ HEADERS = {
 
 
 def check_webhook_url(url: str, args: Webhooks) -> None:
-    """It may be posted to, as far as it says; names are resolved when it is. BadRequest."""
+    """Raise BadRequest unless messages may be posted to the URL.
+
+    Host names are resolved, and their addresses checked, only when a message is posted.
+    """
     if not args.enabled:
         raise BadRequest("this gateway posts no webhooks", "webhook_url")
     if not 1 <= len(url) <= MAX_URL_CHARS:
@@ -104,7 +111,7 @@ def check_webhook_url(url: str, args: Webhooks) -> None:
 
 
 def check_webhook_secret(secret: str) -> None:
-    """It can be kept and signed with. BadRequest, which does not quote it."""
+    """Raise BadRequest unless the secret can be stored and signed with; never quote it."""
     if not 1 <= len(secret) <= MAX_SECRET_CHARS:
         message = f"webhook_secret has 1 to {MAX_SECRET_CHARS} characters"
         raise BadRequest(message, "webhook_secret")
@@ -120,7 +127,7 @@ def check_webhook_secret(secret: str) -> None:
 
 
 def webhook_of(url: str | None, secret: str | None, args: Webhooks) -> Webhook | None:
-    """What was sent, checked; an empty secret is none."""
+    """Return the checked webhook, or None without a URL; an empty secret counts as none."""
     if url is None:
         return None
     check_webhook_url(url, args)
@@ -130,7 +137,7 @@ def webhook_of(url: str | None, secret: str | None, args: Webhooks) -> Webhook |
 
 
 class Poster:
-    """Posts messages to public hosts, as far as `args` allow."""
+    """Posts messages to public hosts, and to others only if `args` allow them."""
 
     def __init__(
         self,
@@ -143,7 +150,10 @@ class Poster:
         self._clock = clock
 
     async def post(self, webhook: Webhook, message_id: str, body: bytes) -> None:
-        """Until it is taken: a 2xx in time. Else NotTaken, which quotes nothing of either side."""
+        """Post the message once. Raise NotTaken unless a 2xx came in time.
+
+        NotTaken quotes neither the message nor the answer, as its text is logged.
+        """
         headers = HEADERS | headers_for(webhook.secret, message_id, body, self._clock())
         try:
             async with asyncio.timeout(self._args.timeout_s), self.guard.client(headers) as client:
@@ -162,7 +172,8 @@ class Poster:
         raise NotTaken(reason)
 
     async def _status_of(self, client: httpx.AsyncClient, url: str, body: bytes) -> int:
-        # Before httpx writes it anew; what was allowed then may not be now.
+        # Checked as written, before httpx normalizes it; the operator may have changed the args
+        # since the URL was accepted.
         check_now(url, self._args)
         async with client.stream("POST", url, content=body) as answer:
             with contextlib.suppress(TimeoutError, httpx.RequestError):
@@ -172,14 +183,14 @@ class Poster:
 
 
 def check_now(url: str, args: Webhooks) -> None:
-    """Raises Refused."""
+    """Raise AddressRefused if the URL may not be posted to any more."""
     if not args.enabled:
         raise AddressRefused
     place_of(url, args)
 
 
 async def read_some(answer: httpx.Response) -> None:
-    """As much as a well-meant answer has."""
+    """Read the answer up to MAX_ANSWER_BYTES, more than any well-meant answer has."""
     num_bytes = 0
     async for chunk in answer.aiter_raw():
         num_bytes += len(chunk)
