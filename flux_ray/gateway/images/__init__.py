@@ -1,1 +1,1 @@
-"""Images in: from a client's bytes or URL to checked, upright RGB pixels and masks."""
+"""Read a client's images, from bytes or a URL, into checked, upright RGB pixels and masks."""

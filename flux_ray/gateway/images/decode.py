@@ -1,4 +1,9 @@
-"""Reference images: untrusted bytes to checked, upright RGB pixels."""
+"""Decode reference images: untrusted bytes to checked, upright RGB pixels.
+
+`decode` and `decode_reference` are called on the threads of `DECODERS`. The head of a file is
+checked before any pixel is decoded, working memory is reserved in the budget, and processor time is
+limited by `DecodeWork`.
+"""
 
 import struct
 import zlib
@@ -26,10 +31,11 @@ from flux_ray.resizing import scale_down
 
 Read = TypeVar("Read")
 
-# The image processor of the FLUX.2 pipelines refuses smaller and longer ones.
+# The image processor of the FLUX.2 pipelines refuses smaller images and longer ones.
 MIN_SIDE = 64
 MAX_ASPECT = 8
-# What Pillow's readers raise on broken files; its own words may show our insides.
+# What Pillow's readers raise on broken files. Their own texts may show our internals, so callers
+# get another one.
 BROKEN = (
     OSError,
     SyntaxError,
@@ -42,36 +48,36 @@ BROKEN = (
     zlib.error,
 )
 
-# Of MAX_WORK_BYTES, which a pixel takes at most while it is decoded, as measured: the image, and
-# copies on the way to upright RGB. WebP is decoded in one piece before that; what is transparent is
-# composed.
+# Bytes that a pixel takes at most while it is decoded, as measured: the image, and copies on the
+# way to upright RGB. WebP is also decoded in one piece before that, and transparent images are
+# composed. With PROFILE_BYTES they add up to MAX_WORK_BYTES in config/gateway.py.
 WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
-# Of a lossless WebP's first pixels: its codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or
-# more, though they take 4 bytes of the file.
+# Lossless WebP: its Huffman codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or more. They
+# take only 4 bytes each of the file, so its size says nothing of them.
 CODES_BYTES, MAX_CODED_PIXELS, LOSSLESS_MARKS = 344, 16 * 65_536, (b"VP8L", b"ALPH")
-# The colours in sRGB, and what is transparent beside them.
+# For images with a colour profile: the colours in sRGB, and transparency beside them.
 PROFILE_BYTES = 8
-# What a photograph of four megapixels takes, and a tenth of a second of a processor.
+# Above this an image is large: a photograph of 4 megapixels, or a tenth of a second of a processor.
 LARGE_WORK_BYTES = 4 * 2**20 * (WORK_BYTES + PROFILE_BYTES)
 
-# read() checks the size itself, before any pixel is decoded; Pillow would only warn.
+# `opened` checks the size itself before any pixel is decoded; Pillow would only warn.
 Image.MAX_IMAGE_PIXELS = None
 
 
 class SentImage(NamedTuple):
-    """A reference: its size as it was sent, and its pixels by the most that a tier takes."""
+    """A decoded reference: its size as sent, and its pixels scaled for each tier's limit."""
 
     width: int
     height: int
     rasters: Mapping[int, RgbImage]
 
     def raster_for(self, max_pixels: int) -> RgbImage:
-        """As a tier takes it that scales references down to so many pixels."""
+        """Return the image as scaled for a tier that takes up to `max_pixels` a reference."""
         return self.rasters[max_pixels]
 
 
 class Opened(NamedTuple):
-    """An image that is not decoded yet, what of its file is a plain JPEG, and what it may cost."""
+    """An image that is not decoded yet, its plain JPEG if it is one, and the limit of its work."""
 
     image: Image.Image
     jpeg: PlainJpeg | None
@@ -79,9 +85,9 @@ class Opened(NamedTuple):
 
 
 def decode(data: bytes, limits: Limits, name: str) -> RgbImage:
-    """The image in `data`; errors call it by `name`, never by the client's file name.
+    """Return the image in `data`; errors call it `name`, never by the client's file name.
 
-    Overloaded if this gateway holds as many bytes as it may.
+    Raise BadReference, or Overloaded if the gateway's memory budget is full.
     """
     return raster_from(read(data, limits, name, to_rgb), limits)
 
@@ -89,52 +95,55 @@ def decode(data: bytes, limits: Limits, name: str) -> RgbImage:
 def decode_reference(
     data: bytes, limits: Limits, name: str, max_pixels: Collection[int]
 ) -> SentImage:
-    """The same, scaled down to each of these numbers of pixels as a rank would do it."""
+    """Return the image scaled to each number of pixels, exactly as a rank would scale it."""
     return read(
         data, limits, name, lambda image: sent_image_from(to_rgb(image), limits, max_pixels)
     )
 
 
 def sent_image_from(rgb: Image.Image, limits: Limits, max_pixels: Collection[int]) -> SentImage:
-    """The image scaled to each limit; limits of one size share the pixels."""
+    """Return the image scaled to each limit; limits that lead to one size share the pixels."""
     scaled = {limit: scaled_reference(rgb, limit) for limit in max_pixels}
     rasters = {image.size: raster_from(image, limits) for image in scaled.values()}
     return SentImage(*rgb.size, {limit: rasters[image.size] for limit, image in scaled.items()})
 
 
 def scaled_reference(rgb: Image.Image, max_pixels: int) -> Image.Image:
-    """The image within the limit; as it is where whole pixels would make it longer than may be."""
+    """Return the image scaled to the limit.
+
+    Return it unchanged if rounding to whole pixels made it too small or too long for the model.
+    """
     scaled = scale_down(rgb, max_pixels)
     return rgb if is_too_small(scaled.size) or is_too_long(scaled.size) else scaled
 
 
 def whole_image(raster: RgbImage, max_pixels: Collection[int]) -> SentImage:
-    """Of an image under a mask: the size that is drawn will say how it is scaled."""
+    """Return an image under a mask, unscaled: it is later scaled to the size that is generated."""
     return SentImage(raster.width, raster.height, dict.fromkeys(max_pixels, raster))
 
 
 def raster_from(rgb: Image.Image, limits: Limits) -> RgbImage:
-    """The pixels, counted while somebody holds them. Overloaded."""
+    """Return the pixels, counted in the memory budget while anybody holds them. Overloaded."""
     return counted(RgbImage(rgb.width, rgb.height, rgb.tobytes()), limits)
 
 
 def counted(raster: RgbImage, limits: Limits) -> RgbImage:
-    """The same, counted while somebody holds it, with its digest. Overloaded."""
-    # Known from now on: later it would hold the event loop.
+    """Return the image with its digest computed, counted in the memory budget. Overloaded."""
+    # Computed here, on a thread; later it would block the event loop.
     _ = raster.digest
     return MEMORY.add(raster, len(raster.rgb), limits.max_kept_bytes)
 
 
 def is_large(data: bytes, limits: Limits, name: str) -> bool:
-    """Whether decoding it takes long, by what its head says. Raises BadReference."""
+    """Return whether decoding takes long, judging by the file's head. Raise BadReference."""
     image, _, _ = opened(data, limits, name)
     return work_bytes(image, data) > LARGE_WORK_BYTES
 
 
 def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image], Read]) -> Read:
-    """What is made of the image, upright; it is measured before it is decoded.
+    """Return what `convert` makes of the upright image.
 
-    Raises BadReference, also where decoding takes more work than it may.
+    Raise BadReference for a bad or damaged image, or one whose decoding takes too much work.
     """
     image, jpeg, work = opened(data, limits, name)
     with MEMORY.working(work_bytes(image, data), limits.max_work_bytes):
@@ -145,7 +154,7 @@ def read(data: bytes, limits: Limits, name: str, convert: Callable[[Image.Image]
 
 
 def opened(data: bytes, limits: Limits, name: str) -> Opened:
-    """The image with nothing but its head read, which takes no time. Raises BadReference."""
+    """Return the image with only its head read, which takes no time. Raise BadReference."""
     if len(data) > limits.max_image_bytes:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes", "image")
     work = DecodeWork(limits.max_decode_s, name)
@@ -163,7 +172,7 @@ def opened(data: bytes, limits: Limits, name: str) -> Opened:
 
 
 def check_size(size: tuple[int, int], limits: Limits, name: str) -> None:
-    """Raise BadReference for what no model takes, or this gateway does not."""
+    """Raise BadReference if this gateway, or every model, refuses an image of that size."""
     width, height = size
     if width * height > limits.max_image_pixels:
         raise BadReference(f"{name} has more than {limits.max_image_pixels} pixels", "image")
@@ -174,17 +183,17 @@ def check_size(size: tuple[int, int], limits: Limits, name: str) -> None:
 
 
 def is_too_small(size: tuple[int, int]) -> bool:
-    """Whether the model would refuse it for that."""
+    """Return whether the model would refuse the size as too small."""
     return min(size) < MIN_SIDE
 
 
 def is_too_long(size: tuple[int, int]) -> bool:
-    """Whether the model would refuse it for that."""
+    """Return whether the model would refuse the size as too long."""
     return max(size) > MAX_ASPECT * min(size)
 
 
 def work_bytes(image: Image.Image, data: bytes) -> int:
-    """What decoding takes, by what the file's header says."""
+    """Return the memory that decoding takes, judging by the file's header."""
     each = WORK_BYTES + (WEBP_BYTES if image.format == "WEBP" else 0)
     each += TRANSPARENT_BYTES if image.has_transparency_data else 0
     each += PROFILE_BYTES if image.info.get("icc_profile") else 0
@@ -195,7 +204,7 @@ def work_bytes(image: Image.Image, data: bytes) -> int:
 
 
 def completed(image: Image.Image, jpeg: PlainJpeg | None, work: DecodeWork) -> Image.Image:
-    """Decode it; if its file lacks nothing but its end, that is no damage."""
+    """Return the decoded image; a file that lacks only its end marker is accepted."""
     try:
         image.load()
     except BROKEN:
@@ -210,34 +219,34 @@ def completed(image: Image.Image, jpeg: PlainJpeg | None, work: DecodeWork) -> I
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return it as viewers show it: upright, 8 bits a channel, in sRGB."""
+    """Return the image as viewers show it: upright, 8 bits a channel, in sRGB."""
     profile = image.info.get("icc_profile")
     turn_upright(image)
     return to_srgb(eight_bits(image), profile)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """8 bits a channel: Pillow would clip 16-bit grey to 255 instead of scaling it."""
+    """Return 8 bits a channel. Pillow itself would clip 16-bit grey to 255, not scale it."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As on_white; the caller is told where that shows."""
+    """Return the image over white; note for the caller that its transparent parts were filled."""
     if image.has_transparency_data and not is_opaque(image):
         note("its transparent parts were put on white")
     return on_white(image)
 
 
 def is_opaque(image: Image.Image) -> bool:
-    """Whether all of it is."""
+    """Return whether no pixel of the image is transparent."""
     least, _ = image.convert("RGBA").getchannel("A").getextrema()
     return least == 255
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Transparent parts over white."""
+    """Return the image in RGB, its transparent parts over white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

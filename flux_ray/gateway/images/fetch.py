@@ -1,6 +1,8 @@
-"""HTTP to places that strangers name: the address that was checked is the one connected to.
+"""Fetch from URLs that strangers name, without being led into the operator's own network (SSRF).
 
-Which URLs and addresses the gateway may connect to on a stranger's word.
+First come the checks of URLs and addresses, then `Fetcher`, which reads reference images. `Guard`
+makes HTTP clients that resolve a host once and connect to exactly the address that was checked;
+webhooks use it, too.
 """
 
 import asyncio
@@ -24,15 +26,15 @@ MAX_URL_CHARS = 4096
 PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.(?!-)[a-z0-9_-]{1,63})*")
 _USER = re.compile(r"[^/?#]*//[^/?#]*@")
-# Names that end in a number are IPv4 addresses to some resolvers: 2130706433, 0x7f.1, 0177.0.0.1.
+# Some resolvers take names that end in a number for IPv4 addresses: 2130706433, 0x7f.1, 0177.0.0.1.
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# IPv6 networks that lead to the IPv4 address in bits 96..128, or 16..48.
+# IPv6 networks whose addresses lead to the IPv4 address in bits 96 to 128, or 16 to 48.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _6TO4 = ipaddress.IPv6Network("2002::/16")
 
 
 class AddressRefused(Exception):
-    """Not a place that the gateway connects to; says no more, for the caller may be probing."""
+    """The gateway does not connect there. It says no more, as the caller may be probing."""
 
 
 class Destination(NamedTuple):
@@ -43,8 +45,8 @@ class Destination(NamedTuple):
 
 
 def place_of(url: str, fetching: Fetching) -> Destination:
-    """The place of a URL that is plain enough for every parser to read it alike."""
-    # Parsers differ on these; the URL that is checked must be the one that is asked for.
+    """Return host and port of a URL. Raise AddressRefused if it is odd or not allowed."""
+    # URL parsers differ on these, and the URL that was checked must be the one that is requested.
     if len(url) > MAX_URL_CHARS or not url.isascii() or re.search(r"[\x00-\x20\x7f\\]", url):
         raise AddressRefused
     try:
@@ -61,7 +63,7 @@ def place_of(url: str, fetching: Fetching) -> Destination:
 
 
 def is_allowed_host(host: str, fetching: Fetching) -> bool:
-    """A name, or an address in its usual form; if there is an allow-list, one that is on it."""
+    """Return whether a host is a plain name or address, and on the allow-list if there is one."""
     if fetching.hosts is not None and host not in fetching.hosts:
         return False
     if literal(host) is not None:
@@ -70,8 +72,8 @@ def is_allowed_host(host: str, fetching: Fetching) -> bool:
 
 
 def literal(host: str) -> Address | None:
-    """The address that the host is; None for a name."""
-    # A zone would choose the network card.
+    """Return the address that the host is, or None for a name."""
+    # A zone (`fe80::1%eth0`) would choose the network interface.
     if "%" in host:
         return None
     try:
@@ -81,11 +83,11 @@ def literal(host: str) -> Address | None:
 
 
 def is_reachable(address: Address, fetching: Fetching) -> bool:
-    """Public, or in a network that the operator named."""
+    """Return whether the address is public, or in a network that the operator allows."""
     address = unwrap(address)
     if any(address in network for network in fetching.networks):
         return True
-    # Python calls these three global.
+    # Python counts these three as global.
     if address.is_multicast or address.is_reserved:
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.is_site_local:
@@ -94,7 +96,7 @@ def is_reachable(address: Address, fetching: Fetching) -> bool:
 
 
 def unwrap(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one leads to, for ::ffff:127.0.0.1 is 127.0.0.1."""
+    """Return the IPv4 address that an IPv6 one leads to: ::ffff:127.0.0.1 is 127.0.0.1."""
     if not isinstance(address, ipaddress.IPv6Address):
         return address
     if address.ipv4_mapped is not None:
@@ -106,16 +108,16 @@ def unwrap(address: Address) -> Address:
     return address
 
 
-# It logs every URL, and with it what callers sign theirs with.
+# httpx logs every URL, and callers' URLs hold their signatures.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-# A name server that never answers keeps a thread: not one of those that decode images.
+# Own threads: a name server that never answers blocks one, which would otherwise decode images.
 RESOLVERS = ThreadPoolExecutor(8, thread_name_prefix="resolve")
 HEADERS = {
     "accept": "image/*",
-    # What is packed could be far longer than the bytes that are counted.
+    # Packed content could be far longer than the bytes that are counted.
     "accept-encoding": "identity",
     "user-agent": f"flux-ray/{__version__}",
 }
@@ -129,19 +131,21 @@ class Fetcher:
         self.guard = Guard(fetching, resolve or resolver(RESOLVERS))
 
     async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
-        """The bytes behind the URL, not after `until_s` of the loop's clock.
+        """Return the bytes behind the URL, at latest at `until_s` of the loop's clock.
 
-        BadReference calls the image by `name`, and says nothing of what answered.
+        Raise BadReference, which calls the image `name` and tells nothing about the server that
+        answered.
         """
         if not self.fetching.enabled:
             raise BadReference(f"{name}: this gateway does not fetch URLs", "url")
         try:
-            # Before httpx writes it anew.
+            # Checked as written, before httpx normalizes it.
             place_of(url, self.fetching)
             async with asyncio.timeout_at(until_s), self.guard.client(HEADERS) as client:
                 return await read_stream(client, url, max_bytes, name)
         except AddressRefused:
-            # The same for names that nobody has, or the answer would list the names in our network.
+            # The same text for names that do not exist, or answers would reveal the names of our
+            # network.
             message = f"{name}: its URL is not that of a public http or https server"
         except (TimeoutError, httpx.TimeoutException):
             message = f"{name}: its URL took longer than {self.fetching.timeout_s:g} s"
@@ -151,7 +155,7 @@ class Fetcher:
 
 
 async def read_stream(client: httpx.AsyncClient, url: str, max_bytes: int, name: str) -> bytes:
-    """The body of a plain 200, never more of it than may be."""
+    """Return the body of a plain 200, reading at most `max_bytes` of it. Raise BadReference."""
     too_large = BadReference(f"{name} is larger than {max_bytes} bytes", "url")
     async with client.stream("GET", url) as answer:
         packing = answer.headers.get("content-encoding", "identity")
@@ -169,19 +173,19 @@ async def read_stream(client: httpx.AsyncClient, url: str, max_bytes: int, name:
 
 
 class Guard:
-    """Makes clients for places that strangers name: references, and webhooks."""
+    """Makes HTTP clients for places that strangers name: references and webhooks."""
 
     def __init__(self, fetching: Fetching, resolve: Resolve) -> None:
         self.fetching = fetching
         self.resolve = resolve
-        # Reading the certificates takes longer than a request.
+        # Once: reading the certificates takes longer than a request.
         self.trusted = httpx.create_ssl_context(trust_env=False)
 
     def client(self, headers: dict[str, str]) -> httpx.AsyncClient:
-        """For one request: cookies of one caller's server are not for another's.
+        """Return a client for one request: one caller's cookies must not reach another's server.
 
-        Redirects are not followed. Raises Refused where it may not connect; the total time is the
-        caller's to limit.
+        It follows no redirects, as those were not checked, and raises AddressRefused where it may
+        not connect. The caller has to limit the total time.
         """
         transport = PinnedTransport(self)
         return httpx.AsyncClient(
@@ -193,7 +197,7 @@ class Guard:
         )
 
     async def addresses(self, url: str) -> list[str]:
-        """Where the URL may be asked for; Refused if any of its addresses is not to be reached."""
+        """Return the URL's addresses. Raise AddressRefused unless all of them are reachable."""
         host, port = place_of(url, self.fetching)
         address = literal(host)
         found: list[Address]
@@ -210,14 +214,18 @@ class Guard:
 
 
 class PinnedTransport(httpx.AsyncHTTPTransport):
-    """Resolves a request's host once, and connects to what was checked."""
+    """A transport that resolves the host once and connects to an address that was checked.
+
+    If httpx resolved it again, a name server could give another address than the one that was
+    checked.
+    """
 
     def __init__(self, guard: Guard) -> None:
         super().__init__(verify=guard.trusted, trust_env=False)
         self.guard = guard
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """The first of its addresses that takes the connection answers."""
+        """Send the request to the first checked address that accepts the connection."""
         addresses = await self.guard.addresses(str(request.url))
         for address in addresses[:-1]:
             try:
@@ -228,7 +236,7 @@ class PinnedTransport(httpx.AsyncHTTPTransport):
 
 
 def pin(request: httpx.Request, address: str) -> httpx.Request:
-    """The same request to that address; `Host`, and the name in the certificate, stay."""
+    """Return the request for that address; `Host` and the certificate's name stay the URL's."""
     return httpx.Request(
         request.method,
         request.url.copy_with(host=address),
@@ -239,10 +247,10 @@ def pin(request: httpx.Request, address: str) -> httpx.Request:
 
 
 def resolver(executor: ThreadPoolExecutor) -> Resolve:
-    """Asks the system, on threads of its own."""
+    """Return a function that asks the system's resolver on the given threads."""
 
     async def ask_resolver(host: str, port: int) -> list[str]:
-        """The host's addresses, in the system's order of preference."""
+        """Return the host's addresses, in the system's order of preference."""
 
         def ask() -> list[str]:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

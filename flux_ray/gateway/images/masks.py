@@ -1,4 +1,8 @@
-"""Masks: untrusted bytes to the pixels that are to be drawn anew."""
+"""Decode masks: untrusted bytes to the pixels that are to be generated again.
+
+There are two rules. OpenAI's is that fully transparent pixels are generated again; everybody
+else's, BFL's among them, is that white ones are.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +25,7 @@ NOTHING = (
 
 
 def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
-    """The mask in `data`, if it marks anything; the same limits as for a reference."""
+    """Return the mask in `data`, with a reference's limits. BadReference if it marks nothing."""
     mask = read(data, limits, name, mask_from)
     if 255 not in mask.marks:
         raise BadReference(f"{name} {NOTHING}", "mask")
@@ -29,9 +33,10 @@ def decode_mask(data: bytes, limits: Limits, name: str) -> Mask:
 
 
 def decode_painted_mask(data: bytes, limits: Limits, name: str) -> Mask:
-    """The mask in `data` by BFL's rule: white is drawn, also on a layer that else is transparent.
+    """Return the mask in `data` by BFL's rule: white is generated again, and black is kept.
 
-    Where nothing is white, but something is transparent, by OpenAI's.
+    White counts also on a layer that is transparent elsewhere. If nothing is white but something is
+    transparent, OpenAI's rule applies. Raise BadReference if it marks nothing.
     """
     mask = read(data, limits, name, painted_mask_from)
     if 255 not in mask.marks:
@@ -40,7 +45,7 @@ def decode_painted_mask(data: bytes, limits: Limits, name: str) -> Mask:
 
 
 def painted_mask_from(image: Image.Image) -> Mask:
-    """What is transparent stays, as black does, if anything else is white."""
+    """Return the mask by BFL's rule: transparent parts stay if anything else is white."""
     if not image.has_transparency_data or is_opaque(image):
         return mask_from_luma(image)
     black = Image.new("RGBA", image.size, "black")
@@ -49,7 +54,7 @@ def painted_mask_from(image: Image.Image) -> Mask:
 
 
 def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask]:
-    """An image whose alpha channel is its mask."""
+    """Return an image and the mask in its alpha channel. Raise BadReference if it has none."""
     raster, mask = decode_erased(data, limits, name)
     if mask is None:
         raise BadReference(f"mask is required, unless {name} is transparent somewhere", "mask")
@@ -57,20 +62,20 @@ def decode_with_alpha(data: bytes, limits: Limits, name: str) -> tuple[RgbImage,
 
 
 def decode_erased(data: bytes, limits: Limits, name: str) -> tuple[RgbImage, Mask | None]:
-    """An image, and the mask of its fully transparent pixels, if it has any."""
+    """Return an image, and the mask of its fully transparent pixels, if it has any."""
     rgb, mask = read(data, limits, name, lambda image: (on_white(image), mask_from_alpha(image)))
     return raster_from(rgb, limits), counted_mask(mask, limits) if 255 in mask.marks else None
 
 
 def counted_mask(mask: Mask, limits: Limits) -> Mask:
-    """The same, counted while somebody holds it. Overloaded."""
+    """Return the mask, counted in the memory budget while anybody holds it. Overloaded."""
     return MEMORY.add(mask, len(mask.marks), limits.max_kept_bytes)
 
 
 async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """The request with its mask, and the image that it is of, in the size that is drawn.
+    """Return the request with its mask and the masked image in the size that is generated.
 
-    To the pixel what a rank makes of them. Overloaded.
+    A rank would scale them to the same pixels. Raise Overloaded.
     """
     if request.mask is None:
         return request
@@ -78,7 +83,7 @@ async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
 
 
 def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """Scale what has another size."""
+    """Return the request with mask and first image scaled, where they have another size."""
     size, mask, (image, *others) = (
         (request.width, request.height),
         request.mask,
@@ -93,9 +98,9 @@ def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
 
 
 def mask_from(image: Image.Image) -> Mask:
-    """By OpenAI's rule if any of it is transparent, else by that of everybody else.
+    """Return the mask by OpenAI's rule if any of it is transparent, else by everybody else's.
 
-    Clients that paint black and white on an opaque canvas send an alpha channel too.
+    Clients that paint black and white on an opaque canvas send an alpha channel, too.
     """
     if image.has_transparency_data and not is_opaque(image):
         return mask_from_alpha(image)
@@ -103,12 +108,12 @@ def mask_from(image: Image.Image) -> Mask:
 
 
 def mask_from_alpha(image: Image.Image) -> Mask:
-    """OpenAI's: fully transparent pixels are drawn anew."""
+    """Return a mask by OpenAI's rule: fully transparent pixels are generated again."""
     alpha = image.convert("RGBA").getchannel("A")
     return Mask(image.width, image.height, alpha.point(MARK_TRANSPARENT).tobytes())
 
 
 def mask_from_luma(image: Image.Image) -> Mask:
-    """BFL's, and that of OpenAI's kin: white is drawn anew, black stays."""
+    """Return a mask by BFL's rule: light pixels are generated again, dark ones stay."""
     luma = on_white(image).convert("L")
     return Mask(image.width, image.height, luma.point(MARK_LIGHT).tobytes())

@@ -1,10 +1,8 @@
-"""Colours as people see them: images with a colour profile of their own to sRGB.
+"""Bring decoded images into one form: upright, in sRGB; and note what could not be kept.
 
-What the caller is told of an image that was read: what of it could not be used.
-
-Which way is up: the one field of an image's metadata that is read.
-
-Pillow would parse all of them, in loops of Python and with a line in the log for each odd one.
+Of all metadata only the orientation is read, by our own code: Pillow would parse every field in
+loops of Python, and log a line for each odd one. `note` collects what the caller is to be told of
+an image, such as an unusable colour profile.
 """
 
 import io
@@ -19,19 +17,19 @@ from PIL import Image, ImageCms, ImageOps
 
 Read = TypeVar("Read")
 
-# Of the image that is being read, in the thread that reads it.
+# The notes on the image that this thread is reading: no function on the way has to pass them on.
 _NOTES: ContextVar[list[str] | None] = ContextVar("image_notes", default=None)
 
 
 def note(text: str) -> None:
-    """Tell the caller of the image that is being read, if somebody collects that."""
+    """Note something for the caller about the image being read, if `with_notes` collects."""
     notes = _NOTES.get()
     if notes is not None:
         notes.append(text)
 
 
 def with_notes(read: Callable[[], Read], name: str) -> tuple[Read, list[str]]:
-    """Return what `read` returns, and what was noted meanwhile of the image called `name`."""
+    """Return what `read` returns, and the notes made meanwhile, each after the image's `name`."""
     notes: list[str] = []
     token = _NOTES.set(notes)
     try:
@@ -41,22 +39,24 @@ def with_notes(read: Callable[[], Read], name: str) -> tuple[Read, list[str]]:
     return value, [f"{name}: {text}" for text in dict.fromkeys(notes)]
 
 
+# The tag of the orientation in EXIF.
 TAG = 0x0112
 UPRIGHT = 1
-# Of the TIFF types: which say one number, how long it is, and how it is written.
+# TIFF types of a single number, as struct formats.
 NUMBERS = {1: "B", 3: "H", 4: "L"}
 IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
-# It stands at the beginning.
+# The orientation is near the beginning; metadata can be as long as the file.
 MAX_METADATA_CHARS = 2**20
-# Where Pillow keeps them: of PNG also as ImageMagick writes them.
+# Keys under which Pillow keeps metadata; ImageMagick writes EXIF into PNGs in hexadecimal.
 EXIF, HEX_EXIF, XMP, PNG_XMP = "exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn the decoded image as its metadata say, and forget them."""
+    """Turn the decoded image as its metadata say, and drop them."""
     number = orientation(image.info)
     for key in (EXIF, HEX_EXIF, XMP, PNG_XMP):
         image.info.pop(key, None)
+    # Replaced by EXIF with this one number, so that Pillow has nothing else to parse.
     exif = Image.Exif()
     exif[TAG] = number
     image.info[EXIF] = exif.tobytes()
@@ -64,14 +64,14 @@ def turn_upright(image: Image.Image) -> None:
 
 
 def orientation(info: dict[str | tuple[int, int], Any]) -> int:
-    """Return the number, 1 to 8, by EXIF or else by XMP; 1 where neither says one."""
+    """Return the orientation, 1 to 8, from EXIF or else XMP; 1 if neither has one."""
     exif = info.get(EXIF) or exif_in_hex(info.get(HEX_EXIF, ""))
     number = in_exif(exif) or in_xmp(info.get(XMP) or info.get(PNG_XMP) or b"")
     return number if 1 <= number <= 8 else UPRIGHT
 
 
 def exif_in_hex(text: str) -> bytes:
-    """Return the bytes of what ImageMagick writes: three lines, then lines of hexadecimals."""
+    """Return the bytes that ImageMagick wrote: three lines, then lines of hexadecimal digits."""
     digits = "".join(text[:MAX_METADATA_CHARS].split("\n")[3:])
     try:
         return bytes.fromhex(digits[: len(digits) // 2 * 2])
@@ -80,7 +80,7 @@ def exif_in_hex(text: str) -> bytes:
 
 
 def in_exif(exif: bytes) -> int:
-    """Return the number in the first directory; 0 where there is none."""
+    """Return the orientation in the first EXIF directory, or 0."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -95,33 +95,35 @@ def in_exif(exif: bytes) -> int:
                 (number,) = struct.unpack_from(f"{order}{NUMBERS[kind]}", exif, at + 8)
                 return int(number)
     except struct.error:
-        # It is cut off.
+        # The metadata are cut off.
         return 0
     return 0
 
 
 def in_xmp(xmp: str | bytes) -> int:
-    """Return the number that it says; 0 where it says none."""
+    """Return the orientation in an XMP packet, or 0."""
     start = xmp[:MAX_METADATA_CHARS]
     found = IN_XMP.search(start.encode() if isinstance(start, str) else start)
     return int(found[1]) if found else 0
 
 
 SRGB = ImageCms.createProfile("sRGB")
-# What cannot be seen: a profile that changes no colour by more is sRGB under another name.
+# The largest difference that cannot be seen: a profile that changes no colour by more is sRGB under
+# another name.
 SAME = 2
-# Those of presses have some 3 MB.
+# Profiles of printing presses have about 3 MB.
 MAX_PROFILE_BYTES = 4 * 2**20
-# Elements in any number, of up to 15 channels each: minutes a profile, which nobody can stop.
+# Profiles with such elements may have any number of them, each for up to 15 channels: one can take
+# minutes, and the conversion cannot be stopped.
 COSTLY_TYPE = b"mpet"
 IGNORED = "its colour profile cannot be used and was ignored"
 BROKEN = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return the image in sRGB; a profile that is broken, costly, or of another kind is ignored.
+    """Return the image in sRGB; ignore a profile that is broken, costly, or of another kind.
 
-    The model has seen sRGB only, and what it generates is taken for sRGB.
+    The model was trained on sRGB, and what it generates is shown as sRGB.
     """
     if not profile:
         return image
@@ -151,12 +153,12 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def is_costly(profile: bytes) -> bool:
-    """Say whether the colours of a few pixels may take as long as it likes."""
+    """Return whether a profile could take very long, even for a few pixels."""
     return len(profile) > MAX_PROFILE_BYTES or COSTLY_TYPE in profile
 
 
 def without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours in a mode that a profile may be of, and the alpha channel if any."""
+    """Return the colours in a mode that profiles can describe, and the alpha channel, if any."""
     if image.has_transparency_data:
         whole = image.convert("LA" if image.mode in ("LA", "L") else "RGBA")
         return whole.convert("L" if whole.mode == "LA" else "RGB"), whole.getchannel("A")
@@ -166,9 +168,10 @@ def without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Say whether the colours of an image in that mode would stay what they are."""
+    """Return whether a transform leaves the colours of an image in that mode as they are."""
     if mode != "RGB":
         return False
+    # A coarse grid of all colours is enough to tell sRGB from other profiles.
     steps = np.arange(0, 256, 51, dtype=np.uint8)
     cube = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, len(steps), 3)
     seen = ImageCms.applyTransform(Image.fromarray(cube), transform)

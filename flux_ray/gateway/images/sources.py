@@ -1,4 +1,7 @@
-"""Reference images and masks wherever they come from: a file part, base64, or a URL."""
+"""Read the images of a request, wherever they come from: a file part, base64, or a URL.
+
+`read_images` is the entry point; it downloads and decodes one image after the other.
+"""
 
 import asyncio
 import binascii
@@ -29,38 +32,40 @@ from flux_ray.request import Mask, RgbImage
 Read = TypeVar("Read")
 
 _DATA_PREFIX = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
-# What PNG, JPEG and WEBP begin with in base64; no prompt is one long word.
+# What PNG, JPEG and WEBP begin with in base64. A prompt has no word of that length.
 _IMAGE = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|UklGR)\S{50}", re.IGNORECASE)
 _LISTED = re.compile(r"\[[0-9]{0,3}\]$")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}:", re.IGNORECASE)
-# Both alphabets, and no line breaks.
+# Translates base64's URL alphabet to the usual one.
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
+# Line breaks and spaces, which many encoders put into base64.
 _BREAKS = b" \t\r\n"
 
 
 class ImageSource(NamedTuple):
-    """One image as it was sent, and the field that it was sent in."""
+    """One image as it was sent, and the field in which it was sent."""
 
     field: str
     content: UploadFile | str
 
     @property
     def param(self) -> str:
-        """The field as errors name it: `image[]` and `image[0]` are `image`."""
+        """Return the field's name as errors give it: `image` for `image[]` and `image[0]`."""
         return _LISTED.sub("", self.field)
 
 
 class ImageSources(NamedTuple):
-    """All that a request was sent: references in order, and a mask of the first."""
+    """All images of a request: references in order, and a mask for the first of them."""
 
     references: list[ImageSource]
     mask: ImageSource | None = None
 
 
 class RequestImages(NamedTuple):
-    """The same, decoded, and references as the tiers take them.
+    """The decoded images of a request.
 
-    `notes` are for the caller: what of them could not be used.
+    `references` are scaled as the tiers take them. `notes` tell the caller what of the images could
+    not be used.
     """
 
     references: tuple[SentImage, ...] = ()
@@ -75,10 +80,11 @@ async def read_images(
     fetcher: Fetcher,
     read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
 ) -> RequestImages:
-    """The decoded images, one at a time, so that one only is in memory undecoded and unscaled.
+    """Return the decoded images of a request. Raise BadReference or Overloaded.
 
-    Under a mask the first is left as it is: its scaled size is not known yet. `read_mask`: what of
-    a mask is marked differs by dialect.
+    They are read one at a time, so that only one is in memory undecoded and unscaled. With a mask,
+    the first image is not scaled, as its size is only known later. `read_mask` decodes the mask by
+    the dialect's rule.
     """
     reader = reader_for(target, limits, fetcher)
     if sources.mask is None:
@@ -98,7 +104,7 @@ async def read_with_alpha(
     fetcher: Fetcher,
     decode_first: Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]],
 ) -> RequestImages:
-    """The decoded images, where the first one's alpha channel may be its mask."""
+    """Return the decoded images, with the first one's alpha channel as mask, if it is one."""
     reader = reader_for(target, limits, fetcher)
     first, *others = sources.references
     raster, mask = await reader.read(first, "image 1", decode_first)
@@ -108,7 +114,7 @@ async def read_with_alpha(
 
 
 def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":
-    """Of one request, from now on."""
+    """Return a reader for one request; its time to fetch URLs begins now."""
     now_s = asyncio.get_running_loop().time()
     max_pixels = {tier.max_reference_pixels for tier in target.tiers}
     until_s = now_s + fetcher.fetching.timeout_s
@@ -117,11 +123,11 @@ def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "Imag
 
 @dataclass
 class ImageReader:
-    """Reads images of one request, not after `until_s` of the loop's clock.
+    """Reads the images of one request.
 
-    `max_pixels`: what the tiers that may serve it scale references down to. `order`: of requests
-    that decode, those that came before it come first. `notes`: what the caller is to be told of
-    the images that were read.
+    `until_s`: when URLs must have been read, by the loop's clock. `max_pixels`: the numbers of
+    pixels to which the tiers scale references down. `order`: the request's place among those that
+    decode; the lowest comes first. `notes`: what the caller is to be told of the images.
     """
 
     limits: Limits
@@ -134,7 +140,7 @@ class ImageReader:
     async def read_references(
         self, sources: list[ImageSource], first: int = 1
     ) -> tuple[SentImage, ...]:
-        """The images, of which the first is called number `first`."""
+        """Return the references; errors number them from `first`."""
         decode = partial(decode_reference, max_pixels=self.max_pixels)
         return tuple(
             [
@@ -146,10 +152,10 @@ class ImageReader:
     async def read(
         self, source: ImageSource, name: str, decode: Callable[[bytes, Limits, str], Read]
     ) -> Read:
-        """One image; decoding takes a while, so it is done off the event loop."""
+        """Return one image. Fetching is awaited; decoding runs on the threads of DECODERS."""
         content, limits = source.content, self.limits
         if isinstance(content, str):
-            # Some clients end lines before a data URL, too.
+            # Some clients put line breaks even before a data URL.
             content = content.strip()
         try:
             if isinstance(content, UploadFile):
@@ -173,23 +179,23 @@ class ImageReader:
 
 
 def is_url(text: str) -> bool:
-    """Base64 has no colon, but in its data prefix."""
+    """Return whether the text is a URL: base64 has no colon, except in its data prefix."""
     return bool(_SCHEME.match(text)) and text[:5].lower() != "data:"
 
 
 def is_image(text: str) -> bool:
-    """Whether that is base64 of an image, and not words."""
+    """Return whether the text is an image in base64, and not a prompt."""
     return _IMAGE.match(text[:200].lstrip()) is not None
 
 
 def decode_base64(text: str, limits: Limits, name: str) -> bytes:
-    """The bytes of base64, with or without a data prefix, whose type is not believed.
+    """Return the bytes of base64, with or without a data prefix, whose type is ignored.
 
-    How many they are is known before any of them is made.
+    Raise BadReference if they are too many, which is known before any of them is made.
     """
     prefix = _DATA_PREFIX.match(text)
     start = prefix.end() if prefix else 0
-    # Lines of 76 characters end in two more.
+    # With line breaks, 76 characters take 78.
     if (len(text) - start) * 76 // 78 * 3 // 4 > limits.max_image_bytes + 3:
         raise BadReference(f"{name} is larger than {limits.max_image_bytes} bytes")
     try:
