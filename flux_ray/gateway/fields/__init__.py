@@ -1,1 +1,1 @@
-"""What all dialects do with a client's fields: other servers' names, empty ones, JSON, sizes."""
+"""Read a client's fields for every dialect: other servers' names, empty values, JSON and sizes."""

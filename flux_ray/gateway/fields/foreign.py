@@ -1,8 +1,9 @@
-"""What other servers call things: one table of names, from which each dialect takes its part.
+"""List what other servers call their fields; each dialect takes its part of this one table.
 
-What decides what is in the image, its shape, or how many there are is heeded under every name whose
-meaning is clear (`SAME`, `IMAGES`, `MASKS`), else refused by name (`REFUSED`). What tunes how a
-model gets there, safety flags and bookkeeping are named in warnings (`NO_EFFECT`).
+A field that decides what is in the image, its shape, or how many there are takes effect under every
+name whose meaning is clear (`SAME`, `IMAGES`, `MASKS`), else it is refused by name (`REFUSED`).
+Fields that tune how a model gets there, safety flags and bookkeeping are ignored, and named in
+warnings (`NO_EFFECT`).
 """
 
 import re
@@ -14,11 +15,11 @@ from flux_ray.gateway.images.sources import is_image, is_url
 
 
 def names_in(text: str) -> frozenset[str]:
-    """Return the words of a text."""
+    """Return the set of words in a text."""
     return frozenset(text.split())
 
 
-# Our name of a field, and what others call it.
+# Our name of a field, and what other servers call it.
 SAME: dict[str, tuple[str, ...]] = {
     ours: tuple(others.split())
     for ours, others in {
@@ -39,7 +40,7 @@ SAME: dict[str, tuple[str, ...]] = {
         "output_compression": "output_quality jpeg_quality",
     }.items()
 }
-# References; `image2` and `image_2` come in the order of their numbers.
+# Names of references; `image2` and `image_2` are ordered by their numbers.
 IMAGES = names_in(
     "image images url urls ref_images reference_image image_url image_urls images_url"
     " images_urls input_image input_images input_image_url input_image_urls input_url"
@@ -90,13 +91,13 @@ _REASONS = {
     "file_id file_ids": "files are not kept here: send the image itself",
 }
 REFUSED = {name: reason for names, reason in _REASONS.items() for name in names.split()}
-# Of images that are edited: 1 is as without them, and without an image they say nothing.
+# How strongly to edit an image: 1 is the same as none, and without an image none has a meaning.
 STRENGTHS = names_in(
     "strength prompt_strength denoising_strength denoise denoise_strength image_strength"
     " img_strength image_weight image_guidance_scale init_image_strength"
 )
 STRENGTH_REASON = "how near the answer stays to the image cannot be set here: say it in the prompt"
-# These never change an image, and are sent for the operator's sake.
+# These never change an image; clients send them for the operator's sake, so nobody is warned.
 SILENT = frozenset({"safety_identifier"})
 NO_EFFECT = STRENGTHS | names_in(
     "bot_task complexity disable_safety_checker enable_safety_checker enable_teacache"
@@ -107,9 +108,9 @@ NO_EFFECT = STRENGTHS | names_in(
     " task_type true_cfg_scale upscaling_model_path vae_use_slicing vae_use_tiling"
 )
 EXTRA_BODY = "extra_body"
-# The values that ask for nothing, of fields that are refused or have no effect.
+# Values by which a refused or ineffective field asks for nothing.
 ASKS_NOTHING = {"", "0", "0.0", "auto", "disabled", "false", "none", "null", "off"}
-# A URL under a name that nobody knows is that of an image, if the name has one of these.
+# A URL in an unknown field counts as an image's if the field's name has one of these words.
 _IMAGE_WORDS = names_in(
     "image images img picture pictures photo photos mask reference references ref refs"
 )
@@ -123,12 +124,12 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def snake(name: str) -> str:
-    """Return `image_url` for `imageUrl` and `image-url`."""
+    """Return the name in snake case: `image_url` for `imageUrl` and `image-url`."""
     return _CAMEL.sub("_", name).lower().replace("-", "_")
 
 
 def plain_name(name: str) -> str:
-    """Return the name as it stands in this table, if it does, however it is spelled."""
+    """Return the name as this table spells it; unchanged if it is not in the table."""
     if len(name) > MAX_NAME_CHARS:
         return name
     plain = snake(name)
@@ -136,31 +137,31 @@ def plain_name(name: str) -> str:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a reference is sent in it: `image`, `image[]`, `image[0]`, `image2`, `image_2`."""
-    # A name may be as long as a body.
+    """Return whether references are sent under that name: `image`, `image[0]`, `image_2`."""
+    # A name may be as long as a body; the pattern is not run on such a one.
     return len(name) <= MAX_NAME_CHARS and _NUMBER.sub("", _LISTED.sub("", name)) in IMAGES
 
 
 def is_mask_name(name: str) -> bool:
-    """Whether a mask is sent in it."""
+    """Return whether a mask is sent under that name."""
     return len(name) <= MAX_NAME_CHARS and _LISTED.sub("", name) in MASKS
 
 
 def number_of(name: str) -> int:
-    """Return a reference's place among the others; a name without a number is as one with 1."""
+    """Return a reference's place among the others, from its name; without a number it is 1."""
     match = _NUMBER.search(_LISTED.sub("", name))
     return 1 if match is None else int(match[1])
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a field with that value asks for as little as none."""
+    """Return whether a field with that value asks for no more than a missing one."""
     if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
         return False
     return value in ([], {}) or str(value).strip().lower() in ASKS_NOTHING
 
 
 def holds_image(name: str, value: Any) -> bool:
-    """Whether an unknown field has an image in it: its bytes, or by its name its URL."""
+    """Return whether an unknown field holds an image: its bytes, or a URL if its name says so."""
     may_be_url = bool(_IMAGE_WORDS & set(snake(name[:MAX_NAME_CHARS]).split("_")))
     waiting, num_seen = [value], 0
     while waiting and num_seen < MAX_LOOKED_AT:
@@ -180,7 +181,10 @@ def holds_image(name: str, value: Any) -> bool:
 def check_served(
     fields: Mapping[str, Any], named: Callable[[str], str], *, has_images: bool
 ) -> None:
-    """Raise for a field that would change the image and is not there, as its caller calls it."""
+    """Raise BadRequest for a field that would change the image but is not supported.
+
+    `named` gives the caller's own name of a field, which the error quotes.
+    """
     has_images = has_images or any(map(is_image_name, fields))
     for name, value in fields.items():
         reason = refusal_of(name, value, has_images=has_images)
@@ -190,7 +194,7 @@ def check_served(
 
 
 def refusal_of(name: str, value: Any, *, has_images: bool) -> str | None:
-    """Return why a field cannot be heeded that would change the image; None if it may be sent."""
+    """Return why a field that would change the image is refused, or None if it may be sent."""
     if name in STRENGTHS:
         is_whole = isinstance(value, str | int | float) and str(value).strip() in ("1", "1.0")
         return STRENGTH_REASON if has_images and not is_whole else None

@@ -1,6 +1,7 @@
-"""A client's fields under our own names: empty ones left out, other servers' names translated.
+"""Parse a client's fields and translate them to our names and values.
 
-JSON bodies: untrusted bytes to an object, and where exactly they are wrong.
+`parse_object` reads JSON from untrusted bytes, and says exactly where it is wrong. `heed` leaves
+out empty fields, and translates the names and values of other servers.
 """
 
 import json
@@ -14,17 +15,19 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.fields.foreign import EXTRA_BODY, SAME, plain_name
 
 MAX_JSON_VALUES = 100_000
-# Some editors and PowerShell write it before the text; it means nothing in UTF-8.
+# Some editors and PowerShell write a byte order mark before the text; in UTF-8 it means nothing.
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# How other encodings of Unicode begin, where they say so.
+# Byte order marks of other Unicode encodings.
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+# Lone surrogates: half of a character that UTF-16 writes in two units.
 _HALF = re.compile("[\ud800-\udfff]")
 
 
 def check_json(body: bytes) -> None:
-    """Raises for a body of many small values: each becomes an object, a hundred times its bytes.
+    """Raise BadRequest for a body of many small values.
 
-    Images in base64 have none of these signs, and a prompt is short.
+    Each becomes a Python object of a hundred times its bytes. Base64 has none of these signs, and
+    prompts are short, so that honest bodies stay far below the limit.
     """
     if sum(body.count(sign) for sign in (b"[", b"{", b",")) > MAX_JSON_VALUES:
         raise BadRequest("the body has too many values")
@@ -44,7 +47,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def json_fault(text: bytes, num_skipped: int, reason: str) -> BadRequest:
-    """Say why `text`, which follows so many bytes of the body, is no JSON."""
+    """Return the error for `text`, `num_skipped` bytes into the body, that is not JSON."""
     if not text.strip():
         return BadRequest("the body is empty: send a JSON object")
     try:
@@ -64,11 +67,11 @@ def json_fault(text: bytes, num_skipped: int, reason: str) -> BadRequest:
 
 
 def field_with_half(text: bytes) -> str | None:
-    """Return the first field whose text has a lone surrogate, which no UTF-8 can say."""
+    """Return the first field whose text has a lone surrogate, which UTF-8 cannot express."""
     if b"\\u" not in text:
         return None
     try:
-        # This one reads them.
+        # Python's own parser accepts lone surrogates, so they can be found.
         sent = json.loads(text)
     except (ValueError, RecursionError):
         return None
@@ -78,8 +81,8 @@ def field_with_half(text: bytes) -> str | None:
 
 
 def names_with_halves(sent: dict[str, Any]) -> Iterator[str]:
-    """Yield the innermost names of texts with lone surrogates; nothing where a name has one."""
-    # Names and values that are still to be looked at: bodies may be deeper than Python's stack.
+    """Yield the names of texts with lone surrogates; "" for a name that has one itself."""
+    # A stack of our own: bodies may be nested more deeply than Python can recurse.
     waiting: list[tuple[str, Any]] = list(reversed(sent.items()))
     while waiting:
         name, value = waiting.pop()
@@ -94,11 +97,11 @@ def names_with_halves(sent: dict[str, Any]) -> Iterator[str]:
 
 
 MAX_FIELDS = 1000
-# No word that is translated is as long; a text may be as long as a body.
+# Longer texts are not translated: no known word is as long, and a text may be as long as a body.
 MAX_WORD_CHARS = 80
-# Words keep their spaces, and say by being empty that they are.
+# Texts for the model: their white space stays, and empty ones count as sent.
 WORDS = frozenset({"prompt", "inputs", "negative_prompt"})
-# As hosts of FLUX models call shapes.
+# Names of shapes at other hosts of FLUX models.
 SHAPES = {
     "square_hd": "1:1",
     "square": "1:1",
@@ -111,7 +114,7 @@ SHAPES = {
     "landscape_16_9": "16:9",
     "landscape_21_9": "21:9",
 }
-# That the answer is as large, or of the same shape, as its first reference is our default.
+# Words for "as large as, or of the shape of, the first reference", which is our default.
 AS_IS = frozenset({"auto", "custom", "default", "match_input_image", "match_input"})
 _SIZE = re.compile(r"([0-9]{1,5})\s*[x*\u00d7]\s*([0-9]{1,5})")
 _RATIO = re.compile(r"([0-9]{1,5})\s*[:/x]\s*([0-9]{1,5})")
@@ -120,14 +123,14 @@ _NAMED_AREA = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?k", re.I)
 
 
 class SentFields(NamedTuple):
-    """Values by our names; `names` says what the caller calls those that have another one."""
+    """Values by our names; `names` has the caller's own name where it differs."""
 
     values: dict[str, Any]
     names: dict[str, str]
 
 
 def heed(sent: Mapping[str, Any]) -> SentFields:
-    """Translate what a client sent. BadRequest where two names of one field disagree."""
+    """Translate what a client sent. BadRequest if two names of one field disagree."""
     sent = with_extra_body(sent)
     if len(sent) > MAX_FIELDS:
         raise BadRequest(f"the body has more than {MAX_FIELDS} fields")
@@ -147,7 +150,11 @@ def heed(sent: Mapping[str, Any]) -> SentFields:
 
 
 def with_extra_body(sent: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Unpack the field that some clients mean for their library: it stands for what is in it."""
+    """Return the fields with those inside of `extra_body` moved out of it.
+
+    OpenAI's Python library takes `extra_body` and sends its content; some clients send it as a
+    field.
+    """
     found = next((name for name in sent if plain_name(name) == EXTRA_BODY), None)
     if found is None:
         return sent
@@ -165,28 +172,28 @@ def with_extra_body(sent: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_word(value: Any) -> bool:
-    """Whether the value may be one that is translated; else its field's own check refuses it."""
+    """Return whether a value is short enough to translate; its field's own check refuses others."""
     return not isinstance(value, str) or len(value) <= MAX_WORD_CHARS
 
 
 def is_absent(name: str, value: Any) -> bool:
-    """Whether that is as no field: a null, or an empty text where none may be empty."""
+    """Return whether a value counts as not sent: null, or an empty text not for the model."""
     return value is None or (name not in WORDS and isinstance(value, str) and not value.strip())
 
 
 def stripped(name: str, value: Any) -> Any:
-    """Take white space off a text's ends, but for words."""
+    """Return a text without white space around it, unless it is for the model."""
     return value.strip() if isinstance(value, str) and name not in WORDS else value
 
 
 def check_same(values: Mapping[str, Any], name: str, value: Any, called: tuple[str, str]) -> None:
-    """Raise BadRequest if the field is there with another value; `called` are its two names."""
+    """Raise BadRequest if the field has another value; `called` are its two names."""
     if name in values and comparable(values[name]) != comparable(value):
         raise BadRequest(f"{called[0]} and {called[1]} disagree", called[0])
 
 
 def comparable(value: Any) -> Any:
-    """Return the same for 7, 7.0 and `7`."""
+    """Return a value that is equal for 7, 7.0 and `7`."""
     if isinstance(value, str) and len(value) <= 40:
         try:
             return float(value)
@@ -196,7 +203,7 @@ def comparable(value: Any) -> Any:
 
 
 def with_our_names(plain: dict[str, Any], spelled: dict[str, str]) -> SentFields:
-    """Give each field of several names one; the first that was sent, ours before all, names it."""
+    """Move every field to our name for it; note the caller's name, or ours if both were sent."""
     values, names = dict(plain), {known: name for known, name in spelled.items() if known != name}
     for ours, others in SAME.items():
         sent = [name for name in (ours, *others) if name in plain]
@@ -213,7 +220,7 @@ def with_our_names(plain: dict[str, Any], spelled: dict[str, str]) -> SentFields
 def replace_by(
     values: dict[str, Any], names: dict[str, str], name: str, meant: dict[str, Any]
 ) -> None:
-    """Put in place of a field what it means, under the caller's name for it."""
+    """Replace a field by the fields that it means, under the caller's name for it."""
     called = names.get(name, name)
     del values[name]
     for field, value in meant.items():
@@ -223,7 +230,7 @@ def replace_by(
 
 
 def size_meant(value: Any) -> dict[str, Any]:
-    """Read `512x768`, `landscape_16_9`, `2K`, `auto`, and an object with both sides."""
+    """Translate `512x768`, `landscape_16_9`, `2K`, `auto`, or an object with both sides."""
     if isinstance(value, dict) and value.keys() == {"width", "height"}:
         return dict(value)
     if not isinstance(value, str):
@@ -237,7 +244,7 @@ def size_meant(value: Any) -> dict[str, Any]:
 
 
 def ratio_meant(value: Any) -> dict[str, Any]:
-    """Read `16:9`, `16/9`, `landscape_16_9` and `auto`."""
+    """Translate `16:9`, `16/9`, `landscape_16_9` or `auto`."""
     if not isinstance(value, str):
         return {"aspect_ratio": value}
     word = value.lower()
@@ -248,9 +255,9 @@ def ratio_meant(value: Any) -> dict[str, Any]:
 
 
 def resolution_meant(value: Any) -> dict[str, Any]:
-    """Read `2k`, `1 MP`, a number of megapixels, and `512x768`."""
+    """Translate `2k`, `1 MP`, a number of megapixels, or `512x768`."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        # No area is larger; numbers of hundreds of digits are none that can be written so.
+        # Clamped: no area is larger, and a number of hundreds of digits cannot be formatted.
         return {"resolution": f"{max(-1e9, min(value, 1e9)):g}mp"}
     if not isinstance(value, str):
         return {"resolution": value}
@@ -264,19 +271,19 @@ def resolution_meant(value: Any) -> dict[str, Any]:
 
 
 def seed_meant(value: Any) -> dict[str, Any]:
-    """Leave out -1, by which many clients ask for any."""
+    """Drop -1, by which many clients ask for a random seed."""
     return {} if not isinstance(value, bool) and comparable(value) == -1 else {"seed": value}
 
 
 def format_meant(value: Any) -> dict[str, Any]:
-    """Read `jpg`, `JPEG`, `.jpg` and `image/jpeg` as `jpeg`."""
+    """Translate `jpg`, `JPEG`, `.jpg` and `image/jpeg` to `jpeg`."""
     if not isinstance(value, str):
         return {"output_format": value}
     word = value.lower().removeprefix("image/").removeprefix(".")
     return {"output_format": "jpeg" if word in ("jpg", "pjpeg") else word}
 
 
-# In this order: a size may be a shape, and a resolution a size.
+# The order matters: a resolution may turn out to be a size, and a size to be a shape.
 TRANSLATIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "resolution": resolution_meant,
     "size": size_meant,

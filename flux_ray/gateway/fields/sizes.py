@@ -1,6 +1,7 @@
-"""Which sizes a tier draws.
+"""Decide the size of an image: parse what was asked, check it against the tier, and fit it.
 
-Sizes that a tier does not generate: which size is generated instead, and scaled to them.
+A tier with `scales_sizes` accepts sizes that it does not generate: another size is generated and
+scaled to the one asked for.
 """
 
 import math
@@ -11,17 +12,17 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.request import ImageRequest
 
-# What an image may be scaled to, where its tier generates nothing as large: as BFL's API has it.
+# Limits of sizes that an image is scaled to, those of BFL's API.
 MIN_SCALED_SIDE = 16
 MAX_SCALED_SIDE = 4096
 MAX_SCALED_PIXELS = 4 * 1024 * 1024
 MAX_SCALED_RATIO = 4
-# A shape that is off by a thirtieth is as bad as twice the area, or half.
+# Weighs shape against area: a shape that is off by 1/30 is as bad as twice the area, or half of it.
 SHAPE_WEIGHT = 20.0
 
 
 def check_scaled(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> None:
-    """Raise unless an image may be scaled to that size."""
+    """Raise BadRequest unless an image may be scaled to that size."""
     for side, field in zip((width, height), fields, strict=True):
         if not MIN_SCALED_SIDE <= side <= MAX_SCALED_SIDE:
             message = f"width and height must be {MIN_SCALED_SIDE} to {MAX_SCALED_SIDE}"
@@ -35,7 +36,7 @@ def check_scaled(width: int, height: int, tier: Tier, fields: tuple[str, str]) -
 
 
 def generated_size(width: int, height: int, tier: Tier) -> tuple[int, int]:
-    """Return the size at which the tier generates an image of that one; it is scaled then."""
+    """Return the size to generate for an image of that size; it is scaled if they differ."""
     if not tier.scales_sizes or generates(width, height, tier):
         return width, height
     sides = range(tier.min_side, tier.max_side + 1, tier.size_multiple)
@@ -50,7 +51,7 @@ def generated_size(width: int, height: int, tier: Tier) -> tuple[int, int]:
 
 
 def generates(width: int, height: int, tier: Tier) -> bool:
-    """Say whether the tier generates that size itself."""
+    """Return whether the tier generates that size without scaling."""
     sides = (width, height)
     return (
         all(tier.min_side <= side <= tier.max_side for side in sides)
@@ -60,7 +61,7 @@ def generates(width: int, height: int, tier: Tier) -> bool:
 
 
 def size_notes(request: ImageRequest) -> list[str]:
-    """Tell the caller where its images are not generated at their size."""
+    """Return a note for the caller if its images were scaled, else none."""
     if request.encoding.scaled_to is None:
         return []
     asked = "{}x{}".format(*request.encoding.scaled_to)
@@ -68,10 +69,10 @@ def size_notes(request: ImageRequest) -> list[str]:
     return [f"{request.tier} generates {generated} best: the image was scaled from that to {asked}"]
 
 
-# Of BFL's documentation: sides between 1:4 and 4:1.
+# BFL's documented range of aspect ratios: 1:4 to 4:1.
 MAX_RATIO = 4.0
 _RATIO = re.compile(r"([1-9][0-9]{0,4}):([1-9][0-9]{0,4})", re.A)
-# A side in thousands of pixels, one of so many pixels, or the area in megapixels.
+# `2k`: a side in units of 1024 pixels; `768sq`: a side in pixels; `1.5mp`: an area in megapixels.
 _RESOLUTION = re.compile(
     r"(?P<k>[0-9]{1,2}(\.[0-9]{1,2})?)k|(?P<side>[0-9]{2,5})sq|(?P<mp>[0-9]{1,3}(\.[0-9]{1,3})?)mp"
 )
@@ -79,7 +80,7 @@ _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 def parse_size(size: str, field: str = "size") -> tuple[int, int]:
-    """Width and height of `512x768`; `field` is what the caller calls it."""
+    """Return width and height of `512x768`; `field` is the caller's name of it in errors."""
     match = _SIZE.fullmatch(size)
     if match is None:
         raise BadRequest(f"{field} must be `auto` or WIDTHxHEIGHT, like 512x768", field)
@@ -87,7 +88,7 @@ def parse_size(size: str, field: str = "size") -> tuple[int, int]:
 
 
 def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> None:
-    """Raises unless the tier draws images of that size; `fields` is where each side was sent."""
+    """Raise BadRequest unless the tier offers that size; `fields` name where each side was sent."""
     if tier.scales_sizes:
         check_scaled(width, height, tier, fields)
         return
@@ -104,12 +105,12 @@ def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> 
 
 
 def size_like(reference: SentImage, tier: Tier) -> tuple[int, int]:
-    """The reference's size, as far as the tier draws it."""
+    """Return the reference's size, fitted into what the tier generates."""
     return fitted(reference.width, reference.height, tier)
 
 
 def fitted(width: float, height: float, tier: Tier) -> tuple[int, int]:
-    """Scaled down into the tier's limits and floored to the multiple."""
+    """Return the size scaled down into the tier's limits and floored to its multiple."""
     scale = min(
         1.0,
         math.sqrt(tier.max_pixels / (width * height)),
@@ -117,7 +118,7 @@ def fitted(width: float, height: float, tier: Tier) -> tuple[int, int]:
     )
 
     def fit(side: float) -> int:
-        # 300 * (256 / 300) may come out just below 256.
+        # The epsilon: 300 * (256 / 300) may come out just below 256.
         floored = int(side * scale + 1e-6) // tier.size_multiple * tier.size_multiple
         return max(floored, tier.min_side)
 
@@ -125,12 +126,12 @@ def fitted(width: float, height: float, tier: Tier) -> tuple[int, int]:
 
 
 def sized(ratio: float, tier: Tier) -> tuple[int, int]:
-    """Width and height of the tier's default area, in that ratio."""
+    """Return width and height in that ratio with the tier's default area."""
     return fitted(*shape_in(tier.default_side, ratio), tier)
 
 
 def ratio_of(text: str, field: str = "aspect_ratio") -> float:
-    """Width by height of `16:9`; `field` is what the caller calls it."""
+    """Return width / height of `16:9`; `field` is the caller's name of it in errors."""
     match = _RATIO.fullmatch(text)
     ratio = 0.0 if match is None else int(match[1]) / int(match[2])
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
@@ -139,7 +140,7 @@ def ratio_of(text: str, field: str = "aspect_ratio") -> float:
 
 
 def side_of(text: str, field: str = "resolution") -> float:
-    """Return the side of a square of `2k`, `768sq` or `1.5mp`: a megapixel is 1024 x 1024 here."""
+    """Return the side of the square that `2k`, `768sq` or `1.5mp` (of 1024 x 1024 pixels) means."""
     match = _RESOLUTION.fullmatch(text)
     side = 0.0
     if match is not None and match["k"] is not None:
@@ -154,5 +155,5 @@ def side_of(text: str, field: str = "resolution") -> float:
 
 
 def shape_in(side: float, ratio: float) -> tuple[float, float]:
-    """Return width and height of the area of a square with that side, in that ratio."""
+    """Return width and height in that ratio with the area of a square of that side."""
     return side * math.sqrt(ratio), side / math.sqrt(ratio)
