@@ -1,1 +1,4 @@
-"""One model over many ranks: process groups, sharded loading, sequence parallel, precision."""
+"""Run one model on many ranks: process groups, sharded loading, sequence parallel, quantization.
+
+Nothing here knows a model family: models are diffusers' and transformers' own modules.
+"""

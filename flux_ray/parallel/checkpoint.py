@@ -1,6 +1,8 @@
-"""A component's safetensors files: any slice of any tensor, by name, without reading the rest.
+"""Decide which slice of each parameter a rank holds, and read only that slice from the checkpoint.
 
-What of each parameter a rank holds: a model's `_tp_plan` as slices, decided from shapes.
+A model's tensor-parallel plan is turned into a `Shard` for each parameter that is split; shapes
+alone decide it, so the planner asks the same code without any weights. A `Checkpoint` reads slices
+of a component's safetensors files by name.
 """
 
 import json
@@ -21,13 +23,17 @@ from flux_ray.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Shard:
-    """A parameter split along `dim`, each of its fused `blocks` (sizes along `dim`) by itself."""
+    """How a parameter is split along `dim`.
+
+    `blocks` are the sizes along `dim` of the matrices that are fused in it, such as query, key and
+    value. Each block is split by itself, so that a rank gets its heads of all three.
+    """
 
     dim: int
     blocks: tuple[int, ...]
 
     def ranges(self, axis: Axis) -> list[slice]:
-        """This rank's part of every block."""
+        """Return this rank's slice of each block, along `dim`."""
         ranges, begin = [], 0
         for block in self.blocks:
             size = block // axis.size
@@ -37,13 +43,16 @@ class Shard:
         return ranges
 
     def take(self, whole: Any, axis: Axis) -> Tensor:
-        """This rank's part of a tensor, or of a safetensors slice: only its bytes are read."""
+        """Return this rank's part of a tensor, contiguous and of the same dtype.
+
+        `whole` may be a safetensors slice; then only the bytes of this part are read.
+        """
         before = (slice(None),) * self.dim
         parts = [whole[(*before, part)] for part in self.ranges(axis)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, self.dim)
 
     def local_shape(self, shape: torch.Size, axis: Axis) -> torch.Size:
-        """The shape of this rank's part."""
+        """Return the shape of a rank's part of a parameter of the whole `shape`."""
         return torch.Size(
             size // axis.size if dim == self.dim else size for dim, size in enumerate(shape)
         )
@@ -53,10 +62,11 @@ Shards = Mapping[str, Shard]
 
 
 def shards_for(model: nn.Module, plan: Mapping[str, Any], num_ranks: int) -> dict[str, Shard]:
-    """By parameter name; a parameter that is not in it is whole on every rank.
+    """Return the shards by parameter name; all other parameters are whole on every rank.
 
-    `plan` has diffusers' and transformers' styles (`colwise`, `rowwise`, packed). ValueError names
-    the parameter whose blocks do not divide by `num_ranks`. Works on a model without weights.
+    `plan` may use the styles of diffusers and of transformers (`colwise`, `rowwise`, packed), and
+    `model` may be on the meta device. Raise ValueError, with the parameter's name, if its blocks do
+    not divide by `num_ranks`.
     """
     if num_ranks == 1:
         return {}
@@ -70,12 +80,15 @@ def shards_for(model: nn.Module, plan: Mapping[str, Any], num_ranks: int) -> dic
 
 
 def is_replicated(style: Any) -> bool:
-    """transformers also names what is not split, for training's sake."""
+    """Return whether a style means no split; transformers' plans list such layers for training."""
     return isinstance(style, str) and style.startswith("replicated")
 
 
 class Checkpoint:
-    """The weights in `folder`, in one file or several with an index. Counts the bytes it takes."""
+    """The safetensors files of one component: a single file, or several with an index.
+
+    Tensors can be read only inside of `opened`. `num_bytes_read` counts what has been read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +97,10 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Which file holds which tensor."""
+        """Return the file of each tensor, by the tensor's name.
+
+        Raise ValueError if the folder has no weights, or several files without an index.
+        """
         indexes = sorted(self.folder.glob("*.safetensors.index.json"))
         if indexes:
             names: dict[str, str] = json.loads(indexes[0].read_text())["weight_map"]
@@ -99,13 +115,14 @@ class Checkpoint:
             return dict.fromkeys(file.keys(), files[0])
 
     def _file(self, name: str) -> Path:
+        # An index is downloaded data: it must not make us read files elsewhere.
         if Path(name).name != name:
             raise ValueError(f"the index of {self.folder} points outside of it: {name}")
         return self.folder / name
 
     @contextmanager
     def opened(self) -> Iterator["Checkpoint"]:
-        """Every file of it, opened once."""
+        """Open every file once, rather than once for each tensor, until the context ends."""
         with ExitStack() as stack:
             for path in sorted(set(self.files.values())):
                 self._open[path] = stack.enter_context(safe_open(path, "pt"))
@@ -113,9 +130,10 @@ class Checkpoint:
         self._open.clear()
 
     def read(self, name: str, shape: torch.Size, shard: Shard | None, axis: Axis) -> Tensor:
-        """The tensor of that whole shape, or this rank's part of it; ValueError if there is none.
+        """Return a tensor in the file's dtype, whole or, with a shard, this rank's part of it.
 
-        The shape is compared first: a slice of a larger tensor would fit without a word.
+        `shape` is that of the whole tensor. Raise ValueError if the checkpoint has no such tensor
+        or one of another shape: a slice of a larger tensor would fit without any error.
         """
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name}")

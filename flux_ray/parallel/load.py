@@ -1,6 +1,9 @@
-"""A model from its checkpoint: built without weights, each rank reading only its own slices.
+"""Load a model from its checkpoint, each rank reading only its own slices.
 
-The one layer that tensor parallelism needs: a linear whose input columns are split.
+The model is built on the meta device, and then its parameters are filled one by one: sliced, LoRAs
+added, quantized, put on the device. The one layer that tensor parallelism needs is here too, a
+linear whose inputs are split over the ranks. Linears whose outputs are split need no code: they
+are the same layer with fewer rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,46 +29,27 @@ from flux_ray.parallel.precision import (
 )
 
 
-class RowParallelLinear(nn.Linear):
-    """y = sum over ranks of x_local @ W_local^T, + bias: one all-reduce, nothing gathered.
-
-    `weight` is [out, in / ranks]; x is [..., in / ranks], as the column-parallel layers before it
-    leave it. The bias is whole and added once, after the sum.
-    """
-
-    axis: Axis
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., out], the same on every rank."""
-        partial = nn.functional.linear(input, self.weight)
-        dist.all_reduce(partial, group=self.axis.group)
-        return partial if self.bias is None else partial + self.bias
-
-
-def split_rows(linear: nn.Linear, axis: Axis) -> None:
-    """Make a linear that holds its rank's columns sum over the ranks."""
-    assert type(linear) is nn.Linear, f"{type(linear).__name__} cannot be row-parallel"
-    linear.__class__ = RowParallelLinear
-    linear.axis = axis  # type: ignore[assignment]
-
-
 class Delta(Protocol):
-    """What is added to parameters before they get their dtype or are quantized."""
+    """Something added to parameters before they are cast or quantized, such as a LoRA."""
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """ValueError for what the model of those (whole) parameters has no place for."""
+        """Raise ValueError if it does not fit a model with parameters of these whole shapes."""
 
     def __call__(self, name: str, shard: Shard | None, axis: Axis) -> Tensor | None:
-        """For this rank's part of a parameter, on the model's device; None for most."""
+        """Return what to add to this rank's part of the parameter `name`, or None for nothing.
+
+        The tensor has the shape of that part and is fp32 on the model's device.
+        """
 
 
 @dataclass(frozen=True)
 class LoadSpec:
-    """How a component's weights become a rank's module.
+    """How to make a rank's module from a component's weights.
 
-    `prefix` is what the checkpoint writes before the module's own parameter names. With
-    `whole=True` a tensor of the checkpoint that the model has no place for is an error.
-    `quantization` is of the blocks' linear weights; all else gets `dtype`.
+    `axis`: the ranks that the parameters are split over. `dtype`: of everything that is not
+    quantized; `quantization` concerns only the linear weights of the blocks. `prefix`: what the
+    checkpoint puts before the module's own parameter names. `whole`: it is an error if the
+    checkpoint has a tensor that the model does not know.
     """
 
     checkpoint: Checkpoint
@@ -78,19 +62,14 @@ class LoadSpec:
     quantization: Quantization | None = None
 
 
-def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module with its parameters on the meta device; buffers that it computes are real."""
-    with init_empty_weights():
-        return build()
-
-
 def load_sharded(
     build: Callable[[], nn.Module], plan: Mapping[str, Any], recipe: LoadSpec
 ) -> nn.Module:
-    """The module that `build` makes, with this rank's part of every parameter, in eval mode.
+    """Return the module that `build` makes with this rank's part of every parameter, in eval mode.
 
-    What cannot be done is refused before any weight is read: an uneven split, a delta or a tensor
-    without a place. PrecisionNotApplied if the weights are not held as the recipe says.
+    Raise ValueError before any weight is read if a parameter cannot be split evenly, or if a delta
+    or a tensor of the checkpoint has no place in the model. Raise PrecisionNotApplied at the end if
+    a weight is not stored as `recipe` says. All ranks of `recipe.axis` must call it together.
     """
     model = build_empty(build)
     shards = shards_for(model, plan, recipe.axis.size)
@@ -102,8 +81,8 @@ def load_sharded(
     for delta in recipe.deltas:
         delta.check(shapes)
     with recipe.checkpoint.opened():
-        # One after the other: a rank never holds two weights that are still to be quantized, and
-        # all ranks agree on scales in the same order.
+        # One after the other: a rank never holds two unquantized weights, which might not fit, and
+        # all ranks exchange the scales in the same order.
         for name, shape in shapes.items():
             place(model, name, read_local(name, shape, shards.get(name), recipe))
     finish_linears(model, shards, recipe.axis)
@@ -113,6 +92,16 @@ def load_sharded(
     return model
 
 
+def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module with its parameters on the meta device.
+
+    Buffers that the module computes itself, such as rotary frequencies, are real: no checkpoint has
+    them.
+    """
+    with init_empty_weights():
+        return build()
+
+
 def plan_storage(
     model: nn.Module,
     shards: Shards,
@@ -120,7 +109,11 @@ def plan_storage(
     dtype: torch.dtype,
     quantization: Quantization | None,
 ) -> dict[str, StorageFormat]:
-    """How a rank has to hold each of the model's tensors, by name; the model may be empty."""
+    """Return how a rank has to store each of the model's tensors, by name.
+
+    The model may be on the meta device: the planner counts bytes this way, and the loader checks
+    them, so that a plan cannot differ from what is loaded.
+    """
     planned = {}
     for name, tensor in saved_tensors(model):
         shard = shards.get(name)
@@ -131,14 +124,17 @@ def plan_storage(
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and the buffers that a checkpoint has, tied ones once."""
+    """Yield the parameters and the persistent buffers, by name; tied ones only once."""
     yield from model.named_parameters()
     persistent = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
 
 
 def refuse_unknown(names: set[str], recipe: LoadSpec) -> None:
-    """A tensor that nobody asks for is a part of the model that would be left out in silence."""
+    """Raise ValueError if the checkpoint has tensors besides those named.
+
+    Such a tensor belongs to a part of the model that would be left out without any error.
+    """
     unknown = sorted(recipe.checkpoint.files.keys() - {recipe.prefix + name for name in names})
     if unknown:
         raise ValueError(
@@ -148,7 +144,10 @@ def refuse_unknown(names: set[str], recipe: LoadSpec) -> None:
 
 
 def read_local(name: str, shape: torch.Size, shard: Shard | None, recipe: LoadSpec) -> Tensor:
-    """This rank's part of a tensor on its device: deltas added in fp32, then made smaller."""
+    """Return this rank's part of a tensor on its device, with deltas added, cast or quantized.
+
+    Deltas are added in fp32 before that: in a few bits, most of a small LoRA would be rounded away.
+    """
     local = recipe.checkpoint.read(recipe.prefix + name, shape, shard, recipe.axis)
     for delta in recipe.deltas:
         added = delta(name, shard, recipe.axis)
@@ -156,28 +155,30 @@ def read_local(name: str, shape: torch.Size, shard: Shard | None, recipe: LoadSp
             local = local.to(recipe.device, torch.float32) + added
     if recipe.quantization is not None and is_quantized(name):
         shares_rows = shard is not None and shard.dim == 1
+        # If dim 1 is split, each row is spread over the ranks, which must agree on its scale.
         row_axis = recipe.axis if shares_rows else Axis()
         return quantize(local.to(recipe.device), recipe.quantization, recipe.dtype, row_axis)
     dtype = recipe.dtype if local.is_floating_point() else local.dtype
-    # No copy where none is needed: a window on the file, as diffusers has it, begins at another
-    # address than a copy would, and that changes the last bit of products on the CPU.
+    # Make no copy that is not needed. diffusers works on the memory-mapped file; a copy would begin
+    # at another alignment, which changes the last bit of products on the CPU.
     return local.to(recipe.device, dtype)
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor where the module has the parameter or buffer of that name."""
+    """Put a tensor into the module as its parameter or buffer of that name."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
     elif isinstance(tensor, nn.Parameter):
+        # bitsandbytes' 4-bit weights are parameters of a class of their own, with their scales.
         module.register_parameter(leaf, tensor)
     else:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def finish_linears(model: nn.Module, shards: Shards, axis: Axis) -> None:
-    """Tell the split linears their sizes, and the row-parallel ones to sum."""
+    """Set the local sizes of all split linears, and make row-parallel ones sum over the ranks."""
     for name, shard in shards.items():
         owner, _, leaf = name.rpartition(".")
         linear = model.get_submodule(owner)
@@ -186,3 +187,30 @@ def finish_linears(model: nn.Module, shards: Shards, axis: Axis) -> None:
         linear.out_features, linear.in_features = linear.weight.shape
         if shard.dim == 1:
             split_rows(linear, axis)
+
+
+def split_rows(linear: nn.Linear, axis: Axis) -> None:
+    """Turn a linear that holds this rank's columns of the weight into a RowParallelLinear.
+
+    Its class is changed in place, so that hooks and references to the module stay valid.
+    """
+    assert type(linear) is nn.Linear, f"{type(linear).__name__} cannot be row-parallel"
+    linear.__class__ = RowParallelLinear
+    linear.axis = axis  # type: ignore[assignment]
+
+
+class RowParallelLinear(nn.Linear):
+    """A linear layer whose input features are split over the ranks of `axis`.
+
+    It computes y = sum over ranks of x_local @ W_local^T, plus the bias, with one all-reduce.
+    `weight` is [out, in / ranks]; x is [..., in / ranks], which is what column-parallel layers
+    before it return. Every rank has the whole bias, which is added once, after the sum.
+    """
+
+    axis: Axis
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y, [..., out] in the dtype of the input, the same on every rank."""
+        partial = nn.functional.linear(input, self.weight)
+        dist.all_reduce(partial, group=self.axis.group)
+        return partial if self.bias is None else partial + self.bias

@@ -1,4 +1,8 @@
-"""LoRA adapters from the operator's list, added to a rank's own slices as they are read."""
+"""Read the operator's LoRA files, and add them to a rank's slices while these are loaded.
+
+diffusers converts the many formats of LoRA files. It may silently leave out what it does not know,
+so that every tensor of a file is accounted for here.
+"""
 
 import json
 import math
@@ -25,14 +29,17 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to a weight [out, in]: scale * up [out, rank] @ down [rank, in]."""
+    """What a LoRA adds to a weight [out, in]: scale * up [out, rank] @ down [rank, in], in fp32."""
 
     up: Tensor
     down: Tensor
     scale: float
 
     def part(self, shard: Shard | None, axis: Axis) -> Tensor:
-        """The rank's part of it, computed from that part of the factors only."""
+        """Return what is added to this rank's part of the weight, fp32 of that part's shape.
+
+        Only one factor has to be sliced: rows of the weight come from `up`, columns from `down`.
+        """
         up, down = self.up, self.down
         if shard is not None and shard.dim == 0:
             up = shard.take(up, axis)
@@ -43,13 +50,13 @@ class LowRank:
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """One adapter, by the names of the weights that it changes."""
+    """One LoRA file: its factors by the names of the weights that it changes."""
 
     path: str
     factors: Mapping[str, LowRank]
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """ValueError for a key that has no weight of its shape in the transformer."""
+        """Raise ValueError if a factor has no weight of its shape in the transformer."""
         for name, factor in self.factors.items():
             key = PREFIX + name.removesuffix(".weight")
             if name not in shapes:
@@ -69,15 +76,16 @@ class LoraDelta:
 def lora_deltas(
     loras: Sequence[Lora], pipeline_class: Any, device: str = "cpu"
 ) -> tuple[LoraDelta, ...]:
-    """Each adapter of the list, in any format that the diffusers pipeline knows, on the device.
+    """Read each LoRA of the list, in any format that the diffusers pipeline knows, onto `device`.
 
-    ValueError names the file, and the key that is no factor of one of the transformer's weights.
+    Raise ValueError, with the file and the key, if a file is unreadable or changes anything but
+    weights of the transformer.
     """
     return tuple(LoraDelta(lora.path, read_factors(lora, pipeline_class, device)) for lora in loras)
 
 
 def read_factors(lora: Lora, pipeline_class: Any, device: str) -> dict[str, LowRank]:
-    """The adapter's factors by weight name."""
+    """Return the factors of a LoRA file by weight name, scaled as file and operator say."""
     raw, metadata = read_file(lora.path)
     refuse_lost(lora.path, raw, pipeline_class)
     factors = {}
@@ -90,7 +98,7 @@ def read_factors(lora: Lora, pipeline_class: Any, device: str) -> dict[str, LowR
 
 
 def read_file(path: str) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a safetensors file, and what diffusers or peft noted of the adapter."""
+    """Return the tensors of a safetensors file, and its LoRA metadata from diffusers or peft."""
     if not Path(path).is_file():
         raise ValueError(f"lora {path} is not a file")
     try:
@@ -102,26 +110,32 @@ def read_file(path: str) -> tuple[Tensors, dict[str, Any]]:
 
 
 def convert(path: str, raw: Tensors, pipeline_class: Any) -> Tensors:
-    """The same factors under diffusers' names."""
+    """Return the same factors under diffusers' names, alphas included.
+
+    Raise ValueError if diffusers cannot read them, whatever its own error is.
+    """
     try:
         converted = pipeline_class.lora_state_dict(dict(raw), return_alphas=True)
     except (AssertionError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"lora {path} cannot be read by diffusers: {error!r}") from error
-    # FLUX.1 hands alphas over by themselves, FLUX.2 leaves them among the tensors.
+    # FLUX.1's pipeline returns the alphas separately, FLUX.2's leaves them among the tensors.
     tensors, alphas = converted if isinstance(converted, tuple) else (converted, None)
     names: Tensors = convert_unet_state_dict_to_peft({**tensors, **(alphas or {})})
     return names
 
 
 def refuse_lost(path: str, raw: Tensors, pipeline_class: Any) -> None:
-    """diffusers leaves out what it cannot place, at most with a line in the log.
+    """Raise ValueError if diffusers would leave out a tensor of the file.
 
-    A conversion of numbered tensors tells which of them arrive.
+    diffusers drops what it does not know, at most with a line in the log, and the images would then
+    be wrong without any error. To find such tensors, a copy of the file is converted in which each
+    is filled with a number of its own; a number that is missing in the result was dropped.
     """
     numbers = {key: float(n) for n, key in enumerate(raw, 1) if not key.endswith(ALPHA)}
     numbered = {key: torch.full(raw[key].shape, number) for key, number in numbers.items()}
     for key in raw.keys() - numbers.keys():
-        # The number of an alpha would scale the others: the rank, which does not.
+        # The conversion may multiply the factors by alpha / rank, which would change their numbers.
+        # With alpha equal to the rank it multiplies by 1.
         module = key.removesuffix(ALPHA)
         downs = (k for k in raw if k.startswith(f"{module}.") and re.search("down|lora_A", k))
         ranks = [len(raw[down]) for down in downs]
@@ -130,6 +144,8 @@ def refuse_lost(path: str, raw: Tensors, pipeline_class: Any) -> None:
         numbered[key] = torch.tensor(float(ranks[0]))
     arrived = set()
     for tensor in convert(path, numbered, pipeline_class).values():
+        # A fused tensor is made of several blocks, along rows or columns: the first row and the
+        # first column cross all of them.
         matrix = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
         arrived |= {*matrix[0].tolist(), *matrix[:, 0].tolist()}
     for key, number in numbers.items():
@@ -138,7 +154,10 @@ def refuse_lost(path: str, raw: Tensors, pipeline_class: Any) -> None:
 
 
 def group(path: str, tensors: Tensors) -> dict[str, Tensors]:
-    """Both factors, and alpha if there is one, by the module they are for."""
+    """Group the tensors by the module that they change: both factors, and alpha if there is one.
+
+    Raise ValueError for a tensor that is no factor of the transformer, or for half of a pair.
+    """
     modules: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         leaf = next((leaf for leaf in (DOWN, UP, ALPHA) if key.endswith(leaf)), None)
@@ -153,7 +172,11 @@ def group(path: str, tensors: Tensors) -> dict[str, Tensors]:
 
 
 def scale_of(module: str, rank: int, alpha: float | None, metadata: Mapping[str, Any]) -> float:
-    """alpha / rank, from the file's tensors or else its notes (peft's LoraConfig); 1 without."""
+    """Return the scale of a module's factors, alpha / rank, or 1 if the file has no alpha.
+
+    Alpha comes from the file's tensors or else from its metadata, peft's LoraConfig, which may have
+    another value for some modules. Rank-stabilised LoRAs divide by the square root of the rank.
+    """
     if alpha is not None:
         return alpha / rank
     patterns = metadata.get(f"{PREFIX}alpha_pattern", {})

@@ -1,7 +1,7 @@
-"""The ranks of one group: where each stands on the tensor and the sequence axis, and how they meet.
+"""The ranks of one replica: how they find each other, and their places on the two axes.
 
-Rank = sequence rank * tensor size + tensor rank: ranks that exchange most are neighbours, and so on
-one node where the leader orders ranks by node.
+Rank = sequence rank * tensor size + tensor rank. Tensor ranks exchange the most, so they are
+neighbours; as the leader orders ranks by node, neighbours are on one node.
 """
 
 import socket
@@ -19,7 +19,10 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 @dataclass(frozen=True)
 class Axis:
-    """One rank's place on an axis; an axis of size 1 has no process group."""
+    """One rank's place on an axis; an axis of size 1 has no process group and never communicates.
+
+    An axis without a group also stands for `size` ranks in plans, where no process runs.
+    """
 
     rank: int = 0
     size: int = 1
@@ -28,7 +31,11 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's place in its group. The default is a model that is not split."""
+    """One rank's place in its replica. The default is a model that is not split.
+
+    `world`: all ranks. `tensor`: those that split the weights. `sequence`: those that split the
+    tokens.
+    """
 
     world: Axis = field(default_factory=Axis)
     tensor: Axis = field(default_factory=Axis)
@@ -37,17 +44,18 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where rank 0 waits for the others."""
+    """The address of rank 0's store, where the other ranks connect."""
 
     host: str
     port: int
 
 
 def open_store(host: str, timeout_s: float) -> TCPStore:
-    """Rank 0's meeting point, at that address of this node and at no other: it asks for no secret.
+    """Open rank 0's store, through which the ranks find each other, on a free port of `host`.
 
-    The system picks the port and the store holds it from then on. A port that was found free and
-    given up again may be another's before it is used.
+    It listens on that address of this node only, because the store has no authentication. The
+    socket is bound here and handed to the store: if a port were merely found free and closed again,
+    another process could take it before the store opens it.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
@@ -58,13 +66,13 @@ def open_store(host: str, timeout_s: float) -> TCPStore:
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
-        # Left to itself it listens at all addresses.
+        # Without this the store would listen on all addresses.
         master_listen_fd=listener.detach(),
     )
 
 
 def connect_store(endpoint: Endpoint, timeout_s: float) -> TCPStore:
-    """The other ranks' way to the store of rank 0."""
+    """Connect another rank to the store of rank 0; raise if it is not reachable in time."""
     return TCPStore(
         endpoint.host, endpoint.port, is_master=False, timeout=timedelta(seconds=timeout_s)
     )
@@ -73,14 +81,16 @@ def connect_store(endpoint: Endpoint, timeout_s: float) -> TCPStore:
 def join_mesh(
     store: Store | None, rank: int, parallel: Parallel, device: str, timeout_s: float
 ) -> Mesh:
-    """Meet the other ranks, at the store where there are any; returns when all are there.
+    """Join the other ranks through the store, and return this rank's mesh once all are there.
 
-    `timeout_s` also bounds every collective on the CPU.
+    A single rank needs no store. `timeout_s` also limits every later collective on the CPU, so it
+    must outlast the slowest rank's loading.
     """
     num_ranks = parallel.num_ranks
     if num_ranks == 1:
         return Mesh()
     if parallel.num_nodes == 1:
+        # Otherwise Gloo listens on whatever address the machine's name resolves to.
         keep_gloo_local()
     dist.init_process_group(
         BACKENDS[device],
@@ -96,18 +106,21 @@ def join_mesh(
 
 
 def tensor_ranks(parallel: Parallel, sequence_rank: int) -> list[int]:
-    """The ranks that share the tokens of `sequence_rank` and split its weights."""
+    """Return the ranks that work on the same tokens, and split the weights among them."""
     first = sequence_rank * parallel.tensor
     return list(range(first, first + parallel.tensor))
 
 
 def sequence_ranks(parallel: Parallel, tensor_rank: int) -> list[int]:
-    """The ranks that hold the weights of `tensor_rank` and split its tokens."""
+    """Return the ranks that hold the same part of the weights, and split the tokens."""
     return list(range(tensor_rank, parallel.num_ranks, parallel.tensor))
 
 
 def axis_of(rank: int, groups: list[list[int]]) -> Axis:
-    """The axis along which `rank` stands in one of `groups`. All ranks make all groups."""
+    """Return the axis on which `rank` is in one of these groups of ranks.
+
+    Every rank creates every process group, its own or not: torch requires that.
+    """
     if len(groups) == 1:
         return Axis(rank, len(groups[0]), dist.group.WORLD)
     if len(groups[0]) == 1:
@@ -118,14 +131,15 @@ def axis_of(rank: int, groups: list[list[int]]) -> Axis:
 
 
 class LockstepBroken(RuntimeError):
-    """The ranks of one group were about to work on different things."""
+    """The ranks of one replica were about to work on different jobs, which would mix tensors."""
 
 
 def assert_same(world: Axis, value: int) -> None:
-    """Raise LockstepBroken if not every rank has come here with the same value.
+    """Raise LockstepBroken unless all ranks call it with the same value.
 
-    One small sum on the CPU: rank 0 weighs as much as all others together, so that it is zero only
-    if all agree (but for values that happen to cancel out).
+    It costs one small all-reduce on the CPU, of the values and of their squares, which must fit
+    int64. Rank 0 weighs as much as all other ranks together, and they weigh -1 each. Both sums are
+    zero only if the others' values have rank 0's as their mean and no variance: if all are equal.
     """
     if world.size == 1:
         return

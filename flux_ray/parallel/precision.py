@@ -1,7 +1,7 @@
-"""Weights in fewer bits: which of them, how each is stored, and the proof that it is.
+"""Quantize weights to FP8, INT8 or NF4, and check afterwards that they are stored that way.
 
-Only the linear layers of the blocks are quantized, as BFL publishes it: embedders, modulation and
-what leads out of the model stay in the model's dtype.
+Only the linear layers of the blocks are quantized, as in BFL's own quantized checkpoints:
+embedders, modulation and output layers stay in the model's dtype.
 """
 
 import math
@@ -18,29 +18,29 @@ from flux_ray.config.tier import Quantization
 from flux_ray.parallel.mesh import Axis
 
 BLOCK = re.compile(r"(^|\.)(\w*transformer_blocks|layers|block)\.\d+\.")
-# FLUX.1 has its modulation inside the blocks (`norm1.linear`), T5 its table of positions.
+# Not quantized though inside the blocks: FLUX.1's modulation (`norm1.linear`), T5's position bias.
 KEPT = ("norm", "relative_attention_bias")
 STORAGE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-# As torchao divides: the middle of its 256 steps is half a step off zero.
+# torchao divides by this, half of 255, and not by 127: its 256 steps lie half a step off zero.
 INT8_STEPS = 127.5
 NF4_BLOCK = 64
 
 
 class PrecisionNotApplied(ValueError):
-    """A weight is not held in the precision that the operator asked for."""
+    """A loaded weight is not stored in the precision that the operator asked for."""
 
 
 @dataclass(frozen=True)
 class StorageFormat:
-    """How a rank holds one tensor: the dtype of its data, and the bytes with its scales."""
+    """How a rank stores one tensor: the dtype of its data, and its bytes including the scales."""
 
     dtype: torch.dtype
     num_bytes: int
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the parameter of that name is a block's linear weight."""
+    """Return whether a parameter is the weight of a block's linear layer, judged by its name."""
     return (
         name.endswith(".weight")
         and BLOCK.search(name) is not None
@@ -51,28 +51,31 @@ def is_quantized(name: str) -> bool:
 def stored_bytes(
     shape: tuple[int, ...], dtype: torch.dtype, quantization: Quantization | None = None
 ) -> int:
-    """The bytes of a tensor of that (local) shape, with its scales."""
+    """Return the bytes of a rank's tensor of this local shape, including its scales."""
     num_elements = math.prod(shape)
     if quantization is None:
         return num_elements * dtype.itemsize
     if quantization == "nf4":
-        # Two elements a byte, an fp32 scale a block, an fp32 table of the 16 values.
+        # Two elements per byte, an fp32 scale per block, an fp32 table of the 16 values.
         return -(-num_elements // 2) + 4 * -(-num_elements // NF4_BLOCK) + 4 * 16
-    # An fp32 scale a row; torchao's int8 has a zero point a row too.
+    # An fp32 scale per row; torchao's int8 has a zero point of one byte per row too.
     return num_elements + shape[0] * (4 if quantization == "fp8" else 5)
 
 
 def stored_as(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, quantization: Quantization | None
 ) -> StorageFormat:
-    """How a parameter of that name and local shape has to be held."""
+    """Return how a parameter of this name and local shape has to be stored."""
     if quantization is None or not is_quantized(name):
         return StorageFormat(dtype, stored_bytes(shape, dtype))
     return StorageFormat(STORAGE[quantization], stored_bytes(shape, dtype, quantization))
 
 
 def check_quantization(quantization: Quantization | None, axis: Axis) -> None:
-    """Refuse what cannot be done, before any weight is read."""
+    """Raise ValueError if weights cannot be quantized on these ranks; call it before reading any.
+
+    Only nf4 has conditions: a single rank, and bitsandbytes must be installed.
+    """
     if quantization != "nf4":
         return
     if axis.size > 1:
@@ -86,10 +89,10 @@ def check_quantization(quantization: Quantization | None, axis: Axis) -> None:
 def quantize(
     weight: Tensor, quantization: Quantization, dtype: torch.dtype, row_axis: Axis
 ) -> Tensor:
-    """A weight [out, in] of any floating dtype in fewer bits; `dtype` is what it computes in.
+    """Quantize a weight [out, in] of any floating dtype; products with it are computed in `dtype`.
 
-    Where the ranks of `row_axis` share the rows, they agree on each row's scale: what a rank stores
-    is then the slice, bit for bit, of what one rank alone would store.
+    If rows are spread over the ranks of `row_axis`, these agree on each row's scale, so that a rank
+    stores exactly its slice of what a single rank would store. They must call it together.
     """
     if quantization == "nf4":
         layers = four_bit_layers()
@@ -101,7 +104,8 @@ def quantize(
 
 
 def agreed_amax(weight: Tensor, row_axis: Axis) -> Tensor:
-    """The largest magnitude of each whole row: [out, 1], fp32."""
+    """Return the largest magnitude of each row, over all ranks that share it: fp32 [out, 1]."""
+    # Without abs(), which would allocate the whole weight a second time.
     amax = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True)).float()
     if row_axis.size > 1:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=row_axis.group)
@@ -109,7 +113,11 @@ def agreed_amax(weight: Tensor, row_axis: Axis) -> Tensor:
 
 
 def to_fp8(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """torchao's tensor. Its own way of making one takes no scales, and makes NaN of a zero row."""
+    """Return a weight [out, in] as torchao's FP8 tensor, with one scale per row from `amax`.
+
+    It is built here because torchao's own constructor takes no scales, which the ranks have agreed
+    on, and turns a row of zeros into NaN.
+    """
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor
     from torchao.quantization.quantize_.common import KernelPreference
@@ -119,7 +127,7 @@ def to_fp8(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
     data = (weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     activations = None
     if quantizes_activations(cuda_capability(weight.device), dtype, weight.shape):
-        # Without a lower bound an activation row of zeros becomes NaN.
+        # Without a lower bound, a row of zeros in the activations becomes NaN.
         activations = QuantizeTensorToFloat8Kwargs(
             hp_value_lb=1e-12, kernel_preference=KernelPreference.TORCH
         )
@@ -136,7 +144,10 @@ def to_fp8(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_int8(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """torchao's tensor, weight-only."""
+    """Return a weight [out, in] as torchao's INT8 tensor, with one scale per row from `amax`.
+
+    Only the weight is INT8; it is unpacked to `dtype` for each product.
+    """
     from torchao.quantization import Int8Tensor, PerRow
 
     scale = (amax / INT8_STEPS).clamp_(min=torch.finfo(torch.float32).eps)
@@ -150,10 +161,11 @@ def to_int8(weight: Tensor, amax: Tensor, dtype: torch.dtype) -> Tensor:
 def quantizes_activations(
     capability: tuple[int, int] | None, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> bool:
-    """Whether the activations too become FP8, row by row as they come, or the weights alone.
+    """Return whether activations are quantized to FP8 too, row by row, and not only the weights.
 
-    The first needs FP8 units (CUDA capability 8.9), and torch's row-wise product takes bf16 and
-    multiples of 16. Tests run it by its slow CPU kernel; on a GPU it has not been run.
+    That needs FP8 units (CUDA capability 8.9 or higher), and torch's row-wise product needs bf16
+    and sizes that are multiples of 16. `shape` is the weight's, [out, in]. Tests run it with
+    torch's slow CPU kernel; it has not been run on a GPU.
     """
     return (
         capability is not None
@@ -164,12 +176,12 @@ def quantizes_activations(
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
-    """None where there is no CUDA."""
+    """Return the GPU's CUDA capability, or None if the device is not a GPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def four_bit_layers() -> Any:
-    """bitsandbytes' layers, an optional extra."""
+    """Return bitsandbytes' module of layers; raise ValueError if this extra is not installed."""
     try:
         from bitsandbytes import nn as layers
     except ImportError as error:
@@ -180,10 +192,15 @@ def four_bit_layers() -> Any:
 
 
 def settle_four_bit(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make linears that hold 4-bit weights compute with them."""
+    """Replace linears that hold 4-bit weights by bitsandbytes' layer, which can multiply them.
+
+    `dtype` is what they compute in. The shapes of 4-bit weights are packed ones, so torch's linear
+    cannot use them.
+    """
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or not hasattr(linear.weight, "quant_state"):
             continue
+        # On the meta device: its own weight is replaced at once and should take no memory.
         four_bit = four_bit_layers().Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, device="meta"
         )
@@ -192,7 +209,7 @@ def settle_four_bit(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def held_parts(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that a parameter is made of, its data first."""
+    """Return the plain tensors that a parameter consists of: its data, then its scales."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [getattr(tensor, name) for name in names]
@@ -201,7 +218,11 @@ def held_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def check_precision(tensors: Mapping[str, Tensor], expected: Mapping[str, StorageFormat]) -> int:
-    """The bytes that are held; PrecisionNotApplied if a tensor is not held as expected."""
+    """Return the bytes of all tensors; raise PrecisionNotApplied if one is not as expected.
+
+    A library that quietly falls back to the old dtype would otherwise be noticed only when a GPU's
+    memory runs out.
+    """
     total_bytes = 0
     for name, want in expected.items():
         parts = held_parts(tensors[name])

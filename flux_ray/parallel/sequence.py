@@ -1,8 +1,9 @@
-"""Ulysses sequence parallel: ranks share the tokens, and inside attention the heads.
+"""Ulysses sequence parallel: ranks split the tokens and, inside attention, the heads.
 
-Between blocks every rank has an equal part of the text and of the image tokens; an all-to-all
-before attention gives it all tokens of some heads, one after it turns that back (DeepSpeed Ulysses,
-arXiv 2309.14509). Parts are equal because both streams are padded; the pads never enter attention.
+Between blocks each rank has an equal part of the text tokens and of the image tokens. Before
+attention an all-to-all gives it all tokens of some of the heads, and after attention another one
+undoes that (DeepSpeed Ulysses, arXiv 2309.14509). Text and image are padded to make the parts
+equal; the padding is left out of attention.
 """
 
 import types
@@ -19,12 +20,15 @@ Attention = Callable[..., Tensor]
 
 
 def num_padded(num_tokens: int, num_ranks: int) -> int:
-    """The next multiple."""
+    """Return `num_tokens` rounded up to a multiple of `num_ranks`."""
     return -(-num_tokens // num_ranks) * num_ranks
 
 
 def local_part(tokens: Tensor, dim: int, axis: Axis) -> Tensor:
-    """This rank's part along `dim`, of zero-padded tokens."""
+    """Return this rank's part of a tensor along `dim`, after padding it with zeros.
+
+    The part is contiguous, has the same dtype, and is equally large on all ranks.
+    """
     padded = num_padded(tokens.shape[dim], axis.size)
     pad = tokens.new_zeros(
         *tokens.shape[:dim], padded - tokens.shape[dim], *tokens.shape[dim + 1 :]
@@ -34,16 +38,21 @@ def local_part(tokens: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def gather_parts(part: Tensor, num_tokens: int, axis: Axis) -> Tensor:
-    """The whole of what `own_part` cut along dimension 1: [batch, num_tokens, channels]."""
+    """Return the whole of what `local_part` cut along dimension 1, without the padding.
+
+    `part` is [batch, tokens of this rank, channels], the result [batch, num_tokens, channels]. All
+    ranks must call it together.
+    """
     parts = [torch.empty_like(part) for _ in range(axis.size)]
     dist.all_gather(parts, part.contiguous(), group=axis.group)
     return torch.cat(parts, 1)[:, :num_tokens]
 
 
 def real_tokens(num_text: int, num_image: int, num_ranks: int) -> Tensor | None:
-    """Where the tokens that are no pads stand in the joint sequence; None if there are no pads.
+    """Return the positions in the joint sequence that are not padding, int64 [tokens].
 
-    The joint sequence is [text part, image part] of rank 0, then of rank 1, and so on.
+    The joint sequence is [text part, image part] of rank 0, then of rank 1, and so on. Return None
+    if there is no padding at all, so that attention can skip the selection.
     """
     streams = []
     for num_tokens in (num_text, num_image):
@@ -54,7 +63,11 @@ def real_tokens(num_text: int, num_image: int, num_ranks: int) -> Tensor | None:
 
 
 class Ulysses:
-    """One model's exchanges. `enter` and `leave` are hooks on the model, `attend` its attention."""
+    """The sequence parallel of one model: two hooks on its forward, and its attention function.
+
+    `enter` cuts the model's inputs to this rank's tokens, `leave` gathers its outputs, and `attend`
+    takes the place of attention in between. All ranks run the same forward at the same time.
+    """
 
     def __init__(self, axis: Axis, attention: Attention) -> None:
         self.axis = axis
@@ -66,7 +79,10 @@ class Ulysses:
     def enter(
         self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Cut the model's inputs to this rank's tokens. They come by name."""
+        """Cut the inputs of a forward, which come by name, to this rank's tokens.
+
+        Tokens are [batch, tokens, channels]; position ids or tables are [..., tokens, channels].
+        """
         assert not args, "a sequence-parallel model takes keyword arguments"
         image, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
         self._look_at(text.shape[1], image.shape[1], image.device)
@@ -75,9 +91,10 @@ class Ulysses:
         return args, inputs | cut | ids
 
     def _look_at(self, num_text: int, num_image: int, device: torch.device) -> None:
-        """Find the pads, unless the step before had as many tokens: a copy that a device waits for.
+        """Find the padding, unless the forward before had as many tokens.
 
-        Steps of one image follow each other.
+        Finding it copies positions to the device, which stalls it. Steps of one image mostly follow
+        each other, so that it happens once per image.
         """
         if (num_text, num_image) == (self._num_text, self._num_image):
             return
@@ -86,7 +103,7 @@ class Ulysses:
         self._num_text, self._num_image = num_text, num_image
 
     def leave(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The image tokens of all ranks, without pads."""
+        """Return the output with the image tokens of all ranks, [batch, tokens, channels]."""
         if isinstance(output, tuple):
             return gather_parts(output[0], self._num_image, self.axis), *output[1:]
         output.sample = gather_parts(output.sample, self._num_image, self.axis)
@@ -95,15 +112,17 @@ class Ulysses:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any
     ) -> Tensor:
-        """Attention over the tokens of all ranks.
+        """Compute attention over the tokens of all ranks.
 
-        In and out: [batch, this rank's tokens, heads, head_dim].
+        Query, key, value and result are [batch, tokens of this rank, heads, head_dim]. Raise
+        ValueError for a mask, which would have to be cut and padded too.
         """
         if attn_mask is not None:
             raise ValueError("sequence parallel attention takes no mask")
         num_parts = self.axis.size
+        # Stacked, because one exchange is faster than three.
         joint = torch.stack([query, key, value])
-        # [ranks, tokens, 3, batch, heads / ranks, head_dim]: to each rank its heads.
+        # [ranks, tokens, 3, batch, heads / ranks, head_dim]: each rank is sent its heads.
         sent = torch.unflatten(joint, 3, (num_parts, -1)).permute(3, 2, 0, 1, 4, 5).contiguous()
         received = self._exchange(sent).flatten(0, 1)
         real = received if self._keep is None else received[self._keep]
@@ -113,7 +132,7 @@ class Ulysses:
         if self._keep is not None:
             padded = attended.new_zeros(received.shape[0], *attended.shape[1:])
             attended = padded.index_copy(0, self._keep, attended)
-        # [ranks, tokens, batch, heads / ranks, head_dim]: to each rank its tokens.
+        # [ranks, tokens, batch, heads / ranks, head_dim]: each rank is sent its tokens.
         back = self._exchange(torch.unflatten(attended, 0, (num_parts, -1)).contiguous())
         return back.permute(2, 1, 0, 3, 4).flatten(2, 3)
 
@@ -124,15 +143,16 @@ class Ulysses:
 
 
 TOKENS = ("hidden_states", "encoder_hidden_states")
-# Position ids, or what an engine made of them: along the last but one dimension are tokens.
+# Position ids, or tables that the engine made from them; tokens are along the last but one dim.
 IDS = ("img_ids", "txt_ids")
 
 
 def split_sequence(model: nn.Module, axis: Axis) -> None:
-    """Make a diffusers transformer with joint attention share its tokens over `axis`.
+    """Make a diffusers transformer with joint attention split its tokens over `axis`.
 
-    Its processors stay diffusers' own: their code runs with our attention for diffusers'
-    `dispatch_attention_fn`, so that any family works and nothing is copied.
+    The attention processors remain diffusers' own code; only the `dispatch_attention_fn` that they
+    call is replaced. So this works for any family and copies nothing. Raise ValueError if the model
+    has no attention processors.
     """
     if axis.size == 1:
         return
@@ -151,7 +171,11 @@ def split_sequence(model: nn.Module, axis: Axis) -> None:
 
 
 def with_attention(processor: Any, stock: Any, attend: Attention) -> Any:
-    """A processor that differs from `processor` only in the attention function that it calls."""
+    """Return a processor that differs from `processor` only in the attention function it calls.
+
+    `stock` is the `__call__` of its class. It is rebuilt with other globals, because patching the
+    module would change every model of the process, those without sequence parallel too.
+    """
     names = stock.__globals__ | {"dispatch_attention_fn": attend}
     call = types.FunctionType(
         stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__
@@ -162,7 +186,10 @@ def with_attention(processor: Any, stock: Any, attend: Attention) -> Any:
 
 
 def check_heads(num_heads: int, tensor: int, sequence: int) -> None:
-    """Refuse a split that would cut a head. ValueError names the parameter."""
+    """Raise ValueError, with the setting's name, if a split would cut an attention head.
+
+    Tensor ranks split the heads first; sequence ranks split those that each tensor rank has.
+    """
     if num_heads % tensor:
         raise ValueError(f"parallel.tensor {tensor} does not divide the {num_heads} heads")
     if num_heads // tensor % sequence:
