@@ -1,1 +1,1 @@
-"""Autoscaling: how many replicas a tier should have, within the GPUs that the tiers share."""
+"""Decide how many replicas each tier should have, within the GPUs that the tiers share."""

@@ -1,6 +1,7 @@
-"""How GPUs that do not suffice for all tiers are shared: minimum, priority, proportion.
+"""Share the GPUs of a cluster between tiers that together want more: minimum, priority, proportion.
 
-A tier's scaling policy within the GPU budget that it shares with the cluster's other tiers.
+`share_gpus` divides them once. `GpuBudget` does so again each time a tier's policy asks, and waits
+until GPUs that another tier still holds are free. `Budgeted` is a tier's policy within that budget.
 """
 
 import logging
@@ -13,7 +14,7 @@ from flux_ray.router.autoscaling.scaler import Scaling, ScalingState, target_of
 
 @dataclass(frozen=True)
 class Want:
-    """What a tier would like: replicas of so many GPUs each. Higher priorities come first."""
+    """The replicas that a tier wants, with so many GPUs each; higher priorities come first."""
 
     tier: str
     replicas: int
@@ -23,10 +24,10 @@ class Want:
 
 
 def share_gpus(wants: Iterable[Want], budget: int) -> dict[str, int]:
-    """Replicas by tier: whole ones only, and never more GPUs than `budget` in all.
+    """Return how many replicas each tier gets; never more GPUs than `budget` in all.
 
-    First everybody's minimum, the highest priority first; then what each wants beyond that, by
-    priority; among equals each gets about the same share of what it wants.
+    First all tiers get their minimum, the highest priority first. Then they get what they want
+    beyond that, by priority; tiers of equal priority get about the same share of what they want.
     """
     ordered = sorted(wants, key=lambda want: -want.priority)
     granted = {}
@@ -39,7 +40,10 @@ def share_gpus(wants: Iterable[Want], budget: int) -> dict[str, int]:
 
 
 def share_among_equals(wants: list[Want], granted: dict[str, int], budget: int) -> int:
-    """Grant one replica at a time to whoever has the least of what it wants; what GPUs are left."""
+    """Give one replica at a time to the tier with the least share of what it wants.
+
+    `granted` is updated. Return how many GPUs are left.
+    """
     while True:
         short = [
             want
@@ -54,13 +58,13 @@ def share_among_equals(wants: list[Want], granted: dict[str, int], budget: int) 
 
 
 def fitting(want: Want, replicas: int, budget: int) -> int:
-    """So many replicas, or as many as there are GPUs for; one on processors needs none."""
+    """Return `replicas`, or fewer if the GPUs suffice for fewer; on processors all of them."""
     size = want.num_gpus_per_replica
     return min(replicas, budget // size) if size else replicas
 
 
 def check_budget(wants: Iterable[Want], budget: int) -> None:
-    """ValueError if one replica of a tier, or the minimum of all, is more than there is."""
+    """Raise ValueError if one replica of a tier, or the minimum of all, exceeds the budget."""
     wants = list(wants)
     for want in wants:
         size = want.num_gpus_per_replica
@@ -75,17 +79,18 @@ def check_budget(wants: Iterable[Want], budget: int) -> None:
 
 logger = logging.getLogger("ray.serve")
 
-# A tier that has not asked for so long is gone, and so is its share. Serve asks ten times a second,
-# but not while it imports the code of a tier that is deployed again: on a busy machine that took
-# 24 s, in which the replicas that were up lost their GPUs to another tier.
+# A tier that has not asked for so long is gone, and its share is free. Serve asks ten times a
+# second, but not while it imports the code of a tier that is deployed again. On a busy machine that
+# took 24 s, and with a shorter limit the replicas that were up lost their GPUs to another tier.
 FORGET_S = 60.0
-# More than this between two questions, and nobody was asked: nobody is gone for that.
+# A longer pause between two calls means that Serve called no policy. It counts as this long only,
+# so that no tier is taken for gone because of it.
 MAX_STEP_S = 1.0
 
 
 @dataclass(frozen=True)
 class BudgetTerms:
-    """What a tier's config says: the GPUs of all, its part of them, and how soon it comes."""
+    """A tier's terms in the budget: the GPUs of all tiers, those of one replica, its priority."""
 
     gpu_budget: int
     num_gpus_per_replica: int = 1
@@ -94,7 +99,7 @@ class BudgetTerms:
 
 @dataclass(frozen=True)
 class Member:
-    """A tier as the budget knows it: what it wants and holds, and when it was heard."""
+    """A tier as the budget knows it: what it wants, what it holds, and when it last asked."""
 
     want: Want
     held_gpus: int
@@ -105,20 +110,21 @@ class Member:
 class GpuBudget:
     """The GPUs of one cluster, and what its tiers want of them at the moment.
 
-    GPUs that another tier still holds are not given away before it has let go of them. A new budget
-    knows of nobody's; but a tier's policy wants no more than it has until the ledger has answered,
-    and by then all of them have asked.
+    One per process of Serve's controller; the policies of all tiers call it from there. GPUs that
+    another tier still holds are not given away before it has let go of them. A new budget knows of
+    none that are held. That is safe, because a policy wants no more than it has until the ledger
+    has answered, and by then all policies have asked.
     """
 
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
         self._budgets: frozenset[int] = frozenset()
         self._asked_at: float | None = None
-        # Stands still while nobody asks.
+        # Stands still while no tier asks.
         self._clock_s = 0.0
 
     def grant(self, want: Want, gpu_budget: int, state: ScalingState) -> int:
-        """How many replicas the tier may have now, in all."""
+        """Note what the tier wants, and return how many replicas it may have now, in all."""
         size, target = want.num_gpus_per_replica, target_of(state)
         self._pass_time(state.now)
         self._note(want, target * size, gpu_budget)
@@ -141,7 +147,7 @@ class GpuBudget:
         self._members[want.tier] = Member(want, held_gpus, gpu_budget, self._clock_s)
 
     def _smallest(self) -> int:
-        """Of what the tiers say; a config file that was deployed in parts may have left several."""
+        """Return the smallest budget that any tier names: an old config may be half deployed."""
         budgets = frozenset(member.gpu_budget for member in self._members.values())
         if budgets != self._budgets and len(budgets) > 1:
             said = ", ".join(f"{tier} {m.gpu_budget}" for tier, m in sorted(self._members.items()))
@@ -151,7 +157,7 @@ class GpuBudget:
 
 
 class Budgeted:
-    """A tier's policy within the cluster's budget."""
+    """A tier's scaling policy, limited to what the cluster's budget has for the tier."""
 
     def __init__(self, policy: Scaling, budget: GpuBudget, tier: str, terms: BudgetTerms) -> None:
         self._policy = policy
@@ -160,7 +166,7 @@ class Budgeted:
         self._terms = terms
 
     def replicas(self, state: ScalingState) -> int:
-        """What the policy wants, or as much of it as the budget has for this tier."""
+        """Return what the policy wants, or as much of it as the budget has for this tier."""
         terms = self._terms
         want = Want(
             self._tier,
@@ -176,9 +182,9 @@ _CLUSTER = GpuBudget()
 
 
 def cluster_budget() -> GpuBudget:
-    """The one of this process: Serve's controller asks the policies of all tiers in one.
+    """Return the one budget of this process; Serve's controller runs the policies of all tiers.
 
-    Call it rather than import what it returns: Serve pickles the module of a policy by value, and
-    every tier would get a budget of its own.
+    Call this rather than import `_CLUSTER`: Serve pickles the module of a policy by value, so every
+    tier would get a budget of its own.
     """
     return _CLUSTER

@@ -1,4 +1,4 @@
-"""Serve's autoscaling policy of a tier: the ledger's GPU seconds, through the scaler."""
+"""The autoscaling policy that Serve calls: it feeds the ledger's backlog to the scaler."""
 
 import asyncio
 import logging
@@ -22,15 +22,16 @@ from flux_ray.router.ledger.remote import RemoteLedger
 logger = logging.getLogger("ray.serve")
 
 POLL_S = 0.5
-# What the ledger said so long ago counts for nothing: the target then stays as it is.
+# An answer of the ledger that is older counts for nothing; the target then stays as it is.
 MAX_AGE_S = 10.0
 
 
 class LedgerPolicy:
-    """One for each tier, in Serve's controller, which calls it ten times a second.
+    """The scaling policy of one tier, which Serve's controller calls ten times a second.
 
-    It answers from what it heard last: the controller must not wait for anybody. `terms` are of the
-    GPU budget that it shares with the other tiers' policies.
+    It answers from the ledger's last answer and asks again in a task of its own, because the
+    controller must not wait. `rules` are the fields of ScalingRules, `terms` those of BudgetTerms,
+    if the tier shares a GPU budget.
     """
 
     def __init__(
@@ -40,7 +41,8 @@ class LedgerPolicy:
         self._cold_start_s = ScalingRules(**rules).cold_start_s
         self._scaler: Scaling = LastGoodTarget(Scaler(ScalingRules(**rules)))
         if terms is not None:
-            # Within: a tier whose scaler fails still says what it holds.
+            # The inner LastGoodTarget stays: a tier whose scaler fails must still tell the budget
+            # what it holds, or its GPUs would be given to others.
             budgeted = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
             self._scaler = LastGoodTarget(budgeted)
         self._ledger = RemoteLedger()
@@ -50,13 +52,13 @@ class LedgerPolicy:
         self._asking: asyncio.Task[None] | None = None
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of replicas wanted, for Serve to reach."""
+        """Return the number of replicas that Serve should bring the tier to; never raise."""
         now = time.monotonic()
         try:
             self._ask(now)
             return self._scaler.replicas(self._state(context, now)), {}
         except Exception:
-            # One policy that raises keeps Serve from deploying any application.
+            # A policy that raises keeps Serve from deploying any application at all.
             logger.exception("the scaling of %s failed", self._tier)
             return context.target_num_replicas, {}
 
@@ -88,7 +90,7 @@ class LedgerPolicy:
         )
 
     def _new_work_s(self, total_s: float) -> float:
-        """Since the last call; a ledger that was lost counts from zero again."""
+        """Return the work that arrived since the last call; a new ledger counts from zero again."""
         new_s = total_s - self._counted_s if total_s >= self._counted_s else total_s
         self._counted_s = total_s
         return new_s

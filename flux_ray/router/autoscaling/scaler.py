@@ -1,8 +1,8 @@
-"""How many replicas a tier needs: up early, down late, not for noise, to zero if nobody asks.
+"""Compute how many replicas a tier needs: up early, down late, not for noise, to zero when idle.
 
-How much work arrives: its rate, told apart from its noise.
-
-What a scaling policy sees of a tier, and what it must answer.
+`ArrivalRate` tells the rate of arriving work apart from its noise. `Scaler` turns rate and backlog
+into a number of replicas. `Scaling` is what every policy implements, and `ScalingState` what it is
+told. All of it is pure: the time is an argument.
 """
 
 import logging
@@ -13,33 +13,35 @@ from dataclasses import dataclass
 from typing import Protocol
 
 SLOT_S = 1.0
-# From the longest to the shortest. The longest is what is believed while nothing contradicts it.
+# From the longest to the shortest. The longest is believed until a shorter one contradicts it.
 WINDOWS_S = (900.0, 300.0, 120.0, 60.0, 30.0, 15.0, 7.0)
 # Standard deviations by which a shorter window must differ from what the longer ones say. Work is
 # heavy-tailed and the windows are looked at every second: with 3, false alarms are twice as many.
 CONFIDENCE = 4.0
-# A window of this length that says with confidence that it is less is believed as it is, and what
-# was before it is forgotten: what is over should not be paid for as long as the longest window.
+# If a window of at least this length says with confidence that the rate is lower, its mean is taken
+# and all before it is forgotten. Otherwise a wave that is over would be paid for until it has left
+# the longest window.
 BELIEVED_S = 60.0
-# How much a gust of noise is remembered: the mix of requests changes slowly.
+# The noise is remembered for so long, because the mix of requests changes slowly.
 NOISE_MEMORY_S = 600.0
-# Old slots are dropped so many at a time.
+# Old slots are dropped this many at a time, because deleting at the head of a list costs its
+# length.
 NUM_SPARE_SLOTS = 1000
 
 
 class ArrivalRate:
-    """The rate of arriving work in seconds a second: replicas that would never be idle.
+    """The rate of arriving work in replica seconds per second: the replicas that it keeps busy.
 
-    Work comes in lumps: one request may be worth a hundred others, so that a short window alone
-    says little. The rate is the mean of the longest window, moved into the confidence interval of
-    each shorter one in turn: what a few seconds cannot tell from noise changes nothing, and a burst
-    of ten times as much is seen in seconds. The noise is measured too, as the work of a typical
-    lump (variance over mean), from the differences of successive seconds, which a change of the
-    rate itself hardly touches.
+    Work comes in lumps: one request may be worth a hundred others, so a short window alone says
+    little. The rate is the mean of the longest window, moved into the confidence interval of each
+    shorter one in turn. So noise of a few seconds changes nothing, and a burst of ten times as much
+    is seen within seconds. The noise is measured too, as the work of a typical lump (variance over
+    mean). It is taken from the differences of successive seconds, which a change of the rate itself
+    hardly touches.
     """
 
     def __init__(self) -> None:
-        # Ends of the slots, and all work until then.
+        # The end of each slot of time, and all work that had arrived by then.
         self._ends: list[float] = []
         self._totals: list[float] = []
         self._total_s = 0.0
@@ -48,9 +50,9 @@ class ArrivalRate:
         self.rate = 0.0
 
     def observe(self, arrived_s: float, now: float) -> None:
-        """So many seconds of work arrived since the last call."""
+        """Take in that so many replica seconds of work arrived since the last call."""
         if not self._ends:
-            # In how long a time this came, nobody knows.
+            # It is unknown since when this came, so it says nothing about the rate.
             self._ends, self._totals = [now], [0.0]
             return
         self._total_s += arrived_s
@@ -64,17 +66,17 @@ class ArrivalRate:
 
     @property
     def lump_s(self) -> float:
-        """Variance over mean of the arriving work: the seconds of a typical lump of it."""
+        """The seconds of a typical lump of arriving work: its variance over its mean."""
         return self._squares / self._sum_s if self._sum_s else 0.0
 
     def wave(self, rate: float, within_s: float) -> float:
-        """One standard deviation of the rate's mean over a time."""
+        """Return one standard deviation of the mean rate over `within_s` seconds."""
         return math.sqrt(self.lump_s * rate / within_s)
 
     def _rate(self, now: float) -> float:
         rate = math.inf
         for window_s in WINDOWS_S:
-            # What there is counts as the longest window.
+            # If there is less history than the longest window, all of it counts as that window.
             first = max(0, bisect_right(self._ends, now - window_s) - 1)
             length_s = now - self._ends[first]
             mean = (self._total_s - self._totals[first]) / length_s
@@ -88,14 +90,13 @@ class ArrivalRate:
         return rate
 
     def _interval(self, length_s: float, mean: float) -> tuple[float, float]:
-        """The rates under which such a mean is no surprise (Wilson's interval, of a rate)."""
+        """Return the rates that this mean does not contradict (Wilson's interval, for a rate)."""
         breadth = CONFIDENCE**2 * self.lump_s / length_s
         middle = mean + breadth / 2
         half = math.sqrt(breadth * mean + breadth**2 / 4)
         return middle - half, middle + half
 
     def _forget(self, num_slots: int) -> None:
-        """The oldest ones."""
         del self._ends[:num_slots]
         del self._totals[:num_slots]
 
@@ -109,10 +110,10 @@ class ArrivalRate:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """A tier at one moment; seconds are GPU seconds on one replica.
+    """A tier at one moment, in replica seconds of work.
 
-    `current` replicas are up, `starting` ones are in their cold start; `arrived_s` arrived since
-    the last call, refused or not. `waiting_s` is None while nobody knows.
+    `current` replicas are up and `starting` ones in their cold start. `arrived_s` arrived since the
+    last call, refused requests included. `waiting_s` is None while the ledger has not answered.
     """
 
     now: float
@@ -126,38 +127,39 @@ class ScalingState:
 
 
 def target_of(state: ScalingState) -> int:
-    """What was asked for last: those that are up, and those that will be."""
+    """Return the last target: the replicas that are up and those that are starting."""
     return state.current + state.starting
 
 
 class Scaling(Protocol):
-    """How many replicas a tier should have; asked every period."""
+    """A policy that is asked periodically how many replicas a tier should have."""
 
     def replicas(self, state: ScalingState) -> int:
-        """The number wanted, those that are starting included."""
+        """Return the number of replicas wanted, those that are starting included."""
 
 
 logger = logging.getLogger("ray.serve")
 
-# More than this part of a replica, or of all of them, must be missing before one is started.
+# A replica is started only if more than this part of one, and this share of all, is missing;
+# otherwise a need that hovers around a whole number would start replicas for noise.
 SLACK_REPLICAS = 0.25
 SLACK_SHARE = 0.02
-# How long a replica stays after the last need of it, as part of the time to start another. All of
-# it would never cost more than twice what knowing the future would (the ski rental bound); but most
-# needs that are gone do not come back so soon, and in the simulator a third attained about as much.
+# How long an unneeded replica stays, as a share of the time to start another. A share of 1 would
+# never cost more than twice what knowing the future would (the ski rental bound). But most work
+# that is over does not come back so soon, and in the simulator a third met about as many deadlines.
 HOLD_SHARE = 1 / 3
 MIN_HOLD_S = 10.0
 
 
 @dataclass(frozen=True)
 class ScalingRules:
-    """What a tier's scaling goes by.
+    """The scaling settings of a tier.
 
-    `target_wait_s`: a request may wait so long; a backlog is to be gone within it.
-    `cold_start_s`: from asking for a replica to its first request, weights and all.
-    `headroom`: standard deviations of the arriving work for which there are replicas to spare.
-    `hold_s`: how long after the last need of it a replica stays. None: a third of `cold_start_s`.
-    `idle_s`: with nothing to do for so long, the last replica goes, where the bounds allow none.
+    `target_wait_s`: how long a request may wait; a backlog should be gone within it.
+    `cold_start_s`: seconds from asking for a replica to its first request, loading included.
+    `headroom`: replicas to spare, in standard deviations of the arriving work.
+    `hold_s`: how long a replica stays after it was last needed; None is a third of `cold_start_s`.
+    `idle_s`: after so long without work the last replica goes, if the bounds allow zero.
     """
 
     target_wait_s: float = 5.0
@@ -176,17 +178,17 @@ class ScalingRules:
 
     @property
     def stay_s(self) -> float:
-        """`hold_s`, or what stands for it."""
+        """How long an unneeded replica stays: `hold_s`, or its default."""
         if self.hold_s is None:
             return max(MIN_HOLD_S, HOLD_SHARE * self.cold_start_s)
         return self.hold_s
 
 
 class Scaler:
-    """Replicas for the work that arrives, its waves, and what has piled up; one for each tier.
+    """The scaling policy of one tier: replicas for arriving work, its waves, and the backlog.
 
-    A replica is a whole rank group. What is waiting counts only as far as those that are there will
-    not have done it in the target wait, and the time that another would take to start.
+    Waiting work counts only as far as the present replicas will not have done it within the target
+    wait plus the time that another replica would take to start.
     """
 
     def __init__(self, rules: ScalingRules) -> None:
@@ -198,9 +200,10 @@ class Scaler:
         self._busy_at = 0.0
 
     def replicas(self, state: ScalingState) -> int:
-        """The number wanted, those that are starting included; within the state's bounds."""
+        """Return the number of replicas wanted, starting ones included, within the bounds."""
         if state.waiting_s is None:
-            # Nor does anybody know what was needed meanwhile: the hold begins anew.
+            # What was needed meanwhile is unknown too, so the hold begins anew: no replica may go
+            # merely because the ledger did not answer.
             self._began = self._busy_at = state.now
             return target_of(state)
         if self._began is None:
@@ -211,22 +214,22 @@ class Scaler:
         if self._is_idle(state):
             wanted = 0
         elif target_of(state) or state.arrived_s or state.waiting_s:
-            # Also where all that came was refused: with no replica it always would be.
+            # Also if every request was refused: without a replica all of them always would be.
             wanted = max(wanted, 1)
         return min(max(wanted, state.min_replicas), state.max_replicas)
 
     def need(self, state: ScalingState, waiting_s: float) -> float:
-        """Replicas, and parts of one, for this moment."""
+        """Return how many replicas this moment needs, as a fraction."""
         rules = self._rules
         rate = self._demand.rate
         wave = rules.headroom * self._demand.wave(rate, rules.target_wait_s)
-        # Those that are up work on it until others are.
+        # Replicas that are up work on the backlog until new ones have started.
         within_s = rules.target_wait_s + (rules.cold_start_s if state.current else 0.0)
         done_s = max(0.0, target_of(state) - rate) * within_s
         return rate + wave + max(0.0, waiting_s - done_s) / within_s
 
     def _steady(self, need: float, state: ScalingState) -> int:
-        """Up for the need of now, down to the largest of the last while, else as it is."""
+        """Return the new target: up at once, down only to the largest need of the last `stay_s`."""
         while self._needs and self._needs[-1][1] <= need:
             self._needs.pop()
         self._needs.append((state.now, need))
@@ -246,9 +249,9 @@ class Scaler:
 
 
 class LastGoodTarget:
-    """Asks another policy; when that fails, or answers nonsense, the target stays as it is.
+    """A guard around another policy: if that fails or answers nonsense, the target stays.
 
-    One policy that raises would keep Serve's controller from deploying any application.
+    A policy that raises would keep Serve's controller from deploying any application.
     """
 
     def __init__(self, policy: Scaling) -> None:
@@ -256,7 +259,7 @@ class LastGoodTarget:
         self._is_failing = False
 
     def replicas(self, state: ScalingState) -> int:
-        """The policy's answer within the bounds, or the present target; never raises."""
+        """Return the policy's answer within the bounds, or the present target; never raise."""
         try:
             wanted = int(self._policy.replicas(state))
         except Exception:
