@@ -1,6 +1,7 @@
-"""Tasks that belong to no request, and go on whatever happens in them.
+"""Run tasks that belong to no request, and time limits with an error of ours.
 
-Deadlines that a gateway keeps by a timer of its own.
+`keep_running` restarts a task whatever happens in it. `within` raises a given error when a block
+takes too long.
 """
 
 import asyncio
@@ -13,15 +14,17 @@ from flux_ray.errors import FluxError
 
 logger = logging.getLogger("ray.serve")
 
-# Ray starts a lost ledger anew within a second or two.
+# The pause before work is started again. Most often the ledger was lost, and Ray starts a new one
+# within a second or two.
 AGAIN_S = 0.2
 
 
 def keep_running(work: Callable[[], Awaitable[None]], what: str) -> "asyncio.Task[None]":
-    """Start a task that calls `work` again, a moment later, whenever it returns or fails.
+    """Start a task that calls `work` again, AGAIN_S later, whenever it returns or fails.
 
-    In an empty context: Ray would cancel what it has in flight with the request that started it.
-    A failure is a mistake of ours, and is logged; without the task all requests would wait in vain.
+    The task has an empty context; otherwise Ray would cancel its calls together with the request
+    that started it. A failure is a bug of ours and is logged; if the task ended with it, all
+    requests would wait in vain. `what` names the task in the log.
     """
 
     async def run() -> None:
@@ -37,7 +40,7 @@ def keep_running(work: Callable[[], Awaitable[None]], what: str) -> "asyncio.Tas
 
 @asynccontextmanager
 async def within(seconds: float | None, late: FluxError) -> AsyncIterator[None]:
-    """Raise `late` if what is inside is not done by then. A TimeoutError from inside stays one."""
+    """Raise `late` if the block takes longer; a TimeoutError from inside it is passed on."""
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:

@@ -1,9 +1,9 @@
-"""What a gateway's loop and Serve's request routers, on a thread of their own, tell each other.
+"""Shared state of a gateway's event loop and Serve's request routers, which run on another thread.
 
-Items are replaced whole, so that neither needs a lock.
+Items are only ever replaced as a whole, so that no lock is needed.
 """
 
-# The replica of a call that is being made, by its tier and request id.
+# The assigned replica of each call that is being made, by tier and request id.
 GRANTED: dict[tuple[str, str], str] = {}
 # The replicas that this process can reach, by tier.
 REACHABLE: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""What a gateway counts: the GPU seconds that it sold, how wrong the prices were, and refusals."""
+"""The metrics that a gateway counts: prices, their errors, waits, refusals and limits."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ from flux_ray.router.pricing.cost_model import Observation
 
 
 class RouterMetrics:
-    """One for each gateway."""
+    """The metrics of one gateway, counted by its router."""
 
     def __init__(self) -> None:
         self._seconds = counter(PRICED_SECONDS)
@@ -26,28 +26,28 @@ class RouterMetrics:
         self._spent = counter(GPU_SECONDS_SPENT)
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
-        """A request was taken in at that price."""
+        """Count the price of an admitted request, in GPU seconds."""
         self._seconds.inc(gpu_seconds, {"tier": tier})
 
     def wait(self, tier: str, seconds: float) -> None:
-        """Count how long a request waited for its turn."""
+        """Count how long a request waited in the queue."""
         if seconds > 0:
             self._queued.inc(seconds, {"tier": tier})
 
     def spend(self, tier: str, gpu_seconds: float) -> None:
-        """Count what a request that was drawn took."""
+        """Count what a finished request took, in GPU seconds."""
         if gpu_seconds > 0:
             self._spent.inc(gpu_seconds, {"tier": tier})
 
     def compare(self, observations: Iterable[Observation]) -> None:
-        """What was measured, beside what had been predicted."""
+        """Count how far each stage's measured time was from its price."""
         for seen in observations:
             self._errors.observe(seen.error, {"tier": seen.tier, "stage": seen.stage})
 
     def refuse(self, tier: str) -> None:
-        """A request could not be done in time."""
+        """Count a request that could not be done by its deadline."""
         self._refused.inc(1, {"tier": tier})
 
     def limit(self, tier: str, limit: str) -> None:
-        """A request was more than its key may have."""
+        """Count a request that exceeded this limit of its key."""
         self._limited.inc(1, {"tier": tier, "limit": limit})

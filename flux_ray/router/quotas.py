@@ -1,6 +1,7 @@
-"""What keys may have, and what they have had: the books of all gateways' limits.
+"""Count what API keys use against their limits, for all gateways together.
 
-What keys used in a day, as gateways tell each other: each adds to its own rows only.
+`QuotaLedger`, in the ledger's process, decides whether a request is within the limits of its key.
+`Usage` holds what keys used in a day, as rows that gateways and ledger exchange and merge.
 """
 
 import math
@@ -15,7 +16,7 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Use:
-    """What requests take."""
+    """An amount used: GPU seconds and megapixels."""
 
     gpu_seconds: float = 0.0
     megapixels: float = 0.0
@@ -24,7 +25,7 @@ class Use:
         return Use(self.gpu_seconds + other.gpu_seconds, self.megapixels + other.megapixels)
 
 
-# Gateway, key and day.
+# What identifies a row: gateway, key and day.
 Name = tuple[str, str, int]
 
 
@@ -38,29 +39,29 @@ class UsageRow(NamedTuple):
 
     @property
     def name(self) -> Name:
-        """What there is one row of."""
+        """The gateway, key and day that this is the only row of."""
         return self.gateway, self.key, self.day
 
 
 class Usage:
-    """Rows that only ever grow: of two that tell of the same, the larger is the newer.
+    """A set of rows whose values only grow: of two versions of a row, the larger is the newer.
 
-    So they may be told twice, late, and by whoever has them, and nothing is counted twice.
+    So rows may arrive twice, late, and from any process that has them, and nothing counts twice.
     """
 
     def __init__(self) -> None:
-        # By key first: a request asks for those of one.
+        # By key first, because a request asks for the rows of one key.
         self._uses: dict[str, dict[tuple[str, int], Use]] = {}
 
     def add(self, gateway: str, key: str, use: Use, now: float) -> Name:
-        """The gateway's own row grows: its name."""
+        """Add to the gateway's own row of today, and return the row's name."""
         uses = self._uses.setdefault(key, {})
         name = (gateway, day_of(now))
         uses[name] = uses.get(name, Use()) + use
         return gateway, key, day_of(now)
 
     def merge(self, rows: Iterable[UsageRow]) -> set[Name]:
-        """Learn what others know: the rows that were not known so."""
+        """Merge rows of other processes; return the names of those that were new or larger."""
         news = set()
         for row in rows:
             uses = self._uses.setdefault(row.key, {})
@@ -75,7 +76,7 @@ class Usage:
         return news
 
     def rows_named(self, names: Iterable[Name]) -> tuple[UsageRow, ...]:
-        """Those of them that are known."""
+        """Return the rows of these names, as far as they are known."""
         return tuple(
             UsageRow(gateway, key, day, self._uses[key][gateway, day])
             for gateway, key, day in names
@@ -83,16 +84,16 @@ class Usage:
         )
 
     def rows(self) -> tuple[UsageRow, ...]:
-        """All that is known."""
+        """Return all rows of all keys."""
         return tuple(row for key in self._uses for row in self.rows_of(key))
 
     def rows_of(self, key: str) -> tuple[UsageRow, ...]:
-        """All that is known of one key."""
+        """Return all rows of one key."""
         uses = self._uses.get(key, {})
         return tuple(UsageRow(gateway, key, day, use) for (gateway, day), use in uses.items())
 
     def of(self, key: str, now: float) -> Use:
-        """What the key used today, through all gateways."""
+        """Return what the key used today, through all gateways."""
         total = Use()
         for (_, day), use in self._uses.get(key, {}).items():
             if day == day_of(now):
@@ -100,7 +101,7 @@ class Usage:
         return total
 
     def forget(self, now: float) -> None:
-        """The days before yesterday: clocks differ."""
+        """Drop the rows of days before yesterday; yesterday stays, because clocks differ."""
         for key, uses in list(self._uses.items()):
             kept = {name: use for name, use in uses.items() if name[1] >= day_of(now) - 1}
             if kept:
@@ -110,18 +111,18 @@ class Usage:
 
 
 def day_of(now: float) -> int:
-    """Of UTC."""
+    """Return the day of UTC, counted from the epoch."""
     return int(now // DAY_S)
 
 
 MINUTE_S = 60.0
-# A gateway tells of itself every two seconds. One that is silent for so long is dead.
+# A gateway reports every two seconds. One that has been silent for so long is dead.
 SILENCE_S = 10.0
 
 
 @dataclass(frozen=True)
 class QuotaLimits:
-    """What one key may have at once, in any 60 seconds, and in a day of UTC; None is no limit."""
+    """The limits of one key: at once, in any 60 seconds, in a day of UTC; None is no limit."""
 
     max_concurrent: int | None = None
     requests_per_minute: int | None = None
@@ -134,9 +135,9 @@ UNLIMITED = QuotaLimits()
 
 @dataclass(frozen=True)
 class UsageEntry:
-    """A request on a tier: what it will use by its price, and in how many seconds of a replica.
+    """A running request on a tier: what it uses by its price, and `cost_s` in replica seconds.
 
-    The same request may be on several tiers, and counts as one.
+    One request may run on several tiers, and counts as one.
     """
 
     request_id: str
@@ -147,9 +148,9 @@ class UsageEntry:
 
 
 class LimitExceeded(NamedTuple):
-    """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
+    """Why a key has to wait, and how long: for ever if the request alone exceeds the limit.
 
-    Of `limit`, so much is `left`; `name` is that of the allowance's field.
+    `name` is the field of QuotaLimits that it exceeds.
     """
 
     reason: str
@@ -161,7 +162,7 @@ class LimitExceeded(NamedTuple):
 
 
 class LimitStatus(NamedTuple):
-    """Of a limit, how much is left to a key, and in how many seconds it has more."""
+    """How much of a limit is left to a key, and in how many seconds it will have more."""
 
     limit: float
     left: float
@@ -169,7 +170,7 @@ class LimitStatus(NamedTuple):
 
 
 class UsageSync(NamedTuple):
-    """The rows that a gateway does not know yet; and whether it is to tell of all again."""
+    """The rows that a gateway does not know yet, and whether it must send all of its own again."""
 
     rows: tuple[UsageRow, ...]
     tell_all: bool
@@ -177,7 +178,10 @@ class UsageSync(NamedTuple):
 
 @dataclass
 class GatewayUsage:
-    """What a gateway has in hand, by request and tier, each since when; and what is news to it."""
+    """What the ledger knows of one gateway: its running requests, and the rows to send to it.
+
+    `entries` has the requests by id and tier, each with the time since when.
+    """
 
     heard_at: float
     entries: dict[tuple[str, str], tuple[UsageEntry, float]] = field(default_factory=dict)
@@ -186,23 +190,24 @@ class GatewayUsage:
 
 
 class QuotaLedger:
-    """Counts for all gateways. Every method is told the time, of a clock that nobody sets.
+    """The counts of all gateways, kept in the ledger's process and used from its event loop.
 
-    `date`: seconds since the epoch. Only what a key may have in a day goes by it.
+    Every method is told the time, of a monotonic clock. `date` returns seconds since the epoch;
+    only limits of a day go by it.
 
-    What a key has at once is exact while the ledger lives. Requests a minute are those let in
-    during the last 60 seconds, whichever 60 those are; a day is one of UTC, and what is in hand
+    The number of requests at once is exact while the ledger lives. Requests per minute are those
+    admitted during the last 60 seconds, at any moment. A day is one of UTC; a running request
     counts by its price until it is known what it took.
 
-    After a loss the gateways tell again, within two seconds, what they have in hand, and with every
-    request what its key had today. So of the day only what a gateway spent is lost that died within
-    two seconds of the ledger. The requests of the last minute are forgotten.
+    After a loss of the ledger, gateways send the new one their running requests within two seconds,
+    and with every request what its key used today. So of the day only that is lost which a gateway
+    spent that died within two seconds of the ledger. The requests of the last minute are forgotten.
     """
 
     def __init__(self, date: Callable[[], float] = time.time) -> None:
         self._date = date
         self._gateways: dict[str, GatewayUsage] = {}
-        # By key: the requests of the last minute, the oldest first, each with its time.
+        # The requests of the last minute by key, the oldest first, each with its time.
         self._recent: dict[str, dict[str, float]] = {}
         self._usage = Usage()
 
@@ -214,7 +219,7 @@ class QuotaLedger:
         rows: Iterable[UsageRow],
         now: float,
     ) -> LimitExceeded | None:
-        """Write down a request, or say why not. `rows`: what the gateway knows of the key's day."""
+        """Count a request, or return which limit it exceeds; `rows` are the key's of today."""
         self._merge(gateway, rows)
         present = self._heard(gateway, now)
         denial = (
@@ -225,7 +230,7 @@ class QuotaLedger:
         if denial is None:
             present.entries[entry.request_id, entry.tier] = (entry, now)
             if allowance.requests_per_minute is not None:
-                # Not again for another tier.
+                # setdefault: the same request on another tier counts once.
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
         return denial
 
@@ -237,14 +242,17 @@ class QuotaLedger:
         rows: Iterable[UsageRow],
         now: float,
     ) -> LimitExceeded | LimitStatus | None:
-        """As enter; with it, how its key stands. None: by no limit of a minute or of a day."""
+        """Count a request as enter() does, and return how its key stands afterwards.
+
+        None means that the key has no limit of a minute or of a day.
+        """
         denial = self.enter(gateway, entry, allowance, rows, now)
         return denial or self.standing(entry.key, allowance, now)
 
     def standing(self, key: str, allowance: QuotaLimits, now: float) -> LimitStatus | None:
-        """By the limit of which the smallest part is left.
+        """Return the limit of a minute or a day of which the smallest part is left.
 
-        What a key has at once is none of them: when it hears of it that request is over.
+        The number of requests at once is left out: when its caller reads it, the request is over.
         """
         standings = []
         if (limit := allowance.requests_per_minute) is not None:
@@ -263,7 +271,7 @@ class QuotaLedger:
         return min(standings, key=lambda each: each.left / each.limit, default=None)
 
     def leave(self, gateway: str, request_id: str, tier: str, rows: Iterable[UsageRow]) -> None:
-        """It has ended; in the gateway's rows is what it took."""
+        """Remove a request that has ended; `rows` has what it took."""
         self._merge(gateway, rows)
         if gateway in self._gateways:
             self._gateways[gateway].entries.pop((request_id, tier), None)
@@ -277,7 +285,11 @@ class QuotaLedger:
         *,
         tells_all: bool = True,
     ) -> UsageSync:
-        """All that a gateway has in hand, and what it knows of today: all, or what is new."""
+        """Take in a gateway's report, and return what it does not know yet.
+
+        `entries` are all requests that it has running. `rows` are all that it knows of today if
+        `tells_all`, else what is new since its last report.
+        """
         self._forget(now)
         present = self._heard(gateway, now)
         before = present.entries
@@ -287,7 +299,7 @@ class QuotaLedger:
             present.entries[name] = before.get(name, (entry, now))
         present.has_shared |= tells_all
         self._merge(gateway, rows)
-        # Who tells all may have lost an answer: it hears all.
+        # A gateway that sends all may have lost an answer, so it is sent all.
         news = self._usage.rows() if tells_all else self._usage.rows_named(present.news)
         present.news = set()
         return UsageSync(news, not present.has_shared)
@@ -340,7 +352,7 @@ class QuotaLedger:
         recent = self._last_minute(entry.key, now)
         if len(recent) < limit or entry.request_id in recent:
             return None
-        # Of a limit that was lowered, more than one has to become old.
+        # If the limit was lowered, more than one request has to become older than a minute.
         came_at = next(islice(recent.values(), len(recent) - limit, None))
         next_s = came_at + MINUTE_S - now
         reason = f"this key may make {limit} requests a minute"
@@ -363,7 +375,7 @@ class QuotaLedger:
         return None
 
     def _spent(self, key: str, now: float, but: tuple[str, str] | None = None) -> Use:
-        """Today, with what is in hand at its price."""
+        """Return what the key used today, running requests by their price, without `but`."""
         spent = self._usage.of(key, self._date())
         for entry, _ in self._in_hand(key, now):
             if (entry.request_id, entry.tier) != but:
@@ -384,5 +396,5 @@ class QuotaLedger:
 
 
 def is_silent(present: GatewayUsage, now: float) -> bool:
-    """Whether the gateway is dead, and its clients with it."""
+    """Return whether the gateway is taken for dead, and its clients gone with it."""
     return now - present.heard_at > SILENCE_S

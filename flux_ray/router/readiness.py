@@ -1,4 +1,4 @@
-"""Which tiers can serve now: Serve's own view of their replicas, read off the event loop."""
+"""Find out which tiers can serve now, from Serve's own status, read off the event loop."""
 
 import asyncio
 import contextvars
@@ -17,22 +17,23 @@ from flux_ray.router.background import keep_running
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
-# Where nobody asks, so many times as seldom: for each status Serve writes its whole configuration
-# out, a tenth of a second of a slow processor.
+# While no probe asks, the status is read this many times less often: for each, Serve serializes its
+# whole configuration, which takes a tenth of a second of a slow processor.
 UNASKED = 3
-# Who asks first waits so long for the first word.
+# How long the first probe waits for the first status.
 ANSWER_S = 1.0
-# Who asks while the word is older than it has to be.
+# How long a probe waits for a newer status if the last one is older than REFRESH_S.
 MOMENT_S = 0.1
-# Longer than a controller takes to come back; then the last word counts for tiers of which this
-# process knows replicas, and for nothing else.
+# Longer than a controller takes to come back. A status that is older counts only for tiers of which
+# this process still knows replicas.
 MAX_AGE_S = 60.0
-# Of replicas: what Serve's proxies and handles send requests to. Those of a node that is drained
-# serve until others do; after the controller's own start they are not looked at yet.
+# States of replicas that Serve's proxies and handles send requests to. PENDING_MIGRATION: its node
+# is being drained, and it serves until another does. RECOVERING: the controller has restarted and
+# has not looked at it yet.
 SERVING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
-# Of deployments that Serve left as they were to be: one that lost a replica is UNHEALTHY.
+# States of deployments that are as Serve wants them; one that lost a replica is UNHEALTHY.
 CONTENT = ("HEALTHY", "DOWNSCALING")
-# Of an application: Serve starts none of its replicas any more.
+# The state of an application of which Serve starts no more replicas.
 LEAVING = "DELETING"
 
 Applications = Mapping[str, ApplicationStatusOverview]
@@ -40,18 +41,19 @@ Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
 
 
 def none_known() -> Mapping[str, tuple[str, ...]]:
-    """Of no tier."""
+    """Return no replicas, of no tier."""
     return {}
 
 
 def forget(tier: str) -> None:
-    """Nobody wants to know."""
+    """Do nothing with a tier that was removed."""
 
 
 class Readiness:
-    """The last status, seconds old once `start` was called. An outage of Serve takes nothing back.
+    """The last known status of the tiers; an outage of Serve's controller changes nothing in it.
 
-    `reachable`: the replicas that this process knows, by tier.
+    Each gateway has one, used from its event loop. Once `start` was called it is at most seconds
+    old. `reachable` returns the replicas that this process knows, by tier.
     """
 
     def __init__(
@@ -69,37 +71,38 @@ class Readiness:
         self._read_at_s = self._tried_at_s = float("-inf")
         self._reading: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
-        # Of its own, and one: it stands still while there is no controller.
+        # A thread of its own, because the call blocks while there is no controller; and only one,
+        # or more and more threads would block.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="readiness")
 
     def start(self, lose: Callable[[str], None] = forget) -> None:
-        """From now on the status is read all the time, and nobody has to wait for it.
+        """Start reading the status all the time, so that no probe has to wait for it.
 
-        `lose` hears of each tier whose application is no more.
+        `lose` is called with each tier whose application has been removed.
         """
         self._lose = lose
         if self._refreshing is None:
             self._refreshing = keep_running(self._refresh, "what reads Serve's status")
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that serve, or would be woken by a request."""
+        """Return the tiers that serve, or that a request would wake."""
         if self._clock() - self._tried_at_s > REFRESH_S:
             is_first = self._read_at_s == float("-inf")
             await asyncio.wait((self._read_once(),), timeout=ANSWER_S if is_first else MOMENT_S)
         if self._clock() - self._read_at_s < MAX_AGE_S:
             return self._ready
-        # They serve without a controller, as long as they live.
+        # Replicas serve without a controller, as long as they live.
         known = self._reachable()
         return tuple(tier for tier in self._ready if known.get(tier))
 
     def is_deployed(self, tier: str) -> bool:
-        """Say whether Serve has its application, as far as Serve ever told."""
+        """Return whether Serve has an application of the tier; True until Serve has answered."""
         return tier not in self._undeployed
 
     def _read_once(self) -> "asyncio.Task[None]":
         # One read at a time: without a controller each would hold a thread for good.
         if self._reading is None:
-            # Of no request: a client that leaves does not cancel it.
+            # In an empty context: otherwise Ray would cancel it with the request that asked.
             self._reading = asyncio.get_running_loop().create_task(
                 self._read(), context=contextvars.Context()
             )
@@ -114,7 +117,8 @@ class Readiness:
         try:
             loop = asyncio.get_running_loop()
             applications = await loop.run_in_executor(self._thread, applications_now)
-            # A gateway is one of them: none is no word of a controller that knows what there is.
+            # This gateway is an application itself. So an empty status comes from a controller that
+            # does not know yet what is deployed, and must not make every tier undeployed.
             if applications:
                 self._ready = serving_tiers(self._tiers, applications, self._ready)
                 self._note_undeployed(undeployed_tiers(self._tiers, applications))
@@ -136,13 +140,13 @@ class Readiness:
 
 
 def applications_now() -> Applications:
-    """What Serve says of each. Blocks."""
+    """Return Serve's status of each application; this blocks."""
     applications: Applications = serve.status().applications
     return applications
 
 
 def undeployed_tiers(tiers: tuple[str, ...], applications: Applications) -> frozenset[str]:
-    """Return those that have no application, or one that is being deleted."""
+    """Return the tiers that have no application, or one that is being deleted."""
     return frozenset(
         tier for tier in tiers if tier not in applications or applications[tier].status == LEAVING
     )
@@ -151,9 +155,9 @@ def undeployed_tiers(tiers: tuple[str, ...], applications: Applications) -> froz
 def serving_tiers(
     tiers: tuple[str, ...], applications: Applications, were_up: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Return those of which every deployment serves, or would.
+    """Return the tiers of which every deployment serves, or would if it were asked.
 
-    `were_up`: those that did a moment ago.
+    `were_up` are those that did at the last reading.
     """
     return tuple(
         tier
@@ -163,10 +167,10 @@ def serving_tiers(
 
 
 def is_up(application: ApplicationStatusOverview, was_up: bool) -> bool:
-    """Say whether a request can pass through, at once or after a start that is to come anyway.
+    """Return whether a request would be served, at once or after a start that will come anyway.
 
-    A load balancer that took every tier for down would answer with errors of its own, where a
-    request can wait, or be refused with a word on when to come again.
+    If a load balancer took every tier for down, it would answer with errors of its own; a gateway
+    can let the request wait, or refuse it with the time to come back.
     """
     deployments = application.deployments.values()
     return bool(deployments) and all(
@@ -175,28 +179,29 @@ def is_up(application: ApplicationStatusOverview, was_up: bool) -> bool:
 
 
 def serves(deployment: DeploymentStatusOverview) -> bool:
-    """Say whether it has a replica that requests are sent to."""
+    """Return whether the deployment has a replica that requests are sent to."""
     return has_any(deployment, SERVING)
 
 
 def is_content(deployment: DeploymentStatusOverview) -> bool:
-    """Say whether Serve has taken away what replicas are missing: it rests, or a node is drained.
+    """Return whether missing replicas were taken away by Serve itself, not lost.
 
-    The next request starts one, or others have been started in their place.
+    Then the tier rests at zero and the next request starts a replica, or a node is being drained
+    and others have been started instead.
     """
     return deployment.status in CONTENT
 
 
 def has_any(deployment: DeploymentStatusOverview, states: tuple[str, ...]) -> bool:
-    """Say whether it has replicas in one of these states."""
+    """Return whether the deployment has replicas in one of these states."""
     counts = deployment.replica_states.items()
     return any(state in states and count > 0 for state, count in counts)
 
 
 def is_changing(deployment: DeploymentStatusOverview) -> bool:
-    """Say whether it is called for more replicas, or for other ones.
+    """Return whether Serve is starting more replicas for requests, or replacing them.
 
-    A start that fails changes the status.
+    If a start fails, the status changes, and the tier no longer counts as up.
     """
     is_woken = deployment.status == "UPSCALING" and deployment.status_trigger == "AUTOSCALING"
     return is_woken or deployment.status == "UPDATING"

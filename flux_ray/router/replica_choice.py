@@ -1,7 +1,7 @@
-"""Serve's request router of a tier: a request goes to the replica that the ledger granted it.
+"""Serve's request router for a tier: it sends a request to the replica that the ledger assigned.
 
-Serve makes one in every process that has a handle. It is the code of the tier, also in gateways of
-another version: what it reads of calls and of `handover` never changes.
+Serve makes one in every process that has a handle. It runs the code of the tier's version, even in
+gateways of another version, so what it reads from calls and from `handover` must never change.
 """
 
 import pickle
@@ -17,28 +17,29 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-# The module, not what is in it: Serve pickles this class with copies of its globals.
+# The module, not its names: Serve pickles this class by value, with copies of its globals, and a
+# copy of GRANTED would stay empty.
 from flux_ray.router import handover
 
 
 class AlwaysAccepted(ActorReplicaResult):
-    """The answer to a call that its replica was not asked to accept."""
+    """The answer to a call that its replica was not asked to accept first."""
 
     async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
-        """Say what the replica would."""
+        """Return what a replica that accepts the call would answer."""
         return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=0)
 
 
 class UnaskedReplica(RunningReplica):
-    """A replica that is called at once.
+    """A replica that is called at once, without asking whether it accepts the call.
 
-    Serve would have it accept each call first, in a stream of its own that costs both processes as
-    much as all the rest of the call. The ledger knows what it has room for, and one that is about
-    to end does what it was sent before it does.
+    Serve would ask first, in a stream that costs both processes as much as all the rest of the
+    call. That is not needed: the ledger knows whether the replica has room, and a replica that is
+    about to end finishes what it was sent.
     """
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> ActorReplicaResult:
-        """Send it; it is accepted."""
+        """Send the call, and return an answer that counts as accepted."""
         actor = self._actor_handle
         method = actor.handle_request
         if pr.metadata.is_streaming:
@@ -49,19 +50,19 @@ class UnaskedReplica(RunningReplica):
 
 
 class AssignedReplicaRouter(FIFOMixin, RequestRouter):
-    """Any other replica only where the granted one is gone."""
+    """A request router that takes another replica only if the assigned one is gone."""
 
     def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
-        """Serve tells of a replica that it did not know."""
+        """Wrap a replica that Serve has discovered."""
         return UnaskedReplica(replica_info)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Serve tells of a change."""
+        """Take in the replicas that Serve knows, and note them as reachable."""
         super().update_replicas(replicas)
         self._note()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """A call found it dead, before Serve's controller did."""
+        """Drop a replica that a call found dead, before Serve's controller tells of it."""
         super().on_replica_actor_died(replica_id)
         self._note()
 
@@ -74,7 +75,10 @@ class AssignedReplicaRouter(FIFOMixin, RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """One replica a rank: inside of a rank Serve would go by the number of requests."""
+        """Return the candidates in order of preference, the assigned replica first.
+
+        Each is a list of its own: within one list Serve would choose by the number of requests.
+        """
         granted = granted_for(pending_request)
         ranked = sorted(
             candidate_replicas, key=lambda replica: replica.replica_id.unique_id != granted
@@ -83,7 +87,7 @@ class AssignedReplicaRouter(FIFOMixin, RequestRouter):
 
 
 def granted_for(pending_request: PendingRequest | None) -> str | None:
-    """The replica that the request was granted; None for one of another caller."""
+    """Return the replica that the ledger assigned; None for a call that no router of ours made."""
     args: Any = () if pending_request is None else pending_request.args
     if not args or not isinstance(args[0], dict):
         return None

@@ -1,6 +1,8 @@
-"""One line of a trace: a request's arrival, shape and deadline as a JSON object.
+"""Record the arrivals of a live cluster as a trace, and read traces for the simulator.
 
-Records the arrivals of a live cluster as a trace, off the request's path and within a bound.
+A trace has one JSON object per line: a request's arrival, shape and deadline, without its prompt
+and images. `Recorder` writes on a thread of its own, and to a bounded size, so that recording
+never delays a request.
 """
 
 import json
@@ -18,21 +20,21 @@ from flux_ray.private_files import open_privately
 from flux_ray.request import ImageRequest
 
 NUMBERS = ("at_s", "deadline_s")
-# Of the integers: the least that makes sense.
+# The integer fields, with the least value that makes sense.
 LEAST = {"width": 1, "height": 1, "steps": 1, "references": 0, "images": 1}
 KEYS = frozenset({*NUMBERS, *LEAST, "tier", "key"})
 
 
 class BadTrace(ValueError):
-    """A line of a trace says nonsense; the message names the key."""
+    """A line of a trace is invalid; the message names the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedRequest:
-    """What of a request decides its cost, and when it came.
+    """An entry of a trace: what decides a request's cost, and when it arrived.
 
     `at_s`: seconds since the trace began. `deadline_s`: seconds after that; None is the tier's own.
-    `key`: who asked, for fairness; any text that tells callers apart.
+    `key`: any text that tells callers apart, for fairness.
     """
 
     at_s: float
@@ -49,7 +51,7 @@ class TracedRequest:
 def traced(
     request: ImageRequest, at_s: float, deadline_s: float | None = None, key: str = ""
 ) -> TracedRequest:
-    """The entry of a real request; neither its prompt nor its images are kept."""
+    """Return the trace entry of a real request, without its prompt and images."""
     return TracedRequest(
         at_s=at_s,
         tier=request.tier,
@@ -64,13 +66,13 @@ def traced(
 
 
 def line_of(entry: TracedRequest) -> str:
-    """One JSON object, without its line end; a deadline that is the tier's own is left out."""
+    """Return the entry as JSON, without a line end; None as a deadline is left out."""
     fields = {name: value for name, value in asdict(entry).items() if value is not None}
     return json.dumps(fields, separators=(",", ":"))
 
 
 def parse_line(text: str) -> TracedRequest:
-    """The entry of a line. What it leaves out is the tier's default; BadTrace names a wrong key."""
+    """Read one line; missing values are the tier's defaults. BadTrace names a wrong key."""
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -84,7 +86,7 @@ def parse_line(text: str) -> TracedRequest:
 
 
 def entry_of(fields: dict[str, Any]) -> TracedRequest:
-    """Every value checked: no text where a number belongs, no time that runs backwards."""
+    """Check the value of every field and return the entry; BadTrace names a wrong one."""
     try:
         tier = tier_for(text_in(fields, "tier"))
     except UnknownTier as error:
@@ -107,7 +109,7 @@ def entry_of(fields: dict[str, Any]) -> TracedRequest:
 
 
 def text_in(fields: dict[str, Any], name: str) -> str:
-    """A string; BadTrace if it is missing or none."""
+    """Return a field that must be a string; BadTrace if it is missing or no string."""
     value = value_in(fields, name)
     if not isinstance(value, str):
         raise BadTrace(f"{name}: {value!r} is no text")
@@ -115,7 +117,7 @@ def text_in(fields: dict[str, Any], name: str) -> str:
 
 
 def number_in(fields: dict[str, Any], name: str) -> float:
-    """Seconds: finite, and never negative."""
+    """Return a field in seconds; BadTrace unless it is finite and not negative."""
     value = value_in(fields, name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadTrace(f"{name}: {value!r} is no number of seconds")
@@ -125,7 +127,7 @@ def number_in(fields: dict[str, Any], name: str) -> float:
 
 
 def count_in(fields: dict[str, Any], name: str, default: int) -> int:
-    """A whole number, not below the least that makes sense."""
+    """Return an integer field or its default; BadTrace if it is below the least allowed."""
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < LEAST[name]:
         raise BadTrace(f"{name}: {value!r} is no whole number from {LEAST[name]} on")
@@ -133,7 +135,7 @@ def count_in(fields: dict[str, Any], name: str, default: int) -> int:
 
 
 def value_in(fields: dict[str, Any], name: str) -> Any:
-    """A value that must be there."""
+    """Return the value of a field; BadTrace if it is missing."""
     if name not in fields:
         raise BadTrace(f"{name} is missing")
     return fields[name]
@@ -147,11 +149,12 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class Recorder:
-    """Appends a line a request to `path`; nothing that goes wrong here reaches a request.
+    """A trace file that gets a line for each request; no failure here reaches a request.
 
-    A file of `max_bytes` is set aside as `<path>.1`, in the place of the one before: the disk never
-    holds more than two of them. Entries that come faster than the disk takes them, or that it
-    refuses, are dropped and counted in `num_dropped`.
+    A file of `max_bytes` is renamed to `<path>.1`, replacing the one before, so the disk never
+    holds more than two. Entries that come faster than the disk takes them, or that it refuses, are
+    dropped and counted in `num_dropped`. `record` and `close` are called from the gateway's event
+    loop; a thread of its own writes.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class Recorder:
     def record(
         self, request: ImageRequest, at_s: float, deadline_s: float | None, key: str = ""
     ) -> None:
-        """Note a request that came at `at_s` with `deadline_s` left; never waits or raises."""
+        """Record a request that came at `at_s` with `deadline_s` left; never wait or raise."""
         try:
             self._lines.put_nowait(line_of(traced(request, at_s, deadline_s, key)))
         except queue.Full:
@@ -177,7 +180,7 @@ class Recorder:
             logger.exception("a request could not be recorded in %s", self.path)
 
     def close(self) -> None:
-        """Write what is waiting, for at most some seconds."""
+        """Write what is waiting, and give up after CLOSE_TIMEOUT_S."""
         try:
             self._lines.put(None, timeout=CLOSE_TIMEOUT_S)
         except queue.Full:
