@@ -1,4 +1,4 @@
-"""What fits: the bytes that a deployment needs on each GPU, and its cheapest layouts.
+"""Count the bytes that a deployment needs on each GPU, and find its cheapest placements.
 
-Knows no Ray.
+`flux-ray plan` calls it; no weights are read, and nothing here knows Ray.
 """

@@ -1,8 +1,8 @@
-"""The activation model: bytes that a stage of a request needs at its peak, besides the weights.
+"""Estimate the bytes that each stage of a request needs at its peak, besides the weights.
 
-Counted in whole tensors that are alive at once in eager mode, with attention that does not keep its
-scores; the tests hold it to within 10 % of what the modules allocate on the meta device. What
-CUDA's libraries allocate besides was measured (tests/bench/results) and is counted apart.
+The estimate counts the tensors that are alive at once in eager mode, with attention that does not
+keep its scores. Tests hold it to within 10 % of what the modules allocate on the meta device. What
+CUDA's libraries allocate in addition was measured (tests/bench/results) and is a factor of its own.
 """
 
 from dataclasses import dataclass
@@ -13,33 +13,36 @@ from flux_ray.catalog.tiers import Tier
 from flux_ray.config.tier import Parallel
 from flux_ray.parallel.sequence import num_padded
 
-# What a stage of the VAE takes on a card, of what its modules allocate themselves: convolutions in
-# bf16 copy what goes in and comes out to channels last. Decoding a megapixel in klein-4b measured
-# 2.553 GB on an H100 where the modules have 1.611, which is 1.585; encoding is taken as decoding.
+# How much more a stage of the VAE takes on a GPU than its modules allocate: in bf16, convolutions
+# copy their inputs and outputs to channels last. Decoding 1 MP with klein-4b took 2.553 GB on an
+# H100 where the modules allocate 1.611, a factor of 1.585. Encoding is assumed to be the same.
 CARD_CONVOLUTIONS = 1.6
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class ActivationDemand:
-    """The size of a request: pixels of the image, and its reference images."""
+    """The size of a request: the pixels of an image, and the number of reference images."""
 
     pixels: int
     num_references: int
 
 
 def largest_demand(tier: Tier) -> ActivationDemand:
-    """The most that a client may ask of a tier."""
+    """Return the largest request that the tier allows."""
     return ActivationDemand(tier.max_pixels, tier.max_references)
 
 
 def default_demand(tier: Tier) -> ActivationDemand:
-    """What a client gets that does not say."""
+    """Return the request of a client that names no size: the default one, without references."""
     return ActivationDemand(tier.default_side**2, 0)
 
 
 def num_image_tokens(vae: Any, tier: Tier, demand: ActivationDemand) -> int:
-    """Of the image and of its references, each as large as the model takes it."""
+    """Return the tokens of an image and its references, each at the tier's maximum.
+
+    `vae` is its config, from which the side of a token in pixels follows.
+    """
     side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
     pixels = demand.pixels + demand.num_references * tier.max_reference_pixels
     return pixels // int(side) ** 2
@@ -47,9 +50,10 @@ def num_image_tokens(vae: Any, tier: Tier, demand: ActivationDemand) -> int:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of the transformer on one rank: tokens of text and image, bytes a number.
+    """One forward of the transformer, as far as its memory depends on it.
 
-    `quantizes_activations`: FP8 products on FP8 units.
+    `num_text` and `num_image` count the tokens of the whole request, before they are split over
+    ranks; `size` is the bytes per number. `quantizes_activations`: products are made on FP8 units.
     """
 
     num_text: int
@@ -60,15 +64,20 @@ class Forward:
 
 
 def denoise_bytes(config: Any, forward: Forward) -> int:
-    """The peak of a forward, in units of one [this rank's tokens, width].
+    """Return the peak bytes of a forward on one rank; `config` is the transformer's.
 
-    A single block keeps 3 that every tensor rank has whole (residual, normalised, input), and split
-    over them the fused projection (3 + 2 x mlp_ratio), query and key (2), the gated MLP (mlp_ratio)
-    and both joined (mlp_ratio + 1). Ulysses keeps 14 beside the projection: query and key, all
-    three stacked, sent and received (2 + 3 x 3), and the answer on its way back (3). A double block
-    keeps 8, all whole. torchao makes FP8 of activations through fp32, with 6.5 of what it is given:
-    both joined in a single block, one in a double block, where 5 are kept by then. Rotary tables
-    come to that, two of a head's width in fp32.
+    They are counted in units of one tensor [this rank's tokens, width]:
+
+    - A single block holds 3 that every tensor rank has whole (residual, normalised, input). Split
+      over the tensor ranks are the fused projection (3 + 2 x mlp_ratio), query and key (2), the
+      gated MLP (mlp_ratio), and attention and MLP joined (mlp_ratio + 1).
+    - Ulysses holds 14 besides the projection: query and key (2), all three stacked, sent and
+      received (3 x 3), and the result on its way back (3).
+    - A double block holds 8, all whole.
+    - torchao converts activations to FP8 through fp32, which takes 6.5 times their size: in a
+      single block the joined tensor, in a double block one unit, when 5 others are alive.
+
+    Rotary tables are added, two of a head's width per token, in fp32.
     """
     parts, ratio = forward.parallel.sequence, config.mlp_ratio
     tokens = (num_padded(forward.num_text, parts) + num_padded(forward.num_image, parts)) // parts
@@ -80,14 +89,18 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
         split, whole = max(split, joined + 6.5 * (ratio + 1)), 12.0
     units = max(3 + split / forward.parallel.tensor, whole)
     inputs = held_bytes(config, forward.num_text, forward.num_image, forward.size)
-    # Of the image that is drawn, not of those that wait.
+    # Only for the image of this step; those of waiting requests are not counted.
     tables = (forward.num_text + forward.num_image) * 2 * sum(config.axes_dims_rope) * FP32
     width = config.num_attention_heads * config.attention_head_dim
     return int(tokens * width * units * forward.size + tables) + inputs
 
 
 def decode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Three maps of the last upsampling's channels; above a megapixel, of one tile."""
+    """Return the peak bytes of decoding an image; `size` is the bytes per number.
+
+    They are three maps with the channels of the last upsampling. Above 1 MP the maps are those of
+    one tile, and the image is held twice, as tiles and joined.
+    """
     channels = (vae.decoder_block_out_channels or vae.block_out_channels)[1]
     whole = min(pixels, MAX_WHOLE_PIXELS)
     joined = 2 * 3 * pixels if pixels > whole else 0
@@ -95,28 +108,32 @@ def decode_bytes(vae: Any, pixels: int, size: int) -> int:
 
 
 def encode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Five maps of the first channels, for one reference: they are encoded one by one."""
+    """Return the peak bytes of encoding one reference: five maps with the first layer's channels.
+
+    References are encoded one by one, so that their number does not matter.
+    """
     return int(5 * vae.block_out_channels[0] * pixels * size)
 
 
 def prompt_bytes(
     config: Any, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
 ) -> int:
-    """The hidden states of all layers are kept to the end; the last MLP has three of its width.
+    """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks.
 
-    Where torchao makes FP8 of activations, its last product has one of that width and 6.5 more.
+    The hidden states of all layers are kept to the end, and the last MLP holds three tensors of its
+    inner width. If torchao quantizes activations, the MLP's last product holds 1 + 6.5 instead.
     """
     kept = (config.num_hidden_layers + 2) * config.hidden_size
     units = 1 + 6.5 if quantizes_activations else 3
     inner = units * config.intermediate_size / num_ranks
-    # A hundredth for the rest: ids, cosines and sines. As measured.
+    # 1 % more for ids, cosines and sines, as measured.
     return int(1.01 * num_text * (kept + inner) * size)
 
 
 def held_bytes(config: Any, num_text: int, num_image: int, size: int) -> int:
-    """What a request that waits for its next step holds: its prompt and latents.
+    """Return the bytes that a request holds while it waits for its next step: prompt and latents.
 
-    Under a mask it holds the noise and what is kept too: 8 MB at four megapixels in bf16, nothing
-    beside a step.
+    An inpainting request also holds the noise and the image's latents. They are not counted: 8 MB
+    at 4 MP in bf16 is nothing compared to a step.
     """
     return int((num_text * config.joint_attention_dim + num_image * config.in_channels) * size)

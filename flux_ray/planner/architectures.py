@@ -1,4 +1,8 @@
-"""The real models as data, and any tier's modules without weights: what a plan is counted from."""
+"""The shapes of the published models, and any tier's modules on the meta device.
+
+A plan is counted from these modules. A checkpoint in a local folder brings its own shapes; for one
+that is not downloaded yet, the published shapes below are used.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,8 +21,8 @@ from flux_ray.parallel.load import build_empty
 
 Shape = dict[str, Any]
 
-# Of diffusers' conversion script and of the published checkpoints' config.json. What is not here is
-# Flux2Transformer2DModel's and AutoencoderKLFlux2's own default.
+# From diffusers' conversion script and the config.json of the published checkpoints. Everything
+# else has the default of Flux2Transformer2DModel and AutoencoderKLFlux2.
 DEV_TRANSFORMER: Shape = {
     "num_layers": 8,
     "num_single_layers": 48,
@@ -63,17 +67,17 @@ QWEN3_4B: Shape = QWEN3_8B | {"hidden_size": 2560, "intermediate_size": 9728}
 
 
 def mistral(num_layers: int) -> TextModel:
-    """Mistral-Small-3.2-24B's language model."""
+    """Return the first layers of dev's encoder, Mistral-Small-3.2-24B's language model."""
     return first_layers(MistralModel, MistralConfig(**MISTRAL_24B), num_layers)
 
 
 def qwen3_8b(num_layers: int) -> TextModel:
-    """klein-9b's encoder."""
+    """Return the first layers of klein-9b's encoder."""
     return first_layers(Qwen3Model, Qwen3Config(**QWEN3_8B), num_layers)
 
 
 def qwen3_4b(num_layers: int) -> TextModel:
-    """klein-4b's encoder."""
+    """Return the first layers of klein-4b's encoder."""
     return first_layers(Qwen3Model, Qwen3Config(**QWEN3_4B), num_layers)
 
 
@@ -90,7 +94,7 @@ PUBLISHED: dict[str, Published] = {
 
 @dataclass(frozen=True)
 class EmptyModel:
-    """A tier's modules on the meta device: every shape, no weights."""
+    """A tier's modules on the meta device; `source` tells the user where the shapes are from."""
 
     transformer: Any
     text_model: TextModel
@@ -100,9 +104,10 @@ class EmptyModel:
 
 
 def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
-    """From the checkpoint's own configs where it is a folder on this machine, else from above.
+    """Build a tier's modules from the checkpoint's configs, or from the published shapes.
 
-    ValueError for weights that can be neither; a hub is not asked.
+    The configs are used if `weights` is a local folder or the embedded checkpoint. The hub is never
+    asked: a plan needs neither network nor licence. Raise ValueError if `weights` can be neither.
     """
     given = weights_of(tier, weights)
     family = FAMILIES[tier.family]
@@ -118,6 +123,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
         )
     if tier.name not in PUBLISHED:
         raise ValueError(f"weights {given!r} of tier {tier.name}: no such folder here")
+    # An absolute path may exist on the cluster and not here; anything else must be a hub id.
     if not Path(given).is_absolute():
         source_for(given)
     transformer, build_text_model = PUBLISHED[tier.name]
@@ -127,7 +133,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
 def assemble(
     transformer: Mapping[str, Any], text_model: TextModel, vae: Mapping[str, Any], *, source: str
 ) -> EmptyModel:
-    """All modules of one model, without weights."""
+    """Build all modules of a model on the meta device, from the configs of its parts."""
 
     def built(build: Callable[[], nn.Module]) -> nn.Module:
         return build_empty(build)

@@ -1,6 +1,7 @@
-"""A tier laid out in one way on one kind of card, and what each card then has to hold.
+"""Count the bytes of each GPU for a tier that is placed in one way on GPUs of one kind.
 
-The bytes that one card has to hold, by component; weights to the byte.
+Weights are exact, because the loader plans them with the same code. Activations are estimated, and
+what CUDA and NCCL take is assumed.
 """
 
 from collections.abc import Mapping
@@ -32,14 +33,18 @@ from flux_ray.planner.activations import (
 )
 from flux_ray.planner.architectures import EmptyModel
 
-# What a product with a quantized weight allocates for each of its numbers where the weight has to
-# be unpacked first: torchao's FP8 by way of fp32, the others straight to a dtype of two bytes.
+# Bytes that a product allocates for each number of a quantized weight that has to be unpacked
+# first. torchao unpacks FP8 through fp32, the others directly into a dtype of two bytes.
 UNPACKED_BYTES = {"fp8": 10, "int8": 2, "nf4": 2}
+# CUDA's context, its libraries and their workspaces; and NCCL's buffers for each set of ranks.
+# Both are assumed: together 1.5 GB for a tensor-parallel rank.
+RUNTIME_BYTES = 800_000_000
+COMMUNICATOR_BYTES = 700_000_000
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one card, by component."""
+    """The bytes that one GPU has to hold, by component."""
 
     transformer: int = 0
     text_encoder: int = 0
@@ -50,47 +55,17 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """What the card must have."""
+        """Return the sum of all components, which must be usable on the GPU."""
         return sum(vars(self).values())
-
-
-def weight_bytes(
-    module: nn.Module,
-    plan: Mapping[str, Any],
-    axis: Axis,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-) -> int:
-    """What a rank of `axis` stores of a module: what the loader will assert that it does."""
-    shards = shards_for(module, plan, axis.size)
-    stored = plan_storage(module, shards, axis, dtype, quantization)
-    return sum(tensor.num_bytes for tensor in stored.values())
-
-
-def unpacked_bytes(
-    module: nn.Module, plan: Mapping[str, Any], axis: Axis, quantization: Quantization | None
-) -> int:
-    """A product with the largest quantized weight, if it cannot be multiplied as it is."""
-    if quantization is None:
-        return 0
-    shards = shards_for(module, plan, axis.size)
-    sizes = (
-        tensor.numel() // (axis.size if name in shards else 1)
-        for name, tensor in saved_tensors(module)
-        if is_quantized(name)
-    )
-    return max(sizes) * UNPACKED_BYTES[quantization]
-
-
-# CUDA's context, its libraries and their workspace; and NCCL's buffers for each set of ranks.
-# Assumed: 1.5 GB together for a tensor-parallel rank.
-RUNTIME_BYTES = 800_000_000
-COMMUNICATOR_BYTES = 700_000_000
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tier laid out as its args say on cards of one kind; None for this machine's processor."""
+    """A tier placed as its args say on GPUs of one kind; `card` is None for CPUs.
+
+    The planner makes one for each placement that it tries, all with the same `model`. Its methods
+    return bytes; `demand` is the request to count for.
+    """
 
     model: EmptyModel
     tier: Tier
@@ -98,19 +73,24 @@ class Candidate:
     card: Gpu | None
 
     def check(self) -> None:
-        """ValueError names the setting if the loader would refuse it; asks for no weights."""
+        """Raise ValueError, with the setting's name, if the loader would refuse the args."""
         parallel, config = self.args.parallel, self.model.transformer.config
         check_heads(config.num_attention_heads, parallel.tensor, parallel.sequence)
         for quantization, num_ranks in (
             (self.args.quantization, parallel.tensor),
             (self.args.encoder_quantization, self.num_encoder_ranks()),
         ):
-            # Alone a rank may do them all, if its machine has the library.
+            # A single rank can do every quantization. The check would also ask whether bitsandbytes
+            # is installed, and it need not be where the plan is made.
             if num_ranks > 1:
                 check_quantization(quantization, Axis(0, num_ranks))
 
     def rank(self, demand: ActivationDemand) -> Footprint:
-        """The card of one rank; all ranks of a group need the same."""
+        """Return the footprint of one rank; all ranks of a replica need the same.
+
+        Stages take turns on a GPU, so of their peaks only the highest counts. Raise ValueError if
+        the loader would refuse the args.
+        """
         self.check()
         text_encoder = prompt = 0
         if self.args.text_encoder == "colocated":
@@ -127,7 +107,7 @@ class Candidate:
         )
 
     def shared_encoder(self) -> Footprint:
-        """The card of a text encoder that all replicas of the tier share."""
+        """Return the footprint of a text encoder that all replicas of the tier share."""
         return Footprint(
             text_encoder=self.encoder_bytes(1),
             activations=self.prompt_peak(1),
@@ -136,22 +116,25 @@ class Candidate:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantized."""
+        """Return the torch dtype of activations, and of weights that are not quantized."""
         return DTYPES[self.args.dtype]
 
     def transformer_bytes(self) -> int:
-        """A rank's part of the transformer."""
+        """Return the bytes of a rank's part of the transformer."""
         module, axis = self.model.transformer, Axis(0, self.args.parallel.tensor)
         return weight_bytes(module, module._tp_plan, axis, self.dtype, self.args.quantization)
 
     def encoder_bytes(self, num_ranks: int) -> int:
-        """One of `num_ranks` parts of the text encoder."""
+        """Return the bytes of the text encoder on each of `num_ranks` ranks that split it."""
         module, plan = self.model.text_encoder, self.model.text_model.plan
         quantization = self.args.encoder_quantization
         return weight_bytes(module, plan, Axis(0, num_ranks), self.dtype, quantization)
 
     def num_encoder_ranks(self) -> int:
-        """Over how many ranks of the group its text encoder is split."""
+        """Return how many ranks of the replica split its text encoder, chosen as the loader does.
+
+        A shared text encoder is always whole, on a GPU of its own.
+        """
         if self.args.text_encoder == "shared":
             return 1
         parallel = self.args.parallel
@@ -164,7 +147,11 @@ class Candidate:
         return encoder_axis(heads, mesh, quantization).size
 
     def num_communicators(self) -> int:
-        """The sets of GPUs with which a rank exchanges: its axes, and all if they share prompts."""
+        """Return how many NCCL communicators a rank has, as each allocates buffers.
+
+        There is one for each axis with several ranks. If both axes have, and the text encoder is
+        split over all ranks, there is one more for these.
+        """
         parallel = self.args.parallel
         sets = {"tensor": parallel.tensor, "sequence": parallel.sequence}
         num_sets = sum(size > 1 for size in sets.values())
@@ -174,11 +161,11 @@ class Candidate:
         return 0 if self.card is None else num_sets
 
     def num_image_tokens(self, demand: ActivationDemand) -> int:
-        """Of the image and its references."""
+        """Return the tokens of the image and its references."""
         return num_image_tokens(self.model.vae.config, self.tier, demand)
 
     def denoise_peak(self, demand: ActivationDemand) -> int:
-        """One step of one image: a replica's requests take turns."""
+        """Return the peak bytes of one denoise step; the images of a replica step one at a time."""
         quantization, axis = self.args.quantization, Axis(0, self.args.parallel.tensor)
         module = self.model.transformer
         forward = Forward(
@@ -192,7 +179,7 @@ class Candidate:
         return denoise_bytes(module.config, forward) + unpacked
 
     def uses_fp8_units(self, quantization: Quantization | None) -> bool:
-        """Whether products are made of FP8 activations too, and weights stay as they are."""
+        """Return whether products are computed on FP8 units, so that weights are not unpacked."""
         has_them = self.card is not None and self.card.has_fp8_units
         return has_them and quantization == "fp8" and self.dtype == torch.bfloat16
 
@@ -203,20 +190,23 @@ class Candidate:
         axis: Axis,
         quantization: Quantization | None,
     ) -> int:
-        """The largest weight on its way into a product, where it is unpacked for that."""
+        """Return the bytes for unpacking the largest weight of a module, 0 on FP8 units."""
         if self.uses_fp8_units(quantization):
             return 0
         return unpacked_bytes(module, plan, axis, quantization)
 
     def vae_peak(self, demand: ActivationDemand) -> int:
-        """Decoding the image, or encoding a reference, or a tile of an image under a mask."""
+        """Return the peak bytes of the VAE: decoding the image or encoding a reference.
+
+        Encoding an image to inpaint takes no more than a tile of 1 MP, like a reference.
+        """
         config, size = self.model.vae.config, self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
         peak = max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))
         return peak if self.card is None else int(peak * CARD_CONVOLUTIONS)
 
     def prompt_peak(self, num_ranks: int) -> int:
-        """Encoding one prompt."""
+        """Return the peak bytes of encoding one prompt, if `num_ranks` split the text encoder."""
         module, quantization = self.model.text_encoder, self.args.encoder_quantization
         plan, length, size = self.model.text_model.plan, self.tier.text_length, self.dtype.itemsize
         peak = prompt_bytes(
@@ -229,7 +219,7 @@ class Candidate:
         return peak + self.unpacked(module, plan, Axis(0, num_ranks), quantization)
 
     def held(self, demand: ActivationDemand) -> int:
-        """What a replica's requests hold between their steps, and what it remembers of others."""
+        """Return the bytes of all requests between their steps, and of the encoding cache."""
         each = held_bytes(
             self.model.transformer.config,
             self.tier.text_length,
@@ -237,3 +227,37 @@ class Candidate:
             self.dtype.itemsize,
         )
         return self.args.max_ongoing_requests * each + self.args.cache_bytes
+
+
+def weight_bytes(
+    module: nn.Module,
+    plan: Mapping[str, Any],
+    axis: Axis,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> int:
+    """Return the bytes of a rank's part of a module, exactly as the loader will check them.
+
+    `module` may be on the meta device; of `axis` only the size matters.
+    """
+    shards = shards_for(module, plan, axis.size)
+    stored = plan_storage(module, shards, axis, dtype, quantization)
+    return sum(tensor.num_bytes for tensor in stored.values())
+
+
+def unpacked_bytes(
+    module: nn.Module, plan: Mapping[str, Any], axis: Axis, quantization: Quantization | None
+) -> int:
+    """Return the bytes that unpacking takes in the product with the largest quantized weight.
+
+    Weights are unpacked one at a time, so that only the largest counts.
+    """
+    if quantization is None:
+        return 0
+    shards = shards_for(module, plan, axis.size)
+    sizes = (
+        tensor.numel() // (axis.size if name in shards else 1)
+        for name, tensor in saved_tensors(module)
+        if is_quantized(name)
+    )
+    return max(sizes) * UNPACKED_BYTES[quantization]
