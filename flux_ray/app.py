@@ -1,6 +1,7 @@
-"""The deployment graph on one page: one application a tier, and the gateway in front of them.
+"""The deployment graph on one page: one Serve application per tier, and the gateway's in front.
 
-A Serve config file names these builders and gives their args (serve/*.yaml).
+A Serve config file (serve/*.yaml) names the builders `build_gateway` and `build_tier`, and gives
+their args.
 """
 
 import logging
@@ -38,15 +39,15 @@ from flux_ray.router.trace import Recorder
 
 logger = logging.getLogger("ray.serve")
 
-# A leader that ended is replaced at the next check; one that hangs is killed before three of them
-# are over (router/ledger/remote.py).
+# Serve replaces a leader that has ended at the next check. One that hangs fails three checks first;
+# the ledger's process kills it before that (router/ledger/remote.py).
 HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 
 
 @serve.ingress()
 class Gateway:
-    """The replica that speaks HTTP; it reaches the tiers by their handles."""
+    """The Serve deployment that speaks HTTP; it reaches the tiers by their handles."""
 
     def __init__(self, args: GatewayArgs) -> None:
         self._args = args
@@ -64,11 +65,11 @@ class Gateway:
         handles = TierHandles(args.tiers, learn_layouts(prices, args.card, cold_starts))
         ledger = RemoteLedger()
         name = uuid.uuid4().hex
-        # From now on it watches the tiers: the first request is priced by what they say.
+        # This starts watching the tiers, so that even the first request is priced by their layouts.
         handles.reachable()
         turns = LedgerClient(ledger, handles.reachable, name, cold_starts)
         handles.follow_status(turns.lose)
-        # Before the first request, too: who cannot reach the ledger is not to be sent any.
+        # Before the first request: a gateway that cannot reach the ledger must not look ready.
         turns.start()
         PriceExchange(ledger, prices).start()
         records = recorder_in(args.record_to, name)
@@ -90,11 +91,14 @@ class Gateway:
         return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
 
     async def check_health(self) -> None:
-        """Answer Serve, and whoever ends what hangs: this loop runs."""
+        """Show Serve and the ledger's process, which kills what hangs, that the event loop runs."""
 
 
 def recorder_in(folder: Path | None, name: str) -> Recorder | None:
-    """What records into that folder, which gateways of one node may share; None for none."""
+    """Return what records arrivals into a folder, None without one.
+
+    Gateways of one node may share the folder: each writes a file of its own.
+    """
     if folder is None:
         return None
     make_folder(folder)
@@ -102,9 +106,10 @@ def recorder_in(folder: Path | None, name: str) -> Recorder | None:
 
 
 def is_stopping() -> bool:
-    """Whether Serve has begun to end this replica, which it tells it only after its last request.
+    """Return whether Serve has begun to end this replica.
 
-    False where Serve does not say so in these words: then it is seen at the end only.
+    Serve tells a replica only after its last request, so this reads a private attribute. If another
+    version of Serve lacks it, the answer is False, and the end is noticed when it comes.
     """
     worker = global_worker
     replica = getattr(worker.actors.get(worker.actor_id), "_replica_impl", None)
@@ -112,7 +117,7 @@ def is_stopping() -> bool:
 
 
 def build_gateway(args: GatewayArgs) -> Application:
-    """The application that clients speak to. ValueError names a key that asks the impossible."""
+    """Return the gateway's application; ValueError names a key that asks the impossible."""
     check_possible(args)
     deployment = serve.deployment(
         name="gateway",
@@ -127,19 +132,19 @@ def build_gateway(args: GatewayArgs) -> Application:
 
 
 def build_tier(args: TierArgs) -> Application:
-    """The application of one tier, reached by its handle only. Name it as the tier."""
+    """Return the application of one tier, which has no route; it must be named like the tier."""
     return tier_application(args, Leader)
 
 
 def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
-    """The leaders of a tier, and their text encoder where they share one."""
-    # Filled in: older gateways, which read the args of replicas, know it as a number.
+    """Return the application of a tier: its leaders, and a text encoder if they share one."""
+    # Fill it in: gateways of older versions read the args of replicas, and expect a number here.
     args = args.model_copy(update={"drain_timeout_s": drain_timeout_s(args)})
     deployment = serve.deployment(
         name=args.tier,
         **replicas_of(args),
         max_ongoing_requests=args.max_ongoing_requests,
-        # The leader needs nothing: the bundles are its ranks'.
+        # The leader takes no resources: the bundles are for its ranks.
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=bundles_for(args),
         placement_group_strategy=strategy_for(args.parallel),
@@ -154,20 +159,20 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
 
 
 def replicas_of(args: TierArgs) -> dict[str, Any]:
-    """How many: a number, or by the GPU seconds in the ledger, within the cluster's budget."""
+    """Return Serve's options for the number of replicas: fixed, or by our scaling policy."""
     scaling = args.autoscaling
     if scaling is None:
         return {"num_replicas": args.num_replicas}
     rules = scaling.model_dump(include={"target_wait_s", "cold_start_s", "headroom", "idle_s"})
     terms = None
-    # On processors it takes no GPUs, and its number is not to bind those that do.
+    # A tier on processors takes no GPUs, so it must have no part in the budget.
     if scaling.gpu_budget is not None and args.num_gpus_per_replica:
         terms = asdict(BudgetTerms(scaling.gpu_budget, args.num_gpus_per_replica, scaling.priority))
     policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
         policy_function="flux_ray.router.autoscaling.policy:LedgerPolicy",
         policy_kwargs={"tier": args.tier, "rules": rules, "terms": terms},
     )
-    # The policy knows when to wait: Serve is not to wait once more.
+    # The policy itself knows when to wait, so Serve must not add a delay.
     config = AutoscalingConfig(
         min_replicas=scaling.min_replicas,
         max_replicas=scaling.max_replicas,
@@ -179,14 +184,14 @@ def replicas_of(args: TierArgs) -> dict[str, Any]:
 
 
 def granted_replica_first() -> RequestRouterConfig:
-    """Of the tiers: a request goes to the replica that the ledger granted it."""
-    # Ray's annotation says a dict.
+    """Return the config by which Serve sends a request to the replica that the ledger assigned."""
+    # Any: Ray's annotation allows only a dict, its code also a class.
     router_class: Any = AssignedReplicaRouter
     return RequestRouterConfig(request_router_class=router_class)
 
 
 def text_encoder_for(args: TierArgs) -> Application:
-    """One for all replicas of the tier, on a GPU of its own: it works for a moment a request."""
+    """Return the one text encoder that all replicas of the tier share, on a GPU of its own."""
     deployment = serve.deployment(
         name=f"{args.tier}-text-encoder",
         num_replicas=1,

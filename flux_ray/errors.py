@@ -1,44 +1,47 @@
 """Every error that flux-ray raises on purpose, with its HTTP status.
 
 FluxError                 500  server_error
-  BadRequest              400  the caller's words are wrong; the message and the field are shown
+  BadRequest              400  the request is wrong; the caller sees the message and the field
     UnknownTier           404  no such tier here
     UnknownResult         404  no such image, or none for that URL
-    InvalidKey            401  no key was sent, or none that is let in
-    LicenseForbids        403  the caller's key may not use a tier of that licence
+    InvalidKey            401  no key was sent, or one that is not valid
+    LicenseForbids        403  the caller's key may not use tiers of that licence
     TierForbidden         403  the caller's key may not use that tier
     QuotaTooSmall         403  the request alone is more than the caller's key may use in a day
-    BadReference          400  a reference image is no image, too large, too many
-    DeadlineTooShort      400  the work alone takes longer
+    BadReference          400  a reference is no image, or too large, or one too many
+    DeadlineTooShort      400  the work alone takes longer than the deadline allows
     BodyTooLarge          413  more bytes than this gateway reads
-    BodyTooSlow           408  a body that does not come in time
-    WrongContentType      415  a body in a format that this route does not read
-      WrongEncoding       415  a body that is packed in a way that is not unpacked here
+    BodyTooSlow           408  the body does not come in time
+    WrongContentType      415  the body has a format that this route does not read
+      WrongEncoding       415  the body is compressed in a way that is not supported
     KeyReused             422  an idempotency key came again with another request
-  Overloaded              429  it would miss its deadline; the answer says when it would not
-  RateLimited             429  the caller's key has as much as it may have for now
-    QuotaSpent            429  the same, for today
-  GatewayFull             503  this gateway has as many requests in hand as it may
+  Overloaded              429  the request would miss its deadline; Retry-After says when not
+  RateLimited             429  the caller's key has reached a limit of the moment or minute
+    QuotaSpent            429  the caller's key has reached a limit of the day
+  GatewayFull             503  this gateway holds the maximum of requests
   TierUnavailable         503  the tier is configured, but no replica of it can serve now
-    ProtocolMismatch      503  none that can serve is of a version that can read the request
+    ProtocolMismatch      503  no replica that can serve has code that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
-    NotKept               503  images that were asked for again; they are drawn anew
-    KilledForMemory       503  Ray killed a process of it, as its node was out of memory
-  GatewayFailed           503  a gateway died under the request
+    NotKept               503  the images of a retry are gone; they are generated anew
+    KilledForMemory       503  Ray killed a process of the replica to free its node's memory
+  GatewayFailed           503  the gateway died that had the request
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
-    ResultsLost           503  the store of their images cannot
+    ResultsLost           503  the store of their images cannot be reached
   DeadlinePassed          504  the request took longer than the gateway waits
 
-Arguments are positional only, so that every error survives a process border. Where the code on
-the other side is older and does not know its class, it arrives as the nearest one that is known.
+Errors travel between processes, so they are built from positional arguments only. If the receiving
+code is older and does not know the class, the error arrives as the nearest base class it knows.
 """
 
 from typing import Any, ClassVar
 
 
 class FluxError(Exception):
-    """A failure; its message is shown to the caller, unless `shown` says something else."""
+    """A failure that is reported to the caller, with its message unless `shown` differs.
+
+    `field` names the field of the request that is wrong, if one is.
+    """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -58,22 +61,22 @@ class FluxError(Exception):
 
     @property
     def shown(self) -> str:
-        """What the caller reads."""
+        """The message that the caller reads."""
         return self.message
 
 
 def revived(kinds: tuple[str, ...], args: tuple[Any, ...]) -> FluxError:
-    """An error of the first of these classes that this code knows, as it was pickled."""
+    """Rebuild an unpickled error, as the first of these classes that this code knows."""
     known: type[FluxError] = next(globals()[kind] for kind in kinds if kind in globals())
     try:
         return known(*args)
     except TypeError:
-        # A class has other arguments in another version; these two are those of every error.
+        # In another version the class has other arguments, but the first two are the same in all.
         return known(*args[:2])
 
 
 class BadRequest(FluxError):
-    """The caller's words are wrong; `field` names which."""
+    """The request is wrong; `field` names what of it."""
 
     status = 400
     type = "invalid_request_error"
@@ -88,14 +91,14 @@ class UnknownTier(BadRequest):
 
 
 class UnknownResult(BadRequest):
-    """No finished image for that URL: nobody is told why."""
+    """No finished image has that URL; the answer does not say why, lest it help to guess one."""
 
     status = 404
     code = "result_not_found"
 
 
 class LicenseForbids(BadRequest):
-    """The caller's key is for tiers of other licences."""
+    """The caller's key may not use tiers of this licence."""
 
     status = 403
     type = "permission_error"
@@ -103,14 +106,14 @@ class LicenseForbids(BadRequest):
 
 
 class InvalidKey(BadRequest):
-    """No key, or one that is unknown, malformed, expired or revoked: nobody is told which."""
+    """The key is missing, unknown, malformed, expired or revoked; the answer does not say which."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class TierForbidden(BadRequest):
-    """The caller's key is for other tiers."""
+    """The caller's key may not use this tier."""
 
     status = 403
     type = "permission_error"
@@ -118,7 +121,7 @@ class TierForbidden(BadRequest):
 
 
 class QuotaTooSmall(BadRequest):
-    """The request alone is more than the key may use in a day: coming back would not help."""
+    """The request alone is more than the key may use in a day, so a retry would not help."""
 
     status = 403
     type = "permission_error"
@@ -132,7 +135,7 @@ class BadReference(BadRequest):
 
 
 class DeadlineTooShort(BadRequest):
-    """The work alone takes longer than the caller will wait: coming back would not help."""
+    """The work alone takes longer than the caller will wait, so a retry would not help."""
 
     code = "deadline_too_short"
 
@@ -145,7 +148,7 @@ class BodyTooLarge(BadRequest):
 
 
 class BodyTooSlow(BadRequest):
-    """The request's body did not come in time."""
+    """The body of the request did not come in time."""
 
     status = 408
     code = "request_timeout"
@@ -159,20 +162,20 @@ class WrongContentType(BadRequest):
 
 
 class WrongEncoding(WrongContentType):
-    """The body is packed in a way that is not unpacked here; the answer says which ways are."""
+    """The body is compressed in a way that is not supported; the answer names those that are."""
 
     code = "unsupported_content_encoding"
 
 
 class KeyReused(BadRequest):
-    """The idempotency key is that of another request."""
+    """The idempotency key was used for another request before."""
 
     status = 422
     code = "idempotency_key_reused"
 
 
 class GatewayFull(FluxError):
-    """This gateway has as many requests in hand as it may; another one may have fewer."""
+    """This gateway holds the maximum of requests; another one may have room."""
 
     status = 503
     code = "gateway_full"
@@ -188,28 +191,28 @@ class TierUnavailable(FluxError):
 
 
 def not_deployed(tier: str) -> TierUnavailable:
-    """It is configured, and nobody has deployed it."""
+    """Return the error for a tier that is configured but not deployed."""
     return TierUnavailable(f"{tier} is not deployed", "model")
 
 
 class ProtocolMismatch(TierUnavailable):
-    """The code of `protocol` cannot read a request, or an answer, of other code."""
+    """The code of version `protocol` cannot read a request or an answer of another version."""
 
     def __init__(self, message: str, field: str | None = None, protocol: int = 0) -> None:
         super().__init__(message, field)
-        # As every argument, it has to survive a process border.
+        # Pickling passes on `args` only.
         self.args = (message, field, protocol)
         self.protocol = protocol
 
 
 class OutOfMemory(FluxError):
-    """The request takes more memory than a replica has: trying again would not help."""
+    """The request takes more memory than a replica has, so a retry would not help."""
 
     code = "out_of_memory"
 
 
 class ReplicaFailed(FluxError):
-    """A rank died or its replica did; the request may be sent again with the same seed."""
+    """A rank or its replica died; the request may be sent again with the same seed."""
 
     status = 503
     code = "replica_failed"
@@ -217,19 +220,19 @@ class ReplicaFailed(FluxError):
 
 
 class NotKept(ReplicaFailed):
-    """The replica does not have what was asked for again: it has to be drawn anew."""
+    """The replica no longer has the images of a retry; they have to be generated anew."""
 
 
 class KilledForMemory(ReplicaFailed):
     """Ray killed a process of the replica because its node was out of memory.
 
-    That may be the fault of something else on the node, so the request gets its second try. If that
-    ends in the same way, it is OutOfMemory.
+    Something else on the node may be the cause, so the request gets its second try. If that ends in
+    the same way, the error is OutOfMemory.
     """
 
 
 class GatewayFailed(FluxError):
-    """The gateway that had the request ended before it answered; another one takes it again."""
+    """The gateway that had the request ended before it answered; another takes a retry."""
 
     status = 503
     code = "gateway_failed"
@@ -237,7 +240,7 @@ class GatewayFailed(FluxError):
 
 
 class StoreLost(FluxError):
-    """The database of jobs did not answer: what it was told may or may not be known to it."""
+    """The database of jobs did not answer; it is unknown whether it took what it was sent."""
 
     status = 503
     code = "store_unavailable"
@@ -245,12 +248,12 @@ class StoreLost(FluxError):
 
     @property
     def shown(self) -> str:
-        """Its message is the store's own words, for the operator's log only."""
+        """A fixed text: the message has the store's own words, which are for the log only."""
         return "jobs cannot be kept or found now"
 
 
 class ResultsLost(StoreLost):
-    """The results store did not answer, or did not take what it was given."""
+    """The results store did not answer, or did not take an image."""
 
 
 class DeadlinePassed(FluxError):
@@ -261,7 +264,7 @@ class DeadlinePassed(FluxError):
 
 
 class Overloaded(FluxError):
-    """The request would miss its deadline; `retry_after_s` seconds later it would not."""
+    """The request would miss its deadline, but not if it is sent again `retry_after_s` later."""
 
     status = 429
     type = "rate_limit_error"
@@ -269,13 +272,13 @@ class Overloaded(FluxError):
 
     def __init__(self, message: str, field: str | None = None, retry_after_s: int = 1) -> None:
         super().__init__(message, field)
-        # As every argument, it has to survive a process border.
+        # Pickling passes on `args` only.
         self.args = (message, field, retry_after_s)
         self.retry_after_s = retry_after_s
 
 
 class RateLimited(FluxError):
-    """The caller's key has all that it may have for now: `left` of `limit`."""
+    """The caller's key has reached a limit for now; `left` of `limit` remains."""
 
     status = 429
     type = "rate_limit_error"
@@ -290,7 +293,7 @@ class RateLimited(FluxError):
         left: float = 0,
     ) -> None:
         super().__init__(message, field)
-        # As every argument, they have to survive a process border.
+        # Pickling passes on `args` only.
         self.args = (message, field, retry_after_s, limit, left)
         self.retry_after_s = retry_after_s
         self.limit = limit
@@ -298,6 +301,6 @@ class RateLimited(FluxError):
 
 
 class QuotaSpent(RateLimited):
-    """The key has used what it may use in a day: only the next day helps."""
+    """The key has used what it may use in a day, so a retry helps on the next day only."""
 
     code = "insufficient_quota"

@@ -1,4 +1,8 @@
-"""Who has given no sign of life for too long, while whoever watches was awake itself."""
+"""Find processes that have given no sign of life for too long.
+
+`Liveness` does the counting, and is told the time; `Watch` asks many processes, each in a task of
+its own. Both leave out the time in which the watching process itself stood still.
+"""
 
 import asyncio
 import contextvars
@@ -8,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 logger = logging.getLogger("ray.serve")
 
-# A watcher looks so often, and asks again so long after an answer.
+# How often a watcher looks for silent ones, and how long after an answer it asks again.
 LOOK_S = 1.0
 ASK_S = 2.0
 
@@ -16,11 +20,10 @@ Ask = Callable[[], Awaitable[object]]
 
 
 class Liveness:
-    """Signs of life by name. Only those are missed who gave one before, or were expected to.
+    """The last sign of life by name, and who is silent. Only names heard or expected count.
 
-    Time in which the watcher itself stood still counts for nobody: on a machine that was suspended,
-    or starved, all others would seem to hang. From one look to the next count two of its periods at
-    most.
+    Time in which the watcher itself stood still is left out; otherwise all others would seem to
+    hang after a machine was suspended or starved. So between two looks at most two periods count.
     """
 
     def __init__(self, limit_s: float, look_s: float) -> None:
@@ -31,19 +34,19 @@ class Liveness:
         self._heard: dict[str, float] = {}
 
     def hear(self, name: str) -> None:
-        """It lives."""
+        """Note a sign of life."""
         self._heard[name] = self._awake_s
 
     def expect(self, name: str) -> None:
-        """Miss it from now on, though it may not have been heard yet."""
+        """Count the silence of `name` from now on, even if it was never heard."""
         self._heard.setdefault(name, self._awake_s)
 
     def forget(self, name: str) -> None:
-        """Miss it no more."""
+        """Stop counting the silence of `name`."""
         self._heard.pop(name, None)
 
     def look(self, now: float) -> list[str]:
-        """Those that were not heard for longer than the limit."""
+        """Return the names that have been silent for longer than the limit."""
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
         self._awake_s += min(passed_s, 2 * self._look_s)
@@ -52,7 +55,10 @@ class Liveness:
 
 
 class Watch:
-    """Asks each of many for signs of life, again and again, until it is dead or has to be ended."""
+    """A watch over many processes: each is asked again and again until it is dead or hangs.
+
+    Used from the event loop of the process that watches.
+    """
 
     def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._liveness = Liveness(limit_s, LOOK_S)
@@ -61,12 +67,12 @@ class Watch:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of those that are asked."""
+        """The names of the processes that are asked."""
         return frozenset(self._asking)
 
     def follow(self, name: str, ask: Ask) -> None:
-        """Ask it from now on. `ask` returns with its answer, and raises when it is dead."""
-        # Of no request: Ray would end it with the one that it was begun in.
+        """Ask a process from now on; `ask` returns with its answer, and raises if it is dead."""
+        # In an empty context: otherwise Ray would cancel it with the request that started it.
         asking = asyncio.get_running_loop().create_task(
             self._ask(name, ask), context=contextvars.Context()
         )
@@ -74,11 +80,14 @@ class Watch:
         asking.add_done_callback(lambda asked: self._bury(name, asked))
 
     def expect(self, name: str) -> None:
-        """Miss it from now on. Others, which may be starting, are as soon as they answered once."""
+        """Count its silence from now on; that of others counts only from their first answer.
+
+        A process that is still starting may take minutes to answer, and must not be killed for it.
+        """
         self._liveness.expect(name)
 
     def hung(self) -> list[str]:
-        """Those that hang; each is named once. To be called every `LOOK_S`."""
+        """Return the names of those that hang, each once; call this every `LOOK_S`."""
         silent = self._liveness.look(self._clock())
         for name in silent:
             self._asking[name].cancel()

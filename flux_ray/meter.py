@@ -1,4 +1,4 @@
-"""The rows of flux_ray.metrics as Ray's counters and histograms."""
+"""Make Ray's counters and histograms of the rows in flux_ray.metrics."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from flux_ray.metrics import Metric
 
 
 def counter(metric: Metric) -> metrics.Counter:
-    """Ray's counter for a row."""
-    # Ray's annotation says a tuple of one.
+    """Return Ray's counter for a metric without buckets."""
+    # Any: Ray's annotation allows only a tuple of one.
     labels: Any = metric.labels
     return metrics.Counter(metric.name, metric.description, tag_keys=labels)
 
 
 def histogram(metric: Metric) -> metrics.Histogram:
-    """Ray's histogram for a row."""
+    """Return Ray's histogram for a metric with buckets."""
     labels: Any = metric.labels
     return metrics.Histogram(
         metric.name, metric.description, boundaries=list(metric.buckets), tag_keys=labels

@@ -1,8 +1,8 @@
-"""Every metric once: its name, its labels and its buckets. Prometheus sees them as ray_<name>."""
+"""Define every metric once: its name, labels and buckets. Prometheus sees them as ray_<name>."""
 
 from dataclasses import dataclass
 
-# Not more than twice as long as the one before: a quantile lies somewhere within its bucket.
+# Each bound is at most twice the one before, because a quantile is known only to its bucket.
 SECONDS = (
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0),
     *(5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 450.0, 600.0),
@@ -19,7 +19,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-IMAGES = Metric("flux_images", "Images drawn.")
+IMAGES = Metric("flux_images", "Images generated.")
 STAGE_SECONDS = Metric(
     "flux_stage_seconds",
     "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; of "
@@ -28,8 +28,8 @@ STAGE_SECONDS = Metric(
     labels=("tier", "stage"),
     buckets=SECONDS,
 )
-# Ray makes up the sum of a histogram from the middles of its buckets: shares of time, and means,
-# are to be taken of counters.
+# Ray estimates the sum of a histogram from the middles of its buckets. So means and shares of time
+# have to be taken from counters like this one.
 STAGE_SECONDS_SPENT = Metric(
     "flux_stage_spent_seconds",
     "Seconds that calls to the ranks took, added up, by stage as flux_stage_seconds.",
@@ -41,7 +41,7 @@ QUEUE_SECONDS_SPENT = Metric(
 )
 GPU_SECONDS_SPENT = Metric(
     "flux_gpu_spent_seconds",
-    "GPU seconds that drawn requests took, added up: of their replica, times its cards.",
+    "GPU seconds that finished requests took, added up: replica seconds times the replica's GPUs.",
 )
 REQUEST_SECONDS = Metric(
     "flux_request_seconds",
@@ -53,8 +53,8 @@ REQUESTS = Metric(
     "Requests that a replica ended: drawn, left (by their client) or failed.",
     labels=("tier", "outcome"),
 )
-# A logarithm, because |predicted / measured - 1| never passes 1 for a price that is too low. Near 0
-# it is the relative error.
+# A logarithm, because |predicted / measured - 1| stays below 1 however far too low a price is. If
+# it is small, it is the relative error.
 COST_ERROR = Metric(
     "flux_cost_error",
     "How wrong a price was, |ln(measured / predicted)|, by stage: encode, denoise, decode.",
@@ -63,7 +63,7 @@ COST_ERROR = Metric(
 )
 PRICED_SECONDS = Metric(
     "flux_priced_gpu_seconds",
-    "GPU seconds that requests were priced at: of one replica, times its cards.",
+    "GPU seconds that requests were priced at: replica seconds times the replica's GPUs.",
 )
 REFUSED = Metric("flux_refused", "Requests that could not be done by their deadline.")
 LIMITED = Metric(

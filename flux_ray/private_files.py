@@ -1,4 +1,4 @@
-"""Files and folders of ours: for no other user of the machine, whoever made what is around them."""
+"""Make files and folders that no other user of the machine can read, whatever is around them."""
 
 import os
 import stat
@@ -10,7 +10,10 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def make_folder(folder: Path) -> None:
-    """Make it, and what is missing above it; pathlib opens the latter to all. Raises OSError."""
+    """Make a folder and its missing parents, all of them private; raise OSError if that fails.
+
+    pathlib would make the missing parents readable for all.
+    """
     missing = []
     for each in (folder, *folder.parents):
         if each.exists():
@@ -22,12 +25,12 @@ def make_folder(folder: Path) -> None:
 
 
 def open_privately(path: str, flags: int) -> int:
-    """Open a file, which is made where it is not there: the `opener` of Python's `open`."""
+    """Open a file, privately if it is new; to be used as the `opener` of Python's `open`."""
     return os.open(path, flags, FILE_MODE)
 
 
 def is_open_to_others(path: Path) -> bool:
-    """Say whether users other than the owner may do anything with what is there."""
+    """Return whether users other than the owner have any rights to a path."""
     try:
         return bool(path.stat().st_mode & OTHERS)
     except FileNotFoundError:
@@ -35,7 +38,7 @@ def is_open_to_others(path: Path) -> bool:
 
 
 def keep_from_others(path: Path) -> bool:
-    """Take away what others may do with a file; False where it is not ours to change."""
+    """Take away the rights of others to a file; return False if it is not ours to change."""
     if not is_open_to_others(path):
         return True
     try:

@@ -1,6 +1,7 @@
-"""Scale references and masks to what a tier takes. The gateway does it early, ranks what is left.
+"""Scale references and masks to what a tier takes.
 
-Both call Pillow in the same way, so that an image does not depend on who scaled its references.
+The gateway scales early, and the ranks scale what is left. Both use these functions, so that an
+image does not depend on which of them scaled its references.
 """
 
 import numpy as np
@@ -9,18 +10,18 @@ from PIL import Image
 from flux_ray.catalog.flops import scaled_size
 from flux_ray.request import Mask, RgbImage
 
-# Of 255: where a scaled mask's edge is.
+# Pixels of a scaled mask from this value on, of 255, count as marked.
 THRESHOLD = 128
 
 
 def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Scale an RGB image to a tier's limit, as Flux2ImageProcessor does; smaller ones are as is."""
+    """Scale an RGB image down to a tier's limit, as Flux2ImageProcessor does, unless it fits."""
     size = scaled_size(*image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def fit_image(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
-    """The image in the size drawn; to the pixel what it was if it had that size."""
+    """Scale an image to the size that is generated; return it unchanged if it has that size."""
     if (raster.width, raster.height) == size:
         return raster
     image = Image.frombytes("RGB", (raster.width, raster.height), raster.rgb)
@@ -28,7 +29,11 @@ def fit_image(raster: RgbImage, size: tuple[int, int]) -> RgbImage:
 
 
 def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """The mask, scaled as its image is; specks that would be lost are pixels, if all would be."""
+    """Scale a mask as its image is scaled.
+
+    If every mark is so small that scaling would lose it, each becomes one pixel instead: an edit
+    must not be left without anything to generate.
+    """
     if (mask.width, mask.height) == size:
         return mask
     scaled = mask_image(mask).resize(size, Image.Resampling.LANCZOS)
@@ -37,7 +42,7 @@ def fit_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 
 def specks(mask: Mask, size: tuple[int, int]) -> bytes:
-    """The marks of every scaled pixel that a mark falls into."""
+    """Return scaled marks in which every pixel is marked that any mark falls into."""
     width, height = size
     rows, columns = np.nonzero(np.asarray(mask_image(mask)))
     marks = np.zeros((height, width), np.uint8)
@@ -46,5 +51,5 @@ def specks(mask: Mask, size: tuple[int, int]) -> bytes:
 
 
 def mask_image(mask: Mask) -> Image.Image:
-    """As a grey image, white where to draw."""
+    """Return the mask as a grey image, white where pixels are generated."""
     return Image.frombytes("L", (mask.width, mask.height), mask.marks)

@@ -1,10 +1,11 @@
-"""What gateways and replicas tell each other, in plain values that code of any version can read.
+"""Encode what gateways and replicas send each other, so that code of any version can read it.
 
-While a cluster is upgraded, old gateways speak to new replicas and new ones to old. Pickled as it
-is, a dataclass arrives with its sender's fields, and one that the receiver does not know is ignored
-in silence. So values travel as dicts of what differs from its default, with the sender's PROTOCOL:
-a request must be understood whole, or it would be another image than the one that was asked for; of
-an answer, what is not understood is left out. Bytes are handed on as they are, not copied.
+While a cluster is upgraded, old gateways speak to new replicas and new gateways to old ones. A
+pickled dataclass would arrive with its sender's fields, and a field that the receiver does not know
+would be ignored silently. So values travel as dicts, with the sender's PROTOCOL and only those
+fields that differ from their defaults. A request must be understood completely, or another image
+would be generated than was asked for. In an answer, unknown fields are left out. Bytes are passed
+on as they are, not copied.
 """
 
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -15,18 +16,18 @@ from pydantic import TypeAdapter, ValidationError
 from flux_ray.errors import ProtocolMismatch
 from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, News
 
-# The keys of a call and of an answer, besides what `pack_call` is given. They never change: the
-# request routers of old tiers read them in new gateways too.
+# A call or an answer. The keys that `pack_call` sets must never change: request routers with the
+# code of old tiers read them in new gateways too.
 Wire = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a replica tells a gateway of itself.
+    """What a replica tells a gateway about itself.
 
-    `replica`: its name in Serve. `layout`: what its results call the way in which it is laid out.
-    `args`: its TierArgs as JSON. `card`: its row in `catalog.gpus`, None for one that is not there.
-    `started_at_s`: seconds since 1970.
+    `replica`: its name in Serve. `layout`: the name of its layout, which its results carry too.
+    `args`: its TierArgs as JSON. `card`: the name of its GPU in `catalog.gpus`, None if it is not
+    there. `started_at_s`: seconds since 1970.
     """
 
     protocol: int
@@ -45,7 +46,7 @@ ANSWERS: dict[str, TypeAdapter[Any]] = {
 
 
 def packed(value: Any) -> Any:
-    """A value of ours as dicts and tuples of plain values."""
+    """Return a dataclass, or a tuple of them, as dicts and tuples of plain values."""
     if is_dataclass(value):
         return {
             each.name: packed(getattr(value, each.name))
@@ -56,30 +57,30 @@ def packed(value: Any) -> Any:
 
 
 def has_default(value: Any, field: Field[Any]) -> bool:
-    """Whether the field of that value is what it would be if nobody had said anything."""
+    """Return whether the field of that value has its default."""
     return field.default is not MISSING and bool(getattr(value, field.name) == field.default)
 
 
 def pack_call(tier: str, request_id: str) -> Wire:
-    """A call to a replica of that tier that says nothing else."""
+    """Return a call to a replica of that tier that has only the keys of every call."""
     return {"protocol": PROTOCOL, "tier": tier, "request_id": request_id}
 
 
 def pack_request(request: ImageRequest, run: str = "") -> Wire:
-    """A call for the images of a request; `run` is what it is known by when it comes again."""
+    """Return a call for the images of a request; `run` is the name by which retries find them."""
     call = {**pack_call(request.tier, request.request_id), "request": packed(request)}
     return call | {"run": run} if run else call
 
 
 def pack_recall(tier: str, request_id: str, run: str) -> Wire:
-    """A call for the images of a request that came before; older code takes it for none."""
+    """Return a call for the images of an earlier request; older code cannot read it as one."""
     return {**pack_call(tier, request_id), "recall": run}
 
 
 def request_from(call: Wire) -> ImageRequest:
-    """The request of a call. ProtocolMismatch names what this code does not know of it."""
+    """Return the request of a call; ProtocolMismatch names fields that this code cannot read."""
     try:
-        # Nested fields too, and words that a field may not have here.
+        # This also checks nested fields, and values that a field may not have in this version.
         return REQUEST.validate_python(call.get("request"), extra="forbid")
     except ValidationError as error:
         names = dict.fromkeys(".".join(map(str, each["loc"])) for each in error.errors())
@@ -92,12 +93,12 @@ def request_from(call: Wire) -> ImageRequest:
 
 
 def pack_answer(value: News | ImageResult) -> Wire:
-    """What a replica says of a request."""
+    """Encode an event or the result of a request, for a replica to send."""
     return {"protocol": PROTOCOL, "kind": type(value).__name__, "value": packed(value)}
 
 
 def answer_from(answer: Wire) -> News | ImageResult | None:
-    """What a replica said; None for news of a kind that this code does not know."""
+    """Decode what a replica sent; None for an event of a kind that this code does not know."""
     kind = ANSWERS.get(answer["kind"])
     if kind is None:
         return None
@@ -106,13 +107,16 @@ def answer_from(answer: Wire) -> News | ImageResult | None:
 
 
 def description_from(answer: Wire) -> Description:
-    """What a replica said of itself."""
+    """Decode what a replica sent about itself."""
     description: Description = validated(DESCRIPTION, answer, answer["protocol"])
     return description
 
 
 def validated(kind: TypeAdapter[Any], value: Any, protocol: int) -> Any:
-    """What a replica of that protocol said, as far as this code knows its fields."""
+    """Validate what a replica of that protocol sent, ignoring fields that are unknown here.
+
+    Raise ProtocolMismatch if what is left cannot be read.
+    """
     try:
         return kind.validate_python(value, extra="ignore")
     except ValidationError as error:
