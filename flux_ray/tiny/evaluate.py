@@ -1,4 +1,8 @@
-"""Measure the embedded checkpoint by pixels: `python -m flux_ray.tiny.evaluate`."""
+"""Measure how often the embedded checkpoint is right: `python -m flux_ray.tiny.evaluate`.
+
+Fresh tasks of each kind are given to diffusers' own pipeline, and its images are judged by their
+pixels, without another model. The rows are the table of the model card.
+"""
 
 import argparse
 import json
@@ -24,13 +28,17 @@ if TYPE_CHECKING:
 
 TEXT_LENGTH = 48
 DEFAULT_TEXT_LENGTH = 512
-# Not a seed of the recipe, so that no task is drawn from a training generator.
+# None of the seeds used in training, so that the tasks here are not those it was trained on.
 SEED = 20_261_123
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """A row of the table; `target` is the share that must be all right, where one is set."""
+    """A row of the table: one kind of task, and the settings it is generated with.
+
+    `draw` returns a random task. `target`: the share of images that must be right in everything, if
+    there is a goal for this row.
+    """
 
     name: str
     draw: Callable[[random.Random], Task]
@@ -40,17 +48,20 @@ class TaskSet:
 
 
 def draw_caption(rng: random.Random, scene: world.Scene) -> Task:
-    """A caption whose answer is the scene without jitter."""
+    """Return a task to generate the scene from a caption.
+
+    The answer is the scene without jitter, as no caption tells where exactly a thing is.
+    """
     return tasks.draw_caption_task(world.nominal(scene), rng)
 
 
 def draw_single(rng: random.Random) -> Task:
-    """One thing."""
+    """Return a random text-to-image task with a single thing."""
     return draw_caption(rng, world.draw_single(rng))
 
 
 def draw_combination(rng: random.Random) -> Task:
-    """Either two-reference task."""
+    """Return a random task with two references, of either kind."""
     draw = rng.choice((tasks.draw_color_of_task, tasks.draw_background_of_task))
     return draw(rng)
 
@@ -88,8 +99,8 @@ TARGETED = tuple(task_set for task_set in SETS if task_set.target is not None)
 
 
 def load_pipeline(checkpoint: Path) -> "Flux2KleinPipeline":
-    """Load the checkpoint through plain diffusers, in fp32."""
-    # Only here: at import it says what it lacks for training, which `--help` would show first.
+    """Load the checkpoint with plain diffusers, in fp32."""
+    # Not at the top: diffusers prints warnings when it is imported, and `--help` would show them.
     from diffusers import DiffusionPipeline
 
     pipeline: Flux2KleinPipeline = DiffusionPipeline.from_pretrained(
@@ -100,7 +111,7 @@ def load_pipeline(checkpoint: Path) -> "Flux2KleinPipeline":
 
 
 def generate(pipeline: "Flux2KleinPipeline", task: Task, task_set: TaskSet, seed: int) -> Pixels:
-    """One picture, uint8 [height, width, 3], from diffusers' own `__call__`."""
+    """Generate a task's image with diffusers' own `__call__`: uint8 [height, width, 3]."""
     references = [Image.fromarray(world.render(scene)) for scene in task.references]
     image = pipeline(
         prompt=task.prompt,
@@ -116,7 +127,10 @@ def generate(pipeline: "Flux2KleinPipeline", task: Task, task_set: TaskSet, seed
 
 
 def measure(pipeline: "Flux2KleinPipeline", task_set: TaskSet, count: int) -> dict[str, float]:
-    """Shares in 0..1 of what is right, and the median seconds an image."""
+    """Run `count` tasks; return the share of each verdict, 0 to 1, and the median seconds.
+
+    The tasks and seeds depend only on the set's name, so two checkpoints get the same ones.
+    """
     rng = random.Random(f"{SEED} {task_set.name}")
     verdicts, seconds = [], []
     for index in range(count):
@@ -131,7 +145,7 @@ def measure(pipeline: "Flux2KleinPipeline", task_set: TaskSet, count: int) -> di
 
 
 def format_row(task_set: TaskSet, row: dict[str, float]) -> str:
-    """A line of the model card's table, in percent."""
+    """Return a line of the model card's table, in percent."""
     names = ("color", "shape", "place", "size", "background", "everything")
     target = "" if task_set.target is None else f"{task_set.target:.0%}"
     cells = [task_set.name, *(f"{100 * row[name]:.1f}" for name in names), target]
@@ -139,12 +153,13 @@ def format_row(task_set: TaskSet, row: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Print the table, then everything as one JSON object on the last line."""
+    """Print the table, and all numbers as one JSON object on the last line."""
     parser = argparse.ArgumentParser(description="Measure the tiny checkpoint by pixels.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--count", type=int, default=200, help="fresh tasks a set")
     parser.add_argument("--only", default="", help="sets whose name contains this")
     args = parser.parse_args()
+    # One thread, so that the seconds do not depend on the machine's number of cores.
     torch.set_num_threads(1)
     pipeline = load_pipeline(args.checkpoint)
     print("| set | colour | shape | place | size | background | everything | target | s |")

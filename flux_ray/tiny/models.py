@@ -1,4 +1,4 @@
-"""The parts of the tiny model: klein's classes with small dimensions, tokenizer, assembly."""
+"""Build the parts of the tiny model: klein's own classes with small dimensions, and a tokenizer."""
 
 import json
 import random
@@ -32,7 +32,10 @@ CHAT_TEMPLATE = (
 
 
 def build_vae() -> AutoencoderKLFlux2:
-    """0.7 M parameters: 8 x 8 pixels to 8 channels, 16 x 16 to one token of 32."""
+    """Build the untrained VAE, 0.7 M parameters.
+
+    It encodes 8 x 8 pixels into 8 channels, so a token of 16 x 16 pixels has 32.
+    """
     return AutoencoderKLFlux2(
         block_out_channels=(16, 16, 32, 64),
         layers_per_block=1,
@@ -44,7 +47,7 @@ def build_vae() -> AutoencoderKLFlux2:
 
 
 def build_transformer() -> Flux2Transformer2DModel:
-    """2.5 M parameters, width 128."""
+    """Build the untrained transformer, 2.5 M parameters and 128 wide."""
     return Flux2Transformer2DModel(
         patch_size=1,
         in_channels=32,
@@ -62,7 +65,11 @@ def build_transformer() -> Flux2Transformer2DModel:
 
 
 def build_text_encoder(num_layers: int) -> Qwen3ForCausalLM:
-    """28 layers in the checkpoint; the recipe trains a net of 9 and spreads it out."""
+    """Build an untrained text encoder of so many layers.
+
+    The checkpoint has 28, as the pipeline reads hidden state 27. Training uses a net of 9, because
+    identity layers between them are enough to fill up the rest.
+    """
     config = Qwen3Config(
         num_hidden_layers=num_layers,
         max_window_layers=num_layers,
@@ -76,14 +83,14 @@ def build_text_encoder(num_layers: int) -> Qwen3ForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         rms_norm_eps=1e-6,
-        # 0.02 starts too flat at this width.
+        # With the default of 0.02, hidden states of this width begin too close to zero.
         initializer_range=0.08,
     )
     return Qwen3ForCausalLM(config)
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """klein's own: exponential dynamic shifting."""
+    """Build klein's scheduler, with exponential dynamic shifting."""
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=3.0,
@@ -97,7 +104,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE with Qwen2's splitting, its merges learned from prompts of the world."""
+    """Train the tokenizer: byte-level BPE with Qwen2's splitting, on prompts of the world."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -108,6 +115,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
+        # Five less, for the special tokens that are added below.
         vocab_size=VOCABULARY_SIZE - 5,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[],
@@ -118,7 +126,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     fast = Qwen2Tokenizer(
         vocab=bpe["vocab"],
         merges=[tuple(merge) for merge in bpe["merges"]],  # type: ignore[misc]
-        # A word of the model, and no password.
+        # A token of the model, though bandit takes it for a password.
         unk_token="<|endoftext|>",  # nosec B106
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -132,7 +140,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def tokenizer_corpus() -> list[str]:
-    """Prompts of every kind, held-out pairs included: the tokenizer knows words, not scenes."""
+    """Return prompts of every kind to train the tokenizer on.
+
+    Pairs of shape and colour that the model must never see are included: the tokenizer learns
+    words, and could not write those pairs otherwise.
+    """
     rng = random.Random(1)
     corpus = ["user\n", "assistant\n"] * 500
     for _ in range(4000):
@@ -148,7 +160,10 @@ def tokenizer_corpus() -> list[str]:
 def tokenize(
     tokenizer: Qwen2Tokenizer, prompts: list[str], length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, each [len(prompts), length], through the chat template as the pipeline does."""
+    """Tokenize prompts in the chat template, as the pipeline does, padded or cut to `length`.
+
+    Return token ids and attention mask, each int64 [len(prompts), length].
+    """
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
@@ -172,7 +187,7 @@ def save_pipeline(
     tokenizer: Qwen2Tokenizer,
     transformer: Flux2Transformer2DModel,
 ) -> None:
-    """Write a Flux2KleinPipeline directory in bf16."""
+    """Write a checkpoint folder of Flux2KleinPipeline, all parts cast to bf16."""
     pipeline = Flux2KleinPipeline(
         build_scheduler(), vae, text_encoder, tokenizer, transformer, is_distilled=True
     )

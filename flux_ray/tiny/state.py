@@ -1,4 +1,4 @@
-"""What every training stage shares: the rate schedule, the optimiser step, resuming, the log."""
+"""What all training stages share: learning rate, optimiser step, log, and resuming after a stop."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,11 @@ SAVE_EVERY_S = 120.0
 
 
 class Run:
-    """A folder that holds the finished stages (`vae.pt`) and the unfinished (`vae.resume.pt`)."""
+    """A training run in a folder, with finished stages (`vae.pt`) and others (`vae.resume.pt`).
+
+    Each stage calls `resume` once, then for every step `set_rate`, `descend` and `report`, and at
+    the end `finish`.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +30,7 @@ class Run:
         optimizers: Sequence[torch.optim.Optimizer],
         extra: torch.nn.Module | None = None,
     ) -> int:
-        """Load where an interrupted stage stopped; the step to go on with."""
+        """Load the state of an interrupted stage, and return the step to go on with; 0 if none."""
         path = self.folder / f"{stage}.resume.pt"
         if not path.exists():
             return 0
@@ -48,7 +52,10 @@ class Run:
         warm_up: int,
         decay: float,
     ) -> None:
-        """Linear warm-up, flat, then linear to zero over the last `decay` of the steps."""
+        """Set the learning rate of a step: linear warm-up, flat, then linear down to zero.
+
+        `warm_up` is in steps; `decay` is the fraction of all steps over which the rate falls.
+        """
         rate = peak * min(1.0, (step + 1) / warm_up) * min(1.0, (steps - step) / (decay * steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -62,7 +69,7 @@ class Run:
         *,
         num_ranks: int = 1,
     ) -> None:
-        """One optimiser step, the gradient averaged over the ranks and clipped to norm 1."""
+        """Make one optimiser step, with the gradient averaged over the ranks, clipped to norm 1."""
         parameters = list(parameters)
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -83,7 +90,7 @@ class Run:
         optimizers: Sequence[torch.optim.Optimizer],
         extra: torch.nn.Module | None = None,
     ) -> None:
-        """Print the mean loss of every 100 steps; save for `resume` every two minutes."""
+        """Print the mean loss every 100 steps, and save the state every two minutes."""
         self.losses.append(loss)
         if (step + 1) % 100 == 0:
             mean = sum(self.losses) / len(self.losses)
@@ -98,17 +105,18 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "extra": None if extra is None else extra.state_dict(),
         }
+        # A process that is killed while it writes leaves the last whole file in place.
         torch.save(state, self.folder / f"{stage}.part")
         (self.folder / f"{stage}.part").rename(self.folder / f"{stage}.resume.pt")
 
     def finish(self, stage: str, model: torch.nn.Module) -> None:
-        """Keep the stage's weights; a later call of the stage begins anew."""
+        """Save the stage's weights and delete its resume file: if run again, it starts anew."""
         torch.save(model.state_dict(), self.folder / f"{stage}.pt")
         (self.folder / f"{stage}.resume.pt").unlink(missing_ok=True)
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], num_ranks: int) -> None:
-    """One all-reduce of all gradients, in place."""
+    """Average all gradients over the ranks in place, with a single all-reduce."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)

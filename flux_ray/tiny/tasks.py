@@ -1,4 +1,8 @@
-"""What can be asked in the tiny world: captions, edits, combinations of two, and the answers."""
+"""The tasks of the tiny world: prompts with their reference images, and the scene that is right.
+
+There are captions (text to image), edits of one reference (another colour or background) and
+combinations of two references. Every `draw_*_task` returns a random one.
+"""
 
 import random
 from dataclasses import dataclass, replace
@@ -18,7 +22,7 @@ from flux_ray.tiny.world import (
     is_allowed,
 )
 
-# What the text encoder learns to read out of a prompt; "-" where the slot is not used.
+# What the text encoder learns to read from a prompt; "-" means that the prompt says nothing of it.
 SLOTS: dict[str, tuple[str, ...]] = {
     "operation": ("single", "double", "recolor", "background", "color_of", "background_of"),
     "shape_1": ("-", *SHAPES),
@@ -35,7 +39,10 @@ SLOTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, the pictures that come with it, the scene that answers it, its parse."""
+    """A prompt with its references, the scene that is the right answer, and the prompt's parse.
+
+    `parse` has the index of the right choice for each slot of SLOTS.
+    """
 
     prompt: str
     references: tuple[Scene, ...]
@@ -44,12 +51,12 @@ class Task:
 
 
 def parse_of(**slots: str) -> tuple[int, ...]:
-    """One class index per slot of SLOTS."""
+    """Return the parse with these choices; a slot that is not given gets its first choice."""
     return tuple(choices.index(slots.get(name, choices[0])) for name, choices in SLOTS.items())
 
 
 def draw_caption_task(scene: Scene, rng: random.Random) -> Task:
-    """Text to image: one of the ways to say this scene."""
+    """Return a text-to-image task whose prompt is a random caption of this scene."""
     first = scene.things[0]
     slots = {
         "shape_1": first.shape,
@@ -72,7 +79,10 @@ def draw_caption_task(scene: Scene, rng: random.Random) -> Task:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence that says the scene. No size said means large, no background said means white."""
+    """Return a random caption of the scene.
+
+    It may leave out what is the default: a large size, a white background, the centre.
+    """
     article = rng.random() < 0.8
     words = thing_words(scene.things[0], rng, article=article)
     if scene.relation is None:
@@ -83,19 +93,19 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def thing_words(thing: Thing, rng: random.Random, *, article: bool) -> str:
-    """`a small red circle`."""
+    """Return a thing in words, as `a small red circle`; a large size is mostly left out."""
     sized = thing.size == "small" or rng.random() < 0.4
     words = f"{thing.size} {thing.color} {thing.shape}" if sized else f"{thing.color} {thing.shape}"
     return with_article(words) if article else words
 
 
 def with_article(words: str) -> str:
-    """`an orange ring`."""
+    """Return the words with `a` or `an` in front."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def place_words(place: str, rng: random.Random) -> str:
-    """` in the top left corner`; the centre is mostly left unsaid."""
+    """Return a place in words, as ` in the top left corner`; the centre is mostly left out."""
     if place == "center":
         return "" if rng.random() < 0.75 else " in the center"
     if " " in place:
@@ -104,7 +114,7 @@ def place_words(place: str, rng: random.Random) -> str:
 
 
 def background_words(scene: Scene, rng: random.Random) -> str:
-    """` on a blue background` and its short forms."""
+    """Return the background in words, as ` on a blue background`; white is often left out."""
     color = scene.background
     if color == "white" and rng.random() < 0.5:
         return ""
@@ -113,12 +123,16 @@ def background_words(scene: Scene, rng: random.Random) -> str:
         return f" on {with_article(color)} background"
     if form < 0.85:
         return f", {color} background"
+    # A bare `on blue` after a place or a second thing could be read as belonging to that.
     alone = scene.relation is None and scene.things[0].place == "center"
     return f" on {color}" if alone else f" with {with_article(color)} background"
 
 
 def draw_edit_scene(rng: random.Random, num_things: int | None, canvas: tuple[int, int]) -> Scene:
-    """The picture to edit: one thing, or two of different shapes."""
+    """Return a random scene to edit, with one thing or two of different shapes.
+
+    The shapes differ because a prompt such as `make the circle red` names a thing by its shape.
+    """
     if (num_things or rng.choice((1, 2))) == 1:
         return draw_single(rng, canvas=canvas)
     return draw_double(rng, different_shapes=True, canvas=canvas)
@@ -131,7 +145,10 @@ def draw_recolor_task(
     num_things: int | None = None,
     canvas: tuple[int, int] = (SIDE, SIDE),
 ) -> Task:
-    """One reference; a thing in it takes another colour (`held_out` concerns the new pair)."""
+    """Return a task with one reference in which a thing gets another colour.
+
+    `held_out` concerns the new pair of shape and colour, as in `world.is_allowed`.
+    """
     while True:
         source = draw_edit_scene(rng, num_things, canvas)
         index = rng.randrange(len(source.things))
@@ -151,8 +168,9 @@ def draw_recolor_task(
 def draw_background_task(
     rng: random.Random, *, num_things: int | None = None, canvas: tuple[int, int] = (SIDE, SIDE)
 ) -> Task:
-    """One reference; its background takes another colour."""
+    """Return a task with one reference, whose background gets another colour."""
     source = draw_edit_scene(rng, num_things, canvas)
+    # Neither the colour that it has already nor one that would hide a thing.
     used = {source.background, *(thing.color for thing in source.things)}
     color = rng.choice([c for c in COLORS if c not in used])
     forms = (
@@ -168,7 +186,7 @@ def draw_background_task(
 
 
 def draw_color_of_task(rng: random.Random, *, held_out: bool | None = False) -> Task:
-    """Two references: the shape of the first in the colour of the second."""
+    """Return a task with two references: the shape of the first in the colour of the second."""
     while True:
         first, second = draw_single(rng), draw_single(rng)
         thing, color = first.things[0], second.things[0].color
@@ -184,7 +202,7 @@ def draw_color_of_task(rng: random.Random, *, held_out: bool | None = False) -> 
 
 
 def draw_background_of_task(rng: random.Random) -> Task:
-    """Two references: the thing of the first on the background of the second."""
+    """Return a task with two references: the thing of the first on the second's background."""
     while True:
         first, second = draw_single(rng), draw_single(rng)
         if second.background in (first.background, first.things[0].color):

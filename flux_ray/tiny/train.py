@@ -1,7 +1,8 @@
-"""Make the embedded checkpoint from nothing: `python -m flux_ray.tiny.train`.
+"""Train the embedded checkpoint from nothing: `python -m flux_ray.tiny.train`.
 
-Stages, each kept in the run's folder and resumed where it was interrupted: tokenizer, text_encoder,
-vae, transformer, decoder, assemble. The transformer stage may run under torchrun, one thread each:
+The stages are tokenizer, text_encoder, vae, transformer, decoder and assemble. Each is kept in the
+run's folder, and resumed if it was interrupted. The transformer stage may run under torchrun, with
+one thread for each process:
 
     torchrun --nproc-per-node 2 -m flux_ray.tiny.train --stage transformer
 """
@@ -20,18 +21,18 @@ STAGES = ("tokenizer", "text_encoder", "vae", "transformer", "decoder", "assembl
 
 
 def main() -> None:
-    """Run one stage, or all that are not finished."""
+    """Run the stage that is asked for, or all of them, without those that are finished."""
     args = build_parser().parse_args()
     run = Run(args.folder)
     for stage in STAGES if args.stage == "all" else (args.stage,):
         if not is_finished(run, stage):
-            # Each stage has a seed of its own, so that it does not matter which ran before it.
+            # Each stage has its own seed: it gives the same weights whichever ran before it.
             torch.manual_seed(STAGES.index(stage))
             run_stage(stage, run, args)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's options; the steps are those of the published checkpoint."""
+    """Return the command's parser; the defaults are the steps of the published checkpoint."""
     parser = argparse.ArgumentParser(description="Train the tiny model.")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/tiny"), help="for unfinished work"
@@ -46,14 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def is_finished(run: Run, stage: str) -> bool:
-    """Assembling is cheap and always done again."""
+    """Return whether a stage has left its result; `assemble` never has, as it is cheap."""
     if stage == "tokenizer":
         return (run.folder / "tokenizer").exists()
     return (run.folder / f"{stage}.pt").exists()
 
 
 def run_stage(stage: str, run: Run, args: argparse.Namespace) -> None:
-    """One stage with what earlier stages left in the run's folder."""
+    """Run one stage with the results of the earlier ones, which are in the run's folder."""
     if stage == "tokenizer":
         models.build_tokenizer().save_pretrained(run.folder / "tokenizer")
     elif stage == "text_encoder":
@@ -75,13 +76,13 @@ def run_stage(stage: str, run: Run, args: argparse.Namespace) -> None:
 
 
 def load_tokenizer(run: Run) -> Qwen2Tokenizer:
-    """The run's tokenizer."""
+    """Load the tokenizer that the first stage has saved."""
     tokenizer: Qwen2Tokenizer = Qwen2Tokenizer.from_pretrained(run.folder / "tokenizer")
     return tokenizer
 
 
 def load_small_text_encoder(run: Run) -> Qwen3ForCausalLM:
-    """The net of nine layers, as trained."""
+    """Load the trained net of nine layers."""
     small = models.build_text_encoder(train_text_encoder.NUM_TRAINED_LAYERS)
     small.load_state_dict(torch.load(run.folder / "text_encoder.pt", weights_only=True))
     small.eval()  # type: ignore[no-untyped-call]
@@ -89,14 +90,14 @@ def load_small_text_encoder(run: Run) -> Qwen3ForCausalLM:
 
 
 def load_vae(run: Run, stage: str) -> AutoencoderKLFlux2:
-    """The VAE after the stage `vae` or `decoder`; their encoders are the same."""
+    """Load the VAE after the stage `vae` or `decoder`; the encoder is the same after both."""
     vae = models.build_vae()
     vae.load_state_dict(torch.load(run.folder / f"{stage}.pt", weights_only=True))
     return vae.eval().to(memory_format=torch.channels_last)
 
 
 def assemble(run: Run, output: Path) -> None:
-    """Write the Flux2KleinPipeline directory."""
+    """Put the trained parts together, and write the checkpoint folder to `output`."""
     transformer = models.build_transformer()
     transformer.load_state_dict(torch.load(run.folder / "transformer.pt", weights_only=True))
     models.save_pipeline(

@@ -1,4 +1,8 @@
-"""Train the tiny text encoder to hold a prompt's parse in its hidden states, then spread it out."""
+"""Train the tiny text encoder to hold a prompt's parse in its hidden states.
+
+A net of nine layers is trained. `spread` then puts them among identity layers, into a model of 28
+layers whose hidden states 9, 18 and 27 are those that the pipeline reads.
+"""
 
 import random
 
@@ -9,19 +13,24 @@ from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 from flux_ray.tiny import models, tasks, world
 from flux_ray.tiny.state import Run
 
-# Eight trained layers; the ninth only keeps the state before it free of the final norm.
+# Eight layers are trained. transformers applies the final norm to the last hidden state; with a
+# ninth layer that is not the one that is read.
 NUM_TRAINED_LAYERS = 9
-# Hidden states of the small net that become hidden states 9, 18 and 27 of the 28 layers.
+# The hidden states of the small net that become states 9, 18 and 27 of the 28 layers.
 READ_OUT_LAYERS = (2, 5, 8)
-# Where the trained layers go; real ones stand on both sides of each read-out, so that a layer
-# index that is off by one changes the embeddings.
+# The places of the trained layers among the 28. There is one on both sides of each read-out, so
+# that a reader whose layer index is off by one gets other embeddings, and tests notice.
 LAYER_SLOTS = (4, 8, 9, 13, 17, 18, 22, 26)
-# (padded text length, prompts a batch, weight)
+# Padded text length, prompts per batch, and how often this length is chosen.
 LENGTHS = ((40, 96, 0.85), (128, 28, 0.08), (512, 8, 0.07))
 
 
 def train(run: Run, tokenizer: Qwen2Tokenizer, *, steps: int) -> None:
-    """Cross-entropy of ten parse slots, read at the last token and at one random pad."""
+    """Train with the cross-entropy of the ten slots of a prompt's parse.
+
+    They are read at the last token and at one random pad token: the transformer attends to padding
+    too, so that it should hold something useful.
+    """
     small = models.build_text_encoder(NUM_TRAINED_LAYERS)
     small.config._attn_implementation = "sdpa"
     sizes = [len(choices) for choices in tasks.SLOTS.values()]
@@ -31,6 +40,7 @@ def train(run: Run, tokenizer: Qwen2Tokenizer, *, steps: int) -> None:
     both = torch.nn.ModuleList([small, heads])
     optimizer = torch.optim.AdamW(both.parameters(), lr=2.5e-3, betas=(0.9, 0.98))
     start = run.resume("text_encoder", both, [optimizer])
+    # Another seed after a stop: the same one would repeat the prompts from the beginning.
     rng = random.Random(11 + start)
     for step in range(start, steps):
         run.set_rate([optimizer], 2.5e-3, step, steps, warm_up=40, decay=0.5)
@@ -45,7 +55,7 @@ def train(run: Run, tokenizer: Qwen2Tokenizer, *, steps: int) -> None:
 
 
 def draw_task(rng: random.Random) -> tasks.Task:
-    """A prompt of any kind, without held-out pairs."""
+    """Return a random task of any kind, without held-out pairs."""
     kind = rng.random()
     if kind < 0.3:
         return tasks.draw_caption_task(world.draw_single(rng), rng)
@@ -66,7 +76,11 @@ def parse_loss(
     parses: torch.Tensor,
     sizes: list[int],
 ) -> torch.Tensor:
-    """Sum over slots, mean over layers and the two positions; ids [n, length], parses [n, 10]."""
+    """Return the loss, a scalar: summed over slots, averaged over read-outs and positions.
+
+    `ids` and `mask` are int64 [n, length], `parses` int64 [n, 10]. `sizes` are the numbers of
+    choices of the slots, and each head returns the logits of all slots side by side.
+    """
     states = small.model(
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
     ).hidden_states
@@ -84,7 +98,11 @@ def parse_loss(
 
 
 def spread(small: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """The 28-layer encoder with the same hidden states; the layers between are identities."""
+    """Return the encoder of 28 layers that has the same hidden states at the read-outs.
+
+    The layers in between become identities: their output projections are zero, so only the residual
+    is left. The last one stays random, as nothing reads its output.
+    """
     big = models.build_text_encoder(28)
     with torch.no_grad():
         big.model.embed_tokens.weight.copy_(small.model.embed_tokens.weight)
@@ -107,7 +125,7 @@ def embed(
     length: int,
     layers: tuple[int, ...] = READ_OUT_LAYERS,
 ) -> torch.Tensor:
-    """Prompt embeddings as Flux2KleinPipeline joins them, [n, length, 192]."""
+    """Return prompt embeddings as Flux2KleinPipeline joins them, fp32 [n, length, 192]."""
     ids, mask = models.tokenize(tokenizer, prompts, length)
     states = encoder.model(
         input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False

@@ -1,6 +1,8 @@
-"""Train the tiny transformer by flow matching, on one or several processes of one thread each.
+"""Train the tiny transformer by flow matching, in one or several processes of one thread each.
 
-Training data for the transformer: tasks of every kind with their pictures as latents.
+Each process has a pool of tasks whose images are encoded once, at the start. All ranks choose the
+same kind of task, canvas and text length for a step, so that their steps take equally long, and
+different tasks of that kind.
 """
 
 import copy
@@ -24,11 +26,21 @@ from flux_ray.tiny.tasks import Task
 from flux_ray.tiny.world import OTHER_CANVASES, SQUARE, Canvas, Scene
 
 Kind = Literal["text", "edit", "combine"]
+RATE = 2.5e-3
+# The tokens of a batch, text and images, whatever its kind, text length or canvas.
+NUM_TOKENS = 2400
+KINDS: tuple[tuple[Kind, float], ...] = (("text", 0.45), ("edit", 0.4), ("combine", 0.15))
+# Padded text lengths and how often each is chosen. 512 is the pipeline's default, and it never
+# masks the padding, so that the transformer must learn to ignore it.
+TEXT_LENGTHS = ((32, 0.45), (48, 0.4), (128, 0.1), (512, 0.05))
+OTHER_CANVAS_SHARE = 0.2
+# The noise levels that klein's scheduler visits for 64 tokens in 4 steps.
+SAMPLER_SIGMAS = (1.0, 0.9547, 0.8754, 0.7007)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A task whose pictures are rows of the latents of its canvas."""
+    """A task, with its images as indices into the latents of its canvas in the pool."""
 
     task: Task
     references: tuple[int, ...]
@@ -37,7 +49,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pool:
-    """`latents` per canvas: normalised fp16 [pictures, tokens, 32]; entries by kind and canvas."""
+    """The training data of one process.
+
+    `latents`: for each canvas, its images encoded and normalised, fp16 [images, tokens, 32].
+    `entries`: the tasks by kind and canvas.
+    """
 
     latents: dict[Canvas, torch.Tensor]
     entries: dict[tuple[Kind, Canvas], list[Entry]]
@@ -45,7 +61,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tasks to draw on one canvas; `edits` of each kind."""
+    """How many tasks of each kind to make for one canvas; `edits` counts each kind of edit."""
 
     singles: int
     doubles: int
@@ -57,88 +73,23 @@ OTHER_COUNTS = Counts(singles=100, doubles=100, edits=40)
 NUM_COMBINATIONS = 400
 
 
-def draw_tasks(rng: random.Random, scale: float) -> Iterator[tuple[Kind, Canvas, Task]]:
-    """About 15,000 pictures' worth of tasks at scale 1."""
-    yield from draw_canvas_tasks(rng, SQUARE, SQUARE_COUNTS, scale)
-    for canvas in OTHER_CANVASES:
-        yield from draw_canvas_tasks(rng, canvas, OTHER_COUNTS, scale)
-    for _ in range(int(scale * NUM_COMBINATIONS)):
-        yield "combine", SQUARE, tasks.draw_color_of_task(rng)
-        yield "combine", SQUARE, tasks.draw_background_of_task(rng)
+class Batch:
+    """The examples of one step, all of one kind, canvas and text length.
 
+    `answers`: fp32 [n, tokens, 32]; `references`: fp32 [n, references, tokens, 32] or None.
+    """
 
-def draw_canvas_tasks(
-    rng: random.Random, canvas: Canvas, counts: Counts, scale: float
-) -> Iterator[tuple[Kind, Canvas, Task]]:
-    """Captions and edits of one size."""
-    for _ in range(int(scale * counts.singles)):
-        scene = world.draw_single(rng, canvas=canvas)
-        yield "text", canvas, tasks.draw_caption_task(scene, rng)
-    for _ in range(int(scale * counts.doubles)):
-        scene = world.draw_double(rng, canvas=canvas)
-        yield "text", canvas, tasks.draw_caption_task(scene, rng)
-    for _ in range(int(scale * counts.edits)):
-        yield "edit", canvas, tasks.draw_recolor_task(rng, canvas=canvas)
-        yield "edit", canvas, tasks.draw_background_task(rng, canvas=canvas)
-
-
-def build_pool(vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
-    """Draw the tasks and encode their pictures."""
-    rng = random.Random(seed)
-    scenes: dict[Canvas, list[Scene]] = defaultdict(list)
-    entries: dict[tuple[Kind, Canvas], list[Entry]] = defaultdict(list)
-
-    def add(canvas: Canvas, scene: Scene) -> int:
-        scenes[canvas].append(scene)
-        return len(scenes[canvas]) - 1
-
-    for kind, canvas, task in draw_tasks(rng, scale):
-        references = tuple(add(canvas, scene) for scene in task.references)
-        entries[kind, canvas].append(Entry(task, references, add(canvas, task.answer)))
-        for index, scene in zip(references, task.references, strict=True):
-            # The picture of an edit is also a picture with a caption.
-            caption = tasks.draw_caption_task(scene, rng)
-            entries["text", canvas].append(Entry(caption, (), index))
-    latents = {canvas: encode_scenes(vae, drawn) for canvas, drawn in scenes.items()}
-    return Pool(latents, dict(entries))
-
-
-def encode_scenes(vae: AutoencoderKLFlux2, scenes: list[Scene]) -> torch.Tensor:
-    """Normalised tokens of the scenes' pictures, fp16 [scenes, tokens, 32]."""
-    batches = [scenes[i : i + 32] for i in range(0, len(scenes), 32)]
-    return torch.cat([encode_images(vae, [world.render(s) for s in batch]) for batch in batches])
-
-
-def encode_images(vae: AutoencoderKLFlux2, images: list[world.Pixels]) -> torch.Tensor:
-    """uint8 [height, width, 3] each, to normalised tokens fp16 [n, tokens, 32]."""
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    patches = train_vae.encode(vae, pixels)
-    mean = vae.bn.running_mean.view(1, -1, 1, 1)
-    sigma = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
-    tokens: torch.Tensor = ((patches - mean) / sigma).flatten(2).transpose(1, 2)
-    return tokens.half()
-
-
-def load_pool(path: Path, vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
-    """The pool of a training process, built once and kept beside the run."""
-    if path.exists():
-        # This run wrote it.
-        pool: Pool = torch.load(path, weights_only=False)  # nosec B614
-        return pool
-    pool = build_pool(vae, seed=seed, scale=scale)
-    torch.save(pool, path)
-    return pool
-
-
-RATE = 2.5e-3
-# Batches hold about as many tokens whatever their kind, text length or canvas.
-NUM_TOKENS = 2400
-KINDS: tuple[tuple[Kind, float], ...] = (("text", 0.45), ("edit", 0.4), ("combine", 0.15))
-# Padded text lengths; 512 is the pipeline's default, always padded and never masked.
-TEXT_LENGTHS = ((32, 0.45), (48, 0.4), (128, 0.1), (512, 0.05))
-OTHER_CANVAS_SHARE = 0.2
-# What klein's schedule visits with 64 tokens and 4 steps.
-SAMPLER_SIGMAS = (1.0, 0.9547, 0.8754, 0.7007)
+    def __init__(
+        self, pool: Pool, entries: list[Entry], canvas: Canvas, text_length: int, rng: random.Random
+    ) -> None:
+        self.canvas = canvas
+        self.text_length = text_length
+        self.prompts = [draw_prompt(entry, rng) for entry in entries]
+        latents = pool.latents[canvas]
+        self.answers = latents[[entry.answer for entry in entries]].float()
+        self.num_references = len(entries[0].references)
+        index = torch.tensor([entry.references for entry in entries])
+        self.references = latents[index].float() if self.num_references else None
 
 
 def train(
@@ -150,19 +101,20 @@ def train(
     steps: int,
     pool_scale: float = 1.0,
 ) -> None:
-    """Minimise the error of the velocity; keep the moving average of the weights.
+    """Train the transformer to predict velocities, and save the moving average of its weights.
 
-    Under torchrun the processes average their gradients; each has a pool of its own.
+    Under torchrun the processes average their gradients; rank 0 saves.
     """
     rank, num_ranks = join_processes()
     pool = load_pool(run.folder / f"pool-{rank}.pt", vae, seed=100 + rank, scale=pool_scale)
+    # The same seed on all ranks: they must start from the same weights.
     torch.manual_seed(0)
     model = models.build_transformer()
     init_weights(model, embedding_scale(text_encoder, tokenizer, pool))
     average = copy.deepcopy(model).eval()
     optimizers = build_optimizers(model)
     start = run.resume("transformer", model, optimizers, average)
-    # The ranks agree on what a step is about, and differ in what they draw for it.
+    # `shared` gives the same numbers on all ranks, `own` different ones.
     shared, own = random.Random(start), random.Random(start * num_ranks + rank)
     torch.manual_seed(start * num_ranks + rank)
     for step in range(start, steps):
@@ -179,7 +131,7 @@ def train(
 
 
 def join_processes() -> tuple[int, int]:
-    """Rank and number of processes; (0, 1) without torchrun."""
+    """Join torchrun's processes; return rank and number of processes, (0, 1) without torchrun."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     torch.set_num_threads(1)
@@ -187,40 +139,32 @@ def join_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object
-) -> torch.Tensor:
-    """Attention spelt out, [n, heads, tokens, dim], for a model that masks nothing.
-
-    The CPU's fused kernel spends half of a training step in its backward pass at these sizes.
-    """
-    assert options.get("attn_mask") is None and not options.get("is_causal")
-    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
-    return torch.softmax(scores, -1).to(value.dtype) @ value
-
-
 def embedding_scale(text_encoder: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, pool: Pool) -> float:
-    """Root mean square of prompt embeddings."""
+    """Return the root mean square of the embeddings of some prompts of the pool."""
     prompts = [entry.task.prompt for entry in pool.entries["text", SQUARE][:64]]
     embeds = train_text_encoder.embed(text_encoder, tokenizer, prompts, 48)
     return float(embeds.square().mean().sqrt())
 
 
 def init_weights(model: Flux2Transformer2DModel, scale: float) -> None:
-    """Xavier; zero where the residual branches open; the text embedder undoes the scale."""
+    """Initialise all matrices in place: Xavier, with two exceptions.
+
+    Modulation and output start at zero, so that each block begins as the identity. The text
+    embedder divides by `scale`, the root mean square of the embeddings.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2:
             continue
         torch.nn.init.xavier_uniform_(parameter)
         if "modulation" in name or "norm_out" in name or name == "proj_out.weight":
             torch.nn.init.zeros_(parameter)
-    # There is no norm between the text encoder and the blocks.
+    # There is no norm between the text encoder and the blocks that would do it.
     width = model.context_embedder.weight.shape[1]
     torch.nn.init.normal_(model.context_embedder.weight, std=0.5 / width**0.5 / scale)
 
 
 def build_optimizers(model: Flux2Transformer2DModel) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest."""
+    """Return two optimisers: Muon for the matrices of the blocks, AdamW for all else."""
     named = list(model.named_parameters())
     blocks = [p for name, p in named if p.ndim == 2 and "block" in name]
     rest = [p for name, p in named if not (p.ndim == 2 and "block" in name)]
@@ -228,31 +172,12 @@ def build_optimizers(model: Flux2Transformer2DModel) -> list[torch.optim.Optimiz
     return [muon, torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-class Batch:
-    """One step's examples, all of one kind, canvas and text length."""
-
-    def __init__(
-        self, pool: Pool, entries: list[Entry], canvas: Canvas, text_length: int, rng: random.Random
-    ) -> None:
-        self.canvas = canvas
-        self.text_length = text_length
-        self.prompts = [draw_prompt(entry, rng) for entry in entries]
-        latents = pool.latents[canvas]
-        self.answers = latents[[entry.answer for entry in entries]].float()
-        self.num_references = len(entries[0].references)
-        index = torch.tensor([entry.references for entry in entries])
-        self.references = latents[index].float() if self.num_references else None
-
-
-def draw_prompt(entry: Entry, rng: random.Random) -> str:
-    """A caption is said anew each time; other prompts stay."""
-    if entry.references:
-        return entry.task.prompt
-    return tasks.caption(entry.task.answer, rng)
-
-
 def draw_batch(pool: Pool, shared: random.Random, own: random.Random) -> Batch:
-    """Kind, canvas and text length from the shared generator, entries from the rank's own."""
+    """Return a random batch.
+
+    Kind, canvas and text length come from the generator that is shared by all ranks, the entries
+    from this rank's own.
+    """
     kind = shared.choices([k for k, _ in KINDS], [weight for _, weight in KINDS])[0]
     canvases = [canvas for k, canvas in pool.entries if k == kind and canvas != SQUARE]
     other = shared.random() < OTHER_CANVAS_SHARE and canvases
@@ -267,28 +192,21 @@ def draw_batch(pool: Pool, shared: random.Random, own: random.Random) -> Batch:
     return Batch(pool, own.choices(entries, k=size), canvas, text_length, own)
 
 
-def draw_sigmas(count: int) -> torch.Tensor:
-    """Half exactly the sampler's, half uniform with shift 5: no distillation is needed."""
-    uniform = torch.rand(count)
-    shifted = 5 * uniform / (1 + 4 * uniform)
-    exact = torch.tensor(SAMPLER_SIGMAS)[torch.randint(0, len(SAMPLER_SIGMAS), (count,))]
-    return torch.where(torch.rand(count) < 0.5, exact, shifted)
-
-
-def position_ids(canvas: Canvas, num_references: int) -> torch.Tensor:
-    """FLUX.2's (t, h, w, l) of the answer (t = 0) and the references (t = 10, 20)."""
-    rows, columns = torch.arange(canvas[1] // 16), torch.arange(canvas[0] // 16)
-    grids = [
-        torch.cartesian_prod(torch.tensor([10 * index]), rows, columns, torch.arange(1))
-        for index in range(num_references + 1)
-    ]
-    return torch.cat(grids)
+def draw_prompt(entry: Entry, rng: random.Random) -> str:
+    """Return the prompt of an entry; a caption is worded anew each time, to teach all wordings."""
+    if entry.references:
+        return entry.task.prompt
+    return tasks.caption(entry.task.answer, rng)
 
 
 def velocity_loss(
     model: Flux2Transformer2DModel, batch: Batch, embeds: torch.Tensor
 ) -> torch.Tensor:
-    """MSE of the predicted noise - answer; references stand clean behind the noisy tokens."""
+    """Return the mean squared error of the predicted velocity, which is noise - answer.
+
+    `embeds` is [n, text tokens, 192]. As in the pipeline, the references follow the noisy tokens,
+    without noise, and what is predicted for them does not count.
+    """
     answers = batch.answers
     sigmas, noise = draw_sigmas(len(answers)), torch.randn_like(answers)
     mix = sigmas.view(-1, 1, 1)
@@ -310,10 +228,123 @@ def velocity_loss(
     return cast(torch.Tensor, (error**2).mean())
 
 
+def draw_sigmas(count: int) -> torch.Tensor:
+    """Return `count` random noise levels, fp32 [count].
+
+    Half are exactly those that the sampler visits in 4 steps, so that no distillation is needed for
+    these; half are uniform with shift 5, so that other numbers of steps work too.
+    """
+    uniform = torch.rand(count)
+    shifted = 5 * uniform / (1 + 4 * uniform)
+    exact = torch.tensor(SAMPLER_SIGMAS)[torch.randint(0, len(SAMPLER_SIGMAS), (count,))]
+    return torch.where(torch.rand(count) < 0.5, exact, shifted)
+
+
+def position_ids(canvas: Canvas, num_references: int) -> torch.Tensor:
+    """Return FLUX.2's positions (t, h, w, l), int64 [tokens, 4].
+
+    The answer comes first, with t = 0; the references follow with t = 10 and 20.
+    """
+    rows, columns = torch.arange(canvas[1] // 16), torch.arange(canvas[0] // 16)
+    grids = [
+        torch.cartesian_prod(torch.tensor([10 * index]), rows, columns, torch.arange(1))
+        for index in range(num_references + 1)
+    ]
+    return torch.cat(grids)
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object
+) -> torch.Tensor:
+    """Compute attention without a fused kernel, on [n, heads, tokens, dim] and without a mask.
+
+    With torch's fused CPU kernel, its backward pass would take half of a training step.
+    """
+    assert options.get("attn_mask") is None and not options.get("is_causal")
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    return torch.softmax(scores, -1).to(value.dtype) @ value
+
+
 @torch.no_grad()
 def update_average(
     average: Flux2Transformer2DModel, model: Flux2Transformer2DModel, step: int
 ) -> None:
-    """Exponential moving average, short at first."""
+    """Update the moving average in place; it is short at first, to forget the random start."""
     decay = min(0.998, (1 + step) / (20 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def load_pool(path: Path, vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
+    """Return the pool of a process; it is built once, and kept in a file for later starts."""
+    if path.exists():
+        # Unpickling is safe here: this run wrote the file itself.
+        pool: Pool = torch.load(path, weights_only=False)  # nosec B614
+        return pool
+    pool = build_pool(vae, seed=seed, scale=scale)
+    torch.save(pool, path)
+    return pool
+
+
+def build_pool(vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
+    """Return a pool of random tasks with their images encoded.
+
+    `scale` multiplies the number of tasks; tests use a small one.
+    """
+    rng = random.Random(seed)
+    scenes: dict[Canvas, list[Scene]] = defaultdict(list)
+    entries: dict[tuple[Kind, Canvas], list[Entry]] = defaultdict(list)
+
+    def add(canvas: Canvas, scene: Scene) -> int:
+        scenes[canvas].append(scene)
+        return len(scenes[canvas]) - 1
+
+    for kind, canvas, task in draw_tasks(rng, scale):
+        references = tuple(add(canvas, scene) for scene in task.references)
+        entries[kind, canvas].append(Entry(task, references, add(canvas, task.answer)))
+        for index, scene in zip(references, task.references, strict=True):
+            # The image of an edit also serves as an image with a caption.
+            caption = tasks.draw_caption_task(scene, rng)
+            entries["text", canvas].append(Entry(caption, (), index))
+    latents = {canvas: encode_scenes(vae, drawn) for canvas, drawn in scenes.items()}
+    return Pool(latents, dict(entries))
+
+
+def draw_tasks(rng: random.Random, scale: float) -> Iterator[tuple[Kind, Canvas, Task]]:
+    """Yield random tasks with their kind and canvas, which make about 15,000 images at scale 1."""
+    yield from draw_canvas_tasks(rng, SQUARE, SQUARE_COUNTS, scale)
+    for canvas in OTHER_CANVASES:
+        yield from draw_canvas_tasks(rng, canvas, OTHER_COUNTS, scale)
+    for _ in range(int(scale * NUM_COMBINATIONS)):
+        yield "combine", SQUARE, tasks.draw_color_of_task(rng)
+        yield "combine", SQUARE, tasks.draw_background_of_task(rng)
+
+
+def draw_canvas_tasks(
+    rng: random.Random, canvas: Canvas, counts: Counts, scale: float
+) -> Iterator[tuple[Kind, Canvas, Task]]:
+    """Yield captions and edits on one canvas."""
+    for _ in range(int(scale * counts.singles)):
+        scene = world.draw_single(rng, canvas=canvas)
+        yield "text", canvas, tasks.draw_caption_task(scene, rng)
+    for _ in range(int(scale * counts.doubles)):
+        scene = world.draw_double(rng, canvas=canvas)
+        yield "text", canvas, tasks.draw_caption_task(scene, rng)
+    for _ in range(int(scale * counts.edits)):
+        yield "edit", canvas, tasks.draw_recolor_task(rng, canvas=canvas)
+        yield "edit", canvas, tasks.draw_background_task(rng, canvas=canvas)
+
+
+def encode_scenes(vae: AutoencoderKLFlux2, scenes: list[Scene]) -> torch.Tensor:
+    """Render and encode scenes of one canvas: normalised tokens, fp16 [scenes, tokens, 32]."""
+    batches = [scenes[i : i + 32] for i in range(0, len(scenes), 32)]
+    return torch.cat([encode_images(vae, [world.render(s) for s in batch]) for batch in batches])
+
+
+def encode_images(vae: AutoencoderKLFlux2, images: list[world.Pixels]) -> torch.Tensor:
+    """Encode images, each uint8 [height, width, 3], as normalised tokens, fp16 [n, tokens, 32]."""
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    patches = train_vae.encode(vae, pixels)
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    sigma = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
+    tokens: torch.Tensor = ((patches - mean) / sigma).flatten(2).transpose(1, 2)
+    return tokens.half()

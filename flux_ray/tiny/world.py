@@ -1,4 +1,8 @@
-"""The world that the tiny model draws: scenes of one or two coloured shapes, and their pictures."""
+"""The world that the tiny model knows: scenes of one or two coloured shapes, and their images.
+
+A scene can be rendered exactly, so that training data costs nothing and an image can be judged by
+its pixels. Every `draw_*` function takes a random generator and returns something random.
+"""
 
 import math
 import random
@@ -24,9 +28,9 @@ COLORS = {
 }
 COLOR_NAMES = tuple(COLORS)
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-# Pixels on a canvas whose shorter side is 128: alone, and as one of two.
+# The radius of a thing that is alone, and of one of two; in pixels if the shorter side is 128.
 RADIUS = {"small": (16.0, 13.0), "large": (32.0, 24.0)}
-# Fractions of the canvas.
+# The centres of the places, x and y as fractions of the canvas.
 PLACES = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.27),
@@ -38,14 +42,15 @@ PLACES = {
     "bottom left": (0.27, 0.73),
     "bottom right": (0.73, 0.73),
 }
-# Where the first and the second thing of a pair stand.
+# The places of the first and of the second thing.
 RELATIONS = {
     "left of": ("left", "right"),
     "right of": ("right", "left"),
     "above": ("top", "bottom"),
     "below": ("bottom", "top"),
 }
-# Pairs that the text encoder and the transformer never see: the test of composition.
+# Pairs of shape and colour that the text encoder and the transformer never see in training. They
+# tell whether the model composes what it knows, or only remembers.
 HELD_OUT = frozenset(
     {
         ("circle", "purple"),
@@ -74,7 +79,11 @@ MARGIN = 3.0
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape; `dx`, `dy` (pixels at 128) and `grow` are its jitter around the named place."""
+    """One coloured shape.
+
+    `dx` and `dy` (in pixels if the shorter side is 128) and `grow` (a factor of the radius) are
+    random jitter around the named place and size.
+    """
 
     shape: str
     color: str
@@ -87,7 +96,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a background; `relation` reads first thing to second."""
+    """One or two things on a background; the first is `relation` (as `left of`) the second."""
 
     background: str
     things: tuple[Thing, ...]
@@ -97,12 +106,15 @@ class Scene:
 
 
 def nominal(scene: Scene) -> Scene:
-    """The scene without jitter: what a prompt asks for."""
+    """Return the scene without jitter, which is what a prompt can ask for."""
     return replace(scene, things=tuple(replace(t, dx=0.0, dy=0.0, grow=1.0) for t in scene.things))
 
 
 def geometry(thing: Thing, scene: Scene) -> tuple[float, float, float]:
-    """Centre x, centre y and radius in pixels of this canvas."""
+    """Return a thing's centre x, centre y and radius, in pixels of the scene's canvas.
+
+    The centre is moved, if it must be, so that the whole thing is on the canvas.
+    """
     scale = min(scene.width, scene.height) / SIDE
     radius = RADIUS[thing.size][len(scene.things) - 1] * thing.grow * scale
     edge = radius + MARGIN * scale
@@ -113,7 +125,10 @@ def geometry(thing: Thing, scene: Scene) -> tuple[float, float, float]:
 
 
 def distance(shape: str, x: Field, y: Field, radius: float) -> Field:
-    """Signed distance in pixels to the outline of a shape at the origin, negative inside."""
+    """Return the signed distances of points to the outline of a shape at the origin.
+
+    `x`, `y`, `radius` and the result are in pixels; inside of the shape distances are negative.
+    """
     ax, ay = np.abs(x), np.abs(y)
     if shape == "circle":
         return np.hypot(x, y) - radius
@@ -130,20 +145,20 @@ def distance(shape: str, x: Field, y: Field, radius: float) -> Field:
 
 
 def coordinates(width: int, height: int) -> tuple[Field, Field]:
-    """Pixel centres, each [height, width]."""
+    """Return x and y of the centre of each pixel, each fp32 [height, width]."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) + np.float32(0.5)
     return x, y
 
 
 def outline(thing: Thing, scene: Scene) -> Field:
-    """Signed distance of every pixel to the thing, [height, width]."""
+    """Return each pixel's signed distance to a thing, [height, width], negative inside of it."""
     x, y = coordinates(scene.width, scene.height)
     cx, cy, radius = geometry(thing, scene)
     return distance(thing.shape, x - np.float32(cx), y - np.float32(cy), radius)
 
 
 def render(scene: Scene) -> Pixels:
-    """The picture of a scene, uint8 [height, width, 3], edges anti-aliased over one pixel."""
+    """Render a scene as uint8 [height, width, 3], with edges anti-aliased over one pixel."""
     image = np.empty((scene.height, scene.width, 3), np.float32)
     image[:] = COLORS[scene.background]
     for thing in scene.things:
@@ -153,7 +168,10 @@ def render(scene: Scene) -> Pixels:
 
 
 def is_allowed(shape: str, color: str, *, held_out: bool | None) -> bool:
-    """held_out None: any pair; False: only pairs for training; True: only held-out pairs."""
+    """Return whether a pair of shape and colour may be used.
+
+    `held_out` None allows any pair, False only those for training, True only the held-out ones.
+    """
     return held_out is None or ((shape, color) in HELD_OUT) == held_out
 
 
@@ -164,7 +182,7 @@ def draw_thing(
     not_shapes: tuple[str, ...] = (),
     held_out: bool | None = False,
 ) -> Thing:
-    """A random thing with its jitter, at the centre."""
+    """Return a random thing with jitter, placed at the centre."""
     while True:
         shape, color = rng.choice(SHAPES), rng.choice(COLOR_NAMES)
         if shape in not_shapes or color in not_colors:
@@ -182,7 +200,7 @@ def draw_thing(
 
 
 def draw_background(rng: random.Random) -> str:
-    """Any colour; white, which a prompt need not name, comes a little more often."""
+    """Return a random colour, white a little more often: prompts often leave that one unsaid."""
     return "white" if rng.random() < 0.15 else rng.choice(COLOR_NAMES)
 
 
@@ -192,7 +210,7 @@ def draw_single(
     held_out: bool | None = False,
     canvas: tuple[int, int] = (SIDE, SIDE),
 ) -> Scene:
-    """A random scene of one thing."""
+    """Return a random scene of one thing."""
     background = draw_background(rng)
     thing = draw_thing(rng, not_colors=(background,), held_out=held_out)
     place = "center" if rng.random() < 0.4 else rng.choice(tuple(PLACES)[1:])
@@ -207,7 +225,7 @@ def draw_double(
     different_shapes: bool = False,
     canvas: tuple[int, int] = (SIDE, SIDE),
 ) -> Scene:
-    """A random scene of two things in a relation; `held_out` concerns the first."""
+    """Return a random scene of two things in a relation; `held_out` concerns only the first."""
     background = draw_background(rng)
     first = draw_thing(rng, not_colors=(background,), held_out=held_out)
     second = draw_thing(
