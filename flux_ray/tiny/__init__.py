@@ -1,8 +1,4 @@
-"""The embedded model, small enough for tests and laptops, with all that it takes to make it again.
-
-It has all parts of a FLUX.2 klein, with 4.3 million parameters, and generates coloured shapes.
-Serving needs only `CHECKPOINT`; the modules here train the model and measure it.
-"""
+"""The embedded model: a FLUX.2 klein of 4.3 M parameters that generates shapes, and its training."""
 
 from pathlib import Path
 
