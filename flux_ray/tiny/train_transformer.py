@@ -107,7 +107,8 @@ def train(
     """
     rank, num_ranks = join_processes()
     pool = load_pool(run.folder / f"pool-{rank}.pt", vae, seed=100 + rank, scale=pool_scale)
-    # The same seed on all ranks: they must start from the same weights.
+    # The same seed on all ranks, as only gradients are averaged: they start from the same weights,
+    # but for the scale of the text embedder, which is measured on each rank's own pool.
     torch.manual_seed(0)
     model = models.build_transformer()
     init_weights(model, embedding_scale(text_encoder, tokenizer, pool))
@@ -158,7 +159,7 @@ def init_weights(model: Flux2Transformer2DModel, scale: float) -> None:
         torch.nn.init.xavier_uniform_(parameter)
         if "modulation" in name or "norm_out" in name or name == "proj_out.weight":
             torch.nn.init.zeros_(parameter)
-    # There is no norm between the text encoder and the blocks that would do it.
+    # No norm between the text encoder and the blocks would even it out.
     width = model.context_embedder.weight.shape[1]
     torch.nn.init.normal_(model.context_embedder.weight, std=0.5 / width**0.5 / scale)
 
@@ -214,6 +215,7 @@ def velocity_loss(
     if batch.references is not None:
         tokens = torch.cat([tokens, batch.references.flatten(1, 2)], 1)
     one = torch.arange(1)
+    # diffusers offers no such attention, so torch's function is replaced for this forward.
     plain = mock.patch("torch.nn.functional.scaled_dot_product_attention", plain_attention)
     with plain, torch.autocast("cpu", torch.bfloat16):
         velocity = model(

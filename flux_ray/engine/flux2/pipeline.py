@@ -113,8 +113,8 @@ class Flux2:
     def reference_pixels(self, raster: RgbImage) -> Tensor:
         """Return a reference as the VAE takes it, fp32 [1, 3, height, width] from -1 to 1.
 
-        It is scaled down to `max_reference_pixels` of the tier (the pipeline's own limit, 1 MP) and
-        cropped to sides that the VAE divides. Raise BadReference if it is too small or too narrow.
+        It is scaled down to the tier's `max_reference_pixels` (the pipeline's own limit, 1 MP) and
+        cropped to sides that the VAE can take. Raise BadReference if it is too small or too narrow.
         """
         processor = self.pipeline.image_processor
         image = image_for(raster)
