@@ -32,183 +32,15 @@ from flux_ray.gateway.http import HEADER, READABLE
 from flux_ray.gateway.model_names import unknown
 from flux_ray.gateway.probes import PROBES
 
-NOT_AUTHENTICATED = "Not authenticated"
-
-
-class FieldFailure(BaseModel):
-    """An error in one field; `loc` says where the field is."""
-
-    loc: list[str]
-    msg: str
-    type: str
-
-
-class BflFailure(BaseModel):
-    """BFL's error body; `detail` is a list if a field is wrong, else a text."""
-
-    detail: str | list[FieldFailure]
-    message: str
-
-
-def bfl_status(error: FluxError) -> int:
-    """Return BFL's status: 422 for a wrong field, 403 for no key, 402 for no credits."""
-    if isinstance(error, InvalidKey):
-        return 403
-    if isinstance(error, QuotaSpent):
-        return 402
-    return 422 if error.status == 400 and error.field is not None else error.status
-
-
-def bfl_failure(error: FluxError, place: str) -> BflFailure:
-    """Return BFL's error body; `place` is where its fields are sent, `body` or `query`."""
-    if isinstance(error, InvalidKey):
-        return BflFailure(detail=NOT_AUTHENTICATED, message=error.shown)
-    if bfl_status(error) != 422 or error.field is None:
-        return BflFailure(detail=error.shown, message=error.shown)
-    failure = FieldFailure(loc=[place, error.field], msg=error.shown, type=error.code)
-    return BflFailure(detail=[failure], message=error.shown)
-
-
-Dialect = Literal["openai", "bfl", "hugging_face"]
-# The path prefix of Hugging Face's raw endpoint.
-HUB = "/models/"
-# ComfyUI's nodes reach BFL through their maker's server: `/proxy/bfl/<model>/generate`.
-COMFY = "/proxy/bfl/"
-GENERATE = "/generate"
-# OpenAI's other routes of one word. They are not served, but they look like BFL's `/v1/<model>`:
-# without this list their callers would get an error in BFL's shape.
-OPENAIS = {
-    "assistants",
-    "batches",
-    "completions",
-    "containers",
-    "conversations",
-    "embeddings",
-    "evals",
-    "files",
-    "images",
-    "models",
-    "moderations",
-    "responses",
-    "threads",
-    "uploads",
-    "vector_stores",
-    "videos",
-}
-
-
-# BFL's routes that name no model.
-BFLS = {"get_result", "cancel", "jobs", "credits", "my_finetunes"}
-
-
-def path_of(scope: Scope) -> str:
-    """Return the request's path as the routes know it, without Serve's route prefix."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
-def dialect_of(request: Request, path: str | None = None) -> Dialect:
-    """Return the dialect of `path`, by default the request's own; OpenAI's if it is no other's."""
-    path = path_of(request.scope) if path is None else path
-    if path.startswith(HUB):
-        return "hugging_face"
-    bfl_paths = request.app.state.bfl_paths
-    # Also for a model that is not served: BFL's client can only read errors of its own shape.
-    return "bfl" if path in bfl_paths or (bfl_paths and model_in(request)) else "openai"
-
-
-def model_in(request: Request) -> str | None:
-    """Return the model that a BFL path names, served or not; None for any other path."""
-    return model_at(request.method, path_of(request.scope))
-
-
-def dialect_at(method: str, path: str) -> Dialect:
-    """Return the dialect of a path. For the proxies, which do not know what models are served."""
-    if path.startswith(HUB):
-        return "hugging_face"
-    is_bfls = path.removeprefix("/v1/") in BFLS or model_at(method, path) is not None
-    return "bfl" if is_bfls else "openai"
-
-
-def model_at(method: str, path: str) -> str | None:
-    """Return the model that a BFL path names, served or not; None for any other path."""
-    if method != "POST":
-        return None
-    if path.startswith(COMFY) and path.endswith(GENERATE):
-        return path.removeprefix(COMFY).removesuffix(GENERATE)
-    name = path.removeprefix("/v1/")
-    return None if name == path or "/" in name or name in OPENAIS else name
-
-
-def limit_headers(limit: float, left: float, reset_s: float) -> dict[str, str]:
-    """Return the rate limit headers; `reset_s` is rounded up, so that nobody is too early."""
-    return {
-        "x-ratelimit-limit": f"{limit:.6g}",
-        "x-ratelimit-remaining": f"{left:.6g}",
-        "x-ratelimit-reset": str(max(1, math.ceil(reset_s))),
-    }
-
-
-VERSION = "v1"
-# Below these prefixes, the rest of the path is a model's name.
-OF_MODELS = (("POST", HUB), ("GET", "/v1/models/"))
-MAX_PATH_CHARS = 200
-WHERE_TO_LOOK = f"GET /{VERSION}/models lists the models, GET /openapi.json all routes"
-
-
-class Missed(NamedTuple):
-    """A path that is no route: the route that was probably meant, and what to answer."""
-
-    meant: str | None
-    dialect: Dialect
-    message: str
-
-    @classmethod
-    def of(cls, request: Request) -> "Missed":
-        """Find what the client probably meant, and word the answer, with the base URL to use."""
-        path, method = path_of(request.scope), request.method[:20]
-        meant = meant_by(method, path, request.app.state.paths)
-        message = f"there is no {method} {path[:MAX_PATH_CHARS]} here"
-        if meant is not None:
-            message += f", but {meant[:MAX_PATH_CHARS]}"
-        message += f"; the base URL of clients is {base_url_of(request)}; {WHERE_TO_LOOK}"
-        return cls(meant, dialect_of(request, meant), message)
-
-
-def base_url_of(request: Request) -> str:
-    """Return the configured base URL. It is never built from what the client sends."""
-    public_url: str | None = request.app.state.public_url
-    if public_url is None:
-        return f"this server's address followed by /{VERSION}"
-    server = public_url.rstrip("/")
-    return f"{server}/{VERSION}, or {server} for clients that add /{VERSION} themselves"
-
-
-def meant_by(method: str, path: str, known: frozenset[tuple[str, str]]) -> str | None:
-    """Return the longest known route that this path ends with, or None.
-
-    `known` has (method, path) of the routes without path parameters. Clients with a wrong base URL
-    put a prefix in front, or leave out or repeat `/v1`.
-    """
-    parts = [part for part in path.split("/") if part]
-    for start in range(min(len(parts), 20)):
-        tail = "/".join(part for part in parts[start:] if part != VERSION)
-        for candidate in (f"/{VERSION}/{tail}", f"/{tail}"):
-            is_known = (method, candidate) in known or any(
-                method == by and candidate.startswith(below) for by, below in OF_MODELS
-            )
-            if tail and is_known and candidate != path:
-                return candidate
-    return None
-
-
 # The only logger that Serve writes to its log files.
 logger = logging.getLogger("ray.serve")
-
 CLIENT_CLOSED_REQUEST = 499
 # Fields that BFL's routes read from the query.
 QUERY_FIELDS = ("id", "limit", "before", "status")
 CODES = {404: "not_found", 405: "method_not_allowed"}
+NOT_AUTHENTICATED = "Not authenticated"
+
+Dialect = Literal["openai", "bfl", "hugging_face"]
 
 
 class Failure(BaseModel):
@@ -237,6 +69,21 @@ class HubFailure(BaseModel):
 
     error: str
     error_type: str
+
+
+class FieldFailure(BaseModel):
+    """An error in one field; `loc` says where the field is."""
+
+    loc: list[str]
+    msg: str
+    type: str
+
+
+class BflFailure(BaseModel):
+    """BFL's error body; `detail` is a list if a field is wrong, else a text."""
+
+    detail: str | list[FieldFailure]
+    message: str
 
 
 def add_error_handlers(api: FastAPI, *, proxy_sends_id: bool) -> None:
@@ -324,6 +171,32 @@ def body_of(dialect: Dialect, failure: Failure, as_bfl: BflFailure) -> BaseModel
     return as_bfl if dialect == "bfl" else Envelope(error=failure)
 
 
+def failure_of(error: FluxError) -> Failure:
+    """Return what the caller reads of an error."""
+    # The router does not know that the deadline came in a header.
+    field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
+    return Failure(message=error.shown, type=error.type, param=field, code=error.code)
+
+
+def bfl_failure(error: FluxError, place: str) -> BflFailure:
+    """Return BFL's error body; `place` is where its fields are sent, `body` or `query`."""
+    if isinstance(error, InvalidKey):
+        return BflFailure(detail=NOT_AUTHENTICATED, message=error.shown)
+    if bfl_status(error) != 422 or error.field is None:
+        return BflFailure(detail=error.shown, message=error.shown)
+    failure = FieldFailure(loc=[place, error.field], msg=error.shown, type=error.code)
+    return BflFailure(detail=[failure], message=error.shown)
+
+
+def bfl_status(error: FluxError) -> int:
+    """Return BFL's status: 422 for a wrong field, 403 for no key, 402 for no credits."""
+    if isinstance(error, InvalidKey):
+        return 403
+    if isinstance(error, QuotaSpent):
+        return 402
+    return 422 if error.status == 400 and error.field is not None else error.status
+
+
 def headers_for(error: FluxError) -> dict[str, str]:
     """Return an error's headers: whether and when to retry, limits, how to authenticate."""
     # Retries would fail until tomorrow; clients would use up their attempts for nothing.
@@ -340,8 +213,131 @@ def headers_for(error: FluxError) -> dict[str, str]:
     return headers
 
 
-def failure_of(error: FluxError) -> Failure:
-    """Return what the caller reads of an error."""
-    # The router does not know that the deadline came in a header.
-    field = DEADLINE if isinstance(error, DeadlineTooShort) else error.field
-    return Failure(message=error.shown, type=error.type, param=field, code=error.code)
+def limit_headers(limit: float, left: float, reset_s: float) -> dict[str, str]:
+    """Return the rate limit headers; `reset_s` is rounded up, so that nobody is too early."""
+    return {
+        "x-ratelimit-limit": f"{limit:.6g}",
+        "x-ratelimit-remaining": f"{left:.6g}",
+        "x-ratelimit-reset": str(max(1, math.ceil(reset_s))),
+    }
+
+
+# The path prefix of Hugging Face's raw endpoint.
+HUB = "/models/"
+# ComfyUI's nodes reach BFL through their maker's server: `/proxy/bfl/<model>/generate`.
+COMFY = "/proxy/bfl/"
+GENERATE = "/generate"
+# OpenAI's other routes of one word. They are not served, but they look like BFL's `/v1/<model>`:
+# without this list their callers would get an error in BFL's shape.
+OPENAIS = {
+    "assistants",
+    "batches",
+    "completions",
+    "containers",
+    "conversations",
+    "embeddings",
+    "evals",
+    "files",
+    "images",
+    "models",
+    "moderations",
+    "responses",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+}
+# BFL's routes that name no model.
+BFLS = {"get_result", "cancel", "jobs", "credits", "my_finetunes"}
+
+
+def path_of(scope: Scope) -> str:
+    """Return the request's path as the routes know it, without Serve's route prefix."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def dialect_of(request: Request, path: str | None = None) -> Dialect:
+    """Return the dialect of `path`, by default the request's own; OpenAI's if it is no other's."""
+    path = path_of(request.scope) if path is None else path
+    if path.startswith(HUB):
+        return "hugging_face"
+    bfl_paths = request.app.state.bfl_paths
+    # Also for a model that is not served: BFL's client can only read errors of its own shape.
+    return "bfl" if path in bfl_paths or (bfl_paths and model_in(request)) else "openai"
+
+
+def model_in(request: Request) -> str | None:
+    """Return the model that a BFL path names, served or not; None for any other path."""
+    return model_at(request.method, path_of(request.scope))
+
+
+def dialect_at(method: str, path: str) -> Dialect:
+    """Return the dialect of a path. For the proxies, which do not know what models are served."""
+    if path.startswith(HUB):
+        return "hugging_face"
+    is_bfls = path.removeprefix("/v1/") in BFLS or model_at(method, path) is not None
+    return "bfl" if is_bfls else "openai"
+
+
+def model_at(method: str, path: str) -> str | None:
+    """Return the model that a BFL path names, served or not; None for any other path."""
+    if method != "POST":
+        return None
+    if path.startswith(COMFY) and path.endswith(GENERATE):
+        return path.removeprefix(COMFY).removesuffix(GENERATE)
+    name = path.removeprefix("/v1/")
+    return None if name == path or "/" in name or name in OPENAIS else name
+
+
+VERSION = "v1"
+# Below these prefixes, the rest of the path is a model's name.
+OF_MODELS = (("POST", HUB), ("GET", "/v1/models/"))
+MAX_PATH_CHARS = 200
+WHERE_TO_LOOK = f"GET /{VERSION}/models lists the models, GET /openapi.json all routes"
+
+
+class Missed(NamedTuple):
+    """A path that is no route: the route that was probably meant, and what to answer."""
+
+    meant: str | None
+    dialect: Dialect
+    message: str
+
+    @classmethod
+    def of(cls, request: Request) -> "Missed":
+        """Find what the client probably meant, and word the answer, with the base URL to use."""
+        path, method = path_of(request.scope), request.method[:20]
+        meant = meant_by(method, path, request.app.state.paths)
+        message = f"there is no {method} {path[:MAX_PATH_CHARS]} here"
+        if meant is not None:
+            message += f", but {meant[:MAX_PATH_CHARS]}"
+        message += f"; the base URL of clients is {base_url_of(request)}; {WHERE_TO_LOOK}"
+        return cls(meant, dialect_of(request, meant), message)
+
+
+def base_url_of(request: Request) -> str:
+    """Return the configured base URL. It is never built from what the client sends."""
+    public_url: str | None = request.app.state.public_url
+    if public_url is None:
+        return f"this server's address followed by /{VERSION}"
+    server = public_url.rstrip("/")
+    return f"{server}/{VERSION}, or {server} for clients that add /{VERSION} themselves"
+
+
+def meant_by(method: str, path: str, known: frozenset[tuple[str, str]]) -> str | None:
+    """Return the longest known route that this path ends with, or None.
+
+    `known` has (method, path) of the routes without path parameters. Clients with a wrong base URL
+    put a prefix in front, or leave out or repeat `/v1`.
+    """
+    parts = [part for part in path.split("/") if part]
+    for start in range(min(len(parts), 20)):
+        tail = "/".join(part for part in parts[start:] if part != VERSION)
+        for candidate in (f"/{VERSION}/{tail}", f"/{tail}"):
+            is_known = (method, candidate) in known or any(
+                method == by and candidate.startswith(below) for by, below in OF_MODELS
+            )
+            if tail and is_known and candidate != path:
+                return candidate
+    return None

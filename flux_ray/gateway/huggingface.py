@@ -142,6 +142,7 @@ class HuggingFace:
             lambda tier: request_for(fields, tier, self.limits, images.references),
             images.notes,
         )
+        # The images are decoded and counted by themselves from here on.
         forget_body(request)
         return fields, await self.orders.named(request, order, fields.seed)
 

@@ -30,7 +30,7 @@ class CallersBodies:
 
     def __init__(self, max_at_once: int) -> None:
         self.num_in = 0
-        self.turns = asyncio.Semaphore(max_at_once)
+        self.slots = asyncio.Semaphore(max_at_once)
 
 
 class BodyPlaces:
@@ -56,13 +56,13 @@ class BodyPlaces:
         try:
             try:
                 async with asyncio.timeout(self.wait_s):
-                    await bodies.turns.acquire()
+                    await bodies.slots.acquire()
             except TimeoutError:
                 raise too_many(max_at_once) from None
             try:
                 yield
             finally:
-                bodies.turns.release()
+                bodies.slots.release()
         finally:
             self._leave(caller, bodies)
 

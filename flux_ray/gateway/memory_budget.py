@@ -41,6 +41,7 @@ class Share:
 
     def hold_with(self, value: T) -> T:
         """Release the share when nobody holds `value` any more; return `value`."""
+        # At exit nothing has to be given back: the budget ends with the process.
         weakref.finalize(value, self.release).atexit = False
         return value
 
@@ -150,6 +151,7 @@ class MemoryBudget:
     def _let_in(self, waiter: Waiter, share: Share, num_bytes: int, max_bytes: int) -> bool:
         with self._lock:
             has_room = self.num_bytes == 0 or self.num_bytes + num_bytes <= max_bytes
+            # Only the first in line, or small requests would keep overtaking a large one.
             if self._waiters[0] is not waiter or not has_room:
                 return False
             self._waiters.popleft()
@@ -159,6 +161,7 @@ class MemoryBudget:
 
     def _leave(self, waiter: Waiter) -> None:
         with self._lock:
+            # A waiter that was cancelled is still in line, and would block all behind it.
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 self._wake_first()

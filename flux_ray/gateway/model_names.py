@@ -50,6 +50,7 @@ def target_for(
         raise unknown(name, names_of(args))
     tiers = alias.tiers
     if alias.policy == "spill" and not may_spill:
+        # If none is deployed, keep the first: the caller then reads that it is not deployed.
         tiers = tuple(filter(is_deployed, tiers))[:1] or tiers[:1]
     usable = tuple(tier_for(tier) for tier in tiers if key_class.may_use(tier))
     if not usable and not any(key_class.may_name(tier) for tier in tiers):

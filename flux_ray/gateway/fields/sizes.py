@@ -44,6 +44,7 @@ def generated_size(width: int, height: int, tier: Tier) -> tuple[int, int]:
     area = tier.default_side**2
 
     def badness(size: tuple[int, int]) -> float:
+        # In logarithms, so that twice as large is as bad as half as large.
         shape = abs(math.log(size[0] / size[1] * height / width))
         return SHAPE_WEIGHT * shape + abs(math.log(size[0] * size[1] / area))
 

@@ -106,7 +106,7 @@ class Decoders:
         return order if seconds < LONG_S else self.next_order()
 
     async def run(self, order: int, call: Callable[[], T], is_large: bool = False) -> T:
-        """Return what `call` returns, once a thread is free for it; the lowest `order` comes first."""
+        """Return what `call` returns, once a thread is free for it, the lowest `order` first."""
         await self._enter(order, is_large)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, call)

@@ -16,6 +16,7 @@ from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_image, fit_mask
 
+# Tables for Pillow's `point`: which of the values 0 to 255 mark a pixel.
 MARK_TRANSPARENT = [255] + [0] * 255
 MARK_LIGHT = [0] * 128 + [255] * 128
 NOTHING = (
@@ -48,6 +49,7 @@ def painted_mask_from(image: Image.Image) -> Mask:
     """Return the mask by BFL's rule: transparent parts stay if anything else is white."""
     if not image.has_transparency_data or is_opaque(image):
         return mask_from_luma(image)
+    # Over black, so that what is transparent is not taken for white.
     black = Image.new("RGBA", image.size, "black")
     mask = mask_from_luma(Image.alpha_composite(black, image.convert("RGBA")))
     return mask if 255 in mask.marks else mask_from_alpha(image)
@@ -79,6 +81,7 @@ async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
     """
     if request.mask is None:
         return request
+    # Before images that are still to be decoded, as this request needs nothing else any more.
     return await DECODERS.run(FIRST, lambda: fit(request, limits))
 
 
@@ -89,7 +92,7 @@ def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
         request.mask,
         request.references,
     )
-    assert mask is not None, "nothing says what is drawn of it"
+    assert mask is not None, "a request without a mask is not fitted"
     if (image.width, image.height) != size:
         image = counted(fit_image(image, size), limits)
     if (mask.width, mask.height) != size:
