@@ -81,7 +81,8 @@ QUEUE_SHARE = 0.75
 class JobGenerator:
     """Runs jobs through the router; the job service calls it for each attempt.
 
-    It also keeps what was last heard of each running request, for those who poll its job.
+    It also keeps the latest progress, preview and queue position of each running job, for those who
+    poll it.
     """
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
@@ -92,7 +93,7 @@ class JobGenerator:
         self._standings: dict[str, QueuePosition] = {}
 
     async def generate(self, job: Job, request: ImageRequest) -> ImageResult:
-        """Return the job's images. Raise what the router raises."""
+        """Return the job's images, and note its news meanwhile. Raise what the router raises."""
         request = within_budget(request, self.args.limits)
 
         def hear(news: News) -> None:
@@ -114,11 +115,11 @@ class JobGenerator:
             self._standings.pop(request.request_id, None)
 
     def progress_of(self, request_id: str) -> float | None:
-        """Return the share of the steps done, from 0 to 1; None if nothing was heard yet."""
+        """Return the share of the steps done, from 0 to 1; None if it is not known."""
         return self._progress.get(request_id)
 
     def standing_of(self, request_id: str) -> QueuePosition | None:
-        """Return where a request waits for a replica; None if it does not, or is not known to."""
+        """Return where a request waits for a replica; None if it does not, or that is not known."""
         return self._standings.get(request_id)
 
     def preview_of(self, request_id: str) -> GeneratedImage | None:

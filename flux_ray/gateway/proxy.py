@@ -32,8 +32,7 @@ MAX_HEADERS, MAX_HEAD_BYTES = 128, 32 * 2**10
 TOO_LARGE = f"at most {MAX_HEADERS} headers, of {MAX_HEAD_BYTES} bytes in all, are read"
 # Of two lengths, a server in front may believe the other one and see another request (smuggling).
 TWO_LENGTHS = "a body has a content-length or a transfer-encoding, not both"
-# Serve reads these headers as instructions, with `-` or `_` in their names; callers may not give
-# any.
+# Serve obeys these headers, with `-` or `_` in their names; callers have no say in that.
 NOT_CALLERS = (b"serve-multiplexed-model-id", b"x-request-disconnect-disabled")
 
 

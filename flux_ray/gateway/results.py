@@ -103,8 +103,9 @@ class KeptImages:
 class OwnResultsFirst(Fetcher):
     """A Fetcher that reads this server's own results from their store.
 
-    Only the result's name is signed, so a URL is recognised whatever host clients reach this server
-    by (localhost, a private `public_url`, a load balancer); nobody else can make one.
+    The signature covers a result's name and expiry, not the host. So a URL is recognised whatever
+    host clients reach this server by (localhost, a private `public_url`, a load balancer), and
+    nobody else can make one.
     """
 
     def __init__(self, fetcher: Fetcher, desk: JobService, public_url: str) -> None:
@@ -138,8 +139,7 @@ class OwnResultsFirst(Fetcher):
     async def _result_of(self, url: str) -> str | None:
         """Return the result's name if this server signed the URL and it is still valid."""
         if len(url) > MAX_URL_CHARS:
-            # Python caches the last 128 URLs that it split, each of which could be as long as a
-            # body.
+            # Python caches the last 128 URLs that it split; each could be as long as a body.
             return None
         try:
             parts = urlsplit(url)

@@ -52,8 +52,8 @@ BROKEN = (
 # way to upright RGB. WebP is also decoded in one piece before that, and transparent images are
 # composed. With PROFILE_BYTES they add up to MAX_WORK_BYTES in config/gateway.py.
 WORK_BYTES, WEBP_BYTES, TRANSPARENT_BYTES = 18, 8, 12
-# Lossless WebP: its Huffman codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or more. They
-# take only 4 bytes each of the file, so its size says nothing of them.
+# Lossless WebP: its Huffman codes, up to 65,536 sets of 5.5 kB, each for 16 pixels or more. A set
+# may take only 4 bytes of the file, so the file's size says nothing about them.
 CODES_BYTES, MAX_CODED_PIXELS, LOSSLESS_MARKS = 344, 16 * 65_536, (b"VP8L", b"ALPH")
 # For images with a colour profile: the colours in sRGB, and transparency beside them.
 PROFILE_BYTES = 8
