@@ -1,1 +1,1 @@
-"""BFL's routes: a job for each request, and what is told of it until it is ready."""
+"""The routes of BFL's API: each request becomes a job, which its client polls until it is ready."""

@@ -1,6 +1,6 @@
-"""From a job to BFL's answers: what was accepted, and what became of it.
+"""The answers of BFL's API: their pydantic models, made from jobs, and the body of a webhook.
 
-What BFL's API posts to a job's webhook: how it ended, for whoever need not ask then.
+The models are the schemas of `/openapi.json`; their docstrings are the descriptions in it.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from flux_ray.jobs.job import Job
 from flux_ray.jobs.job import Status as JobStatus
 
 Status = Literal["Pending", "Ready", "Request Moderated", "Error", "Task not found"]
-# Some clients take any other word for a schema error.
+# BFL's words and no others: some clients take any other for a schema error.
 STATUSES: dict[JobStatus, Status] = {
     "arriving": "Pending",
     "pending": "Pending",
@@ -25,7 +25,11 @@ STATUSES: dict[JobStatus, Status] = {
 
 
 class AsyncResponse(BaseModel):
-    """A job. `cost` is in GPU seconds, by the price; megapixels are those read and drawn."""
+    """A job that was accepted.
+
+    `cost` is its price in GPU seconds. `input_mp` and `output_mp` are the megapixels of the
+    references and of the image.
+    """
 
     id: str
     polling_url: str
@@ -38,7 +42,7 @@ class AsyncResponse(BaseModel):
 
 
 class Sample(BaseModel):
-    """The image of a job that is ready: `sample` is where, until that expires."""
+    """The image of a job that is ready; the URL in `sample` works until the job expires."""
 
     sample: str
     prompt: str
@@ -49,16 +53,16 @@ class Sample(BaseModel):
 
 
 class PreviewSample(BaseModel):
-    """What a job will look like: `sample` is where, until the job ends."""
+    """A preview of a running job; the URL in `sample` works until the job ends."""
 
     sample: str
 
 
 class ResultResponse(BaseModel):
-    """What is known of a job; `progress` goes from 0 to 1.
+    """The state of a job; `progress` goes from 0 to 1.
 
-    Of one that waits, `details` has its `position`, 0 being next, and where it is known
-    `expected_s`, the seconds until it is done; of one with a webhook what became of that.
+    While the job waits, `details` has its `position`, 0 being next, and `expected_s`, the seconds
+    until it is done, if known. If it has a webhook, `details` says whether that was delivered.
     """
 
     id: str
@@ -70,7 +74,7 @@ class ResultResponse(BaseModel):
 
 
 class ListedJob(ResultResponse):
-    """A job in a list; `state` says more than BFL's `status` does."""
+    """A job in a list; `state` tells apart what BFL's `status` does not."""
 
     state: JobStatus
     created_at: float
@@ -78,26 +82,26 @@ class ListedJob(ResultResponse):
 
 
 class JobList(BaseModel):
-    """A page of a key's jobs, newest first; `before` is for the next page, None on the last."""
+    """A page of a key's jobs, newest first; pass `before` for the next page, None on the last."""
 
     jobs: list[ListedJob]
     before: str | None
 
 
 class Credits(BaseModel):
-    """GPU seconds that are left to the key today; very many where its class has no limit."""
+    """The GPU seconds that the key has left today; a very large number if it has no limit."""
 
     credits: float
 
 
 class Finetunes(BaseModel):
-    """There are none here."""
+    """The list of finetunes, which is always empty here."""
 
     finetunes: list[str]
 
 
 def accepted(job: Job, polling_url: str, webhook_url: str | None) -> AsyncResponse:
-    """The answer to who hands a job in."""
+    """Return the answer to the request that submitted the job."""
     return AsyncResponse(
         id=job.job_id,
         polling_url=polling_url,
@@ -111,9 +115,10 @@ def accepted(job: Job, polling_url: str, webhook_url: str | None) -> AsyncRespon
 def result_of(
     job: Job, sample_url: str | None, preview_url: str | None, num_before: int | None = None
 ) -> ResultResponse:
-    """The answer to who asks for it; `sample_url` where it is ready, and before `preview_url`.
+    """Return the answer to a poll for the job.
 
-    `num_before`: so many jobs are taken up before it, if it waits for that.
+    `sample_url` is given if the job is ready, `preview_url` if it runs and has a preview.
+    `num_before` is how many jobs are claimed before it, or None unless it is pending.
     """
     return ResultResponse(
         id=job.job_id,
@@ -126,7 +131,7 @@ def result_of(
 
 
 def listed(job: Job, sample_url: str | None, preview_url: str | None) -> ListedJob:
-    """Return a job as it stands in a list."""
+    """Return the job as an entry of a list."""
     result = result_of(job, sample_url, preview_url)
     return ListedJob(
         **dict(result), state=job.status, created_at=job.created_at_s, metadata=job.metadata
@@ -134,7 +139,7 @@ def listed(job: Job, sample_url: str | None, preview_url: str | None) -> ListedJ
 
 
 def standing_of(job: Job, num_before: int | None) -> dict[str, Any]:
-    """Say where a job waits: for a worker to take it up, or in the queue of its tier."""
+    """Return the details of a job that waits, to be claimed or in the queue of its tier."""
     if job.status == "running" and job.standing is not None:
         return {"position": job.standing.position, "expected_s": job.standing.expected_s}
     if num_before is None:
@@ -143,14 +148,14 @@ def standing_of(job: Job, num_before: int | None) -> dict[str, Any]:
 
 
 def webhook_of(job: Job) -> dict[str, Any]:
-    """Say whether its webhook has taken the end, and how often it did not."""
+    """Return the details of the job's webhook: its state, and how many tries failed."""
     if job.webhook_state is None:
         return {}
     return {"webhook": {"status": job.webhook_state, "num_failed": job.webhook_num_failed}}
 
 
 def sample_of(job: Job, url: str) -> Sample:
-    """Of a job that is ready."""
+    """Return the image of a job that is ready, at that URL."""
     began, ended = job.started_at_s or job.created_at_s, job.finished_at_s or job.created_at_s
     return Sample(
         sample=url,
@@ -163,7 +168,7 @@ def sample_of(job: Job, url: str) -> Sample:
 
 
 def details_of(job: Job) -> dict[str, Any]:
-    """The tier, what was not heeded, the caller's own words, and why there is no image."""
+    """Return the details: the tier, warnings, the caller's metadata, and the error, if any."""
     generated = () if job.result is None else job.result.warnings
     details: dict[str, Any] = {
         "served_model": job.tier,
@@ -179,12 +184,12 @@ def details_of(job: Job) -> dict[str, Any]:
 
 
 def message_for(job: Job, sample_url: str | None) -> bytes:
-    """The JSON body. `sample_url`: where the image is, of a job that is ready."""
+    """Return the JSON body for the job's webhook; `sample_url` is given if the job is ready."""
     details = details_of(job)
     message: dict[str, Any] = {"id": job.job_id, "status": STATUSES[job.status]}
     if sample_url is not None:
         message["result"] = sample_of(job, sample_url).model_dump()
     elif (error := details.get("error")) is not None:
         message |= {"error": error["code"], "message": error["message"]}
-    # Of the end, not of the posting: a repeat says the same.
+    # The time of the job's end, not of posting: a repeat has the same body.
     return to_json(message | {"details": details, "timestamp": job.finished_at_s})

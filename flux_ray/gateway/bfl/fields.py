@@ -1,4 +1,4 @@
-"""The fields of BFL's routes: one model for all of them, as clients mix those of several."""
+"""The fields of BFL's routes, in one model for all of them: clients mix those of several routes."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -26,13 +26,13 @@ from flux_ray.gateway.openai.fields import (
     with_texts,
 )
 
-# Names that are ours on OpenAI's routes, and BFL's for the same.
+# Our names on OpenAI's routes, and BFL's for the same fields.
 RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 MIN_SIDE = 64
-# Of the documentation: 4 MP in all.
+# BFL's documented limit, 4 MP.
 MAX_PIXELS = 4 * 1024 * 1024
 IMAGE = "base64, with or without a data prefix, or a URL"
-# What these ask for is what is done.
+# Fields without effect and their values that need no warning: they ask for what is done anyway.
 IDLE: dict[str, tuple[Any, ...]] = {
     "prompt_upsampling": (False,),
     "raw": (False,),
@@ -41,20 +41,20 @@ IDLE: dict[str, tuple[Any, ...]] = {
 }
 NO_EFFECT_HERE = NO_EFFECT | IDLE.keys() | {"grounding", "finetune_strength", "negative_prompt"}
 
-# As OpenAI has them.
+# OpenAI's limits for metadata; BFL has none of its own.
 MetadataName = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataText = Annotated[str, Field(max_length=512)]
 
 
 class BflFields(BaseModel):
-    """What a client may send; unknown fields are named in the answer."""
+    """The fields that a client may send; unknown ones are named in a warning of the answer."""
 
     model_config = ConfigDict(extra="allow", frozen=True, title="BflFields")
 
     prompt: str = Field("", description="may be empty where `image` is filled")
     image: Any = Field(None, description=f"to fill: {IMAGE}")
     seed: Whole | None = Field(
-        None, ge=0, le=MAX_SEED, description="drawn and returned if absent or -1"
+        None, ge=0, le=MAX_SEED, description="chosen at random and returned if absent or -1"
     )
     width: Whole | None = Field(None, ge=0, le=16_384, description="0 is as none")
     height: Whole | None = Field(None, ge=0, le=16_384, description="0 is as none")
@@ -78,17 +78,17 @@ class BflFields(BaseModel):
     _names: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def named(self, field: str) -> str:
-        """Return what the caller calls a field."""
+        """Return the name by which the caller sent a field."""
         return self._names.get(field, field)
 
     @property
     def others(self) -> dict[str, Any]:
-        """The fields that have no type here: references, masks, and what is not served."""
+        """Return the fields that are not declared here: references, masks, and unserved ones."""
         return self.model_extra or {}
 
     @property
     def unknown(self) -> list[str]:
-        """The fields that nobody here has heard of."""
+        """Return the sent names that no API in `gateway/fields/foreign.py` has."""
         known = NO_EFFECT_HERE | SILENT | REFUSED.keys()
         return sorted(
             self.named(name)
@@ -98,7 +98,7 @@ class BflFields(BaseModel):
 
     @property
     def asked_in_vain(self) -> list[str]:
-        """The fields that change nothing here, of those that were sent."""
+        """Return the sent fields that have no effect and ask for something else than is done."""
         sent = self.model_dump(exclude_unset=True)
         return [
             self.named(name)
@@ -110,7 +110,7 @@ class BflFields(BaseModel):
 
 
 def parse_body(body: bytes) -> BflFields:
-    """The checked fields of a JSON body."""
+    """Read and check the fields of a JSON body. Raises BadRequest."""
     values, names = heed(parse_object(body))
     for name, here in RENAMED.items():
         if name in values:
@@ -129,7 +129,7 @@ def parse_body(body: bytes) -> BflFields:
 
 
 def check_one(values: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Take out the number of images, of which a job has one."""
+    """Remove the number of images; raise BadRequest unless it is 1, as a job has one image."""
     number = values.pop("n", None)
     if number is not None and (isinstance(number, bool) or str(number) not in ("1", "1.0")):
         name = names.get("n", "n")
@@ -137,7 +137,7 @@ def check_one(values: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
-    """Read OpenAI's `size` as width and height, unless these are there."""
+    """Replace OpenAI's `size` by width and height, unless those were sent too."""
     if "size" not in values:
         return
     name = names.get("size", "size")
@@ -148,12 +148,12 @@ def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
 
 
 def fields_schema() -> dict[str, Any]:
-    """Describe the fields for OpenAPI."""
+    """Return the JSON schema of the fields, for OpenAPI."""
     schema = BflFields.model_json_schema()
     schema["properties"] = with_texts(schema["properties"])
     images = ("input_image", *(f"input_image_{number}" for number in range(2, 9)), "images", "mask")
     schema["properties"] |= {name: {"description": f"{IMAGE}; or a list"} for name in images}
     schema["properties"]["mask"] = {
-        "description": "of the first image, white where it is drawn; or `image` has an alpha"
+        "description": "of the first image, white where it is generated; or `image` has an alpha"
     }
     return schema

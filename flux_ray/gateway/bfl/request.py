@@ -1,6 +1,7 @@
-"""From BFL's fields to our request, by way of OpenAI's, whose checks then hold here too.
+"""Make an `ImageRequest` of BFL's fields and images.
 
-The images of BFL's routes: references in order, or one to fill where its mask says.
+It goes by way of OpenAI's fields, so that their checks and warnings hold here too. What differs is
+the size, whose rules are BFL's, and the image to fill, whose alpha channel may be its mask.
 """
 
 from dataclasses import replace
@@ -34,7 +35,10 @@ from flux_ray.request import ImageFormat, ImageRequest
 async def images_of(
     sent: BflFields, target: ResolvedModel, limits: Limits, fetcher: Fetcher
 ) -> RequestImages:
-    """All of them, decoded. As BFL has it, the alpha channel of `image` may be its mask."""
+    """Read and decode the images of a request. Raises BadReference, BadRequest.
+
+    If `image` is sent without a mask, its alpha channel is the mask, as in BFL's API.
+    """
     to_fill = {} if sent.image is None else {"image": sent.image}
     taken = sources_in_json(to_fill | sent.others, target)
     if sent.image is None or taken.mask is not None or not taken.references:
@@ -42,7 +46,8 @@ async def images_of(
     return await read_with_alpha(taken, target, limits, fetcher, decode_with_alpha)
 
 
-# Who asks for the result sees them come; an image of few steps is there before a preview is.
+# Every job gets previews, for clients that poll it; but with few steps the image itself is there as
+# soon as a preview would be.
 NUM_PREVIEWS = 3
 MIN_PREVIEWED_STEPS = 8
 
@@ -50,7 +55,7 @@ MIN_PREVIEWED_STEPS = 8
 def job_request_for(
     sent: BflFields, name: str, tier: Tier, limits: Limits, images: RequestImages
 ) -> ImageRequest:
-    """The complete request; `name` is the route's, on which the format depends."""
+    """Return the complete request; the default format depends on `name`, the route's model."""
     fields = openai_fields(sent, name, tier, images.references)
     request = request_for(fields, tier, limits, images.references, images.mask)
     is_long = request.num_steps >= MIN_PREVIEWED_STEPS
@@ -60,15 +65,15 @@ def job_request_for(
 def openai_fields(
     sent: BflFields, name: str, tier: Tier, references: tuple[SentImage, ...]
 ) -> ImageFields:
-    """The same wish in the words of OpenAI's routes."""
+    """Return the fields as OpenAI's routes have them, with the size already chosen."""
     width, height = size_for(sent, tier, references)
     wish: dict[str, Any] = {
         "prompt": sent.prompt,
         "seed": sent.seed,
         "width": width,
         "height": height,
-        # Clients send the number of the model whose name they know: of a distilled tier seven times
-        # what it takes.
+        # Clients send a number of steps for the BFL model that they know, such as 28. A distilled
+        # tier would then take seven times as long, for no better image.
         "num_inference_steps": sent.steps if tier.is_guided else None,
         "guidance_scale": sent.guidance,
         "output_format": sent.output_format or default_format(name),
@@ -79,14 +84,15 @@ def openai_fields(
 
 
 def default_format(name: str) -> ImageFormat:
-    """JPEG, but for Kontext."""
+    """Return BFL's default format of a model: PNG for Kontext, JPEG for all others."""
     return "png" if "kontext" in name else "jpeg"
 
 
 def size_for(sent: BflFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
-    """The pixels that were sent, else the ratio, else the first reference's, else the default.
+    """Return width and height: from the pixels sent, the ratio, the first reference, or the tier.
 
-    What BFL's own API takes is drawn as large as the tier can; clients always send some sizes.
+    Sizes that BFL's API takes but the tier cannot do are fitted to the tier instead of refused, as
+    some clients always send one. Raises BadRequest.
     """
     width, height = pixels_for(sent, tier, references)
     if (sent.width or sent.height) and width * height > MAX_PIXELS:
@@ -100,7 +106,10 @@ def size_for(sent: BflFields, tier: Tier, references: tuple[SentImage, ...]) -> 
 def pixels_for(
     sent: BflFields, tier: Tier, references: tuple[SentImage, ...]
 ) -> tuple[float, float]:
-    """Before they are fitted to the tier; of one side alone, in the ratio of the default."""
+    """Return the size before it is fitted to the tier.
+
+    If one side alone was sent, the other follows from the ratio of the default size.
+    """
     default: tuple[float, float] = tier.default_side, tier.default_side
     if references:
         default = size_like(references[0], tier)
@@ -118,7 +127,7 @@ def pixels_for(
 
 
 def shape_for(sent: BflFields, tier: Tier, default: tuple[float, float]) -> tuple[float, float]:
-    """Return the size of the ratio and the resolution that were sent, or what there is for none."""
+    """Return the size of the ratio and resolution that were sent, or `default` without either."""
     if sent.aspect_ratio is None and sent.resolution is None:
         return default
     ratio = default[0] / default[1]
@@ -136,7 +145,7 @@ def job_warnings_for(
     tier: Tier,
     references: tuple[SentImage, ...] = (),
 ) -> tuple[str, ...]:
-    """What the caller sent and does not get."""
+    """Return a warning for each thing that the caller sent and does not get."""
     warnings = warnings_for(openai_fields(sent, name, tier, references), tier)
     if sent.steps is not None and not tier.is_guided:
         warnings.append(f"{sent.named('steps')} has no effect on {tier.name}")

@@ -1,6 +1,7 @@
-"""BFL's routes: a job for each `POST /v1/<model>`, which is asked for until it is ready.
+"""The routes of BFL's API: `POST /v1/<model>` submits a job, `/v1/get_result` polls it.
 
-The desk of a gateway: its jobs are drawn by the router, and told of in BFL's words.
+`/v1/jobs`, which lists a key's jobs, and `/v1/cancel` are ours. `desk_for` makes the job service of
+a gateway, which posts webhooks as BFL does.
 """
 
 import asyncio
@@ -43,13 +44,16 @@ from flux_ray.router.router import Router
 
 
 def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> JobService | None:
-    """None where there are no jobs. `poster`: else one that posts as `args.webhooks` say."""
+    """Return the job service of a gateway, or None if `args` have no jobs.
+
+    `poster` takes the place of the one that `args.webhooks` describe, in tests.
+    """
     if args.jobs is None or args.public_url is None:
         return None
     public_url = args.public_url
 
     async def message_of(job: Job) -> bytes:
-        # A new URL each time: the first one may have expired.
+        # Signed anew for each try: the URL of the first one may have expired.
         return message_for(job, sample_url_of(job, await urls_for(desk, public_url)))
 
     poster = poster or Poster(args.webhooks)
@@ -68,18 +72,18 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
 
 RESULT = "/v1/get_result"
-# Ours: BFL has no such routes.
+# These two are ours: BFL has no such routes.
 CANCEL = "/v1/cancel"
 JOBS = "/v1/jobs"
 CREDITS = "/v1/credits"
 FINETUNES = "/v1/my_finetunes"
 PATHS = ("/v1/{}", f"{COMFY}{{}}{GENERATE}")
-# To who has no limit: BFL's clients expect a number.
+# The credits of a key without a limit: BFL's clients expect a number.
 UNLIMITED_CREDITS = 1e9
 
 
 class Bfl:
-    """The routes. `public_url` is where clients find them."""
+    """The endpoints of BFL's API at one gateway; polling URLs begin with `public_url`."""
 
     def __init__(
         self, router: Router, args: GatewayArgs, desk: JobService, public_url: str, fetcher: Fetcher
@@ -91,16 +95,16 @@ class Bfl:
         self.limits = args.limits
         self.webhooks = args.webhooks
         self.public_url = public_url.rstrip("/")
-        # By the path, unquoted, at which jobs of it are handed in; every name may be one.
+        # Model names by the unquoted path at which their jobs are submitted.
         self.names = {path.format(n): n for n in names_of(args) for path in PATHS}
 
     @property
     def paths(self) -> frozenset[str]:
-        """All of its routes: their errors have BFL's shape."""
+        """Return the paths of all routes, on which errors have BFL's shape."""
         return frozenset({RESULT, CANCEL, JOBS, CREDITS, FINETUNES, *self.names})
 
     def routes(self) -> APIRouter:
-        """A route for each tier and alias, with a description of its own."""
+        """Return a router with a route for each tier and alias, and those that all share."""
         routes = APIRouter(tags=["bfl"], responses={"default": {"model": BflFailure}})
         content = {JSON: {"schema": fields_schema()}}
         extra = {
@@ -129,16 +133,16 @@ class Bfl:
         return routes
 
     def route_for(self, name: str) -> Callable[[Request], Awaitable[AsyncResponse]]:
-        """The endpoint of one model."""
+        """Return the endpoint that submits jobs to one model."""
 
         async def submit(request: Request) -> AsyncResponse:
-            """A job; its image is there when `polling_url` says Ready."""
+            """Submit a job; its image is there when `polling_url` says Ready."""
             return await self.submit(request, name)
 
         return submit
 
     async def submit(self, http: Request, name: str) -> AsyncResponse:
-        """From the body to a job that is kept."""
+        """Read the body and accept a job, or find the one with the same idempotency key."""
         content_type_of(http, JSON)
         body = await http.body()
         sent = parse_body(body)
@@ -147,7 +151,7 @@ class Bfl:
         job = await self.jobs.known(http, named)
         if job is None:
             job = await self.hand_in(http, sent, name, named, webhook)
-        # ComfyUI's nodes say who they are only where the URL is relative to their own base.
+        # ComfyUI's nodes send their key only to URLs that are relative to their own base.
         base = "" if path_of(http.scope).startswith(COMFY) else self.public_url
         return accepted(job, f"{base}{RESULT}?id={job.job_id}", sent.webhook_url)
 
@@ -159,7 +163,7 @@ class Bfl:
         named: Idempotency | None,
         webhook: Webhook | None,
     ) -> Job:
-        """A new job, of which nobody has heard."""
+        """Read the images, choose the tier, and accept a new job."""
         target = self.orders.target_of(http, name)
         images = await images_of(sent, target, self.limits, self.fetcher)
         order = await self.orders.take(
@@ -183,21 +187,21 @@ class Bfl:
         return await self.jobs.accept(http, order, request, memo, named, webhook, metadata)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
-        """What became of a job; other people's are as if they were not there."""
+        """Return the state of a job of this key; jobs of other keys are not found."""
         return await self.answer_for(await self.jobs.find(request, id), id)
 
     async def cancel(self, request: Request, id: str = Query(max_length=200)) -> Response:
-        """End a job that has not ended; what became of it."""
+        """Cancel a job unless it has ended, and return its state."""
         await self.jobs.cancel(request, id)
         return await self.get_result(request, id)
 
     async def answer_for(self, job: Job | None, job_id: str) -> Response:
-        """Not known is a whole body, too: some clients read it."""
+        """Return the answer to a poll; a 404 has a full body too, as some clients read it."""
         if job is None:
             body, status = ResultResponse(id=job_id, status="Task not found"), 404
         else:
             urls = await urls_for(self.desk, self.public_url)
-            # Only of those that wait: it is one more query.
+            # One more query, and so only for jobs that wait.
             num_before = None
             if job.status == "pending":
                 num_before = await self.desk.position_of(job.job_id)
@@ -212,7 +216,7 @@ class Bfl:
         before: str | None = Query(None, max_length=200, description="of the page before"),
         status: State | None = None,
     ) -> JobList:
-        """The key's jobs, newest first, those in one state only; others' are not among them."""
+        """List the jobs of this key, newest first, all or those in one state."""
         after = None
         if before is not None:
             last = await self.jobs.find(request, before)
@@ -225,10 +229,10 @@ class Bfl:
         return JobList(jobs=jobs, before=found[-1].job_id if len(found) == limit else None)
 
     async def credits(self, request: Request) -> Credits:
-        """What the key may still use today."""
+        """Return the GPU seconds that the key may still use today."""
         left = await self.orders.credits(request)
         return Credits(credits=UNLIMITED_CREDITS if left is None else left)
 
     async def my_finetunes(self) -> Finetunes:
-        """None: adapters are the operator's here."""
+        """Return an empty list: only the operator can add adapters here."""
         return Finetunes(finetunes=[])
