@@ -1,4 +1,4 @@
-"""OpenAI's image routes.
+"""OpenAI's image routes: their fields, the request made of them, and the answer, streamed or whole.
 
-Their fields, the request made of them, and the answer, streamed or whole.
+BFL's and Hugging Face's routes use the same fields and checks.
 """

@@ -1,6 +1,7 @@
-"""The fields of OpenAI's image routes, and what other servers of that dialect add to them.
+"""The fields of OpenAI's image routes, with those that other servers of that API add to them.
 
-What a caller sent and did not get: said in the answer, never silently dropped.
+`ImageFields` checks types and limits. A field that is sent and has no effect is never dropped in
+silence: `warnings_of` names it in the answer.
 """
 
 from collections.abc import Mapping
@@ -31,19 +32,19 @@ from flux_ray.gateway.fields.sent import heed, parse_object
 from flux_ray.gateway.fields.sizes import side_of
 from flux_ray.request import Finished, ImageResult, Preview
 
-# As torch has it, and clients that draw one.
+# The largest seed of torch, and of clients that choose one at random.
 MAX_SEED = 2**64 - 1
 AS_TEXT: dict[str, Any] = {"type": "string", "description": "the same as text"}
 
 
 def no_truth(value: Any) -> Any:
-    """Refuse true and false, which Python takes for 1 and 0."""
+    """Return the value; raise for true and false, which Python takes for 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "Input should be a valid integer or number")
     return value
 
 
-# Of JSON and of forms alike: 7, 7.0, `7`; and 3.5, `3.5`.
+# Numbers of JSON and of forms alike: 7, 7.0 or `7`, and 3.5 or `3.5`.
 Whole = Annotated[int, BeforeValidator(no_truth)]
 Number = Annotated[float, BeforeValidator(no_truth), Field(allow_inf_nan=False)]
 Steps = Annotated[Whole, Field(ge=1)]
@@ -52,7 +53,7 @@ Format = Literal["png", "jpeg", "webp"]
 
 
 class ImageFields(BaseModel):
-    """What a client may send besides images; unknown fields are named in the answer."""
+    """The fields that a client may send besides images; unknown ones are named in a warning."""
 
     model_config = ConfigDict(extra="allow", frozen=True, title="ImageFields")
 
@@ -65,7 +66,7 @@ class ImageFields(BaseModel):
     aspect_ratio: str | None = Field(None, description="W:H, where no pixels are sent")
     resolution: str | None = Field(None, description="`1k`, `2k` or megapixels, like `1 MP`")
     seed: Whole | None = Field(
-        None, ge=0, le=MAX_SEED, description="drawn and returned if absent or -1"
+        None, ge=0, le=MAX_SEED, description="chosen at random and returned if absent or -1"
     )
     num_inference_steps: Steps | None = Field(None, description="or `steps`, or `step`")
     guidance_scale: Guidance | None = Field(None, description="or `guidance`, or `cfg_scale`")
@@ -84,7 +85,7 @@ class ImageFields(BaseModel):
         None, description="server-sent events; previews where the model is a cascade"
     )
     partial_images: Whole | None = Field(
-        None, ge=0, le=3, description="with `stream`: previews of each image while it is drawn"
+        None, ge=0, le=3, description="with `stream`: previews of each image while it is generated"
     )
     quality: str | None = Field(
         None,
@@ -95,9 +96,10 @@ class ImageFields(BaseModel):
 
     @classmethod
     def read(cls, sent: Mapping[str, Any], *, has_images: bool = False) -> "ImageFields":
-        """Check what a client sent, by whatever names. BadRequest says what is wrong, by its own.
+        """Read and check the fields that a client sent, under any name that other servers use.
 
-        `has_images`: beside these fields.
+        `has_images` says that images came beside these fields, as in a form. Raises BadRequest,
+        which names fields as the client does.
         """
         values, names = heed(sent)
         fields = cls.of(values, names)
@@ -106,7 +108,10 @@ class ImageFields(BaseModel):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], names: Mapping[str, str]) -> "ImageFields":
-        """Check the types and limits of values by our names; `names` are the caller's."""
+        """Check types and limits of values under our names; `names` maps them to the client's.
+
+        Raises BadRequest.
+        """
         try:
             fields = cls.model_validate(dict(values))
         except ValidationError as error:
@@ -115,23 +120,23 @@ class ImageFields(BaseModel):
         return fields
 
     def named(self, field: str) -> str:
-        """Return what the caller calls a field."""
+        """Return the name by which the caller sent a field."""
         return self._names.get(field, field)
 
 
 def parse_json(body: bytes) -> ImageFields:
-    """The fields of a JSON body."""
+    """Read and check the fields of a JSON body. Raises BadRequest."""
     return ImageFields.read(parse_object(body))
 
 
 def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) -> BadRequest:
-    """The first thing that is wrong, in words for the caller, by the names that it used."""
+    """Return the first error in words for the caller, with the field names that it used."""
     first = error.errors(include_url=False, include_input=False)[0]
     path = [each for each in first["loc"] if isinstance(each, str)]
     if not path:
         return BadRequest("the body must be a JSON object")
     path[0] = (names or {}).get(path[0], path[0])
-    # The names in metadata are the caller's own.
+    # Keys within metadata are the caller's own: the field that is wrong is metadata.
     where, field = ".".join(path), path[0 if path[0] == "metadata" else -1]
     if first["type"] == "missing":
         return BadRequest(f"{where} is required", field)
@@ -139,7 +144,7 @@ def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) 
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         reason = "input should be an object"
     if first["type"] == "less_than_equal":
-        # Its own words round large numbers.
+        # Pydantic's message rounds large limits, such as that of seeds.
         reason = f"input should be less than or equal to {first['ctx']['le']}"
     if path[-1] == "seed" and first["type"] == "greater_than_equal":
         reason += "; leave it out, or send -1, for any"
@@ -147,7 +152,7 @@ def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) 
 
 
 def check_supported(fields: ImageFields, *, has_images: bool = False) -> None:
-    """Raises for what would change the answer and is not there yet."""
+    """Raise BadRequest for fields that would change the image and are not supported."""
     if not fields.prompt.strip():
         raise BadRequest("prompt is empty", fields.named("prompt"))
     if fields.background == "transparent":
@@ -156,7 +161,7 @@ def check_supported(fields: ImageFields, *, has_images: bool = False) -> None:
 
 
 def fields_schema() -> dict[str, Any]:
-    """Describe the fields for OpenAPI as they are taken: of numbers and words, text is too."""
+    """Return the JSON schema of the fields, for OpenAPI, with the most usual other names."""
     schema = ImageFields.model_json_schema()
     schema["properties"] = with_texts(schema["properties"])
     for name, ours in (
@@ -170,9 +175,10 @@ def fields_schema() -> dict[str, Any]:
 
 
 def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
-    """Add to each that may be null that it may be text: forms have nothing else, and empty is none.
+    """Return the properties of a schema, with what is also read for each optional field.
 
-    A seed may be -1, a size an object with both sides, and true and false 1 and 0.
+    Every optional field may be text, as forms have nothing else, and empty text is none. A seed may
+    be -1, and a boolean 1 or 0.
     """
     widened = {}
     for name, each in properties.items():
@@ -191,13 +197,13 @@ MAX_NAMED_FIELDS = 20
 
 
 def warnings_of(fields: ImageFields, generated: ImageResult | Preview | Finished) -> list[str]:
-    """All that is to be said: of the fields first, then what its replica had to say."""
+    """Return all warnings of an answer: those about the fields, then those of the replica."""
     said = generated.warnings if isinstance(generated, ImageResult) else ()
     return [*warnings_for(fields, tier_for(generated.tier)), *said]
 
 
 def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
-    """What this tier does not heed, by the names that the caller used."""
+    """Return a warning for each field without effect on this tier, by the caller's names."""
     extra = fields.model_extra or {}
     idle = [name for name in sorted(extra.keys() & NO_EFFECT) if not is_nothing(extra[name])]
     names = [fields.named(name) for name in [*unheeded(fields, tier), *idle]]
@@ -211,7 +217,7 @@ def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
 
 
 def is_too_fine(fields: ImageFields, tier: Tier) -> bool:
-    """Whether a resolution counts, and has more pixels than this tier draws."""
+    """Return whether `resolution` decides the size and has more pixels than the tier can do."""
     if fields.resolution is None or tier.scales_sizes:
         return False
     if fields.size is not None or fields.width is not None:
@@ -220,7 +226,7 @@ def is_too_fine(fields: ImageFields, tier: Tier) -> bool:
 
 
 def unknown_warnings(fields: ImageFields) -> list[str]:
-    """Name the fields that nobody here has heard of."""
+    """Return warnings for names that no API in `gateway/fields/foreign.py` has."""
     known = NO_EFFECT | SILENT | REFUSED.keys()
     unknown = sorted(
         fields.named(name)
@@ -231,7 +237,7 @@ def unknown_warnings(fields: ImageFields) -> list[str]:
 
 
 def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
-    """Fields that count on other tiers, or with other values of other fields."""
+    """Return the sent fields that have no effect on this tier or beside the other fields."""
     names = []
     if fields.guidance_scale is not None and not tier.is_guided:
         names.append("guidance_scale")

@@ -1,6 +1,7 @@
-"""The fields in which clients of OpenAI's routes, and of its kin, send images and masks.
+"""The images and masks in a request's body, JSON or multipart form, and the reading of forms.
 
-The multipart body of an edit: how it is read, whether it is whole, and its text parts.
+`sources_in_json` and `sources_in_form` find them under all names that clients use, and count them
+before any is decoded. `open_form` reads a form, and refuses one that was cut off.
 """
 
 import io
@@ -24,7 +25,7 @@ from flux_ray.gateway.fields.foreign import (
 from flux_ray.gateway.images.sources import ImageSource, ImageSources
 from flux_ray.gateway.model_names import ResolvedModel
 
-# What OpenAPI shows of the names that gateway/fields/foreign.py knows.
+# Of the names that gateway/fields/foreign.py knows, those that OpenAPI shows.
 REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")
 MASK_NAMES = ("mask", "mask_image")
 # How an image may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
@@ -33,7 +34,10 @@ MAX_DEPTH = 4
 
 
 def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSources:
-    """The images of a JSON body, by their numbers, then in its order."""
+    """Return the images of a JSON body, by the numbers in their names, then in its order.
+
+    Raises BadReference, BadRequest.
+    """
 
     def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
         names = sorted(filter(is_wanted, fields), key=number_of)
@@ -43,13 +47,16 @@ def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSo
 
 
 def is_image_or_mask_name(name: str) -> bool:
-    """Whether a form's part of that name is a reference or a mask."""
+    """Return whether a form's part of that name is a reference or a mask."""
     name = plain_name(name)
     return is_image_name(name) or is_mask_name(name)
 
 
 def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
-    """The same, which the fields then have no more: they are kept for longer than the images."""
+    """Return the images of a JSON body as above, and delete them from `fields`.
+
+    The fields live until the answer: the encoded images would take memory all that time.
+    """
     sources = sources_in_json(fields, target)
     for name in [each for each in fields if is_image_name(each) or is_mask_name(each)]:
         del fields[name]
@@ -57,7 +64,10 @@ def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
 
 
 def sources_in_form(form: FormData, target: ResolvedModel) -> ImageSources:
-    """The images of a form, as files or as text, by their numbers, then in its order."""
+    """Return the images of a form, files or text, ordered as those of a JSON body.
+
+    Raises BadReference, BadRequest.
+    """
     parts = [(name, value) for name, value in form.multi_items() if not is_unfilled(value)]
 
     def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
@@ -69,16 +79,16 @@ def sources_in_form(form: FormData, target: ResolvedModel) -> ImageSources:
 
 
 def is_unfilled(value: UploadFile | str) -> bool:
-    """Whether nothing was chosen: browsers then send a file without a name and without bytes."""
+    """Return whether a part is empty, as browsers send it if no file was chosen."""
     if isinstance(value, UploadFile):
         return not value.filename and not value.size
     return not value.strip()
 
 
 def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[ImageSource]:
-    """The texts in a field's value: one, a list of them, or objects with one."""
+    """Yield each text in a field's value: a text, a list of them, or objects with one."""
     if isinstance(value, str):
-        # Some clients send every field that they know.
+        # Some clients send every field that they know, empty if unused.
         if value.strip():
             yield ImageSource(field, value)
         return
@@ -95,7 +105,7 @@ def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[ImageS
 def checked(
     references: Iterator[ImageSource], masks: Iterator[ImageSource], target: ResolvedModel
 ) -> ImageSources:
-    """As many as there may be: of masks one, and none without an image."""
+    """Return the sources; raise unless there is at most one mask, and none without an image."""
     sources = ImageSources(counted(references, target), next(masks, None))
     if sources.mask is not None and next(masks, None) is not None:
         raise BadRequest("there can be one mask only", sources.mask.param)
@@ -105,7 +115,7 @@ def checked(
 
 
 def counted(sources: Iterator[ImageSource], target: ResolvedModel) -> list[ImageSource]:
-    """As many as any of the tiers takes; what is beyond is not looked at."""
+    """Return the sources; raise BadReference if they are more than any of the tiers takes."""
     taken: list[ImageSource] = []
     for source in sources:
         if len(taken) == target.max_references:
@@ -122,15 +132,15 @@ IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8")
 
 
 class WholeFormParser(MultiPartParser):
-    """Reads a form, and knows whether it ended as one does.
+    """A parser of multipart forms that notes in `is_whole` whether the closing delimiter came.
 
-    A part that holds an image's bytes is a file, though it may have no file name.
+    A part with an image's bytes becomes a file even without a file name: some clients send none.
     """
 
     is_whole = False
 
     def on_part_end(self) -> None:
-        """Keep the bytes of an image, which as text would be lost."""
+        """Keep the bytes of an image: decoded as text they would be damaged."""
         part = self._current_part
         if part.file is None and is_image_or_mask_name(part.field_name) and is_binary(part.data):
             file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
@@ -139,25 +149,26 @@ class WholeFormParser(MultiPartParser):
         super().on_part_end()
 
     def close_files(self) -> None:
-        """Close also those that the form does not have, as it ended within them."""
+        """Close all temporary files, also one in the middle of which the body ended."""
         for file in self._files_to_close_on_error:
             file.close()
 
     def on_end(self) -> None:
-        """Note the closing delimiter, which Starlette does not look for."""
+        """Note the closing delimiter, which Starlette does not check."""
         self.is_whole = True
 
 
 def is_binary(data: bytearray) -> bool:
-    """Whether that is a file's bytes rather than base64 or a URL."""
+    """Return whether the data are a file's bytes and not base64 or a URL."""
     return data.startswith(IMAGE_STARTS) or not data[:64].isascii()
 
 
 @asynccontextmanager
 async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]:
-    """The parts of the body; its files are closed in the end.
+    """Read the form in the body, and close its files at the end.
 
-    BadRequest if it cannot be read or is not whole; WrongContentType if it is not in UTF-8.
+    Raises BadRequest if it cannot be read or was cut off, BadReference if it has too many files,
+    and WrongContentType if it is not in UTF-8.
     """
     check_charset(request)
     parser = WholeFormParser(
@@ -165,7 +176,7 @@ async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]
         request.stream(),
         max_files=MAX_FORM_FILES,
         max_fields=MAX_FORM_FIELDS,
-        # Text may be as long as in JSON: a field's own check then names the field.
+        # As long as in JSON: the check of the field itself has the better message.
         max_part_size=limits.max_body_bytes,
     )
     try:
@@ -185,7 +196,10 @@ async def open_form(request: Request, limits: Limits) -> AsyncIterator[FormData]
 
 
 def check_charset(request: Request) -> None:
-    """Raises before a text is decoded with a codec of the client's choice: some take hours."""
+    """Raise WrongContentType unless the charset is UTF-8 or not given.
+
+    Starlette would decode with any codec of the client's choice, and some take hours.
+    """
     _, options = parse_options_header(request.headers.get("content-type"))
     charset = options.get(b"charset")
     if charset is not None and charset.decode("latin-1").strip().lower() not in UTF_8:
@@ -193,7 +207,7 @@ def check_charset(request: Request) -> None:
 
 
 def form_fault(detail: str) -> BadRequest:
-    """Starlette tells its form faults apart by words only."""
+    """Return our error for one of Starlette's, which differ only in their messages."""
     if detail.startswith("Too many files"):
         return BadReference(f"a form may have at most {MAX_FORM_FILES} images", "image")
     if detail.startswith("Too many fields"):
@@ -204,7 +218,7 @@ def form_fault(detail: str) -> BadRequest:
 
 
 def text_parts(form: FormData) -> dict[str, str]:
-    """The parts that are no images and not empty, each name once."""
+    """Return the non-empty text parts by name. Raises BadRequest if a name comes twice."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
         if is_image_or_mask_name(name) or (is_unfilled(value) and name != "prompt"):

@@ -1,4 +1,4 @@
-"""From OpenAI's fields to our request: defaults filled in, everything checked."""
+"""Make an `ImageRequest` of OpenAI's fields: check them and fill in the tier's defaults."""
 
 import secrets
 import uuid
@@ -20,7 +20,7 @@ from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
 from flux_ray.gateway.openai.fields import MAX_SEED, ImageFields
 from flux_ray.request import Encoding, ImageRequest, Mask
 
-# JavaScript reads integers exactly up to 2**53.
+# Random seeds are below this, so that JavaScript clients read them exactly: it can up to 2**53.
 GENERATED_SEEDS = 2**32
 
 
@@ -31,7 +31,7 @@ def request_for(
     references: tuple[SentImage, ...],
     mask: Mask | None = None,
 ) -> ImageRequest:
-    """The complete request; its id is ours, for two clients may send the same one."""
+    """Return the complete request for a tier, under a new id. Raises BadRequest, BadReference."""
     if len(fields.prompt) > limits.max_prompt_chars:
         message = f"prompt is longer than {limits.max_prompt_chars} characters"
         raise BadRequest(message, fields.named("prompt"))
@@ -46,10 +46,10 @@ def request_for(
     asked = size_for(fields, tier, references)
     width, height = generated_size(*asked, tier)
     if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
-        # The image is a reference too, in that size.
+        # The masked image is a reference too, scaled to that size.
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
     return ImageRequest(
-        request_id=uuid.uuid4().hex,
+        request_id=uuid.uuid4().hex,  # Not the client's: two clients may send the same one.
         tier=tier.name,
         prompt=fields.prompt,
         width=width,
@@ -66,7 +66,7 @@ def request_for(
 
 
 def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
-    """Of the first image, on a tier that heeds it."""
+    """Raise BadRequest unless the tier takes masks and the first image has the mask's size."""
     if not tier.takes_mask:
         raise BadRequest(f"{tier.name} takes no masks", "mask")
     if not references:
@@ -77,7 +77,10 @@ def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> Non
 
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
-    """What was asked for, else the first reference's size, else the tier's default."""
+    """Return the width and height asked for, else the first reference's, else the default.
+
+    Raises BadRequest if the fields for it disagree.
+    """
     size, width, height = map(fields.named, ("size", "width", "height"))
     asked = None if fields.size in (None, "auto") else parse_size(fields.size or "", size)
     if fields.width is not None or fields.height is not None:
@@ -103,7 +106,7 @@ def shape_for(
 ) -> tuple[int, int]:
     """Return the size in the ratio that was sent, else the first reference's, else a square.
 
-    Its area is the resolution that was sent, as far as the tier draws it, else the tier's default.
+    Its area is the resolution that was sent, up to the tier's limit, else the tier's default.
     """
     ratio, side = 1.0, float(tier.default_side)
     if references:
@@ -119,7 +122,7 @@ def shape_for(
 
 
 def steps_for(fields: ImageFields, tier: Tier) -> int:
-    """The caller's number of steps, else that of the quality, else the tier's own."""
+    """Return the number of steps: the caller's, else that of `quality`, else the tier's."""
     num_steps = fields.num_inference_steps
     if num_steps is None:
         return tier.steps_at(fields.quality) or tier.num_steps
@@ -130,14 +133,17 @@ def steps_for(fields: ImageFields, tier: Tier) -> int:
 
 
 def guidance_for(fields: ImageFields, tier: Tier) -> float:
-    """The caller's only where it changes the image."""
+    """Return the guidance: the caller's only on a tier where it has an effect."""
     if fields.guidance_scale is None or not tier.is_guided:
         return tier.guidance
     return fields.guidance_scale
 
 
 def seed_for(fields: ImageFields, num_images: int) -> int:
-    """The first image's seed; the last one's must be a seed too."""
+    """Return the first image's seed, random if not sent; the others count up from it.
+
+    Raises BadRequest if the last image's would be too large.
+    """
     if fields.seed is None:
         return secrets.randbelow(GENERATED_SEEDS)
     if fields.seed + num_images - 1 > MAX_SEED:
@@ -146,7 +152,7 @@ def seed_for(fields: ImageFields, num_images: int) -> int:
 
 
 def encoding_for(fields: ImageFields, scaled_to: tuple[int, int] | None) -> Encoding:
-    """PNG unless said."""
+    """Return the file format, PNG by default, and the size to which images are scaled."""
     default = Encoding()
     quality = fields.output_compression
     return Encoding(

@@ -38,9 +38,10 @@ from flux_ray.router.router import Router
 
 JSON = "application/json"
 FORM = "multipart/form-data"
-# Aliases of that name stand for OpenAI's, whose clients read URLs unless they ask otherwise.
+# Aliases of OpenAI's models of that name answer by URL by default, as OpenAI does: their clients
+# expect it.
 URL_MODELS = "dall-e-"
-# Of that name, an image without a mask is edited where it is transparent, as OpenAI has it.
+# Under that name an image without a mask is edited where it is transparent, as OpenAI does.
 ALPHA_MODELS = "dall-e-2"
 EVENTS = {
     "type": "object",
@@ -51,7 +52,10 @@ EVENTS = {
 
 
 class OpenAIImages:
-    """The two routes. `kept`: where answers by URL keep their images; None if nowhere."""
+    """The endpoints of both routes at one gateway.
+
+    `kept` stores the images of answers by URL; None if the gateway keeps no images.
+    """
 
     def __init__(
         self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptImages | None
@@ -62,7 +66,10 @@ class OpenAIImages:
         self.kept = kept
 
     def routes(self) -> APIRouter:
-        """Bodies are read here, not by FastAPI: within limits, and with our own errors."""
+        """Return a router with both routes.
+
+        The endpoints read bodies themselves, not FastAPI: within limits, and with our errors.
+        """
         routes = APIRouter(
             tags=["images"],
             responses={
@@ -79,14 +86,14 @@ class OpenAIImages:
         return routes
 
     async def generations(self, request: Request) -> Response:
-        """Images from words, and from reference images where clients send some here."""
+        """Generate images from a prompt, and from reference images if some are sent."""
         started_s = time.monotonic()
         content_type_of(request, JSON)
         fields, order = await self.read_json(request)
         return await self.generate(request, fields, order, started_s)
 
     async def edits(self, request: Request) -> Response:
-        """Images from words and one or more reference images."""
+        """Generate images from a prompt and one or more reference images."""
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
             fields, order = await self.read_json(request, is_edit=True)
@@ -97,7 +104,7 @@ class OpenAIImages:
     async def read_json(
         self, request: Request, *, is_edit: bool = False
     ) -> tuple[ImageFields, PreparedRequest]:
-        """What a JSON body asks for, and its order; the body itself is not kept."""
+        """Read a JSON body, and prepare its request; free the memory of the body."""
         fields = parse_json(await read_body(request))
         target = self.target_of(request, fields)
         sources = take_sources(fields.model_extra or {}, target)
@@ -106,7 +113,7 @@ class OpenAIImages:
         return fields, order
 
     async def read_form(self, request: Request) -> tuple[ImageFields, PreparedRequest]:
-        """The same of a form."""
+        """Read a multipart form, and prepare its request; free the memory of the body."""
         async with open_form(request, self.limits) as form:
             fields = ImageFields.read(text_parts(form), has_images=True)
             target = self.target_of(request, fields)
@@ -116,7 +123,10 @@ class OpenAIImages:
         return fields, order
 
     def target_of(self, request: Request, fields: ImageFields) -> ResolvedModel:
-        """Of whom it is asked, if this gateway answers in that way."""
+        """Return the tiers that may serve the request.
+
+        Raises BadRequest if it asks for URLs and this gateway keeps no images.
+        """
         if fields.response_format == "url" and self.kept is None:
             message = "this gateway keeps no images to answer by URL: use b64_json"
             raise BadRequest(message, "response_format")
@@ -125,7 +135,7 @@ class OpenAIImages:
     async def read_images(
         self, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> RequestImages:
-        """The images, within this gateway's limits."""
+        """Read and decode the images within this gateway's limits."""
         limits, fetcher = self.limits, self.fetcher
         is_alone = sources.mask is None and bool(sources.references)
         if is_alone and (fields.model or "").startswith(ALPHA_MODELS):
@@ -135,7 +145,7 @@ class OpenAIImages:
     async def order(
         self, http: Request, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> PreparedRequest:
-        """The order, with its images as the tiers take them."""
+        """Read the images, and prepare the request for each tier that can do it."""
         images = await self.read_images(fields, target, sources)
         order = await self.orders.take(
             http,
@@ -148,7 +158,7 @@ class OpenAIImages:
     async def generate(
         self, http: Request, fields: ImageFields, order: PreparedRequest, started_s: float
     ) -> Response:
-        """The way from an order to the answer."""
+        """Generate the images of a prepared request, and answer whole or as a stream."""
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
@@ -167,21 +177,21 @@ class OpenAIImages:
 
 
 def wants_url(fields: ImageFields) -> bool:
-    """Whether the images are to be fetched: also who says nothing, of models that do so then."""
+    """Return whether the client wants URLs: by `response_format`, else by the model's name."""
     if fields.response_format is None:
         return (fields.model or "").startswith(URL_MODELS)
     return fields.response_format == "url"
 
 
 def required(sources: ImageSources) -> ImageSources:
-    """An edit without an image is a mistake."""
+    """Return the sources of an edit. Raises BadReference if there is no image."""
     if not sources.references:
         raise BadReference("image is required", "image")
     return sources
 
 
 def content_type_of(request: Request, *readable: str) -> str:
-    """What the body says that it is, if the route reads that."""
+    """Return the content type of the body. Raises WrongContentType unless it is `readable`."""
     sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent not in readable:
         told = f", which says that it is {sent[:80]}" if sent else ""
@@ -190,11 +200,12 @@ def content_type_of(request: Request, *readable: str) -> str:
 
 
 def body_schema(*content_types: str) -> dict[str, Any]:
-    """What OpenAPI says of a body."""
+    """Return the description of a body for OpenAPI."""
     texts = {"description": "base64, with or without a data prefix, or a URL; or a list of them"}
     mask = {
-        "description": "the part of the first image to draw, as large as that: fully transparent"
-        " pixels, or white ones where none is transparent; the rest stays. `mask_image` is the same"
+        "description": "the part of the first image to generate, as large as that: fully"
+        " transparent pixels, or white ones where none is transparent; the rest stays. `mask_image`"
+        " is the same"
     }
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {}
