@@ -1,1 +1,1 @@
-"""API keys: their classes, the file that holds them, and the watch on that file."""
+"""API keys: their classes, the file that holds them, and how changes of it take effect."""

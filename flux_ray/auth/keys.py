@@ -1,8 +1,8 @@
-"""API keys: their classes, what is kept of them, and whose a secret is.
+"""API keys: what is kept of them, the keys file on disk, and the check of a secret.
 
-The keys file on disk: read whole or not at all, written in one step, and by one at a time.
-
-The keys that are let in now: read again when their file changes, kept when it is broken.
+`flux-ray keys` changes the file with `change_keys`: one process at a time, and never leaving half a
+file. Gateways ask `KeyWatch`, which reads the file again when it changes and keeps the keys that it
+has when the file is broken. Only hashes of secrets are kept.
 """
 
 import asyncio
@@ -27,10 +27,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from flux_ray.catalog.tiers import tier_for
 
-# What secrets begin with, and no secret.
+# The prefix of every secret, and no secret itself, though bandit takes it for one.
 SECRET_MARK = "fr-"  # nosec B105
 NUM_SECRET_BYTES = 32
-# Enough to tell keys apart in lists and logs; some 200 bits remain to guess.
+# The characters of a secret that lists and logs show: enough to tell keys apart, while some 200
+# bits remain to be guessed.
 NUM_PREFIX_CHARS = len(SECRET_MARK) + 8
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
@@ -39,18 +40,18 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Kept(BaseModel):
-    """As in all config, unknown keys are errors."""
+    """The base of what the keys file holds; unknown fields are errors, as in all configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class KeyClass(Kept):
-    """Callers who are treated alike: the keys file names the class of each key.
+    """The limits and rights of all keys of one class; the keys file names the class of each key.
 
-    `deadline_s`: where the caller says none. `weight`: their share of a tier that is short, others
-    having 1. `licenses` and `tiers`: those that they may use, where not all. The rest is what each
-    of them may have, over all gateways: at once, in any 60 seconds, and in a day of UTC; None is
-    without end.
+    `deadline_s` applies if the caller sends none. `weight` is a caller's share of a tier that is
+    short of replicas; the default is 1. `licenses` and `tiers` are those that the callers may use,
+    None for all. The other fields are limits for each caller, over all gateways, None for no limit:
+    requests at once and in any 60 seconds, GPU seconds and megapixels in a day of UTC.
     """
 
     deadline_s: float | None = Field(None, gt=0)
@@ -63,20 +64,21 @@ class KeyClass(Kept):
     megapixels_per_day: float | None = Field(None, gt=0)
 
     def may_use(self, tier: str) -> bool:
-        """Whether the tier and its licence are among theirs."""
+        """Return whether the class may use the tier and its licence."""
         return self.may_name(tier) and (
             self.licenses is None or tier_for(tier).license in self.licenses
         )
 
     def may_name(self, tier: str) -> bool:
-        """Whether the tier is among theirs, whatever its licence."""
+        """Return whether the class may use the tier, whatever its licence."""
         return self.tiers is None or tier in self.tiers
 
 
 class Key(Kept):
-    """A key without its secret. `key_class`, in the file `class`: one of the gateway's classes.
+    """A key as the file has it, with the hash of its secret.
 
-    Keys of one name are one caller: its limits and its jobs outlive any one secret.
+    `key_class`, `class` in the file, names one of the gateway's classes. All keys of one name are
+    one caller: its limits and its jobs stay when a secret is replaced.
     """
 
     name: Name
@@ -88,18 +90,18 @@ class Key(Kept):
     revoked: AwareDatetime | None = None
 
     def is_live(self, now: datetime) -> bool:
-        """Neither revoked nor expired by then."""
+        """Return whether the key is neither revoked nor expired at that time."""
         return all(end is None or now < end for end in (self.revoked, self.expires))
 
 
 class KeyFile(Kept):
-    """The whole file."""
+    """The contents of the keys file."""
 
     keys: tuple[Key, ...] = ()
 
     @model_validator(mode="after")
     def check_keys(self) -> "KeyFile":
-        """A prefix is one key's, and whoever has several is of one class."""
+        """Raise ValueError if a prefix comes twice, or a caller's live keys differ in class."""
         prefixes: set[str] = set()
         classes: dict[str, str | None] = {}
         for key in self.keys:
@@ -111,7 +113,7 @@ class KeyFile(Kept):
         return self
 
     def check_classes(self, classes: Iterable[str]) -> None:
-        """ValueError where a key is of another class."""
+        """Raise ValueError if a key is of none of these classes."""
         known = set(classes)
         for key in self.keys:
             if key.key_class is not None and key.key_class not in known:
@@ -119,7 +121,7 @@ class KeyFile(Kept):
 
 
 class NewKey(NamedTuple):
-    """What is kept of a key, and what only its owner has."""
+    """A new key: what the file keeps, and the secret, which only its owner gets."""
 
     key: Key
     secret: str
@@ -128,7 +130,7 @@ class NewKey(NamedTuple):
 def new_key(
     name: str, key_class: str | None, now: datetime, expires: datetime | None = None
 ) -> NewKey:
-    """A key with 256 random bits."""
+    """Make a key whose secret has 256 random bits."""
     secret = SECRET_MARK + secrets.token_urlsafe(NUM_SECRET_BYTES)
     kept = {
         "name": name,
@@ -142,12 +144,15 @@ def new_key(
 
 
 def with_key(file: KeyFile, key: Key) -> KeyFile:
-    """The file with one more."""
+    """Return the file with the key added."""
     return KeyFile(keys=(*file.keys, key))
 
 
 def without_key(file: KeyFile, which: str, now: datetime) -> KeyFile:
-    """The file with that prefix's key, or all keys of that name, revoked; ValueError if none is."""
+    """Return the file with the key of that prefix, or all keys of that name, revoked.
+
+    Raises ValueError if there is none that is not revoked yet.
+    """
     chosen = {key.prefix for key in file.keys if which in (key.prefix, key.name)}
     if not any(key.prefix in chosen and key.revoked is None for key in file.keys):
         raise ValueError(f"no key that is not revoked has the prefix or the name {which}")
@@ -161,15 +166,16 @@ def without_key(file: KeyFile, which: str, now: datetime) -> KeyFile:
 
 
 def hash_secret(secret: str) -> str:
-    """In hexadecimal digits.
+    """Return the SHA-256 of a secret in hexadecimal digits.
 
-    Slow and salted hashes are for words that people choose. Of 256 random bits none can be guessed,
-    and a slow hash would be paid for every request, also those of strangers.
+    Slow and salted hashes protect words that people choose. 256 random bits cannot be guessed
+    anyway, and a slow hash would cost time for every request, also those of strangers.
     """
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-# No secret has this hash that anybody could find.
+# Compared with if no key has the prefix, so that this takes as long as a wrong secret. Nobody can
+# find a secret with this hash.
 NOBODY = Key.model_validate(
     {
         "name": "nobody",
@@ -182,20 +188,23 @@ NOBODY = Key.model_validate(
 
 
 class Keyring:
-    """Whose a secret is. What is wrong with one shows neither in the answer nor in its time."""
+    """The keys by prefix, to find the one of a secret.
+
+    Neither the answer nor the time it takes shows whether a secret is unknown, wrong, or revoked.
+    """
 
     def __init__(self, file: KeyFile) -> None:
         self._keys = {key.prefix: key for key in file.keys}
 
     def find(self, secret: str, now: datetime) -> Key | None:
-        """Its key, if that is live."""
+        """Return the live key with that secret, or None."""
         key = self._keys.get(secret[:NUM_PREFIX_CHARS], NOBODY)
         is_same = hmac.compare_digest(key.sha256, hash_secret(secret))
         return key if is_same & key.is_live(now) else None
 
 
 class Stamp(NamedTuple):
-    """What changes with a file's contents."""
+    """The properties of a file by which a change of its contents is noticed."""
 
     modified_ns: int
     num_bytes: int
@@ -203,7 +212,10 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """None where there is no file to be read. Follows links, as mounted secrets are."""
+    """Return the stamp of a file, or None if there is none.
+
+    It is that of the target of a link: Kubernetes mounts secrets as links.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -212,7 +224,10 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def read_keys(path: Path) -> KeyFile:
-    """JSON by its name, else YAML. ValueError says what is wrong, and shows no value."""
+    """Read a keys file: JSON if its name says so, else YAML.
+
+    Raises ValueError, which says what is wrong without quoting any value.
+    """
     try:
         text = path.read_text()
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -225,14 +240,15 @@ def read_keys(path: Path) -> KeyFile:
         message = first["msg"].removeprefix("Value error, ")
         raise ValueError(f"{path}: {where}{': ' if where else ''}{message}") from None
     except (ValueError, yaml.YAMLError):
-        # Their messages quote the line.
+        # Not the parser's message, which quotes the line.
         raise ValueError(f"{path}: it cannot be read as YAML or JSON") from None
 
 
 def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> KeyFile:
-    """Put what `change` makes of the file in its place; without a file it begins with an empty one.
+    """Replace the keys file by what `change` returns for it, and return that.
 
-    Two that change it at once take turns, so that no key is lost.
+    A missing file counts as an empty one. Processes that change it at once take turns, by a lock on
+    its folder, so that no key is lost. Raises ValueError, OSError.
     """
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -241,16 +257,19 @@ def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> KeyFile:
         write_keys(path, changed)
         return changed
     finally:
-        # Which also ends the lock.
+        # Closing also releases the lock.
         os.close(folder)
 
 
 def write_keys(path: Path, file: KeyFile) -> None:
-    """For the owner's eyes only; whoever reads meanwhile finds the old file or the new one."""
+    """Write the keys file, readable only to its owner, in one step.
+
+    Whoever reads it meanwhile finds the old file or the new one, never half of it.
+    """
     kept = file.model_dump(mode="json", by_alias=True, exclude_none=True)
-    # A link stays one.
+    # Replace the target of a link, so that the link itself stays.
     target = path.resolve()
-    # Made with the mode 0600.
+    # mkstemp creates it with mode 0600.
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w") as new:
@@ -265,7 +284,7 @@ def write_keys(path: Path, file: KeyFile) -> None:
 
 
 def dumped(kept: object, *, is_json: bool) -> str:
-    """As text."""
+    """Return the contents as JSON or YAML text."""
     if is_json:
         return json.dumps(kept, indent=2) + "\n"
     text: str = yaml.safe_dump(kept, sort_keys=False)
@@ -275,14 +294,16 @@ def dumped(kept: object, *, is_json: bool) -> str:
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 1.0
-# A disk that hangs is to hold up nobody for longer.
+# Seconds that a request waits for a look at the file: a disk that hangs must not stop all requests.
 PATIENCE_S = 2.0
 
 
 class KeyWatch:
-    """Looks at the file at most once a second, when somebody asks: no later request is let in by
-    what was true more than a second ago. ValueError if the file cannot be used at the start: a
-    gateway that let nobody in would look alive.
+    """The keys of a file, read again after a change; the middleware asks it for every request.
+
+    It looks at the file when somebody asks, at most once in `period_s`, so that a revoked key stops
+    working within a second. Raises ValueError if the file cannot be used at the start: a gateway
+    that lets nobody in would look healthy.
     """
 
     def __init__(self, path: Path, classes: Collection[str], period_s: float = PERIOD_S) -> None:
@@ -295,7 +316,7 @@ class KeyWatch:
         self._look: asyncio.Task[None] | None = None
 
     async def find(self, secret: str) -> Key | None:
-        """The live key with that secret."""
+        """Return the live key with that secret, or None, by the file as it is now."""
         await self._keep_up()
         return self._keyring.find(secret, datetime.now(UTC))
 
@@ -303,7 +324,7 @@ class KeyWatch:
         if self._look is None or self._look.done():
             if time.monotonic() - self._looked_at < self._period_s:
                 return
-            # In an empty context: it is no part of the request that happens to be the first.
+            # In an empty context: the task must not belong to the request that started it.
             self._look = asyncio.get_running_loop().create_task(
                 self._read_again(), context=contextvars.Context()
             )
@@ -314,7 +335,7 @@ class KeyWatch:
         self._looked_at = time.monotonic()
         if stamp == self._stamp:
             return
-        # Also of a broken file: one line in the log is enough.
+        # Stored also if the file is broken: one line in the log for it is enough.
         self._stamp = stamp
         try:
             self._keyring = await asyncio.to_thread(self._read)
