@@ -1,1 +1,1 @@
-"""Typed configuration: what a Serve config file may say of tiers, of the gateway and of jobs."""
+"""Typed configuration: the `args` of a Serve config file for tiers, the gateway, and jobs."""

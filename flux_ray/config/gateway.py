@@ -1,6 +1,7 @@
 """Typed configuration of the gateway: what it serves, to whom, and within which limits.
 
-Typed configuration of durable jobs.
+`GatewayArgs` is the whole of it; the other models are its sections, durable jobs among them. All
+checks run when the config file is read, before anything is started.
 """
 
 import re
@@ -17,15 +18,18 @@ from flux_ray.config.tier import Args, Seconds
 
 
 class JobArgs(Args):
-    """Durable jobs: where they are kept, and for how long.
+    """The settings of durable jobs: where they are kept, and for how long.
 
     `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
-    `results`: a folder, or a URL of fsspec (`s3://bucket/folder`), of which `results_options` say
-    more (`endpoint_url`). `lease_s`: after so long without a sign of its worker a job is another's.
-    `keep_s`: so long an ended job and its images are there, and so long one waits that no gateway
-    takes. `max_running`: of one gateway and tier at once, of one owner three quarters of that.
-    `max_lost`: a job that was lost with so many workers is given up. `webhook_retries_s`: pauses
-    before a webhook that was not taken is posted again; then it is given up.
+    `results`: a folder, or a URL for fsspec (`s3://bucket/folder`), with its `results_options`
+    (such as `endpoint_url`).
+    `lease_s`: a worker that gives no heartbeat for so long loses its job to another one.
+    `keep_s`: how long an ended job and its images can be fetched, and how long a job waits that no
+    gateway takes.
+    `max_running`: jobs at once for each gateway and tier; one owner has three quarters of them.
+    `max_lost`: a job that was lost with so many workers fails.
+    `webhook_retries_s`: pauses before a webhook is posted again that the receiver did not take;
+    after the last one it is given up.
     """
 
     database: str = Field(
@@ -41,34 +45,37 @@ class JobArgs(Args):
 
     @model_validator(mode="after")
     def check_times(self) -> "JobArgs":
-        """A worker that comes late must still find what it may not end."""
+        """Raise ValueError unless `keep_s` is at least `lease_s`.
+
+        Else the job of a worker that comes back late might be removed already.
+        """
         if self.keep_s < self.lease_s:
             raise ValueError(f"keep_s {self.keep_s:g} is below lease_s {self.lease_s:g}")
         return self
 
 
 Policy = Literal["best", "spill", "cascade"]
-# As a model's name, whatever tiers there are: the best that meets the deadline.
+# The model name that stands for the best of all served tiers that meets the deadline.
 AUTO = "auto"
-# What the path of a route may be made of, unquoted: jobs for a model are handed in below /v1/.
+# One segment of a route's unquoted path: BFL's API has a route `/v1/<model>` for each name.
 _SEGMENT = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f/{}?#%\\]+")
-# Paths below /v1/ that are other routes'.
+# Paths below /v1/ of other routes: an alias cannot have these names.
 TAKEN = {"images/generations", "images/edits", "cancel", "get_result", "credits", "my_finetunes"}
 TAKEN |= {"models", "jobs"}
 
-# As browsers send it: without a path, not even a slash.
+# An origin as browsers send it: without a path, not even a slash.
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/?#@\s*]+)$")]
-# While an image is decoded, for a pixel.
+# The most bytes of memory for each pixel of an image while it is decoded.
 MAX_WORK_BYTES = 46
 
 
 class Limits(Args):
-    """What the gateway refuses before it is decoded.
+    """Limits on what a caller sends and on the memory it takes.
 
-    `max_held_bytes`: of all that it has in hand, bodies and images, of callers and of jobs; who
-    finds no room is told to come back.
-    `max_decode_s`: of a processor, for one image; who sends one that takes longer is told to save
-    it in a simpler way.
+    `max_held_bytes`: memory for all bodies and images that the gateway holds, of callers and jobs;
+    a request that finds no room is refused with `Retry-After`.
+    `max_decode_s`: CPU seconds to decode one image; a caller whose image takes longer is asked to
+    save it in a simpler format.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -81,25 +88,25 @@ class Limits(Args):
 
     @property
     def max_work_bytes(self) -> int:
-        """Of images in the moment in which they are decoded: always room for the largest one."""
+        """Return the memory for images while they are decoded: room for at least the largest."""
         return min(MAX_WORK_BYTES * self.max_image_pixels, self.max_held_bytes // 2)
 
     @property
     def max_kept_bytes(self) -> int:
-        """Of what stays for a while: the rest of them."""
+        """Return the memory for what is held longer: the rest of `max_held_bytes`."""
         return self.max_held_bytes - self.max_work_bytes
 
 
 class Uploads(Args):
-    """How the bodies of requests come in: who sends too slowly, or too many at once, is refused.
+    """Limits on how bodies of requests come in; what is too slow or too many is refused.
 
-    `first_byte_s`: until a body begins. `least_bytes_per_s`: from then on, on average; networks
-    that stall are forgiven `grace_s` in all. `max_s`: for a whole body; the largest one then takes
-    5 Mbit/s.
-    `max_per_caller`: bodies that are being read at once, of one key, or of one address where no
-    keys are asked for; a class with a smaller `max_concurrent` has so many. The next ones of that
-    caller wait for `wait_s`. `max_at_once`: of all callers, those that wait included; half of what
-    a gateway has room for, where it is not said.
+    `first_byte_s`: seconds until a body begins.
+    `least_bytes_per_s`: its average speed from then on; a network that stalls has `grace_s` in all.
+    `max_s`: seconds for a whole body; the largest one needs 5 Mbit/s for that.
+    `max_per_caller`: bodies that are read at once for one key, or for one address if no keys are
+    required; or `max_concurrent` of the key's class, if that is less. Further ones wait `wait_s`.
+    `max_at_once`: bodies of all callers together, waiting ones included; by default half of the
+    requests that the gateway takes.
     """
 
     first_byte_s: Seconds = 5.0
@@ -111,16 +118,17 @@ class Uploads(Args):
     wait_s: Seconds = 1.0
 
     def due_s(self, num_bytes: int) -> float:
-        """Return when more is to have come, in seconds from the start, after so many bytes."""
+        """Return by when more must have come after so many bytes, in seconds from the start."""
         late_s = self.grace_s + num_bytes / self.least_bytes_per_s
         return min(self.max_s, late_s if num_bytes else self.first_byte_s)
 
 
 class Fetching(Args):
-    """Reference images by URL: from public addresses, unless `networks` names others.
+    """Limits on reference images by URL: they are fetched from public addresses only.
 
-    `hosts`: if given, no others. `networks`: of ours, that callers may reach, such as
-    `10.1.2.0/24`. `timeout_s`: for all images of a request together.
+    `hosts`: if given, the only host names that are allowed. `networks`: private networks that
+    callers may reach all the same, such as `10.1.2.0/24`. `timeout_s`: seconds for all images of a
+    request together.
     """
 
     enabled: bool = True
@@ -132,9 +140,9 @@ class Fetching(Args):
 
 
 class Webhooks(Fetching):
-    """Where callers may have the ends of their jobs told: as for Fetching, but by https only.
+    """Limits on webhook URLs: as for `Fetching`, but https only.
 
-    `timeout_s`: for an answer; who takes longer is told again.
+    `timeout_s`: seconds for the receiver's answer; if it takes longer the webhook is posted again.
     """
 
     schemes: tuple[Literal["http", "https"], ...] = ("https",)
@@ -143,13 +151,13 @@ class Webhooks(Fetching):
 
 
 class Alias(Args):
-    """Another name for tiers, best first; the name of another alias stands for its tiers.
+    """A model name for one or more tiers, best first; an alias among them stands for its tiers.
 
-    `policy`: `best` is the first tier that meets the deadline. `spill` is the first tier; where the
-    caller allows it, the next one that begins within `max_wait_s`. `cascade` is the first tier, and
-    for those who stream a preview by the last one before it.
-    `max_gpu_seconds`: only tiers that do the request at that price.
-    In a config file a single tier's name is an alias too.
+    `policy`: `best` takes the first tier that meets the deadline. `spill` takes the first tier, or,
+    if the caller allows it, the next one that can start within `max_wait_s`. `cascade` takes the
+    first tier, and streams have a preview by the last tier before it.
+    `max_gpu_seconds`: the highest price; tiers at which the request costs more are left out.
+    In a config file a single tier's name is enough: `gpt-image-1: flux-2-dev`.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
@@ -160,12 +168,12 @@ class Alias(Args):
     @model_validator(mode="before")
     @classmethod
     def read_name(cls, value: Any) -> Any:
-        """`gpt-image-1: flux-2-dev`."""
+        """Read a single name, as in `gpt-image-1: flux-2-dev`, as an alias of that tier."""
         return {"tiers": [value]} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def check_cascade(self) -> "Alias":
-        """It needs a tier for the preview, and is not a matter of price."""
+        """Raise ValueError for a cascade with one tier only, or with a price limit."""
         if self.policy == "cascade" and self.max_gpu_seconds is not None:
             raise ValueError("max_gpu_seconds is for the policies best and spill")
         if self.policy == "cascade" and len(self.tiers) < 2:
@@ -174,22 +182,24 @@ class Alias(Args):
 
 
 class GatewayArgs(Args):
-    """The gateway application. A tier's application bears the tier's name.
+    """The args of the gateway's application. Each tier's application has the tier's name.
 
-    `default_tier`: a tier or an alias. `card`: what a tier is priced by until one of its replicas
-    has told its own, and where that one is not in `catalog.gpus`.
-    `deadlines`: of tiers, where neither the caller nor its class says one.
-    `keys_file`: what `flux-ray keys` writes; without one everybody is let in.
+    `default_tier`: a tier or an alias, for requests that name no model.
+    `card`: the GPU by which tiers are priced until one of their replicas has reported its own, or
+    if that one is not in `catalog.gpus`.
+    `deadlines`: seconds by tier, if neither the caller nor its key class sets a deadline.
+    `keys_file`: the file that `flux-ray keys` writes; without one everybody is let in.
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
-    `public_url`: where clients find this gateway, which is never taken from what they send.
-    `cors_origins`: of pages that may ask from a browser, like `https://app.example.com`, or `*`.
-    `num_cpus`: of each replica, of its node's. More than 0, for what it decodes: Ray then keeps it
-    off a head that has no processors to give.
-    `jobs`: routes that answer before the image is drawn, and answers by URL, where it is given.
-    `drain_timeout_s`: of a gateway that is taken away, for what it has: more than
-    `request_timeout_s`, for what came last may wait all of that.
-    `max_ongoing_requests`: that Serve hands to a gateway at once. Those beyond it wait in Serve's
-    proxies, probes too, so that a gateway takes in fewer by itself: `max_requests`.
+    `public_url`: the URL by which clients reach this gateway. It is never taken from a `Host`
+    header, by which a caller could have links made to a host of its own.
+    `cors_origins`: pages that may call from a browser, like `https://app.example.com`, or `*`.
+    `num_cpus`: CPUs of its node for each gateway. More than 0, as it decodes images: Ray then keeps
+    it off a head node that offers no CPUs.
+    `jobs`: turns on BFL's routes, which answer before the image is generated, and answers by URL.
+    `drain_timeout_s`: seconds for a gateway that is removed to finish its requests; more than
+    `request_timeout_s`, as the last one that came may take all of that.
+    `max_ongoing_requests`: requests that Serve hands to a gateway at once. Those beyond it wait in
+    Serve's proxies, health probes too, so that a gateway takes fewer by itself: `max_requests`.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
@@ -215,36 +225,36 @@ class GatewayArgs(Args):
 
     @property
     def num_spare_places(self) -> int:
-        """Of those that Serve has: for probes, and for telling others to come back."""
+        """Return how many of Serve's places are kept free, for probes and quick refusals."""
         return max(1, self.max_ongoing_requests // 16)
 
     @property
     def max_requests(self) -> int:
-        """At once: those whose body is read, those that wait for an image, and streams."""
+        """Return how many requests the gateway takes at once, whether read, waiting or streamed."""
         return self.max_ongoing_requests - self.num_spare_places
 
     @property
     def max_bodies(self) -> int:
-        """Of these, at most so many whose body is still to come."""
+        """Return how many of these may be such whose body is still being read."""
         told = self.uploads.max_at_once
         return self.max_requests // 2 if told is None else told
 
     def alias_for(self, name: str) -> Alias | None:
-        """What a model's name stands for, by tiers only; None if there is no such name."""
+        """Return the alias of a model's name with aliases in it resolved; None if unknown."""
         if name in self.aliases:
             alias = self.aliases[name]
             return alias.model_copy(update={"tiers": self._tiers_of(name, ())})
         if name in self.tiers:
             return Alias(tiers=(name,))
         if name == AUTO:
-            # The catalogue's best are its last.
+            # The catalogue lists the best tiers last.
             served = [tier.name for tier in reversed(TIERS) if tier.name in self.tiers]
             return Alias(tiers=tuple(served))
         return None
 
     @model_validator(mode="after")
     def check_tiers(self) -> "GatewayArgs":
-        """Every tier has a row, and the default one is served."""
+        """Raise unless all tiers and the GPU are known, and deadlines are of served tiers."""
         for name in self.tiers:
             tier_for(name)
         speed_for(self.card)
@@ -254,7 +264,10 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_aliases(self) -> "GatewayArgs":
-        """Every alias ends at tiers that are served, and none at itself."""
+        """Raise ValueError unless each alias has a free name and leads to served tiers.
+
+        The default tier must be one of them, too.
+        """
         for name, alias in self.aliases.items():
             if name in self.tiers:
                 raise ValueError(f"aliases.{name}: a tier has that name")
@@ -271,7 +284,7 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_classes(self) -> "GatewayArgs":
-        """Somebody can be in them, and their tiers are served."""
+        """Raise ValueError if there are key classes without keys, or with tiers not served."""
         if self.key_classes and self.keys_file is None:
             raise ValueError("key_classes: nobody is in them without a keys_file")
         for name, key_class in self.key_classes.items():
@@ -282,7 +295,10 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_places(self) -> "GatewayArgs":
-        """Bodies that are being read leave places for requests that are through with theirs."""
+        """Raise ValueError if requests that are being read could take all places.
+
+        Else slow senders could keep the gateway from any other work.
+        """
         if self.max_bodies >= self.max_requests:
             raise ValueError(
                 f"uploads.max_at_once {self.max_bodies} is not below {self.max_requests}, which is"
@@ -292,7 +308,7 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_public_url(self) -> "GatewayArgs":
-        """Jobs and their images are told of by URL."""
+        """Raise ValueError for jobs without the public URL, by which clients find them."""
         if self.jobs is not None and self.public_url is None:
             raise ValueError("public_url: jobs are told of by URL, and it says of which host")
         return self
@@ -306,10 +322,10 @@ class GatewayArgs(Args):
             where = f"aliases.{path[-1]}.tiers: " if path else ""
             raise ValueError(f"{where}no tier and no alias {name!r} is served here")
         inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
-        # Each once, where it is best.
+        # Each tier once, at its best place.
         return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))
 
 
 def is_path(name: str) -> bool:
-    """Whether a route's path may end in that name, of one segment or more."""
+    """Return whether a route's path can end in that name, which may contain slashes."""
     return name == name.strip() and all(map(_SEGMENT.fullmatch, name.split("/")))

@@ -1,4 +1,8 @@
-"""Typed configuration: what a Serve config file may say in the `args` of a tier's application."""
+"""Typed configuration of a tier: the `args` of its application in a Serve config file.
+
+The two settings that come from the environment, which Ray and gloo leave no other way for, are read
+and set here as well.
+"""
 
 import os
 from typing import Annotated, Literal
@@ -10,35 +14,37 @@ from flux_ray.catalog.tiers import tier_for
 Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]
 
-# Ray reads it in the proxies of each node; gateways have the environment of their node, too.
+# Ray reads this variable in the proxy of each node. A gateway has the environment of its node too,
+# and so can tell how its proxy reads HTTP.
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 READ_WITH_H11 = "flux_ray.gateway.proxy:read_with_h11"
 
 
 def keep_gloo_local() -> None:
-    """Have the ranks of this process exchange over the loopback interface, if nothing else is said.
+    """Have gloo use the loopback interface, unless the environment names another one.
 
-    Else gloo listens at whatever address the machine's name has, and it is told in no other way.
+    Otherwise it listens at whatever address the machine's name resolves to, where others on the
+    network could reach it. There is no other way to tell it.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def reads_with_h11() -> bool:
-    """Say whether Serve's proxy of this node was told to read HTTP with h11."""
+    """Return whether Serve's proxy on this node was told to read HTTP with h11."""
     return os.environ.get(PROXY_CALLBACK) == READ_WITH_H11
 
 
 class Args(BaseModel):
-    """Unknown keys are errors, and nothing changes after it was read."""
+    """The base of all configuration models: unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Parallel(Args):
-    """How one copy of the model is split over `tensor` x `sequence` ranks, one GPU each.
+    """The split of one replica's model over `tensor` x `sequence` ranks, one GPU each.
 
-    `tensor` ranks share the weights, `sequence` ranks share the tokens. A group that does not fit
-    in one node says over how many it may spread.
+    The weights are split over `tensor` ranks and the tokens over `sequence` ranks. A rank group
+    that does not fit into one node may use up to `num_nodes`.
     """
 
     tensor: int = Field(1, ge=1)
@@ -47,32 +53,34 @@ class Parallel(Args):
 
     @property
     def num_ranks(self) -> int:
-        """The processes of one rank group."""
+        """Return the number of ranks, which are processes, of one replica."""
         return self.tensor * self.sequence
 
 
 class Lora(Args):
-    """A LoRA adapter that is fused into the transformer: a safetensors file, and how strongly."""
+    """A LoRA adapter to be fused into the transformer: a safetensors file, and its strength."""
 
     path: str
     scale: float = 1.0
 
 
-# What a replica takes to start that does not scale, the weights being on the node's disk.
+# Seconds that a replica takes to start, with the weights on its node's disk, on tiers without
+# autoscaling; that has its own setting.
 COLD_START_S = 20.0
 GROUP_COLD_START_S = 60.0
 
 
 class Autoscaling(Args):
-    """How many replicas a tier may have, and what calls for one more: GPU seconds, not requests.
+    """The rules by which a tier's replicas are added and removed: by work, not by requests.
 
-    `target_wait_s`: what waits is to be begun within that time. `cold_start_s`: what a replica
-    takes to start. `headroom`: standard deviations of the arriving work for which there are
-    replicas to spare. `idle_s`: after so long without work the last replica goes, if
-    `min_replicas` is 0; the next request then waits for one.
-    `gpu_budget`: the GPUs that all tiers which scale share, the same number in each of them. Where
-    they are short, a tier of higher `priority` comes first. What does not scale is beside it: tiers
-    of a fixed number, and the card of a shared text encoder.
+    `target_wait_s`: seconds within which waiting requests are to be started.
+    `cold_start_s`: seconds that a replica takes to start.
+    `headroom`: spare replicas, in standard deviations of the arriving work.
+    `idle_s`: after so long without work the last replica is removed, if `min_replicas` is 0; the
+    next request then waits for a new one.
+    `gpu_budget`: the GPUs that all autoscaled tiers share; give each of them the same number. If
+    they are short, tiers of higher `priority` come first. Tiers with a fixed number of replicas and
+    the GPU of a shared text encoder are not counted in it.
     """
 
     min_replicas: int = Field(1, ge=0)
@@ -86,7 +94,7 @@ class Autoscaling(Args):
 
     @model_validator(mode="after")
     def check_bounds(self) -> "Autoscaling":
-        """In the right order."""
+        """Raise ValueError unless min_replicas <= max_replicas."""
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
@@ -95,21 +103,21 @@ class Autoscaling(Args):
 
 
 class TierArgs(Args):
-    """The application of one tier.
+    """The args of one tier's application.
 
     `weights`: a folder, or a hub id with its revision (`owner/name@sha`); else the catalogue's.
     `quantization`: of the linear layers of the transformer's blocks, and `encoder_quantization` of
-    the text encoder's; the rest stays in `dtype`.
-    `text_encoder`: in every rank group, or one for all replicas of the tier (`shared`).
-    `num_replicas`: as many as that, unless `autoscaling` says otherwise.
-    `num_cpus`: for each rank, whose torch uses as many threads.
-    `cache_bytes`: what a rank keeps of encoded prompts and references; 0 for nothing.
+    those of the text encoder; the rest stays in `dtype`.
+    `text_encoder`: one in every replica (`colocated`), or one for all of the tier (`shared`).
+    `num_replicas`: the fixed number of replicas, without `autoscaling`.
+    `num_cpus`: CPUs for each rank, and threads of its torch.
+    `cache_bytes`: memory of a rank for encoded prompts and references; 0 for none.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
-    `retry_bytes`, `retry_s`: of finished images that a replica keeps for requests that come again,
-    and for how long.
-    `drain_timeout_s`: a replica that is taken away has so long for the requests that it has; else
-    as long as the tier's longest one takes (router/pricing/config_check.py).
+    `retry_bytes`, `retry_s`: how many bytes of finished images a replica keeps for requests that
+    are sent again, and for how long.
+    `drain_timeout_s`: how long a replica that is removed has to finish its requests; by default as
+    long as the tier's longest request takes (router/pricing/config_check.py).
     """
 
     tier: str
@@ -135,31 +143,31 @@ class TierArgs(Args):
 
     @property
     def cold_start_s(self) -> float:
-        """From the order of a replica until its first request, weights and all."""
+        """Return the seconds from the start of a replica to its first request."""
         if self.autoscaling is not None:
             return self.autoscaling.cold_start_s
         return GROUP_COLD_START_S if self.parallel.num_ranks > 1 else COLD_START_S
 
     @property
     def num_threads(self) -> int:
-        """Of torch in a rank on a CPU."""
+        """Return the number of torch threads of a rank on CPUs."""
         return max(1, int(self.num_cpus))
 
     @property
     def num_gpus_per_replica(self) -> int:
-        """One for each rank; none on processors."""
+        """Return the GPUs of one replica: one for each rank, none on CPUs."""
         return self.parallel.num_ranks if self.device == "cuda" else 0
 
     @model_validator(mode="after")
     def check_weights(self) -> "TierArgs":
-        """A tier without weights fails here, before any GPU is taken."""
+        """Raise ValueError for a tier without weights, before any GPU is taken."""
         if self.weights is None and tier_for(self.tier).weights is None:
             raise ValueError(f"tier {self.tier} needs `weights`: a folder or owner/name@revision")
         return self
 
     @model_validator(mode="after")
     def check_quantization(self) -> "TierArgs":
-        """What the loader would refuse anyway, before any GPU is taken."""
+        """Raise ValueError for what the loader would refuse, before any GPU is taken."""
         if self.quantization == "nf4" and self.parallel.tensor > 1:
             raise ValueError(
                 "quantization nf4 is for one small card, its blocks of weights cannot be cut:"
@@ -169,7 +177,7 @@ class TierArgs(Args):
 
     @model_validator(mode="after")
     def check_gpu_budget(self) -> "TierArgs":
-        """It holds the replicas that this tier must have, and one at least."""
+        """Raise ValueError unless the budget holds this tier's least replicas, and at least one."""
         scaling, size = self.autoscaling, self.num_gpus_per_replica
         if scaling is None or scaling.gpu_budget is None:
             return self
