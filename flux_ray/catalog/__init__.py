@@ -1,4 +1,4 @@
-"""What is sold and on what it runs.
+"""The catalogue: the tiers that can be served, the GPUs, and the work of each tier's stages.
 
-The tiers, the GPUs, and the work of each stage, one row each.
+Each is a table in code, with one row for each tier or GPU.
 """

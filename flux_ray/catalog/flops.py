@@ -1,7 +1,8 @@
-"""What a request's stages take of a machine: products, weights and exchanges, one row a tier.
+"""The work of a request's stages: FLOPs and numbers of weights, one row for each tier.
 
-The numbers are counted from the real configurations on the meta device, by torch's FlopCounterMode;
-the tests count them again. A multiplication and an addition are two FLOPs.
+Prices and `flux-ray plan` are computed from it. The numbers are counted from the real
+configurations on the meta device, by torch's FlopCounterMode; the tests count them again. A
+multiplication and an addition are two FLOPs.
 """
 
 import math
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 
 # An image token is 16 x 16 pixels: the VAE's 8, and patches of 2.
 TOKEN_SIDE = 16
-# The VAE takes larger images in tiles of this side, which overlap by a quarter: whole,
-# four megapixels would take 6 GiB, or 25 where its attention is not fused.
+# The VAE takes larger images in tiles of this side, which overlap by a quarter: in one piece, four
+# megapixels would take 6 GiB of memory, or 25 GiB if its attention is not fused.
 MAX_WHOLE_PIXELS = 1024 * 1024
 TILE_SIDE = 1024
 TILE_STRIDE = 768
@@ -18,9 +19,9 @@ TILE_STRIDE = 768
 
 @dataclass(frozen=True)
 class TransformerWork:
-    """Of one forward; `fixed_flops` are those that do not depend on the image's size.
+    """The work of one forward of the transformer; `fixed_flops` do not depend on the image's size.
 
-    Block weights are those of the blocks' linear layers: what is quantized, and split over ranks.
+    Block weights are those of the blocks' linear layers: they are quantized, and split over ranks.
     """
 
     width: int
@@ -33,21 +34,20 @@ class TransformerWork:
 
     @property
     def num_blocks(self) -> int:
-        """Of both kinds."""
         return self.num_double_blocks + self.num_single_blocks
 
     def product_flops(self, num_tokens: int) -> int:
-        """Of the linear layers, for the tokens of text, image and references."""
+        """Return the FLOPs of the linear layers, for all tokens of text, image and references."""
         return self.fixed_flops + self.token_flops * num_tokens
 
     def attention_flops(self, num_tokens: int) -> int:
-        """Two products of tokens by tokens by width in each block."""
+        """Return the FLOPs of attention: two products of tokens x tokens x width in each block."""
         return 4 * self.width * self.num_blocks * num_tokens**2
 
 
 @dataclass(frozen=True)
 class TextEncoderWork:
-    """Of one padded prompt, in the layers that are used; heads are those of keys and values."""
+    """The work for one padded prompt, in the layers that are used; heads are key-value heads."""
 
     width: int
     num_layers: int
@@ -56,28 +56,34 @@ class TextEncoderWork:
     attention_flops: int
 
     def product_flops(self, num_tokens: int) -> int:
-        """Every weight once a token."""
+        """Return the FLOPs of the linear layers: every weight once for each token."""
         return 2 * self.num_block_weights * num_tokens
 
 
 @dataclass(frozen=True)
 class VaeWork:
-    """FLOPs a pixel, and a pixel by pixel in the middle's attention (the same both ways)."""
+    """The work of the VAE: FLOPs a pixel, and a squared pixel for the attention in its middle.
+
+    The attention costs the same in encoding and decoding.
+    """
 
     encode_pixel_flops: int
     decode_pixel_flops: int
     attention_flops: float
 
     def encode_flops(self, pixels: int) -> int:
-        """Of one reference image."""
+        """Return the FLOPs of encoding one reference image."""
         return self.encode_pixel_flops * pixels + int(self.attention_flops * pixels**2)
 
     def edit_flops(self, width: int, height: int) -> int:
-        """Of encoding an image of which a part is drawn, in tiles as it is decoded."""
+        """Return the FLOPs of encoding a masked image, in the same tiles as it is decoded in."""
         return sum(self.encode_flops(tile) for tile in tiles_of(width, height))
 
     def decode_flops(self, width: int, height: int) -> int:
-        """Of one image; its tiles overlap, so that above a megapixel it is more a pixel."""
+        """Return the FLOPs of decoding one image.
+
+        Above a megapixel it is more for each pixel, as tiles overlap.
+        """
         return sum(
             self.decode_pixel_flops * tile + int(self.attention_flops * tile**2)
             for tile in tiles_of(width, height)
@@ -86,7 +92,7 @@ class VaeWork:
 
 @dataclass(frozen=True)
 class Workload:
-    """The three models of a tier."""
+    """The work of a tier's three models."""
 
     transformer: TransformerWork
     text_encoder: TextEncoderWork
@@ -94,28 +100,28 @@ class Workload:
 
 
 def tiles_of(width: int, height: int) -> tuple[int, ...]:
-    """The pixels of each tile that the VAE takes an image in; up to a megapixel it is one."""
+    """Return the pixels of each VAE tile of an image; up to a megapixel it is one tile."""
     if width * height <= MAX_WHOLE_PIXELS:
         return (width * height,)
     return tuple(w * h for w in tile_lengths(width) for h in tile_lengths(height))
 
 
 def tile_lengths(side: int) -> tuple[int, ...]:
-    """Of the tiles along one side of an image, in pixels."""
+    """Return the lengths in pixels of the tiles along one side of an image."""
     return tuple(min(TILE_SIDE, side - start) for start in range(0, side, TILE_STRIDE))
 
 
 def reference_pixels(width: int, height: int, max_pixels: int) -> int:
-    """Of a reference as the model takes it: scaled down to the tier's limit, cut to whole tokens.
+    """Return the pixels of a reference after scaling to the tier's limit and cutting to tokens.
 
-    As Flux2ImageProcessor does it, to the pixel.
+    Exactly as diffusers' Flux2ImageProcessor does it.
     """
     width, height = scaled_size(width, height, max_pixels)
     return width // TOKEN_SIDE * TOKEN_SIDE * (height // TOKEN_SIDE * TOKEN_SIDE)
 
 
 def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
-    """Width and height of a reference that is scaled down to so many pixels, where it has more."""
+    """Return width and height of a reference after scaling it down to at most `max_pixels`."""
     if width * height <= max_pixels:
         return width, height
     scale = math.sqrt(max_pixels / (width * height))

@@ -1,11 +1,11 @@
-"""The GPU cards that a plan or a price may be made for: what of each a program can really use.
+"""The GPUs for which plans and prices can be made: usable memory, and speeds.
 
-Peaks are NVIDIA's data sheets for dense products (tensor cores with fp32 sums; fp32 without TF32)
-and memory. What a program gets of them is fitted or assumed, until replicas have measured: 0.62 on
-Hopper reproduces the 0.4605 s a step of FLUX.2 [dev] on an H100 (SGLang, pull request 16055), 0.46
-on B200 is from NVIDIA's own 1.7 x of an H200; A100 is taken as Hopper, and the rest as 0.60.
-Collectives are 0.3 of what NVLink's data sheet says for both directions, or what is left of PCIe
-without peer access.
+Peaks are from NVIDIA's data sheets, for dense products (tensor cores with fp32 sums; fp32 without
+TF32) and for memory. The fraction of a peak that a program reaches is fitted or assumed, and holds
+until replicas have measured their own: 0.62 on Hopper reproduces the 0.4605 s a step of FLUX.2
+[dev] on an H100 (SGLang, pull request 16055), 0.46 on B200 follows from NVIDIA's own 1.7 x of an
+H200; A100 is assumed to be like Hopper, and the rest to reach 0.60. Collectives reach 0.3 of what
+NVLink's data sheet says for both directions, or what PCIe leaves without peer access.
 """
 
 import re
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 GIB = 2**30
 PROCESSOR = "cpu"
-# Of what a card's row and CUDA say of its memory: one of another size is another card.
+# How far a row and CUDA may differ on a GPU's memory: some names stand for GPUs of several sizes.
 MEMORY_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """`usable_bytes` is what CUDA reports as the card's total, less than its name says.
+    """A GPU model; `usable_bytes` is the total that CUDA reports, which is less than its name says.
 
-    Without FP8 units (CUDA capability 8.9) FP8 weights are unpacked before each product; without
+    Without FP8 units (CUDA capability 8.9) FP8 weights are unpacked before each product. Without
     NVLink more than two tensor ranks wait longer for each other than they compute.
     """
 
@@ -33,12 +33,12 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Speed:
-    """Peaks in TFLOP/s and GB/s; `link_gb_s` is what a rank sends in a collective.
+    """The speed of a GPU or CPU: peaks in TFLOP/s and GB/s; `link_gb_s` is for collectives.
 
     `achieved` is the fraction of a peak that whole steps reach, `collective_s` the seconds before a
-    collective sends anything, `block_s` the host's seconds for the operations of one block. A
-    processor that `is_host` makes them one after the other; a card works on one block while the
-    host prepares the next.
+    collective sends anything, `block_s` the host's seconds to launch the operations of one block. A
+    GPU works on one block while the host launches the next; a CPU, which `is_host` itself, does
+    both one after the other.
     """
 
     fp32_tflops: float
@@ -52,8 +52,8 @@ class Speed:
     is_host: bool = False
 
 
-# One thread, and no more than a prior: the first requests correct it. bf16 may be far slower, where
-# the processor has to emulate it, or faster; collectives are gloo's.
+# One CPU thread, and only a first guess, which the first requests correct: bf16 may be far slower,
+# if the processor has to emulate it, or faster. Collectives are gloo's.
 ONE_THREAD = Speed(
     fp32_tflops=0.05,
     bf16_tflops=0.05,
@@ -66,7 +66,7 @@ ONE_THREAD = Speed(
     is_host=True,
 )
 
-# GiB as PyTorch's out-of-memory messages give the total capacity: the lowest of several reports.
+# Memory in GiB as PyTorch's out-of-memory messages give the total: the lowest of several reports.
 _ROWS = (
     ("b200-180gb", 178.35, True, Speed(75, 2250, 4500, 8000, 500, 0.46)),
     ("h200-141gb", 139.72, True, Speed(67, 989, 1979, 4800, 270, 0.62)),
@@ -89,7 +89,7 @@ SPEEDS = {name: speed for name, _, _, speed in _ROWS} | {PROCESSOR: ONE_THREAD}
 
 
 def card_for(name: str) -> Gpu:
-    """The row of a card; ValueError names the ones there are."""
+    """Return the GPU of that name. Raises ValueError, which lists the known names."""
     try:
         return CARDS[name]
     except KeyError:
@@ -97,7 +97,7 @@ def card_for(name: str) -> Gpu:
 
 
 def speed_for(name: str) -> Speed:
-    """Of a card, or of one thread of a processor (`cpu`); ValueError names the ones there are."""
+    """Return the speed of a GPU, or of one CPU thread (`cpu`). Raises ValueError."""
     try:
         return SPEEDS[name]
     except KeyError:
@@ -105,7 +105,7 @@ def speed_for(name: str) -> Speed:
 
 
 def card_of(device: str, total_bytes: int) -> str | None:
-    """The row of a device by what CUDA calls it and by its memory; None if it has none."""
+    """Return the name of the GPU with that CUDA device name and memory, or None if unknown."""
     for name, card in CARDS.items():
         chip = re.sub(r"(?<=rtx)(?=\d)", " ?", name.split("-")[0])
         is_chip = re.search(rf"(?<![a-z0-9]){chip}(?![a-z0-9])", device.lower()) is not None

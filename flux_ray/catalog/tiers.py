@@ -1,4 +1,4 @@
-"""The tiers: one row each, with the defaults and limits that clients and engines rely on."""
+"""The tiers: one row for each, with the defaults and limits that clients and engines rely on."""
 
 from dataclasses import dataclass, replace
 
@@ -9,15 +9,16 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Tier:
-    """A row: what a client may ask for, and what it gets when it does not say.
+    """A tier: what a client may ask for, and what it gets by default.
 
-    `text_length` is the padded prompt length in tokens; sizes are pixels, `size_multiple` for both
-    sides; `weights` is `embedded`, or None where the operator names them in the tier's args.
-    Distilled tiers are not guided: `guidance` then is fixed, and a caller's changes nothing.
-    A reference of more than `max_reference_pixels` is scaled down by the model. `takes_mask`: it
-    can draw a part of an image and keep the rest.
-    `scales_sizes`: other sizes than its own are generated at its default area and then scaled.
-    `quality_steps`: the steps of OpenAI's words for quality, where they make a difference.
+    `text_length` is the padded prompt length in tokens. Sizes are in pixels; both sides are
+    multiples of `size_multiple`. `weights` is `embedded`, or None if the operator names them in the
+    tier's args. Tiers that are not guided (distilled ones) have a fixed `guidance`; a caller's has
+    no effect. The model scales down references above `max_reference_pixels`. A tier that
+    `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes` takes
+    sizes outside its limits: it generates near its default area and scales the image.
+    `quality_steps` are the numbers of steps for OpenAI's words for quality, on tiers where they
+    make a difference.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Tier:
     quality_steps: tuple[tuple[str, int], ...] = ()
 
     def steps_at(self, quality: str | None) -> int | None:
-        """Of that quality; None where the word says nothing to this tier."""
+        """Return the steps for an OpenAI `quality`, or None if this tier ignores it."""
         return dict(self.quality_steps).get(quality or "")
 
 
@@ -56,12 +57,12 @@ TINY = Tier(
     text_length=48,
     default_side=128,
     min_side=64,
-    # It has seen nothing larger; a larger reference is scaled down to that.
+    # It was trained on nothing larger; larger references are scaled down to this.
     max_side=192,
     max_pixels=192 * 192,
     max_reference_pixels=192 * 192,
     takes_mask=True,
-    # Most clients have a list of sizes, of which the least is 512x512.
+    # Most clients have a fixed list of sizes, of which the smallest is 512x512.
     scales_sizes=True,
     weights=EMBEDDED,
     owner="flux-ray",
@@ -94,7 +95,7 @@ DEV = Tier(
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
-    # 28 is the usual trade. Nobody who asks for more than the default gets less.
+    # 28 steps are the usual compromise. `high` and above are never fewer than the default.
     quality_steps=(
         ("low", 20),
         ("medium", 28),
@@ -105,12 +106,12 @@ DEV = Tier(
         ("max", 50),
     ),
 )
-# Their weights are not public: they come from the operator.
+# The weights of pro and max are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8)
 
 TIERS = (
     TINY,
-    # The same model split over two ranks: the path of the 32B tiers on a laptop.
+    # The same model split over two ranks, so that a laptop runs the code of the 32B tiers.
     replace(TINY, name="tiny-tp2"),
     KLEIN_4B,
     replace(KLEIN_4B, name="flux-2-klein-9b", license="flux-non-commercial"),
@@ -122,7 +123,7 @@ _BY_NAME = {tier.name: tier for tier in TIERS}
 
 
 def tier_for(name: str) -> Tier:
-    """The row of a tier; UnknownTier names the ones there are."""
+    """Return the tier of that name. Raises UnknownTier, which lists the known names."""
     try:
         return _BY_NAME[name]
     except KeyError:
