@@ -1,1 +1,1 @@
-"""The `flux-ray` command."""
+"""The commands of `flux-ray`, one module for each that is more than a few lines."""

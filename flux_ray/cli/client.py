@@ -1,8 +1,7 @@
-"""One call to the gateway, with a progress bar while it runs; failures end the command.
+"""What several commands need: calls to a gateway, tables, and the tiers of a Serve config file.
 
-Where tables go: the terminal as wide as it is, and a pipe as wide as they need.
-
-The tiers of a Serve config file, checked as the cluster will check them.
+`call` shows a progress bar while the gateway works. `tiers_in` checks a config file as the cluster
+will. Whatever fails ends the command with a message and status 1 (`fail`).
 """
 
 import time
@@ -33,7 +32,10 @@ def call(
     images: Sequence[Path] = (),
     key_file: Path | None = None,
 ) -> tuple[dict[str, Any], float]:
-    """The answer's body and the seconds it took; without fields, the list of tiers."""
+    """Ask the gateway; return the body of its answer and the seconds that it took.
+
+    Without `fields` ask for the list of tiers, otherwise for images.
+    """
     started_s = time.monotonic()
     headers = {} if key_file is None else {"authorization": f"Bearer {secret_in(key_file)}"}
     try:
@@ -49,7 +51,7 @@ def call(
 
 
 def secret_in(key_file: Path) -> str:
-    """As `flux-ray keys create` printed it; on the command line everybody could read it."""
+    """Return the API key that a file holds; on the command line all users could read it."""
     secret = key_file.read_text(errors="replace").strip()
     if not secret.isascii() or len(secret.split()) != 1:
         fail(f"{key_file} holds no API key")
@@ -59,7 +61,7 @@ def secret_in(key_file: Path) -> str:
 def send(
     client: httpx.Client, fields: dict[str, Any] | None, images: Sequence[Path]
 ) -> httpx.Response:
-    """The tiers, a generation, or with images an edit."""
+    """Send a request: for the tiers without fields, for an edit if there are images."""
     if fields is None:
         return client.get("/v1/models")
     if not images:
@@ -73,7 +75,7 @@ def send(
 
 
 def waiting() -> Progress:
-    """A bar that moves while the cluster works; it goes away afterwards."""
+    """Return a progress bar that moves while the cluster works, and vanishes afterwards."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,12 +83,12 @@ def waiting() -> Progress:
         console=Console(stderr=True),
         transient=True,
     )
-    progress.add_task("drawing", total=None)
+    progress.add_task("generating", total=None)
     return progress
 
 
 def message_of(response: httpx.Response) -> str:
-    """The server's own words, with the id under which its logs have the request."""
+    """Return the server's message, with the request's id in its logs if the server failed."""
     message: str = read_json(response).get("error", {}).get("message", response.reason_phrase)
     request_id = response.headers.get("x-request-id", "without id")
     if response.is_server_error and request_id not in message:
@@ -95,7 +97,7 @@ def message_of(response: httpx.Response) -> str:
 
 
 def read_json(response: httpx.Response) -> dict[str, Any]:
-    """Other bodies than ours come from something that is no gateway."""
+    """Return the JSON of an answer; end the command if it is not from a flux-ray gateway."""
     try:
         body = response.json()
     except ValueError:
@@ -106,17 +108,17 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
 
 
 def fail(message: str) -> NoReturn:
-    """Say why, and end with status 1."""
+    """Print an error and end the command with status 1."""
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(1)
 
 
-# A pipe has no width of its own, and rich's 80 columns would cut the tables.
+# A pipe has no width, and the 80 columns that rich assumes would cut the tables.
 PIPED_WIDTH = 132
 
 
 def table_console() -> Console:
-    """Standard output."""
+    """Return a console for tables: as wide as the terminal, or PIPED_WIDTH in a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
@@ -128,7 +130,7 @@ BUILDERS: dict[str, type[Args]] = {
 
 
 def tiers_in(path: Path) -> list[TierArgs]:
-    """The args of the applications that are tiers; a file that says nonsense ends the command."""
+    """Return the args of a config file's tiers; end the command if the file is invalid."""
     tiers = [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
     if not tiers:
         fail(f"{path} serves no tier: none of its applications is one")
@@ -137,7 +139,7 @@ def tiers_in(path: Path) -> list[TierArgs]:
 
 
 def check_gpu_budgets(tiers: list[TierArgs]) -> None:
-    """One budget for all tiers that scale on GPUs, which holds what all of them must have."""
+    """End the command unless all tiers that scale on GPUs name one budget that is enough."""
     wants, said = [], {}
     for args in tiers:
         scaling, size = args.autoscaling, args.num_gpus_per_replica
@@ -157,7 +159,7 @@ def check_gpu_budgets(tiers: list[TierArgs]) -> None:
 
 
 def applications_in(path: Path) -> list[dict[str, Any]]:
-    """The file's applications, all of them ours."""
+    """Return the list of applications in a Serve config file; end the command without one."""
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -169,7 +171,7 @@ def applications_in(path: Path) -> list[dict[str, Any]]:
 
 
 def args_of(application: dict[str, Any]) -> Args:
-    """Its typed args; what is wrong with them is named by application and key."""
+    """Return an application's typed args; end the command, naming the key, if they are wrong."""
     name, import_path = application.get("name"), application.get("import_path")
     if import_path not in BUILDERS:
         fail(f"application {name}: import_path {import_path} is none of {', '.join(BUILDERS)}")

@@ -1,9 +1,4 @@
-"""`flux-ray`: ask a running cluster for images, or plan and simulate one.
-
-Where the command puts images, and in which format.
-
-`flux-ray keys`: make, list and revoke API keys in the file that the gateways read.
-"""
+"""Ask a running cluster for images, plan or simulate a cluster, and manage its API keys."""
 
 import base64
 from datetime import UTC, datetime, timedelta
@@ -26,7 +21,7 @@ FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def output_format_for(path: Path) -> str:
-    """The format that the file's name says."""
+    """Return the image format for a file name; BadParameter if its ending is unknown."""
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
@@ -34,14 +29,14 @@ def output_format_for(path: Path) -> str:
 
 
 def paths_for(path: Path, num_images: int) -> list[Path]:
-    """`out.png`, or for several `out-0.png`, `out-1.png`, ..."""
+    """Return the paths of all images: `out.png`, or for several `out-0.png`, `out-1.png`, ..."""
     if num_images == 1:
         return [path]
     return [path.with_stem(f"{path.stem}-{index}") for index in range(num_images)]
 
 
 def save(path: Path, b64: str) -> None:
-    """Write one image, in a folder that may not be there yet."""
+    """Write one image, given in base64; make its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(base64.b64decode(b64))
 
@@ -53,7 +48,9 @@ File = Annotated[Path, typer.Option(help="The keys file: .yaml or .json.", dir_o
 
 @keys.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is; who has several is one caller.")],
+    name: Annotated[
+        str, typer.Argument(help="The owner; several keys of one name are one caller.")
+    ],
     file: File,
     key_class: Annotated[
         str | None, typer.Option("--class", help="One of the gateway's key_classes.")
@@ -95,7 +92,7 @@ def revoke(
     which: Annotated[str, typer.Argument(help="A key's prefix, or the name of all its keys.")],
     file: File,
 ) -> None:
-    """Let a key in no more; the gateways notice within seconds."""
+    """Revoke a key, or all keys of a name; the gateways notice within seconds."""
     now = datetime.now(UTC)
     try:
         changed = change_keys(file, lambda kept: without_key(kept, which, now))
@@ -107,7 +104,7 @@ def revoke(
 
 
 def state_of(key: Key, now: datetime) -> str:
-    """In a word."""
+    """Return `live`, `expired` or `revoked`."""
     if key.is_live(now):
         return "live"
     return "expired" if key.revoked is None else "revoked"
@@ -135,7 +132,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Take what may stand before the name of a command."""
+    """Take the options that may stand before the name of a command."""
 
 
 Url = Annotated[str, typer.Option(help="The gateway's address.")]
@@ -166,9 +163,9 @@ def generate(
     key_file: KeyFile = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite files.")] = False,
 ) -> None:
-    """Draw images of PROMPT, or edit the ones given with --image."""
+    """Generate images of PROMPT, or edit the ones given with --image."""
     paths = paths_for(output, num_images)
-    # Before anything is drawn that would then have no place.
+    # Checked first: the cluster must not generate images that could then not be saved.
     if not force and (taken := [str(path) for path in paths if path.exists()]):
         fail(f"there is already {', '.join(taken)}: choose another --output, or say --force")
     fields: dict[str, Any] = {

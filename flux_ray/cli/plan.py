@@ -1,6 +1,7 @@
-"""`flux-ray plan`: whether a deployment fits its cards, before anything of it is started.
+"""`flux-ray plan`: check that a deployment fits its GPUs, before anything of it is started.
 
-A plan for people: a table of cards, the cheapest layouts, and how to read the numbers.
+The plan is printed as a table of GPUs, with the cheapest layouts and notes on how to read the
+numbers, or as JSON.
 """
 
 import json
@@ -32,7 +33,10 @@ CUDA, 0.7 for NCCL and each set of GPUs."""
 
 
 def print_plan(plan: "Plan", console: Console) -> None:
-    """All of it; in a narrow terminal the terminal wraps the table, for rich would cut numbers."""
+    """Print a plan: the table, the layouts, the verdict and the notes.
+
+    In a narrow terminal the terminal has to wrap the table, because rich would cut off numbers.
+    """
     card, table = plan.card, table_of(plan)
     table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.print(table, crop=False)
@@ -50,13 +54,13 @@ def print_plan(plan: "Plan", console: Console) -> None:
 
 
 def say(console: Console, *lines: str) -> None:
-    """Plain text: a name in brackets is no markup."""
+    """Print plain lines; rich would take a name in brackets for markup."""
     for line in lines:
         console.print(line, markup=False, highlight=False)
 
 
 def table_of(plan: "Plan") -> Table:
-    """A row for each kind of card of each tier."""
+    """Return the table with a row for each kind of GPU of each tier."""
     table = Table(title=f"GB on each card, {plan.count} x {plan.card.name}", title_justify="left")
     table.add_column("tier", no_wrap=True)
     table.add_column("GPU", no_wrap=True)
@@ -71,7 +75,7 @@ def table_of(plan: "Plan") -> Table:
 
 
 def row_of(plan: "Plan", tier: "TierPlan", planned: "GpuPlan") -> list[str]:
-    """The components, their total against the card, and the total at the default image."""
+    """Return the cells of one GPU: components, total, the GPU's memory, total at default size."""
     on_card = tier.device == "cuda"
     return [
         f"{tier.tier}\n{precision_of(tier)}",
@@ -85,13 +89,13 @@ def row_of(plan: "Plan", tier: "TierPlan", planned: "GpuPlan") -> list[str]:
 
 
 def precision_of(tier: "TierPlan") -> str:
-    """Of transformer / text encoder."""
+    """Return the number formats of a tier's transformer and text encoder."""
     kept = SHORT[tier.dtype]
     return f"{tier.quantization or kept} / {tier.encoder_quantization or kept}"
 
 
 def place_of(tier: "TierPlan", planned: "GpuPlan") -> str:
-    """Whose card it is."""
+    """Return which ranks the GPU is for, and in how many replicas."""
     if not planned.ranks:
         return "encoder\nof all replicas"
     last = planned.ranks[-1]
@@ -100,19 +104,19 @@ def place_of(tier: "TierPlan", planned: "GpuPlan") -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 GPU`, `2 GPUs`."""
+    """Return the number with its noun: `1 GPU`, `2 GPUs`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def verdict_of(planned: "GpuPlan") -> str:
-    """Whether all requests fit, or only those of the default size."""
+    """Return in words whether all requests fit, or only those of the default size."""
     if planned.fits:
         return "fits"
     return "default only" if planned.fits_default else "does not fit"
 
 
 def layout_lines(tier: "TierPlan") -> list[str]:
-    """The cheapest layout, and the others worth naming."""
+    """Return the lines on a tier's cheapest layout and the others worth naming."""
     lines = ["", f"{tier.tier}: cheapest layout that fits: {layout_text(tier.cheapest)}"]
     for layout in tier.alternatives:
         changed = ", ".join(f"{name}: {value}" for name, value in layout.changes.items())
@@ -123,7 +127,7 @@ def layout_lines(tier: "TierPlan") -> list[str]:
 
 
 def layout_text(layout: "PlacementOption | None") -> str:
-    """Its parallel setting, GPUs and bytes."""
+    """Return a layout in words: its parallel setting, GPUs and GB."""
     if layout is None:
         return "none"
     sequence = f" x sequence {layout.sequence}" if layout.sequence > 1 else ""
@@ -135,7 +139,7 @@ def layout_text(layout: "PlacementOption | None") -> str:
 
 
 def gb(num_bytes: int) -> str:
-    """Two digits after the point, so that 7.75 can be told from 8."""
+    """Return bytes as GB with two decimals, so that 7.75 can be told from 8."""
     return f"{num_bytes / GB:.2f}"
 
 
@@ -149,11 +153,11 @@ ASSUMED_GPU, ASSUMED_COUNT = "h100-80gb", 8
 def plan(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="serve/*.yaml")],
     gpu: Annotated[
-        str | None, typer.Option(help="The kind of card.", show_default=ASSUMED_GPU)
+        str | None, typer.Option(help="The kind of GPU.", show_default=ASSUMED_GPU)
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="How many cards there are.", show_default=str(ASSUMED_COUNT)),
+        typer.Option(min=1, help="How many GPUs there are.", show_default=str(ASSUMED_COUNT)),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes.")] = False,
 ) -> None:
@@ -180,11 +184,11 @@ def assumptions(gpu: str | None, count: int | None) -> str:
 
 
 def count_bytes(tiers: list[TierArgs], gpu: str, count: int) -> "Plan":
-    """The plan; the command ends with the reason if there can be none."""
-    # They say at import what they lack for training.
+    """Make the plan, or end the command with the reason why there can be none."""
+    # Libraries warn at import about what they lack for training, which matters to no plan.
     logging.disable(logging.WARNING)
     try:
-        # Only here: the other commands start at once because they do without torch.
+        # Imported here only: torch takes seconds, which the other commands must not wait for.
         from flux_ray.planner.plan import make_plan
 
         return make_plan(tiers, gpu, count)

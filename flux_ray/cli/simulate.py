@@ -1,6 +1,6 @@
-"""`flux-ray simulate`: a fleet through a trace, with the policies that the cluster runs.
+"""`flux-ray simulate`: send a trace through a simulated fleet with the cluster's own policies.
 
-A simulation's outcome for people, as a table, and for programs, as plain values.
+The outcome is printed as a table or as JSON, and plotted if asked for.
 """
 
 import json
@@ -36,7 +36,7 @@ NOTES = (
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """A row for each tier, and one for all of them."""
+    """Print the outcome as a table, with a row for each tier and one for all of them."""
     table = Table("tier")
     for column in (*COLUMNS, "GPU hours", "replicas"):
         table.add_column(column, justify="right")
@@ -50,7 +50,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def row_of(tier: TierOutcome, waits: list[str]) -> list[str]:
-    """The counts of a tier, or of all."""
+    """Return the cells of a tier, or of all tiers, from the counts to the GPU hours."""
     return [
         f"{tier.num_arrived:,}",
         f"{100 * tier.attainment:.1f} %",
@@ -64,18 +64,18 @@ def row_of(tier: TierOutcome, waits: list[str]) -> list[str]:
 
 
 def replicas_of(tier: TierOutcome) -> str:
-    """The least and the most that were up, as means over the curve's points."""
+    """Return the least and the most replicas that were up, as means over points of the curve."""
     least, most = bounds_of([point.replicas for point in tier.points])
     return f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
 
 
 def bounds_of(values: list[float]) -> tuple[float, float]:
-    """The least and the most; 0 and 0 of nothing."""
+    """Return the least and the largest value; 0 and 0 if there are none."""
     return min(values, default=0.0), max(values, default=0.0)
 
 
 def report_of(outcome: Outcome) -> dict[str, Any]:
-    """Plain values: `tiers` by name, and the same counts of `all`."""
+    """Return the outcome as plain values: `tiers` by name, and the same counts of `all`."""
     return {
         "end_s": outcome.end_s,
         "all": counts_of(outcome.total),
@@ -87,7 +87,7 @@ def report_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def counts_of(tier: TierOutcome) -> dict[str, Any]:
-    """What can be added up over tiers, and the two shares."""
+    """Return the counts that can be added up over tiers, and the two attainments."""
     return {
         "arrived": tier.num_arrived,
         "met": tier.num_met,
@@ -101,7 +101,7 @@ def counts_of(tier: TierOutcome) -> dict[str, Any]:
 
 
 def waits_of(tier: TierOutcome) -> dict[str, float]:
-    """Quantiles and mean, in seconds."""
+    """Return the quantiles and the mean of a tier's waits, in seconds."""
     quantiles = {f"p{share * 100:.0f}": tier.waits.quantile(share) for share in QUANTILES}
     return quantiles | {"mean": tier.waits.mean_s}
 
@@ -110,27 +110,34 @@ PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 Config = Annotated[Path, typer.Option(exists=True, dir_okay=False, help="serve/*.yaml")]
 TraceName = Annotated[str, typer.Option(help=f"{', '.join(PATTERNS)}, or a file of JSON lines.")]
-Gpu = Annotated[str, typer.Option(help="The kind of card.")]
-Load = Annotated[float, typer.Option(min=0.0, help="Work that comes, over what CONFIG can do.")]
-Hours = Annotated[float, typer.Option(min=0.001, help="Of a generated trace.")]
+Gpu = Annotated[str, typer.Option(help="The kind of GPU.")]
+Load = Annotated[
+    float, typer.Option(min=0.0, help="Arriving work, as a share of what CONFIG can do.")
+]
+Hours = Annotated[float, typer.Option(min=0.001, help="Length of a generated trace.")]
 Seed = Annotated[int, typer.Option(help="The same one gives the same outcome.")]
-SloScale = Annotated[float, typer.Option(min=1.0, help="Deadlines, where not said, in costs.")]
+SloScale = Annotated[
+    float, typer.Option(min=1.0, help="Deadlines, if not given, as multiples of the price.")
+]
 Least = Annotated[int | None, typer.Option(min=0, help="Scale tiers down to that many.")]
 Most = Annotated[int | None, typer.Option(min=1, help="Scale tiers up to that many.")]
 Gpus = Annotated[
-    int | None, typer.Option(min=1, help="What tiers that scale share; else CONFIG's.")
+    int | None, typer.Option(min=1, help="GPUs that scaling tiers share; default: CONFIG's.")
 ]
 ColdStart = Annotated[
-    float | None, typer.Option(min=0.0, help="Else CONFIG's, or 20 s for a card, 60 s for a group.")
+    float | None,
+    typer.Option(min=0.0, help="Default: CONFIG's, or 20 s for one GPU, 60 s for several."),
 ]
 Failures = Annotated[float, typer.Option(min=0.0, help="Replicas of each tier that die an hour.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Where: a .svg or .png file.")]
+Plot = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="Write a plot to this .svg or .png file.")
+]
 
 
 @dataclass(frozen=True)
 class Arriving:
-    """The requests of a trace, and until when they come; `is_recorded` if they are from a file."""
+    """The requests of a trace, and the seconds in which they come; recorded or generated."""
 
     entries: Iterator[TracedRequest]
     duration_s: float
@@ -182,7 +189,7 @@ def simulate(
 def arriving_of(
     trace: str, models: Mapping[str, TierModel], load: float, duration_s: float, seed: int
 ) -> Arriving:
-    """A generated trace if there is a pattern of that name, else the file's."""
+    """Return the requests of the pattern of that name, or else of the file or folder."""
     for pattern in PATTERNS:
         if trace == pattern:
             traffics = [
@@ -197,8 +204,8 @@ def arriving_of(
 
 
 def plot_to(outcome: Outcome, path: Path) -> None:
-    """The image; the command ends if matplotlib cannot write such a file."""
-    # Only here: it takes a second to import, and the other commands do without.
+    """Save a plot of the outcome; end the command if the file cannot be written."""
+    # Imported here only: matplotlib takes a second, which the other commands must not wait for.
     from flux_ray.cli.simulate_plot import save_plot
 
     try:
@@ -208,7 +215,7 @@ def plot_to(outcome: Outcome, path: Path) -> None:
 
 
 def show(outcome: Outcome, as_json: bool) -> None:
-    """For programs, or for people."""
+    """Print the outcome, as JSON or as a table."""
     if as_json:
         typer.echo(json.dumps(report_of(outcome)))
         return

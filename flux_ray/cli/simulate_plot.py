@@ -1,4 +1,4 @@
-"""A simulation drawn over time: for each tier its demand, its replicas, and what waits for them."""
+"""Plot a simulation over time: for each tier its demand, its replicas, and the waiting work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ DEMAND, REPLICAS, STARTING, WAITING = "#E69F00", "#0072B2", "#56B4E9", "#D55E00"
 
 
 def save_plot(outcome: "Outcome", path: Path) -> None:
-    """Write the image; ValueError names the file names that it may have."""
+    """Write the plot to a file; ValueError if its ending is none of FORMATS."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"--plot {path} must end in one of: {', '.join(FORMATS)}")
     num_tiers = max(1, len(outcome.tiers))
@@ -27,9 +27,9 @@ def save_plot(outcome: "Outcome", path: Path) -> None:
     )
     in_minutes = outcome.end_s <= MAX_HOURS_IN_MINUTES * 3600
     for number, (name, tier) in enumerate(outcome.tiers.items()):
-        generate_load(grid[2 * number][0], name, tier, 60 if in_minutes else 3600)
-        generate_waiting(grid[2 * number + 1][0], tier, 60 if in_minutes else 3600)
-    # One for all tiers, above them: inside it would hide a peak.
+        plot_load(grid[2 * number][0], name, tier, 60 if in_minutes else 3600)
+        plot_waiting(grid[2 * number + 1][0], tier, 60 if in_minutes else 3600)
+    # One legend above all tiers: inside a plot it could hide a peak.
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", fontsize=9, ncols=3, frameon=False)
     grid[-1][0].set_xlabel("minutes" if in_minutes else "hours")
@@ -37,8 +37,8 @@ def save_plot(outcome: "Outcome", path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def generate_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -> None:
-    """Work that arrives a second, over the replicas that are there for it."""
+def plot_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -> None:
+    """Plot the work that arrives per second, and the replicas that are there for it."""
     edges = edges_of(tier, unit_s)
     replicas = [point.replicas for point in tier.points]
     held = [point.replicas + point.starting for point in tier.points]
@@ -54,8 +54,8 @@ def generate_load(axes: "Axes", name: str, tier: "TierOutcome", unit_s: float) -
     axes.grid(alpha=0.25)
 
 
-def generate_waiting(axes: "Axes", tier: "TierOutcome", unit_s: float) -> None:
-    """What waits, as the seconds that each replica would be busy with it."""
+def plot_waiting(axes: "Axes", tier: "TierOutcome", unit_s: float) -> None:
+    """Plot the waiting work, as the seconds that it would keep each replica busy."""
     shares = [point.waiting_s / max(point.replicas, 1.0) for point in tier.points]
     axes.stairs(shares, edges_of(tier, unit_s), fill=True, color=WAITING, alpha=0.6)
     axes.set_ylabel("waiting,\ns a replica")
@@ -64,7 +64,7 @@ def generate_waiting(axes: "Axes", tier: "TierOutcome", unit_s: float) -> None:
 
 
 def edges_of(tier: "TierOutcome", unit_s: float) -> list[float]:
-    """Where the points begin, and where the last one ends."""
+    """Return the time at which each point begins, and the time at which the last one ends."""
     if not tier.points:
         return [0.0]
     last = tier.points[-1]
@@ -72,7 +72,7 @@ def edges_of(tier: "TierOutcome", unit_s: float) -> list[float]:
 
 
 def title_of(name: str, tier: "TierOutcome") -> str:
-    """The tier in one line."""
+    """Return a tier's outcome in one line."""
     return (
         f"{name}: {100 * tier.attainment:.1f} % in time of {tier.num_arrived:,} requests,"
         f" {tier.num_refused:,} refused, p95 wait {tier.waits.quantile(0.95):.1f} s,"
