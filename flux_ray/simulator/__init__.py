@@ -1,1 +1,1 @@
-"""The fleet in simulated time: the router's own objects over replicas that only pass time."""
+"""Simulate a fleet: the router's own queue and scaler, over replicas that only let time pass."""

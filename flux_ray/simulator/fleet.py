@@ -1,6 +1,8 @@
-"""The fleet of a Serve config file in simulated time: its pools, and what requests cost there.
+"""Run the fleet of a Serve config file in simulated time.
 
-The event loop: arrivals, hand-overs, completions, cold starts and failures in order of time.
+`tier_model` reads a tier's args, `run_fleet` sends a trace through the tiers' pools, and
+`simulate` does so for any pools. `EventLoop` makes everything happen in order of time: arrivals,
+assignments, completions, cold starts and failures.
 """
 
 import heapq
@@ -30,12 +32,13 @@ from flux_ray.simulator.outcome import Arrival, Outcome, ReplicaOutage, ReplicaP
 from flux_ray.simulator.tier import SimulatedTier
 from flux_ray.simulator.traffic import sample_of
 
-# With no arrival left and nothing but scaling rounds happening, nobody will serve what waits.
+# After the last arrival, if nothing but scaling rounds has happened for so long, the requests that
+# still wait will never be served, and the simulation ends.
 PATIENCE_S = 3600.0
 
 
 class EventLoop:
-    """Things happen in order of time; of two at the same time, the one first scheduled."""
+    """A loop that runs events in order of time; at equal times, the one scheduled first."""
 
     def __init__(self, pools: Sequence[ReplicaPool]) -> None:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
@@ -46,11 +49,11 @@ class EventLoop:
         self.now = 0.0
 
     def schedule(self, at_s: float, event: Callable[[float], None]) -> None:
-        """Call the event, with the time, then."""
+        """Call the event at `at_s`, with that time."""
         heapq.heappush(self._events, (at_s, next(self._numbers), event))
 
     def run(self, arrivals: Iterator[Arrival], period_s: float) -> None:
-        """Until the last request is done."""
+        """Run until the last request is done, with a scaling round every `period_s`."""
         is_scaled = any(tier.pool.scaling is not None for tier in self.tiers.values())
         next_round = 0.0 if is_scaled else math.inf
         busy_at = 0.0
@@ -76,7 +79,7 @@ class EventLoop:
                 self._scale(at)
 
     def finish(self) -> Outcome:
-        """Close the books."""
+        """Count up to now, give up what still waits, and return the outcome."""
         for tier in self.tiers.values():
             tier.pass_time(self.now)
             tier.give_up()
@@ -95,11 +98,11 @@ def simulate(
     failures: Sequence[ReplicaOutage] = (),
     horizon_s: float | None = None,
 ) -> Outcome:
-    """Send the arrivals, which are in order of time from 0 on, through the pools.
+    """Send arrivals through the pools, and return what became of them.
 
-    Runs until the last request is done. Arrivals after `horizon_s` are not taken, and GPU hours
-    and curves are counted until then; without it, until the last arrival's work is done. Equal
-    arguments give equal outcomes. KeyError for an arrival of a tier that has no pool.
+    Arrivals must be in order of time, from 0 on. Those after `horizon_s` are left out, and GPU
+    hours and curves are counted until then; without it, until the last request is done. Equal
+    arguments give equal outcomes. Raise KeyError for an arrival of a tier that has no pool.
     """
     engine = EventLoop(pools)
     for failure in failures:
@@ -115,16 +118,18 @@ def simulate(
 
 
 NUM_SAMPLES = 2000
-# A request may wait for what its deadline leaves beside its own work, and never for nothing.
+# If the file does not say how long a request may wait, that is what its deadline leaves beside its
+# own work, but at least this share of its price: a target of 0 would be impossible.
 LEAST_WAIT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """What the trace goes through. Deadlines that it does not say are `slo_scale` times the cost.
+    """The settings of a simulation that hold for all tiers.
 
-    `failures_per_hour`: replicas of each tier that die. `gpu_budget`: what all tiers share when
-    they scale; None is what the config file says, if anything.
+    `slo_scale`: a request without a deadline gets this many times its price. `failures_per_hour`:
+    replicas of each tier that die. `gpu_budget`: GPUs that scaling tiers share; None takes the
+    config file's, if it has one.
     """
 
     slo_scale: float = 3.0
@@ -135,9 +140,10 @@ class FleetPlan:
 
 @dataclass(frozen=True)
 class TierModel:
-    """One tier: its layout, how many replicas it begins with, and how it scales.
+    """One simulated tier: its layout, its first number of replicas, and how it scales.
 
-    `num_full_replicas`: as many as the config file means to serve with; a load is measured by them.
+    `num_full_replicas` is the most that the config file allows; `--load` is a share of what these
+    can do.
     """
 
     tier: str
@@ -153,18 +159,18 @@ class TierModel:
 
     @property
     def num_gpus_per_replica(self) -> int:
-        """None where it runs on processors."""
+        """The number of GPUs of a replica; 0 on processors."""
         return 0 if self.layout.card == PROCESSOR else self.layout.num_ranks
 
     @property
     def is_scaled(self) -> bool:
-        """Whether there is anything to decide, or GPUs to share."""
+        """Whether the tier can scale, or shares GPUs with others."""
         return self.min_replicas < self.max_replicas or self.gpu_budget is not None
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What takes the place of the config file's; None is no such thing."""
+    """Settings that replace those of the config file; None keeps the file's."""
 
     min_replicas: int | None = None
     max_replicas: int | None = None
@@ -174,9 +180,9 @@ class Overrides:
 def tier_model(
     args: TierArgs, card: str, slo_scale: float, overrides: Overrides = Overrides()
 ) -> TierModel:
-    """The model of a tier's args on cards of that name; ValueError says what is impossible.
+    """Return the model of a tier's args on GPUs of that name; ValueError if it is impossible.
 
-    Where the file says nothing of scaling, a request may wait for what `slo_scale` leaves it.
+    If the file says nothing about scaling, a request may wait for what `slo_scale` leaves it.
     """
     layout = ReplicaSpec.of(args, card)
     mean_s = mean_cost_s(args.tier, layout)
@@ -184,7 +190,7 @@ def tier_model(
     least = most = begin = args.num_replicas
     rules = ScalingRules(max(slo_scale - 1, LEAST_WAIT_SHARE) * mean_s, args.cold_start_s)
     if scaling is not None:
-        # As Serve does, it begins with the least.
+        # It begins with the least, as it does in Serve.
         begin = least = scaling.min_replicas
         most = scaling.max_replicas
         rules = ScalingRules(
@@ -206,13 +212,13 @@ def tier_model(
 
 
 def mean_cost_s(tier: str, layout: ReplicaSpec) -> float:
-    """Of a request of the tier's generated mix."""
+    """Return the mean replica seconds of the tier's generated mix of requests."""
     entries = sample_of(tier, NUM_SAMPLES)
     return sum(cost_s(entry, layout) for entry in entries) / len(entries)
 
 
 def cost_s(entry: TracedRequest, layout: ReplicaSpec) -> float:
-    """Seconds on one replica; references are taken to be as large as the model uses them."""
+    """Return the replica seconds of a request, with references as large as the model uses."""
     reference_pixels = tier_for(entry.tier).max_reference_pixels
     work = RequestShape(
         entry.tier,
@@ -228,9 +234,9 @@ def cost_s(entry: TracedRequest, layout: ReplicaSpec) -> float:
 def priced(
     entries: Iterable[TracedRequest], models: Mapping[str, TierModel], slo_scale: float
 ) -> Iterator[Arrival]:
-    """The arrivals of a trace. Whose deadline is not said has `slo_scale` times its cost.
+    """Give each request of a trace its price, and a deadline of `slo_scale` prices if it has none.
 
-    BadTrace if the fleet lacks a tier.
+    Raise BadTrace for a tier that the fleet does not have.
     """
     for entry in entries:
         if entry.tier not in models:
@@ -243,7 +249,7 @@ def priced(
 def failures_of(
     tiers: Iterable[str], per_hour: float, duration_s: float, seed: int
 ) -> list[ReplicaOutage]:
-    """Replicas of each tier die at that rate, at random, in the order of time."""
+    """Return random failures of replicas at that rate for each tier, in order of time."""
     failures = []
     for tier in tiers:
         rng = random.Random(f"{seed} failures of {tier}")
@@ -262,10 +268,10 @@ def run_fleet(
     *,
     until_done: bool = False,
 ) -> Outcome:
-    """The trace through the fleet, with the cluster's own queue and scaler.
+    """Send a trace through the fleet, with the cluster's own queue and scaler.
 
-    GPU hours are counted until `duration_s`, or until the last request is done. BadTrace and
-    ValueError say what of trace or plan is impossible.
+    GPU hours are counted until `duration_s`, or until the last request is done if `until_done`.
+    BadTrace and ValueError say what of trace or plan is impossible.
     """
     return simulate(
         priced(entries, models, plan.slo_scale),
@@ -276,7 +282,7 @@ def run_fleet(
 
 
 def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[ReplicaPool]:
-    """New ones, of which each is good for one simulation; they begin within the budget."""
+    """Return new pools for one simulation, whose first replicas fit into the budget."""
     num_gpus = budget_of(models, plan)
     begin = {model.tier: model.num_replicas for model in models.values()}
     if num_gpus is not None:
@@ -310,7 +316,7 @@ def pools_of(models: Mapping[str, TierModel], plan: FleetPlan) -> list[ReplicaPo
 
 
 def budget_of(models: Mapping[str, TierModel], plan: FleetPlan) -> int | None:
-    """The plan's; else the config file's, which is the smallest that a tier says."""
+    """Return the GPU budget of the plan, or else the smallest that a tier names; or None."""
     if plan.gpu_budget is not None:
         return plan.gpu_budget
     budgets = (model.gpu_budget for model in models.values())
@@ -318,7 +324,7 @@ def budget_of(models: Mapping[str, TierModel], plan: FleetPlan) -> int | None:
 
 
 def scaling_of(model: TierModel, budget: GpuBudget, num_gpus: int | None) -> Scaling | None:
-    """None where nothing is to be decided."""
+    """Return the tier's scaling policy, None if it does not scale."""
     if not model.is_scaled:
         return None
     scaler = Scaler(model.rules)

@@ -1,6 +1,8 @@
-"""What a simulation says: counts, waits, GPU hours, and a curve of the load. Bounded memory.
+"""The values of a simulation: what goes in, and what comes out.
 
-What a simulation is made of: arrivals, failures, pools, and what a pool's policies must do.
+In go arrivals, outages and pools of replicas, each pool with a queue policy (`QueuePolicy`). Out
+come counts, waits, GPU hours and a curve of the load over time (`Outcome`). Memory is bounded,
+however long the trace is.
 """
 
 import math
@@ -26,7 +28,7 @@ class Waits:
         self.total_s = 0.0
 
     def add(self, wait_s: float) -> None:
-        """One wait."""
+        """Count a wait."""
         self.num += 1
         self.total_s += wait_s
         place = 0
@@ -36,11 +38,11 @@ class Waits:
 
     @property
     def mean_s(self) -> float:
-        """0 if there were none."""
+        """The mean wait in seconds; 0 if there were none."""
         return self.total_s / self.num if self.num else 0.0
 
     def quantile(self, share: float) -> float:
-        """Seconds that this share (0..1) of the waits did not exceed; 0 if there were none."""
+        """Return the seconds that this share (0..1) of the waits stayed within; 0 without waits."""
         left = share * self.num
         for place, count in enumerate(self.counts):
             left -= count
@@ -53,9 +55,9 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The load from `at_s` for `length_s`; replicas and waiting seconds are means over time.
+    """The load from `at_s` for `length_s`; replicas and waiting seconds are means over that time.
 
-    `demand` is GPU seconds that arrived per second.
+    `demand` is the replica seconds that arrived per second.
     """
 
     at_s: float
@@ -67,21 +69,21 @@ class Point:
 
 
 class Curve:
-    """Points of equal length; when there are too many, each two become one."""
+    """A curve of points of equal length; when there are too many, each two become one."""
 
     def __init__(self) -> None:
-        # A power of two: the borders of the points then are exact.
+        # A power of two, so that the borders between points are exact.
         self.length_s = 1.0
-        # Arrived seconds, then integrals over time: replicas, starting, waiting.
+        # For each point: arrived seconds, then integrals over time of replicas, starting, waiting.
         self.sums: list[list[float]] = [[0.0, 0.0, 0.0, 0.0]]
         self.until_s = 0.0
 
     def arrive(self, at_s: float, cost_s: float) -> None:
-        """Work arrives."""
+        """Add work that arrived."""
         self._bin(at_s)[0] += cost_s
 
     def pass_time(self, now: float, replicas: int, starting: int, waiting_s: float) -> None:
-        """From the last call until now it was like this."""
+        """Take in the state that has held since the last call."""
         while self.until_s < now:
             sums = self._bin(self.until_s)
             end = min(now, (int(self.until_s / self.length_s) + 1) * self.length_s)
@@ -92,7 +94,7 @@ class Curve:
             self.until_s = end
 
     def points(self) -> tuple[Point, ...]:
-        """In order of time."""
+        """Return the points in order of time."""
         made = []
         for place, (arrived_s, *means) in enumerate(self.sums):
             at_s = place * self.length_s
@@ -116,10 +118,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class TierOutcome:
-    """What became of the requests of a tier, or of all of them; `_s` are their GPU seconds.
+    """What became of the requests of a tier, or of all tiers; `_s` are their replica seconds.
 
-    Met: done by the deadline; late: done after it. Lost: its replicas died, or the retry after
-    that was refused. `gpu_hours` hold all GPUs from the order to the end, cold starts included.
+    Met: done by the deadline; late: done after it. Lost: its replica died twice, or the retry was
+    refused. `gpu_hours` count all GPUs from the order of a replica to its end, cold starts
+    included.
     """
 
     num_arrived: int = 0
@@ -140,21 +143,21 @@ class TierOutcome:
 
     @property
     def attainment_by_gpu_seconds(self) -> float:
-        """The same, each request weighted by its GPU seconds."""
-        # The two are sums in different orders.
+        """The same share, with each request weighted by its replica seconds."""
+        # The two sums add in different orders, so rounding may bring their ratio above 1.
         return min(self.met_s / self.arrived_s, 1.0) if self.arrived_s else 1.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """By tier, and until when the simulation ran."""
+    """The outcome of a simulation by tier, and the time at which it ended."""
 
     tiers: dict[str, TierOutcome]
     end_s: float
 
     @property
     def total(self) -> TierOutcome:
-        """All tiers together: the counts and hours; waits and points stay with each tier."""
+        """The counts and GPU hours of all tiers together; waits and points stay with each tier."""
         total = TierOutcome()
         for tier in self.tiers.values():
             total = replace(
@@ -173,10 +176,10 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: when, for whom, its estimated GPU seconds, and the seconds it may take in all.
+    """One request: its arrival, tier and key, its price, and the seconds it may take in all.
 
-    `actual_s` is what it will really take, where that is not the estimate: the engine knows it,
-    the policies never do.
+    `cost_s` is the price in replica seconds. `actual_s` is what it will really take, None for the
+    same; the simulated replicas know it, the policies never do.
     """
 
     at_s: float
@@ -190,7 +193,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOutage:
-    """At that time the replica of that index, among those of the tier that are up, dies."""
+    """The death of a replica at `at_s`; `replica` is its index among those that are up."""
 
     at_s: float
     tier: str
@@ -198,53 +201,53 @@ class ReplicaOutage:
 
 
 class QueuePolicy(Protocol):
-    """What stands between the arrivals and the replicas of one tier.
+    """A policy that stands between the arrivals and the replicas of one tier.
 
-    `flux_ray.router.queue.tier_queue.TierQueue` is ours; the opponents are in
-    tests/bench/opponents/routers.py. Times are on the caller's clock. A replica that gets more
-    grants than it has slots works them off in order.
+    `flux_ray.router.queue.tier_queue.TierQueue` is ours; those that it is compared with are in
+    tests/bench/opponents/routers.py. Times are on the caller's clock. A replica that is assigned
+    more requests than it has slots works them off in order.
     """
 
     def add_replica(self, name: str, now: float) -> None:
-        """It is up, and free."""
+        """Note that a replica is up and free."""
 
     def expect_replica(self, name: str, ready_at: float, now: float) -> None:
-        """It is starting, and will be added about then."""
+        """Note that a replica is starting, and will be added at about `ready_at`."""
 
     def drain_replica(self, name: str, now: float) -> None:
-        """It gets nothing new; what it runs, it finishes. One that is expected is forgotten."""
+        """Assign the replica nothing more; it finishes what it runs. Forget a starting one."""
 
     def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
-        """It is gone. Returned is what it had been granted and has not finished."""
+        """Remove a dead replica, and return the requests that it had not finished."""
 
     def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
-        """A ticket arrives; None if it is taken in."""
+        """Admit a request and return None, or return why not."""
 
     def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
-        """Whose turn it is now, and who has waited in vain."""
+        """Return the assignments that are due now, and the requests that waited in vain."""
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
-        """The replica reports how many seconds a granted ticket will still take."""
+        """Note how many seconds an assigned request will still take, as its replica reports."""
 
     def finish(self, ticket_id: str, now: float) -> None:
-        """A granted ticket is done."""
+        """Remove an assigned request that is done."""
 
     def wake_at(self) -> float | None:
-        """When take() should be called though nothing else happens."""
+        """Return when take() is to be called next if nothing else happens; None if never."""
 
     def waiting_s(self, now: float) -> float:
-        """GPU seconds that are not granted yet."""
+        """Return the replica seconds of all waiting requests."""
 
     def running_s(self, now: float) -> float:
-        """GPU seconds that are granted and not done yet."""
+        """Return the replica seconds that assigned requests still take."""
 
 
 @dataclass(frozen=True)
 class ReplicaPool:
-    """The replicas of one tier. `queue` is used up by a simulation: make a new one for each.
+    """The replicas of one tier, with their policies; made anew for each simulation.
 
-    A replica asked for is usable `cold_start_s` later; one that dies comes back after as long.
-    `report_period_s`: replicas tell the queue that often how long their work will still take.
+    A new replica is usable after `cold_start_s`; one that dies is replaced after as long.
+    `report_period_s`: how often replicas tell the queue how long their work will still take.
     """
 
     tier: str
@@ -260,7 +263,7 @@ class ReplicaPool:
 
 
 def check_pools(pools: Iterable[ReplicaPool]) -> dict[str, ReplicaPool]:
-    """By tier; ValueError if two are of one tier or the bounds are impossible."""
+    """Return the pools by tier; ValueError if two are of one tier or bounds are impossible."""
     by_tier: dict[str, ReplicaPool] = {}
     for pool in pools:
         if pool.tier in by_tier:

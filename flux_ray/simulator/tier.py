@@ -1,6 +1,7 @@
-"""One simulated tier: its queue policy, its replicas, and the tally of what became of whom.
+"""Simulate one tier: its queue policy, its replicas, and the counts of what became of requests.
 
-The replicas of one simulated tier: starting, up, draining, dead, and what each is working on.
+`Replicas` keeps those that are starting, up and draining, with what each works on.
+`SimulatedTier` calls the queue as the router would, and counts the outcome.
 """
 
 import heapq
@@ -15,7 +16,7 @@ from flux_ray.simulator.outcome import Arrival, Curve, ReplicaPool, TierOutcome,
 
 @dataclass(slots=True)
 class Replica:
-    """One that is up. `free_at` is a heap: when each slot has done all that it was given."""
+    """A replica that is up; `free_at` is a heap of the times at which its slots will be free."""
 
     name: str
     free_at: list[float]
@@ -23,7 +24,7 @@ class Replica:
     is_draining: bool = False
 
     def start(self, ticket_id: str, seconds: float, now: float) -> tuple[float, float]:
-        """Work off a grant as soon as a slot is free; returned are its start and its end."""
+        """Run a request as soon as a slot is free; return when it starts and when it ends."""
         begin = max(now, self.free_at[0])
         end = begin + seconds
         heapq.heapreplace(self.free_at, end)
@@ -32,7 +33,7 @@ class Replica:
 
 
 class Replicas:
-    """By name. Counts GPUs from the order of a replica until it is gone."""
+    """The replicas of a tier by name; counts replica seconds from the order until the end."""
 
     def __init__(self, tier: str, num_slots: int) -> None:
         self._names = (f"{tier}-{number}" for number in itertools.count())
@@ -45,30 +46,30 @@ class Replicas:
 
     @property
     def num_held(self) -> int:
-        """All that hold GPUs."""
+        """The number of replicas that hold GPUs."""
         return len(self.up) + len(self.draining) + len(self.starting)
 
     def pass_time(self, until: float) -> None:
-        """Replica seconds are counted up to then."""
+        """Count replica seconds up to `until`."""
         if until > self._counted_until:
             self.held_s += self.num_held * (until - self._counted_until)
             self._counted_until = until
 
     def order(self, ready_at: float) -> str:
-        """A new one, in its cold start."""
+        """Order a replica, and return its name; it is in its cold start until `ready_at`."""
         name = next(self._names)
         self.starting[name] = ready_at
         return name
 
     def ready(self, name: str) -> bool:
-        """Its cold start is over; False if it was called off."""
+        """Make a replica available after its cold start; return False if it was called off."""
         if self.starting.pop(name, None) is None:
             return False
         self.up[name] = Replica(name, [0.0] * self._num_slots)
         return True
 
     def call_off(self) -> str | None:
-        """The one that would be ready last, if any is starting."""
+        """Call off the start that would be ready last; return its name, None if there is none."""
         if not self.starting:
             return None
         name = max(self.starting, key=lambda name: (self.starting[name], name))
@@ -76,7 +77,7 @@ class Replicas:
         return name
 
     def drain(self, number: int) -> list[str]:
-        """That many: those that will be free first."""
+        """Drain that many replicas, those that will be free first; return their names."""
         chosen = heapq.nsmallest(
             number, self.up.values(), key=lambda replica: (max(replica.free_at), replica.name)
         )
@@ -88,14 +89,14 @@ class Replicas:
         return [replica.name for replica in chosen]
 
     def lose(self, number: int) -> Replica | None:
-        """The one of that index dies."""
+        """Remove the replica of that index, modulo how many are up; None if none is."""
         if not self.up:
             return None
         name = list(self.up)[number % len(self.up)]
         return self.up.pop(name)
 
     def done(self, replica: Replica, ticket_id: str) -> None:
-        """A ticket is done; a draining replica without any goes."""
+        """Remove a finished request, and a draining replica that has no other."""
         del replica.running[ticket_id]
         if replica.is_draining and not replica.running:
             del self.draining[replica.name]
@@ -106,7 +107,7 @@ Schedule = Callable[[float, Callable[[float], None]], None]
 
 @dataclass(slots=True)
 class Request:
-    """One that has been taken in and is not done."""
+    """A request that has been admitted and is not done."""
 
     arrival: Arrival
     ticket: QueuedRequest
@@ -115,7 +116,7 @@ class Request:
 
 
 class SimulatedTier:
-    """Calls the queue as the router would: after everything that happens, and when it asks to."""
+    """A simulated tier, which calls its queue after every event and when the queue asks for it."""
 
     def __init__(self, pool: ReplicaPool, schedule: Schedule) -> None:
         self.pool = pool
@@ -134,7 +135,7 @@ class SimulatedTier:
             self._add(self.replicas.order(0.0), 0.0)
 
     def arrive(self, arrival: Arrival, now: float) -> None:
-        """A request comes."""
+        """Offer a request to the queue."""
         self.pass_time(now)
         self.curve.arrive(now, arrival.cost_s)
         self._arrived_since_s += arrival.cost_s
@@ -152,11 +153,11 @@ class SimulatedTier:
             self.requests[ticket.ticket_id] = Request(arrival, ticket)
         else:
             self.num_refused += 1
-        # Also after a refusal: it may have cost others their place.
+        # Also after a refusal, for which the queue may have evicted others.
         self.hand_over(now)
 
     def fail(self, number: int, now: float) -> None:
-        """The replica of that index dies; its work is tried once more, and another is ordered."""
+        """Let a replica die: order another, and offer its requests once more."""
         self.pass_time(now)
         replica = self.replicas.lose(number)
         if replica is None:
@@ -171,7 +172,7 @@ class SimulatedTier:
         self.hand_over(now)
 
     def scale(self, now: float) -> None:
-        """Ask the scaling policy, and do as it says."""
+        """Ask the scaling policy, and order or drain replicas as it says."""
         pool, replicas = self.pool, self.replicas
         if pool.scaling is None:
             return
@@ -199,7 +200,7 @@ class SimulatedTier:
         self.hand_over(now)
 
     def hand_over(self, now: float) -> None:
-        """Grants start on their replicas; refusals are counted."""
+        """Start what the queue assigns, count what it refuses, and note when it is to be woken."""
         grants, refused = self.queue.take(now)
         for grant in grants:
             self._start(grant, now)
@@ -214,7 +215,7 @@ class SimulatedTier:
             self._schedule(max(wake_at, now), self._wake)
 
     def pass_time(self, now: float) -> None:
-        """Bring curve and GPU hours up to now; nothing is counted after the horizon."""
+        """Bring the curve and the GPU hours up to now, but not beyond the horizon."""
         until = min(now, self.horizon_s)
         if until > self.curve.until_s:
             held = self.replicas
@@ -224,12 +225,12 @@ class SimulatedTier:
             held.pass_time(until)
 
     def give_up(self) -> None:
-        """Nothing will happen any more: what still waits is lost."""
+        """Count the requests that still wait as lost, at the end."""
         self.num_lost += len(self.requests)
         self.requests.clear()
 
     def outcome(self) -> TierOutcome:
-        """The tally."""
+        """Return what became of the tier's requests."""
         return TierOutcome(
             self.num_arrived,
             self.num_met,
@@ -266,7 +267,7 @@ class SimulatedTier:
 
     def _finish(self, replica: Replica, request: Request, end: float, now: float) -> None:
         ticket_id = request.ticket.ticket_id
-        # It died meanwhile, and the request runs elsewhere or is lost.
+        # The replica died meanwhile, and the request runs elsewhere or is lost.
         if replica.running.get(ticket_id) != end or self._is_dead(replica):
             return
         self.pass_time(now)
@@ -281,7 +282,7 @@ class SimulatedTier:
         self.hand_over(now)
 
     def _report(self, replica: Replica, request: Request, now: float) -> None:
-        """Now, and every period until it is done."""
+        """Report the remaining seconds of a request now, and every period until it is done."""
         ticket_id, end = request.ticket.ticket_id, request.end_s
         if replica.running.get(ticket_id) != end or self._is_dead(replica):
             return

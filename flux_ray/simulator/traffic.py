@@ -1,8 +1,8 @@
-"""What requests ask for: sizes, steps, references and callers, shaped after published workloads.
+"""Generate traces of requests from a seed, and read and write trace files.
 
-When requests come: Poisson, bursty, diurnal and burst streams of times, from a seed.
-
-Trace files: JSON lines of arrivals in the order of time, read and written one by one.
+Arrival times follow one of four patterns: poisson, bursty, diurnal or burst. Sizes, steps,
+references and callers are shaped after published workloads. Trace files are read and written one
+line at a time, so that their length takes no memory.
 """
 
 import heapq
@@ -19,7 +19,7 @@ from flux_ray.router.trace import BadTrace, TracedRequest, line_of, parse_line
 
 Pattern = Literal["poisson", "bursty", "diurnal", "burst"]
 DAY_S = 86_400.0
-# A day's traffic swings by this part of its mean, and by some noise from one slot to the next.
+# A day's traffic swings by this share of its mean, and by noise from one slot of time to the next.
 DIURNAL_SWING = 0.6
 NOISE_SIGMA = 0.15
 NOISE_SLOT_S = 300.0
@@ -31,9 +31,9 @@ BURSTY_CV = 3.0
 def times_for(
     pattern: Pattern, rate_per_s: float, duration_s: float, rng: random.Random
 ) -> Iterator[float]:
-    """Arrivals of one of the patterns, in seconds from 0 until `duration_s`, at that mean rate.
+    """Generate arrival times of a pattern, in seconds from 0 to `duration_s`.
 
-    `burst` has its mean rate outside the burst, which lies in the middle.
+    `rate_per_s` is the mean rate; for `burst`, that outside of the burst, which is in the middle.
     """
     if rate_per_s <= 0:
         return iter(())
@@ -47,16 +47,17 @@ def times_for(
 
 
 def poisson(rate_per_s: float, duration_s: float, rng: random.Random) -> Iterator[float]:
-    """Callers who know nothing of each other."""
+    """Generate the arrival times of independent callers, a Poisson process."""
     return bursty(rate_per_s, duration_s, rng, cv=1.0)
 
 
 def bursty(
     rate_per_s: float, duration_s: float, rng: random.Random, cv: float = BURSTY_CV
 ) -> Iterator[float]:
-    """Gamma gaps whose standard deviation is `cv` times their mean; 1 is Poisson.
+    """Generate arrival times with gamma gaps of standard deviation `cv` times their mean.
 
-    The usual model of bursty inference traffic (BurstGPT, arXiv 2401.17644, fits its gaps by it).
+    A `cv` of 1 is Poisson. This is the usual model of bursty inference traffic (BurstGPT, arXiv
+    2401.17644, fits its gaps by it).
     """
     shape = cv**-2
     scale_s = cv**2 / rate_per_s
@@ -74,7 +75,10 @@ def burst(
     burst_s: float = BURST_S,
     factor: float = BURST_FACTOR,
 ) -> Iterator[float]:
-    """Poisson, `factor` times as many from `start_s` (half-way, if not said) for `burst_s`."""
+    """Generate Poisson arrivals with `factor` times the rate for `burst_s` from `start_s` on.
+
+    Without `start_s` the burst is in the middle.
+    """
     begins_s = (duration_s - burst_s) / 2 if start_s is None else start_s
 
     def rate_at(at_s: float) -> float:
@@ -86,12 +90,15 @@ def burst(
 def diurnal(
     rate_per_s: float, duration_s: float, rng: random.Random, day_s: float = DAY_S
 ) -> Iterator[float]:
-    """A sinusoid over the day, least at its beginning, with log-normal noise every five minutes."""
+    """Generate arrivals at a rate that is a sinusoid over the day, with log-normal noise.
+
+    The rate is least at the beginning of the day; the noise changes every five minutes.
+    """
     factors: list[float] = []
     most = 3.0 * rate_per_s
 
     def rate_at(at_s: float) -> float:
-        # The mean of the noise is 1, so that the mean rate stays.
+        # The mean of the noise is 1, so that it does not change the mean rate.
         while len(factors) <= at_s // NOISE_SLOT_S:
             factors.append(rng.lognormvariate(-(NOISE_SIGMA**2) / 2, NOISE_SIGMA))
         swing = 1 - DIURNAL_SWING * math.cos(2 * math.pi * at_s / day_s)
@@ -103,7 +110,10 @@ def diurnal(
 def thinned(
     rate_at: Callable[[float], float], most_per_s: float, duration_s: float, rng: random.Random
 ) -> Iterator[float]:
-    """Poisson arrivals of a rate that changes, by thinning (Lewis and Shedler, 1979)."""
+    """Generate Poisson arrivals of a changing rate by thinning (Lewis and Shedler, 1979).
+
+    `rate_at` must never exceed `most_per_s`.
+    """
     at_s = rng.expovariate(most_per_s)
     while at_s < duration_s:
         if rng.random() * most_per_s < rate_at(at_s):
@@ -112,10 +122,10 @@ def thinned(
 
 
 def read_trace(path: Path) -> Iterator[TracedRequest]:
-    """The entries, one at a time: a million of them need no memory.
+    """Read the entries of a trace one at a time, so that a million of them take no memory.
 
-    Of a folder those of all its files, as the gateways of a cluster recorded them, set aside or
-    not. BadTrace names the line and the key that is wrong; arrivals must not go back in time.
+    Of a folder, merge all files that the gateways of a cluster recorded, those set aside included.
+    BadTrace names the line and the key that is wrong; arrivals must not go back in time.
     """
     if not path.is_dir():
         return read_file(path)
@@ -126,7 +136,7 @@ def read_trace(path: Path) -> Iterator[TracedRequest]:
 
 
 def read_file(path: Path) -> Iterator[TracedRequest]:
-    """Of one file."""
+    """Read the entries of one trace file, one at a time."""
     last_s = 0.0
     try:
         with path.open(encoding="utf-8") as lines:
@@ -141,7 +151,7 @@ def read_file(path: Path) -> Iterator[TracedRequest]:
 
 
 def entry_at(path: Path, number: int, line: str) -> TracedRequest:
-    """The entry of one line."""
+    """Return the entry of one line; BadTrace names the file, the line and the key."""
     try:
         return parse_line(line)
     except BadTrace as error:
@@ -149,12 +159,12 @@ def entry_at(path: Path, number: int, line: str) -> TracedRequest:
 
 
 def at_line(path: Path, number: int, reason: str) -> BadTrace:
-    """The error that says where."""
+    """Return the error that names the file and the line."""
     return BadTrace(f"{path} line {number}: {reason}")
 
 
 def write_trace(path: Path, entries: Iterable[TracedRequest]) -> int:
-    """Write the entries as they come; how many there were."""
+    """Write the entries as they come, and return how many there were."""
     num_entries = 0
     with path.open("w", encoding="utf-8") as file:
         for entry in entries:
@@ -164,7 +174,7 @@ def write_trace(path: Path, entries: Iterable[TracedRequest]) -> int:
 
 
 def from_zero(entries: Iterable[TracedRequest]) -> Iterator[TracedRequest]:
-    """The same arrivals, the first at 0: what was recorded begins at the clock of its cluster."""
+    """Shift arrivals so that the first is at 0; recorded times are on the cluster's clock."""
     first_s: float | None = None
     for entry in entries:
         first_s = entry.at_s if first_s is None else first_s
@@ -172,7 +182,7 @@ def from_zero(entries: Iterable[TracedRequest]) -> Iterator[TracedRequest]:
 
 
 def last_arrival_s(path: Path) -> float:
-    """Seconds from the first arrival to the last; 0 for an empty trace. Reads all of it."""
+    """Return the seconds from first to last arrival, 0 for an empty trace; this reads all of it."""
     at_s = 0.0
     for entry in from_zero(read_trace(path)):
         at_s = entry.at_s
@@ -181,7 +191,7 @@ def last_arrival_s(path: Path) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """A size as part of the tier's default side, steps as part of its default, and how often."""
+    """A kind of request: its side and steps as shares of the tier's defaults, and how often."""
 
     side: float
     steps: float
@@ -198,7 +208,7 @@ SHAPES = (
     Shape(side=1.0, steps=0.5, weight=0.45),
     Shape(side=1.5, steps=0.7, weight=0.15),
 )
-# How many reference images: an assumption of ours, one request in four being an edit.
+# How many reference images a request has. That one in four is an edit is an assumption of ours.
 REFERENCES = (0, 1, 2, 3)
 REFERENCE_WEIGHTS = (0.75, 0.17, 0.05, 0.03)
 # Some callers send far more than others: the n-th sends 1/n of what the first does (Zipf).
@@ -209,7 +219,7 @@ KEY_WEIGHTS = tuple(1 / number for number in range(1, NUM_KEYS + 1))
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a tier is sent: so many requests a second, in that pattern."""
+    """The traffic of a tier: requests per second, in one of the patterns."""
 
     tier: str
     rate_per_s: float
@@ -217,16 +227,16 @@ class Traffic:
 
 
 def generate(traffics: Sequence[Traffic], duration_s: float, seed: int) -> Iterator[TracedRequest]:
-    """The arrivals of all tiers in the order of time; the same seed gives the same ones.
+    """Generate the arrivals of all tiers in order of time; the same seed gives the same ones.
 
-    Each tier has a seed of its own, so that another tier's traffic does not change it.
+    Each tier's seed is derived from its name, so that other tiers do not change its traffic.
     """
     streams = [stream_of(traffic, duration_s, seed) for traffic in traffics]
     return heapq.merge(*streams, key=lambda entry: entry.at_s)
 
 
 def stream_of(traffic: Traffic, duration_s: float, seed: int) -> Iterator[TracedRequest]:
-    """The arrivals of one tier."""
+    """Generate the arrivals of one tier, in order of time."""
     times_rng = random.Random(f"{seed} times of {traffic.tier}")
     shapes_rng = random.Random(f"{seed} shapes of {traffic.tier}")
     tier = tier_for(traffic.tier)
@@ -235,16 +245,16 @@ def stream_of(traffic: Traffic, duration_s: float, seed: int) -> Iterator[Traced
 
 
 def sample_of(tier: str, num_requests: int, seed: int = 0) -> list[TracedRequest]:
-    """Requests of the tier's mix, all at 0: to learn what one costs on average."""
+    """Return requests of the tier's mix, all at 0, to compute what one costs on average."""
     rng = random.Random(f"{seed} sample of {tier}")
     return [request_at(0.0, tier_for(tier), rng) for _ in range(num_requests)]
 
 
 def request_at(at_s: float, tier: Tier, rng: random.Random) -> TracedRequest:
-    """One request of the mix, within what the tier allows."""
+    """Return a random request of the mix, within what the tier allows."""
     shape = rng.choices(SHAPES, [shape.weight for shape in SHAPES])[0]
     side = side_for(tier, shape)
-    # A distilled tier has its steps built in.
+    # A distilled tier was trained for its number of steps; traffic asks for no other.
     steps = max(1, round(tier.num_steps * shape.steps)) if tier.is_guided else tier.num_steps
     references = rng.choices(REFERENCES, REFERENCE_WEIGHTS)[0]
     return TracedRequest(
@@ -259,6 +269,6 @@ def request_at(at_s: float, tier: Tier, rng: random.Random) -> TracedRequest:
 
 
 def side_for(tier: Tier, shape: Shape) -> int:
-    """The side in pixels: a multiple of the tier's step, between its least and its largest."""
+    """Return the side in pixels: a multiple of `size_multiple`, within the tier's bounds."""
     wanted = round(tier.default_side * shape.side / tier.size_multiple) * tier.size_multiple
     return min(max(wanted, tier.min_side), tier.max_side)
