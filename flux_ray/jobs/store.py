@@ -356,7 +356,10 @@ class Store:
 
 def too_many(limit: int) -> RateLimited:
     """Return the error for an owner that has `limit` unfinished jobs, pending ones included."""
-    message = f"this key has {limit} jobs that are not done: as many as it may"
+    message = (
+        f"this key already has {limit} unfinished jobs, its limit;"
+        " wait for one to end or cancel one"
+    )
     return RateLimited(message, None, AGAIN_S, limit, 0)
 
 

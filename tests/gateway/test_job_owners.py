@@ -126,7 +126,7 @@ async def test_what_was_too_many_is_no_request_of_its_minute(client, desk):
         assert (await submit(client, key=key_of("both"))).status_code == 200
     for _ in range(3):
         answer = await submit(client, key=key_of("both"))
-        assert "2 jobs that are not done" in answer.json()["message"]
+        assert "2 unfinished jobs" in answer.json()["message"]
 
 
 async def test_a_client_that_heard_nothing_is_not_counted_twice(client, desk):

@@ -73,7 +73,7 @@ def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> Non
         raise BadRequest("a mask comes with the image that it is of", "mask")
     size, needed = (f"{each.width}x{each.height}" for each in (mask, references[0]))
     if size != needed:
-        raise BadRequest(f"mask is {size}, and the image that it is of {needed}", "mask")
+        raise BadRequest(f"mask is {size} but must match the image, {needed}", "mask")
 
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:

@@ -170,7 +170,7 @@ async def test_a_mask_is_of_the_first_of_two_images(client, handles, make_image)
     assert [(each.width, each.height) for each in request.references] == [SIZE, (64, 64)]
     assert (request.width, request.height) == SIZE
     answer = await client.post(EDITS, data=PROMPT, files=[files[1], files[0], files[2]])
-    assert answer.json()["error"]["message"] == "mask is 96x80, and the image that it is of 64x64"
+    assert answer.json()["error"]["message"] == "mask is 96x80 but must match the image, 64x64"
 
 
 @pytest.mark.parametrize("nothing", [None, "", []])
