@@ -233,8 +233,8 @@ def write_whole(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-# In front of the owner of images kept without a job: no key has such a name, so that nobody finds
-# their rows among his jobs.
+# The prefix of the owner in rows of images without a job: no key has such a name, so that no
+# caller finds these rows among its jobs.
 KEPT_FOR = "kept for "
 
 

@@ -79,8 +79,8 @@ class JobService:
         self._store = Store(self._database, args.lease_s, args.keep_s)
         self._results = Results(args.results, args.results_options)
         self._image_store = ImageStore(self._database, self._results, args.keep_s)
-        # By `num_renewals` of the database: a replaced one has another secret, and URLs signed with
-        # the old one would not be accepted by other gateways.
+        # The key is `num_renewals` of the database: a replaced one has another secret, and other
+        # gateways would not accept URLs signed with the old one.
         self._url_secrets: dict[int, bytes] = {}
         context = WorkerContext(
             self._store,

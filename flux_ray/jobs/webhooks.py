@@ -111,7 +111,7 @@ class WebhookOutbox:
 
 
 def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSelect[str]:
-    """The job whose letter has waited longest, for one of several who claim at once."""
+    """Select the job whose webhook has been due longest, except those of the owners `but_of`."""
     due = JOBS.alias()
     is_there = due.c.webhook_due_at_s.is_not(None)
     has_come = is_due(due.c, "webhook_due_at_s", "webhook_put_off_s", now)
@@ -120,7 +120,8 @@ def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSel
         .where(is_there, has_come, due.c.owner.not_in(but_of))
         .order_by(due.c.webhook_due_at_s)
         .limit(1)
-        # SQLite has one writer at a time and leaves the lock out.
+        # Gateways that claim at once skip each other's row. SQLite, with one writer at a time,
+        # leaves the clause out.
         .with_for_update(skip_locked=True)
         .scalar_subquery()
     )
