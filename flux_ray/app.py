@@ -67,23 +67,23 @@ class Gateway:
         name = uuid.uuid4().hex
         # This starts watching the tiers, so that even the first request is priced by their layouts.
         handles.reachable()
-        turns = LedgerClient(ledger, handles.reachable, name, cold_starts)
-        handles.follow_status(turns.lose)
+        ledger_client = LedgerClient(ledger, handles.reachable, name, cold_starts)
+        handles.follow_status(ledger_client.lose)
         # Before the first request: a gateway that cannot reach the ledger must not look ready.
-        turns.start()
+        ledger_client.start()
         PriceExchange(ledger, prices).start()
-        records = recorder_in(args.record_to, name)
+        recorder = recorder_in(args.record_to, name)
         terms = Terms(args.request_timeout_s, args.deadlines)
-        bill = RouterMetrics()
-        turnstile = QuotaClient(ledger, name, bill.limit)
+        metrics = RouterMetrics()
+        quotas = QuotaClient(ledger, name, metrics.limit)
         router = Router(
             handles,
-            turns,
+            ledger_client,
             prices,
-            bill,
+            metrics,
             terms,
-            records,
-            turnstile,
+            recorder,
+            quotas,
             is_deployed=handles.is_deployed,
             hears_ledger=ledger.is_heard,
         )

@@ -77,7 +77,7 @@ class Watch:
             self._ask(name, ask), context=contextvars.Context()
         )
         self._asking[name] = asking
-        asking.add_done_callback(lambda asked: self._bury(name, asked))
+        asking.add_done_callback(lambda asked: self._stop_asking(name, asked))
 
     def expect(self, name: str) -> None:
         """Count its silence from now on; that of others counts only from their first answer.
@@ -100,7 +100,7 @@ class Watch:
             self._liveness.hear(name)
             await asyncio.sleep(ASK_S)
 
-    def _bury(self, name: str, asked: "asyncio.Task[None]") -> None:
+    def _stop_asking(self, name: str, asked: "asyncio.Task[None]") -> None:
         if not asked.cancelled():
             logger.info("%s is asked for signs of life no more: %s", name, asked.exception())
         self._asking.pop(name, None)

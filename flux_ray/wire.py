@@ -23,7 +23,7 @@ Wire = dict[str, Any]
 
 @dataclass(frozen=True)
 class Description:
-    """What a replica tells a gateway about itself.
+    """The values that a replica tells a gateway about itself.
 
     `replica`: its name in Serve. `layout`: the name of its layout, which its results carry too.
     `args`: its TierArgs as JSON. `card`: the name of its GPU in `catalog.gpus`, None if it is not

@@ -1,4 +1,4 @@
-"""What several commands need: calls to a gateway, tables, and the tiers of a Serve config file.
+"""Parts that several commands share: calls to a gateway, tables, the tiers of a config file.
 
 `call` shows a progress bar while the gateway works. `tiers_in` checks a config file as the cluster
 will. Whatever fails ends the command with a message and status 1 (`fail`).

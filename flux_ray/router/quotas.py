@@ -30,7 +30,7 @@ Name = tuple[str, str, int]
 
 
 class UsageRow(NamedTuple):
-    """What one key used through one gateway in one day of UTC, counted from the epoch."""
+    """The use of one key through one gateway on one day of UTC, counted from the epoch."""
 
     gateway: str
     key: str
@@ -178,7 +178,7 @@ class UsageSync(NamedTuple):
 
 @dataclass
 class GatewayUsage:
-    """What the ledger knows of one gateway: its running requests, and the rows to send to it.
+    """The ledger's knowledge of one gateway: its running requests, and the rows to send to it.
 
     `entries` has the requests by id and tier, each with the time since when.
     """
@@ -221,18 +221,18 @@ class QuotaLedger:
     ) -> LimitExceeded | None:
         """Count a request, or return which limit it exceeds; `rows` are the key's of today."""
         self._merge(gateway, rows)
-        present = self._heard(gateway, now)
-        denial = (
+        session = self._session_of(gateway, now)
+        exceeded = (
             self._too_many(entry, allowance.max_concurrent, now)
             or self._too_often(entry, allowance.requests_per_minute, now)
             or self._too_much(entry, allowance, now)
         )
-        if denial is None:
-            present.entries[entry.request_id, entry.tier] = (entry, now)
+        if exceeded is None:
+            session.entries[entry.request_id, entry.tier] = (entry, now)
             if allowance.requests_per_minute is not None:
                 # setdefault: the same request on another tier counts once.
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
-        return denial
+        return exceeded
 
     def admit(
         self,
@@ -246,8 +246,8 @@ class QuotaLedger:
 
         None means that the key has no limit of a minute or of a day.
         """
-        denial = self.enter(gateway, entry, allowance, rows, now)
-        return denial or self.standing(entry.key, allowance, now)
+        exceeded = self.enter(gateway, entry, allowance, rows, now)
+        return exceeded or self.standing(entry.key, allowance, now)
 
     def standing(self, key: str, allowance: QuotaLimits, now: float) -> LimitStatus | None:
         """Return the limit of a minute or a day of which the smallest part is left.
@@ -291,24 +291,24 @@ class QuotaLedger:
         `tells_all`, else what is new since its last report.
         """
         self._forget(now)
-        present = self._heard(gateway, now)
-        before = present.entries
-        present.entries = {}
+        session = self._session_of(gateway, now)
+        before = session.entries
+        session.entries = {}
         for entry in entries:
             name = (entry.request_id, entry.tier)
-            present.entries[name] = before.get(name, (entry, now))
-        present.has_shared |= tells_all
+            session.entries[name] = before.get(name, (entry, now))
+        session.has_shared |= tells_all
         self._merge(gateway, rows)
         # A gateway that sends all may have lost an answer, so it is sent all.
-        news = self._usage.rows() if tells_all else self._usage.rows_named(present.news)
-        present.news = set()
-        return UsageSync(news, not present.has_shared)
+        news = self._usage.rows() if tells_all else self._usage.rows_named(session.news)
+        session.news = set()
+        return UsageSync(news, not session.has_shared)
 
     def _merge(self, gateway: str, rows: Iterable[UsageRow]) -> None:
         news = self._usage.merge(rows)
-        for name, present in self._gateways.items():
+        for name, session in self._gateways.items():
             if name != gateway:
-                present.news |= news
+                session.news |= news
 
     def _forget(self, now: float) -> None:
         self._usage.forget(self._date())
@@ -318,17 +318,17 @@ class QuotaLedger:
             if not self._last_minute(key, now):
                 del self._recent[key]
 
-    def _heard(self, gateway: str, now: float) -> GatewayUsage:
-        present = self._gateways.setdefault(gateway, GatewayUsage(now))
-        present.heard_at = now
-        return present
+    def _session_of(self, gateway: str, now: float) -> GatewayUsage:
+        session = self._gateways.setdefault(gateway, GatewayUsage(now))
+        session.heard_at = now
+        return session
 
-    def _in_hand(self, key: str, now: float) -> list[tuple[UsageEntry, float]]:
+    def _running(self, key: str, now: float) -> list[tuple[UsageEntry, float]]:
         return [
             (entry, since)
-            for present in self._gateways.values()
-            if not is_silent(present, now)
-            for entry, since in present.entries.values()
+            for session in self._gateways.values()
+            if not is_silent(session, now)
+            for entry, since in session.entries.values()
             if entry.key == key
         ]
 
@@ -337,7 +337,7 @@ class QuotaLedger:
             return None
         others = [
             (other, since)
-            for other, since in self._in_hand(entry.key, now)
+            for other, since in self._running(entry.key, now)
             if other.request_id != entry.request_id
         ]
         if len({other.request_id for other, _ in others}) < limit:
@@ -377,7 +377,7 @@ class QuotaLedger:
     def _spent(self, key: str, now: float, but: tuple[str, str] | None = None) -> Use:
         """Return what the key used today, running requests by their price, without `but`."""
         spent = self._usage.of(key, self._date())
-        for entry, _ in self._in_hand(key, now):
+        for entry, _ in self._running(key, now):
             if (entry.request_id, entry.tier) != but:
                 spent += entry.use
         return spent
@@ -395,6 +395,6 @@ class QuotaLedger:
         return recent
 
 
-def is_silent(present: GatewayUsage, now: float) -> bool:
+def is_silent(session: GatewayUsage, now: float) -> bool:
     """Return whether the gateway is taken for dead, and its clients gone with it."""
-    return now - present.heard_at > SILENCE_S
+    return now - session.heard_at > SILENCE_S

@@ -10,7 +10,7 @@ from flux_ray.router.quote import Quote
 
 
 class TierCandidate(NamedTuple):
-    """What one tier would make of a request; `deadline_s` and `forecast` count from now."""
+    """A tier that could do a request; `deadline_s` and `forecast` count from now."""
 
     quote: Quote
     deadline_s: float

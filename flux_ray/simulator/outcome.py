@@ -28,7 +28,7 @@ class Waits:
         self.total_s = 0.0
 
     def add(self, wait_s: float) -> None:
-        """Count a wait."""
+        """Count one wait of so many seconds."""
         self.num += 1
         self.total_s += wait_s
         place = 0
@@ -79,7 +79,7 @@ class Curve:
         self.until_s = 0.0
 
     def arrive(self, at_s: float, cost_s: float) -> None:
-        """Add work that arrived."""
+        """Add the price of a request that arrived."""
         self._bin(at_s)[0] += cost_s
 
     def pass_time(self, now: float, replicas: int, starting: int, waiting_s: float) -> None:
@@ -118,7 +118,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class TierOutcome:
-    """What became of the requests of a tier, or of all tiers; `_s` are their replica seconds.
+    """The counts of a tier's requests, or of all tiers', by their end; `_s` are replica seconds.
 
     Met: done by the deadline; late: done after it. Lost: its replica died twice, or the retry was
     refused. `gpu_hours` count all GPUs from the order of a replica to its end, cold starts

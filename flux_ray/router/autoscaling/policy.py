@@ -48,7 +48,7 @@ class LedgerPolicy:
         self._ledger = RemoteLedger()
         self._backlog: Backlog | None = None
         self._counted_s = 0.0
-        self._heard_at = self._asked_at = float("-inf")
+        self._answered_at = self._asked_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -66,17 +66,17 @@ class LedgerPolicy:
         is_asking = self._asking is not None and not self._asking.done()
         if not is_asking and now - self._asked_at > POLL_S:
             self._asked_at = now
-            self._asking = asyncio.get_running_loop().create_task(self._hear())
+            self._asking = asyncio.get_running_loop().create_task(self._update_backlog())
 
-    async def _hear(self) -> None:
+    async def _update_backlog(self) -> None:
         try:
             self._backlog = await self._ledger.backlog(self._tier, self._cold_start_s)
-            self._heard_at = time.monotonic()
+            self._answered_at = time.monotonic()
         except LedgerLost as error:
             logger.warning("the scaling of %s keeps its target: %s", self._tier, error)
 
     def _state(self, context: AutoscalingContext, now: float) -> ScalingState:
-        backlog = self._backlog if now - self._heard_at < MAX_AGE_S else None
+        backlog = self._backlog if now - self._answered_at < MAX_AGE_S else None
         current, target = context.current_num_replicas, context.target_num_replicas
         return ScalingState(
             now=now,

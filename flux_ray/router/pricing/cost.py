@@ -38,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the ranks exchange in one forward pass.
+    """The data that ranks exchange in one forward pass.
 
     `num_activations` is the size of one activation tensor [tokens, width], in numbers.
     `num_reduced` such tensors are summed over tensor ranks, in `num_reductions` all-reduces;

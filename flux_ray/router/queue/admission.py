@@ -28,7 +28,7 @@ MAX_SINGLE = 400
 
 
 class Forecast(NamedTuple):
-    """What would happen to a request that arrived now: refused, or admitted after `wait_s`."""
+    """The prospects of a request that arrived now: refused, or started after `wait_s`."""
 
     wait_s: float
     is_refused: bool = False
@@ -174,7 +174,7 @@ def choose_evictions(
     line that are late anyway are not considered.
     """
     if sum(len(other) for other in ahead) + len(line) > MAX_PLAYED:
-        return _give_way_in_fluid(new, ahead, line, slots, now)
+        return _choose_evictions_in_fluid(new, ahead, line, slots, now)
     free = free_times(slots, sum(map(len, ahead)) + len(line) + 2, now)
     for other in ahead:
         play(other, free)
@@ -229,19 +229,19 @@ def _victim(
     return new
 
 
-def _give_way_in_fluid(
+def _choose_evictions_in_fluid(
     new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
 ) -> list[QueueEntry]:
-    crowded = _first_crowded(new, ahead, line, slots, now)
-    if crowded is None:
+    late = _first_late_in_fluid(new, ahead, line, slots, now)
+    if late is None:
         return []
-    longest = line.largest_until(crowded.key)
+    longest = line.largest_until(late.key)
     if longest is None or longest.ticket.cost_s <= new.ticket.cost_s:
         return [new]
     return [longest]
 
 
-def _first_crowded(
+def _first_late_in_fluid(
     new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, now: float
 ) -> QueueEntry | None:
     """Return the first request that would start too late with `new` in the line.

@@ -64,7 +64,7 @@ class TierQueue:
         self._max_waiting_s = max_waiting_s
         self._slots = Slots(slots_per_replica, lead_s)
         self._shares = Shares(share_window_s)
-        self._spread = EstimateError()
+        self._estimate_error = EstimateError()
         self._caches = CacheDirectory()
         # Of keys within their share: people, jobs; then of keys that are over it: people, jobs.
         self._lines: tuple[Line, ...] = tuple(SortedSums() for _ in range(4))
@@ -72,7 +72,7 @@ class TierQueue:
         # A heap by latest start; entries of requests that have left are skipped when they come up.
         self._ends: list[tuple[float, int, str]] = []
         self._of_key: dict[str, dict[str, None]] = {}
-        self._gave_way: list[RejectedEntry] = []
+        self._evicted: list[RejectedEntry] = []
         self._numbers = count()
         # When a request last counted on a first replica while none was up.
         self._hoped_at = -NEVER
@@ -184,7 +184,7 @@ class TierQueue:
 
     def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """Return the assignments that are due now, and the requests that waited in vain."""
-        refused, self._gave_way = self._gave_way, []
+        refused, self._evicted = self._evicted, []
         while (waiting := self._next_end()) is not None and waiting.latest_start < now - SAME_S:
             self._dismiss(waiting, "its deadline can no longer be met", refused, now)
         grants: list[Assignment] = []
@@ -201,7 +201,7 @@ class TierQueue:
         """Remove a finished request, and learn from what it took; ignore an unknown one."""
         taken = self._slots.taken_s(ticket_id, now)
         if taken is not None:
-            self._spread.note(*taken)
+            self._estimate_error.note(*taken)
         self.cancel(ticket_id, now)
 
     def cancel(self, ticket_id: str, now: float) -> None:
@@ -235,7 +235,7 @@ class TierQueue:
         if slack_s >= 0:
             return slack_s
         # Too late by its price; but prices err, and the request may take less (EstimateError).
-        return ticket.deadline - ticket.cost_s * self._spread.least_share - now
+        return ticket.deadline - ticket.cost_s * self._estimate_error.least_share - now
 
     def _newcomer(
         self, ticket: QueuedRequest, slack_s: float, now: float
@@ -283,7 +283,7 @@ class TierQueue:
                 return f"no replica is up, and one takes {self.cold_start_s:.0f} s to start"
             return "it could not be done by its deadline"
         for waiting in leaving:
-            self._dismiss(waiting, "it gave way to shorter work", self._gave_way, now)
+            self._dismiss(waiting, "it gave way to shorter work", self._evicted, now)
         return None
 
     def _hand_over(
