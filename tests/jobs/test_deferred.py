@@ -141,7 +141,7 @@ LIMITS = Limits(max_held_bytes=100)
 def held(monkeypatch) -> MemoryBudget:
     """A budget of which nobody else holds anything."""
     held = MemoryBudget()
-    monkeypatch.setattr(job_loading, "HELD", held)
+    monkeypatch.setattr(job_loading, "MEMORY", held)
     return held
 
 

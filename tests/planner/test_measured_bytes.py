@@ -67,7 +67,7 @@ def test_planned_bytes_are_no_less_than_measured_ones(
     model: str, case: str, part: str, gigabytes: float
 ) -> None:
     candidate = planned_candidate(model, case)
-    needed = {"picture": 0, "weights": 0} if part in ("picture", "whole") else {part: 0}
+    needed = {"image": 0, "weights": 0} if part in ("image", "whole") else {part: 0}
     planned = beside_plan(candidate, needed)[part]["planned"] / GB
     assert gigabytes - ROUNDED <= planned <= AT_MOST * gigabytes
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
-from flux_ray.router.ledger import quota_client as turnstile_module
+from flux_ray.router.ledger import quota_client
 from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.quota_client import QuotaClient
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLedger, QuotaLimits, UsageEntry, Use
@@ -49,9 +49,9 @@ class FakeLine:
 
 @pytest.fixture
 def line(monkeypatch):
-    monkeypatch.setattr(turnstile_module, "PERIOD_S", 0.01)
-    monkeypatch.setattr(turnstile_module, "AGAIN_S", 0.01)
-    monkeypatch.setattr(turnstile_module, "LEARN_S", 0.05)
+    monkeypatch.setattr(quota_client, "USAGE_PERIOD_S", 0.01)
+    monkeypatch.setattr(quota_client, "AGAIN_S", 0.01)
+    monkeypatch.setattr(quota_client, "LEARN_S", 0.05)
     return FakeLine()
 
 
