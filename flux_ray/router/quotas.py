@@ -146,6 +146,31 @@ class UsageEntry:
     cost_s: float
 
 
+@dataclass(frozen=True)
+class QuotaRequest:
+    """A request to be counted against its key's limits, with what its gateway knows of the day.
+
+    `is_admitted`: a ledger has let it in before, so it is written down and not refused any more.
+    """
+
+    entry: UsageEntry
+    limits: QuotaLimits
+    rows: tuple[UsageRow, ...] = ()
+    is_admitted: bool = False
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """All requests that a gateway has in hand, and what it knows of the day.
+
+    `rows` are all that it knows if `tells_all`, else only what is new since its last report.
+    """
+
+    entries: tuple[UsageEntry, ...]
+    rows: tuple[UsageRow, ...]
+    tells_all: bool
+
+
 class LimitExceeded(NamedTuple):
     """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
 

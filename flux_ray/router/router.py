@@ -25,10 +25,10 @@ from flux_ray.errors import (
 from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
-from flux_ray.router.ledger.quota_client import Reservation
+from flux_ray.router.ledger.quota_client import QuotaClient, Reservation
 from flux_ray.router.pricing.cost_model import CostModel, Observation, affinity_of
 from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLimits, UsageEntry, Use
+from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
 from flux_ray.router.quote import ANYONE, Caller, Quote, followed, offer_for, quote_for
 from flux_ray.router.tier_choice import TierCandidate, in_order
 
@@ -78,21 +78,6 @@ class RequestQueue(Protocol):
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """The turn is over, and the request done or not."""
-
-
-class Quotas(Protocol):
-    """The way to the counts of what keys have."""
-
-    def entered(
-        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
-    ) -> AbstractAsyncContextManager[Reservation]:
-        """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
-
-    def standing(self, key: str) -> LimitStatus | None:
-        """What is left to the key, as far as is known."""
-
-    async def used_today(self, key: str) -> Use:
-        """By the key, through all gateways."""
 
 
 class RequestMetrics(Protocol):
@@ -155,7 +140,7 @@ class Router:
         bill: RequestMetrics,
         terms: Terms,
         records: Records | None = None,
-        turnstile: Quotas | None = None,
+        turnstile: QuotaClient | None = None,
         is_deployed: Callable[[str], bool] = always,
         hears_ledger: Callable[[], bool] = always,
     ) -> None:

@@ -26,13 +26,14 @@ class Books:
     def __init__(self):
         self.books = QuotaLedger()
 
-    async def enter(self, gateway, entry, allowance, rows):
-        return self.books.admit(gateway, entry, allowance, rows, time.time())
+    async def enter(self, gateway, quota):
+        return self.books.admit(gateway, quota.entry, quota.limits, quota.rows, time.time())
 
-    async def leave(self, gateway, request_id, tier, rows):
-        self.books.leave(gateway, request_id, tier, rows)
+    async def leave(self, gateway, entry, rows):
+        self.books.leave(gateway, entry.request_id, entry.tier, rows)
 
-    async def share_usage(self, gateway, entries, rows, tells_all):
+    async def share_usage(self, gateway, report):
+        entries, rows, tells_all = report.entries, report.rows, report.tells_all
         return self.books.share(gateway, entries, rows, time.time(), tells_all=tells_all)
 
 

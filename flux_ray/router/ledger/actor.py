@@ -35,8 +35,9 @@ from flux_ray.router.quotas import (
     LimitExceeded,
     LimitStatus,
     QuotaLedger,
-    QuotaLimits,
+    QuotaRequest,
     UsageEntry,
+    UsageReport,
     UsageRow,
     UsageSync,
 )
@@ -192,29 +193,21 @@ class LedgerActor:
         return self._prices
 
     @ends_on_error
-    async def enter(
-        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
-    ) -> LimitExceeded | LimitStatus | None:
+    async def enter(self, gateway: str, quota: QuotaRequest) -> LimitExceeded | LimitStatus | None:
         """Count a request against what its key may have; why not, or what is left to it."""
-        return self._allowances.admit(gateway, entry, allowance, rows, time.monotonic())
+        entry, limits, rows = quota.entry, quota.limits, quota.rows
+        return self._allowances.admit(gateway, entry, limits, rows, time.monotonic())
 
     @ends_on_error
-    async def leave(
-        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
-    ) -> None:
+    async def leave(self, gateway: str, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         """A request that was counted has ended."""
-        self._allowances.leave(gateway, request_id, tier, rows)
+        self._allowances.leave(gateway, entry.request_id, entry.tier, rows)
 
     @ends_on_error
-    async def share_usage(
-        self,
-        gateway: str,
-        entries: tuple[UsageEntry, ...],
-        rows: tuple[UsageRow, ...],
-        tells_all: bool,
-    ) -> UsageSync:
+    async def share_usage(self, gateway: str, report: UsageReport) -> UsageSync:
         """What a gateway has in hand and knows of today; what it does not know yet."""
-        return self._allowances.share(gateway, entries, rows, time.monotonic(), tells_all=tells_all)
+        entries, rows, now = report.entries, report.rows, time.monotonic()
+        return self._allowances.share(gateway, entries, rows, now, tells_all=report.tells_all)
 
     async def _tick(self) -> None:
         try:

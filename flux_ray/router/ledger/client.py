@@ -6,21 +6,19 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.messages import (
     Decision,
-    GatewayReport,
     Place,
     Receipt,
-    ReportReply,
     Retry,
     SubmitRequest,
 )
 from flux_ray.router.ledger.pending import PendingRequests
+from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
 from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import Rejection
 
@@ -34,30 +32,8 @@ QUIET_S = 0.005
 OVERRUN = 0.05
 # Serve tells all processes of a new replica within that time.
 REACH_S = 1.0
-# Within that time a ledger that hangs is replaced.
-LEDGER_BACK_S = 15
 
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
-
-
-class LedgerLost(Exception):
-    """The ledger did not answer; what it was told may be lost."""
-
-
-class LedgerTransport(Protocol):
-    """The way to the ledger. All of it raises LedgerLost."""
-
-    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
-        """Make a statement; what there is to tell at once."""
-
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone."""
-
-    async def places(self, name: str) -> tuple[Place, ...]:
-        """Where a request that comes again may be, the latest first."""
-
-    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
-        """Decisions after those of the receipt, and the receipt for them; none after a while."""
 
 
 class LedgerClient:
@@ -69,7 +45,7 @@ class LedgerClient:
 
     def __init__(
         self,
-        line: LedgerTransport,
+        line: LedgerService,
         reachable: Reachable,
         gateway: str,
         cold_starts: Mapping[str, float] = MappingProxyType({}),

@@ -10,22 +10,22 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.background import AGAIN_S, keep_running, within
-from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
-from flux_ray.router.pricing.cost_model import CostModel, Snapshot
+from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas import (
     UNLIMITED,
     LimitExceeded,
     LimitStatus,
     Name,
     QuotaLimits,
+    QuotaRequest,
     Usage,
     UsageEntry,
+    UsageReport,
     UsageRow,
-    UsageSync,
     Use,
 )
 
@@ -34,17 +34,10 @@ logger = logging.getLogger("ray.serve")
 PRICES_PERIOD_S = 5.0
 
 
-class PriceTransport(Protocol):
-    """The way to the ledger."""
-
-    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
-        """What all gateways know, this one included. Raises LedgerLost."""
-
-
 class PriceExchange:
     """Tells the ledger of this gateway's prices, and learns those of the others."""
 
-    def __init__(self, exchange: PriceTransport, prices: CostModel) -> None:
+    def __init__(self, exchange: LedgerService, prices: CostModel) -> None:
         self._exchange = exchange
         self._prices = prices
         self._task: asyncio.Task[None] | None = None
@@ -74,29 +67,6 @@ USAGE_PERIOD_S = 2.0
 LEAVE_S = 0.1
 # So long somebody waits, once, for what other gateways know.
 LEARN_S = 1.0
-
-
-class QuotaTransport(Protocol):
-    """The way to the ledger. All of it raises LedgerLost."""
-
-    async def enter(
-        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
-    ) -> LimitExceeded | LimitStatus | None:
-        """Count a request, and hear what is left to its key; or hear why not."""
-
-    async def leave(
-        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
-    ) -> None:
-        """It has ended."""
-
-    async def share_usage(
-        self,
-        gateway: str,
-        entries: tuple[UsageEntry, ...],
-        rows: tuple[UsageRow, ...],
-        tells_all: bool,
-    ) -> UsageSync:
-        """All that is in hand here, and all or what is new of what is known; what is new to it."""
 
 
 def count_nowhere(tier: str, limit: str) -> None:
@@ -135,7 +105,7 @@ class QuotaClient:
     """
 
     def __init__(
-        self, line: QuotaTransport, gateway: str, count: Callable[[str, str], None] = count_nowhere
+        self, line: LedgerService, gateway: str, count: Callable[[str, str], None] = count_nowhere
     ) -> None:
         self._line = line
         self._gateway = gateway
@@ -211,7 +181,8 @@ class QuotaClient:
         entries, tells_all = tuple(self._entries.values()), self._tells_all
         rows = self._usage.rows() if tells_all else self._usage.rows_named(self._news)
         self._news, self._tells_all = set(), True
-        shared = await self._line.share_usage(self._gateway, entries, rows, tells_all)
+        report = UsageReport(entries, rows, tells_all)
+        shared = await self._line.share_usage(self._gateway, report)
         self._usage.merge(shared.rows)
         self._usage.forget(time.time())
         self._has_heard.set()
@@ -220,8 +191,8 @@ class QuotaClient:
     async def _enter(self, entry: UsageEntry, allowance: QuotaLimits) -> None:
         while True:
             try:
-                rows = self._usage.rows_of(entry.key)
-                answer = await self._line.enter(self._gateway, entry, allowance, rows)
+                quota = QuotaRequest(entry, allowance, self._usage.rows_of(entry.key))
+                answer = await self._line.enter(self._gateway, quota)
                 break
             except LedgerLost as error:
                 # As for its turn, it waits: unless it is counted it may not be served.
@@ -249,7 +220,7 @@ class QuotaClient:
 
     async def _tell_of_leaving(self, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         try:
-            await self._line.leave(self._gateway, entry.request_id, entry.tier, rows)
+            await self._line.leave(self._gateway, entry, rows)
         except LedgerLost as error:
             logger.warning("request %s ends later in the ledger: %s", entry.request_id, error)
 
