@@ -146,31 +146,6 @@ class UsageEntry:
     cost_s: float
 
 
-@dataclass(frozen=True)
-class QuotaRequest:
-    """A request to be counted against its key's limits, with what its gateway knows of the day.
-
-    `is_admitted`: a ledger has let it in before, so it is written down and not refused any more.
-    """
-
-    entry: UsageEntry
-    limits: QuotaLimits
-    rows: tuple[UsageRow, ...] = ()
-    is_admitted: bool = False
-
-
-@dataclass(frozen=True)
-class UsageReport:
-    """All requests that a gateway has in hand, and what it knows of the day.
-
-    `rows` are all that it knows if `tells_all`, else only what is new since its last report.
-    """
-
-    entries: tuple[UsageEntry, ...]
-    rows: tuple[UsageRow, ...]
-    tells_all: bool
-
-
 class LimitExceeded(NamedTuple):
     """Why a key has to wait, and how long; for ever if the request alone is more than it may have.
 
@@ -253,6 +228,12 @@ class QuotaLedger:
                 # Not again for another tier.
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
         return denial
+
+    def hold(self, gateway: str, entry: UsageEntry, rows: Iterable[UsageRow], now: float) -> None:
+        """Write down a request that was let in before, whatever its key may have."""
+        self._merge(gateway, rows)
+        entries = self._heard(gateway, now).entries
+        entries.setdefault((entry.request_id, entry.tier), (entry, now))
 
     def admit(
         self,

@@ -25,7 +25,7 @@ class FakeTurns:
     def __init__(self, num_slots: int) -> None:
         self._slots = asyncio.Semaphore(num_slots)
 
-    async def take(self, offer: SubmitRequest, hear: object = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: object = None, quota: object = None) -> str:
         await self._slots.acquire()
         return "replica"
 

@@ -24,9 +24,11 @@ from flux_ray.router.ledger.messages import (
     GatewayReport,
     Outbox,
     Place,
+    QuotaRequest,
     Receipt,
     ReportReply,
     SubmitRequest,
+    UsageReport,
 )
 from flux_ray.router.pricing.cost_model import Snapshot, merged
 from flux_ray.router.queue.admission import Forecast
@@ -35,9 +37,7 @@ from flux_ray.router.quotas import (
     LimitExceeded,
     LimitStatus,
     QuotaLedger,
-    QuotaRequest,
     UsageEntry,
-    UsageReport,
     UsageRow,
     UsageSync,
 )
@@ -131,8 +131,8 @@ class LedgerActor:
         self.spoken_at = time.monotonic()
         self._connect = connect
         self._decides_from = time.monotonic() + rejoin_s
-        self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
         self._allowances = QuotaLedger()
+        self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S), self._allowances)
         self._mailboxes: dict[str, DecisionOutbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
@@ -155,13 +155,14 @@ class LedgerActor:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         now = time.monotonic()
         unknown = self._ledger.hear(gateway, statement, now)
+        admitted = self._ledger.admitted(now)
         decisions = self._decide(now)
         told = decisions.pop(gateway, [])
         self._mailbox(gateway).keep(told)
         self._deliver(decisions)
         self._spoken.set()
         positions = self._ledger.positions(gateway, statement.watched, now)
-        return ReportReply(unknown, tuple(told), positions)
+        return ReportReply(unknown, tuple(told), positions, admitted)
 
     @ends_on_error
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:

@@ -18,6 +18,7 @@ from flux_ray.router.ledger.messages import (
     SubmitRequest,
 )
 from flux_ray.router.ledger.pending import PendingRequests
+from flux_ray.router.ledger.quota_client import PendingQuota
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
 from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import Rejection
@@ -69,9 +70,12 @@ class LedgerClient:
                 keep_running(self._listen, "what hears the ledger"),
             ]
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(
+        self, offer: SubmitRequest, hear: Hear | None = None, quota: PendingQuota | None = None
+    ) -> str:
         """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
+        `quota` is asked for in the same message: RateLimited or QuotaTooSmall if it is too much.
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
         the tier is lost. Cancelling gives the turn back. Else `end` has to be called once.
         """
@@ -83,10 +87,12 @@ class LedgerClient:
                 return
             if decision.replica is not None:
                 granted.set_result(decision.replica)
+            elif decision.limit is not None and quota is not None:
+                granted.set_exception(quota.refuse(decision.limit))
             elif decision.refusal is not None:
                 granted.set_exception(error_for(decision.refusal))
 
-        self._book.ask(offer, time.monotonic(), decide, hear)
+        self._book.ask(offer, time.monotonic(), decide, hear, quota)
         self._waiting[offer.ticket_id] = offer.tier, granted
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)

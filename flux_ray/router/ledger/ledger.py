@@ -28,11 +28,13 @@ from flux_ray.router.ledger.messages import (
     GatewayReport,
     Place,
     Places,
+    QuotaRequest,
     SubmitRequest,
 )
 from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import QueuedRequest, Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
+from flux_ray.router.quotas import LimitStatus, QuotaLedger
 
 # Who was refused, or left, and comes back within that time asks for the same work.
 REMEMBERED_S = 600.0
@@ -126,8 +128,13 @@ class Ledger:
     Tickets are known by their id, so that what is said again changes nothing.
     """
 
-    def __init__(self, new_queue: Callable[[], TierQueue]) -> None:
+    def __init__(
+        self, new_queue: Callable[[], TierQueue], quotas: QuotaLedger | None = None
+    ) -> None:
         self._new_queue = new_queue
+        self._quotas = quotas or QuotaLedger()
+        # The tickets of the last statement that their keys' limits let in.
+        self._admitted: list[tuple[str, QuotaRequest]] = []
         self._queues: dict[str, TierQueue] = {}
         self._accounts: dict[str, GatewaySession] = {}
         self._owner: dict[str, str] = {}
@@ -149,6 +156,7 @@ class Ledger:
 
     def hear(self, gateway: str, statement: GatewayReport, now: float) -> tuple[str, ...]:
         """Write down a statement; the tickets of `known` that nobody offered."""
+        self._admitted = []
         account = self._accounts.setdefault(gateway, GatewaySession(now))
         account.heard_at = now
         if statement.number:
@@ -162,9 +170,18 @@ class Ledger:
         for offer in statement.offers:
             if offer.ticket_id not in self._owner:
                 self._enter(gateway, offer, now)
+            elif offer.quota is not None:
+                self._admitted.append((offer.ticket_id, offer.quota))
         if statement.known is None:
             return ()
         return self._reconcile(gateway, statement.known, statement.waiting, now)
+
+    def admitted(self, now: float) -> tuple[tuple[str, LimitStatus | None], ...]:
+        """Return the tickets of the last statement that were let in, with what their keys have."""
+        return tuple(
+            (ticket_id, self._quotas.standing(quota.entry.key, quota.limits, now))
+            for ticket_id, quota in self._admitted
+        )
 
     def see_replicas(self, tier: str, names: Iterable[str], now: float) -> None:
         """Serve says that these are the replicas of the tier."""
@@ -245,6 +262,8 @@ class Ledger:
         ticket = ticket_of(offer, now)
         self._owner[ticket.ticket_id] = gateway
         self._accounts[gateway].offers[ticket.ticket_id] = offer
+        if not self._is_admitted(gateway, offer, now):
+            return
         queue = self._queue(offer.tier)
         is_counted = offer.is_counted or offer.runs_on is not None
         is_new = self._arrivals.count(offer, now, is_counted=is_counted)
@@ -256,6 +275,22 @@ class Ledger:
         if refusal is not None:
             self._refuse(ticket.ticket_id, refusal, now)
 
+    def _is_admitted(self, gateway: str, offer: SubmitRequest, now: float) -> bool:
+        """Count a request against its key's limits; if it is too much, the queue hears nothing."""
+        if (quota := offer.quota) is None:
+            return True
+        if quota.is_admitted or offer.runs_on is not None:
+            self._quotas.hold(gateway, quota.entry, quota.rows, now)
+        else:
+            limits, rows = quota.limits, quota.rows
+            denial = self._quotas.enter(gateway, quota.entry, limits, rows, now)
+            if denial is not None:
+                self._tell(offer.ticket_id, Decision(offer.ticket_id, None, limit=denial))
+                del self._owner[offer.ticket_id], self._accounts[gateway].offers[offer.ticket_id]
+                return False
+        self._admitted.append((offer.ticket_id, quota))
+        return True
+
     def _place(self, ticket_id: str, replica: str) -> None:
         offer = self._accounts[self._owner[ticket_id]].offers[ticket_id]
         if (retry := offer.retry) is not None:
@@ -266,7 +301,11 @@ class Ledger:
         # It may have left after it gave way.
         if ticket_id in self._owner:
             self._tell(ticket_id, Decision(ticket_id, None, refusal))
-            self._strike_out(ticket_id, now)
+            gateway = self._owner[ticket_id]
+            offer = self._strike_out(ticket_id, now)
+            if offer is not None and offer.quota is not None:
+                entry = offer.quota.entry
+                self._quotas.leave(gateway, entry.request_id, entry.tier, ())
 
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)

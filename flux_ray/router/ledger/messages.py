@@ -13,6 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.queue.entry import Rejection
+from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, UsageRow
 
 # A client that comes again does so within seconds; replicas keep the images no longer either.
 KEPT_S = 300.0
@@ -146,6 +147,31 @@ class Outbox(Generic[Message]):
 
 
 @dataclass(frozen=True)
+class QuotaRequest:
+    """A request to be counted against its key's limits, with what its gateway knows of the day.
+
+    `is_admitted`: a ledger has let it in before, so it is written down and not refused any more.
+    """
+
+    entry: UsageEntry
+    limits: QuotaLimits
+    rows: tuple[UsageRow, ...] = ()
+    is_admitted: bool = False
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """All requests that a gateway has in hand, and what it knows of the day.
+
+    `rows` are all that it knows if `tells_all`, else only what is new since its last report.
+    """
+
+    entries: tuple[UsageEntry, ...]
+    rows: tuple[UsageRow, ...]
+    tells_all: bool
+
+
+@dataclass(frozen=True)
 class SubmitRequest:
     """A request as its gateway tells of it: clocks differ, so its deadline is so far from now.
 
@@ -153,6 +179,8 @@ class SubmitRequest:
     may have been lost meanwhile. `work` names what is to be done, the same however often it is
     asked for; `is_counted`: a ledger has heard of it. `has_deadline` and `is_job` are as a
     ticket's. `retry`: by what it is known when it comes again, and is then drawn from `seed`.
+    `quota`: what it counts against its key's limits before it may enter the queue; None if the key
+    has no limits.
     """
 
     ticket_id: str
@@ -169,6 +197,7 @@ class SubmitRequest:
     is_counted: bool = False
     retry: Retry | None = None
     seed: int = 0
+    quota: QuotaRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -194,23 +223,26 @@ class GatewayReport:
 
 
 class Decision(NamedTuple):
-    """A ticket's turn on a replica, or why it gets none."""
+    """Assign a replica to a ticket; or say why not: the queue's `refusal`, or its key's `limit`."""
 
     ticket_id: str
     replica: str | None
     refusal: Rejection | None = None
+    limit: LimitExceeded | None = None
 
 
 class ReportReply(NamedTuple):
     """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
 
     It is told of these again, in case that this never arrives. `positions`: of the watched tickets
-    that wait.
+    that wait. `admitted`: the tickets of this report that were let in by their keys' limits, with
+    what is left of these.
     """
 
     unknown: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     positions: tuple[tuple[str, QueuePosition], ...] = ()
+    admitted: tuple[tuple[str, LimitStatus | None], ...] = ()
 
 
 class Backlog(NamedTuple):

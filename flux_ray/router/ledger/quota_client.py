@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.background import AGAIN_S, keep_running, within
+from flux_ray.router.ledger.messages import QuotaRequest, UsageReport
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas import (
@@ -21,10 +22,8 @@ from flux_ray.router.quotas import (
     LimitStatus,
     Name,
     QuotaLimits,
-    QuotaRequest,
     Usage,
     UsageEntry,
-    UsageReport,
     UsageRow,
     Use,
 )
@@ -73,10 +72,42 @@ def count_nowhere(tier: str, limit: str) -> None:
     """Nobody wants to know."""
 
 
-class Reservation:
-    """A request from its entry to its end: what it used by then."""
+class PendingQuota:
+    """What one request counts against its key's limits, as it is asked of the ledger.
 
-    def __init__(self, price: Use, cost_s: float) -> None:
+    `LedgerClient` sends it with the request's entry of the queue, and tells it the answer.
+    """
+
+    def __init__(self, client: "QuotaClient", entry: UsageEntry, limits: QuotaLimits) -> None:
+        self.entry = entry
+        self._client = client
+        self._limits = limits
+        self._is_admitted = False
+
+    def request(self) -> QuotaRequest:
+        """Return the message to the ledger, with what is known by now of the key's day."""
+        rows = self._client.hold(self.entry)
+        return QuotaRequest(self.entry, self._limits, rows, self._is_admitted)
+
+    def admit(self, status: LimitStatus | None) -> None:
+        """Note that the ledger has let it in, and what is left to the key."""
+        self._is_admitted = True
+        self._client.note(self.entry.key, status)
+
+    def refuse(self, denial: LimitExceeded) -> FluxError:
+        """Count the refusal; return the error for the caller."""
+        self._client.count(self.entry.tier, denial.name)
+        return error_for(denial)
+
+
+class Reservation:
+    """A request from its entry to its end: what it used by then.
+
+    `quota`: what is to be asked of the ledger when it is submitted; None if its key has no limits.
+    """
+
+    def __init__(self, price: Use, cost_s: float, quota: PendingQuota | None = None) -> None:
+        self.quota = quota
         self._price = price
         self._cost_s = cost_s
         self._began_at = math.inf
@@ -109,7 +140,7 @@ class QuotaClient:
     ) -> None:
         self._line = line
         self._gateway = gateway
-        self._count = count
+        self.count = count
         # Of each key, and when that was so.
         self._standings: dict[str, tuple[LimitStatus, float]] = {}
         self._has_heard = asyncio.Event()
@@ -121,35 +152,57 @@ class QuotaClient:
         self._leaving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def entered(
-        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
-    ) -> AsyncIterator[Reservation]:
-        """The request inside is counted; RateLimited or QuotaTooSmall if it may not be.
+    async def reserved(self, entry: UsageEntry, limits: QuotaLimits) -> AsyncIterator[Reservation]:
+        """Charge the key for the request inside, from when its `quota` is first sent.
 
-        Overloaded if the ledger does not say so within that time.
+        Whoever submits the request to the queue sends it in the same message.
         """
-        stay = Reservation(entry.use, entry.cost_s)
-        if allowance == UNLIMITED:
-            yield stay
+        if limits == UNLIMITED:
+            yield Reservation(entry.use, entry.cost_s)
             return
         self._start()
-        reason = "its deadline came before its key's limits were known"
-        late = Overloaded(reason, None, LEDGER_BACK_S)
-        name = (entry.request_id, entry.tier)
-        # Before the ledger hears of it: what it has and this has not would be struck out.
-        self._entries[name] = entry
+        stay = Reservation(entry.use, entry.cost_s, PendingQuota(self, entry, limits))
         try:
-            async with within(within_s, late):
-                await self._enter(entry, allowance)
             yield stay
         except asyncio.CancelledError:
             stay.break_off()
             raise
         finally:
-            del self._entries[name]
-            if stay.use != Use():
-                self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
-            await self._leave(entry)
+            if self._entries.pop((entry.request_id, entry.tier), None) is not None:
+                if stay.use != Use():
+                    self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
+                await self._leave(entry)
+
+    @asynccontextmanager
+    async def entered(
+        self, entry: UsageEntry, limits: QuotaLimits, within_s: float | None = None
+    ) -> AsyncIterator[Reservation]:
+        """Count a request that is not submitted now: RateLimited or QuotaTooSmall if it may not be.
+
+        Overloaded if the ledger does not say so within that time.
+        """
+        reason = "its deadline came before its key's limits were known"
+        async with self.reserved(entry, limits) as stay:
+            if stay.quota is not None:
+                async with within(within_s, Overloaded(reason, None, LEDGER_BACK_S)):
+                    await self._enter(stay.quota)
+            yield stay
+
+    def hold(self, entry: UsageEntry) -> tuple[UsageRow, ...]:
+        """Have the request in hand from now on; return what is known of its key's day.
+
+        It is called before the ledger hears of the request: what the ledger has and this has not is
+        struck out there.
+        """
+        self._entries[entry.request_id, entry.tier] = entry
+        return self._usage.rows_of(entry.key)
+
+    def note(self, key: str, status: LimitStatus | None) -> None:
+        """Note what is left to a key; None if none of its limits says, which may have changed."""
+        if status is None:
+            self._standings.pop(key, None)
+        else:
+            self._standings[key] = (status, time.monotonic())
 
     def standing(self, key: str) -> LimitStatus | None:
         """What is left to the key by what the ledger last said here; None if it said nothing."""
@@ -188,24 +241,19 @@ class QuotaClient:
         self._has_heard.set()
         self._tells_all = shared.tell_all
 
-    async def _enter(self, entry: UsageEntry, allowance: QuotaLimits) -> None:
+    async def _enter(self, quota: PendingQuota) -> None:
         while True:
             try:
-                quota = QuotaRequest(entry, allowance, self._usage.rows_of(entry.key))
-                answer = await self._line.enter(self._gateway, quota)
+                answer = await self._line.enter(self._gateway, quota.request())
                 break
             except LedgerLost as error:
                 # As for its turn, it waits: unless it is counted it may not be served.
-                logger.warning("request %s is not counted yet: %s", entry.request_id, error)
+                request_id = quota.entry.request_id
+                logger.warning("request %s is not counted yet: %s", request_id, error)
                 await asyncio.sleep(AGAIN_S)
         if isinstance(answer, LimitExceeded):
-            self._count(entry.tier, answer.name)
-            raise error_for(answer)
-        if answer is None:
-            # Its limits may be others now.
-            self._standings.pop(entry.key, None)
-        else:
-            self._standings[entry.key] = (answer, time.monotonic())
+            raise quota.refuse(answer)
+        quota.admit(answer)
 
     async def _leave(self, entry: UsageEntry) -> None:
         """In an empty context: Ray would cancel it with the request."""

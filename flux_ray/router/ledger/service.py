@@ -7,21 +7,15 @@ from flux_ray.router.ledger.messages import (
     Decision,
     GatewayReport,
     Place,
+    QuotaRequest,
     Receipt,
     ReportReply,
     SubmitRequest,
+    UsageReport,
 )
 from flux_ray.router.pricing.cost_model import Snapshot
 from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.quotas import (
-    LimitExceeded,
-    LimitStatus,
-    QuotaRequest,
-    UsageEntry,
-    UsageReport,
-    UsageRow,
-    UsageSync,
-)
+from flux_ray.router.quotas import LimitExceeded, LimitStatus, UsageEntry, UsageRow, UsageSync
 
 # A ledger that hangs is replaced within this many seconds.
 LEDGER_BACK_S = 15

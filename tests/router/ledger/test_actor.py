@@ -12,18 +12,17 @@ from flux_ray.router.ledger import actor as ledger_actor
 from flux_ray.router.ledger import ledger
 from flux_ray.router.ledger import remote as remote_ledger
 from flux_ray.router.ledger.actor import LedgerActor
-from flux_ray.router.ledger.messages import GatewayReport, Receipt, Retry, SubmitRequest
+from flux_ray.router.ledger.messages import (
+    GatewayReport,
+    QuotaRequest,
+    Receipt,
+    Retry,
+    SubmitRequest,
+    UsageReport,
+)
 from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
 from flux_ray.router.ledger.service import LedgerLost
-from flux_ray.router.quotas import (
-    LimitExceeded,
-    LimitStatus,
-    QuotaLimits,
-    QuotaRequest,
-    UsageEntry,
-    UsageReport,
-    Use,
-)
+from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, Use
 
 REPLICAS = {"tiny": ("one",)}
 OFFER = SubmitRequest("ours", "tiny", 30.0, 600.0)
