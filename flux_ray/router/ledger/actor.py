@@ -1,4 +1,4 @@
-"""The ledger's Ray hands: the named actor that keeps it."""
+"""The named Ray actor that keeps the ledger, and hears of replicas from Serve."""
 
 import asyncio
 import contextlib
@@ -150,7 +150,7 @@ class LedgerActor:
 
     @ends_on_error
     async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
-        """Write down a gateway's statement; what to tell it at once."""
+        """Write down a gateway's report; return what is decided at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         now = time.monotonic()

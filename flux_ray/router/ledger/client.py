@@ -1,4 +1,4 @@
-"""A gateway's side of the ledger: it asks for turns, hears when they come, and tells what ended."""
+"""A gateway's side of the queue: submit requests, wait for replicas, report what has ended."""
 
 import asyncio
 import logging
@@ -38,10 +38,10 @@ Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
 
 
 class LedgerClient:
-    """All requests of this gateway that wait for a turn or have one.
+    """Submit this gateway's requests to the ledger and wait for its decisions.
 
-    Two tasks of its own talk to the ledger. `cold_starts`: what a replica of a tier takes to start,
-    as far as that is known.
+    One task reports, one at a time; another listens for later decisions. `reachable` returns the
+    replicas by tier; `cold_starts`: seconds until a replica of a tier has started, where known.
     """
 
     def __init__(

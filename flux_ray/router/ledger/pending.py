@@ -1,4 +1,4 @@
-"""What a gateway has asked of the ledger and not heard the end of: the pure half of its line."""
+"""The requests that a gateway has submitted and not ended, and what to report of them."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +31,12 @@ class PendingRequest:
     quota: PendingQuota | None = None
 
     def left_s(self, now: float) -> float:
-        """How long it still takes, once it was granted."""
+        """Return the seconds that a running request still takes."""
         left_s, known_at = self.left
         return max(0.0, left_s - (now - known_at))
 
     def offer_at(self, now: float) -> SubmitRequest:
-        """The offer for a ledger that has never heard of it, or has been lost."""
+        """Return the request as it is to be submitted now, to this ledger or a new one."""
         deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
         quota = None if self.quota is None else self.quota.request()
         offer = replace(self.offer, deadline_in_s=deadline_in_s, quota=quota)
@@ -70,9 +70,10 @@ def nothing() -> News:
 
 
 class PendingRequests:
-    """All requests of this gateway that wait for a turn or have one. Told the time, never waits.
+    """Keep all requests of this gateway that wait or run, and make its reports to the ledger.
 
-    Make a statement; then call heard() with the reply, or missed(). One statement at a time.
+    `LedgerClient` calls it from the gateway's event loop: `statement`, then `heard` with the reply,
+    or `missed`; one report at a time. `now` is in seconds, monotonic.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ class PendingRequests:
 
     @property
     def has_to_tell_all(self) -> bool:
-        """The ledger may have lost what it was told, or never heard it."""
+        """Return whether the ledger may have lost what it was told, or never heard it."""
         return self._tells_all
 
     def ask(
@@ -95,7 +96,7 @@ class PendingRequests:
         watch: Watch | None = None,
         quota: PendingQuota | None = None,
     ) -> None:
-        """A request wants its turn."""
+        """Submit a request with the next report; `decide` is called with the decision."""
         turn = PendingRequest(offer, now, decide, watch, quota=quota)
         self._turns[offer.ticket_id] = turn
         self._news.offers.append(turn)
@@ -108,7 +109,7 @@ class PendingRequests:
             self._news.moved.add(ticket_id)
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> bool:
-        """The turn is over, with what was wanted or without; whether it was known."""
+        """End a request, successfully or not; return whether it was known."""
         if self._turns.pop(ticket_id, None) is None:
             return False
         self._news.ended.append(ticket_id)

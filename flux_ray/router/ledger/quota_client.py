@@ -1,6 +1,6 @@
-"""A gateway's side of the allowances: who comes in is counted, and so is what it took.
+"""A gateway's side of key limits: requests are counted against them, and so is what they used.
 
-What gateways learned of prices, shared through the ledger: it outlives any one of them.
+`PriceExchange` shares what gateways learn of prices through the ledger, which outlives them.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ class PriceExchange:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """From now on, every few seconds."""
+        """Start the task that shares prices every few seconds."""
         self._task = keep_running(self._run, "the exchange of prices")
 
     async def _run(self) -> None:
@@ -101,7 +101,7 @@ class PendingQuota:
 
 
 class Reservation:
-    """A request from its entry to its end: what it used by then.
+    """Keep what one request has used, from its entry to its end; `Router` calls it.
 
     `quota`: what is to be asked of the ledger when it is submitted; None if its key has no limits.
     """
@@ -118,21 +118,22 @@ class Reservation:
         self._began_at = time.monotonic()
 
     def finish(self, gpu_seconds: float) -> None:
-        """It took that."""
+        """Charge what the request took, in GPU seconds."""
         self.use = Use(gpu_seconds, self._price.megapixels)
 
     def break_off(self) -> None:
-        """Its client left, or its time is over: what was done of it by then, at most all."""
+        """Charge the part of the price used before cancellation or timeout."""
         taken_s = time.monotonic() - self._began_at
         share = min(1.0, max(0.0, taken_s) / self._cost_s)
         self.use = Use(self._price.gpu_seconds * share, self._price.megapixels * share)
 
 
 class QuotaClient:
-    """All requests of this gateway whose keys are limited.
+    """Hold the requests of this gateway whose keys have limits, and share what keys used.
 
-    A task of its own tells the ledger of them, and learns what other gateways' keys used: any
-    gateway can tell a ledger that was lost. `count` hears of every refusal: its tier and its limit.
+    A task of its own reports to the ledger every 2 s and learns what keys used through other
+    gateways, so that any gateway can tell a new ledger. `count` is called with tier and limit of
+    every refusal.
     """
 
     def __init__(

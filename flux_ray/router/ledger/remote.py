@@ -1,9 +1,8 @@
-"""The gateways' line to the ledger, which starts it, and ends it where it hangs.
+"""The proxy through which other processes call the ledger's actor: it starts and ends it, too.
 
-End replicas that hang: the Ray hands of the watch on gateways, leaders and text encoders.
-
-Serve itself stops a replica that fails three checks gracefully, which a stopped process does not
-hear: it would keep its cards for all of its `drain_timeout_s`.
+The ledger's process also watches gateways, leaders and text encoders, and kills those that hang.
+Serve would stop them gracefully, which a stopped process does not hear: it would keep its GPUs for
+all of its `drain_timeout_s`.
 """
 
 import asyncio
