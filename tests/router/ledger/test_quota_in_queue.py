@@ -25,6 +25,8 @@ class Line:
         self.lose()
         self.asked = []
         self.loses_replies = False
+        # Nothing is heard from the outbox.
+        self.is_deaf = False
 
     def lose(self):
         self.quotas = QuotaLedger()
@@ -45,7 +47,7 @@ class Line:
 
     async def listen(self, gateway, receipt):
         await asyncio.sleep(0.005)
-        if self.loses_replies:
+        if self.is_deaf:
             raise LedgerLost
         return receipt, self.decided.pop(gateway, [])
 
@@ -159,7 +161,7 @@ async def test_a_refusal_of_the_queue_lets_the_key_come_again(sides, line):
 
 async def test_a_reply_that_is_lost_counts_nothing_twice(sides, line):
     minute = QuotaLimits(requests_per_minute=2)
-    line.loses_replies = True
+    line.loses_replies = line.is_deaf = True
     first = asyncio.create_task(sides[0].run("x", minute))
     await until(lambda: len(line.asked) > 1)
     line.loses_replies = False
