@@ -110,7 +110,7 @@ MAX_WATCH_PERIOD_S = 1.0
 LOOKS_PER_LEASE = 10
 EVERYTHING = Wanted()
 # Of an owner who has as many jobs as it may.
-AGAIN_S = 5
+JOBS_RETRY_AFTER_S = 5
 
 
 class Store:
@@ -342,7 +342,7 @@ class Store:
 def too_many(limit: int) -> RateLimited:
     """How many at once are jobs that wait, too."""
     message = f"this key has {limit} jobs that are not done: as many as it may"
-    return RateLimited(message, None, AGAIN_S, limit, 0)
+    return RateLimited(message, None, JOBS_RETRY_AFTER_S, limit, 0)
 
 
 def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:
