@@ -119,7 +119,9 @@ class FakeTurns:
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(
+        self, offer: SubmitRequest, hear: Hear | None = None, quota: object = None
+    ) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)

@@ -22,7 +22,7 @@ from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.errors import answer_for, path_of
 from flux_ray.gateway.probes import PROBES
 
-AGAIN_S = 1
+BODY_RETRY_AFTER_S = 1
 
 
 class CallersBodies:
@@ -90,7 +90,7 @@ def too_many(max_at_once: int) -> RateLimited:
         f"{max_at_once} bodies of yours are being read, which is as many as may be at once:"
         " come back in a moment",
         None,
-        AGAIN_S,
+        BODY_RETRY_AFTER_S,
         max_at_once,
         0,
     )

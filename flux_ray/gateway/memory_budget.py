@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from flux_ray.errors import Overloaded
 
-AGAIN_S = 2
+BUDGET_RETRY_AFTER_S = 2
 FULL = "this gateway has as many bytes of requests in hand as it may: come back in a moment"
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class MemoryBudget:
         """Raise Overloaded if a job waits for room, or if so many more bytes do not fit."""
         with self._lock:
             if self._waiters or self.num_bytes + num_bytes > max_bytes:
-                raise Overloaded(FULL, None, AGAIN_S)
+                raise Overloaded(FULL, None, BUDGET_RETRY_AFTER_S)
 
     def share(self, max_bytes: int) -> Share:
         """Return a share that holds nothing yet; all shares together hold at most `max_bytes`."""
@@ -133,7 +133,7 @@ class MemoryBudget:
             if share.is_released:
                 return
             if self.num_bytes + num_bytes > max_bytes:
-                raise Overloaded(FULL, None, AGAIN_S)
+                raise Overloaded(FULL, None, BUDGET_RETRY_AFTER_S)
             self._add(share, num_bytes)
 
     def give_back(self, share: Share) -> None:

@@ -53,7 +53,7 @@ async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
 
 logger = logging.getLogger("ray.serve")
 
-AGAIN_S = 2.0
+PASS_RETRY_S = 2.0
 
 
 class JobService:
@@ -210,7 +210,7 @@ class JobService:
 
     async def _begin_later(self) -> None:
         while True:
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(PASS_RETRY_S)
             try:
                 return await self._begin()
             except StoreLost as error:

@@ -112,7 +112,7 @@ MAX_WATCH_PERIOD_S = 1.0
 LOOKS_PER_LEASE = 10
 EVERYTHING = Wanted()
 # Seconds in `Retry-After` for an owner at its limit of jobs.
-AGAIN_S = 5
+JOBS_RETRY_AFTER_S = 5
 
 
 class Store:
@@ -360,7 +360,7 @@ def too_many(limit: int) -> RateLimited:
         f"this key already has {limit} unfinished jobs, its limit;"
         " wait for one to end or cancel one"
     )
-    return RateLimited(message, None, AGAIN_S, limit, 0)
+    return RateLimited(message, None, JOBS_RETRY_AFTER_S, limit, 0)
 
 
 def webhook_due_at(now: ColumnElement[float]) -> dict[str, Any]:

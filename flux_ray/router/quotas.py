@@ -234,6 +234,12 @@ class QuotaLedger:
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
         return exceeded
 
+    def hold(self, gateway: str, entry: UsageEntry, rows: Iterable[UsageRow], now: float) -> None:
+        """Write down a request that was let in before, whatever its key may have."""
+        self._merge(gateway, rows)
+        entries = self._heard(gateway, now).entries
+        entries.setdefault((entry.request_id, entry.tier), (entry, now))
+
     def admit(
         self,
         gateway: str,

@@ -25,10 +25,10 @@ from flux_ray.errors import (
 from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
-from flux_ray.router.ledger.quota_client import Reservation
+from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reservation
 from flux_ray.router.pricing.cost_model import CostModel, Observation, affinity_of
 from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLimits, UsageEntry, Use
+from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
 from flux_ray.router.quote import ANYONE, Caller, Quote, followed, offer_for, quote_for
 from flux_ray.router.tier_choice import TierCandidate, in_order
 
@@ -61,8 +61,12 @@ class Dispatcher(Protocol):
 class RequestQueue(Protocol):
     """The way to the ledger, which grants replicas."""
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(
+        self, offer: SubmitRequest, hear: Hear | None = None, quota: PendingQuota | None = None
+    ) -> str:
         """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
+
+        `quota` is asked for with it: RateLimited or QuotaTooSmall if that is too much.
 
         `hear` is told where the request stands meanwhile.
         """
@@ -78,21 +82,6 @@ class RequestQueue(Protocol):
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """The turn is over, and the request done or not."""
-
-
-class Quotas(Protocol):
-    """The way to the counts of what keys have."""
-
-    def entered(
-        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
-    ) -> AbstractAsyncContextManager[Reservation]:
-        """Counts a request while it lasts; RateLimited or QuotaTooSmall if it is too much."""
-
-    def standing(self, key: str) -> LimitStatus | None:
-        """What is left to the key, as far as is known."""
-
-    async def used_today(self, key: str) -> Use:
-        """By the key, through all gateways."""
 
 
 class RequestMetrics(Protocol):
@@ -136,6 +125,12 @@ class Terms:
         return min(wanted_s, self.request_timeout_s)
 
 
+def entry_of(quote: Quote, caller: Caller) -> UsageEntry:
+    """Return what a request counts against its caller's limits."""
+    request_id = quote.request.request_id
+    return UsageEntry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
+
+
 def always(*about: object) -> bool:
     """Where nobody says otherwise."""
     return True
@@ -155,7 +150,7 @@ class Router:
         bill: RequestMetrics,
         terms: Terms,
         records: Records | None = None,
-        turnstile: Quotas | None = None,
+        turnstile: QuotaClient | None = None,
         is_deployed: Callable[[str], bool] = always,
         hears_ledger: Callable[[], bool] = always,
     ) -> None:
@@ -254,9 +249,11 @@ class Router:
 
     async def count_in(self, request: ImageRequest, caller: Caller) -> None:
         """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
-        within_s = self.terms.deadline_s(request, caller)
-        async with self._entered(quote_for(request, self.prices), caller, within_s):
-            pass
+        if self.turnstile is not None:
+            entry = entry_of(quote_for(request, self.prices), caller)
+            within_s = self.terms.deadline_s(request, caller)
+            async with self.turnstile.entered(entry, caller.allowance, within_s):
+                pass
 
     def gpu_seconds(self, request: ImageRequest) -> float:
         """Its price."""
@@ -298,27 +295,19 @@ class Router:
         self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
     ) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
-        began = time.monotonic()
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
-        async with within(timeout_s, late), self._entered(quote, caller, deadline_s) as stay:
-            # To be counted it may have waited for the ledger.
-            waited_s = 0.0 if self.turnstile is None else time.monotonic() - began
-            left_s = deadline_s - waited_s
-            result = await self._generate_with_retry(quote, caller, left_s, stay, hear)
+        async with within(timeout_s, late), self._reserved(quote, caller) as stay:
+            result = await self._generate_with_retry(quote, caller, deadline_s, stay, hear)
             replica_s = result.times.replica_s
             gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
             stay.finish(gpu_seconds)
             self.bill.spend(quote.tier, gpu_seconds)
             return result
 
-    def _entered(
-        self, quote: Quote, caller: Caller, within_s: float
-    ) -> AbstractAsyncContextManager[Reservation]:
+    def _reserved(self, quote: Quote, caller: Caller) -> AbstractAsyncContextManager[Reservation]:
         if self.turnstile is None:
             return nullcontext(Reservation(quote.use, quote.cost_s))
-        request_id = quote.request.request_id
-        entry = UsageEntry(request_id, quote.tier, caller.key, quote.use, quote.cost_s)
-        return self.turnstile.entered(entry, caller.allowance, within_s)
+        return self.turnstile.reserved(entry_of(quote, caller), caller.allowance)
 
     async def _generate_with_retry(
         self, quote: Quote, caller: Caller, deadline_s: float, stay: Reservation, hear: Hear | None
@@ -360,7 +349,7 @@ class Router:
         offer = offer_for(quote, number, deadline_s, caller, affinity)
         asked_at = time.monotonic()
         try:
-            replica = await self.turns.take(offer, hear)
+            replica = await self.turns.take(offer, hear, stay.quota)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise

@@ -17,7 +17,7 @@ from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill
 from tests.gateway.bfl.test_routes import PUBLIC, poll, submit
-from tests.gateway.test_key_limits import Books
+from tests.gateway.test_key_limits import Books, LimitedTurns
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 CLASSES = {
@@ -51,10 +51,11 @@ def gateway_args(tmp_path, job_args) -> GatewayArgs:
 
 
 @pytest.fixture
-async def router(handles, turns) -> AsyncIterator[Router]:
+async def router(handles) -> AsyncIterator[Router]:
     tiers = ("tiny", "flux-2-klein-9b")
     prices = CostModel({tier: ReplicaSpec("cpu", dtype="float32") for tier in tiers})
-    gate = QuotaClient(Books(), "g")
+    books = Books()
+    gate, turns = QuotaClient(books, "g"), LimitedTurns(books, "g")
     yield Router(handles, turns, prices, FakeBill(), Terms(5), None, gate)
     gate.stop()
 

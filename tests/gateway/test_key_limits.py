@@ -12,7 +12,7 @@ from flux_ray.gateway.api import build_api
 from flux_ray.router.ledger.quota_client import QuotaClient
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
-from flux_ray.router.quotas import QuotaLedger
+from flux_ray.router.quotas import LimitExceeded, QuotaLedger
 from flux_ray.router.router import Router, Terms
 from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
 
@@ -26,14 +26,32 @@ class Books:
     def __init__(self):
         self.books = QuotaLedger()
 
-    async def enter(self, gateway, entry, allowance, rows):
-        return self.books.admit(gateway, entry, allowance, rows, time.time())
+    async def enter(self, gateway, quota):
+        return self.books.admit(gateway, quota.entry, quota.limits, quota.rows, time.time())
 
-    async def leave(self, gateway, request_id, tier, rows):
-        self.books.leave(gateway, request_id, tier, rows)
+    async def leave(self, gateway, entry, rows):
+        self.books.leave(gateway, entry.request_id, entry.tier, rows)
 
-    async def share_usage(self, gateway, entries, rows, tells_all):
+    async def share_usage(self, gateway, report):
+        entries, rows, tells_all = report.entries, report.rows, report.tells_all
         return self.books.share(gateway, entries, rows, time.time(), tells_all=tells_all)
+
+
+class LimitedTurns(FakeTurns):
+    """Grants every turn that the books let in, as the ledger does in one message."""
+
+    def __init__(self, books, gateway):
+        super().__init__()
+        self.books = books
+        self.gateway = gateway
+
+    async def take(self, offer, hear=None, quota=None):
+        if quota is not None:
+            answer = await self.books.enter(self.gateway, quota.request())
+            if isinstance(answer, LimitExceeded):
+                raise quota.refuse(answer)
+            quota.admit(answer)
+        return await super().take(offer, hear)
 
 
 @pytest.fixture
@@ -55,7 +73,7 @@ async def ask(tmp_path):
     for name in ("g", "h"):
         gates.append(QuotaClient(books, name))
         prices = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
-        turns, terms = FakeTurns(), Terms(request_timeout_s=5)
+        turns, terms = LimitedTurns(books, name), Terms(request_timeout_s=5)
         router = Router(FakeHandles(), turns, prices, FakeBill(), terms, None, gates[-1])
         transport = httpx.ASGITransport(app=build_api(router, args))
         clients.append(httpx.AsyncClient(transport=transport, base_url="http://gateway"))

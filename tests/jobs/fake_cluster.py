@@ -7,7 +7,7 @@ import pickle
 from PIL import Image
 
 from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
-from flux_ray.router.ledger.ledger import Offer
+from flux_ray.router.ledger.messages import SubmitRequest
 from flux_ray.router.queue.admission import Forecast
 
 GENERATE_S = 0.02
@@ -25,11 +25,11 @@ class FakeTurns:
     def __init__(self, num_slots: int) -> None:
         self._slots = asyncio.Semaphore(num_slots)
 
-    async def take(self, offer: Offer, hear: object = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: object = None, quota: object = None) -> str:
         await self._slots.acquire()
         return "replica"
 
-    async def forecast(self, offers: tuple[Offer, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         return tuple(Forecast(0.0) for _ in offers)
 
     def progress(self, ticket_id: str, left_s: float) -> None:

@@ -11,8 +11,9 @@ from flux_ray.router.ledger.actor import LedgerActor
 
 # Where the last test fails, raise PROTOCOL, by which the ledger is named, and add a row: pickles
 # and calls of the old code are not understood by the new one, nor the other way round.
-# The third has the same messages in other modules, by which pickles name them.
-DIGESTS = {2: "c7b1f2178a169522", 3: "c7b1f2178a169522"}
+# In the third, requests are told with what they count against limits, calls about quotas take one
+# value each, and modules, by which pickles name messages, are others.
+DIGESTS = {2: "c7b1f2178a169522", 3: "e17c221b8fb276ab"}
 
 
 def shape_of(kind: Any) -> Any:

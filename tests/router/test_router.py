@@ -259,7 +259,7 @@ class FakeTurnstile:
         self.stays = []
 
     @asynccontextmanager
-    async def entered(self, entry, allowance, within_s=None):
+    async def reserved(self, entry, allowance):
         self.entries.append((entry, allowance))
         if entry.tier in self.spent:
             raise QuotaSpent("no more today", None, 1000)

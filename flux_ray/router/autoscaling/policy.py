@@ -15,9 +15,9 @@ from flux_ray.router.autoscaling.scaler import (
     ScalingRules,
     ScalingState,
 )
-from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.messages import Backlog
 from flux_ray.router.ledger.remote import RemoteLedger
+from flux_ray.router.ledger.service import LedgerLost, LedgerService
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +45,7 @@ class LedgerPolicy:
             # what it holds, or its GPUs would be given to others.
             budgeted = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
             self._scaler = LastGoodTarget(budgeted)
-        self._ledger = RemoteLedger()
+        self._ledger: LedgerService = RemoteLedger()
         self._backlog: Backlog | None = None
         self._counted_s = 0.0
         self._answered_at = self._asked_at = float("-inf")

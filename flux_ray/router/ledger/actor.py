@@ -1,4 +1,4 @@
-"""The ledger's Ray hands: the named actor that keeps it."""
+"""The named Ray actor that keeps the ledger, and hears of replicas from Serve."""
 
 import asyncio
 import contextlib
@@ -24,9 +24,11 @@ from flux_ray.router.ledger.messages import (
     GatewayReport,
     Outbox,
     Place,
+    QuotaRequest,
     Receipt,
     ReportReply,
     SubmitRequest,
+    UsageReport,
 )
 from flux_ray.router.pricing.cost_model import Snapshot, merged
 from flux_ray.router.queue.admission import Forecast
@@ -35,7 +37,6 @@ from flux_ray.router.quotas import (
     LimitExceeded,
     LimitStatus,
     QuotaLedger,
-    QuotaLimits,
     UsageEntry,
     UsageRow,
     UsageSync,
@@ -130,8 +131,8 @@ class LedgerActor:
         self.spoken_at = time.monotonic()
         self._connect = connect
         self._decides_from = time.monotonic() + rejoin_s
-        self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S))
         self._allowances = QuotaLedger()
+        self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S), self._allowances)
         self._mailboxes: dict[str, DecisionOutbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
@@ -149,18 +150,19 @@ class LedgerActor:
 
     @ends_on_error
     async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
-        """Write down a gateway's statement; what to tell it at once."""
+        """Write down a gateway's report; return what is decided at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         now = time.monotonic()
         unknown = self._ledger.hear(gateway, statement, now)
+        admitted = self._ledger.admitted(now)
         decisions = self._decide(now)
         told = decisions.pop(gateway, [])
         self._mailbox(gateway).keep(told)
         self._deliver(decisions)
         self._spoken.set()
         positions = self._ledger.positions(gateway, statement.watched, now)
-        return ReportReply(unknown, tuple(told), positions)
+        return ReportReply(unknown, tuple(told), positions, admitted)
 
     @ends_on_error
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
@@ -192,29 +194,21 @@ class LedgerActor:
         return self._prices
 
     @ends_on_error
-    async def enter(
-        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
-    ) -> LimitExceeded | LimitStatus | None:
+    async def enter(self, gateway: str, quota: QuotaRequest) -> LimitExceeded | LimitStatus | None:
         """Count a request against what its key may have; why not, or what is left to it."""
-        return self._allowances.admit(gateway, entry, allowance, rows, time.monotonic())
+        entry, limits, rows = quota.entry, quota.limits, quota.rows
+        return self._allowances.admit(gateway, entry, limits, rows, time.monotonic())
 
     @ends_on_error
-    async def leave(
-        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
-    ) -> None:
+    async def leave(self, gateway: str, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         """A request that was counted has ended."""
-        self._allowances.leave(gateway, request_id, tier, rows)
+        self._allowances.leave(gateway, entry.request_id, entry.tier, rows)
 
     @ends_on_error
-    async def share_usage(
-        self,
-        gateway: str,
-        entries: tuple[UsageEntry, ...],
-        rows: tuple[UsageRow, ...],
-        tells_all: bool,
-    ) -> UsageSync:
+    async def share_usage(self, gateway: str, report: UsageReport) -> UsageSync:
         """What a gateway has in hand and knows of today; what it does not know yet."""
-        return self._allowances.share(gateway, entries, rows, time.monotonic(), tells_all=tells_all)
+        entries, rows, now = report.entries, report.rows, time.monotonic()
+        return self._allowances.share(gateway, entries, rows, now, tells_all=report.tells_all)
 
     async def _tick(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A gateway's side of the ledger: it asks for turns, hears when they come, and tells what ended."""
+"""A gateway's side of the queue: submit requests, wait for replicas, report what has ended."""
 
 import asyncio
 import logging
@@ -6,21 +6,20 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
 from flux_ray.request import Hear
 from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.messages import (
     Decision,
-    GatewayReport,
     Place,
     Receipt,
-    ReportReply,
     Retry,
     SubmitRequest,
 )
 from flux_ray.router.ledger.pending import PendingRequests
+from flux_ray.router.ledger.quota_client import PendingQuota
+from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
 from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import Rejection
 
@@ -34,42 +33,20 @@ QUIET_S = 0.005
 OVERRUN = 0.05
 # Serve tells all processes of a new replica within that time.
 REACH_S = 1.0
-# Within that time a ledger that hangs is replaced.
-LEDGER_BACK_S = 15
 
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
 
 
-class LedgerLost(Exception):
-    """The ledger did not answer; what it was told may be lost."""
-
-
-class LedgerTransport(Protocol):
-    """The way to the ledger. All of it raises LedgerLost."""
-
-    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
-        """Make a statement; what there is to tell at once."""
-
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone."""
-
-    async def places(self, name: str) -> tuple[Place, ...]:
-        """Where a request that comes again may be, the latest first."""
-
-    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
-        """Decisions after those of the receipt, and the receipt for them; none after a while."""
-
-
 class LedgerClient:
-    """All requests of this gateway that wait for a turn or have one.
+    """Submit this gateway's requests to the ledger and wait for its decisions.
 
-    Two tasks of its own talk to the ledger. `cold_starts`: what a replica of a tier takes to start,
-    as far as that is known.
+    One task reports, one at a time; another listens for later decisions. `reachable` returns the
+    replicas by tier; `cold_starts`: seconds until a replica of a tier has started, where known.
     """
 
     def __init__(
         self,
-        line: LedgerTransport,
+        line: LedgerService,
         reachable: Reachable,
         gateway: str,
         cold_starts: Mapping[str, float] = MappingProxyType({}),
@@ -93,9 +70,12 @@ class LedgerClient:
                 keep_running(self._listen, "what hears the ledger"),
             ]
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(
+        self, offer: SubmitRequest, hear: Hear | None = None, quota: PendingQuota | None = None
+    ) -> str:
         """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
+        `quota` is asked for in the same message: RateLimited or QuotaTooSmall if it is too much.
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
         the tier is lost. Cancelling gives the turn back. Else `end` has to be called once.
         """
@@ -107,10 +87,12 @@ class LedgerClient:
                 return
             if decision.replica is not None:
                 granted.set_result(decision.replica)
+            elif decision.limit is not None and quota is not None:
+                granted.set_exception(quota.refuse(decision.limit))
             elif decision.refusal is not None:
                 granted.set_exception(error_for(decision.refusal))
 
-        self._book.ask(offer, time.monotonic(), decide, hear)
+        self._book.ask(offer, time.monotonic(), decide, hear, quota)
         self._waiting[offer.ticket_id] = offer.tier, granted
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)

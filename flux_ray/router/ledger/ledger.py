@@ -1,18 +1,16 @@
-"""The books of the cluster: which requests wait and run on which tier, and on whose behalf.
+"""The cluster's one ledger: which requests wait and run on which tier, and what keys have left.
 
-Between gateways and ledger, whatever the order of messages:
-- A gateway reports by numbered statements: what came, what ended, how long running work still
-  takes. One that is late or doubled has a number that was heard before, and is passed over.
-- The reply tells what is decided at once; what is decided later is kept in the gateway's outbox
-  (outbox.py), numbered, until it says that it has heard it.
-- A message that is lost costs half a second: twice a second a statement names all that its gateway
-  knows. What the ledger has beyond that has ended. What the ledger lacks is asked for, and comes
-  with the replica that it runs on. What was granted and not heard is told again.
-- A ledger that is lost is built anew from that, and a gateway that falls silent leaves nothing.
-- The replicas of a tier are those that Serve names. What runs on one that is gone stays on the
-  books until its gateway says that it ended.
-
-How much work was asked for: each piece once, however often it is refused or put back.
+The protocol with gateways, which holds whatever messages are lost, late or doubled:
+- Report: a gateway sends numbered reports of what came, ended and advanced; an old number is void.
+- A request brings what it counts against its key's limits: over a limit, the queue hears nothing.
+- Reply: it tells what is decided at once, what the limits let in, and which tickets are unknown.
+- Outbox: every decision is kept, numbered, until the gateway's next receipt says it was heard.
+- Loss: twice a second a report names all that its gateway knows. What the ledger has beyond that
+  has ended; what the ledger lacks it asks for; what it assigned and nobody heard it tells again.
+- Rejoin: a new ledger is built from such reports: running work comes with its replica, and what an
+  earlier ledger's limits let in is not refused. It decides only when all gateways have reported.
+- A gateway that is silent for 5 s is dead, and its requests with it. A replica that Serve no longer
+  names gets no new work; what runs there counts until its gateway says that it ended.
 """
 
 import math
@@ -28,11 +26,13 @@ from flux_ray.router.ledger.messages import (
     GatewayReport,
     Place,
     Places,
+    QuotaRequest,
     SubmitRequest,
 )
 from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.queue.entry import QueuedRequest, Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
+from flux_ray.router.quotas import LimitStatus, QuotaLedger
 
 # Who was refused, or left, and comes back within that time asks for the same work.
 REMEMBERED_S = 600.0
@@ -40,11 +40,11 @@ Name = tuple[str, str, str | float]
 
 
 class Arrivals:
-    """The GPU seconds that arrived, by tier.
+    """Sum the replica seconds that were asked for, by tier: each piece of work once.
 
-    A request that ends undone is remembered for a while. One for the same work that comes then is
-    the same request once more: a client that came back as it was told, a job that was put back, a
-    second try after a replica died. Where the work has no name, it is known by its key and price.
+    A request that ends undone is remembered for 10 minutes. If the same work is asked for meanwhile
+    it is not counted again: a client came back as told, a job was put back, or a replica died. Work
+    without a name is recognized by its key and price.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Arrivals:
         self._order: deque[tuple[float, Name]] = deque()
 
     def count(self, offer: SubmitRequest, now: float, *, is_counted: bool = False) -> bool:
-        """Whether the work is new; if so it is counted. `is_counted`: it was, by whoever asks."""
+        """Count new work; return whether it is new. `is_counted`: an earlier ledger counted it."""
         self._forget(now)
         times = self._undone.get(name_of(offer))
         if times:
@@ -65,13 +65,13 @@ class Arrivals:
         return True
 
     def put_back(self, offer: SubmitRequest, now: float) -> None:
-        """The request has ended undone."""
+        """Remember a request that has ended undone."""
         name = name_of(offer)
         self._undone.setdefault(name, deque()).append(now)
         self._order.append((now, name))
 
     def total_s(self, tier: str) -> float:
-        """All that was counted."""
+        """Return the replica seconds counted so far."""
         return self._total_s.get(tier, 0.0)
 
     def _forget(self, now: float) -> None:
@@ -85,7 +85,7 @@ class Arrivals:
 
 
 def name_of(offer: SubmitRequest) -> Name:
-    """Of the work."""
+    """Return what identifies the work that a request asks for."""
     return offer.tier, offer.key, offer.work or offer.cost_s
 
 
@@ -96,7 +96,7 @@ POSITIONS_S = 1.0
 
 
 def ticket_of(offer: SubmitRequest, now: float) -> QueuedRequest:
-    """The offer on the ledger's clock."""
+    """Return the queue's entry for a request: its deadline is on the ledger's clock."""
     return QueuedRequest(
         offer.ticket_id,
         offer.tier,
@@ -121,13 +121,19 @@ class GatewaySession:
 
 
 class Ledger:
-    """One queue a tier for all gateways. Every method is told the time; nothing is written twice.
+    """Keep one queue per tier, and the limits of keys, for all gateways.
 
-    Tickets are known by their id, so that what is said again changes nothing.
+    `LedgerActor` calls it, from its event loop only. `now` is in seconds, of a clock that nobody
+    sets. Tickets are known by their id, so a message that is repeated changes nothing.
     """
 
-    def __init__(self, new_queue: Callable[[], TierQueue]) -> None:
+    def __init__(
+        self, new_queue: Callable[[], TierQueue], quotas: QuotaLedger | None = None
+    ) -> None:
         self._new_queue = new_queue
+        self._quotas = quotas or QuotaLedger()
+        # The tickets of the last statement that their keys' limits let in.
+        self._admitted: list[tuple[str, QuotaRequest]] = []
         self._queues: dict[str, TierQueue] = {}
         self._accounts: dict[str, GatewaySession] = {}
         self._owner: dict[str, str] = {}
@@ -148,7 +154,8 @@ class Ledger:
         return frozenset(self._queues)
 
     def hear(self, gateway: str, statement: GatewayReport, now: float) -> tuple[str, ...]:
-        """Write down a statement; the tickets of `known` that nobody offered."""
+        """Write down a report; return the tickets that its gateway knows and the ledger lacks."""
+        self._admitted = []
         account = self._accounts.setdefault(gateway, GatewaySession(now))
         account.heard_at = now
         if statement.number:
@@ -162,24 +169,33 @@ class Ledger:
         for offer in statement.offers:
             if offer.ticket_id not in self._owner:
                 self._enter(gateway, offer, now)
+            elif offer.quota is not None:
+                self._admitted.append((offer.ticket_id, offer.quota))
         if statement.known is None:
             return ()
         return self._reconcile(gateway, statement.known, statement.waiting, now)
 
+    def admitted(self, now: float) -> tuple[tuple[str, LimitStatus | None], ...]:
+        """Return the tickets of the last statement that were let in, with what their keys have."""
+        return tuple(
+            (ticket_id, self._quotas.standing(quota.entry.key, quota.limits, now))
+            for ticket_id, quota in self._admitted
+        )
+
     def see_replicas(self, tier: str, names: Iterable[str], now: float) -> None:
-        """Serve says that these are the replicas of the tier."""
+        """Replace the replicas of a tier by those that Serve names."""
         if self._served.get(tier) != frozenset(names):
             self._served[tier] = frozenset(names)
             self._settle_replicas(tier, now)
 
     def learn_cold_start(self, tier: str, cold_start_s: float) -> None:
-        """What a replica of the tier takes to start, by its args."""
+        """Learn how many seconds a replica of the tier takes to start."""
         self._cold_starts[tier] = cold_start_s
         if tier in self._seen:
             self._queue(tier).learn_cold_start(cold_start_s)
 
     def decide(self, now: float) -> dict[str, list[Decision]]:
-        """What has been decided since the last call, by gateway."""
+        """Return the decisions since the last call, by gateway."""
         for queue in self._queues.values():
             grants, refused = queue.take(now)
             for ticket, replica in grants:
@@ -191,7 +207,7 @@ class Ledger:
         return decisions
 
     def forget_silent(self, now: float) -> list[str]:
-        """End what belongs to gateways that are dead: their names."""
+        """End the requests of gateways that are dead; return the names of these."""
         silent = [g for g, a in self._accounts.items() if now - a.heard_at > SILENCE_S]
         for gateway in silent:
             account = self._accounts[gateway]
@@ -204,24 +220,24 @@ class Ledger:
         return silent
 
     def backlog(self, tier: str, now: float) -> Backlog:
-        """What autoscaling goes by."""
+        """Return the work of a tier, for its scaling policy."""
         if tier not in self._queues:
             return Backlog()
         queue = self._queues[tier]
         return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
 
     def forecast(self, offer: SubmitRequest, now: float) -> Forecast:
-        """What would become of a request that is not offered yet."""
+        """Predict what would become of a request if it were submitted now."""
         return self._queue(offer.tier).forecast(ticket_of(offer, now), now)
 
     def places(self, name: str, now: float) -> tuple[Place, ...]:
-        """The replicas that may have the images of a request that comes again, the latest first."""
+        """Return where the request of this name runs or ran, the latest place first."""
         return self._places.find(name, now)
 
     def positions(
         self, gateway: str, ticket_ids: Iterable[str], now: float
     ) -> tuple[tuple[str, QueuePosition], ...]:
-        """Where tickets of a gateway stand that wait, as of a second ago at most."""
+        """Return the places in the queue of waiting tickets, as of a second ago at most."""
         offers = self._accounts[gateway].offers
         found = []
         for ticket_id in ticket_ids:
@@ -232,7 +248,7 @@ class Ledger:
         return tuple(found)
 
     def wake_at(self) -> float:
-        """When `decide` has something to decide even if nobody speaks."""
+        """Return when `decide` is to be called again even if nobody reports; inf for never."""
         times = (queue.wake_at() for queue in self._queues.values())
         return min((time for time in times if time is not None), default=math.inf)
 
@@ -245,6 +261,8 @@ class Ledger:
         ticket = ticket_of(offer, now)
         self._owner[ticket.ticket_id] = gateway
         self._accounts[gateway].offers[ticket.ticket_id] = offer
+        if not self._is_admitted(gateway, offer, now):
+            return
         queue = self._queue(offer.tier)
         is_counted = offer.is_counted or offer.runs_on is not None
         is_new = self._arrivals.count(offer, now, is_counted=is_counted)
@@ -256,6 +274,22 @@ class Ledger:
         if refusal is not None:
             self._refuse(ticket.ticket_id, refusal, now)
 
+    def _is_admitted(self, gateway: str, offer: SubmitRequest, now: float) -> bool:
+        """Count a request against its key's limits; if it is too much, the queue hears nothing."""
+        if (quota := offer.quota) is None:
+            return True
+        if quota.is_admitted or offer.runs_on is not None:
+            self._quotas.hold(gateway, quota.entry, quota.rows, now)
+        else:
+            limits, rows = quota.limits, quota.rows
+            denial = self._quotas.enter(gateway, quota.entry, limits, rows, now)
+            if denial is not None:
+                self._tell(offer.ticket_id, Decision(offer.ticket_id, None, limit=denial))
+                del self._owner[offer.ticket_id], self._accounts[gateway].offers[offer.ticket_id]
+                return False
+        self._admitted.append((offer.ticket_id, quota))
+        return True
+
     def _place(self, ticket_id: str, replica: str) -> None:
         offer = self._accounts[self._owner[ticket_id]].offers[ticket_id]
         if (retry := offer.retry) is not None:
@@ -266,13 +300,17 @@ class Ledger:
         # It may have left after it gave way.
         if ticket_id in self._owner:
             self._tell(ticket_id, Decision(ticket_id, None, refusal))
-            self._strike_out(ticket_id, now)
+            gateway = self._owner[ticket_id]
+            offer = self._strike_out(ticket_id, now)
+            if offer is not None and offer.quota is not None:
+                entry = offer.quota.entry
+                self._quotas.leave(gateway, entry.request_id, entry.tier, ())
 
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)
 
     def _follow(self, account: GatewaySession, statement: GatewayReport, now: float) -> None:
-        """What became of tickets that were granted."""
+        """Apply what a report says of tickets that have a replica."""
         for ticket_id in statement.done:
             self._finish(ticket_id, now)
         for ticket_id in statement.ended:
@@ -284,7 +322,7 @@ class Ledger:
     def _reconcile(
         self, gateway: str, known: frozenset[str], waiting: frozenset[str], now: float
     ) -> tuple[str, ...]:
-        """Let the books say what the gateway knows; what it knows and they lack."""
+        """End what the gateway no longer knows; return the tickets that only the gateway knows."""
         account = self._accounts[gateway]
         for ticket_id in account.offers.keys() - known:
             self._end(ticket_id, now)
@@ -295,7 +333,7 @@ class Ledger:
         return tuple(sorted(known - account.offers.keys()))
 
     def _finish(self, ticket_id: str, now: float) -> None:
-        """As _end; what it took tells how far off prices are."""
+        """End a request that was done; how long it took corrects the prices."""
         offer = self._strike_out(ticket_id, now, is_done=True)
         if offer is not None:
             self._queues[offer.tier].finish(ticket_id, now)
@@ -308,7 +346,7 @@ class Ledger:
     def _strike_out(
         self, ticket_id: str, now: float, *, is_done: bool = False
     ) -> SubmitRequest | None:
-        """Its offer, or None if it has been struck out before."""
+        """Forget a ticket; return its request, or None if it was forgotten before."""
         gateway = self._owner.pop(ticket_id, None)
         if gateway is None:
             return None
@@ -342,7 +380,7 @@ class Ledger:
         queue.set_replicas(names, now, draining=sorted(queue.replicas - names))
 
     def _names(self, tier: str) -> frozenset[str]:
-        """As Serve says; as long as it was not heard, all that any gateway can reach."""
+        """Return Serve's replicas of a tier, or until it was heard those any gateway reaches."""
         if tier in self._served:
             return self._served[tier]
         views = (account.replicas.get(tier, frozenset()) for account in self._accounts.values())

@@ -1,10 +1,7 @@
-"""What gateways and the ledger tell each other.
+"""The values that gateways and the ledger send each other, and two small stores of them.
 
-Where requests that may come again are drawn, or were a while ago: a gateway may die under them.
-
-Its client or a balancer sends the request again, to any gateway, which asks here who has it.
-
-What a gateway is told, kept until it says that it has heard it.
+`Places` remembers which replicas have a request, for a client that sends it again through another
+gateway. `Outbox` keeps messages until their receiver has acknowledged them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.queue.entry import Rejection
+from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, UsageRow
 
 # A client that comes again does so within seconds; replicas keep the images no longer either.
 KEPT_S = 300.0
@@ -22,10 +20,10 @@ MAX_KEPT = 20_000
 
 @dataclass(frozen=True)
 class Retry:
-    """By what a request is known when it comes again: a name that no other caller can say.
+    """The name under which a request is found when its client sends it again.
 
-    `fingerprint`: of all that it asks for. `is_lasting`: its images are the same once it has been
-    answered, too; else only what was never answered is found.
+    No other caller can say the same `name`. `fingerprint` is a digest of all that it asks for.
+    `is_lasting`: it is found after it has been answered, too, else only before.
     """
 
     name: str
@@ -34,12 +32,12 @@ class Retry:
 
     @property
     def run(self) -> str:
-        """What a replica calls it: never the same for another caller or another request."""
+        """Return the replica's name for it, which no other caller or request has."""
         return f"{self.name} {self.fingerprint}"
 
 
 class Place(NamedTuple):
-    """A replica that was granted a request, by which ticket, and with which seed."""
+    """A replica that was assigned a request, with its ticket and seed."""
 
     ticket_id: str
     tier: str
@@ -49,10 +47,10 @@ class Place(NamedTuple):
 
 
 class Places:
-    """By name, where requests are. Every method is told the time.
+    """Remember where named requests run, and for 5 minutes where they ran. `now` is in seconds.
 
-    A request that its gateway ended undone is found no more. One that was done is if it is lasting,
-    and one of a gateway that fell silent is in any case: its replica goes on drawing.
+    A request that ended undone is forgotten at once; one that was done is kept if it is lasting.
+    All requests of a gateway that fell silent are kept, since their replicas go on.
     """
 
     def __init__(self) -> None:
@@ -63,13 +61,13 @@ class Places:
         self._kept: dict[str, tuple[float, str]] = {}
 
     def grant(self, retry: Retry, place: Place) -> None:
-        """A replica draws it from now on."""
+        """Note that a replica has it from now on."""
         self._kept.pop(place.ticket_id, None)
         self._live[place.ticket_id] = retry
         self._places.setdefault(retry.name, {})[place.ticket_id] = place
 
     def end(self, ticket_id: str, now: float, *, is_done: bool) -> None:
-        """Its gateway says that it is over; unknown ones are ignored."""
+        """End a request, as its gateway reports; an unknown ticket is ignored."""
         retry = self._live.pop(ticket_id, None)
         if retry is None:
             return
@@ -79,14 +77,14 @@ class Places:
             self._drop(ticket_id, retry.name)
 
     def abandon(self, ticket_ids: Iterable[str], now: float) -> None:
-        """Their gateway is silent: nobody hears what becomes of them."""
+        """Keep the requests of a gateway that fell silent."""
         for ticket_id in ticket_ids:
             retry = self._live.pop(ticket_id, None)
             if retry is not None:
                 self._keep(ticket_id, retry, now)
 
     def find(self, name: str, now: float) -> tuple[Place, ...]:
-        """Where it may be, the latest first."""
+        """Return the places of this name, the latest first."""
         self._forget(now)
         return tuple(reversed(self._places.get(name, {}).values()))
 
@@ -114,17 +112,17 @@ Message = TypeVar("Message")
 
 
 class Receipt(NamedTuple):
-    """Up to which message of which outbox everything was heard."""
+    """The number of the last message of an outbox that was heard."""
 
     outbox: str = ""
     number: int = 0
 
 
 class Outbox(Generic[Message]):
-    """Messages in order, each told at least once.
+    """Keep messages in order until they are acknowledged: each is delivered at least once.
 
-    A receipt for another outbox, of a ledger before this one or of the same gateway before it fell
-    silent, says nothing of what is in here.
+    A receipt for an outbox of another name (of an earlier ledger, or from before the gateway fell
+    silent) acknowledges nothing here.
     """
 
     def __init__(self, name: str) -> None:
@@ -139,20 +137,47 @@ class Outbox(Generic[Message]):
             self._messages.append((self._last, message))
 
     def after(self, receipt: Receipt) -> tuple[Receipt, list[Message]]:
-        """What is left after a receipt; and the receipt for that."""
+        """Drop what the receipt acknowledges; return the rest, with the receipt for it."""
         if receipt.outbox == self._name:
             self._messages = [each for each in self._messages if each[0] > receipt.number]
         return Receipt(self._name, self._last), [message for _, message in self._messages]
 
 
 @dataclass(frozen=True)
-class SubmitRequest:
-    """A request as its gateway tells of it: clocks differ, so its deadline is so far from now.
+class QuotaRequest:
+    """A request to be counted against its key's limits, with what its gateway knows of the day.
 
-    `runs_on` is the replica that it was granted before, and `cost_s` then what is left: the ledger
-    may have been lost meanwhile. `work` names what is to be done, the same however often it is
-    asked for; `is_counted`: a ledger has heard of it. `has_deadline` and `is_job` are as a
-    ticket's. `retry`: by what it is known when it comes again, and is then drawn from `seed`.
+    `is_admitted`: a ledger has let it in before, so it is written down and not refused any more.
+    """
+
+    entry: UsageEntry
+    limits: QuotaLimits
+    rows: tuple[UsageRow, ...] = ()
+    is_admitted: bool = False
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """All requests that a gateway has in hand, and what it knows of the day.
+
+    `rows` are all that it knows if `tells_all`, else only what is new since its last report.
+    """
+
+    entries: tuple[UsageEntry, ...]
+    rows: tuple[UsageRow, ...]
+    tells_all: bool
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """A request as its gateway submits it. Clocks differ, so `deadline_in_s` is from now.
+
+    `cost_s`: seconds of one replica. `runs_on`: the replica that an earlier ledger assigned, and
+    then `cost_s` is what is left. `work` names what is to be done, the same however often it is
+    asked for; `is_counted`: a ledger has heard of it. `has_deadline` and `is_job` are as in
+    QueuedRequest. `retry`: its name when it is sent again, and is then generated from `seed`.
+    `quota`: what it counts against its key's limits before it may enter the queue; None if the key
+    has no limits.
     """
 
     ticket_id: str
@@ -169,16 +194,17 @@ class SubmitRequest:
     is_counted: bool = False
     retry: Retry | None = None
     seed: int = 0
+    quota: QuotaRequest | None = None
 
 
 @dataclass(frozen=True)
 class GatewayReport:
-    """What a gateway says: what came, what ended, and which replicas it can reach, by tier.
+    """What a gateway reports: new requests, ended ones, and the replicas it can reach, by tier.
 
-    `known`, now and then: all that it waits for or runs; `waiting` are those of them that wait.
-    `done`: which of the ended had what they wanted. `left_s`: what running ones still take.
-    `watched`: whose positions it wants to hear. `cold_starts`: what a replica takes to start, by
-    tier. Statements of one gateway have rising numbers; 0 is none.
+    `known`, twice a second: all tickets that wait or run; `waiting`: those of them that wait.
+    `done`: the ended ones that succeeded. `left_s`: seconds that running ones still take.
+    `watched`: tickets whose queue positions it wants. `cold_starts`: seconds until a replica has
+    started, by tier. Reports of one gateway have rising numbers; 0 is none.
     """
 
     offers: tuple[SubmitRequest, ...] = ()
@@ -194,27 +220,30 @@ class GatewayReport:
 
 
 class Decision(NamedTuple):
-    """A ticket's turn on a replica, or why it gets none."""
+    """Assign a replica to a ticket; or say why not: the queue's `refusal`, or its key's `limit`."""
 
     ticket_id: str
     replica: str | None
     refusal: Rejection | None = None
+    limit: LimitExceeded | None = None
 
 
 class ReportReply(NamedTuple):
-    """What a gateway is told at once: the known tickets that the ledger lacks, and its decisions.
+    """The answer to a report: the known tickets that the ledger lacks, and decisions.
 
-    It is told of these again, in case that this never arrives. `positions`: of the watched tickets
-    that wait.
+    Decisions are in the outbox too, in case this never arrives. `positions`: of the watched tickets
+    that wait. `admitted`: the tickets of this report that were let in by their keys' limits, with
+    what is left of these.
     """
 
     unknown: tuple[str, ...] = ()
     decisions: tuple[Decision, ...] = ()
     positions: tuple[tuple[str, QueuePosition], ...] = ()
+    admitted: tuple[tuple[str, LimitStatus | None], ...] = ()
 
 
 class Backlog(NamedTuple):
-    """GPU seconds of a tier: waiting, left of what runs, and arrived since the ledger began."""
+    """Replica seconds of a tier: waiting, left of what runs, arrived since the ledger began."""
 
     waiting_s: float = 0.0
     running_s: float = 0.0

@@ -1,4 +1,4 @@
-"""What a gateway has asked of the ledger and not heard the end of: the pure half of its line."""
+"""The requests that a gateway has submitted and not ended, and what to report of them."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.ledger.messages import Decision, GatewayReport, ReportReply, SubmitRequest
+from flux_ray.router.ledger.quota_client import PendingQuota
 
 Decide = Callable[[Decision], None]
 Watch = Callable[[QueuePosition], None]
@@ -16,7 +17,7 @@ class PendingRequest:
     """A request of this gateway, from its arrival to its end.
 
     `decide` is called once, with what the ledger decided. `watch`, if anybody wants to know, hears
-    where it stands while it waits.
+    where it stands while it waits. `quota`: what it counts against its key's limits, if it has any.
     """
 
     offer: SubmitRequest
@@ -27,19 +28,21 @@ class PendingRequest:
     is_decided: bool = False
     # What was left of it when that was last known.
     left: tuple[float, float] = (math.inf, 0.0)
+    quota: PendingQuota | None = None
 
     def left_s(self, now: float) -> float:
-        """How long it still takes, once it was granted."""
+        """Return the seconds that a running request still takes."""
         left_s, known_at = self.left
         return max(0.0, left_s - (now - known_at))
 
     def offer_at(self, now: float) -> SubmitRequest:
-        """The offer for a ledger that has never heard of it, or has been lost."""
+        """Return the request as it is to be submitted now, to this ledger or a new one."""
         deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
+        quota = None if self.quota is None else self.quota.request()
+        offer = replace(self.offer, deadline_in_s=deadline_in_s, quota=quota)
         if self.replica is None:
-            return replace(self.offer, deadline_in_s=deadline_in_s)
-        left_s = self.left_s(now)
-        return replace(self.offer, deadline_in_s=deadline_in_s, cost_s=left_s, runs_on=self.replica)
+            return offer
+        return replace(offer, cost_s=self.left_s(now), runs_on=self.replica)
 
 
 @dataclass
@@ -67,9 +70,10 @@ def nothing() -> News:
 
 
 class PendingRequests:
-    """All requests of this gateway that wait for a turn or have one. Told the time, never waits.
+    """Keep all requests of this gateway that wait or run, and make its reports to the ledger.
 
-    Make a statement; then call heard() with the reply, or missed(). One statement at a time.
+    `LedgerClient` calls it from the gateway's event loop: `statement`, then `heard` with the reply,
+    or `missed`; one report at a time. `now` is in seconds, monotonic.
     """
 
     def __init__(self) -> None:
@@ -81,14 +85,19 @@ class PendingRequests:
 
     @property
     def has_to_tell_all(self) -> bool:
-        """The ledger may have lost what it was told, or never heard it."""
+        """Return whether the ledger may have lost what it was told, or never heard it."""
         return self._tells_all
 
     def ask(
-        self, offer: SubmitRequest, now: float, decide: Decide, watch: Watch | None = None
+        self,
+        offer: SubmitRequest,
+        now: float,
+        decide: Decide,
+        watch: Watch | None = None,
+        quota: PendingQuota | None = None,
     ) -> None:
-        """A request wants its turn."""
-        turn = PendingRequest(offer, now, decide, watch)
+        """Submit a request with the next report; `decide` is called with the decision."""
+        turn = PendingRequest(offer, now, decide, watch, quota=quota)
         self._turns[offer.ticket_id] = turn
         self._news.offers.append(turn)
 
@@ -100,7 +109,7 @@ class PendingRequests:
             self._news.moved.add(ticket_id)
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> bool:
-        """The turn is over, with what was wanted or without; whether it was known."""
+        """End a request, successfully or not; return whether it was known."""
         if self._turns.pop(ticket_id, None) is None:
             return False
         self._news.ended.append(ticket_id)
@@ -149,12 +158,18 @@ class PendingRequests:
         for turn in self._said.offers:
             turn.offer = replace(turn.offer, is_counted=True)
         self._said = nothing()
+        for ticket_id, status in reply.admitted:
+            turn_of = self._turns.get(ticket_id)
+            if turn_of is not None and turn_of.quota is not None:
+                turn_of.quota.admit(status)
         self.decide(reply.decisions, now)
         for ticket_id, position in reply.positions:
             waiting = self._turns.get(ticket_id)
             if waiting is not None and waiting.watch is not None and not waiting.is_decided:
                 waiting.watch(position)
-        lacking = [self._turns[each] for each in reply.unknown if each in self._turns]
+        asked_for = (self._turns[each] for each in reply.unknown if each in self._turns)
+        # Of what it has just refused it wants to know nothing.
+        lacking = [turn for turn in asked_for if turn.replica is not None or not turn.is_decided]
         self._news.offers += lacking
         return bool(lacking)
 

@@ -1,6 +1,6 @@
-"""A gateway's side of the allowances: who comes in is counted, and so is what it took.
+"""A gateway's side of key limits: requests are counted against them, and so is what they used.
 
-What gateways learned of prices, shared through the ledger: it outlives any one of them.
+`PriceExchange` shares what gateways learn of prices through the ledger, which outlives them.
 """
 
 import asyncio
@@ -10,12 +10,12 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.background import AGAIN_S, keep_running, within
-from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
-from flux_ray.router.pricing.cost_model import CostModel, Snapshot
+from flux_ray.router.ledger.messages import QuotaRequest, UsageReport
+from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
+from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas import (
     UNLIMITED,
     LimitExceeded,
@@ -25,7 +25,6 @@ from flux_ray.router.quotas import (
     Usage,
     UsageEntry,
     UsageRow,
-    UsageSync,
     Use,
 )
 
@@ -34,23 +33,16 @@ logger = logging.getLogger("ray.serve")
 PRICES_PERIOD_S = 5.0
 
 
-class PriceTransport(Protocol):
-    """The way to the ledger."""
-
-    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
-        """What all gateways know, this one included. Raises LedgerLost."""
-
-
 class PriceExchange:
     """Tells the ledger of this gateway's prices, and learns those of the others."""
 
-    def __init__(self, exchange: PriceTransport, prices: CostModel) -> None:
+    def __init__(self, exchange: LedgerService, prices: CostModel) -> None:
         self._exchange = exchange
         self._prices = prices
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """From now on, every few seconds."""
+        """Start the task that shares prices every few seconds."""
         self._task = keep_running(self._run, "the exchange of prices")
 
     async def _run(self) -> None:
@@ -76,37 +68,46 @@ LEAVE_S = 0.1
 LEARN_S = 1.0
 
 
-class QuotaTransport(Protocol):
-    """The way to the ledger. All of it raises LedgerLost."""
-
-    async def enter(
-        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
-    ) -> LimitExceeded | LimitStatus | None:
-        """Count a request, and hear what is left to its key; or hear why not."""
-
-    async def leave(
-        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
-    ) -> None:
-        """It has ended."""
-
-    async def share_usage(
-        self,
-        gateway: str,
-        entries: tuple[UsageEntry, ...],
-        rows: tuple[UsageRow, ...],
-        tells_all: bool,
-    ) -> UsageSync:
-        """All that is in hand here, and all or what is new of what is known; what is new to it."""
-
-
 def count_nowhere(tier: str, limit: str) -> None:
     """Nobody wants to know."""
 
 
-class Reservation:
-    """A request from its entry to its end: what it used by then."""
+class PendingQuota:
+    """What one request counts against its key's limits, as it is asked of the ledger.
 
-    def __init__(self, price: Use, cost_s: float) -> None:
+    `LedgerClient` sends it with the request's entry of the queue, and tells it the answer.
+    """
+
+    def __init__(self, client: "QuotaClient", entry: UsageEntry, limits: QuotaLimits) -> None:
+        self.entry = entry
+        self._client = client
+        self._limits = limits
+        self._is_admitted = False
+
+    def request(self) -> QuotaRequest:
+        """Return the message to the ledger, with what is known by now of the key's day."""
+        rows = self._client.hold(self.entry)
+        return QuotaRequest(self.entry, self._limits, rows, self._is_admitted)
+
+    def admit(self, status: LimitStatus | None) -> None:
+        """Note that the ledger has let it in, and what is left to the key."""
+        self._is_admitted = True
+        self._client.note(self.entry.key, status)
+
+    def refuse(self, denial: LimitExceeded) -> FluxError:
+        """Count the refusal; return the error for the caller."""
+        self._client.count(self.entry.tier, denial.name)
+        return error_for(denial)
+
+
+class Reservation:
+    """Keep what one request has used, from its entry to its end; `Router` calls it.
+
+    `quota`: what is to be asked of the ledger when it is submitted; None if its key has no limits.
+    """
+
+    def __init__(self, price: Use, cost_s: float, quota: PendingQuota | None = None) -> None:
+        self.quota = quota
         self._price = price
         self._cost_s = cost_s
         self._began_at = math.inf
@@ -117,29 +118,30 @@ class Reservation:
         self._began_at = time.monotonic()
 
     def finish(self, gpu_seconds: float) -> None:
-        """It took that."""
+        """Charge what the request took, in GPU seconds."""
         self.use = Use(gpu_seconds, self._price.megapixels)
 
     def break_off(self) -> None:
-        """Its client left, or its time is over: what was done of it by then, at most all."""
+        """Charge the part of the price used before cancellation or timeout."""
         taken_s = time.monotonic() - self._began_at
         share = min(1.0, max(0.0, taken_s) / self._cost_s)
         self.use = Use(self._price.gpu_seconds * share, self._price.megapixels * share)
 
 
 class QuotaClient:
-    """All requests of this gateway whose keys are limited.
+    """Hold the requests of this gateway whose keys have limits, and share what keys used.
 
-    A task of its own tells the ledger of them, and learns what other gateways' keys used: any
-    gateway can tell a ledger that was lost. `count` hears of every refusal: its tier and its limit.
+    A task of its own reports to the ledger every 2 s and learns what keys used through other
+    gateways, so that any gateway can tell a new ledger. `count` is called with tier and limit of
+    every refusal.
     """
 
     def __init__(
-        self, line: QuotaTransport, gateway: str, count: Callable[[str, str], None] = count_nowhere
+        self, line: LedgerService, gateway: str, count: Callable[[str, str], None] = count_nowhere
     ) -> None:
         self._line = line
         self._gateway = gateway
-        self._count = count
+        self.count = count
         # Of each key, and when that was so.
         self._standings: dict[str, tuple[LimitStatus, float]] = {}
         self._has_heard = asyncio.Event()
@@ -151,35 +153,57 @@ class QuotaClient:
         self._leaving: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def entered(
-        self, entry: UsageEntry, allowance: QuotaLimits, within_s: float | None = None
-    ) -> AsyncIterator[Reservation]:
-        """The request inside is counted; RateLimited or QuotaTooSmall if it may not be.
+    async def reserved(self, entry: UsageEntry, limits: QuotaLimits) -> AsyncIterator[Reservation]:
+        """Charge the key for the request inside, from when its `quota` is first sent.
 
-        Overloaded if the ledger does not say so within that time.
+        Whoever submits the request to the queue sends it in the same message.
         """
-        stay = Reservation(entry.use, entry.cost_s)
-        if allowance == UNLIMITED:
-            yield stay
+        if limits == UNLIMITED:
+            yield Reservation(entry.use, entry.cost_s)
             return
         self._start()
-        reason = "its deadline came before its key's limits were known"
-        late = Overloaded(reason, None, LEDGER_BACK_S)
-        name = (entry.request_id, entry.tier)
-        # Before the ledger hears of it: what it has and this has not would be struck out.
-        self._entries[name] = entry
+        stay = Reservation(entry.use, entry.cost_s, PendingQuota(self, entry, limits))
         try:
-            async with within(within_s, late):
-                await self._enter(entry, allowance)
             yield stay
         except asyncio.CancelledError:
             stay.break_off()
             raise
         finally:
-            del self._entries[name]
-            if stay.use != Use():
-                self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
-            await self._leave(entry)
+            if self._entries.pop((entry.request_id, entry.tier), None) is not None:
+                if stay.use != Use():
+                    self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
+                await self._leave(entry)
+
+    @asynccontextmanager
+    async def entered(
+        self, entry: UsageEntry, limits: QuotaLimits, within_s: float | None = None
+    ) -> AsyncIterator[Reservation]:
+        """Count a request that is not submitted now: RateLimited or QuotaTooSmall if it may not be.
+
+        Overloaded if the ledger does not say so within that time.
+        """
+        reason = "its deadline came before its key's limits were known"
+        async with self.reserved(entry, limits) as stay:
+            if stay.quota is not None:
+                async with within(within_s, Overloaded(reason, None, LEDGER_BACK_S)):
+                    await self._enter(stay.quota)
+            yield stay
+
+    def hold(self, entry: UsageEntry) -> tuple[UsageRow, ...]:
+        """Have the request in hand from now on; return what is known of its key's day.
+
+        It is called before the ledger hears of the request: what the ledger has and this has not is
+        struck out there.
+        """
+        self._entries[entry.request_id, entry.tier] = entry
+        return self._usage.rows_of(entry.key)
+
+    def note(self, key: str, status: LimitStatus | None) -> None:
+        """Note what is left to a key; None if none of its limits says, which may have changed."""
+        if status is None:
+            self._standings.pop(key, None)
+        else:
+            self._standings[key] = (status, time.monotonic())
 
     def standing(self, key: str) -> LimitStatus | None:
         """What is left to the key by what the ledger last said here; None if it said nothing."""
@@ -211,30 +235,26 @@ class QuotaClient:
         entries, tells_all = tuple(self._entries.values()), self._tells_all
         rows = self._usage.rows() if tells_all else self._usage.rows_named(self._news)
         self._news, self._tells_all = set(), True
-        shared = await self._line.share_usage(self._gateway, entries, rows, tells_all)
+        report = UsageReport(entries, rows, tells_all)
+        shared = await self._line.share_usage(self._gateway, report)
         self._usage.merge(shared.rows)
         self._usage.forget(time.time())
         self._has_heard.set()
         self._tells_all = shared.tell_all
 
-    async def _enter(self, entry: UsageEntry, allowance: QuotaLimits) -> None:
+    async def _enter(self, quota: PendingQuota) -> None:
         while True:
             try:
-                rows = self._usage.rows_of(entry.key)
-                answer = await self._line.enter(self._gateway, entry, allowance, rows)
+                answer = await self._line.enter(self._gateway, quota.request())
                 break
             except LedgerLost as error:
                 # As for its turn, it waits: unless it is counted it may not be served.
-                logger.warning("request %s is not counted yet: %s", entry.request_id, error)
+                request_id = quota.entry.request_id
+                logger.warning("request %s is not counted yet: %s", request_id, error)
                 await asyncio.sleep(AGAIN_S)
         if isinstance(answer, LimitExceeded):
-            self._count(entry.tier, answer.name)
-            raise error_for(answer)
-        if answer is None:
-            # Its limits may be others now.
-            self._standings.pop(entry.key, None)
-        else:
-            self._standings[entry.key] = (answer, time.monotonic())
+            raise quota.refuse(answer)
+        quota.admit(answer)
 
     async def _leave(self, entry: UsageEntry) -> None:
         """In an empty context: Ray would cancel it with the request."""
@@ -249,7 +269,7 @@ class QuotaClient:
 
     async def _tell_of_leaving(self, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         try:
-            await self._line.leave(self._gateway, entry.request_id, entry.tier, rows)
+            await self._line.leave(self._gateway, entry, rows)
         except LedgerLost as error:
             logger.warning("request %s ends later in the ledger: %s", entry.request_id, error)
 

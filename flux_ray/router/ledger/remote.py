@@ -1,18 +1,18 @@
-"""The gateways' line to the ledger, which starts it, and ends it where it hangs.
+"""The proxy through which other processes call the ledger's actor: it starts and ends it, too.
 
-End replicas that hang: the Ray hands of the watch on gateways, leaders and text encoders.
-
-Serve itself stops a replica that fails three checks gracefully, which a stopped process does not
-hear: it would keep its cards for all of its `drain_timeout_s`.
+The ledger's process also watches gateways, leaders and text encoders, and kills those that hang.
+Serve would stop them gracefully, which a stopped process does not hear: it would keep its GPUs for
+all of its `drain_timeout_s`.
 """
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
@@ -25,26 +25,7 @@ from flux_ray.metrics import HUNG
 from flux_ray.request import PROTOCOL
 from flux_ray.router import handover
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
-from flux_ray.router.ledger.client import LEDGER_BACK_S, LedgerLost
-from flux_ray.router.ledger.messages import (
-    Backlog,
-    Decision,
-    GatewayReport,
-    Place,
-    Receipt,
-    ReportReply,
-    SubmitRequest,
-)
-from flux_ray.router.pricing.cost_model import Snapshot
-from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.quotas import (
-    LimitExceeded,
-    LimitStatus,
-    QuotaLimits,
-    UsageEntry,
-    UsageRow,
-    UsageSync,
-)
+from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost
 
 # The module, not what is in it: its items are replaced.
 
@@ -188,17 +169,43 @@ MAX_UNANSWERED = 2
 LAG_S = 1.0
 
 
-class RemoteLedger:
-    """The line to the ledger, which is started by whoever needs it first.
+P = ParamSpec("P")
+T = TypeVar("T")
 
-    Who waits for one that hangs ends it, and Ray starts it anew.
+
+def remote_call(
+    method: Callable[Concatenate[LedgerActor, P], Coroutine[Any, Any, T]],
+    waits_s: float = 0.0,
+    at_most_s: float = math.inf,
+) -> Callable[Concatenate["RemoteLedger", P], Coroutine[Any, Any, T]]:
+    """Make the proxy's method of a method of the ledger, with its types.
+
+    `waits_s`: how long the ledger itself may take before it answers. `at_most_s`: how long the
+    caller waits, if that is less than the proxy's own limit.
+    """
+    name = method.__name__
+
+    async def call(line: "RemoteLedger", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        answer: T = await line.call(min(waits_s + line.answer_s, at_most_s), name, *args, **kwargs)
+        return answer
+
+    return call
+
+
+class RemoteLedger:
+    """Call the ledger's actor, from any process; a `LedgerService`.
+
+    The first call anywhere starts the actor. `answer_s`: how long a call waits before LedgerLost.
+    After several calls without an answer the actor is killed, and Ray starts it anew.
     """
 
     def __init__(
         self,
         start: Callable[[], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        answer_s: float = ANSWER_S,
     ) -> None:
+        self.answer_s = answer_s
         self._start = start or start_ledger
         self._clock = clock
         # When the first call began of all that failed since one was answered.
@@ -218,70 +225,21 @@ class RemoteLedger:
         since_s = self._failing_since_s
         return since_s is None or self._clock() - since_s < LOST_S
 
-    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
-        """Make a statement."""
-        heard: ReportReply = await self._call(ANSWER_S, "say", gateway, statement)
-        return heard
+    say = remote_call(LedgerActor.say)
+    listen = remote_call(LedgerActor.listen, waits_s=LISTEN_S)
+    forecast = remote_call(LedgerActor.forecast, at_most_s=FORECAST_S)
+    places = remote_call(LedgerActor.places, at_most_s=FORECAST_S)
+    backlog = remote_call(LedgerActor.backlog)
+    share_prices = remote_call(LedgerActor.share_prices)
+    enter = remote_call(LedgerActor.enter)
+    leave = remote_call(LedgerActor.leave)
+    share_usage = remote_call(LedgerActor.share_usage)
 
-    async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
-        """Wait for decisions."""
-        news: tuple[Receipt, list[Decision]] = await self._call(
-            LISTEN_S + ANSWER_S, "listen", gateway, receipt
-        )
-        return news
-
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone."""
-        forecasts: tuple[Forecast, ...] = await self._call(FORECAST_S, "forecast", offers)
-        return forecasts
-
-    async def places(self, name: str) -> tuple[Place, ...]:
-        """Where a request that comes again may be."""
-        places: tuple[Place, ...] = await self._call(FORECAST_S, "places", name)
-        return places
-
-    async def backlog(self, tier: str, cold_start_s: float) -> Backlog:
-        """What waits, runs and arrived; LedgerLost if there is nobody to ask."""
-        backlog: Backlog = await self._call(ANSWER_S, "backlog", tier, cold_start_s)
-        return backlog
-
-    async def share_prices(self, snapshot: Snapshot) -> Snapshot:
-        """Tell it what was learned here; what all gateways did."""
-        known: Snapshot = await self._call(ANSWER_S, "share_prices", snapshot)
-        return known
-
-    async def enter(
-        self, gateway: str, entry: UsageEntry, allowance: QuotaLimits, rows: tuple[UsageRow, ...]
-    ) -> LimitExceeded | LimitStatus | None:
-        """Count a request; why not, or what is left to its key."""
-        answer: LimitExceeded | LimitStatus | None = await self._call(
-            ANSWER_S, "enter", gateway, entry, allowance, rows
-        )
-        return answer
-
-    async def leave(
-        self, gateway: str, request_id: str, tier: str, rows: tuple[UsageRow, ...]
-    ) -> None:
-        """It has ended."""
-        await self._call(ANSWER_S, "leave", gateway, request_id, tier, rows)
-
-    async def share_usage(
-        self,
-        gateway: str,
-        entries: tuple[UsageEntry, ...],
-        rows: tuple[UsageRow, ...],
-        tells_all: bool,
-    ) -> UsageSync:
-        """What is in hand and known here; what is known elsewhere."""
-        shared: UsageSync = await self._call(
-            ANSWER_S, "share_usage", gateway, entries, rows, tells_all
-        )
-        return shared
-
-    async def _call(self, timeout_s: float, method: str, *args: object) -> Any:
+    async def call(self, timeout_s: float, method: str, *args: object, **kwargs: object) -> Any:
+        """Call the actor's method of that name. LedgerLost if it does not answer in time."""
         began_s = self._clock()
         try:
-            answer = await self._answer(timeout_s, method, *args)
+            answer = await self._answer(timeout_s, method, args, kwargs)
         except LedgerLost:
             if self._failing_since_s is None:
                 self._failing_since_s = began_s
@@ -289,12 +247,14 @@ class RemoteLedger:
         self._failing_since_s = None
         return answer
 
-    async def _answer(self, timeout_s: float, method: str, *args: object) -> Any:
+    async def _answer(
+        self, timeout_s: float, method: str, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Any:
         began_s = self._clock()
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
-                answer = await called(actor, method, args)
+                answer = await called(actor, method, args, kwargs)
         except TimeoutError as error:
             if self._clock() - began_s < timeout_s + LAG_S:
                 self._note_silence()
@@ -324,13 +284,13 @@ class RemoteLedger:
             self._thread.submit(partial(ray.kill, self._actor, no_restart=False))
 
 
-def called(actor: Any, method: str, args: tuple[object, ...]) -> Any:
+def called(actor: Any, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
     """Call a method of the ledger; LedgerLost if its code is too old or too new to have it.
 
     One that is found by its name may have been started by another build of the same PROTOCOL.
     """
     try:
-        return getattr(actor, method).remote(*args)
+        return getattr(actor, method).remote(*args, **kwargs)
     except (AttributeError, TypeError) as error:
         raise LedgerLost(f"{method}: the ledger is of another version: {error}") from error
 

@@ -12,9 +12,16 @@ from flux_ray.router.ledger import actor as ledger_actor
 from flux_ray.router.ledger import ledger
 from flux_ray.router.ledger import remote as remote_ledger
 from flux_ray.router.ledger.actor import LedgerActor
-from flux_ray.router.ledger.client import LedgerLost
-from flux_ray.router.ledger.messages import GatewayReport, Receipt, Retry, SubmitRequest
+from flux_ray.router.ledger.messages import (
+    GatewayReport,
+    QuotaRequest,
+    Receipt,
+    Retry,
+    SubmitRequest,
+    UsageReport,
+)
 from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
+from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, Use
 
 REPLICAS = {"tiny": ("one",)}
@@ -143,11 +150,10 @@ class Silent:
 async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log):
     killed = asyncio.Event()
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(remote_ledger, "ANSWER_S", 0.05)
     monkeypatch.setattr(
         remote_ledger.ray, "kill", lambda actor, no_restart: loop.call_soon_threadsafe(killed.set)
     )
-    line = RemoteLedger(Silent)
+    line = RemoteLedger(Silent, answer_s=0.05)
     for _ in range(remote_ledger.MAX_UNANSWERED):
         assert not killed.is_set()
         with pytest.raises(LedgerLost):
@@ -159,10 +165,9 @@ async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log)
 async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
     """As after SIGSTOP and SIGCONT: the answers are there, and not read yet."""
     killed = []
-    monkeypatch.setattr(remote_ledger, "ANSWER_S", 1.0)
     monkeypatch.setattr(remote_ledger, "LAG_S", 0.1)
     monkeypatch.setattr(remote_ledger.ray, "kill", lambda actor, no_restart: killed.append(actor))
-    line = RemoteLedger(Silent)
+    line = RemoteLedger(Silent, answer_s=1.0)
     number = 2 * remote_ledger.MAX_UNANSWERED
     calls = [asyncio.ensure_future(line.say("g", GatewayReport())) for _ in range(number)]
     await asyncio.sleep(0.05)
@@ -173,8 +178,7 @@ async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
     assert killed == []
 
 
-async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
-    monkeypatch.setattr(remote_ledger, "ANSWER_S", 0.05)
+async def test_while_rays_head_is_away_one_thread_waits_for_it():
     head = threading.Event()
     calls = []
 
@@ -183,7 +187,7 @@ async def test_while_rays_head_is_away_one_thread_waits_for_it(monkeypatch):
         head.wait()
         return Silent()
 
-    line = RemoteLedger(start)
+    line = RemoteLedger(start, answer_s=0.05)
     for _ in range(3):
         with pytest.raises(LedgerLost):
             await line.say("g", GatewayReport())
@@ -292,22 +296,24 @@ async def test_a_clock_that_is_set_changes_no_limit_of_a_minute(monkeypatch):
     """Of the machine's date nothing is asked but which day it is."""
     actor, allowance = new_actor(), QuotaLimits(max_concurrent=2, requests_per_minute=2)
 
+    def entry(name: str) -> UsageEntry:
+        return UsageEntry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
+
     async def enter(name: str) -> LimitExceeded | LimitStatus | None:
-        entry = UsageEntry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
-        return await actor.enter("g", entry, allowance, ())
+        return await actor.enter("g", QuotaRequest(entry(name), allowance))
 
     date = [time.time()]
     monkeypatch.setattr(time, "time", lambda: date[0])
     assert isinstance(await enter("first"), LimitStatus)
     for jump_s in (3600.0, -7200.0):
         date[0] += jump_s
-        await actor.share_usage("other", (), (), True)
+        await actor.share_usage("other", UsageReport((), (), True))
     assert isinstance(await enter("second"), LimitStatus)
     date[0] += 3600.0
     denial = await enter("third")
     assert isinstance(denial, LimitExceeded) and denial.name == "max_concurrent", "both are in hand"
     for name in ("first", "second"):
-        await actor.leave("g", name, "tiny", ())
+        await actor.leave("g", entry(name), ())
     for jump_s in (3600.0, -7200.0):
         date[0] += jump_s
         denial = await enter("third")

@@ -11,7 +11,7 @@ from flux_ray.errors import DeadlineTooShort, Overloaded, TierUnavailable
 from flux_ray.request import News, QueuePosition
 from flux_ray.router import background
 from flux_ray.router.ledger import client as turns_module
-from flux_ray.router.ledger.client import LedgerClient, LedgerLost, error_for
+from flux_ray.router.ledger.client import LedgerClient, error_for
 from flux_ray.router.ledger.ledger import Ledger
 from flux_ray.router.ledger.messages import (
     Decision,
@@ -22,6 +22,7 @@ from flux_ray.router.ledger.messages import (
     Retry,
     SubmitRequest,
 )
+from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.queue.entry import Rejection
 from flux_ray.router.queue.tier_queue import TierQueue
 

@@ -1,8 +1,8 @@
 """Gateways share what they learn, and one that starts anew knows it."""
 
 from flux_ray.request import ImageRequest, StageTimes
-from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.quota_client import PriceExchange
+from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel, Snapshot, merged
 

@@ -7,8 +7,8 @@ import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.ledger import quota_client
-from flux_ray.router.ledger.client import LedgerLost
 from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLedger, QuotaLimits, UsageEntry, Use
 
 ONE = QuotaLimits(max_concurrent=1)
@@ -23,18 +23,19 @@ class FakeLine:
         self.is_deaf = False
         self.num_calls = 0
 
-    async def enter(self, gateway, entry, allowance, rows):
+    async def enter(self, gateway, quota):
         await self.reach()
-        return self.books.admit(gateway, entry, allowance, rows, time.time())
+        return self.books.admit(gateway, quota.entry, quota.limits, quota.rows, time.time())
 
-    async def leave(self, gateway, request_id, tier, rows):
+    async def leave(self, gateway, entry, rows):
         await self.reach()
         if self.is_deaf:
             raise LedgerLost
-        self.books.leave(gateway, request_id, tier, rows)
+        self.books.leave(gateway, entry.request_id, entry.tier, rows)
 
-    async def share_usage(self, gateway, entries, rows, tells_all):
+    async def share_usage(self, gateway, report):
         await self.reach()
+        entries, rows, tells_all = report.entries, report.rows, report.tells_all
         return self.books.share(gateway, entries, rows, time.time(), tells_all=tells_all)
 
     async def reach(self):
@@ -172,9 +173,9 @@ async def test_what_is_known_is_not_told_again(gates, line, monkeypatch):
     told = []
     share = line.share_usage
 
-    async def note(gateway, entries, rows, tells_all):
-        shared = await share(gateway, entries, rows, tells_all)
-        told.append(len(rows) + len(shared.rows))
+    async def note(gateway, report):
+        shared = await share(gateway, report)
+        told.append(len(report.rows) + len(shared.rows))
         return shared
 
     monkeypatch.setattr(line, "share_usage", note)
