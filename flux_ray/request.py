@@ -2,7 +2,7 @@
 
 Requests whose images are elsewhere until it is their turn; until then sizes and digests do.
 
-News of a request and then its result, as one stream of values.
+Events of a request and then its result, as one stream of values.
 """
 
 import asyncio
@@ -229,8 +229,8 @@ class RanksDone:
 
 
 # What is heard of a request before its result, in the caller's own event loop.
-News = QueuePosition | Progress | Preview | Finished | RanksDone
-Hear = Callable[[News], None]
+RequestEvent = QueuePosition | Progress | Preview | Finished | RanksDone
+OnEvent = Callable[[RequestEvent], None]
 
 
 @dataclass(frozen=True)
@@ -296,12 +296,12 @@ async def loaded(request: ImageRequest) -> ImageRequest:
     return await request.load() if isinstance(request, DeferredRequest) else request
 
 
-Generate = Callable[[Hear], Awaitable[ImageResult]]
+Generate = Callable[[OnEvent], Awaitable[ImageResult]]
 
 
-async def follow(generate: Generate) -> AsyncGenerator[News | ImageResult, None]:
-    """What `draw` lets hear, and what it returns; its errors. Close it to leave."""
-    heard: asyncio.Queue[News | None] = asyncio.Queue()
+async def stream_events(generate: Generate) -> AsyncGenerator[RequestEvent | ImageResult, None]:
+    """Yield what `generate` tells, then what it returns; raise its errors. Close it to leave."""
+    heard: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
     generation = asyncio.ensure_future(generate(heard.put_nowait))
     generation.add_done_callback(lambda _: heard.put_nowait(None))
     try:

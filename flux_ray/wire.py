@@ -13,7 +13,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from flux_ray.errors import ProtocolMismatch
-from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, News
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, RequestEvent
 
 # The keys of a call and of an answer, besides what `pack_call` is given. They never change: the
 # request routers of old tiers read them in new gateways too.
@@ -40,7 +40,7 @@ class Description:
 REQUEST = TypeAdapter(ImageRequest)
 DESCRIPTION = TypeAdapter(Description)
 ANSWERS: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, *get_args(News))
+    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, *get_args(RequestEvent))
 }
 
 
@@ -91,17 +91,17 @@ def request_from(call: Wire) -> ImageRequest:
         ) from None
 
 
-def pack_answer(value: News | ImageResult) -> Wire:
+def pack_answer(value: RequestEvent | ImageResult) -> Wire:
     """What a replica says of a request."""
     return {"protocol": PROTOCOL, "kind": type(value).__name__, "value": packed(value)}
 
 
-def answer_from(answer: Wire) -> News | ImageResult | None:
+def answer_from(answer: Wire) -> RequestEvent | ImageResult | None:
     """What a replica said; None for news of a kind that this code does not know."""
     kind = ANSWERS.get(answer["kind"])
     if kind is None:
         return None
-    value: News | ImageResult = validated(kind, answer["value"], answer["protocol"])
+    value: RequestEvent | ImageResult = validated(kind, answer["value"], answer["protocol"])
     return value
 
 

@@ -14,12 +14,12 @@ from flux_ray.errors import NotKept
 from flux_ray.gateway.api import build_api
 from flux_ray.request import (
     GeneratedImage,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
+    OnEvent,
     Preview,
     Progress,
+    RequestEvent,
     StageTimes,
 )
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
@@ -54,7 +54,7 @@ LIMITS = Limits(
 )
 
 
-def news_of(request: ImageRequest) -> list[News]:
+def news_of(request: ImageRequest) -> list[RequestEvent]:
     """What a replica lets hear of one image; its previews are `preview <number>`."""
     previews = [
         Preview(request.tier, GeneratedImage(b"preview %d" % number, request.seed), number)
@@ -78,7 +78,7 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, hear: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
         self.requests.append(request)
         self.replicas.append(replica)
@@ -95,7 +95,7 @@ class FakeHandles:
         return self.generated[replica, run]
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, hear: OnEvent | None, run: str
     ) -> ImageResult:
         if (replica, run) not in self.generated:
             raise NotKept("it was drawn elsewhere")
@@ -119,7 +119,7 @@ class FakeTurns:
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: OnEvent | None = None) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)

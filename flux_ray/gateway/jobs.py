@@ -29,10 +29,10 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
     QueuePosition,
+    RequestEvent,
 )
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
@@ -85,7 +85,7 @@ class JobGenerator:
         """The job's images; raises as the router does."""
         request = within_budget(request, self.args.limits)
 
-        def hear(news: News) -> None:
+        def hear(news: RequestEvent) -> None:
             if isinstance(news, QueuePosition):
                 self._standings[request.request_id] = news
                 return

@@ -15,7 +15,7 @@ from flux_ray.gateway.errors import limit_headers
 from flux_ray.gateway.fields.sizes import size_notes
 from flux_ray.gateway.images.masks import fitted
 from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
-from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
+from flux_ray.request import Finished, ImageRequest, ImageResult, OnEvent, Preview
 from flux_ray.router.ledger.messages import Place
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
@@ -110,7 +110,7 @@ class Submitter:
             requests = [replace(each, seed=seed) for each in requests]
         return order._replace(requests=requests, caller=caller, places=places)
 
-    async def generate(self, order: PreparedRequest, hear: Hear | None = None) -> ImageResult:
+    async def generate(self, order: PreparedRequest, hear: OnEvent | None = None) -> ImageResult:
         """Its images, by the tier that the policy prefers, if no replica has them yet."""
         if order.places:
             result = await self.router.recall(order.places, order.requests, order.caller, hear)

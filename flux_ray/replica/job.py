@@ -19,12 +19,12 @@ from flux_ray.request import (
     Encoding,
     Finished,
     GeneratedImage,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
+    OnEvent,
     Preview,
     Progress,
+    RequestEvent,
     RgbImage,
     StageTimes,
 )
@@ -74,7 +74,7 @@ class ReplicaJob:
     number: int
     request: ImageRequest
     result: asyncio.Future[ImageResult]
-    hear: Hear | None = None
+    hear: OnEvent | None = None
     queued_at: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
     encoded: EncodedPrompt | None = None
@@ -85,7 +85,7 @@ class ReplicaJob:
         """Whether nobody waits for the result any more."""
         return self.result.done()
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: RequestEvent) -> None:
         """Let the client hear, if it is still there and wants to."""
         if self.hear is not None and not self.has_left:
             self.hear(news)

@@ -41,11 +41,11 @@ from flux_ray.request import (
     PROTOCOL,
     Finished,
     Generate,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
-    follow,
+    OnEvent,
+    RequestEvent,
+    stream_events,
 )
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
@@ -90,11 +90,11 @@ class RunningRequest:
     """A request while it is drawn, and those who wait for it."""
 
     generation: asyncio.Task[ImageResult] | None = None
-    hearing: list[Hear] = field(default_factory=list)
+    hearing: list[OnEvent] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
     num_waiting: int = 0
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: RequestEvent) -> None:
         """Let all of them hear it."""
         if isinstance(news, Finished):
             self.finished.append(news)
@@ -120,7 +120,7 @@ class RunningRequests:
         self._kept: dict[str, tuple[float, ImageResult]] = {}
         self._num_bytes = 0
 
-    async def generate(self, name: str, generate: Generate, hear: Hear | None) -> ImageResult:
+    async def generate(self, name: str, generate: Generate, hear: OnEvent | None) -> ImageResult:
         """Draw a request under that name: the last run of a name is the one that is found."""
         run = RunningRequest()
         run.generation = asyncio.ensure_future(generate(run.tell))
@@ -129,7 +129,7 @@ class RunningRequests:
         run.generation.add_done_callback(partial(self._end, name, run))
         return await self._wait(run, hear)
 
-    async def recall(self, name: str, hear: Hear | None) -> ImageResult:
+    async def recall(self, name: str, hear: OnEvent | None) -> ImageResult:
         """The result of the last run of that name, as soon as it is there; NotKept if none is."""
         self.forget()
         if name in self._kept:
@@ -148,7 +148,7 @@ class RunningRequests:
                 return
             self._drop(name)
 
-    async def _wait(self, run: RunningRequest, hear: Hear | None) -> ImageResult:
+    async def _wait(self, run: RunningRequest, hear: OnEvent | None) -> ImageResult:
         assert run.generation is not None
         if hear is not None:
             for news in run.finished:
@@ -256,18 +256,18 @@ class Leader:
 
     async def follow(self, call: Wire) -> AsyncIterator[Wire]:
         """The request's images, after what is to be heard of them."""
-        async with aclosing(follow(self._generation_of(call))) as stream:
+        async with aclosing(stream_events(self._generation_of(call))) as stream:
             async for news in stream:
                 yield pack_answer(news)
 
-    def _generation_of(self, call: Wire) -> Callable[[Hear | None], Awaitable[ImageResult]]:
+    def _generation_of(self, call: Wire) -> Callable[[OnEvent | None], Awaitable[ImageResult]]:
         """How a call's images come about: they are drawn, or were for a call before it."""
         if "recall" in call:
             return partial(self._runs.recall, call["recall"])
         generate = partial(self._generate, request_from(call))
         return partial(self._runs.generate, call["run"], generate) if "run" in call else generate
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _generate(self, request: ImageRequest, hear: OnEvent | None = None) -> ImageResult:
         with self._meter.count(request):
             result = await self._loop.generate(request, hear)
         return replace(result, layout=self._description.layout)

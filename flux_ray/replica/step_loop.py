@@ -20,9 +20,9 @@ from flux_ray.replica.job import Files, JobOutput, Observe, ReplicaJob, StageTim
 from flux_ray.replica.text_encoder import Prompts
 from flux_ray.request import (
     EncodedPrompt,
-    Hear,
     ImageRequest,
     ImageResult,
+    OnEvent,
     RanksDone,
     StageAnswer,
 )
@@ -117,7 +117,7 @@ class StepLoop:
             self._run(), context=contextvars.Context()
         )
 
-    async def generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def generate(self, request: ImageRequest, hear: OnEvent | None = None) -> ImageResult:
         """The request's images; cancel the call to leave. `hear` is told how they come along."""
         if self.pump.done():
             raise ReplicaFailed("the step loop of this replica has ended")

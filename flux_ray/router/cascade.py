@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from flux_ray.errors import FluxError
-from flux_ray.request import Hear, ImageRequest, ImageResult
+from flux_ray.request import ImageRequest, ImageResult, OnEvent
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
 
@@ -25,7 +25,7 @@ async def cascade(
     preview: ImageRequest,
     final: ImageRequest,
     caller: Caller,
-    hear: Hear | None = None,
+    hear: OnEvent | None = None,
 ) -> AsyncGenerator[Part, None]:
     """The preview, if it is there before the final images, and those. Close it to leave.
 

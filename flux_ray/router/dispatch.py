@@ -32,7 +32,7 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, OnEvent
 from flux_ray.router.background import keep_running
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.pricing.cost import ReplicaSpec
@@ -173,7 +173,7 @@ class TierHandles:
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, hear: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
         """One attempt on the replica of the request's tier that it was granted.
 
@@ -194,7 +194,7 @@ class TierHandles:
                 replica = other
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, hear: OnEvent | None, run: str
     ) -> ImageResult:
         """What that replica draws or has drawn of an earlier request, under that name.
 
@@ -235,7 +235,7 @@ class TierHandles:
         """Say whether Serve has an application of that name, as far as it ever told."""
         return self._readiness.is_deployed(tier)
 
-    async def _attempt(self, call: Wire, hear: Hear | None) -> ImageResult:
+    async def _attempt(self, call: Wire, hear: OnEvent | None) -> ImageResult:
         handle = await self._handle_for(call["tier"])
         if hear is None:
             response: Any = handle.remote(call)
@@ -358,7 +358,7 @@ async def result_of(response: Any) -> ImageResult:
     return result
 
 
-async def last_of(stream: AsyncIterator[Wire], hear: Hear) -> ImageResult:
+async def last_of(stream: AsyncIterator[Wire], hear: OnEvent) -> ImageResult:
     """The result that a stream ends with; what comes before it is heard."""
     result: ImageResult | None = None
     values = aiter(stream)

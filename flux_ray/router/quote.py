@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flux_ray.request import Hear, ImageRequest, News, Progress, RanksDone
+from flux_ray.request import ImageRequest, OnEvent, Progress, RanksDone, RequestEvent
 from flux_ray.router.ledger.messages import Retry, SubmitRequest
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.pricing.cost_model import CostModel
@@ -143,7 +143,7 @@ class RemainingTime:
         return num_left * self._step_s + num_to_decode * self._decode_s
 
 
-def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> Hear | None:
+def followed(quote: Quote, hear: OnEvent | None, tell: Callable[[float], None]) -> OnEvent | None:
     """`hear`, with `tell` told how long it still takes; None where nobody has to listen.
 
     Nothing is left of it once the ranks are done: that is for `tell` alone to hear.
@@ -152,7 +152,7 @@ def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> 
         return None
     pace = RemainingTime(quote)
 
-    def follow(news: News) -> None:
+    def follow(news: RequestEvent) -> None:
         if isinstance(news, RanksDone):
             tell(0.0)
             return

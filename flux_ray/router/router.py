@@ -22,7 +22,7 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
+from flux_ray.request import ImageRequest, ImageResult, OnEvent, loaded
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.ledger.quota_client import Reservation
@@ -45,12 +45,12 @@ class Dispatcher(Protocol):
         """TierUnavailable if the tier is not deployed."""
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str = ""
+        self, request: ImageRequest, replica: str, hear: OnEvent | None, run: str = ""
     ) -> ImageResult:
         """One attempt on that replica; ReplicaFailed when it dies. `run`: by what it knows it."""
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, hear: OnEvent | None, run: str
     ) -> ImageResult:
         """What it has of the request; ReplicaFailed or TierUnavailable if that is nothing."""
 
@@ -61,7 +61,7 @@ class Dispatcher(Protocol):
 class RequestQueue(Protocol):
     """The way to the ledger, which grants replicas."""
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: OnEvent | None = None) -> str:
         """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
 
         `hear` is told where the request stands meanwhile.
@@ -177,7 +177,7 @@ class Router:
         return found
 
     async def generate(
-        self, request: ImageRequest, caller: Caller = ANYONE, hear: Hear | None = None
+        self, request: ImageRequest, caller: Caller = ANYONE, hear: OnEvent | None = None
     ) -> ImageResult:
         """The images of a request; a second replica draws the same ones, from the same seed.
 
@@ -192,7 +192,7 @@ class Router:
         alias: Alias,
         requests: Sequence[ImageRequest],
         caller: Caller = ANYONE,
-        hear: Hear | None = None,
+        hear: OnEvent | None = None,
     ) -> ImageResult:
         """The images of the one that the alias's policy prefers: the same request of each tier.
 
@@ -223,7 +223,7 @@ class Router:
         places: Sequence[Place],
         requests: Sequence[ImageRequest],
         caller: Caller,
-        hear: Hear | None = None,
+        hear: OnEvent | None = None,
     ) -> ImageResult | None:
         """The images from one of these places; None if it has to be drawn anew.
 
@@ -295,7 +295,7 @@ class Router:
         ]
 
     async def _generate(
-        self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
+        self, quote: Quote, caller: Caller, deadline_s: float, hear: OnEvent | None
     ) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         began = time.monotonic()
@@ -321,7 +321,12 @@ class Router:
         return self.turnstile.entered(entry, caller.allowance, within_s)
 
     async def _generate_with_retry(
-        self, quote: Quote, caller: Caller, deadline_s: float, stay: Reservation, hear: Hear | None
+        self,
+        quote: Quote,
+        caller: Caller,
+        deadline_s: float,
+        stay: Reservation,
+        hear: OnEvent | None,
     ) -> ImageResult:
         began = time.monotonic()
         try:
@@ -351,7 +356,7 @@ class Router:
         deadline_s: float,
         caller: Caller,
         stay: Reservation,
-        hear: Hear | None,
+        hear: OnEvent | None,
     ) -> ImageResult:
         request = quote.request
         # It would wait for its turn for ever.

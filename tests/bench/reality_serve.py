@@ -21,7 +21,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.rank_group import bundles_for, strategy_for
-from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
+from flux_ray.request import ImageRequest, ImageResult, OnEvent, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.wire import pack_request
@@ -40,7 +40,7 @@ class PacedLeader(Leader):
         self._description = description_of(args, PROCESSOR)
         self._turn = asyncio.Lock()
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _generate(self, request: ImageRequest, hear: OnEvent | None = None) -> ImageResult:
         """No images, after the time of its steps; one request at a time."""
         num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()

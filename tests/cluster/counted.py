@@ -7,7 +7,7 @@ from ray.serve import Application
 from flux_ray.app import tier_application
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader
-from flux_ray.request import Hear, ImageRequest, ImageResult
+from flux_ray.request import ImageRequest, ImageResult, OnEvent
 
 # Of the home of the `serve run` that it is part of.
 GENERATED = "drawn"
@@ -16,7 +16,7 @@ GENERATED = "drawn"
 class CountedLeader(Leader):
     """A line for each request: its prompt and its seed."""
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _generate(self, request: ImageRequest, hear: OnEvent | None = None) -> ImageResult:
         result = await super()._generate(request, hear)
         with (Path.home() / GENERATED).open("a") as generated:
             generated.write(f"{request.prompt} {request.seed}\n")

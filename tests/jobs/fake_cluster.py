@@ -6,7 +6,7 @@ import pickle
 
 from PIL import Image
 
-from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, OnEvent, StageTimes
 from flux_ray.router.ledger.ledger import Offer
 from flux_ray.router.queue.admission import Forecast
 
@@ -49,7 +49,7 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None
+        self, request: ImageRequest, replica: str, hear: OnEvent | None = None
     ) -> ImageResult:
         travelled = pickle.loads(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
         assert all(each.rgb for each in travelled.references)

@@ -17,9 +17,9 @@ from flux_ray.request import (
     Encoded,
     Encoding,
     ImageRequest,
-    News,
     Preview,
     RanksDone,
+    RequestEvent,
     RgbImage,
     StageAnswer,
 )
@@ -84,10 +84,10 @@ class Client:
     """Listens."""
 
     def __init__(self) -> None:
-        self.heard: list[News] = []
+        self.heard: list[RequestEvent] = []
         self.ranks_done = asyncio.Event()
 
-    def hear(self, news: News) -> None:
+    def hear(self, news: RequestEvent) -> None:
         self.heard.append(news)
         if isinstance(news, RanksDone):
             self.ranks_done.set()
@@ -163,7 +163,7 @@ async def test_previews_are_heard_in_their_order_and_before_the_result(
             slow.wait(0.2)
         return raster.rgb
 
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     first = b"1 4"
     loop = StepLoop(ranks, EncodedByRanks(), lambda *seen: None, Files(encode))
     async with asyncio.timeout(10):

@@ -9,10 +9,10 @@ from flux_ray.replica.leader import RunningRequests
 from flux_ray.request import (
     Finished,
     GeneratedImage,
-    Hear,
     ImageResult,
-    News,
+    OnEvent,
     Progress,
+    RequestEvent,
     StageTimes,
 )
 
@@ -25,12 +25,12 @@ class Painter:
     def __init__(self, num_bytes: int = 10) -> None:
         self.may_end = asyncio.Event()
         self.num_begun = self.num_left = 0
-        self.hears: list[Hear] = []
+        self.hears: list[OnEvent] = []
         self.error: Exception | None = None
         image = GeneratedImage(bytes(num_bytes), 7)
         self.result = ImageResult("id", "tiny", (image,), StageTimes(0, 0, 0, 0))
 
-    async def generate(self, hear: Hear) -> ImageResult:
+    async def generate(self, hear: OnEvent) -> ImageResult:
         self.num_begun += 1
         self.hears.append(hear)
         try:
@@ -83,7 +83,7 @@ async def test_who_asks_again_gets_the_run_that_goes_on(
     runs: RunningRequests, painter: Painter
 ) -> None:
     """Its first caller's gateway is dead, and so nobody cancels."""
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     first = await begun(runs.generate("a", painter.generate, None))
     again = await begun(runs.recall("a", heard.append))
     painter.hears[0](Progress(1, 4))
@@ -97,7 +97,7 @@ async def test_who_asks_again_gets_the_run_that_goes_on(
 async def test_images_that_were_done_before_are_heard_of_again(
     runs: RunningRequests, painter: Painter
 ) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     done = Finished("tiny", GeneratedImage(b"first", 7), 0)
     first = await begun(runs.generate("a", painter.generate, None))
     painter.hears[0](Progress(1, 4))

@@ -19,7 +19,7 @@ from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import RankConnection, RankServer, connect
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoding, ImageFormat, ImageRequest, News, Preview, StageAnswer
+from flux_ray.request import Encoding, ImageFormat, ImageRequest, Preview, RequestEvent, StageAnswer
 from flux_ray.tiny import CHECKPOINT, evaluate
 
 torch.set_num_threads(1)
@@ -114,7 +114,7 @@ async def test_other_formats_are_the_same_files(
 
 
 async def test_previews_are_scaled_as_their_image_is(loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     encoding = Encoding(scaled_to=(48, 32))
     await loop.generate(replace(REQUEST, num_previews=2, encoding=encoding), heard.append)
     previews = [pixels_of(news.image.data) for news in heard if isinstance(news, Preview)]

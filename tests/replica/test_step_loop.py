@@ -18,10 +18,10 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
     RanksDone,
+    RequestEvent,
     RgbImage,
     StageAnswer,
 )
@@ -142,7 +142,7 @@ async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> Non
     alone = await loop.generate(REQUEST)
     stages, ranks.num_calls = ranks.stages(1), 0
     ranks.expected_s = SHORT_S / 2.5
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     together = await loop.generate(REQUEST, heard.append)
     assert (ranks.stages(2), ranks.num_calls) == (stages, 3)
     assert (together.images, together.warnings) == (alone.images, alone.warnings)
@@ -217,7 +217,7 @@ async def test_a_callers_mistake_fails_its_own_request_only(
 
 
 async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     request = replace(REQUEST, num_previews=2, num_images=2)
     result = await loop.generate(request, heard.append)
     assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
@@ -247,7 +247,7 @@ async def test_previews_are_times_of_decoding(ranks: FakeRanks) -> None:
 
 
 async def test_who_has_left_hears_nothing_more(ranks: FakeRanks, loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     ranks.gate.clear()
     leaver = asyncio.create_task(loop.generate(replace(REQUEST, num_previews=3), heard.append))
     await ranks.stepping.wait()

@@ -26,15 +26,15 @@ from flux_ray.request import (
     Finished,
     Generate,
     GeneratedImage,
-    Hear,
     ImageFormat,
     ImageRequest,
     ImageResult,
-    News,
+    OnEvent,
     Preview,
     Progress,
     QueuePosition,
-    follow,
+    RequestEvent,
+    stream_events,
 )
 from flux_ray.router.cascade import cascade
 
@@ -201,7 +201,7 @@ def generation_of(orders: Submitter, order: PreparedRequest) -> Generate:
     # The images of two tiers are not one run that could be found again.
     caller = replace(order.caller, retry=None)
 
-    async def generate(hear: Hear) -> ImageResult:
+    async def generate(hear: OnEvent) -> ImageResult:
         """Let the fast tier's images be heard as previews."""
         result: ImageResult | None = None
         parts = cascade(orders.router, early, late, caller, hear)
@@ -256,12 +256,12 @@ class EventWriter:
 
     async def texts(self, generate: Generate) -> AsyncGenerator[str, None]:
         """Yield an event for each preview and image."""
-        async with aclosing(follow(generate)) as news:
+        async with aclosing(stream_events(generate)) as news:
             async for each in news:
                 for event in self._events_of(each):
                     yield event_text(event.type, event)
 
-    def _events_of(self, news: News | ImageResult) -> Iterator[StreamEvent]:
+    def _events_of(self, news: RequestEvent | ImageResult) -> Iterator[StreamEvent]:
         if isinstance(news, QueuePosition | Progress):
             self._standing = words_for(news)
         # A second replica begins anew: its previews and images are the same.

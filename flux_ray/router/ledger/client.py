@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
-from flux_ray.request import Hear
+from flux_ray.request import OnEvent
 from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.messages import (
     Decision,
@@ -93,7 +93,7 @@ class LedgerClient:
                 keep_running(self._listen, "what hears the ledger"),
             ]
 
-    async def take(self, offer: SubmitRequest, hear: Hear | None = None) -> str:
+    async def take(self, offer: SubmitRequest, hear: OnEvent | None = None) -> str:
         """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
 
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
