@@ -7,6 +7,7 @@ Events of a request and then its result, as one stream of values.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -296,10 +297,29 @@ async def loaded(request: ImageRequest) -> ImageRequest:
     return await request.load() if isinstance(request, DeferredRequest) else request
 
 
+# Events of a request and, as its last value, the result. Close it to leave.
+EventStream = AsyncGenerator[RequestEvent | ImageResult, None]
 Generate = Callable[[OnEvent], Awaitable[ImageResult]]
 
 
-async def stream_events(generate: Generate) -> AsyncGenerator[RequestEvent | ImageResult, None]:
+def ignore_event(event: RequestEvent) -> None:
+    """Where only the result counts."""
+
+
+async def last_of(events: EventStream, on_event: OnEvent = ignore_event) -> ImageResult:
+    """Return the result that a stream ends with; what comes before it goes to `on_event`."""
+    result: ImageResult | None = None
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, ImageResult):
+                result = event
+            else:
+                on_event(event)
+    assert result is not None, "a stream ends with the images or an error"
+    return result
+
+
+async def stream_events(generate: Generate) -> EventStream:
     """Yield what `generate` tells, then what it returns; raise its errors. Close it to leave."""
     heard: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
     generation = asyncio.ensure_future(generate(heard.put_nowait))
