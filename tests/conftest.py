@@ -78,12 +78,12 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: OnEvent | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
         self.requests.append(request)
         self.replicas.append(replica)
-        for news in news_of(request) if hear is not None else ():
-            hear(news)
+        for news in news_of(request) if on_event is not None else ():
+            on_event(news)
         if self.failures:
             raise self.failures.pop(0)
         self.generated[replica, run] = ImageResult(
@@ -95,7 +95,7 @@ class FakeHandles:
         return self.generated[replica, run]
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: OnEvent | None, run: str
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
         if (replica, run) not in self.generated:
             raise NotKept("it was drawn elsewhere")
@@ -119,7 +119,7 @@ class FakeTurns:
         self.refusals: list[Exception] = []
         self.forecasts: dict[str, Forecast] = {}
 
-    async def take(self, offer: SubmitRequest, hear: OnEvent | None = None) -> str:
+    async def take(self, offer: SubmitRequest, on_event: OnEvent | None = None) -> str:
         self.offers.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)

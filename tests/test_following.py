@@ -13,9 +13,9 @@ STEPS = [Progress(1, 2), Progress(2, 2)]
 
 
 async def test_the_result_comes_last() -> None:
-    async def generate(hear: OnEvent) -> ImageResult:
+    async def generate(on_event: OnEvent) -> ImageResult:
         for step in STEPS:
-            hear(step)
+            on_event(step)
             await asyncio.sleep(0)
         return RESULT
 
@@ -23,8 +23,8 @@ async def test_the_result_comes_last() -> None:
 
 
 async def test_an_error_comes_after_what_was_heard() -> None:
-    async def generate(hear: OnEvent) -> ImageResult:
-        hear(STEPS[0])
+    async def generate(on_event: OnEvent) -> ImageResult:
+        on_event(STEPS[0])
         raise ReplicaFailed("died")
 
     heard = []
@@ -37,8 +37,8 @@ async def test_an_error_comes_after_what_was_heard() -> None:
 async def test_who_leaves_ends_it() -> None:
     ended = asyncio.Event()
 
-    async def generate(hear: OnEvent) -> ImageResult:
-        hear(STEPS[0])
+    async def generate(on_event: OnEvent) -> ImageResult:
+        on_event(STEPS[0])
         try:
             await asyncio.Event().wait()
         finally:

@@ -85,19 +85,19 @@ class JobGenerator:
         """The job's images; raises as the router does."""
         request = within_budget(request, self.args.limits)
 
-        def hear(news: RequestEvent) -> None:
-            if isinstance(news, QueuePosition):
-                self._standings[request.request_id] = news
+        def note(event: RequestEvent) -> None:
+            if isinstance(event, QueuePosition):
+                self._standings[request.request_id] = event
                 return
             # It has been granted a replica.
             self._standings.pop(request.request_id, None)
-            if isinstance(news, Progress):
-                self._progress[request.request_id] = news.share
-            elif isinstance(news, Preview):
-                self._previews[request.request_id] = news.image
+            if isinstance(event, Progress):
+                self._progress[request.request_id] = event.share
+            elif isinstance(event, Preview):
+                self._previews[request.request_id] = event.image
 
         try:
-            return await self.router.generate(request, self.caller_of(job), hear)
+            return await self.router.generate(request, replace(self.caller_of(job), on_event=note))
         finally:
             self._progress.pop(request.request_id, None)
             self._previews.pop(request.request_id, None)

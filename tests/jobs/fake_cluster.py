@@ -25,7 +25,7 @@ class FakeTurns:
     def __init__(self, num_slots: int) -> None:
         self._slots = asyncio.Semaphore(num_slots)
 
-    async def take(self, offer: Offer, hear: object = None) -> str:
+    async def take(self, offer: Offer, on_event: object = None) -> str:
         await self._slots.acquire()
         return "replica"
 
@@ -49,7 +49,7 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: OnEvent | None = None
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         travelled = pickle.loads(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
         assert all(each.rgb for each in travelled.references)

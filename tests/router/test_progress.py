@@ -53,9 +53,12 @@ def test_nobody_listens_to_what_is_over_at_once() -> None:
     assert followed(short, None, lambda left_s: None) is None
     told: list[float] = []
     heard: list[RequestEvent] = []
-    for hear in (followed(short, heard.append, told.append), followed(quote(), None, told.append)):
-        assert hear is not None
-        hear(Progress(10, 10))
+    for on_event in (
+        followed(short, heard.append, told.append),
+        followed(quote(), None, told.append),
+    ):
+        assert on_event is not None
+        on_event(Progress(10, 10))
     assert (heard, told) == ([Progress(10, 10)], [2.0, 2.0])
 
 
@@ -63,9 +66,9 @@ def test_nothing_is_left_once_the_ranks_are_done() -> None:
     """Files are made of the images, but the replica is free; the client has no use for that."""
     told: list[float] = []
     heard: list[RequestEvent] = []
-    hear = followed(quote(), heard.append, told.append)
-    assert hear is not None
-    hear(Progress(10, 10))
-    hear(RanksDone())
+    on_event = followed(quote(), heard.append, told.append)
+    assert on_event is not None
+    on_event(Progress(10, 10))
+    on_event(RanksDone())
     assert told == [2.0, 0.0]
     assert heard == [Progress(10, 10)]

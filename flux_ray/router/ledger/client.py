@@ -93,8 +93,8 @@ class LedgerClient:
                 keep_running(self._listen, "what hears the ledger"),
             ]
 
-    async def take(self, offer: SubmitRequest, hear: OnEvent | None = None) -> str:
-        """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
+    async def take(self, offer: SubmitRequest, on_event: OnEvent | None = None) -> str:
+        """Wait for the replica whose turn it is. `on_event` is told where it stands meanwhile.
 
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
         the tier is lost. Cancelling gives the turn back. Else `end` has to be called once.
@@ -110,7 +110,7 @@ class LedgerClient:
             elif decision.refusal is not None:
                 granted.set_exception(error_for(decision.refusal))
 
-        self._book.ask(offer, time.monotonic(), decide, hear)
+        self._book.ask(offer, time.monotonic(), decide, on_event)
         self._waiting[offer.ticket_id] = offer.tier, granted
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)

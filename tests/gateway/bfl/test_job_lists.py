@@ -59,11 +59,11 @@ def told(handles: FakeHandles, monkeypatch) -> Callable[..., None]:
     of_handles = handles.generate
 
     async def generate(
-        request: ImageRequest, replica: str, hear: OnEvent | None = None
+        request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         for each in news:
-            assert hear is not None
-            hear(each)
+            assert on_event is not None
+            on_event(each)
         await go.wait()
         return await of_handles(request, replica)
 

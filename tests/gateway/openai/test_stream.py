@@ -54,14 +54,14 @@ class Replica:
         self.was_left = False
 
     async def __call__(
-        self, request: ImageRequest, replica: str, hear: OnEvent | None = None
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         try:
             while (step := await self.steps.get()) is not None:
                 if isinstance(step, Exception):
                     raise step
-                assert hear is not None
-                hear(step)
+                assert on_event is not None
+                on_event(step)
         except asyncio.CancelledError:
             self.was_left = True
             raise
