@@ -2,11 +2,12 @@
 
 Requests whose images are elsewhere until it is their turn; until then sizes and digests do.
 
-News of a request and then its result, as one stream of values.
+Events of a request and then its result, as one stream of values.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -229,8 +230,8 @@ class RanksDone:
 
 
 # What is heard of a request before its result, in the caller's own event loop.
-News = QueuePosition | Progress | Preview | Finished | RanksDone
-Hear = Callable[[News], None]
+RequestEvent = QueuePosition | Progress | Preview | Finished | RanksDone
+OnEvent = Callable[[RequestEvent], None]
 
 
 @dataclass(frozen=True)
@@ -296,12 +297,31 @@ async def loaded(request: ImageRequest) -> ImageRequest:
     return await request.load() if isinstance(request, DeferredRequest) else request
 
 
-Generate = Callable[[Hear], Awaitable[ImageResult]]
+# Events of a request and, as its last value, the result. Close it to leave.
+EventStream = AsyncGenerator[RequestEvent | ImageResult, None]
+Generate = Callable[[OnEvent], Awaitable[ImageResult]]
 
 
-async def follow(generate: Generate) -> AsyncGenerator[News | ImageResult, None]:
-    """What `draw` lets hear, and what it returns; its errors. Close it to leave."""
-    heard: asyncio.Queue[News | None] = asyncio.Queue()
+def ignore_event(event: RequestEvent) -> None:
+    """Where only the result counts."""
+
+
+async def last_of(events: EventStream, on_event: OnEvent = ignore_event) -> ImageResult:
+    """Return the result that a stream ends with; what comes before it goes to `on_event`."""
+    result: ImageResult | None = None
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, ImageResult):
+                result = event
+            else:
+                on_event(event)
+    assert result is not None, "a stream ends with the images or an error"
+    return result
+
+
+async def stream_events(generate: Generate) -> EventStream:
+    """Yield what `generate` tells, then what it returns; raise its errors. Close it to leave."""
+    heard: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
     generation = asyncio.ensure_future(generate(heard.put_nowait))
     generation.add_done_callback(lambda _: heard.put_nowait(None))
     try:

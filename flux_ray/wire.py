@@ -14,7 +14,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from flux_ray.errors import ProtocolMismatch
-from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, News
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, RequestEvent
 
 # A call or an answer. The keys that `pack_call` sets must never change: request routers with the
 # code of old tiers read them in new gateways too.
@@ -41,7 +41,7 @@ class Description:
 REQUEST = TypeAdapter(ImageRequest)
 DESCRIPTION = TypeAdapter(Description)
 ANSWERS: dict[str, TypeAdapter[Any]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, *get_args(News))
+    kind.__name__: TypeAdapter(kind) for kind in (ImageResult, *get_args(RequestEvent))
 }
 
 
@@ -92,17 +92,17 @@ def request_from(call: Wire) -> ImageRequest:
         ) from None
 
 
-def pack_answer(value: News | ImageResult) -> Wire:
+def pack_answer(value: RequestEvent | ImageResult) -> Wire:
     """Encode an event or the result of a request, for a replica to send."""
     return {"protocol": PROTOCOL, "kind": type(value).__name__, "value": packed(value)}
 
 
-def answer_from(answer: Wire) -> News | ImageResult | None:
+def answer_from(answer: Wire) -> RequestEvent | ImageResult | None:
     """Decode what a replica sent; None for an event of a kind that this code does not know."""
     kind = ANSWERS.get(answer["kind"])
     if kind is None:
         return None
-    value: News | ImageResult = validated(kind, answer["value"], answer["protocol"])
+    value: RequestEvent | ImageResult = validated(kind, answer["value"], answer["protocol"])
     return value
 
 

@@ -14,12 +14,12 @@ from flux_ray.errors import NotKept
 from flux_ray.gateway.api import build_api
 from flux_ray.request import (
     GeneratedImage,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
+    OnEvent,
     Preview,
     Progress,
+    RequestEvent,
     StageTimes,
 )
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
@@ -54,7 +54,7 @@ LIMITS = Limits(
 )
 
 
-def news_of(request: ImageRequest) -> list[News]:
+def news_of(request: ImageRequest) -> list[RequestEvent]:
     """What a replica lets hear of one image; its previews are `preview <number>`."""
     previews = [
         Preview(request.tier, GeneratedImage(b"preview %d" % number, request.seed), number)
@@ -78,12 +78,12 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
         self.requests.append(request)
         self.replicas.append(replica)
-        for news in news_of(request) if hear is not None else ():
-            hear(news)
+        for news in news_of(request) if on_event is not None else ():
+            on_event(news)
         if self.failures:
             raise self.failures.pop(0)
         self.generated[replica, run] = ImageResult(
@@ -95,7 +95,7 @@ class FakeHandles:
         return self.generated[replica, run]
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
         if (replica, run) not in self.generated:
             raise NotKept("it was drawn elsewhere")
@@ -120,7 +120,7 @@ class FakeTurns:
         self.forecasts: dict[str, Forecast] = {}
 
     async def take(
-        self, offer: SubmitRequest, hear: Hear | None = None, quota: object = None
+        self, offer: SubmitRequest, on_event: OnEvent | None = None, quota: object = None
     ) -> str:
         self.offers.append(offer)
         if self.refusals:

@@ -53,6 +53,7 @@ MAY_IMPORT_BESIDE = {
     "gateway/fields": {"images"},
     "router/pricing": set(),
     "router/queue": set(),
+    "router/quotas": set(),
     "router/ledger": {"pricing", "queue", "quotas", "background", "handover"},
     "router/autoscaling": {"ledger"},
     "engine/flux2": {"api", "images", "loading"},

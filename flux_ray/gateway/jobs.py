@@ -30,10 +30,10 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
     QueuePosition,
+    RequestEvent,
 )
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
@@ -96,19 +96,19 @@ class JobGenerator:
         """Return the job's images, and note its news meanwhile. Raise what the router raises."""
         request = within_budget(request, self.args.limits)
 
-        def hear(news: News) -> None:
-            if isinstance(news, QueuePosition):
-                self._standings[request.request_id] = news
+        def note(event: RequestEvent) -> None:
+            if isinstance(event, QueuePosition):
+                self._standings[request.request_id] = event
                 return
             # Any other news means that a replica was assigned.
             self._standings.pop(request.request_id, None)
-            if isinstance(news, Progress):
-                self._progress[request.request_id] = news.share
-            elif isinstance(news, Preview):
-                self._previews[request.request_id] = news.image
+            if isinstance(event, Progress):
+                self._progress[request.request_id] = event.share
+            elif isinstance(event, Preview):
+                self._previews[request.request_id] = event.image
 
         try:
-            return await self.router.generate(request, self.caller_of(job), hear)
+            return await self.router.generate(request, replace(self.caller_of(job), on_event=note))
         finally:
             self._progress.pop(request.request_id, None)
             self._previews.pop(request.request_id, None)

@@ -1,7 +1,7 @@
 """What every dialect does with what it has read: find the tiers that can, and who asks."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +15,16 @@ from flux_ray.gateway.errors import limit_headers
 from flux_ray.gateway.fields.sizes import size_notes
 from flux_ray.gateway.images.masks import fitted
 from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
-from flux_ray.request import Finished, Hear, ImageRequest, ImageResult, Preview
+from flux_ray.request import (
+    EventStream,
+    Finished,
+    ImageRequest,
+    ImageResult,
+    OnEvent,
+    Preview,
+    stream_events,
+)
+from flux_ray.router.cascade import cascade
 from flux_ray.router.ledger.messages import Place
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
@@ -110,13 +119,31 @@ class Submitter:
             requests = [replace(each, seed=seed) for each in requests]
         return order._replace(requests=requests, caller=caller, places=places)
 
-    async def generate(self, order: PreparedRequest, hear: Hear | None = None) -> ImageResult:
+    async def generate(self, order: PreparedRequest) -> ImageResult:
         """Its images, by the tier that the policy prefers, if no replica has them yet."""
         if order.places:
-            result = await self.router.recall(order.places, order.requests, order.caller, hear)
+            result = await self.router.recall(order.places, order.requests, order.caller)
             if result is not None:
                 return result
-        return await self.router.generate_by(order.target.alias, order.requests, order.caller, hear)
+        return await self.router.generate_by(order.target.alias, order.requests, order.caller)
+
+    def stream(self, order: PreparedRequest) -> EventStream:
+        """Yield what there is to see before the images, by its target's policy, then those.
+
+        A client that is slow to read keeps neither a replica nor its turn.
+        """
+        best, *others = order.requests
+        if order.target.alias.policy == "cascade" and others:
+            # The fast tier's image is the preview.
+            early, late = (replace(each, num_previews=0) for each in (others[-1], best))
+            # The images of two tiers are not one run that could be found again.
+            return cascade(self.router, early, late, replace(order.caller, retry=None))
+
+        def generate(on_event: OnEvent) -> Awaitable[ImageResult]:
+            caller = replace(order.caller, on_event=on_event)
+            return self.generate(order._replace(caller=caller))
+
+        return stream_events(generate)
 
     def limit_headers(self, order: PreparedRequest) -> dict[str, str]:
         """For its answer: what is left to the caller, where that is limited."""

@@ -19,12 +19,11 @@ from flux_ray.request import (
     Encoding,
     Finished,
     GeneratedImage,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
+    RequestEvent,
     RgbImage,
     StageTimes,
 )
@@ -74,7 +73,8 @@ class ReplicaJob:
     number: int
     request: ImageRequest
     result: asyncio.Future[ImageResult]
-    hear: Hear | None = None
+    # None at the end: then the result is there.
+    events: asyncio.Queue[RequestEvent | None] = field(default_factory=asyncio.Queue)
     queued_at: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
     encoded: EncodedPrompt | None = None
@@ -85,10 +85,10 @@ class ReplicaJob:
         """Whether nobody waits for the result any more."""
         return self.result.done()
 
-    def tell(self, news: News) -> None:
-        """Let the client hear, if it is still there and wants to."""
-        if self.hear is not None and not self.has_left:
-            self.hear(news)
+    def tell(self, event: RequestEvent) -> None:
+        """Let the client hear, if it is still there."""
+        if not self.has_left:
+            self.events.put_nowait(event)
 
     def finish(self, outcome: ImageResult | BaseException) -> None:
         """Tell the client, if it is still there."""

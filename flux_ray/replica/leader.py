@@ -7,9 +7,9 @@ What a replica draws for requests that may come again, and for a while what it h
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from typing import Any, ClassVar
@@ -39,13 +39,12 @@ from flux_ray.replica.text_encoder import EncodedByRanks, EncodedElsewhere, Prom
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import (
     PROTOCOL,
+    EventStream,
     Finished,
-    Generate,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
-    follow,
+    RequestEvent,
+    last_of,
 )
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
@@ -77,7 +76,7 @@ class ReplicaMetrics:
             yield
             outcome = "drawn"
             self._images.inc(request.num_images, self._tier)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             outcome = "left"
             raise
         finally:
@@ -85,21 +84,38 @@ class ReplicaMetrics:
             self._request_seconds.observe(time.perf_counter() - began, self._tier)
 
 
-@dataclass(eq=False)
 class RunningRequest:
     """A request while it is drawn, and those who wait for it."""
 
-    generation: asyncio.Task[ImageResult] | None = None
-    hearing: list[Hear] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
-    num_waiting: int = 0
+    def __init__(self, events: EventStream) -> None:
+        self.listeners: list[asyncio.Queue[RequestEvent | None]] = []
+        self._finished: list[Finished] = []
+        self.generation = asyncio.ensure_future(last_of(events, self._tell))
+        self.generation.add_done_callback(lambda _: self._tell(None))
 
-    def tell(self, news: News) -> None:
-        """Let all of them hear it."""
-        if isinstance(news, Finished):
-            self.finished.append(news)
-        for hear in self.hearing:
-            hear(news)
+    async def stream(self) -> EventStream:
+        """Yield what comes from now on, after the images that are done; the last to leave ends it.
+
+        Read it at once: what is told before is not heard.
+        """
+        events: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
+        for image in self._finished:
+            events.put_nowait(image)
+        self.listeners.append(events)
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            yield self.generation.result()
+        finally:
+            self.listeners.remove(events)
+            if not self.listeners:
+                self.generation.cancel()
+
+    def _tell(self, event: RequestEvent | None) -> None:
+        if isinstance(event, Finished):
+            self._finished.append(event)
+        for events in self.listeners:
+            events.put_nowait(event)
 
 
 class RunningRequests:
@@ -120,25 +136,28 @@ class RunningRequests:
         self._kept: dict[str, tuple[float, ImageResult]] = {}
         self._num_bytes = 0
 
-    async def generate(self, name: str, generate: Generate, hear: Hear | None) -> ImageResult:
+    async def stream(self, name: str, events: EventStream) -> EventStream:
         """Draw a request under that name: the last run of a name is the one that is found."""
-        run = RunningRequest()
-        run.generation = asyncio.ensure_future(generate(run.tell))
-        self._running[name] = run
         self._drop(name)
+        run = self._running[name] = RunningRequest(events)
         run.generation.add_done_callback(partial(self._end, name, run))
-        return await self._wait(run, hear)
+        async with aclosing(run.stream()) as own_events:
+            async for event in own_events:
+                yield event
 
-    async def recall(self, name: str, hear: Hear | None) -> ImageResult:
-        """The result of the last run of that name, as soon as it is there; NotKept if none is."""
+    async def recall(self, name: str) -> EventStream:
+        """Join the last run of that name, or yield its result; NotKept if there is neither."""
         self.forget()
         if name in self._kept:
-            return self._kept[name][1]
+            yield self._kept[name][1]
+            return
         run = self._running.get(name)
         # One that everybody left is about to end.
-        if run is None or not run.num_waiting:
+        if run is None or not run.listeners:
             raise NotKept("this replica does not have the images, or not any more")
-        return await self._wait(run, hear)
+        async with aclosing(run.stream()) as events:
+            async for event in events:
+                yield event
 
     def forget(self) -> None:
         """Drop what has been kept for long enough."""
@@ -147,22 +166,6 @@ class RunningRequests:
             if until > self._clock() and self._num_bytes <= self._max_bytes:
                 return
             self._drop(name)
-
-    async def _wait(self, run: RunningRequest, hear: Hear | None) -> ImageResult:
-        assert run.generation is not None
-        if hear is not None:
-            for news in run.finished:
-                hear(news)
-            run.hearing.append(hear)
-        run.num_waiting += 1
-        try:
-            return await asyncio.shield(run.generation)
-        finally:
-            run.num_waiting -= 1
-            if hear is not None:
-                run.hearing.remove(hear)
-            if not run.num_waiting:
-                run.generation.cancel()
 
     def _end(self, name: str, run: RunningRequest, generation: asyncio.Task[ImageResult]) -> None:
         """Keep what was drawn; of what was not, the next one is to be drawn anew."""
@@ -243,7 +246,7 @@ class Leader:
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
         self._description = description_of(args, await ranks[0].card.remote())
-        await self._loop.generate(warm_up_request(tier_for(args.tier)))
+        await last_of(self._loop.stream(warm_up_request(tier_for(args.tier))))
 
     def _end_with_loop(self, pump: asyncio.Task[None]) -> None:
         """A loop that ended by a mistake of ours would leave every request waiting for ever."""
@@ -252,25 +255,31 @@ class Leader:
 
     async def generate(self, call: Wire) -> Wire:
         """The images of the request in a call; ProtocolMismatch for one that is not understood."""
-        return pack_answer(await self._generation_of(call)(None))
+        return pack_answer(await last_of(self._stream_of(call)))
 
     async def follow(self, call: Wire) -> AsyncIterator[Wire]:
         """The request's images, after what is to be heard of them."""
-        async with aclosing(follow(self._generation_of(call))) as stream:
-            async for news in stream:
-                yield pack_answer(news)
+        async with aclosing(self._stream_of(call)) as events:
+            async for event in events:
+                yield pack_answer(event)
 
-    def _generation_of(self, call: Wire) -> Callable[[Hear | None], Awaitable[ImageResult]]:
+    def _stream_of(self, call: Wire) -> EventStream:
         """How a call's images come about: they are drawn, or were for a call before it."""
         if "recall" in call:
-            return partial(self._runs.recall, call["recall"])
-        generate = partial(self._generate, request_from(call))
-        return partial(self._runs.generate, call["run"], generate) if "run" in call else generate
+            return self._runs.recall(call["recall"])
+        events = self._stream(request_from(call))
+        return self._runs.stream(call["run"], events) if "run" in call else events
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _stream(self, request: ImageRequest) -> EventStream:
         with self._meter.count(request):
-            result = await self._loop.generate(request, hear)
-        return replace(result, layout=self._description.layout)
+            async with aclosing(self._loop.stream(request)) as events:
+                async for event in events:
+                    if isinstance(event, ImageResult):
+                        result = event
+                    else:
+                        yield event
+        # Counted as drawn before anybody can leave with it.
+        yield replace(result, layout=self._description.layout)
 
     async def describe(self, call: Wire) -> Wire:
         """What a gateway has to know of this replica: its version, and what prices go by."""

@@ -1,6 +1,6 @@
 """The step loop: the one caller of the ranks, one request at a time. Knows no Ray.
 
-Batching will replace `StepLoop`; `generate` is all that the leader sees of it.
+Batching will replace `StepLoop`; `stream` is all that the leader sees of it.
 
 The stages that draw a request, and which of them the ranks are sent in one call. Pure.
 """
@@ -20,9 +20,8 @@ from flux_ray.replica.job import Files, JobOutput, Observe, ReplicaJob, StageTim
 from flux_ray.replica.text_encoder import Prompts
 from flux_ray.request import (
     EncodedPrompt,
-    Hear,
+    EventStream,
     ImageRequest,
-    ImageResult,
     RanksDone,
     StageAnswer,
 )
@@ -117,15 +116,22 @@ class StepLoop:
             self._run(), context=contextvars.Context()
         )
 
-    async def generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        """The request's images; cancel the call to leave. `hear` is told how they come along."""
+    async def stream(self, request: ImageRequest) -> EventStream:
+        """Yield the request's events, then its images. Close the stream to leave.
+
+        The loop never waits for who reads it.
+        """
         if self.pump.done():
             raise ReplicaFailed("the step loop of this replica has ended")
-        job = ReplicaJob(
-            next(self._numbers), request, asyncio.get_running_loop().create_future(), hear
-        )
+        job = ReplicaJob(next(self._numbers), request, asyncio.get_running_loop().create_future())
+        job.result.add_done_callback(lambda _: job.events.put_nowait(None))
         self._jobs.put_nowait(job)
-        return await job.result
+        try:
+            while (event := await job.events.get()) is not None:
+                yield event
+            yield job.result.result()
+        finally:
+            job.result.cancel()
 
     async def _run(self) -> None:
         """Neither ends but by a mistake of ours, and then both do."""

@@ -32,7 +32,7 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.request import PROTOCOL, Hear, ImageRequest, ImageResult
+from flux_ray.request import PROTOCOL, EventStream, ImageRequest, ImageResult, OnEvent, last_of
 from flux_ray.router.background import keep_running
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.pricing.cost import ReplicaSpec
@@ -173,7 +173,7 @@ class TierHandles:
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None, run: str = ""
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
         """One attempt on the replica of the request's tier that it was granted.
 
@@ -184,7 +184,7 @@ class TierHandles:
         while True:
             try:
                 with granted(call, replica), as_ours(request.tier):
-                    return await self._attempt(call, hear)
+                    return await self._attempt(call, on_event)
             except ProtocolMismatch as error:
                 refused.add(error.protocol)
                 other = self._other_than(refused, request.tier)
@@ -194,7 +194,7 @@ class TierHandles:
                 replica = other
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
         """What that replica draws or has drawn of an earlier request, under that name.
 
@@ -205,7 +205,7 @@ class TierHandles:
             raise ReplicaFailed(f"replica {replica} of {tier} is gone")
         call = pack_recall(tier, request.request_id, run)
         with granted(call, replica), as_ours(tier):
-            return await self._attempt(call, hear)
+            return await self._attempt(call, on_event)
 
     async def connect(self, tier: str) -> None:
         """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""
@@ -235,14 +235,16 @@ class TierHandles:
         """Say whether Serve has an application of that name, as far as it ever told."""
         return self._readiness.is_deployed(tier)
 
-    async def _attempt(self, call: Wire, hear: Hear | None) -> ImageResult:
+    async def _attempt(self, call: Wire, on_event: OnEvent | None) -> ImageResult:
         handle = await self._handle_for(call["tier"])
-        if hear is None:
+        if on_event is None:
             response: Any = handle.remote(call)
         else:
             response = handle.options(method_name="follow", stream=True).remote(call)
         try:
-            return await (result_of(response) if hear is None else last_of(response, hear))
+            if on_event is None:
+                return await result_of(response)
+            return await last_of(events_of(response), on_event)
         except asyncio.CancelledError:
             # Serve does this for a client that leaves, but not when our own deadline passes: the
             # replica would go on drawing for nobody.
@@ -358,8 +360,8 @@ async def result_of(response: Any) -> ImageResult:
     return result
 
 
-async def last_of(stream: AsyncIterator[Wire], hear: Hear) -> ImageResult:
-    """The result that a stream ends with; what comes before it is heard."""
+async def events_of(stream: AsyncIterator[Wire]) -> EventStream:
+    """Yield what a replica tells of a request, then its result."""
     result: ImageResult | None = None
     values = aiter(stream)
     # To its end, or Serve would take it for one that was given up. An end that does not come after
@@ -377,7 +379,7 @@ async def last_of(stream: AsyncIterator[Wire], hear: Hear) -> ImageResult:
         if isinstance(value, ImageResult):
             result = value
         elif value is not None:
-            hear(value)
+            yield value
     if result is None:
         raise ReplicaFailed("a replica ended its answer before the images")
-    return result
+    yield result

@@ -7,10 +7,10 @@ How long a running request still takes: by its price, then by the pace of its ow
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from flux_ray.request import Hear, ImageRequest, News, Progress, RanksDone
+from flux_ray.request import ImageRequest, OnEvent, Progress, RanksDone, RequestEvent
 from flux_ray.router.ledger.messages import Retry, SubmitRequest
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.pricing.cost_model import CostModel
@@ -25,6 +25,7 @@ class Caller:
     within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
     `allowance`: what the key may have, through all gateways. `is_job`: nobody waits for it.
     `retry`: by what the request is known when it comes again, if that can be known.
+    `on_event`: told how the images come along; of a second replica from the beginning.
     """
 
     key: str = ""
@@ -34,6 +35,7 @@ class Caller:
     allowance: QuotaLimits = UNLIMITED
     is_job: bool = False
     retry: Retry | None = None
+    on_event: OnEvent | None = field(default=None, compare=False)
 
 
 ANYONE = Caller()
@@ -143,22 +145,24 @@ class RemainingTime:
         return num_left * self._step_s + num_to_decode * self._decode_s
 
 
-def followed(quote: Quote, hear: Hear | None, tell: Callable[[float], None]) -> Hear | None:
-    """`hear`, with `tell` told how long it still takes; None where nobody has to listen.
+def followed(
+    quote: Quote, on_event: OnEvent | None, tell: Callable[[float], None]
+) -> OnEvent | None:
+    """`on_event`, with `tell` told how long it still takes; None where nobody has to listen.
 
     Nothing is left of it once the ranks are done: that is for `tell` alone to hear.
     """
-    if hear is None and quote.cost_s < FOLLOWED_S:
+    if on_event is None and quote.cost_s < FOLLOWED_S:
         return None
     pace = RemainingTime(quote)
 
-    def follow(news: News) -> None:
-        if isinstance(news, RanksDone):
+    def follow(event: RequestEvent) -> None:
+        if isinstance(event, RanksDone):
             tell(0.0)
             return
-        if isinstance(news, Progress):
-            tell(pace.left_s(news, time.monotonic()))
-        if hear is not None:
-            hear(news)
+        if isinstance(event, Progress):
+            tell(pace.left_s(event, time.monotonic()))
+        if on_event is not None:
+            on_event(event)
 
     return follow

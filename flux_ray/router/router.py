@@ -22,7 +22,7 @@ from flux_ray.errors import (
     TierUnavailable,
     not_deployed,
 )
-from flux_ray.request import Hear, ImageRequest, ImageResult, loaded
+from flux_ray.request import ImageRequest, ImageResult, OnEvent, loaded
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reservation
@@ -45,12 +45,12 @@ class Dispatcher(Protocol):
         """TierUnavailable if the tier is not deployed."""
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str = ""
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str = ""
     ) -> ImageResult:
         """One attempt on that replica; ReplicaFailed when it dies. `run`: by what it knows it."""
 
     async def recall(
-        self, request: ImageRequest, replica: str, hear: Hear | None, run: str
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
         """What it has of the request; ReplicaFailed or TierUnavailable if that is nothing."""
 
@@ -62,13 +62,16 @@ class RequestQueue(Protocol):
     """The way to the ledger, which grants replicas."""
 
     async def take(
-        self, offer: SubmitRequest, hear: Hear | None = None, quota: PendingQuota | None = None
+        self,
+        offer: SubmitRequest,
+        on_event: OnEvent | None = None,
+        quota: PendingQuota | None = None,
     ) -> str:
         """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
 
         `quota` is asked for with it: RateLimited or QuotaTooSmall if that is too much.
 
-        `hear` is told where the request stands meanwhile.
+        `on_event` is told where the request stands meanwhile.
         """
 
     async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
@@ -171,23 +174,17 @@ class Router:
             raise not_deployed(requests[0].tier)
         return found
 
-    async def generate(
-        self, request: ImageRequest, caller: Caller = ANYONE, hear: Hear | None = None
-    ) -> ImageResult:
-        """The images of a request; a second replica draws the same ones, from the same seed.
-
-        `hear` is told how they come along: of a second replica from the beginning.
-        """
+    async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
+        """The images of a request; a second replica draws the same ones, from the same seed."""
         self._record(request, caller)
         quote, deadline_s = quote_for(request, self.prices), self.terms.deadline_s(request, caller)
-        return await self._generate(quote, caller, deadline_s, hear)
+        return await self._generate(quote, caller, deadline_s)
 
     async def generate_by(
         self,
         alias: Alias,
         requests: Sequence[ImageRequest],
         caller: Caller = ANYONE,
-        hear: Hear | None = None,
     ) -> ImageResult:
         """The images of the one that the alias's policy prefers: the same request of each tier.
 
@@ -195,7 +192,7 @@ class Router:
         the one that is over first is told.
         """
         if len(requests) == 1 and alias.max_gpu_seconds is None:
-            return await self.generate(requests[0], caller, hear)
+            return await self.generate(requests[0], caller)
         began = time.monotonic()
         refusals: list[FluxError] = []
         candidates = await self._candidates(requests, caller)
@@ -204,7 +201,7 @@ class Router:
             if not refusals:
                 self._record(candidate.quote.request, caller)
             try:
-                return await self._generate(candidate.quote, caller, left_s, hear)
+                return await self._generate(candidate.quote, caller, left_s)
             except REFUSALS as error:
                 refusals.append(error)
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
@@ -218,7 +215,6 @@ class Router:
         places: Sequence[Place],
         requests: Sequence[ImageRequest],
         caller: Caller,
-        hear: Hear | None = None,
     ) -> ImageResult | None:
         """The images from one of these places; None if it has to be drawn anew.
 
@@ -233,8 +229,9 @@ class Router:
                 if request is None or caller.retry is None:
                     continue
                 try:
-                    run = caller.retry.run
-                    return await self.handles.recall(request, place.replica, hear, run)
+                    return await self.handles.recall(
+                        request, place.replica, caller.on_event, caller.retry.run
+                    )
                 except (ReplicaFailed, TierUnavailable) as error:
                     logger.info("request %s is drawn again: %s", request.request_id, error)
         return None
@@ -291,13 +288,11 @@ class Router:
             for quote, offer, forecast in zip(quotes, offers, forecasts, strict=True)
         ]
 
-    async def _generate(
-        self, quote: Quote, caller: Caller, deadline_s: float, hear: Hear | None
-    ) -> ImageResult:
+    async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
         async with within(timeout_s, late), self._reserved(quote, caller) as stay:
-            result = await self._generate_with_retry(quote, caller, deadline_s, stay, hear)
+            result = await self._generate_with_retry(quote, caller, deadline_s, stay)
             replica_s = result.times.replica_s
             gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
             stay.finish(gpu_seconds)
@@ -310,11 +305,15 @@ class Router:
         return self.turnstile.reserved(entry_of(quote, caller), caller.allowance)
 
     async def _generate_with_retry(
-        self, quote: Quote, caller: Caller, deadline_s: float, stay: Reservation, hear: Hear | None
+        self,
+        quote: Quote,
+        caller: Caller,
+        deadline_s: float,
+        stay: Reservation,
     ) -> ImageResult:
         began = time.monotonic()
         try:
-            return await self._attempt(quote, 1, deadline_s, caller, stay, hear)
+            return await self._attempt(quote, 1, deadline_s, caller, stay)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
             was_killed = isinstance(error, KilledForMemory)
@@ -322,7 +321,7 @@ class Router:
         # where it came, before those who came later.
         left_s = self.terms.request_timeout_s - (time.monotonic() - began)
         try:
-            return await self._attempt(quote, 2, left_s, caller, stay, hear)
+            return await self._attempt(quote, 2, left_s, caller, stay)
         except KilledForMemory as error:
             if not was_killed:
                 raise
@@ -340,7 +339,6 @@ class Router:
         deadline_s: float,
         caller: Caller,
         stay: Reservation,
-        hear: Hear | None,
     ) -> ImageResult:
         request = quote.request
         # It would wait for its turn for ever.
@@ -349,7 +347,7 @@ class Router:
         offer = offer_for(quote, number, deadline_s, caller, affinity)
         asked_at = time.monotonic()
         try:
-            replica = await self.turns.take(offer, hear, stay.quota)
+            replica = await self.turns.take(offer, caller.on_event, stay.quota)
         except Overloaded:
             self.bill.refuse(request.tier)
             raise
@@ -361,9 +359,10 @@ class Router:
             if number == 1:
                 self.bill.enter(request.tier, quote.gpu_seconds)
             stay.begin()
-            hear = followed(quote, hear, partial(self.turns.progress, offer.ticket_id))
+            progress = partial(self.turns.progress, offer.ticket_id)
+            on_event = followed(quote, caller.on_event, progress)
             run = () if caller.retry is None else (caller.retry.run,)
-            result = await self.handles.generate(request, replica, hear, *run)
+            result = await self.handles.generate(request, replica, on_event, *run)
             is_done = True
         finally:
             self.turns.end(offer.ticket_id, is_done=is_done)

@@ -21,7 +21,7 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
 from flux_ray.replica.rank_group import bundles_for, strategy_for
-from flux_ray.request import Hear, ImageRequest, ImageResult, Progress, StageTimes
+from flux_ray.request import EventStream, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.wire import pack_request
@@ -40,7 +40,7 @@ class PacedLeader(Leader):
         self._description = description_of(args, PROCESSOR)
         self._turn = asyncio.Lock()
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _stream(self, request: ImageRequest) -> EventStream:
         """No images, after the time of its steps; one request at a time."""
         num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()
@@ -49,11 +49,10 @@ class PacedLeader(Leader):
             step_s = PACED_STEP_S * num_pixels / PACED_PIXELS / request.num_images
             for number in range(request.num_denoise_steps):
                 await asyncio.sleep(began + (number + 1) * step_s - time.perf_counter())
-                if hear is not None:
-                    hear(Progress(number + 1, request.num_denoise_steps))
+                yield Progress(number + 1, request.num_denoise_steps)
             denoise_s = time.perf_counter() - began
             times = StageTimes(began - queued_at, 0.0, denoise_s, 0.0)
-        return ImageResult(request.request_id, request.tier, (), times)
+        yield ImageResult(request.request_id, request.tier, (), times)
 
     async def check_health(self) -> None:
         """It has no ranks to ask."""

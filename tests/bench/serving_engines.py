@@ -14,7 +14,7 @@ from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, RunningRequests, description_of
-from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import EventStream, GeneratedImage, ImageRequest, ImageResult, StageTimes
 
 FAKE_S = 0.05
 NUM_FAKES = 4
@@ -115,10 +115,10 @@ class FakeLeader(Leader):
         self._engine = FakeEngine()
         self._runs = RunningRequests(args.retry_bytes, args.retry_s)
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
+    async def _stream(self, request: ImageRequest) -> EventStream:
         data = await self._engine.generate(request.prompt, request.seed)
         times = StageTimes(0.0, FAKE_S / 10, FAKE_S * 0.8, FAKE_S / 10)
-        return ImageResult(
+        yield ImageResult(
             request.request_id, request.tier, (GeneratedImage(data, request.seed),), times
         )
 

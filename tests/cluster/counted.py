@@ -1,5 +1,6 @@
 """A tier whose leaders write down what they have drawn."""
 
+from contextlib import aclosing
 from pathlib import Path
 
 from ray.serve import Application
@@ -7,7 +8,7 @@ from ray.serve import Application
 from flux_ray.app import tier_application
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader
-from flux_ray.request import Hear, ImageRequest, ImageResult
+from flux_ray.request import EventStream, ImageRequest, ImageResult
 
 # Of the home of the `serve run` that it is part of.
 GENERATED = "drawn"
@@ -16,11 +17,13 @@ GENERATED = "drawn"
 class CountedLeader(Leader):
     """A line for each request: its prompt and its seed."""
 
-    async def _generate(self, request: ImageRequest, hear: Hear | None = None) -> ImageResult:
-        result = await super()._generate(request, hear)
-        with (Path.home() / GENERATED).open("a") as generated:
-            generated.write(f"{request.prompt} {request.seed}\n")
-        return result
+    async def _stream(self, request: ImageRequest) -> EventStream:
+        async with aclosing(super()._stream(request)) as events:
+            async for event in events:
+                if isinstance(event, ImageResult):
+                    with (Path.home() / GENERATED).open("a") as generated:
+                        generated.write(f"{request.prompt} {request.seed}\n")
+                yield event
 
 
 def build_tier(args: TierArgs) -> Application:

@@ -162,7 +162,7 @@ async def test_while_it_is_generated_only_the_pixels_are_held(
     held, before = [], MEMORY.num_bytes
     taking = router.turns.take
 
-    async def take(offer, hear=None, quota=None):
+    async def take(offer, on_event=None, quota=None):
         held.append(MEMORY.num_bytes - before)
         return await taking(offer)
 
@@ -184,7 +184,7 @@ async def test_while_it_is_generated_only_the_pixels_are_held(
 async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, make_image):
     is_waiting = asyncio.Event()
 
-    async def take(offer, hear=None, quota=None) -> str:
+    async def take(offer, on_event=None, quota=None) -> str:
         is_waiting.set()
         await asyncio.Event().wait()
 

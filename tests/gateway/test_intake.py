@@ -186,7 +186,7 @@ async def full(client_of, turns):
     """A gateway all of whose places are taken by requests that wait for their image."""
     may_generate = asyncio.Event()
 
-    async def take(offer, hear=None, quota=None) -> str:
+    async def take(offer, on_event=None, quota=None) -> str:
         await may_generate.wait()
         return "replica"
 

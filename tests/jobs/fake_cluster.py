@@ -6,7 +6,7 @@ import pickle
 
 from PIL import Image
 
-from flux_ray.request import GeneratedImage, Hear, ImageRequest, ImageResult, StageTimes
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, OnEvent, StageTimes
 from flux_ray.router.ledger.messages import SubmitRequest
 from flux_ray.router.queue.admission import Forecast
 
@@ -25,7 +25,9 @@ class FakeTurns:
     def __init__(self, num_slots: int) -> None:
         self._slots = asyncio.Semaphore(num_slots)
 
-    async def take(self, offer: SubmitRequest, hear: object = None, quota: object = None) -> str:
+    async def take(
+        self, offer: SubmitRequest, on_event: object = None, quota: object = None
+    ) -> str:
         await self._slots.acquire()
         return "replica"
 
@@ -49,7 +51,7 @@ class FakeHandles:
         pass
 
     async def generate(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         travelled = pickle.loads(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
         assert all(each.rgb for each in travelled.references)

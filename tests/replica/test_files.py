@@ -17,11 +17,12 @@ from flux_ray.request import (
     Encoded,
     Encoding,
     ImageRequest,
-    News,
     Preview,
     RanksDone,
+    RequestEvent,
     RgbImage,
     StageAnswer,
+    last_of,
 )
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=2, guidance=1.0, seed=5)
@@ -84,10 +85,10 @@ class Client:
     """Listens."""
 
     def __init__(self) -> None:
-        self.heard: list[News] = []
+        self.heard: list[RequestEvent] = []
         self.ranks_done = asyncio.Event()
 
-    def hear(self, news: News) -> None:
+    def hear(self, news: RequestEvent) -> None:
         self.heard.append(news)
         if isinstance(news, RanksDone):
             self.ranks_done.set()
@@ -114,9 +115,9 @@ async def test_the_next_request_is_generated_while_a_file_is_made(
     ranks: FakeRanks, loop: StepLoop, encoder: Encoder
 ) -> None:
     async with asyncio.timeout(10):
-        first = asyncio.create_task(loop.generate(REQUEST))
+        first = asyncio.create_task(last_of(loop.stream(REQUEST)))
         await ranks.event_of(1).wait()
-        second = await loop.generate(REQUEST)
+        second = await last_of(loop.stream(REQUEST))
         assert not first.done(), "its file is not made"
         assert (second.images[0].seed, encoder.made) == (2, [2])
         encoder.let_go()
@@ -129,7 +130,7 @@ async def test_images_keep_their_order_whichever_file_is_made_first(
     loop: StepLoop, encoder: Encoder
 ) -> None:
     async with asyncio.timeout(10):
-        pending = asyncio.create_task(loop.generate(replace(REQUEST, num_images=5)))
+        pending = asyncio.create_task(last_of(loop.stream(replace(REQUEST, num_images=5))))
         await asyncio.sleep(0.01)
         encoder.let_go()
         result = await pending
@@ -142,7 +143,7 @@ async def test_the_replica_is_free_before_the_file_is_made(
 ) -> None:
     client = Client()
     async with asyncio.timeout(10):
-        pending = asyncio.create_task(loop.generate(REQUEST, client.hear))
+        pending = asyncio.create_task(last_of(loop.stream(REQUEST), client.hear))
         await client.ranks_done.wait()
         assert not pending.done()
         encoder.let_go()
@@ -163,11 +164,11 @@ async def test_previews_are_heard_in_their_order_and_before_the_result(
             slow.wait(0.2)
         return raster.rgb
 
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     first = b"1 4"
     loop = StepLoop(ranks, EncodedByRanks(), lambda *seen: None, Files(encode))
     async with asyncio.timeout(10):
-        await loop.generate(replace(REQUEST, num_steps=4, num_previews=3), heard.append)
+        await last_of(loop.stream(replace(REQUEST, num_steps=4, num_previews=3)), heard.append)
     previews = [news for news in heard if isinstance(news, Preview)]
     assert ranks.stages[3] == (1, "preview")
     assert [news.number for news in previews] == [0, 1, 2]
@@ -180,11 +181,11 @@ async def test_who_leaves_while_a_file_is_made_is_gone_and_nobody_else(
 ) -> None:
     async with asyncio.timeout(10):
         client = Client()
-        leaver = asyncio.create_task(loop.generate(REQUEST, client.hear))
+        leaver = asyncio.create_task(last_of(loop.stream(REQUEST), client.hear))
         await client.ranks_done.wait()
         leaver.cancel()
         await asyncio.wait([leaver])
-        assert (await loop.generate(REQUEST)).images[0].seed == 2
+        assert (await last_of(loop.stream(REQUEST))).images[0].seed == 2
     assert (1, "drop") not in ranks.stages, "the last image has ended it on the ranks"
 
 
@@ -193,12 +194,14 @@ async def test_files_that_nobody_waits_for_are_not_begun(
 ) -> None:
     async with asyncio.timeout(10):
         client = Client()
-        leaver = asyncio.create_task(loop.generate(replace(REQUEST, num_images=6), client.hear))
+        leaver = asyncio.create_task(
+            last_of(loop.stream(replace(REQUEST, num_images=6)), client.hear)
+        )
         await client.ranks_done.wait()
         leaver.cancel()
         await asyncio.wait([leaver])
         encoder.let_go()
-        await loop.generate(REQUEST)
+        await last_of(loop.stream(REQUEST))
     assert encoder.made.count(1) <= module.NUM_THREADS
 
 
@@ -208,8 +211,8 @@ async def test_a_file_that_cannot_be_made_fails_its_request_only(
     encoder.let_go()
     async with asyncio.timeout(10):
         with pytest.raises(FluxError, match="no file could be made of the image: encoder error"):
-            await loop.generate(replace(REQUEST, encoding=Encoding("jpeg", quality=1)))
-        assert (await loop.generate(REQUEST)).images
+            await last_of(loop.stream(replace(REQUEST, encoding=Encoding("jpeg", quality=1))))
+        assert (await last_of(loop.stream(REQUEST))).images
     assert not loop.pump.done()
 
 
@@ -217,7 +220,7 @@ async def test_the_ranks_wait_while_too_many_images_have_no_file(
     ranks: FakeRanks, loop: StepLoop, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with asyncio.timeout(10):
-        pending = asyncio.create_task(loop.generate(replace(REQUEST, num_images=20)))
+        pending = asyncio.create_task(last_of(loop.stream(replace(REQUEST, num_images=20))))
         for _ in range(500):
             await asyncio.sleep(0)
         num_decoded = ranks.stages.count((1, "decode"))
@@ -233,4 +236,4 @@ async def test_a_mistake_while_it_is_answered_is_told(ranks: FakeRanks) -> None:
 
     loop = StepLoop(ranks, EncodedByRanks(), observe, Files(Encoder().encode))
     with pytest.raises(KeyError, match="a bug"):
-        await asyncio.wait_for(loop.generate(REQUEST), 10)
+        await asyncio.wait_for(last_of(loop.stream(REQUEST)), 10)

@@ -9,6 +9,7 @@ from flux_ray.errors import NotKept, ProtocolMismatch
 from flux_ray.replica.leader import Leader, RunningRequests
 from flux_ray.request import (
     PROTOCOL,
+    EventStream,
     GeneratedImage,
     ImageRequest,
     ImageResult,
@@ -35,11 +36,10 @@ class FakeLoop:
     def __init__(self) -> None:
         self.generated: list[ImageRequest] = []
 
-    async def generate(self, request: ImageRequest, hear: Any = None) -> ImageResult:
+    async def stream(self, request: ImageRequest) -> EventStream:
         self.generated.append(request)
-        if hear is not None:
-            hear(Progress(1, 1))
-        return RESULT
+        yield Progress(1, 1)
+        yield RESULT
 
 
 class FakeMeter:

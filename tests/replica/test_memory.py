@@ -19,7 +19,7 @@ from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import StageFailed
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoded, ImageRequest, StageAnswer
+from flux_ray.request import Encoded, ImageRequest, StageAnswer, last_of
 
 torch.set_num_threads(1)
 ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32")
@@ -182,7 +182,7 @@ async def test_of_one_rank_the_process_lives_on() -> None:
     replica = Replica(answers)
     for _ in range(2):
         with pytest.raises(OutOfMemory):
-            await replica.loop.generate(REQUEST)
+            await last_of(replica.loop.stream(REQUEST))
     assert not replica.ended.is_set()
 
 
@@ -192,13 +192,13 @@ async def test_of_several_ranks_the_caller_is_told_before_the_group_ends(
     """The others may be in a collective, and never answer."""
     monkeypatch.setattr(group_module, "LAST_WORDS_S", 0.2)
     replica = Replica(FINE, FINE | {"denoise": LACKING})
-    too_large = asyncio.ensure_future(replica.loop.generate(REQUEST))
-    waiting = asyncio.ensure_future(replica.loop.generate(REQUEST))
+    too_large = asyncio.ensure_future(last_of(replica.loop.stream(REQUEST)))
+    waiting = asyncio.ensure_future(last_of(replica.loop.stream(REQUEST)))
     with pytest.raises(OutOfMemory) as caught:
         await too_large
     assert type(caught.value) is OutOfMemory
     assert not replica.ended.is_set(), "what it said is still on its way"
-    later = asyncio.ensure_future(replica.loop.generate(REQUEST))
+    later = asyncio.ensure_future(last_of(replica.loop.stream(REQUEST)))
     await asyncio.sleep(0.05)
     assert not waiting.done() and not later.done(), "they would be sent here again"
     async with asyncio.timeout(5):

@@ -19,7 +19,15 @@ from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import RankConnection, RankServer, connect
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoding, ImageFormat, ImageRequest, News, Preview, StageAnswer
+from flux_ray.request import (
+    Encoding,
+    ImageFormat,
+    ImageRequest,
+    Preview,
+    RequestEvent,
+    StageAnswer,
+    last_of,
+)
 from flux_ray.tiny import CHECKPOINT, evaluate
 
 torch.set_num_threads(1)
@@ -99,7 +107,7 @@ async def test_a_png_has_the_pixels_that_it_always_had(
     loop: StepLoop, expected: np.ndarray, scaled_to: tuple[int, int] | None
 ) -> None:
     encoding = Encoding(scaled_to=scaled_to)
-    (image,) = (await loop.generate(replace(REQUEST, encoding=encoding))).images
+    (image,) = (await last_of(loop.stream(replace(REQUEST, encoding=encoding)))).images
     assert image.seed == REQUEST.seed
     assert np.array_equal(pixels_of(image.data), pixels_of(former(expected, encoding)))
 
@@ -109,13 +117,13 @@ async def test_other_formats_are_the_same_files(
     loop: StepLoop, expected: np.ndarray, format: ImageFormat
 ) -> None:
     encoding = Encoding(format, quality=80)
-    (image,) = (await loop.generate(replace(REQUEST, encoding=encoding))).images
+    (image,) = (await last_of(loop.stream(replace(REQUEST, encoding=encoding)))).images
     assert image.data == former(expected, encoding)
 
 
 async def test_previews_are_scaled_as_their_image_is(loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     encoding = Encoding(scaled_to=(48, 32))
-    await loop.generate(replace(REQUEST, num_previews=2, encoding=encoding), heard.append)
+    await last_of(loop.stream(replace(REQUEST, num_previews=2, encoding=encoding)), heard.append)
     previews = [pixels_of(news.image.data) for news in heard if isinstance(news, Preview)]
     assert [pixels.shape for pixels in previews] == [(32, 48, 3)] * 2

@@ -18,12 +18,13 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
     RanksDone,
+    RequestEvent,
     RgbImage,
     StageAnswer,
+    last_of,
 )
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
@@ -129,7 +130,7 @@ async def loop(ranks: FakeRanks) -> StepLoop:
 
 
 async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepLoop) -> None:
-    result = await loop.generate(REQUEST)
+    result = await last_of(loop.stream(REQUEST))
     assert result.request_id == "a"
     assert [image.seed for image in result.images] == [5]
     assert result.warnings == ("cut",)
@@ -139,11 +140,11 @@ async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepL
 
 
 async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> None:
-    alone = await loop.generate(REQUEST)
+    alone = await last_of(loop.stream(REQUEST))
     stages, ranks.num_calls = ranks.stages(1), 0
     ranks.expected_s = SHORT_S / 2.5
-    heard: list[News] = []
-    together = await loop.generate(REQUEST, heard.append)
+    heard: list[RequestEvent] = []
+    together = await last_of(loop.stream(REQUEST), heard.append)
     assert (ranks.stages(2), ranks.num_calls) == (stages, 3)
     assert (together.images, together.warnings) == (alone.images, alone.warnings)
     assert replace(together.times, queue_s=0, encode_s=0, file_s=0) == replace(
@@ -153,7 +154,7 @@ async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> Non
 
 
 async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> None:
-    result = await loop.generate(replace(REQUEST, num_images=2))
+    result = await last_of(loop.stream(replace(REQUEST, num_images=2)))
     assert [image.seed for image in result.images] == [5, 6]
     image = ["prepare", "denoise", "denoise", "denoise", "decode"]
     assert ranks.stages(1) == ["encode", *image, *image]
@@ -162,7 +163,7 @@ async def test_n_images_are_encoded_once(ranks: FakeRanks, loop: StepLoop) -> No
 async def test_times_are_told(ranks: FakeRanks) -> None:
     told: list[str] = []
     loop = StepLoop(ranks, EncodedByRanks(), lambda stage, seconds: told.append(stage), files())
-    times = (await loop.generate(REQUEST)).times
+    times = (await last_of(loop.stream(REQUEST))).times
     assert min(times.queue_s, times.encode_s - 2 * ranks.stage_s) > 0
     assert (times.denoise_s, times.decode_s) == (3 * ranks.stage_s, ranks.stage_s)
     stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
@@ -175,8 +176,8 @@ async def test_a_client_that_leaves_is_dropped_at_the_step_boundary(
     ranks: FakeRanks, loop: StepLoop
 ) -> None:
     ranks.gate.clear()
-    leaver = asyncio.create_task(loop.generate(REQUEST))
-    bystander = asyncio.create_task(loop.generate(REQUEST))
+    leaver = asyncio.create_task(last_of(loop.stream(REQUEST)))
+    bystander = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
 
     leaver.cancel()
@@ -193,15 +194,15 @@ async def test_a_client_that_left_before_its_turn_is_skipped(
     ranks: FakeRanks, loop: StepLoop
 ) -> None:
     ranks.gate.clear()
-    first = asyncio.create_task(loop.generate(REQUEST))
-    leaver = asyncio.create_task(loop.generate(REQUEST))
+    first = asyncio.create_task(last_of(loop.stream(REQUEST)))
+    leaver = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
     leaver.cancel()
     await asyncio.wait([leaver])
     ranks.gate.set()
 
     await first
-    assert (await loop.generate(REQUEST)).images
+    assert (await last_of(loop.stream(REQUEST))).images
     assert ranks.stages(2) == []
 
 
@@ -210,17 +211,17 @@ async def test_a_callers_mistake_fails_its_own_request_only(
 ) -> None:
     ranks.errors["encode"] = BadReference("too small", "image")
     with pytest.raises(BadReference, match="too small"):
-        await loop.generate(REQUEST)
+        await last_of(loop.stream(REQUEST))
     ranks.errors.clear()
-    assert (await loop.generate(REQUEST)).images
+    assert (await last_of(loop.stream(REQUEST))).images
     assert ranks.stages(1) == ["encode", "prepare", "drop"]
 
 
 async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     request = replace(REQUEST, num_previews=2, num_images=2)
-    result = await loop.generate(request, heard.append)
-    assert result.images == (await loop.generate(replace(REQUEST, num_images=2))).images
+    result = await last_of(loop.stream(request), heard.append)
+    assert result.images == (await last_of(loop.stream(replace(REQUEST, num_images=2)))).images
     image = ["prepare", "denoise", "preview", "denoise", "preview", "denoise", "decode"]
     assert ranks.stages(1) == ["encode", *image, *image]
     previews = [news for news in heard if isinstance(news, Preview)]
@@ -240,27 +241,29 @@ async def test_previews_come_between_the_steps(ranks: FakeRanks, loop: StepLoop)
 async def test_previews_are_times_of_decoding(ranks: FakeRanks) -> None:
     told: list[tuple[str, float]] = []
     loop = StepLoop(ranks, EncodedByRanks(), lambda *stage: told.append(stage), files())
-    times = (await loop.generate(replace(REQUEST, num_previews=1))).times
+    times = (await last_of(loop.stream(replace(REQUEST, num_previews=1)))).times
     decoding = [seconds for stage, seconds in told if stage in ("preview", "decode")]
     assert len(decoding) == 2
     assert times.decode_s == pytest.approx(sum(decoding))
 
 
 async def test_who_has_left_hears_nothing_more(ranks: FakeRanks, loop: StepLoop) -> None:
-    heard: list[News] = []
+    heard: list[RequestEvent] = []
     ranks.gate.clear()
-    leaver = asyncio.create_task(loop.generate(replace(REQUEST, num_previews=3), heard.append))
+    leaver = asyncio.create_task(
+        last_of(loop.stream(replace(REQUEST, num_previews=3)), heard.append)
+    )
     await ranks.stepping.wait()
     leaver.cancel()
     await asyncio.wait([leaver])
     ranks.gate.set()
-    await loop.generate(REQUEST)
+    await last_of(loop.stream(REQUEST))
     assert heard == []
 
 
 async def test_one_call_is_sent_ahead(ranks: FakeRanks, loop: StepLoop) -> None:
     ranks.gate.clear()
-    request = asyncio.create_task(loop.generate(REQUEST))
+    request = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
     assert ranks.stages(1) == ["encode", "prepare", "denoise", "denoise"]
     ranks.gate.set()
@@ -271,8 +274,8 @@ async def test_the_next_job_begins_while_the_former_is_dropped(
     ranks: FakeRanks, loop: StepLoop
 ) -> None:
     ranks.gate.clear()
-    leaver = asyncio.create_task(loop.generate(REQUEST))
-    other = asyncio.create_task(loop.generate(REQUEST))
+    leaver = asyncio.create_task(last_of(loop.stream(REQUEST)))
+    other = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
     leaver.cancel()
     ranks.gate.set()
@@ -284,24 +287,24 @@ async def test_a_broken_group_fails_what_waits_too(ranks: FakeRanks, loop: StepL
     broken = ReplicaFailed("a rank died")
     ranks.errors = dict.fromkeys(("encode", "drop"), broken)
     answers = await asyncio.gather(
-        loop.generate(REQUEST), loop.generate(REQUEST), return_exceptions=True
+        last_of(loop.stream(REQUEST)), last_of(loop.stream(REQUEST)), return_exceptions=True
     )
     assert [type(answer) for answer in answers] == [ReplicaFailed, ReplicaFailed]
 
 
 async def test_a_mistake_of_ours_ends_the_loop(ranks: FakeRanks, loop: StepLoop) -> None:
     ranks.errors["prepare"] = KeyError("a bug")
-    stuck = asyncio.create_task(loop.generate(REQUEST))
+    stuck = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await asyncio.wait([loop.pump])
     assert isinstance(loop.pump.exception(), KeyError)
     with pytest.raises(ReplicaFailed):
-        await loop.generate(REQUEST)
+        await last_of(loop.stream(REQUEST))
     stuck.cancel()
 
 
 async def test_requests_are_generated_in_order_of_arrival(ranks: FakeRanks, loop: StepLoop) -> None:
     results: list[ImageResult] = await asyncio.gather(
-        *(loop.generate(replace(REQUEST, seed=seed)) for seed in range(5))
+        *(last_of(loop.stream(replace(REQUEST, seed=seed))) for seed in range(5))
     )
     assert [result.images[0].seed for result in results] == list(range(5))
     jobs = [job for job, _ in ranks.calls]
@@ -310,13 +313,13 @@ async def test_requests_are_generated_in_order_of_arrival(ranks: FakeRanks, loop
 
 async def test_ranks_are_told_how_much_work_a_call_is(ranks: FakeRanks, loop: StepLoop) -> None:
     references = (RgbImage(8, 4, b""), RgbImage(2, 2, b""))
-    await loop.generate(replace(REQUEST, references=references))
+    await last_of(loop.stream(replace(REQUEST, references=references)))
     assert ranks.sizes == {(64 * 64, 8 * 4 + 2 * 2)}
 
 
 async def test_a_prompt_that_is_encoded_elsewhere_goes_to_the_ranks(ranks: FakeRanks) -> None:
     loop = StepLoop(ranks, FakeEncoder("embeds"), lambda stage, seconds: None, files())
-    await loop.generate(REQUEST)
+    await last_of(loop.stream(REQUEST))
     assert ranks.encoded == [(REQUEST.prompt, "embeds")]
 
 
@@ -324,10 +327,10 @@ async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> 
     encoder = FakeEncoder(ReplicaFailed("the text encoder died"))
     loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
     with pytest.raises(ReplicaFailed, match="text encoder"):
-        await loop.generate(REQUEST)
+        await last_of(loop.stream(REQUEST))
     assert ranks.calls == [], "the ranks never heard of it"
     encoder.answer = "embeds"
-    assert (await loop.generate(REQUEST)).images
+    assert (await last_of(loop.stream(REQUEST))).images
 
 
 async def test_the_next_prompt_is_encoded_while_this_one_is_generated(ranks: FakeRanks) -> None:
@@ -335,9 +338,9 @@ async def test_the_next_prompt_is_encoded_while_this_one_is_generated(ranks: Fak
     encoder = SlowEncoder()
     loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
     ranks.gate.clear()
-    first = asyncio.create_task(loop.generate(REQUEST))
+    first = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
-    second = asyncio.create_task(loop.generate(replace(REQUEST, prompt="a ring")))
+    second = asyncio.create_task(last_of(loop.stream(replace(REQUEST, prompt="a ring"))))
     async with asyncio.timeout(10):
         await encoder.encoded["a ring"].wait()
     assert ranks.stages(2) == [], "the ranks are in the middle of the first"
@@ -355,7 +358,8 @@ async def test_prompts_of_few_are_held_for_the_ranks(ranks: FakeRanks) -> None:
     ranks.gate.clear()
     prompts = [f"prompt {number}" for number in range(6)]
     waiting = [
-        asyncio.create_task(loop.generate(replace(REQUEST, prompt=prompt))) for prompt in prompts
+        asyncio.create_task(last_of(loop.stream(replace(REQUEST, prompt=prompt))))
+        for prompt in prompts
     ]
     async with asyncio.timeout(10):
         await encoder.encoded[prompts[2]].wait()
@@ -370,13 +374,13 @@ async def test_a_prompt_that_fails_ahead_costs_neither_neighbour(ranks: FakeRank
     encoder = FakeEncoder("embeds")
     loop = StepLoop(ranks, encoder, lambda stage, seconds: None, files())
     ranks.gate.clear()
-    first = asyncio.create_task(loop.generate(REQUEST))
+    first = asyncio.create_task(last_of(loop.stream(REQUEST)))
     await ranks.stepping.wait()
     encoder.answer = ReplicaFailed("the text encoder died")
     with pytest.raises(ReplicaFailed, match="text encoder"):
-        await loop.generate(REQUEST)
+        await last_of(loop.stream(REQUEST))
     assert not first.done(), "who fails hears of it at once"
     encoder.answer = "embeds"
     ranks.gate.set()
     assert (await first).images
-    assert (await loop.generate(REQUEST)).images
+    assert (await last_of(loop.stream(REQUEST))).images

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.errors import Overloaded, TierUnavailable
-from flux_ray.request import ImageRequest, ImageResult, StageTimes
+from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, StageTimes
 from flux_ray.router.cascade import cascade
 from flux_ray.router.quote import ANYONE
 
@@ -22,9 +22,10 @@ class FakeRouter:
         loop = asyncio.get_running_loop()
         self.answers = {tier: loop.create_future() for tier in (FINAL.tier, PREVIEW.tier)}
 
-    async def generate(self, request, caller, hear=None):
+    async def generate(self, request, caller):
         await self.answers[request.tier]
-        return ImageResult(request.request_id, request.tier, (), StageTimes(0, 0, 0, 0))
+        images = (GeneratedImage(b"", request.seed),)
+        return ImageResult(request.request_id, request.tier, images, StageTimes(0, 0, 0, 0))
 
     def answer(self, request: ImageRequest, error: Exception | None = None) -> None:
         if error is None:
@@ -33,27 +34,31 @@ class FakeRouter:
             self.answers[request.tier].set_exception(error)
 
 
+def is_final(event) -> bool:
+    return isinstance(event, ImageResult)
+
+
 @pytest.fixture
 async def router() -> FakeRouter:
     return FakeRouter()
 
 
-async def test_the_preview_comes_first_and_has_the_same_id(router):
+async def test_the_preview_comes_first(router):
     router.answer(PREVIEW)
     async with aclosing(cascade(router, PREVIEW, FINAL, ANYONE)) as parts:
         early = await anext(parts)
         router.answer(FINAL)
         late = await anext(parts)
-    assert [(part.result.tier, part.is_final) for part in (early, late)] == [
+    assert [(each.tier, is_final(each)) for each in (early, late)] == [
         (PREVIEW.tier, False),
         (FINAL.tier, True),
     ]
-    assert early.result.request_id == late.result.request_id == "id"
+    assert late.request_id == "id"
 
 
 async def test_a_late_preview_is_of_no_use(router):
     router.answer(FINAL)
-    parts = [part.is_final async for part in cascade(router, PREVIEW, FINAL, ANYONE)]
+    parts = [is_final(each) async for each in cascade(router, PREVIEW, FINAL, ANYONE)]
     assert parts == [True]
     assert router.answers[PREVIEW.tier].cancelled(), "nobody draws it any more"
 
@@ -61,7 +66,8 @@ async def test_a_late_preview_is_of_no_use(router):
 async def test_a_preview_that_fails_costs_only_itself(router):
     router.answer(PREVIEW, TierUnavailable("down"))
     asyncio.get_running_loop().call_later(0.01, router.answer, FINAL)
-    assert [part.is_final async for part in cascade(router, PREVIEW, FINAL, ANYONE)] == [True]
+    parts = [is_final(each) async for each in cascade(router, PREVIEW, FINAL, ANYONE)]
+    assert parts == [True]
 
 
 async def test_a_refusal_of_the_final_ends_the_preview(router):

@@ -32,10 +32,10 @@ from flux_ray.errors import (
     ReplicaFailed,
     TierUnavailable,
 )
-from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, Progress, StageTimes
+from flux_ray.request import PROTOCOL, ImageRequest, ImageResult, Progress, StageTimes, last_of
 from flux_ray.router import dispatch as handles_module
 from flux_ray.router import readiness
-from flux_ray.router.dispatch import TierHandles, last_of
+from flux_ray.router.dispatch import TierHandles, events_of
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.wire import Description, pack_answer, packed, request_from
 
@@ -272,9 +272,9 @@ async def test_a_request_that_a_replica_cannot_read_goes_to_one_that_can(answer,
     handles = TierHandles(("tiny",), told.__setitem__)
     handles.reachable()
     await until(lambda: len(told.get("tiny", ())) == 3)
-    for hear in (None, print):
+    for on_event in (None, print):
         answer.granted.clear()
-        assert await handles.generate(REQUEST, "old", hear) == RESULT
+        assert await handles.generate(REQUEST, "old", on_event) == RESULT
         assert answer.granted == ["old", "ours"]
     assert GRANTED == {}
 
@@ -305,7 +305,7 @@ async def test_news_of_a_kind_that_is_not_known_here_are_left_out(answer):
             yield news
 
     heard = []
-    assert await last_of(stream(), heard.append) == RESULT
+    assert await last_of(events_of(stream()), heard.append) == RESULT
     assert heard == [Progress(1, 1)]
 
 
@@ -370,10 +370,10 @@ async def test_an_attempt_that_is_given_up_is_called_off(answer):
     answer.value = asyncio.Event()
     handles = TierHandles(("tiny",))
     await handles.connect("tiny")
-    for number, hear in enumerate((None, print), 1):
+    for number, on_event in enumerate((None, print), 1):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await handles.generate(REQUEST, "replica", hear)
+                await handles.generate(REQUEST, "replica", on_event)
         assert answer.cancelled == number
 
 
@@ -411,7 +411,7 @@ async def test_an_end_that_does_not_come_loses_no_image(monkeypatch):
 
     monkeypatch.setattr(handles_module, "END_S", 0.01)
     async with asyncio.timeout(5):
-        assert await last_of(stream_without_end(), lambda news: None) == RESULT
+        assert await last_of(events_of(stream_without_end()), lambda news: None) == RESULT
 
 
 async def test_a_stream_without_a_result_has_failed():
@@ -419,7 +419,7 @@ async def test_a_stream_without_a_result_has_failed():
         yield pack_answer(Progress(1, 2))
 
     with pytest.raises(ReplicaFailed):
-        await last_of(stream(), lambda news: None)
+        await last_of(events_of(stream()), lambda news: None)
 
 
 async def test_a_tier_that_is_no_more_is_refused_though_there_is_a_handle(answer, monkeypatch):
@@ -450,11 +450,11 @@ async def test_a_replica_hears_what_a_request_is_known_by(answer):
     assert answer.runs == ["mine", None]
 
 
-@pytest.mark.parametrize("hear", [None, [].append])
-async def test_what_comes_again_is_asked_of_the_replica_that_has_it(answer, monkeypatch, hear):
+@pytest.mark.parametrize("on_event", [None, [].append])
+async def test_what_comes_again_is_asked_of_the_replica_that_has_it(answer, monkeypatch, on_event):
     monkeypatch.setitem(REACHABLE, "tiny", ("a", "b"))
     answer.by_replica["b"] = RESULT
-    assert await TierHandles(("tiny",)).recall(REQUEST, "b", hear, "mine") == RESULT
+    assert await TierHandles(("tiny",)).recall(REQUEST, "b", on_event, "mine") == RESULT
     assert (answer.granted, answer.recalled, answer.runs) == (["b"], ["mine"], [])
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ray.request import ImageRequest, News, Progress, RanksDone
+from flux_ray.request import ImageRequest, Progress, RanksDone, RequestEvent
 from flux_ray.router.pricing.cost import Cost
 from flux_ray.router.quote import FOLLOWED_S, Quote, RemainingTime, followed
 
@@ -52,20 +52,23 @@ def test_nobody_listens_to_what_is_over_at_once() -> None:
     short = quote(denoise_s=FOLLOWED_S - 3.1)
     assert followed(short, None, lambda left_s: None) is None
     told: list[float] = []
-    heard: list[News] = []
-    for hear in (followed(short, heard.append, told.append), followed(quote(), None, told.append)):
-        assert hear is not None
-        hear(Progress(10, 10))
+    heard: list[RequestEvent] = []
+    for on_event in (
+        followed(short, heard.append, told.append),
+        followed(quote(), None, told.append),
+    ):
+        assert on_event is not None
+        on_event(Progress(10, 10))
     assert (heard, told) == ([Progress(10, 10)], [2.0, 2.0])
 
 
 def test_nothing_is_left_once_the_ranks_are_done() -> None:
     """Files are made of the images, but the replica is free; the client has no use for that."""
     told: list[float] = []
-    heard: list[News] = []
-    hear = followed(quote(), heard.append, told.append)
-    assert hear is not None
-    hear(Progress(10, 10))
-    hear(RanksDone())
+    heard: list[RequestEvent] = []
+    on_event = followed(quote(), heard.append, told.append)
+    assert on_event is not None
+    on_event(Progress(10, 10))
+    on_event(RanksDone())
     assert told == [2.0, 0.0]
     assert heard == [Progress(10, 10)]

@@ -78,7 +78,7 @@ async def test_the_ledger_hears_of_long_requests_and_of_those_that_are_followed(
     await router.generate(REQUEST)
     assert turns.left_s == {}, "it is over too soon"
     heard = []
-    await router.generate(replace(REQUEST, request_id="heard"), hear=heard.append)
+    await router.generate(replace(REQUEST, request_id="heard"), Caller(on_event=heard.append))
     assert heard == news_of(REQUEST)
     # Far more than it is, on a processor.
     await router.generate(replace(REQUEST, request_id="long", num_steps=5000))
@@ -160,10 +160,10 @@ async def test_who_listens_hears_of_a_second_replica_from_the_beginning(router, 
     handles.failures = [ReplicaFailed("died")]
     heard = []
     request = replace(REQUEST, num_previews=1)
-    await router.generate(request, hear=heard.append)
+    await router.generate(request, Caller(on_event=heard.append))
     assert heard == 2 * news_of(request)
     alias = Alias(tiers=("tiny",), max_gpu_seconds=100)
-    await router.generate_by(alias, [request], hear=heard.append)
+    await router.generate_by(alias, [request], Caller(on_event=heard.append))
     assert heard == 3 * news_of(request)
 
 
@@ -223,7 +223,7 @@ class SlowHandles:
     async def connect(self, tier):
         pass
 
-    async def generate(self, request, replica, hear):
+    async def generate(self, request, replica, on_event):
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -343,7 +343,7 @@ async def test_what_comes_again_is_looked_for_where_it_was_last(router, handles,
 async def test_what_is_told_of_it_is_an_answer_unless_the_replica_is_lost(
     router, handles, monkeypatch, error
 ):
-    async def fail(request, replica, hear, run):
+    async def fail(request, replica, on_event, run):
         raise error
 
     monkeypatch.setattr(handles, "recall", fail)
@@ -357,7 +357,7 @@ async def test_what_is_told_of_it_is_an_answer_unless_the_replica_is_lost(
 
 
 async def test_nobody_waits_for_it_longer_than_for_another(router, handles, monkeypatch):
-    async def hang(request, replica, hear, run):
+    async def hang(request, replica, on_event, run):
         await asyncio.Event().wait()
 
     monkeypatch.setattr(handles, "recall", hang)

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import replace
 from itertools import islice
 from typing import Literal
 
@@ -23,20 +22,17 @@ from flux_ray.gateway.http import HEADERS, MEDIA_TYPE, event_text, kept_alive
 from flux_ray.gateway.openai.fields import ImageFields, warnings_of
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.request import (
+    EventStream,
     Finished,
-    Generate,
     GeneratedImage,
-    Hear,
     ImageFormat,
     ImageRequest,
     ImageResult,
-    News,
     Preview,
     Progress,
     QueuePosition,
-    follow,
+    RequestEvent,
 )
-from flux_ray.router.cascade import cascade
 
 # As pydantic writes an image whose base64 is to come.
 NO_IMAGE = b'"b64_json":""'
@@ -191,37 +187,12 @@ class StreamEvent(BaseModel):
     warnings: list[str] = []
 
 
-def generation_of(orders: Submitter, order: PreparedRequest) -> Generate:
-    """Return how the order's images are drawn, by its target's policy."""
-    best, *others = order.requests
-    if order.target.alias.policy != "cascade" or not others:
-        return lambda hear: orders.generate(order, hear)
-    # The fast tier's image is the preview.
-    early, late = (replace(each, num_previews=0) for each in (others[-1], best))
-    # The images of two tiers are not one run that could be found again.
-    caller = replace(order.caller, retry=None)
-
-    async def generate(hear: Hear) -> ImageResult:
-        """Let the fast tier's images be heard as previews."""
-        result: ImageResult | None = None
-        parts = cascade(orders.router, early, late, caller, hear)
-        async with aclosing(parts):
-            async for part in parts:
-                result = part.result
-                for index, image in enumerate(() if part.is_final else result.images):
-                    hear(Preview(result.tier, image, index))
-        assert result is not None, "a cascade ends with the images or an error"
-        return result
-
-    return generate
-
-
 async def stream(
     orders: Submitter, order: PreparedRequest, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
     """Answer with events; what goes wrong at once is raised, for a plain answer."""
     telling = EventWriter(order, fields, kind)
-    texts = kept_alive(telling.texts(generation_of(orders, order)), telling.standing)
+    texts = kept_alive(telling.texts(orders.stream(order)), telling.standing)
     first = await anext(texts)
 
     async def all_texts() -> AsyncIterator[str]:
@@ -254,14 +225,14 @@ class EventWriter:
         """Say where the request stands: in the queue, or how far it has come."""
         return self._standing
 
-    async def texts(self, generate: Generate) -> AsyncGenerator[str, None]:
+    async def texts(self, events: EventStream) -> AsyncGenerator[str, None]:
         """Yield an event for each preview and image."""
-        async with aclosing(follow(generate)) as news:
-            async for each in news:
+        async with aclosing(events):
+            async for each in events:
                 for event in self._events_of(each):
                     yield event_text(event.type, event)
 
-    def _events_of(self, news: News | ImageResult) -> Iterator[StreamEvent]:
+    def _events_of(self, news: RequestEvent | ImageResult) -> Iterator[StreamEvent]:
         if isinstance(news, QueuePosition | Progress):
             self._standing = words_for(news)
         # A second replica begins anew: its previews and images are the same.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
-from flux_ray.request import Hear
+from flux_ray.request import OnEvent
 from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.messages import (
     Decision,
@@ -71,9 +71,12 @@ class LedgerClient:
             ]
 
     async def take(
-        self, offer: SubmitRequest, hear: Hear | None = None, quota: PendingQuota | None = None
+        self,
+        offer: SubmitRequest,
+        on_event: OnEvent | None = None,
+        quota: PendingQuota | None = None,
     ) -> str:
-        """Wait for the replica whose turn it is. `hear` is told where it stands meanwhile.
+        """Wait for the replica whose turn it is. `on_event` is told where it stands meanwhile.
 
         `quota` is asked for in the same message: RateLimited or QuotaTooSmall if it is too much.
         Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
@@ -92,7 +95,7 @@ class LedgerClient:
             elif decision.refusal is not None:
                 granted.set_exception(error_for(decision.refusal))
 
-        self._book.ask(offer, time.monotonic(), decide, hear, quota)
+        self._book.ask(offer, time.monotonic(), decide, on_event, quota)
         self._waiting[offer.ticket_id] = offer.tier, granted
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)

@@ -13,7 +13,14 @@ from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.routes import desk_for
 from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import NotTaken
-from flux_ray.request import Hear, ImageRequest, ImageResult, News, Progress, QueuePosition
+from flux_ray.request import (
+    ImageRequest,
+    ImageResult,
+    OnEvent,
+    Progress,
+    QueuePosition,
+    RequestEvent,
+)
 from tests.conftest import LIMITS, FakeHandles
 
 
@@ -47,22 +54,22 @@ def api(router, gateway_args, desk) -> FastAPI:
 @pytest.fixture
 def told(handles: FakeHandles, monkeypatch) -> Callable[..., None]:
     """`told(*news)`: what the next jobs hear before they wait until `told.go` is set."""
-    news: list[News] = []
+    news: list[RequestEvent] = []
     go = asyncio.Event()
     of_handles = handles.generate
 
     async def generate(
-        request: ImageRequest, replica: str, hear: Hear | None = None
+        request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         for each in news:
-            assert hear is not None
-            hear(each)
+            assert on_event is not None
+            on_event(each)
         await go.wait()
         return await of_handles(request, replica)
 
     monkeypatch.setattr(handles, "generate", generate)
 
-    def tell(*what: News) -> None:
+    def tell(*what: RequestEvent) -> None:
         news[:] = what
 
     tell.go = go  # type: ignore[attr-defined]

@@ -28,8 +28,8 @@ class Slow(FakeHandles):
         super().__init__()
         self.may_end = asyncio.Event()
 
-    async def generate(self, request, replica, hear=None):
-        result = await super().generate(request, replica, hear)
+    async def generate(self, request, replica, on_event=None):
+        result = await super().generate(request, replica, on_event)
         await self.may_end.wait()
         return result
 

@@ -309,7 +309,7 @@ async def test_a_job_waits_while_there_is_no_room(client, turns, handles):
 async def test_a_job_can_be_cancelled(client, handles, monkeypatch):
     started = asyncio.Event()
 
-    async def generate_for_ever(request, replica, hear=None):
+    async def generate_for_ever(request, replica, on_event=None):
         started.set()
         await asyncio.sleep(60)
 

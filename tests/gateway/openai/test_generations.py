@@ -280,7 +280,7 @@ def test_a_size_that_is_not_scaled_is_refused_by_the_side_that_is_wrong(size, wr
 async def test_the_replicas_warnings_come_after_ours(client, handles, monkeypatch):
     generate = handles.generate
 
-    async def generate_and_warn(request, replica, hear):
+    async def generate_and_warn(request, replica, on_event):
         return replace(await generate(request, replica), warnings=("the prompt was cut",))
 
     monkeypatch.setattr(handles, "generate", generate_and_warn)

@@ -14,12 +14,12 @@ from flux_ray.gateway.http import event_text, kept_alive
 from flux_ray.request import (
     Finished,
     GeneratedImage,
-    Hear,
     ImageRequest,
     ImageResult,
-    News,
+    OnEvent,
     Progress,
     QueuePosition,
+    RequestEvent,
     StageTimes,
 )
 from tests.gateway.streaming import event_of, streamed
@@ -50,18 +50,18 @@ class Replica:
     """Lets hear what it is told to, and then answers or fails: `script` holds the attempts."""
 
     def __init__(self) -> None:
-        self.steps: asyncio.Queue[News | Exception | None] = asyncio.Queue()
+        self.steps: asyncio.Queue[RequestEvent | Exception | None] = asyncio.Queue()
         self.was_left = False
 
     async def __call__(
-        self, request: ImageRequest, replica: str, hear: Hear | None = None
+        self, request: ImageRequest, replica: str, on_event: OnEvent | None = None
     ) -> ImageResult:
         try:
             while (step := await self.steps.get()) is not None:
                 if isinstance(step, Exception):
                     raise step
-                assert hear is not None
-                hear(step)
+                assert on_event is not None
+                on_event(step)
         except asyncio.CancelledError:
             self.was_left = True
             raise
@@ -69,7 +69,7 @@ class Replica:
         times = StageTimes(0, 0, 0, 0)
         return ImageResult(request.request_id, request.tier, images, times, ("the last word",))
 
-    def tell(self, *steps: News | Exception | None) -> None:
+    def tell(self, *steps: RequestEvent | Exception | None) -> None:
         for step in steps:
             self.steps.put_nowait(step)
 

@@ -49,7 +49,7 @@ async def url(client, handles, make_image, monkeypatch) -> str:
     """Of a red image that was generated a moment ago."""
     red = GeneratedImage(make_image(96, 80), 7)
 
-    async def generate(request, replica, hear=None) -> ImageResult:
+    async def generate(request, replica, on_event=None) -> ImageResult:
         handles.requests.append(request)
         return ImageResult(request.request_id, "tiny", (red,), StageTimes(0, 0, 0, 0))
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from flux_ray.errors import DeadlineTooShort, Overloaded, TierUnavailable
-from flux_ray.request import News, QueuePosition
+from flux_ray.request import QueuePosition, RequestEvent
 from flux_ray.router import background
 from flux_ray.router.ledger import client as turns_module
 from flux_ray.router.ledger.client import LedgerClient, error_for
@@ -247,7 +247,7 @@ async def test_ending_what_is_not_there_changes_nothing(
 
 async def test_who_waits_hears_where_and_for_how_long(turns: LedgerClient) -> None:
     await within(turns.take(offer("x")))
-    heard: asyncio.Queue[News] = asyncio.Queue()
+    heard: asyncio.Queue[RequestEvent] = asyncio.Queue()
     ahead = asyncio.create_task(turns.take(offer("y")))
     await asyncio.sleep(0.03)
     waiting = asyncio.create_task(turns.take(offer("z", 20.0, 600.0), heard.put_nowait))
