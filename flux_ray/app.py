@@ -16,8 +16,7 @@ from ray._private.worker import global_worker
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config.gateway import GatewayArgs
-from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11, TierArgs, reads_with_h11
+from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, GatewayArgs, TierArgs, reads_with_h11
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.routes import desk_for
 from flux_ray.private_files import make_folder
@@ -30,9 +29,7 @@ from flux_ray.router.ledger.client import LedgerClient
 from flux_ray.router.ledger.quota_client import PriceExchange, QuotaClient
 from flux_ray.router.ledger.remote import RemoteLedger
 from flux_ray.router.metrics import RouterMetrics
-from flux_ray.router.pricing.config_check import check_possible, drain_timeout_s
-from flux_ray.router.pricing.cost import ReplicaSpec
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing import CostModel, ReplicaSpec, check_possible, drain_timeout_s
 from flux_ray.router.replica_choice import AssignedReplicaRouter
 from flux_ray.router.router import Router, Terms
 from flux_ray.router.trace import Recorder

@@ -7,7 +7,7 @@ image does not depend on which of them scaled its references.
 import numpy as np
 from PIL import Image
 
-from flux_ray.catalog.flops import scaled_size
+from flux_ray.catalog import scaled_size
 from flux_ray.request import Mask, RgbImage
 
 # Pixels of a scaled mask from this value on, of 255, count as marked.

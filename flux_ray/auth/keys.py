@@ -25,7 +25,7 @@ from typing import Annotated, NamedTuple
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog import tier_for
 
 # The prefix of every secret, and no secret itself, though bandit takes it for one.
 SECRET_MARK = "fr-"  # nosec B105

@@ -2,3 +2,32 @@
 
 Each is a table in code, with one row for each tier or GPU.
 """
+
+from flux_ray.catalog.flops import (
+    MAX_WHOLE_PIXELS,
+    TOKEN_SIDE,
+    WORKLOADS,
+    reference_pixels,
+    scaled_size,
+)
+from flux_ray.catalog.gpus import PROCESSOR, SPEEDS, Gpu, Speed, card_for, card_of, speed_for
+from flux_ray.catalog.tiers import EMBEDDED, TIERS, Tier, tier_for
+
+__all__ = [
+    "EMBEDDED",
+    "MAX_WHOLE_PIXELS",
+    "PROCESSOR",
+    "SPEEDS",
+    "TIERS",
+    "TOKEN_SIDE",
+    "WORKLOADS",
+    "Gpu",
+    "Speed",
+    "Tier",
+    "card_for",
+    "card_of",
+    "reference_pixels",
+    "scaled_size",
+    "speed_for",
+    "tier_for",
+]

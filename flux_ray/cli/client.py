@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flux_ray.config.gateway import GatewayArgs
-from flux_ray.config.tier import Args, TierArgs
+from flux_ray.config import Args, GatewayArgs, TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.router.autoscaling.gpu_budget import Want, check_budget
 

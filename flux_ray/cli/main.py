@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flux_ray import __version__
-from flux_ray.auth.keys import Key, change_keys, new_key, read_keys, with_key, without_key
+from flux_ray.auth import Key, change_keys, new_key, read_keys, with_key, without_key
 from flux_ray.cli.client import call, fail, table_console
 from flux_ray.cli.plan import plan
 from flux_ray.cli.simulate import simulate

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flux_ray.cli.client import fail, table_console, tiers_in
-from flux_ray.config.tier import TierArgs
+from flux_ray.config import TierArgs
 
 if TYPE_CHECKING:
     from flux_ray.planner.plan import GpuPlan, PlacementOption, Plan, TierPlan

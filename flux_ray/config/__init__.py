@@ -1,1 +1,35 @@
 """Typed configuration: the `args` of a Serve config file for tiers, the gateway, and jobs."""
+
+from flux_ray.config.gateway import Alias, Fetching, GatewayArgs, JobArgs, Limits, Uploads, Webhooks
+from flux_ray.config.tier import (
+    COLD_START_S,
+    PROXY_CALLBACK,
+    READ_WITH_H11,
+    Args,
+    Lora,
+    Parallel,
+    Quantization,
+    TierArgs,
+    keep_gloo_local,
+    reads_with_h11,
+)
+
+__all__ = [
+    "COLD_START_S",
+    "PROXY_CALLBACK",
+    "READ_WITH_H11",
+    "Alias",
+    "Args",
+    "Fetching",
+    "GatewayArgs",
+    "JobArgs",
+    "Limits",
+    "Lora",
+    "Parallel",
+    "Quantization",
+    "TierArgs",
+    "Uploads",
+    "Webhooks",
+    "keep_gloo_local",
+    "reads_with_h11",
+]

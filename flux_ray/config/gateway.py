@@ -11,9 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from flux_ray.auth.keys import KeyClass
-from flux_ray.catalog.gpus import speed_for
-from flux_ray.catalog.tiers import TIERS, tier_for
+from flux_ray.auth import KeyClass
+from flux_ray.catalog import TIERS, speed_for, tier_for
 from flux_ray.config.tier import Args, Seconds
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog import tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]

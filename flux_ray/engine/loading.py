@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from flux_ray.catalog.tiers import EMBEDDED, Tier
-from flux_ray.config.tier import Lora, Quantization
+from flux_ray.catalog import EMBEDDED, Tier
+from flux_ray.config import Lora, Quantization
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis, Mesh

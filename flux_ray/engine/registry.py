@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from flux_ray.catalog.tiers import Tier
+from flux_ray.catalog import Tier
 from flux_ray.engine.api import Conditioning, ImageSpec, ImageState, PromptEmbeds
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import Placement, weights_of

@@ -18,8 +18,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Lifespan
 
 from flux_ray import __version__
-from flux_ray.auth.keys import KeyWatch
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.auth import KeyWatch
+from flux_ray.config import GatewayArgs
 from flux_ray.gateway.bfl.routes import Bfl
 from flux_ray.gateway.errors import add_error_handlers
 from flux_ray.gateway.health import Health

@@ -15,8 +15,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from flux_ray.auth.keys import Key, KeyClass, hash_secret
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.auth import Key, KeyClass, hash_secret
+from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.http import HEADER, is_ours
 from flux_ray.gateway.model_names import UNLIMITED

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flux_ray.config.gateway import Limits
+from flux_ray.config import Limits
 from flux_ray.errors import BadRequest, BodyTooLarge, WrongEncoding
 from flux_ray.gateway.memory_budget import MEMORY, Share
 

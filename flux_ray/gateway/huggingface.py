@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETER, PARAMETERS
 from flux_ray.gateway.errors import HUB, HubFailure

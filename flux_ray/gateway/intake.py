@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flux_ray.config.gateway import GatewayArgs, Uploads
+from flux_ray.config import GatewayArgs, Uploads
 from flux_ray.errors import BodyTooSlow, GatewayFull, RateLimited
 from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.errors import answer_for, path_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from flux_ray.config.gateway import GatewayArgs, Limits
+from flux_ray.config import GatewayArgs, Limits
 from flux_ray.errors import TierUnavailable
 from flux_ray.gateway import callers as idempotency
 from flux_ray.gateway.callers import allowance_of, key_of, name_of

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from flux_ray.auth.keys import KeyClass
-from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.config.gateway import Alias, GatewayArgs
+from flux_ray.auth import KeyClass
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import Alias, GatewayArgs
 from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTier
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import always

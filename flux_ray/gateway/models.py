@@ -7,7 +7,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config import GatewayArgs
 from flux_ray.gateway.errors import Envelope
 from flux_ray.gateway.model_names import ResolvedModel, names_of, target_for
 

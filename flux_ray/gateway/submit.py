@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
-from flux_ray.catalog.tiers import Tier
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.catalog import Tier
+from flux_ray.config import GatewayArgs
 from flux_ray.errors import KeyReused
 from flux_ray.gateway.callers import IDEMPOTENCY_KEY, Callers, may_spill, retry_of, seed_of
 from flux_ray.gateway.errors import limit_headers

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from flux_ray import __version__
-from flux_ray.config.gateway import Webhooks
+from flux_ray.config import Webhooks
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.images.fetch import (
     AddressRefused,

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Collection
 
-from flux_ray.config.gateway import JobArgs
+from flux_ray.config import JobArgs
 from flux_ray.errors import StoreLost
 from flux_ray.jobs.attempt import (
     Generate,

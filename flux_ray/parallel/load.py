@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from flux_ray.config.tier import Quantization
+from flux_ray.config import Quantization
 from flux_ray.parallel.checkpoint import Checkpoint, Shard, Shards, shards_for
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import (

@@ -18,7 +18,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flux_ray.config.tier import Lora
+from flux_ray.config import Lora
 from flux_ray.parallel.checkpoint import Shard
 from flux_ray.parallel.mesh import Axis
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from flux_ray.config.tier import Parallel, keep_gloo_local
+from flux_ray.config import Parallel, keep_gloo_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 

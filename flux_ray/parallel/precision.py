@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flux_ray.config.tier import Quantization
+from flux_ray.config import Quantization
 from flux_ray.parallel.mesh import Axis
 
 BLOCK = re.compile(r"(^|\.)(\w*transformer_blocks|layers|block)\.\d+\.")

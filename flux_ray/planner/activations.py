@@ -8,9 +8,8 @@ CUDA's libraries allocate in addition was measured (tests/bench/results) and is 
 from dataclasses import dataclass
 from typing import Any
 
-from flux_ray.catalog.flops import MAX_WHOLE_PIXELS
-from flux_ray.catalog.tiers import Tier
-from flux_ray.config.tier import Parallel
+from flux_ray.catalog import MAX_WHOLE_PIXELS, Tier
+from flux_ray.config import Parallel
 from flux_ray.parallel.sequence import num_padded
 
 # How much more a stage of the VAE takes on a GPU than its modules allocate: in bf16, convolutions

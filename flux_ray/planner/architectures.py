@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
-from flux_ray.catalog.tiers import EMBEDDED, Tier
+from flux_ray.catalog import EMBEDDED, Tier
 from flux_ray.engine.flux2.family import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import FAMILIES
 from flux_ray.engine.loading import TextModel, first_layers, load_config, source_for, weights_of

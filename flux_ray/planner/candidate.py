@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux_ray.catalog.gpus import Gpu
-from flux_ray.catalog.tiers import Tier
-from flux_ray.config.tier import Quantization, TierArgs
+from flux_ray.catalog import Gpu, Tier
+from flux_ray.config import Quantization, TierArgs
 from flux_ray.engine.loading import DTYPES, encoder_axis
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import plan_storage, saved_tensors

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flux_ray.catalog.gpus import Gpu, card_for
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import Parallel, TierArgs
+from flux_ray.catalog import Gpu, card_for, tier_for
+from flux_ray.config import Parallel, TierArgs
 from flux_ray.planner.activations import ActivationDemand, default_demand, largest_demand
 from flux_ray.planner.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape, empty_model
 from flux_ray.planner.candidate import Candidate, Footprint

@@ -20,8 +20,8 @@ from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 from ray.util.placement_group import get_current_placement_group
 
-from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import Tier, tier_for
+from flux_ray.config import TierArgs
 from flux_ray.errors import NotKept
 from flux_ray.meter import counter, histogram
 from flux_ray.metrics import (

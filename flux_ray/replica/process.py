@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn, cast
 
-from flux_ray.catalog.gpus import PROCESSOR, card_of
+from flux_ray.catalog import PROCESSOR, card_of
 from flux_ray.errors import OutOfMemory
 
 logger = logging.getLogger("ray.serve")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import tier_for
+from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError
 from flux_ray.replica.process import card_here, free_memory, keep_memory, load_engine, out_of_memory
 from flux_ray.replica.timer import GpuTimer, HostTimer, Launched, Timer, follows

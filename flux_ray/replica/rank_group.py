@@ -16,7 +16,7 @@ from ray.exceptions import OutOfMemoryError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from flux_ray.config.tier import Parallel, TierArgs
+from flux_ray.config import Parallel, TierArgs
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor

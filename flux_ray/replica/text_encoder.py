@@ -14,8 +14,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import tier_for
+from flux_ray.config import TierArgs
 from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.process import end_process, free_memory, load_engine, out_of_memory

@@ -22,8 +22,8 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancell
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from flux_ray.catalog.gpus import SPEEDS
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import SPEEDS
+from flux_ray.config import TierArgs
 from flux_ray.errors import (
     FluxError,
     KilledForMemory,
@@ -35,8 +35,7 @@ from flux_ray.errors import (
 from flux_ray.request import PROTOCOL, EventStream, ImageRequest, ImageResult, OnEvent, last_of
 from flux_ray.router.background import keep_running
 from flux_ray.router.handover import GRANTED, REACHABLE
-from flux_ray.router.pricing.cost import ReplicaSpec
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing import CostModel, ReplicaSpec
 from flux_ray.router.readiness import Readiness
 from flux_ray.wire import (
     Description,

@@ -11,7 +11,7 @@ from flux_ray.metrics import (
     QUEUE_SECONDS_SPENT,
     REFUSED,
 )
-from flux_ray.router.pricing.cost_model import Observation
+from flux_ray.router.pricing import Observation
 
 
 class RouterMetrics:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from flux_ray.request import ImageRequest, OnEvent, Progress, RanksDone, RequestEvent
 from flux_ray.router.ledger.messages import Retry, SubmitRequest
-from flux_ray.router.pricing.cost import Cost
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing import Cost, CostModel
 from flux_ray.router.quotas import UNLIMITED, QuotaLimits, Use
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from flux_ray.config.gateway import Alias
+from flux_ray.config import Alias
 from flux_ray.errors import (
     DeadlinePassed,
     DeadlineTooShort,
@@ -26,8 +26,8 @@ from flux_ray.request import ImageRequest, ImageResult, OnEvent, loaded
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reservation
-from flux_ray.router.pricing.cost_model import CostModel, Observation, affinity_of
-from flux_ray.router.queue.admission import Forecast
+from flux_ray.router.pricing import CostModel, Observation, affinity_of
+from flux_ray.router.queue import Forecast
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
 from flux_ray.router.quote import ANYONE, Caller, Quote, followed, offer_for, quote_for
 from flux_ray.router.tier_choice import TierCandidate, in_order

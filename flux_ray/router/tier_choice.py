@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flux_ray.config.gateway import Alias
+from flux_ray.config import Alias
 from flux_ray.errors import BadRequest
-from flux_ray.router.queue.admission import Forecast
+from flux_ray.router.queue import Forecast
 from flux_ray.router.quote import Quote
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog import tier_for
 from flux_ray.errors import UnknownTier
 from flux_ray.private_files import open_privately
 from flux_ray.request import ImageRequest

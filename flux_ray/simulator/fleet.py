@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flux_ray.catalog.gpus import PROCESSOR
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import PROCESSOR, tier_for
+from flux_ray.config import TierArgs
 from flux_ray.router.autoscaling.gpu_budget import (
     Budgeted,
     BudgetTerms,
@@ -25,8 +24,8 @@ from flux_ray.router.autoscaling.gpu_budget import (
     share_gpus,
 )
 from flux_ray.router.autoscaling.scaler import Scaler, Scaling, ScalingRules
-from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
-from flux_ray.router.queue.tier_queue import TierQueue
+from flux_ray.router.pricing import ReplicaSpec, RequestShape, price
+from flux_ray.router.queue import TierQueue
 from flux_ray.router.trace import BadTrace, TracedRequest
 from flux_ray.simulator.outcome import Arrival, Outcome, ReplicaOutage, ReplicaPool, check_pools
 from flux_ray.simulator.tier import SimulatedTier

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flux_ray.router.autoscaling.scaler import Scaling
-from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
+from flux_ray.router.queue import Assignment, QueuedRequest, RejectedEntry, Rejection
 
 SMALLEST_WAIT_S = 0.001
 BINS_PER_FACTOR_E = 50

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flux_ray.router.autoscaling.scaler import ScalingState
-from flux_ray.router.queue.entry import Assignment, QueuedRequest
+from flux_ray.router.queue import Assignment, QueuedRequest
 from flux_ray.simulator.outcome import Arrival, Curve, ReplicaPool, TierOutcome, Waits
 
 

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-from flux_ray.catalog.tiers import Tier, tier_for
+from flux_ray.catalog import Tier, tier_for
 from flux_ray.router.trace import BadTrace, TracedRequest, line_of, parse_line
 
 Pattern = Literal["poisson", "bursty", "diurnal", "burst"]

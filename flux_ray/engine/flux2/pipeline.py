@@ -26,8 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TOKEN_SIDE
-from flux_ray.catalog.tiers import Tier
+from flux_ray.catalog import MAX_WHOLE_PIXELS, TOKEN_SIDE, Tier
 from flux_ray.engine.api import (
     Conditioning,
     ImageSpec,

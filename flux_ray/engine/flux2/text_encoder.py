@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Pipeline
 from torch import Tensor
 
-from flux_ray.catalog.tiers import Tier
+from flux_ray.catalog import Tier
 from flux_ray.engine.api import PromptEmbeds
 from flux_ray.engine.flux2.dev import DEV
 from flux_ray.engine.flux2.family import Family, open_checkpoint

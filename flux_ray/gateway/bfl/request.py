@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from flux_ray.catalog.tiers import Tier
-from flux_ray.config.gateway import Limits
+from flux_ray.catalog import Tier
+from flux_ray.config import Limits
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.fields.sizes import (

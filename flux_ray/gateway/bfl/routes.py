@@ -12,8 +12,8 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.catalog import tier_for
+from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.answer import (
     AsyncResponse,

@@ -7,7 +7,7 @@ scaled to the one asked for.
 import math
 import re
 
-from flux_ray.catalog.tiers import Tier
+from flux_ray.catalog import Tier
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.request import ImageRequest

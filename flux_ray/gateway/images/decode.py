@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from flux_ray.config.gateway import Limits
+from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.file_formats import (
     JPEG_START,

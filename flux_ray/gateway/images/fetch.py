@@ -17,7 +17,7 @@ from typing import NamedTuple
 import httpx
 
 from flux_ray import __version__
-from flux_ray.config.gateway import Fetching
+from flux_ray.config import Fetching
 from flux_ray.errors import BadReference
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

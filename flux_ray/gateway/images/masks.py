@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from flux_ray.config.gateway import Limits
+from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_from, read
 from flux_ray.gateway.images.file_formats import DECODERS, FIRST

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
-from flux_ray.config.gateway import Limits
+from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import (
     SentImage,

@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 
-from flux_ray.catalog.tiers import Tier, tier_for
+from flux_ray.catalog import Tier, tier_for
 from flux_ray.errors import FluxError
 from flux_ray.gateway.errors import ErrorEvent, failure_of
 from flux_ray.gateway.http import HEADERS, MEDIA_TYPE, event_text, kept_alive

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from flux_ray.catalog.tiers import Tier, tier_for
+from flux_ray.catalog import Tier, tier_for
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.fields.foreign import (
     NO_EFFECT,

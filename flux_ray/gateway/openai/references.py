@@ -14,7 +14,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from flux_ray.config.gateway import Limits
+from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.fields.foreign import (
     is_image_name,

@@ -3,8 +3,8 @@
 import secrets
 import uuid
 
-from flux_ray.catalog.tiers import Tier
-from flux_ray.config.gateway import Limits
+from flux_ray.catalog import Tier
+from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.fields.sizes import (
     check_size,

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETER, PARAMETERS
 from flux_ray.gateway.errors import Envelope

@@ -30,9 +30,8 @@ from flux_ray.router.ledger.messages import (
     SubmitRequest,
     UsageReport,
 )
-from flux_ray.router.pricing.cost_model import Snapshot, merged
-from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.queue.tier_queue import TierQueue
+from flux_ray.router.pricing import Snapshot, merged
+from flux_ray.router.queue import Forecast, TierQueue
 from flux_ray.router.quotas import (
     LimitExceeded,
     LimitStatus,

@@ -20,8 +20,7 @@ from flux_ray.router.ledger.messages import (
 from flux_ray.router.ledger.pending import PendingRequests
 from flux_ray.router.ledger.quota_client import PendingQuota
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
-from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.queue.entry import Rejection
+from flux_ray.router.queue import Forecast, Rejection
 
 logger = logging.getLogger("ray.serve")
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flux_ray.config.tier import COLD_START_S
+from flux_ray.config import COLD_START_S
 from flux_ray.request import QueuePosition
 from flux_ray.router.ledger.messages import (
     Backlog,
@@ -29,9 +29,7 @@ from flux_ray.router.ledger.messages import (
     QuotaRequest,
     SubmitRequest,
 )
-from flux_ray.router.queue.admission import Forecast
-from flux_ray.router.queue.entry import QueuedRequest, Rejection
-from flux_ray.router.queue.tier_queue import TierQueue
+from flux_ray.router.queue import Forecast, QueuedRequest, Rejection, TierQueue
 from flux_ray.router.quotas import LimitStatus, QuotaLedger
 
 # Who was refused, or left, and comes back within that time asks for the same work.

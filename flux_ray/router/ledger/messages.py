@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 from flux_ray.request import QueuePosition
-from flux_ray.router.queue.entry import Rejection
+from flux_ray.router.queue import Rejection
 from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, UsageRow
 
 # A client that comes again does so within seconds; replicas keep the images no longer either.

@@ -15,7 +15,7 @@ from flux_ray.errors import FluxError, Overloaded, QuotaSpent, QuotaTooSmall, Ra
 from flux_ray.router.background import AGAIN_S, keep_running, within
 from flux_ray.router.ledger.messages import QuotaRequest, UsageReport
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
-from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.pricing import CostModel
 from flux_ray.router.quotas import (
     UNLIMITED,
     LimitExceeded,

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flux_ray.catalog.tiers import TIERS
+from flux_ray.catalog import TIERS
 from flux_ray.liveness import ASK_S, LOOK_S, Watch
 from flux_ray.meter import counter
 from flux_ray.metrics import HUNG

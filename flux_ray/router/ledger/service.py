@@ -13,8 +13,8 @@ from flux_ray.router.ledger.messages import (
     SubmitRequest,
     UsageReport,
 )
-from flux_ray.router.pricing.cost_model import Snapshot
-from flux_ray.router.queue.admission import Forecast
+from flux_ray.router.pricing import Snapshot
+from flux_ray.router.queue import Forecast
 from flux_ray.router.quotas import LimitExceeded, LimitStatus, UsageEntry, UsageRow, UsageSync
 
 # A ledger that hangs is replaced within this many seconds.

@@ -6,9 +6,8 @@ A replica that is taken away gets the time of its longest possible request (`dra
 
 import math
 
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.gateway import GatewayArgs, Limits
-from flux_ray.config.tier import TierArgs
+from flux_ray.catalog import tier_for
+from flux_ray.config import GatewayArgs, Limits, TierArgs
 from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
 
 

@@ -9,10 +9,16 @@ these estimates by what replicas measure.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flux_ray.catalog.flops import TOKEN_SIDE, WORKLOADS, reference_pixels
-from flux_ray.catalog.gpus import PROCESSOR, Speed, speed_for
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.config.tier import Quantization, TierArgs
+from flux_ray.catalog import (
+    PROCESSOR,
+    TOKEN_SIDE,
+    WORKLOADS,
+    Speed,
+    reference_pixels,
+    speed_for,
+    tier_for,
+)
+from flux_ray.config import Quantization, TierArgs
 from flux_ray.request import ImageRequest
 
 TERA = 1e12
