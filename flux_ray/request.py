@@ -1,8 +1,8 @@
-"""The values that cross process borders: a request for images, and its result.
+"""What a caller asks for and gets: `ImageRequest`, the events on its way, and `ImageResult`.
 
-Requests whose images are elsewhere until it is their turn; until then sizes and digests do.
-
-Events of a request and then its result, as one stream of values.
+These values cross process borders, between gateways, the ledger, replicas and job rows, so all are
+frozen. A `DeferredRequest` waits in the queue without its pixels, and loads them when a replica is
+assigned. `EventStream` is what every layer from replica to gateway yields: events, then the result.
 """
 
 import asyncio
@@ -13,8 +13,9 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Literal
 
-# Of the values that gateways, the ledger, replicas and job rows tell each other. Raise it with
-# every change of one of them: code of two numbers runs side by side while a cluster is upgraded.
+# The version of the values that gateways, the ledger, replicas and job rows tell each other. Raise
+# it once for each release that changes one of them: code of two versions runs side by side while a
+# cluster is upgraded.
 PROTOCOL = 3
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -22,7 +23,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 
 @dataclass(frozen=True)
 class RgbImage:
-    """Decoded pixels: `rgb` is height x width x 3 bytes, row by row."""
+    """A decoded image: `rgb` is height x width x 3 bytes, row by row, without padding."""
 
     width: int
     height: int
@@ -30,7 +31,7 @@ class RgbImage:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of its pixels; two milliseconds a megapixel, once."""
+        """Return the SHA-256 of size and pixels: 2 ms a megapixel, computed once and kept."""
         digest = sha256(b"%dx%d " % (self.width, self.height))
         digest.update(self.rgb)
         return digest.digest()
@@ -38,7 +39,10 @@ class RgbImage:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which pixels of an image to draw anew: `marks` has a byte for each, 255 there, else 0."""
+    """The pixels of an image to generate anew.
+
+    `marks` is height x width bytes, row by row: 255 to generate the pixel anew, 0 to keep it.
+    """
 
     width: int
     height: int
@@ -47,9 +51,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How an image becomes bytes; `quality` (0..100) counts for jpeg and webp.
+    """How the pixels of an image become a file; `quality` (0..100) is for jpeg and webp only.
 
-    `scaled_to`: width and height to which it is scaled first, where that is not how it is drawn.
+    `scaled_to`: the width and height in pixels to scale it to first, or None to keep the size in
+    which it was generated.
     """
 
     format: ImageFormat = "png"
@@ -59,10 +64,11 @@ class Encoding:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What a caller asked for, complete: defaults filled in, everything checked.
+    """What a caller asked for, complete: defaults are filled in and everything is checked.
 
-    With a `mask`, the first reference is the image that is edited: it is scaled to the size that
-    is drawn, and the rest of it stays. `num_previews` is of each image, while it is drawn.
+    `width` and `height`: pixels of each generated image. `seed` is that of the first image. With a
+    `mask`, the first reference is the image to edit: it is scaled to `width` x `height`, and stays
+    as it is outside the mask. `num_previews`: how many previews to send of each image.
     """
 
     request_id: str
@@ -81,9 +87,10 @@ class ImageRequest:
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
-        """After how many steps of an image it is previewed: evenly spread, never after the last.
+        """Return the numbers of denoise steps after which an image is previewed, evenly spread.
 
-        They are fewer than `num_previews` where there are too few steps.
+        The last step is never among them. There are fewer than `num_previews` if `num_steps` is
+        too small for so many.
         """
         share = self.num_steps / (self.num_previews + 1)
         steps = {round(number * share) for number in range(1, self.num_previews + 1)}
@@ -91,22 +98,26 @@ class ImageRequest:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One seed an image: seed, seed + 1, ..."""
+        """Return one seed for each image: `seed`, `seed` + 1, and so on."""
         return tuple(range(self.seed, self.seed + self.num_images))
 
     @property
     def num_denoise_steps(self) -> int:
-        """Of all its images."""
+        """Return the number of denoise steps of all its images together."""
         return self.num_steps * self.num_images
 
     @property
     def prompt_name(self) -> str:
-        """What caches call its prompt: the same words, the same name."""
+        """Return the name under which caches keep its encoded prompt: a digest of the words."""
         return f"p:{sha256(self.prompt.encode()).hexdigest()}"
 
     @property
     def references_name(self) -> str:
-        """What caches call its references as they are encoded, all of them in their order."""
+        """Return the name under which caches keep its encoded references.
+
+        It is a digest of all references in their order, and of the size of one that is scaled
+        before it is encoded: the same pixels have another encoding then.
+        """
         digests = b"".join(reference.digest for reference in self.references)
         for raster, size in zip(self.references, self.reference_sizes, strict=True):
             if (raster.width, raster.height) != size:
@@ -115,24 +126,28 @@ class ImageRequest:
 
     @property
     def reference_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Width and height of each, as the model is given them."""
+        """Return width and height of each reference in pixels, as the model is given them."""
         sizes = tuple((each.width, each.height) for each in self.references)
         return sizes if self.mask is None else ((self.width, self.height), *sizes[1:])
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Return width and height of its images as they are encoded."""
+        """Return width and height in pixels of the image files that the caller gets."""
         return self.encoding.scaled_to or (self.width, self.height)
 
     @property
     def megapixels(self) -> float:
-        """Of all its images."""
+        """Return the generated megapixels of all its images together."""
         return self.width * self.height * self.num_images / 1e6
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a rank says of an encoded request: its warnings, and whether it knew any of it."""
+    """A rank's answer to the stage `encode`: its tensors stay on the rank.
+
+    `warnings` tell the caller which part of the prompt was ignored. `is_cached`: the prompt or the
+    references came from the rank's cache.
+    """
 
     warnings: tuple[str, ...]
     is_cached: bool
@@ -140,7 +155,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class StageAnswer:
-    """What a rank says of one stage of a request, and the seconds that it took."""
+    """A rank's answer to one stage of a request, and the seconds that the stage took there."""
 
     value: object
     seconds: float
@@ -148,9 +163,10 @@ class StageAnswer:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What a shared text encoder says of a prompt: a tensor's bytes, its shape and torch dtype.
+    """A prompt encoded by a tier's shared text encoder: a tensor's bytes, shape and torch dtype.
 
-    `warnings` are for the caller: what of the prompt was not heeded. `is_cached`: it was known.
+    `warnings` tell the caller which part of the prompt was ignored. `is_cached`: it came from the
+    text encoder's cache.
     """
 
     data: bytes
@@ -162,7 +178,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class DenoisedImage:
-    """One image as the ranks answer it: pixels, of which a file is still to be made."""
+    """One image as the ranks answer it: pixels, which the leader has still to make a file of."""
 
     raster: RgbImage
     seed: int
@@ -170,7 +186,7 @@ class DenoisedImage:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """One image as encoded bytes."""
+    """One generated image: the bytes of its file, and the seed that generates it again."""
 
     data: bytes
     seed: int
@@ -178,9 +194,9 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Progress:
-    """How many denoise steps of a request are done, of all that its images take.
+    """How many denoise steps of a request are done, out of those of all its images.
 
-    It begins anew where a second replica draws what the first did not live to finish.
+    It starts again at 0 if the replica dies and a second one generates the images.
     """
 
     num_done: int
@@ -188,13 +204,13 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """From 0 to 1."""
+        """Return the fraction that is done, from 0 to 1."""
         return self.num_done / self.num_steps
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What an image of a request will look like; `number` counts its previews, from 0."""
+    """What an image of a request will look like; `number` counts the request's previews from 0."""
 
     tier: str
     image: GeneratedImage
@@ -203,9 +219,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Finished:
-    """An image of a request that has more to come; `index` counts its images, from 0.
+    """A finished image of a request that has more to come; `index` counts its images from 0.
 
-    The last one comes with the result. A second replica begins anew, with the same images.
+    The last image comes only with the result. If the replica dies and a second one takes over, the
+    same images come again from index 0.
     """
 
     tier: str
@@ -215,9 +232,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """Where a waiting request stands: 0 is next, and in so many seconds it is done.
+    """The place of a waiting request in its tier's queue; at `position` 0 it is the next.
 
-    `expected_s` is the ledger's forecast of now; None where no replica is up.
+    `expected_s`: the ledger's forecast of the seconds until it is done, or None if no replica is
+    up.
     """
 
     position: int
@@ -226,10 +244,11 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class RanksDone:
-    """The replica is free for another request: only files are still made of this one's images."""
+    """The event that the ranks are free for another request: only files are still to be made."""
 
 
-# What is heard of a request before its result, in the caller's own event loop.
+# What a request's stream yields before its result. `OnEvent` is called in the event loop of whoever
+# passed it.
 RequestEvent = QueuePosition | Progress | Preview | Finished | RanksDone
 OnEvent = Callable[[RequestEvent], None]
 
@@ -238,8 +257,9 @@ OnEvent = Callable[[RequestEvent], None]
 class StageTimes:
     """Seconds that a request spent in the stages of its replica; previews count as decoding.
 
-    `is_cached`: part of what is encoded was known, so that `encode_s` says nothing of another's.
-    `file_s` is of the threads that make files of the images, while the ranks do something else.
+    `is_cached`: part of the encoding came from a cache, so `encode_s` must not be used to price
+    other requests. `file_s`: seconds of the threads that make files of the images, while the ranks
+    work on the next request.
     """
 
     queue_s: float
@@ -251,15 +271,16 @@ class StageTimes:
 
     @property
     def replica_s(self) -> float:
-        """Seconds in which its ranks worked on it, and on nothing else."""
+        """Return the replica seconds it used: those in which the ranks worked on nothing else."""
         return self.encode_s + self.denoise_s + self.decode_s
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """The images of one request, and what it took.
+    """The images of one request, and the seconds that they took.
 
-    `layout` is what the replica that drew them calls its layout in its `describe`.
+    `warnings` tell the caller which part of the request was ignored. `layout`: the name by which
+    the replica that generated them describes its layout, so that prices learn from the right one.
     """
 
     request_id: str
@@ -275,39 +296,42 @@ Load = Callable[[], Awaitable[ImageRequest]]
 
 @dataclass(frozen=True)
 class DeferredRequest(ImageRequest):
-    """A request that has outlines for references: enough to price it, and to name it in caches.
+    """A request whose references are outlines without pixels: enough to price and route it.
 
-    `load` brings the whole one. Call it when a replica is granted, not before: of all requests
-    that wait together, a gateway could not hold the pixels.
+    `load` returns the complete request. Call it only once a replica is assigned: the pixels of all
+    waiting requests together would not fit into a gateway's memory.
     """
 
     load: Load = field(kw_only=True, compare=False, repr=False)
 
 
 def outline_of(width: int, height: int, digest: bytes) -> RgbImage:
-    """Return a raster without pixels, which caches name as the one that it stands for."""
+    """Return an image without pixels that has the digest of the one it stands for.
+
+    `references_name` is therefore the same for both, and the router finds their cached encoding.
+    """
     outline = RgbImage(width, height, b"")
-    # Where the cached property would keep it.
+    # The cached property is read from here; it would otherwise hash the pixels that are missing.
     outline.__dict__["digest"] = digest
     return outline
 
 
 async def loaded(request: ImageRequest) -> ImageRequest:
-    """Return the request with all its pixels. Raises what its `load` raises."""
+    """Return the request with all its pixels; raise what its `load` raises."""
     return await request.load() if isinstance(request, DeferredRequest) else request
 
 
-# Events of a request and, as its last value, the result. Close it to leave.
+# The events of a request and, as the last value, its result. Closing it cancels the request.
 EventStream = AsyncGenerator[RequestEvent | ImageResult, None]
 Generate = Callable[[OnEvent], Awaitable[ImageResult]]
 
 
 def ignore_event(event: RequestEvent) -> None:
-    """Where only the result counts."""
+    """Ignore an event: the default for callers that want only the result."""
 
 
 async def last_of(events: EventStream, on_event: OnEvent = ignore_event) -> ImageResult:
-    """Return the result that a stream ends with; what comes before it goes to `on_event`."""
+    """Return the result at the end of a stream, and call `on_event` with each event before it."""
     result: ImageResult | None = None
     async with aclosing(events):
         async for event in events:
@@ -320,7 +344,10 @@ async def last_of(events: EventStream, on_event: OnEvent = ignore_event) -> Imag
 
 
 async def stream_events(generate: Generate) -> EventStream:
-    """Yield what `generate` tells, then what it returns; raise its errors. Close it to leave."""
+    """Yield the events that `generate` reports, then the result it returns; raise its errors.
+
+    `generate` runs in a task of its own, which is cancelled when this stream is closed.
+    """
     heard: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
     generation = asyncio.ensure_future(generate(heard.put_nowait))
     generation.add_done_callback(lambda _: heard.put_nowait(None))
@@ -330,4 +357,5 @@ async def stream_events(generate: Generate) -> EventStream:
         yield await generation
     finally:
         generation.cancel()
+        # Await it even if it failed: asyncio complains of errors that nobody retrieved.
         await asyncio.gather(generation, return_exceptions=True)
