@@ -1,4 +1,8 @@
-"""What every dialect does with what it has read: find the tiers that can, and who asks."""
+"""Submit what a dialect has read to the router: `Submitter`, which all dialects share.
+
+A dialect resolves the model, prepares the request for every tier that can do it, looks for an
+earlier run if the client repeats it, and then generates or streams the images.
+"""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -33,10 +37,10 @@ logger = logging.getLogger("ray.serve")
 
 
 class PreparedRequest(NamedTuple):
-    """A complete request as each tier that can do it would, best first, and whose it is.
+    """A complete request, in one form for each tier that can do it, best first, and its caller.
 
-    `notes` are for the caller: what of its images could not be used. `places`: where its images
-    are drawn already, or were, if it comes again.
+    `notes` tell the caller which parts of its images could not be used. `places`: the replicas
+    that generate its images already, or did, if the client sent the same request before.
     """
 
     target: ResolvedModel
@@ -46,16 +50,19 @@ class PreparedRequest(NamedTuple):
     places: tuple[Place, ...] = ()
 
     def request_of(self, generated: ImageResult | Preview | Finished) -> ImageRequest:
-        """The one that was drawn."""
+        """Return the form of the request for the tier that generated these images."""
         return next(each for each in self.requests if each.tier == generated.tier)
 
     def notes_on(self, generated: ImageResult | Preview | Finished) -> list[str]:
-        """Tell the caller what is not as it was asked for, besides fields without effect."""
+        """Return sentences for the caller about images that differ from what was asked for.
+
+        Those about fields that have no effect are the dialect's to add.
+        """
         return [*size_notes(self.request_of(generated)), *self.notes]
 
 
 class Submitter:
-    """Takes them, and has them drawn."""
+    """The way from the dialects to the router; a gateway has one, used from its event loop."""
 
     def __init__(self, router: Router, args: GatewayArgs) -> None:
         self.router = router
@@ -63,7 +70,10 @@ class Submitter:
         self._callers = Callers(args)
 
     def target_of(self, http: Request, model: str | None) -> ResolvedModel:
-        """The tiers that may serve this caller under that name."""
+        """Return the model of that name with the tiers that this caller's key may use.
+
+        None is the default model. Raise UnknownTier, TierForbidden or LicenseForbids.
+        """
         key_class = self._callers.class_of(http)
         return target_for(
             model,
@@ -80,9 +90,11 @@ class Submitter:
         build: Callable[[Tier], ImageRequest],
         notes: tuple[str, ...] = (),
     ) -> PreparedRequest:
-        """The order; the log joins the client's id with ours.
+        """Prepare the request for each deployed tier of `target` that can do it.
 
-        TierUnavailable at once where no tier that can do it is deployed: it would wait for nobody.
+        `build` makes it for one tier, or raises BadRequest; if it does for all, raise that of the
+        best tier. Raise TierUnavailable if no tier that can do it is deployed: the request would
+        wait in a queue that nobody serves.
         """
         limits = self.args.limits
         deployed = self.router.deployed(requests_for(target, build))
@@ -90,6 +102,7 @@ class Submitter:
         order = PreparedRequest(target, requests, self._callers.caller_of(http), notes)
         whose = order.caller.key or "anybody"
         http_id, image_id = http.state.request_id, order.requests[0].request_id
+        # The only line with both ids: the client knows its own, all later lines have ours.
         logger.info(
             "request %s: image request %s on %s for %s", http_id, image_id, target.name, whose
         )
@@ -98,9 +111,10 @@ class Submitter:
     async def named(
         self, http: Request, order: PreparedRequest, seed: int | None
     ) -> PreparedRequest:
-        """The order, which is the one from before if it comes again. `seed`: that its client sent.
+        """Return `order` with its earlier places and seed, if the client sent it before.
 
-        KeyReused where its idempotency key is that of another one.
+        `seed` is the one that the client sent, or None. Raise KeyReused if the idempotency key
+        came before with another request.
         """
         retry = await retry_of(http, order.target.name, order.requests[0], seed)
         if retry is None:
@@ -110,6 +124,9 @@ class Submitter:
         if any(place.fingerprint != retry.fingerprint for place in places):
             message = "this idempotency-key is that of another request"
             raise KeyReused(message, IDEMPOTENCY_KEY)
+        # Without a seed of its own, the request must not get a new random one: it would have other
+        # images than the first time. After the ledger has forgotten the first run, the seed still
+        # follows from the idempotency key.
         if seed is None and places:
             seed = places[0].seed
         elif seed is None and retry.is_lasting:
@@ -120,7 +137,10 @@ class Submitter:
         return order._replace(requests=requests, caller=caller, places=places)
 
     async def generate(self, order: PreparedRequest) -> ImageResult:
-        """Its images, by the tier that the policy prefers, if no replica has them yet."""
+        """Return the images: those of an earlier run of this request if a replica has them still.
+
+        Otherwise generate them on the tier that the alias's policy prefers.
+        """
         if order.places:
             result = await self.router.recall(order.places, order.requests, order.caller)
             if result is not None:
@@ -128,13 +148,13 @@ class Submitter:
         return await self.router.generate_by(order.target.alias, order.requests, order.caller)
 
     def stream(self, order: PreparedRequest) -> EventStream:
-        """Yield what there is to see before the images, by its target's policy, then those.
+        """Yield the request's events and then its images, as the alias's policy says.
 
-        A client that is slow to read keeps neither a replica nor its turn.
+        The generation does not wait for whoever reads: a slow client holds up no replica.
         """
         best, *others = order.requests
         if order.target.alias.policy == "cascade" and others:
-            # The fast tier's image is the preview.
+            # The fast tier's image is the preview, so neither tier has to make others.
             early, late = (replace(each, num_previews=0) for each in (others[-1], best))
             # The images of two tiers are not one run that could be found again.
             return cascade(self.router, early, late, replace(order.caller, retry=None))
@@ -146,10 +166,10 @@ class Submitter:
         return stream_events(generate)
 
     def limit_headers(self, order: PreparedRequest) -> dict[str, str]:
-        """For its answer: what is left to the caller, where that is limited."""
+        """Return headers that tell the caller what is left of its limits; none without limits."""
         standing = self.router.standing(order.caller)
         return {} if standing is None else limit_headers(*standing)
 
     async def credits(self, http: Request) -> float | None:
-        """The GPU seconds that the caller has left today; None where that is not limited."""
+        """Return the GPU seconds that the caller has left today, or None without such a limit."""
         return await self.router.credits(self._callers.caller_of(http))

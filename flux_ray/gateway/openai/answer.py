@@ -1,6 +1,8 @@
-"""From our result to OpenAI's answer: body and headers.
+"""Answer in OpenAI's format, at once or as server-sent events.
 
-OpenAI's answer as server-sent events: previews where there are any, and each image when done.
+`answer_for` makes the body and headers of a plain answer from a result. `stream` answers with
+events: previews if any were asked for, and each image as soon as it is done. Fields that are not
+OpenAI's, such as seeds and warnings, come after OpenAI's own.
 """
 
 import base64
@@ -34,12 +36,12 @@ from flux_ray.request import (
     RequestEvent,
 )
 
-# As pydantic writes an image whose base64 is to come.
+# How pydantic writes an image without its base64, which `with_images` puts in later.
 NO_IMAGE = b'"b64_json":""'
 
 
 class AnsweredImage(BaseModel):
-    """One image, itself or its URL; with this seed, the same request draws it again."""
+    """One image, as base64 or as a URL; with this seed, the same request generates it again."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -47,14 +49,14 @@ class AnsweredImage(BaseModel):
 
 
 class InputDetails(BaseModel):
-    """Of what the transformer read."""
+    """The input tokens by what they stand for: the text and the reference images."""
 
     text_tokens: int
     image_tokens: int
 
 
 class TokenUsage(BaseModel):
-    """Tokens as the transformer counts them: padded text, and patches of images."""
+    """The tokens that the transformer takes and makes: padded text, and patches of images."""
 
     input_tokens: int
     output_tokens: int
@@ -63,7 +65,7 @@ class TokenUsage(BaseModel):
 
 
 class Answer(BaseModel):
-    """OpenAI's fields, then ours: id, model, warnings, and every image's seed."""
+    """The body of an answer: OpenAI's fields, then id, model, warnings and each image's seed."""
 
     created: int
     data: list[AnsweredImage]
@@ -82,7 +84,11 @@ def answer_for(
     started_s: float,
     urls: tuple[str, ...] | None = None,
 ) -> Response:
-    """The whole answer; `started_s` is when the request came, on the monotonic clock."""
+    """Return the plain answer: its JSON body, and headers with seed, model and timing.
+
+    `started_s`: when the request arrived, in seconds of the monotonic clock. `urls`: one for each
+    image, if the caller asked for URLs instead of base64.
+    """
     answer = Answer(
         created=int(time.time()),
         data=images_of(result, urls),
@@ -105,7 +111,7 @@ def answer_for(
 
 
 def images_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[AnsweredImage]:
-    """By their URLs where there are any; else without their base64, which is put in as bytes."""
+    """Return the images with their URLs, or with an empty base64 that `with_images` replaces."""
     if urls is not None:
         pairs = zip(urls, result.images, strict=True)
         return [AnsweredImage(url=url, seed=image.seed) for url, image in pairs]
@@ -113,10 +119,10 @@ def images_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[Answere
 
 
 def with_images(body: bytes, result: ImageResult) -> bytes:
-    """Put the images as base64 into an answer's JSON, in which their places are empty.
+    """Return the JSON `body` with the images' base64 in the empty places that are left for it.
 
-    Megabytes of text take pydantic longer than base64 itself: it copies and scans them thrice. No
-    text of a client's stands before `data`, so that the first empty places are the images'.
+    Pydantic copies and scans megabytes of text three times, which takes longer than base64 itself.
+    No text of a client comes before `data`, so the first empty places are those of the images.
     """
     before, *after = body.split(NO_IMAGE, len(result.images))
     parts = [before]
@@ -126,7 +132,7 @@ def with_images(body: bytes, result: ImageResult) -> bytes:
 
 
 def usage_for(request: ImageRequest) -> TokenUsage:
-    """How much the transformer reads and draws."""
+    """Return how many tokens the transformer takes and makes for a request."""
     tier = tier_for(request.tier)
     image_tokens = sum(reference_tokens(*size, tier) for size in request.reference_sizes)
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
@@ -141,18 +147,25 @@ def usage_for(request: ImageRequest) -> TokenUsage:
 
 
 def reference_tokens(width: int, height: int, tier: Tier) -> int:
-    """Of a reference as the model reads it: scaled down, each side rounded down, to its limit."""
+    """Return the tokens of a reference of that size in pixels, as the model encodes it.
+
+    A reference above the tier's `max_reference_pixels` is scaled down to it, each side rounded
+    down.
+    """
     scale = min(1.0, math.sqrt(tier.max_reference_pixels / (width * height)))
     return num_patches(int(width * scale), int(height * scale), tier)
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:
-    """The transformer's tokens of an image; what is left over at its sides is cut."""
+    """Return the transformer's tokens of an image; pixels beyond the last whole patch are cut."""
     return (width // tier.size_multiple) * (height // tier.size_multiple)
 
 
 def server_timing(result: ImageResult, started_s: float) -> str:
-    """The stages in milliseconds, as browsers show them; the last is the gateway's own count."""
+    """Return a Server-Timing header, which browsers show: the stages in milliseconds.
+
+    `total` is measured in this gateway, from the arrival of the request, and covers the others.
+    """
     stages_s = {
         "queue": result.times.queue_s,
         "encode": result.times.encode_s,
@@ -170,7 +183,10 @@ Kind = Literal["image_generation", "image_edit"]
 
 
 class StreamEvent(BaseModel):
-    """OpenAI's fields, then ours. A preview has an index, and an image what it took."""
+    """One event: OpenAI's fields, then id, model, seed and warnings.
+
+    Previews have a `partial_image_index`, finished images a `usage`.
+    """
 
     type: str
     b64_json: str
@@ -190,13 +206,17 @@ class StreamEvent(BaseModel):
 async def stream(
     orders: Submitter, order: PreparedRequest, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
-    """Answer with events; what goes wrong at once is raised, for a plain answer."""
+    """Answer with server-sent events.
+
+    An error before the first event is raised, so that it is answered with its own HTTP status;
+    later ones come as an event, since the 200 has been sent.
+    """
     telling = EventWriter(order, fields, kind)
     texts = kept_alive(telling.texts(orders.stream(order)), telling.standing)
     first = await anext(texts)
 
     async def all_texts() -> AsyncIterator[str]:
-        # A client that leaves between two events ends what is still drawn.
+        # If the client leaves between two events, this cancels the images that are not done.
         async with aclosing(texts):
             yield first
             try:
@@ -212,7 +232,7 @@ async def stream(
 
 
 class EventWriter:
-    """Turns what is heard of one order into events, each of its images and previews once."""
+    """The events of one request for OpenAI's clients: each preview and each image exactly once."""
 
     def __init__(self, order: PreparedRequest, fields: ImageFields, kind: Kind) -> None:
         self._order = order
@@ -222,11 +242,11 @@ class EventWriter:
         self._num_previews = self._num_finished = 0
 
     def standing(self) -> str:
-        """Say where the request stands: in the queue, or how far it has come."""
+        """Return its place in the queue or its progress, in words for a keep-alive comment."""
         return self._standing
 
     async def texts(self, events: EventStream) -> AsyncGenerator[str, None]:
-        """Yield an event for each preview and image."""
+        """Yield the text of an event for each preview and each finished image."""
         async with aclosing(events):
             async for each in events:
                 for event in self._events_of(each):
@@ -235,7 +255,8 @@ class EventWriter:
     def _events_of(self, news: RequestEvent | ImageResult) -> Iterator[StreamEvent]:
         if isinstance(news, QueuePosition | Progress):
             self._standing = words_for(news)
-        # A second replica begins anew: its previews and images are the same.
+        # If the replica dies, a second one starts again: its previews and images are the same, and
+        # those that the client already has must not come twice.
         elif isinstance(news, Preview):
             if news.number == self._num_previews:
                 self._num_previews += 1
@@ -272,7 +293,7 @@ class EventWriter:
 
 
 def words_for(news: QueuePosition | Progress) -> str:
-    """Say where a request stands, in words that a program can read too."""
+    """Return where a request stands, in words that a program can parse too."""
     if isinstance(news, Progress):
         return f"generating progress={news.share:.2f}"
     expected = "" if news.expected_s is None else f" expected_s={news.expected_s:.1f}"
