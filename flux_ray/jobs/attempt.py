@@ -1,8 +1,8 @@
-"""One attempt at one job: draw it while the lease is kept, keep its images, end it.
+"""Run one attempt at one job: generate it while the lease is renewed, store its images, end it.
 
-What becomes of a job whose attempt failed: another one, after a pause, or its end.
-
-Shows what a job will look like while it is drawn, where any gateway finds it.
+`Attempt` does this in a worker; `outcome_of` decides what becomes of the job if the attempt fails:
+another attempt after a pause, or its end. `Previews` stores previews of a running job where every
+gateway finds them, so that a client may ask any of them.
 """
 
 import asyncio
@@ -30,26 +30,28 @@ from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePos
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
-# Each attempt takes a replica's turn before it reads: not too often while a store is away.
+# An attempt occupies a replica before it reads the references, so while the store cannot be
+# reached, frequent attempts would waste the replica's time.
 AWAY_PAUSE_S = 5.0
 
 LOST = JobFailure("server_error", "the image could not be drawn")
 
 
 class RetryLater(NamedTuple):
-    """Another attempt, so much later; `is_lost` if it counts against the job."""
+    """Try the job again in `after_s` seconds; `is_lost` if this counts towards `max_lost`."""
 
     after_s: float
     is_lost: bool
 
 
 def outcome_of(error: BaseException | None, num_lost: int) -> RetryLater | JobFailure:
-    """After `error` in an attempt (None: it was cancelled from within).
+    """Decide what becomes of a job after `error` (None: its generation was cancelled).
 
-    A job waits for its turn as long as that takes, and for its references as long as their store is
-    away. What may be the job's own fault is tried again
-    too, as a whole cluster may have died under it; how often, the worker decides by `num_lost`.
-    What needs more memory than a card has would need it again: that is its end.
+    A full queue, a spent limit, a tier without replicas, a store that cannot be reached or a row
+    that only a newer release can read is not the job's fault: it is tried again as often as needed.
+    An error of the request, a result that is too large or a lack of memory would come again, so it
+    ends the job. Any other error may be the job's fault or that of a dying cluster: it is tried
+    again, after twice the pause each time, and counts towards `max_lost`.
     """
     if isinstance(error, (Overloaded, RateLimited, TierUnavailable)):
         return RetryLater(float(error.retry_after_s or FIRST_PAUSE_S), is_lost=False)
@@ -66,12 +68,12 @@ def outcome_of(error: BaseException | None, num_lost: int) -> RetryLater | JobFa
 
 logger = logging.getLogger("ray.serve")
 
-# The last one that was heard of, if there is one.
+# Returns the latest preview of the request, or None before the first.
 Last = Callable[[], GeneratedImage | None]
 
 
 class Previews:
-    """Of one attempt. What fails here costs a preview, and never the job."""
+    """The previews of one attempt, stored as they come. An error here never fails the job."""
 
     def __init__(self, lease: Lease, store: Store, results: Results, last: Last) -> None:
         self._lease = lease
@@ -83,9 +85,10 @@ class Previews:
 
     @asynccontextmanager
     async def shown(self, beat_s: float) -> AsyncIterator[None]:
-        """While this is open: looked for at each beat, and removed at its end.
+        """Store new previews every `beat_s` seconds while open; remove them all on leaving.
 
-        Who is cancelled is to leave at once: what stays goes when the job has expired.
+        They are not removed if the block raises, cancellation included: a cancelled attempt has to
+        leave at once. The cleanup then removes them with the expired job.
         """
         showing = spawn(self._show_on(beat_s))
         try:
@@ -110,7 +113,7 @@ class Previews:
             stored = await self._results.write_preview(
                 job.job_id, job.attempt, number, image, job.packed["encoding"]["format"]
             )
-            # Those before it stay: somebody may have their URLs.
+            # Earlier previews stay until the end, since clients may have their URLs.
             self._shown += (stored,)
             await self._store.show(self._lease, self._shown)
         except (StoreLost, ResultTooLarge) as error:
@@ -125,36 +128,39 @@ class Previews:
             logger.warning("job %s keeps its previews for now: %s", job.job_id, error)
 
 
-# A lease outlives two beats that were lost.
+# Two lost beats in a row do not end a lease; a database may be away for so long.
 BEATS_PER_LEASE = 3
-# At a beat a job that was cancelled elsewhere ends, and others see how far it has come.
+# Beats are also how a worker learns that its job was cancelled, and how others see its progress:
+# with long leases they must not be rare.
 MAX_BEAT_S = 2.0
 
-# A replica waits meanwhile.
+# The assigned replica is idle while the references are read.
 LOAD_S = 10.0
 
-# Draws the job's request, for the job's owner; its references are there when it is loaded.
+# Generates the job's request on behalf of the job's owner. The request loads its references itself,
+# when a replica is assigned.
 Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
-# How far a request has come, from 0 to 1, by its id; None if nobody knows.
+# Returns the progress of the request with that id, from 0 to 1, or None if it is not known.
 ProgressOf = Callable[[str], float | None]
-# What it will look like, by its id; None as long as nobody knows.
+# Returns the latest preview of the request with that id, or None before the first.
 PreviewOf = Callable[[str], GeneratedImage | None]
-# Where it stands in its tier's queue, by its id; None if it does not wait, or nobody knows.
+# Returns the place in its tier's queue of the request with that id, or None if it does not wait
+# there, or this is not known.
 StandingOf = Callable[[str], QueuePosition | None]
 T = TypeVar("T")
 
 
 def unheard(request_id: str) -> None:
-    """Nobody knows."""
+    """Return None: the default where nothing is known of running requests."""
     return None
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What every attempt works with.
+    """The stores and functions that all attempts of one gateway's worker use.
 
-    `pause_s`: before a store that is away is asked again. `max_lost`: a job that was lost so often
-    is given up.
+    `pause_s`: seconds before a store that did not answer is asked again. `max_lost`: a job whose
+    attempts were lost this many times is failed.
     """
 
     store: Store
@@ -168,9 +174,10 @@ class WorkerContext:
 
 
 class Attempt:
-    """Cancel run() and the job is given back.
+    """One attempt at a leased job, run once as a task of the worker; cancelling it is allowed.
 
-    `is_leaving`: its gateway ends, and is not to wait for what others may begin as well.
+    `is_leaving` says whether this gateway is shutting down: a job that still waits for a replica is
+    then given back, for another gateway to queue it.
     """
 
     def __init__(
@@ -179,11 +186,15 @@ class Attempt:
         self._lease = lease
         self._shop = workshop
         self._is_leaving = is_leaving
-        # Of no other attempt: one whose lease was lost may still be drawn somewhere.
+        # Differs between attempts: one whose lease was lost may still be running at a replica, and
+        # its progress and cancellation must not be mistaken for ours.
         self._request_id = f"{lease.job_id}-{lease.attempt}"
 
     async def run(self) -> None:
-        """Until the job has ended, or is another's."""
+        """Work on the job until it has ended, was given back, or belongs to another worker.
+
+        If this is cancelled, the job is given back first.
+        """
         lease = self._lease
         if lease.job.num_lost >= self._shop.max_lost:
             logger.error("job %s is given up: it was lost too often", lease.job_id)
@@ -200,7 +211,7 @@ class Attempt:
                 else:
                     logger.info("job %s was cancelled, or is another worker's", lease.job_id)
         except asyncio.CancelledError:
-            # First: another would have it drawn at the same time.
+            # End it first: another worker may take the job at once, and both would generate it.
             await end(generation)
             await self._give_back()
             raise
@@ -212,11 +223,11 @@ class Attempt:
         return min(self._shop.store.lease_s / BEATS_PER_LEASE, MAX_BEAT_S)
 
     def _is_idle(self) -> bool:
-        """It only waits for a replica, at a gateway that ends."""
+        """Return whether it still waits for a replica while this gateway is shutting down."""
         return self._is_leaving() and self._shop.standing_of(self._request_id) is not None
 
     def _previews(self) -> AbstractAsyncContextManager[None]:
-        """They are shown while this is open, if the request asks for any."""
+        """Return a context in which previews are stored, if the request asks for any."""
         lease, shop = self._lease, self._shop
         if not lease.job.packed.get("num_previews"):
             return nullcontext()
@@ -237,7 +248,11 @@ class Attempt:
         return JobResult(images, asdict(generated.times), generated.warnings)
 
     async def _load(self) -> ImageRequest:
-        """The whole request. Raises StoreLost; ResultMissing or ValueError if it is not there."""
+        """Return the request with its references.
+
+        Raise StoreLost if the store does not answer, and ResultMissing or ValueError if the
+        references are not there.
+        """
         job, results = self._lease.job, self._shop.results
         try:
             async with asyncio.timeout(LOAD_S):
@@ -247,7 +262,10 @@ class Attempt:
         return await asyncio.to_thread(unpack, job.packed, blobs, self._request_id)
 
     async def _watch(self, generation: "asyncio.Task[JobResult]") -> bool:
-        """Beat until it is drawn; False if the lease is lost, or is to be given back."""
+        """Renew the lease until the generation ends, and return True.
+
+        Return False if the lease is lost, or if the job should be given back.
+        """
         shop, request_id = self._shop, self._request_id
         while True:
             done, _ = await asyncio.wait({generation}, timeout=self._beat_s)
@@ -260,7 +278,8 @@ class Attempt:
                 if not await shop.store.beat(self._lease, progress, standing):
                     return False
             except StoreLost as error:
-                # Whoever takes the job meanwhile: only one of us can finish it.
+                # Go on: if the lease ends meanwhile and another worker takes the job, the store
+                # still lets only one of us finish it.
                 logger.warning("job %s has no beat: %s", self._lease.job_id, error)
 
     async def _conclude(self, generation: "asyncio.Task[JobResult]") -> None:
@@ -289,7 +308,7 @@ class Attempt:
             logger.warning("job %s waits for its lease to end: %s", self._lease.job_id, error)
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Ask until the stores answer: a drawn image is not given up for an outage."""
+        """Repeat `call` until the stores answer: a generated image is not lost to an outage."""
         while True:
             try:
                 return await call()
@@ -299,7 +318,10 @@ class Attempt:
 
 
 async def remove_references(results: Results, job: Job) -> None:
-    """Nobody reads them after the job's end; what stays here goes when the job has expired."""
+    """Remove the references of a job that has ended, which nobody will read any more.
+
+    If the store does not answer, the cleanup removes them with the expired job.
+    """
     try:
         await results.remove_references(job.job_id, num_blobs(job.packed))
     except ResultsLost as error:
@@ -307,9 +329,9 @@ async def remove_references(results: Results, job: Job) -> None:
 
 
 async def end(task: "asyncio.Task[JobResult]") -> None:
-    """Cancel it and see it end, however it does."""
+    """Cancel a task and wait until it has ended, whether with a result, an error or neither."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        # Looked at, or asyncio complains of an error that nobody saw.
+        # Retrieve the error, or asyncio complains that nobody did.
         task.exception()
