@@ -1,1 +1,1 @@
-"""The ledger: the books of the cluster, the actor that keeps them, and how gateways talk to it."""
+"""The ledger, one actor that queues the requests of all gateways, and how they talk to it."""

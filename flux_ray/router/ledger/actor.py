@@ -1,4 +1,9 @@
-"""The named Ray actor that keeps the ledger, and hears of replicas from Serve."""
+"""The named Ray actor that keeps the ledger.
+
+`LedgerActor` gives the ledger the time, tells it which replicas Serve names, and keeps decisions
+until their gateway has heard them. Where nobody knows what an error left behind, the process ends:
+Ray starts the actor anew, and the gateways' reports fill it again.
+"""
 
 import asyncio
 import contextlib
@@ -14,7 +19,6 @@ import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-# The module, not what is in it: its items are replaced.
 from flux_ray.router import handover
 from flux_ray.router.background import keep_running
 from flux_ray.router.ledger.ledger import Ledger
@@ -43,12 +47,17 @@ from flux_ray.router.quotas import (
 
 logger = logging.getLogger("ray.serve")
 
+# With nobody calling for so long, the actor ends: its gateways are gone, or were upgraded.
 IDLE_S = 60.0
+# `listen` returns after so long even without decisions.
 LISTEN_S = 5.0
+# Silent gateways, new tiers and due decisions are looked for at least this often.
 TICK_S = 0.5
-# A new ledger hears first what all gateways have: each speaks twice a second.
+# A new ledger decides nothing before every gateway has reported what it has: each reports twice a
+# second. Otherwise it would assign replicas that are busy.
 REJOIN_S = 0.6
-# From the end of one request until the next is at the replica, on a busy machine: it would be idle.
+# On a busy machine it takes this long until a replica has its next request. The queue assigns it
+# that much before the last one ends, or the replica would be idle meanwhile.
 LEAD_S = 0.05
 
 P = ParamSpec("P")
@@ -56,23 +65,23 @@ T = TypeVar("T")
 
 
 class DecisionOutbox:
-    """A gateway's outbox, at which it waits."""
+    """The outbox of one gateway, whose `listen` waits here for decisions."""
 
     def __init__(self) -> None:
         self._outbox: Outbox[Decision] = Outbox(uuid.uuid4().hex)
         self._filled = asyncio.Event()
 
     def put(self, decisions: list[Decision]) -> None:
-        """Add them, and wake whoever listens."""
+        """Add decisions, and wake whoever listens."""
         self.keep(decisions)
         self._filled.set()
 
     def keep(self, decisions: list[Decision]) -> None:
-        """Add them for the next time: they were told, but perhaps not heard."""
+        """Add decisions and wake nobody: a reply tells them, and this is in case it is lost."""
         self._outbox.put(decisions)
 
     async def after(self, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
-        """The decisions after a receipt, and the receipt for them; waits if there is none."""
+        """Return the decisions after a receipt, with theirs; wait up to `LISTEN_S` for some."""
         heard, decisions = self._outbox.after(receipt)
         if not decisions:
             self._filled.clear()
@@ -83,7 +92,7 @@ class DecisionOutbox:
 
 
 def end_process() -> None:
-    """Ray starts the actor anew."""
+    """End this process at once; Ray starts the actor in a new one."""
     logging.shutdown()
     os._exit(1)
 
@@ -91,7 +100,7 @@ def end_process() -> None:
 def ends_on_error(
     method: Callable[P, Awaitable[T]],
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """An unforeseen error ends the ledger: what it wrote may be half of it. It is built anew."""
+    """Make an unforeseen error in `method` end the ledger, whose books may be half written."""
 
     @wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -116,7 +125,11 @@ async def connect(tier: str) -> Any:
 
 
 class LedgerActor:
-    """One for the cluster. What it loses by dying, the gateways tell it again."""
+    """The Ray actor around the cluster's one `Ledger`; a `LedgerService`.
+
+    All gateways and scaling policies call it, through `RemoteLedger`; its methods run on its one
+    event loop. What it loses by dying, the gateways report again.
+    """
 
     def __init__(
         self,
@@ -125,7 +138,7 @@ class LedgerActor:
         rejoin_s: float = REJOIN_S,
         companion: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """`companion`: what else goes on in this process, of which the cluster has just one."""
+        """Keep `companion` running in this process, of which the cluster has just one."""
         self.end = end
         self.spoken_at = time.monotonic()
         self._connect = connect
@@ -138,11 +151,11 @@ class LedgerActor:
         self._ticker: asyncio.Task[None] | None = None
         self._companion = companion
         self._accompanying: asyncio.Task[None] | None = None
-        # By tier, what keeps them, and what holds its handle.
+        # By tier, the task that holds its handle.
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     def begin(self) -> None:
-        """Somebody speaks to it."""
+        """Note that somebody calls, and start the companion if it is the first call."""
         self.spoken_at = time.monotonic()
         if self._companion is not None and self._accompanying is None:
             self._accompanying = keep_running(self._companion, "what goes on beside the ledger")
@@ -165,47 +178,47 @@ class LedgerActor:
 
     @ends_on_error
     async def listen(self, gateway: str, receipt: Receipt) -> tuple[Receipt, list[Decision]]:
-        """A gateway waits here for what is decided about its tickets."""
+        """Wait up to `LISTEN_S` for decisions after `receipt`; return them with their receipt."""
         return await self._mailbox(gateway).after(receipt)
 
     @ends_on_error
     async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone, for who has to choose among tiers."""
+        """Predict what would become of each request if it alone were submitted now."""
         now = time.monotonic()
         return tuple(self._ledger.forecast(offer, now) for offer in offers)
 
     @ends_on_error
     async def places(self, name: str) -> tuple[Place, ...]:
-        """Where a request that comes again may be, for who need not have it drawn anew then."""
+        """Return the replicas that run, or ran, the request of this name, the latest first."""
         return self._ledger.places(name, time.monotonic())
 
     @ends_on_error
     async def backlog(self, tier: str, cold_start_s: float | None = None) -> Backlog:
-        """For the policies that scale a tier, which know what a replica of it takes to start."""
+        """Return a tier's work for its scaling policy, which knows how long a replica starts."""
         if cold_start_s is not None:
             self._ledger.learn_cold_start(tier, cold_start_s)
         return self._ledger.backlog(tier, time.monotonic())
 
     @ends_on_error
     async def share_prices(self, snapshot: Snapshot) -> Snapshot:
-        """Merge what a gateway learned; what all of them did."""
+        """Merge what a gateway learned of prices; return what all gateways did."""
         self._prices = merged(self._prices, snapshot)
         return self._prices
 
     @ends_on_error
     async def enter(self, gateway: str, quota: QuotaRequest) -> LimitExceeded | LimitStatus | None:
-        """Count a request against what its key may have; why not, or what is left to it."""
+        """Count a request against its key's limits; return why not, or what its key has left."""
         entry, limits, rows = quota.entry, quota.limits, quota.rows
         return self._allowances.admit(gateway, entry, limits, rows, time.monotonic())
 
     @ends_on_error
     async def leave(self, gateway: str, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
-        """A request that was counted has ended."""
+        """Note that a counted request has ended; `rows` include what it used."""
         self._allowances.leave(gateway, entry.request_id, entry.tier, rows)
 
     @ends_on_error
     async def share_usage(self, gateway: str, report: UsageReport) -> UsageSync:
-        """What a gateway has in hand and knows of today; what it does not know yet."""
+        """Merge a gateway's counted requests and what keys used; return what is new to it."""
         entries, rows, now = report.entries, report.rows, time.monotonic()
         return self._allowances.share(gateway, entries, rows, now, tells_all=report.tells_all)
 
@@ -222,11 +235,11 @@ class LedgerActor:
             self.end()
 
     def _look_around(self, now: float) -> None:
-        """See what nobody tells."""
+        """Do what no call asks for: end when idle, forget dead gateways, watch new tiers."""
         if now - self.spoken_at > IDLE_S:
             logger.info("nobody speaks to this ledger any more")
             ray.kill(ray.get_runtime_context().current_actor)
-        # Also while others speak: of a few gateways one always does, and what a dead one holds
+        # Not only when nobody calls: of a few gateways one always does, and what a dead one holds
         # would never be free.
         for gateway in self._ledger.forget_silent(now):
             self._mailboxes.pop(gateway, None)
@@ -235,7 +248,7 @@ class LedgerActor:
         self._deliver(self._decide(now))
 
     async def _watch(self, tier: str) -> None:
-        """Hear of the tier's replicas from Serve, for as long as this process lives."""
+        """Hold a handle of the tier: as long as there is one, Serve tells of its replicas."""
         try:
             handle = await self._connect(tier)
         except (RayError, RayServeException) as error:

@@ -24,13 +24,14 @@ from flux_ray.router.queue import Forecast, Rejection
 
 logger = logging.getLogger("ray.serve")
 
+# After so long without news, a report names all that this gateway knows.
 BEAT_S = 0.5
-# That a request has ended is told so much later: its answer goes first.
+# The end of a request is reported this much later, so that its answer goes to the client first.
 QUIET_S = 0.005
-# The work ahead of a request may take so much longer than priced, and who comes back at the
-# promised moment would be refused again.
+# The work ahead of a request may take this much longer than priced. Without it in Retry-After, a
+# client that comes back at the promised moment would be refused again.
 OVERRUN = 0.05
-# Serve tells all processes of a new replica within that time.
+# Serve tells all processes of a new replica within this time.
 REACH_S = 1.0
 
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
@@ -58,11 +59,11 @@ class LedgerClient:
         self._news = asyncio.Event()
         self._heard = Receipt()
         self._tasks: list[asyncio.Task[None]] = []
-        # By ticket, whose turn is still to come, and of which tier.
+        # Requests that wait for a replica, by ticket: their tier, and where its name will be.
         self._waiting: dict[str, tuple[str, asyncio.Future[str]]] = {}
 
     def start(self) -> None:
-        """Talk to the ledger from now on, also while there is nothing to ask."""
+        """Start the tasks that report and listen; they go on while no request waits."""
         if not self._tasks:
             self._tasks = [
                 keep_running(self._speak, "what tells the ledger"),
@@ -75,11 +76,11 @@ class LedgerClient:
         on_event: OnEvent | None = None,
         quota: PendingQuota | None = None,
     ) -> str:
-        """Wait for the replica whose turn it is. `on_event` is told where it stands meanwhile.
+        """Submit a request, wait for its turn, and return the replica it is assigned.
 
-        `quota` is asked for in the same message: RateLimited or QuotaTooSmall if it is too much.
-        Overloaded if the ledger refuses, or by the deadline if it says nothing; TierUnavailable if
-        the tier is lost. Cancelling gives the turn back. Else `end` has to be called once.
+        `on_event` is called with its queue positions. `quota` is asked for in the same message:
+        RateLimited or QuotaTooSmall if it is too much. Overloaded if the queue refuses or says
+        nothing by the deadline; TierUnavailable if the tier ends. If this returns, call `end` once.
         """
         self.start()
         granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -99,7 +100,7 @@ class LedgerClient:
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
         try:
-            # The ledger may hang.
+            # A ledger that hangs must not keep the client for longer than that.
             async with within(offer.deadline_in_s, late):
                 replica = await granted
             await self._reach(offer.tier, replica)
@@ -111,13 +112,13 @@ class LedgerClient:
             self._waiting.pop(offer.ticket_id, None)
 
     def lose(self, tier: str) -> None:
-        """No turn of that tier will come any more."""
+        """Fail all requests that wait for a replica of a tier that has ended."""
         for waits_for, granted in self._waiting.values():
             if waits_for == tier and not granted.done():
                 granted.set_exception(not_deployed(tier))
 
     async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone; the best where the ledger is away."""
+        """Predict what would become of each request alone; no wait at all if the ledger is away."""
         try:
             return await self._line.forecast(offers)
         except LedgerLost as error:
@@ -125,7 +126,7 @@ class LedgerClient:
             return (Forecast(0.0),) * len(offers)
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
-        """Where it may be drawn already, the latest first; none where the ledger is away."""
+        """Return where the request runs or ran, the latest first; nowhere if the ledger is away."""
         try:
             return await self._line.places(retry.name)
         except LedgerLost as error:
@@ -133,26 +134,26 @@ class LedgerClient:
             return ()
 
     def progress(self, ticket_id: str, left_s: float) -> None:
-        """So long the request whose turn it is still takes; the ledger hears of it in a while.
+        """Note how many seconds a running request still takes; the next report tells the ledger.
 
-        That its replica is free, which is before the answer is here, it hears at once.
+        Zero is reported at once: the replica is free then, before its answer has arrived here.
         """
         self._book.progress(ticket_id, left_s, time.monotonic())
         if left_s <= 0:
             self._news.set()
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
-        """The turn is over; `is_done`: with what was wanted of it."""
+        """End a request; `is_done` if it succeeded. An unknown one is ignored."""
         if self._book.end(ticket_id, is_done=is_done):
             asyncio.get_running_loop().call_later(QUIET_S, self._news.set)
 
     def stop(self) -> None:
-        """Talk to the ledger no more."""
+        """Cancel the tasks that report and listen."""
         for task in self._tasks:
             task.cancel()
 
     async def _reach(self, tier: str, replica: str) -> None:
-        """Wait a moment for a replica of which the ledger knows already, and this gateway not."""
+        """Wait up to `REACH_S` for a replica that the ledger knows before this gateway does."""
         end = time.monotonic() + REACH_S
         while replica not in self._reachable().get(tier, ()):
             if time.monotonic() >= end:
@@ -160,7 +161,7 @@ class LedgerClient:
             await asyncio.sleep(0.01)
 
     async def _speak(self) -> None:
-        """Make one statement after the other."""
+        """Send one report after the other; repeat what a lost one told."""
         while True:
             is_beat = not self._book.has_to_tell_all and await self._wait_for_news()
             self._news.clear()
@@ -181,7 +182,7 @@ class LedgerClient:
                 self._news.set()
 
     async def _wait_for_news(self) -> bool:
-        """Whether there were none for a beat."""
+        """Return True if nothing new came for `BEAT_S`."""
         try:
             await asyncio.wait_for(self._news.wait(), BEAT_S)
         except TimeoutError:
@@ -189,7 +190,7 @@ class LedgerClient:
         return False
 
     async def _listen(self) -> None:
-        """Hear what is decided later than at once."""
+        """Receive the decisions that the replies to reports do not bring."""
         while True:
             try:
                 heard, decisions = await self._line.listen(self._gateway, self._heard)
@@ -201,7 +202,7 @@ class LedgerClient:
 
 
 def error_for(refusal: Rejection) -> FluxError:
-    """When to come back, in whole seconds; or that it is of no use."""
+    """Return the error for a refusal: retry after whole seconds, or that waiting does not help."""
     if math.isinf(refusal.retry_after_s):
         return DeadlineTooShort(refusal.reason)
     away_s = (1 + OVERRUN) * refusal.retry_after_s

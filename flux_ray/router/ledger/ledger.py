@@ -32,7 +32,7 @@ from flux_ray.router.ledger.messages import (
 from flux_ray.router.queue import Forecast, QueuedRequest, Rejection, TierQueue
 from flux_ray.router.quotas import LimitStatus, QuotaLedger
 
-# Who was refused, or left, and comes back within that time asks for the same work.
+# A client that was refused or left, and comes back within this time, asks for the same work.
 REMEMBERED_S = 600.0
 Name = tuple[str, str, str | float]
 
@@ -87,9 +87,10 @@ def name_of(offer: SubmitRequest) -> Name:
     return offer.tier, offer.key, offer.work or offer.cost_s
 
 
-# A gateway speaks twice a second. One that is silent for so long is dead, and so are its clients.
+# A gateway reports twice a second. One that is silent for so long is dead, and its clients with it.
 SILENCE_S = 5.0
-# Where everybody stands is looked up that often, whoever asks.
+# Queue positions are computed no more often than this, however many gateways ask: it costs a pass
+# over the whole queue.
 POSITIONS_S = 1.0
 
 
@@ -130,7 +131,7 @@ class Ledger:
     ) -> None:
         self._new_queue = new_queue
         self._quotas = quotas or QuotaLedger()
-        # The tickets of the last statement that their keys' limits let in.
+        # The tickets of the last report that their keys' limits let in.
         self._admitted: list[tuple[str, QuotaRequest]] = []
         self._queues: dict[str, TierQueue] = {}
         self._accounts: dict[str, GatewaySession] = {}
@@ -138,17 +139,17 @@ class Ledger:
         self._arrivals = Arrivals()
         self._places = Places()
         self._decisions: dict[str, list[Decision]] = {}
-        # By tier, once Serve was heard.
+        # The replicas that Serve names, by tier; none for a tier until it was heard.
         self._served: dict[str, frozenset[str]] = {}
         self._positions: dict[str, tuple[float, dict[str, QueuePosition]]] = {}
         self._cold_starts: dict[str, float] = {}
-        # Tiers of whose replicas anybody has spoken, and be it that there are none: of others
-        # nobody knows that they have to be started.
+        # Tiers whose replicas somebody has named, even if there were none. For any other tier it
+        # is not known whether a replica has to be started.
         self._seen: set[str] = set()
 
     @property
     def tiers(self) -> frozenset[str]:
-        """Those of which anything was heard."""
+        """Return the tiers that somebody has named so far."""
         return frozenset(self._queues)
 
     def hear(self, gateway: str, statement: GatewayReport, now: float) -> tuple[str, ...]:
@@ -174,7 +175,7 @@ class Ledger:
         return self._reconcile(gateway, statement.known, statement.waiting, now)
 
     def admitted(self, now: float) -> tuple[tuple[str, LimitStatus | None], ...]:
-        """Return the tickets of the last statement that were let in, with what their keys have."""
+        """Return the last report's tickets that were let in, with what is left to their keys."""
         return tuple(
             (ticket_id, self._quotas.standing(quota.entry.key, quota.limits, now))
             for ticket_id, quota in self._admitted
@@ -295,7 +296,7 @@ class Ledger:
             self._places.grant(retry, place)
 
     def _refuse(self, ticket_id: str, refusal: Rejection, now: float) -> None:
-        # It may have left after it gave way.
+        # Its client may have left after the queue had chosen it to be refused.
         if ticket_id in self._owner:
             self._tell(ticket_id, Decision(ticket_id, None, refusal))
             gateway = self._owner[ticket_id]
@@ -374,7 +375,8 @@ class Ledger:
         queue.learn_cold_start(self._cold_starts.get(tier, COLD_START_S))
         self._seen.add(tier)
         names = self._names(tier)
-        # What those that are gone had stays on the books: their gateways say when it has ended.
+        # The work of replicas that are gone stays on the books until their gateways say that it
+        # has ended: a replica that drains goes on with it.
         queue.set_replicas(names, now, draining=sorted(queue.replicas - names))
 
     def _names(self, tier: str) -> frozenset[str]:

@@ -16,8 +16,8 @@ Watch = Callable[[QueuePosition], None]
 class PendingRequest:
     """A request of this gateway, from its arrival to its end.
 
-    `decide` is called once, with what the ledger decided. `watch`, if anybody wants to know, hears
-    where it stands while it waits. `quota`: what it counts against its key's limits, if it has any.
+    `decide` is called once, with what the ledger decided. `watch`, if set, is called with its queue
+    positions while it waits. `quota`: what it counts against its key's limits, if there are any.
     """
 
     offer: SubmitRequest
@@ -26,7 +26,7 @@ class PendingRequest:
     watch: Watch | None = None
     replica: str | None = None
     is_decided: bool = False
-    # What was left of it when that was last known.
+    # The seconds that it still took, and when that was.
     left: tuple[float, float] = (math.inf, 0.0)
     quota: PendingQuota | None = None
 
@@ -47,7 +47,10 @@ class PendingRequest:
 
 @dataclass
 class News:
-    """What the ledger has not been told."""
+    """What the ledger has not been told yet: requests to submit, and tickets of others.
+
+    `done` are those of `ended` that succeeded; of `moved` the remaining time has changed.
+    """
 
     offers: list[PendingRequest]
     ended: list[str]
@@ -55,7 +58,7 @@ class News:
     moved: set[str]
 
     def before(self, later: "News") -> "News":
-        """This and what came after it."""
+        """Return this news and `later` in one."""
         return News(
             self.offers + later.offers,
             self.ended + later.ended,
@@ -65,7 +68,6 @@ class News:
 
 
 def nothing() -> News:
-    """To begin with."""
     return News([], [], [], set())
 
 
@@ -102,7 +104,7 @@ class PendingRequests:
         self._news.offers.append(turn)
 
     def progress(self, ticket_id: str, left_s: float, now: float) -> None:
-        """So long a request that was granted still takes; unknown ones are ignored."""
+        """Note how many seconds a running request still takes; an unknown one is ignored."""
         turn = self._turns.get(ticket_id)
         if turn is not None:
             turn.left = left_s, now
@@ -125,10 +127,10 @@ class PendingRequests:
         *,
         is_beat: bool = False,
     ) -> GatewayReport:
-        """What is new; and on a beat, or where the last was not heard, all that is known."""
+        """Make a report of what is new; on a beat or after a lost report, of all that is known."""
         tells_all = is_beat or self._tells_all
         said, self._news = self._news, nothing()
-        # Clients may have left already.
+        # The clients of some may have left before the ledger was told of them.
         said.offers = [turn for turn in said.offers if turn.offer.ticket_id in self._turns]
         self._said = said
         self._number += 1
@@ -153,7 +155,7 @@ class PendingRequests:
         )
 
     def heard(self, reply: ReportReply, now: float) -> bool:
-        """The ledger's answer to the last statement; whether it has to be told more."""
+        """Apply the reply to the last report; return whether the ledger lacks some requests."""
         self._tells_all = False
         for turn in self._said.offers:
             turn.offer = replace(turn.offer, is_counted=True)
@@ -168,18 +170,18 @@ class PendingRequests:
             if waiting is not None and waiting.watch is not None and not waiting.is_decided:
                 waiting.watch(position)
         asked_for = (self._turns[each] for each in reply.unknown if each in self._turns)
-        # Of what it has just refused it wants to know nothing.
+        # It has forgotten what it has just refused: submitted again, that would be refused twice.
         lacking = [turn for turn in asked_for if turn.replica is not None or not turn.is_decided]
         self._news.offers += lacking
         return bool(lacking)
 
     def missed(self) -> None:
-        """The last statement may have been heard or not: it is made again, with all else."""
+        """Tell the last report again, with all that is known: it may have been heard or not."""
         self._news, self._said = self._said.before(self._news), nothing()
         self._tells_all = True
 
     def decide(self, decisions: Iterable[Decision], now: float) -> None:
-        """Act on what was decided; on what is told again, or of a request that left, not."""
+        """Apply decisions; ignore those that were applied before or whose request has ended."""
         for decision in decisions:
             turn = self._turns.get(decision.ticket_id)
             if turn is None or turn.is_decided:

@@ -1,5 +1,6 @@
-"""A gateway's side of key limits: requests are counted against them, and so is what they used.
+"""A gateway's side of key limits: it counts requests and what they used, and tells the ledger.
 
+`QuotaClient` holds all requests of the gateway; `PendingQuota` and `Reservation` are of one.
 `PriceExchange` shares what gateways learn of prices through the ledger, which outlives them.
 """
 
@@ -34,7 +35,7 @@ PRICES_PERIOD_S = 5.0
 
 
 class PriceExchange:
-    """Tells the ledger of this gateway's prices, and learns those of the others."""
+    """Share what this gateway learns of prices through the ledger, in a task of its own."""
 
     def __init__(self, exchange: LedgerService, prices: CostModel) -> None:
         self._exchange = exchange
@@ -51,7 +52,7 @@ class PriceExchange:
             await asyncio.sleep(PRICES_PERIOD_S)
 
     async def share(self) -> None:
-        """Once; a ledger that is away is told the next time."""
+        """Share prices once; a ledger that is away gets them the next time."""
         try:
             known = await self._exchange.share_prices(self._prices.snapshot())
         except LedgerLost as error:
@@ -61,15 +62,15 @@ class PriceExchange:
 
 
 USAGE_PERIOD_S = 2.0
-# So long an answer is held back, for the ledger to hear that its request is over: a client that
-# asks again at once, anywhere, then has its place back.
+# An answer is held back for up to this long until the ledger knows that its request is over.
+# Otherwise a client that asks again at once could still be at its limit of concurrent ones.
 LEAVE_S = 0.1
-# So long somebody waits, once, for what other gateways know.
+# `used_today` waits this long for what other gateways know, if nothing was heard of them yet.
 LEARN_S = 1.0
 
 
 def count_nowhere(tier: str, limit: str) -> None:
-    """Nobody wants to know."""
+    """Count no refusal: the default of a client without metrics."""
 
 
 class PendingQuota:
@@ -114,7 +115,7 @@ class Reservation:
         self.use = Use()
 
     def begin(self) -> None:
-        """A replica works on it."""
+        """Note that a replica begins to work on the request."""
         self._began_at = time.monotonic()
 
     def finish(self, gpu_seconds: float) -> None:
@@ -142,7 +143,7 @@ class QuotaClient:
         self._line = line
         self._gateway = gateway
         self.count = count
-        # Of each key, and when that was so.
+        # What is left to each key, and when the ledger said so.
         self._standings: dict[str, tuple[LimitStatus, float]] = {}
         self._has_heard = asyncio.Event()
         self._entries: dict[tuple[str, str], UsageEntry] = {}
@@ -178,9 +179,10 @@ class QuotaClient:
     async def entered(
         self, entry: UsageEntry, limits: QuotaLimits, within_s: float | None = None
     ) -> AsyncIterator[Reservation]:
-        """Count a request that is not submitted now: RateLimited or QuotaTooSmall if it may not be.
+        """Count a request that is submitted later, and hold it while the block runs.
 
-        Overloaded if the ledger does not say so within that time.
+        Raise RateLimited or QuotaTooSmall if it is over a limit, and Overloaded if the ledger says
+        nothing within `within_s` seconds.
         """
         reason = "its deadline came before its key's limits were known"
         async with self.reserved(entry, limits) as stay:
@@ -190,30 +192,33 @@ class QuotaClient:
             yield stay
 
     def hold(self, entry: UsageEntry) -> tuple[UsageRow, ...]:
-        """Have the request in hand from now on; return what is known of its key's day.
+        """Hold the request from now on; return what is known of its key's day.
 
-        It is called before the ledger hears of the request: what the ledger has and this has not is
-        struck out there.
+        Call it before the ledger hears of the request: the ledger strikes out any request that a
+        report of its gateway does not name.
         """
         self._entries[entry.request_id, entry.tier] = entry
         return self._usage.rows_of(entry.key)
 
     def note(self, key: str, status: LimitStatus | None) -> None:
-        """Note what is left to a key; None if none of its limits says, which may have changed."""
+        """Note what is left to a key; None if no limit says so, and what was known is forgotten."""
         if status is None:
             self._standings.pop(key, None)
         else:
             self._standings[key] = (status, time.monotonic())
 
     def standing(self, key: str) -> LimitStatus | None:
-        """What is left to the key by what the ledger last said here; None if it said nothing."""
+        """Return what is left to the key, as the ledger last said here; None if it said nothing."""
         if key not in self._standings:
             return None
         standing, at = self._standings[key]
         return standing._replace(reset_s=max(0.0, standing.reset_s - (time.monotonic() - at)))
 
     async def used_today(self, key: str) -> Use:
-        """Through all gateways, as of two seconds ago; what is in hand here, by its price."""
+        """Return what the key used today through all gateways, as of about 2 s ago.
+
+        Requests that this gateway holds are included with their price.
+        """
         self._start()
         try:
             await asyncio.wait_for(self._has_heard.wait(), LEARN_S)
@@ -226,12 +231,15 @@ class QuotaClient:
         return used
 
     def stop(self) -> None:
-        """Talk to the ledger no more."""
+        """Cancel the task that reports to the ledger."""
         if self._task is not None:
             self._task.cancel()
 
     async def share(self) -> None:
-        """Once: only what is new, unless either side may have lost what it knew. LedgerLost."""
+        """Report once to the ledger, and learn from its answer. Raise LedgerLost without one.
+
+        The report has what is new, or all if either side may have lost what it knew.
+        """
         entries, tells_all = tuple(self._entries.values()), self._tells_all
         rows = self._usage.rows() if tells_all else self._usage.rows_named(self._news)
         self._news, self._tells_all = set(), True
@@ -248,7 +256,7 @@ class QuotaClient:
                 answer = await self._line.enter(self._gateway, quota.request())
                 break
             except LedgerLost as error:
-                # As for its turn, it waits: unless it is counted it may not be served.
+                # It waits for the ledger as it would for its turn: uncounted it is not accepted.
                 request_id = quota.entry.request_id
                 logger.warning("request %s is not counted yet: %s", request_id, error)
                 await asyncio.sleep(AGAIN_S)
@@ -257,12 +265,13 @@ class QuotaClient:
         quota.admit(answer)
 
     async def _leave(self, entry: UsageEntry) -> None:
-        """In an empty context: Ray would cancel it with the request."""
+        """Tell the ledger that a request has ended, and wait up to `LEAVE_S` for its answer."""
+        # In an empty context: otherwise Ray would cancel the call together with the request.
         rows = self._usage.rows_of(entry.key)
         task = asyncio.get_running_loop().create_task(
             self._tell_of_leaving(entry, rows), context=contextvars.Context()
         )
-        # Nobody else holds it.
+        # The event loop itself holds tasks only weakly: this one could vanish half-way.
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
         await asyncio.wait((task,), timeout=LEAVE_S)
@@ -291,7 +300,7 @@ class QuotaClient:
 
 
 def error_for(denial: LimitExceeded) -> FluxError:
-    """When to come back, in whole seconds; or that it is of no use."""
+    """Return the error for a limit: retry after whole seconds, or that waiting does not help."""
     if math.isinf(denial.retry_after_s):
         return QuotaTooSmall(denial.reason)
     error = QuotaSpent if denial.is_daily else RateLimited

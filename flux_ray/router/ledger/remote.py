@@ -1,8 +1,10 @@
-"""The proxy through which other processes call the ledger's actor: it starts and ends it, too.
+"""The proxy through which other processes call the ledger's actor, and start and end it.
 
-The ledger's process also watches gateways, leaders and text encoders, and kills those that hang.
-Serve would stop them gracefully, which a stopped process does not hear: it would keep its GPUs for
-all of its `drain_timeout_s`.
+`RemoteLedger` is the proxy, and `start_ledger` finds or starts the actor.
+
+`HungReplicas` runs beside the ledger in its process: it watches gateways, leaders and text encoders
+and kills those that hang. Serve would stop them gracefully, which a stopped process does not hear:
+it would keep its GPUs for all of its `drain_timeout_s`.
 """
 
 import asyncio
@@ -27,12 +29,10 @@ from flux_ray.router import handover
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost
 
-# The module, not what is in it: its items are replaced.
-
 logger = logging.getLogger("ray.serve")
 
-# Longer than a leader takes to find out that it is one of its ranks that hangs. Its successor is
-# ordered at once; Ray waits five seconds more before it sends SIGKILL.
+# Longer than a leader takes to find out that it is one of its ranks that hangs. After a kill Serve
+# orders a successor at once; Ray waits five seconds more before it sends SIGKILL.
 HUNG_S = 9.0
 PREFIX = "SERVE_REPLICA::"
 SERVE_NAMESPACE = "serve"
@@ -40,7 +40,7 @@ TIER_NAMES = frozenset(tier.name for tier in TIERS)
 
 
 class ReplicaName(NamedTuple):
-    """What the name of a replica's actor says."""
+    """The parts of the name that Serve gives to a replica's actor."""
 
     application: str
     deployment: str
@@ -48,59 +48,60 @@ class ReplicaName(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Serve may run other people's applications too."""
+        """Return whether it is flux-ray's: Serve may run other people's applications too."""
         return self.deployment == "gateway" or self.application in TIER_NAMES
 
 
 def replica_name(actor: str) -> ReplicaName | None:
-    """None for an actor that is no replica of an application."""
+    """Take an actor's name apart; return None if it is not that of a Serve replica."""
     parts = actor.removeprefix(PREFIX).split("#")
     return ReplicaName(*parts) if actor.startswith(PREFIX) and len(parts) == 3 else None
 
 
 def our_replicas(actors: Iterable[str]) -> dict[str, ReplicaName]:
-    """Those among the cluster's named actors that are replicas of ours, by actor."""
+    """Return which of these named actors are flux-ray's replicas, by the actor's name."""
     names = {actor: replica_name(actor) for actor in actors}
     return {actor: name for actor, name in names.items() if name is not None and name.is_ours}
 
 
 class AskedReplica:
-    """A replica's actor, asked for signs of life as Serve asks it."""
+    """A replica's actor that is asked for signs of life, in the way that Serve asks it."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
         self._has_begun = False
 
     async def give_sign(self) -> None:
-        """Return when its event loop has answered. RayActorError when it is dead."""
+        """Return once its event loop has answered. Raise RayActorError if it is dead."""
         while True:
             try:
-                # While it loads weights, it is not to be missed yet.
+                # Until it has loaded its weights, which takes minutes, its silence means nothing.
                 self._has_begun = self._has_begun or await self.actor.was_initialized.remote()
                 if self._has_begun:
                     await self.actor.check_health.remote()
                     return
             except ActorUnavailableError:
-                # The way to it is broken for now: that is no sign of it.
+                # The connection is broken for now, which is no sign of life: ask again.
                 pass
             except RayTaskError:
-                # It is not well, and says so: Serve's business.
+                # It answers that it is unhealthy, so it does not hang: Serve will replace it.
                 return
             await asyncio.sleep(ASK_S)
 
 
 class HungReplicas:
-    """Asks all gateways, leaders and text encoders of the cluster, and kills those that hang."""
+    """A watch over all gateways, leaders and text encoders, which kills those that hang."""
 
     def __init__(self) -> None:
         self._watch = Watch(HUNG_S)
         self._asked: dict[str, AskedReplica] = {}
         self._killed = counter(HUNG)
-        # Of its own, and one: it stands still while Ray's head is away.
+        # A thread of its own: its calls block while Ray's head is away, and would take up all the
+        # threads that others need.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hung")
 
     async def run(self) -> None:
-        """Never ends. While Ray's head is away nobody is missed: no kill would get there."""
+        """Watch for ever. While Ray's head is away nobody is missed: no kill would arrive."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -114,7 +115,7 @@ class HungReplicas:
             await asyncio.sleep(LOOK_S)
 
     def _find(self) -> dict[str, Any]:
-        """By name, the handles of replicas that are not watched yet. Blocks."""
+        """Return the handles of replicas that are not watched yet, by name. Blocks."""
         listed: Any = ray.util.list_named_actors(all_namespaces=True)
         names = [each["name"] for each in listed if each["namespace"] == SERVE_NAMESPACE]
         found = {}
@@ -143,29 +144,34 @@ class HungReplicas:
 
 
 def is_up(actor: str) -> bool:
-    """Whether Serve says that this replica of a tier runs: it may have hung before we came."""
+    """Return whether Serve says that this replica of a tier runs.
+
+    Its silence counts from then on, even without a first answer: it may hang since before this
+    process asked.
+    """
     name = our_replicas([actor])[actor]
     return name.unique_id in handover.REACHABLE.get(name.application, ())
 
 
 async def watch_replicas() -> None:
-    """End what hangs, for as long as this process lives."""
+    """Kill replicas that hang, for as long as this process lives."""
     await HungReplicas().run()
 
 
-# Code that speaks another protocol has a ledger of its own: while a cluster is upgraded both live,
-# and the old one ends when nobody has spoken to it for a while.
+# Code of another protocol has a ledger of its own: while a cluster is upgraded both live, and the
+# old one ends when nobody has called it for a while.
 NAME = f"flux-ray-ledger-{PROTOCOL}"
 NAMESPACE = "flux-ray"
 ANSWER_S = 5.0
-# A request waits for it before it begins to wait, and can do without.
+# For what is asked before a request is submitted, which can do without an answer.
 FORECAST_S = 1.0
-# A gateway that has heard nothing for so long is cut off: a ledger that died or hangs would have
-# been replaced.
+# A gateway without an answer for so long is cut off from the cluster: a ledger that died or hangs
+# would have been replaced.
 LOST_S = LEDGER_BACK_S
-# A ledger that leaves so many calls in a row unanswered hangs.
+# A ledger that leaves this many calls in a row unanswered hangs.
 MAX_UNANSWERED = 2
-# A time that is over so much too late was this process's own: it stood still, and read no answers.
+# If a time limit ends this much too late, it was this process that stood still and read no answers,
+# and the ledger must not be killed for it.
 LAG_S = 1.0
 
 
@@ -208,19 +214,19 @@ class RemoteLedger:
         self.answer_s = answer_s
         self._start = start or start_ledger
         self._clock = clock
-        # When the first call began of all that failed since one was answered.
+        # When the first of the calls began that have failed since the last answer; None if none.
         self._failing_since_s: float | None = None
         self._actor: Any = None
         self._starting: asyncio.Future[Any] | None = None
         self._num_unanswered = 0
-        # Of its own, and one: it stands still while Ray's head is away.
+        # A thread of its own: its calls block while Ray's head is away, and would take up all the
+        # threads that others need.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
 
     def is_heard(self) -> bool:
-        """Say whether it answers, or may be about to: one that died comes back within seconds.
+        """Return whether the ledger answers, or may soon: one that died is back within seconds.
 
-        It is asked twice a second as long as the gateway lives, and is heard again with its first
-        answer.
+        A gateway calls it twice a second, so that it counts as heard again with its first answer.
         """
         since_s = self._failing_since_s
         return since_s is None or self._clock() - since_s < LOST_S
@@ -236,7 +242,7 @@ class RemoteLedger:
     share_usage = remote_call(LedgerActor.share_usage)
 
     async def call(self, timeout_s: float, method: str, *args: object, **kwargs: object) -> Any:
-        """Call the actor's method of that name. LedgerLost if it does not answer in time."""
+        """Call a method of the actor. Raise LedgerLost if it does not answer in time."""
         began_s = self._clock()
         try:
             answer = await self._answer(timeout_s, method, args, kwargs)
@@ -260,14 +266,14 @@ class RemoteLedger:
                 self._note_silence()
             raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
         except (RayError, ValueError) as error:
-            # It died, or ends; Ray gives whoever asks by name the one that lives.
+            # It died or is ending: ask by name again, which finds or starts one that lives.
             self._actor, self._num_unanswered = None, 0
             raise LedgerLost(f"{method}: {error}") from error
         self._num_unanswered = 0
         return answer
 
     async def _connected(self) -> Any:
-        """The ledger's handle. Who waits for Ray's head wait for one call to it."""
+        """Return the ledger's handle; while Ray's head is away, all callers wait for one call."""
         if self._actor is None:
             if self._starting is None or self._starting.done():
                 loop = asyncio.get_running_loop()
@@ -276,7 +282,7 @@ class RemoteLedger:
         return self._actor
 
     def _note_silence(self) -> None:
-        """End a ledger that answers nobody: a stopped process never comes back by itself."""
+        """Count an unanswered call, and kill a ledger that hangs: it would not end by itself."""
         self._num_unanswered += 1
         if self._actor is not None and self._num_unanswered >= MAX_UNANSWERED:
             logger.error("the ledger hangs, and is started anew")
@@ -296,10 +302,10 @@ def called(actor: Any, method: str, args: tuple[object, ...], kwargs: Mapping[st
 
 
 def start_ledger() -> Any:
-    """The ledger's handle, after starting it where it is not there. Blocks.
+    """Return the ledger's handle; start the actor if there is none. Blocks.
 
-    It asks for no processors: where tiers have taken them all, nothing would go on without it. So
-    that it is not on a head that has none to give, it is put beside whoever has some.
+    It requires no CPUs: where tiers have taken them all, it could not start, and nothing would go
+    on. All the same it is put on a node that has some: a head that offers none is not for work.
     """
     remote: Any = ray.remote
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
@@ -310,7 +316,7 @@ def start_ledger() -> Any:
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
-        # Soft: it outlives the node.
+        # Soft: it may start anew on another node when this one is gone.
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
     ).remote(companion=watch_replicas)
 
