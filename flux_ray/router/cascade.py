@@ -1,4 +1,4 @@
-"""A preview by a fast tier while a better one draws: both of the same request, words and seed."""
+"""Show a preview by a fast tier while a better one generates the same prompt from the same seed."""
 
 import asyncio
 import logging
@@ -15,10 +15,10 @@ logger = logging.getLogger("ray.serve")
 def cascade(
     router: Router, preview: ImageRequest, final: ImageRequest, caller: Caller
 ) -> EventStream:
-    """Yield the events of `final` and its images; as previews before them, those of `preview`.
+    """Yield the events of `final` and its images, with the images of `preview` as previews.
 
-    A preview that fails, or comes later than the final images, costs nothing but itself; the
-    errors are those of `generate` for `final`.
+    A preview that fails, or comes later than the final images, is left out; the errors are those
+    of `Router.generate` for `final`.
     """
 
     async def generate(on_event: OnEvent) -> ImageResult:

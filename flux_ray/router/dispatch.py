@@ -1,9 +1,8 @@
-"""The router's Ray hands: Serve handles of the tiers, and Ray's errors as ours.
+"""Call replicas through Serve's handles of the tiers, and turn Ray's errors into ours.
 
-What the replicas of a tier say of themselves: each is asked once, when it comes up.
-
-A tier is redeployed alone, with another layout or other code, and for a while replicas of both
-kinds are up.
+`TierHandles` makes the calls. `Descriptions` asks each replica once, when it comes up, what it is:
+a tier is redeployed on its own, with another layout or other code, and for a while replicas of both
+kinds are up. `learn_layouts` tells prices what the replicas said.
 """
 
 import asyncio
@@ -49,20 +48,25 @@ from flux_ray.wire import (
 
 logger = logging.getLogger("ray.serve")
 
+# A replica that did not answer is asked again after a pause, which doubles up to the longest.
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 30.0
 
 Ask = Callable[[str, str], Awaitable[Description]]
-# Told of a tier's replicas that are up, in the order in which they started.
+# Called with a tier and what its replicas that are up said, in the order in which they started.
 Learn = Callable[[str, tuple[Description, ...]], None]
 
 
 def learn_nothing(tier: str, descriptions: tuple[Description, ...]) -> None:
-    """Nobody wants to know."""
+    """Ignore what replicas say: the default of handles without prices."""
 
 
 class Descriptions:
-    """Of one gateway process. `ask` raises FluxError where a replica does not answer."""
+    """What the replicas say of themselves, as one gateway process knows it.
+
+    `ask` asks a replica, and raises FluxError if it does not answer. `learn` is called whenever
+    what is known of a tier has changed. Used from the gateway's event loop.
+    """
 
     def __init__(self, ask: Ask, learn: Learn = learn_nothing) -> None:
         self._ask = ask
@@ -72,9 +76,9 @@ class Descriptions:
         self._asking: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def see(self, tier: str, replicas: tuple[str, ...]) -> None:
-        """Have the new ones among a tier's replicas asked, and forget those that went. Never waits.
+        """Have a tier's new replicas asked in the background, and forget those that are gone.
 
-        Called as often as one likes: it does nothing while they stay the same.
+        Call it as often as you like: it never waits, and does nothing while they stay the same.
         """
         if self._up.get(tier, ()) == replicas:
             return
@@ -87,13 +91,14 @@ class Descriptions:
             self._tell(tier)
         for replica in replicas:
             if replica not in known and (tier, replica) not in self._asking:
-                # Of no request: a client that leaves does not cancel it.
+                # In an empty context: otherwise Ray would cancel it together with the request that
+                # happened to start it.
                 self._asking[tier, replica] = asyncio.get_running_loop().create_task(
                     self._meet(tier, replica), context=contextvars.Context()
                 )
 
     def of(self, tier: str) -> Mapping[str, Description]:
-        """What is known of a tier's replicas, by their names."""
+        """Return what the replicas of a tier said of themselves, by their names."""
         return self._known.get(tier, {})
 
     async def _meet(self, tier: str, replica: str) -> None:
@@ -102,15 +107,15 @@ class Descriptions:
             while replica in self._up[tier]:
                 try:
                     description = await self._ask(tier, replica)
-                    # Serve takes another where this one is full.
+                    # If this one is full, Serve calls another one.
                     if description.replica == replica:
                         self._note(tier, description)
                         return
                 except FluxError as error:
                     logger.info("replica %s of %s cannot be asked yet: %s", replica, tier, error)
                 except Exception:
-                    # A mistake of ours, or of a newer version that says it otherwise. Given up, it
-                    # would be priced wrong for as long as it lives.
+                    # A bug of ours, or a newer version whose answer cannot be read. If it were
+                    # given up, it would be priced wrong for as long as it lives.
                     logger.exception("replica %s of %s is asked again", replica, tier)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -128,9 +133,10 @@ class Descriptions:
 
 
 def learn_layouts(prices: CostModel, card: str, cold_starts: dict[str, float]) -> Learn:
-    """What prices are told of replicas; `card` is that of one whose own has no row.
+    """Return a function that tells `prices` how the replicas of a tier are laid out.
 
-    `cold_starts` gets what a replica of each tier takes to start.
+    `card`: the GPU to go by if a replica's own is not in the catalogue. The function writes into
+    `cold_starts` how many seconds a replica of each tier takes to start.
     """
 
     def learn(tier: str, descriptions: tuple[Description, ...]) -> None:
@@ -138,11 +144,11 @@ def learn_layouts(prices: CostModel, card: str, cold_starts: dict[str, float]) -
             try:
                 args = TierArgs.model_validate(description.args, extra="ignore")
             except ValidationError as error:
-                # Of a newer version: priced as the one before it.
+                # A newer version has settings that are unknown here: the last known prices stay.
                 logger.warning("the layout of %s is not known here: %s", tier, error)
                 continue
             own = description.card if description.card in SPEEDS else None
-            # The newest of them says how the tier will be laid out.
+            # The newest one comes last, and its layout is the one that the tier will have.
             prices.lay_out(tier, ReplicaSpec.of(args, own or card), description.layout)
             cold_starts[tier] = args.cold_start_s
 
@@ -152,14 +158,17 @@ def learn_layouts(prices: CostModel, card: str, cold_starts: dict[str, float]) -
 AGAIN_S = 1.0
 # A tier's replicas come and go in minutes; a look at what Serve says of them costs nothing.
 LOOK_S = 0.25
-# A replica answers at once, or hangs.
+# A replica describes itself at once, or hangs.
 ASK_S = 10.0
-# From a stream's last value to its end.
+# So long a stream may take from its last value to its end.
 END_S = 5.0
 
 
 class TierHandles:
-    """One Serve handle a tier. A tier's application bears its name."""
+    """One Serve handle for each tier, whose application bears its name; a `Dispatcher`.
+
+    Used from the gateway's event loop.
+    """
 
     def __init__(self, tiers: tuple[str, ...], learn: Learn = learn_nothing) -> None:
         self._tiers = tiers
@@ -167,17 +176,18 @@ class TierHandles:
         self._readiness = Readiness(tiers, reachable=partial(known_replicas, tiers))
         self._handles: dict[str, DeploymentHandle[Any]] = {}
         self._connecting: dict[str, asyncio.Future[DeploymentHandle[Any]]] = {}
-        # One for each tier, none of the process's: they stand still while the controller is away.
+        # A thread for each tier, and none of the event loop's own: they block while Serve's
+        # controller is away, and would take up the threads that others need.
         self._threads = ThreadPoolExecutor(max(1, len(tiers)), thread_name_prefix="handle")
         self._watching: dict[str, asyncio.Task[None]] = {}
 
     async def generate(
         self, request: ImageRequest, replica: str, on_event: OnEvent | None = None, run: str = ""
     ) -> ImageResult:
-        """One attempt on the replica of the request's tier that it was granted.
+        """Generate on the replica that the request was assigned.
 
-        Or on one of another version, where that one cannot read the request. ProtocolMismatch if
-        there is none. `run`: by what the replica knows it when it comes again.
+        If its version cannot read the request, a replica of another version is called; raise
+        ProtocolMismatch if there is none. The replica finds the request again as `run`.
         """
         call, refused = pack_request(request, run), set[int]()
         while True:
@@ -195,9 +205,9 @@ class TierHandles:
     async def recall(
         self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
-        """What that replica draws or has drawn of an earlier request, under that name.
+        """Return the images that the replica generated, or still generates, as `run`.
 
-        ReplicaFailed if it has nothing or cannot be reached, TierUnavailable if it is too old.
+        Raise ReplicaFailed if it has none or is gone, TierUnavailable if it is too old to say.
         """
         tier = request.tier
         if replica not in self.reachable().get(tier, ()):
@@ -207,31 +217,31 @@ class TierHandles:
             return await self._attempt(call, on_event)
 
     async def connect(self, tier: str) -> None:
-        """Make its handle, if that is not done. TierUnavailable if the tier is not deployed."""
-        # Of one that was, there is still a handle, behind which nobody would ever answer.
+        """Make the tier's handle if there is none; TierUnavailable if it is not deployed."""
+        # A tier that was removed still has its handle here, and calls would wait for ever.
         if not self.is_deployed(tier):
             raise not_deployed(tier)
         await self._handle_for(tier)
 
     def reachable(self) -> Mapping[str, tuple[str, ...]]:
-        """The names of the replicas that this process knows of, by tier. Never waits.
+        """Return the names of the replicas that this process can reach, by tier. Never waits.
 
-        From the first call on the tiers are watched.
+        The first call starts watching the tiers.
         """
         for tier in set(self._tiers) - self._watching.keys():
             self._watching[tier] = keep_running(partial(self._watch, tier), f"watching {tier}")
         return known_replicas(self._tiers)
 
     def follow_status(self, lose: Callable[[str], None]) -> None:
-        """Know from now on which tiers serve and are deployed; `lose` hears of those that end."""
+        """Start reading which tiers serve; `lose` is called with each tier that is removed."""
         self._readiness.start(lose)
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that serve, or would be woken by a request."""
+        """Return the tiers that serve, or that a request would wake."""
         return await self._readiness.ready_tiers()
 
     def is_deployed(self, tier: str) -> bool:
-        """Say whether Serve has an application of that name, as far as it ever told."""
+        """Return whether Serve has an application of the tier; True until Serve has answered."""
         return self._readiness.is_deployed(tier)
 
     async def _attempt(self, call: Wire, on_event: OnEvent | None) -> ImageResult:
@@ -246,7 +256,7 @@ class TierHandles:
             return await last_of(events_of(response), on_event)
         except asyncio.CancelledError:
             # Serve does this for a client that leaves, but not when our own deadline passes: the
-            # replica would go on drawing for nobody.
+            # replica would go on generating for nobody.
             response.cancel()
             raise
 
@@ -256,14 +266,14 @@ class TierHandles:
                 handle = await asyncio.shield(self._connection_to(tier))
             except RayServeException as error:
                 raise not_deployed(tier) from error
-            # With options it learns of its replicas from now on, and not with its first request,
-            # which waits for the ledger to grant one of them.
+            # `options` makes the handle learn of its replicas now. Otherwise its first request
+            # would, which waits for the ledger to assign one of these replicas.
             if tier not in self._handles:
                 self._handles[tier] = handle.options(method_name="generate")
         return self._handles[tier]
 
     def _connection_to(self, tier: str) -> "asyncio.Future[DeploymentHandle[Any]]":
-        """Return one call for all who wait for it: it blocks until the controller answers."""
+        """Return the one call for a handle that all wait for: it blocks for the controller."""
         connecting = self._connecting.get(tier)
         if connecting is None or connecting.done():
             loop = asyncio.get_running_loop()
@@ -272,7 +282,7 @@ class TierHandles:
         return connecting
 
     def _other_than(self, protocols: set[int], tier: str) -> str | None:
-        """A replica that may read what those of these protocols did not: best one of ours."""
+        """Choose a replica of another protocol than these, best our own; None if there is none."""
         others = {
             replica: description.protocol
             for replica, description in self._descriptions.of(tier).items()
@@ -308,13 +318,13 @@ class TierHandles:
 
 
 def known_replicas(tiers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Return the names of those that Serve has told this process of, by tier."""
+    """Return the replicas that Serve has told this process of, by tier."""
     return {tier: REACHABLE[tier] for tier in tiers if tier in REACHABLE}
 
 
 @contextmanager
 def granted(call: Wire, replica: str) -> Iterator[None]:
-    """While it is open, Serve is told that this call is for that replica."""
+    """Tell Serve's request router, while the block runs, which replica the call is for."""
     name = call["tier"], call["request_id"]
     GRANTED[name] = replica
     try:
@@ -325,11 +335,11 @@ def granted(call: Wire, replica: str) -> Iterator[None]:
 
 @contextmanager
 def as_ours(tier: str) -> Iterator[None]:
-    """Turn whatever Ray raises of a call to that tier into an error of ours."""
+    """Turn what Ray raises in a call to that tier into errors of ours."""
     try:
         yield
     except RayTaskError as error:
-        # It is an instance of its cause too, but its text is a traceback.
+        # Ray's error is an instance of its cause too, but its text is a traceback.
         if isinstance(error.cause, FluxError):
             raise error.cause from None
         if isinstance(error.cause, RayError):
@@ -345,14 +355,14 @@ def as_ours(tier: str) -> Iterator[None]:
 
 
 def failure_by(error: RayError, what: str) -> ReplicaFailed:
-    """Return what the router is told of a death: Ray says of some that it killed for memory."""
+    """Return the error for a dead replica, of its own kind if Ray killed it for its memory."""
     if isinstance(error, OutOfMemoryError):
         return KilledForMemory(f"{what}: its node was out of memory")
     return ReplicaFailed(what)
 
 
 async def result_of(response: Any) -> ImageResult:
-    """The result that a replica answers with."""
+    """Return the images that a replica answers with; raise ReplicaFailed if there are none."""
     result = answer_from(await response)
     if not isinstance(result, ImageResult):
         raise ReplicaFailed("a replica answered without the images")
@@ -360,11 +370,11 @@ async def result_of(response: Any) -> ImageResult:
 
 
 async def events_of(stream: AsyncIterator[Wire]) -> EventStream:
-    """Yield what a replica tells of a request, then its result."""
+    """Yield the events of a request that its replica sends, then its result."""
     result: ImageResult | None = None
     values = aiter(stream)
-    # To its end, or Serve would take it for one that was given up. An end that does not come after
-    # the result costs nothing but a moment.
+    # Read to its end, or Serve would take the stream for one that was given up. If the end does not
+    # come after the result, only a moment is lost.
     while True:
         try:
             answer = await asyncio.wait_for(anext(values), None if result is None else END_S)

@@ -1,8 +1,8 @@
-"""A request and its price, so that it is priced once on its way; and what the ledger hears.
+"""A request with its price, who asks for it, and how long it still takes once it runs.
 
-Who asks for images: until when, with what weight, and what they allow.
-
-How long a running request still takes: by its price, then by the pace of its own steps.
+`Quote` carries the price, so that a request is priced once on its way, and `offer_for` makes of it
+what the ledger is told. `Caller` says until when it is wanted, with what weight and limits.
+`RemainingTime` goes by the price first, then by the pace of the request's own steps.
 """
 
 import time
@@ -18,13 +18,14 @@ from flux_ray.router.quotas import UNLIMITED, QuotaLimits, Use
 
 @dataclass(frozen=True)
 class Caller:
-    """Requests of one `key` share what there is with those of others, by `weight`.
+    """Who asks for images, and on what terms.
 
-    `deadline_s`: refused at once, or later when it has become impossible, if it cannot be done
-    within so many seconds; None is the tier's own. `may_spill`: another tier of an alias will do.
-    `allowance`: what the key may have, through all gateways. `is_job`: nobody waits for it.
-    `retry`: by what the request is known when it comes again, if that can be known.
-    `on_event`: told how the images come along; of a second replica from the beginning.
+    Requests of one `key` share the replicas with those of other keys, in proportion to `weight`.
+    `deadline_s`: seconds within which it has to be done; it is refused as soon as that cannot be
+    met. None stands for the tier's own. `may_spill`: another tier of an alias will do.
+    `allowance`: the limits of the key over all gateways. `is_job`: no client waits for it.
+    `retry`: the name under which the request is found when it is sent again, if it has one.
+    `on_event`: called with the events of the request; if a second replica starts over, so do they.
     """
 
     key: str = ""
@@ -41,7 +42,7 @@ ANYONE = Caller()
 
 
 class Quote(NamedTuple):
-    """`cost` is of one replica, `gpu_seconds` of all its cards."""
+    """A request with its price: `cost` in replica seconds, and `gpu_seconds` on all its GPUs."""
 
     request: ImageRequest
     cost: Cost
@@ -49,22 +50,22 @@ class Quote(NamedTuple):
 
     @property
     def cost_s(self) -> float:
-        """Seconds of one replica, in all."""
+        """Return the whole price in replica seconds."""
         return self.cost.total_s
 
     @property
     def tier(self) -> str:
-        """Whose price it is."""
+        """Return the name of the tier whose price it is."""
         return self.request.tier
 
     @property
     def use(self) -> Use:
-        """What its key will have used by it."""
+        """Return what the request will count as used by its key."""
         return Use(self.gpu_seconds, self.request.megapixels)
 
 
 def quote_for(request: ImageRequest, prices: CostModel) -> Quote:
-    """By what is known now."""
+    """Price a request by what is known now of its tier."""
     cost = prices.price(request)
     return Quote(request, cost, prices.on_all_cards(request.tier, cost.total_s))
 
@@ -76,9 +77,9 @@ def offer_for(
     caller: Caller,
     affinity: tuple[tuple[str, float], ...] = (),
 ) -> SubmitRequest:
-    """What the ledger hears of an attempt."""
+    """Make what is submitted to the ledger for the attempt of that number."""
     request = quote.request
-    # Two tiers may have the same request.
+    # The tier is in it because an alias may try the same request on two of them.
     ticket_id = f"{quote.tier}-{request.request_id}-{number}"
     return SubmitRequest(
         ticket_id,
@@ -97,24 +98,27 @@ def offer_for(
 
 
 def work_of(request: ImageRequest) -> str:
-    """A name for what is to be done, by which a request is known when it comes again.
+    """Return a name for the work, by which a request is recognized when it comes again.
 
-    The seed is not in it: whose caller said none gets another one each time.
+    The seed is not in it: if the caller gave none, it is another one each time.
     """
     size = f"{request.width}x{request.height}x{request.num_images}"
     return f"{request.prompt_name} {size} {request.num_steps} {len(request.references)}"
 
 
-# What takes less is over before the ledger would make anything of it, and listening costs a little.
-# Its replica has the next request all the same: a price ends with the ranks' work, and the ledger
-# hands over by it, while files are still made of the images.
+# A shorter request is over before the ledger could use its progress, and following costs a little.
+# Its replica gets the next request in time all the same: the price ends with the ranks' work, and
+# the ledger goes by it, while files are still made of the images.
 FOLLOWED_S = 2.0
-# News that come together say nothing of how fast the steps were.
+# Events that come together say nothing of how fast the steps were.
 MIN_MEASURED_S = 0.05
 
 
 class RemainingTime:
-    """Of one attempt, from its first step on: the price of what is left, at the pace so far."""
+    """The remaining time of one attempt: the price of what is left, at the pace so far.
+
+    Made when the attempt starts, and asked at each step.
+    """
 
     def __init__(self, quote: Quote) -> None:
         self._request = request = quote.request
@@ -124,7 +128,7 @@ class RemainingTime:
         self._first: tuple[float, float] | None = None
 
     def left_s(self, progress: Progress, now: float) -> float:
-        """Seconds until it is done."""
+        """Return the seconds until the ranks are done; `now` in seconds, monotonic."""
         priced_s = self._priced_s(progress.num_done)
         if self._first is None:
             self._first = priced_s, now
@@ -134,7 +138,7 @@ class RemainingTime:
         return priced_s * (now - began_at) / (at_first_s - priced_s)
 
     def _priced_s(self, num_done: int) -> float:
-        """Of the steps that are left, and the images and previews that are not decoded."""
+        """Return the price of the steps, images and previews that are still to be made."""
         request = self._request
         num_before, step = divmod(num_done - 1, request.num_steps)
         num_shown = sum(each < step + 1 for each in request.preview_steps)
@@ -147,9 +151,9 @@ class RemainingTime:
 def followed(
     quote: Quote, on_event: OnEvent | None, tell: Callable[[float], None]
 ) -> OnEvent | None:
-    """`on_event`, with `tell` told how long it still takes; None where nobody has to listen.
+    """Return `on_event` extended by calls of `tell` with the seconds left; None if nobody listens.
 
-    Nothing is left of it once the ranks are done: that is for `tell` alone to hear.
+    RanksDone is not passed on: it tells only that nothing is left.
     """
     if on_event is None and quote.cost_s < FOLLOWED_S:
         return None

@@ -1,4 +1,8 @@
-"""The router: prices a request, waits for its turn, and sends it once more if a replica dies."""
+"""The router prices a request, waits for its turn, and tries once more if a replica dies.
+
+It knows neither HTTP nor Ray. What it needs of the rest of a gateway are the four protocols below:
+the replicas, the ledger's queue, metrics, and a record of what arrived.
+"""
 
 import logging
 import time
@@ -34,32 +38,32 @@ from flux_ray.router.tier_choice import TierCandidate, in_order
 
 logger = logging.getLogger("ray.serve")
 
-# Of one tier: another may do.
+# Refusals by one tier, after which an alias's next tier is tried.
 REFUSALS = (Overloaded, DeadlineTooShort, TierUnavailable, RateLimited, QuotaTooSmall)
 
 
 class Dispatcher(Protocol):
-    """The way to the tiers' replicas."""
+    """The way to the replicas of all tiers: `TierHandles`, or a fake in tests."""
 
     async def connect(self, tier: str) -> None:
-        """TierUnavailable if the tier is not deployed."""
+        """Connect to a tier; raise TierUnavailable if it is not deployed."""
 
     async def generate(
         self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str = ""
     ) -> ImageResult:
-        """One attempt on that replica; ReplicaFailed when it dies. `run`: by what it knows it."""
+        """Generate on that replica, which finds it again as `run`. ReplicaFailed if it dies."""
 
     async def recall(
         self, request: ImageRequest, replica: str, on_event: OnEvent | None, run: str
     ) -> ImageResult:
-        """What it has of the request; ReplicaFailed or TierUnavailable if that is nothing."""
+        """Return the images of an earlier `run`. ReplicaFailed or TierUnavailable without any."""
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that serve, or would be woken by a request."""
+        """Return the tiers that serve, or that a request would wake."""
 
 
 class RequestQueue(Protocol):
-    """The way to the ledger, which grants replicas."""
+    """The way to the ledger, which assigns replicas: `LedgerClient`, or a fake in tests."""
 
     async def take(
         self,
@@ -67,63 +71,63 @@ class RequestQueue(Protocol):
         on_event: OnEvent | None = None,
         quota: PendingQuota | None = None,
     ) -> str:
-        """The replica whose turn it is, when it is; Overloaded if the deadline cannot be met.
+        """Wait for the request's turn; return the replica that the ledger assigned to it.
 
-        `quota` is asked for with it: RateLimited or QuotaTooSmall if that is too much.
-
-        `on_event` is told where the request stands meanwhile.
+        Raise Overloaded if the deadline cannot be met. `quota` is asked for in the same message:
+        RateLimited or QuotaTooSmall if that is too much. `on_event` is called with its positions in
+        the queue meanwhile.
         """
 
     async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
-        """What would become of each of them alone."""
+        """Predict what would become of each request if it alone were submitted now."""
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
-        """Where a request that comes again may be drawn already, the latest first."""
+        """Return the replicas that run, or ran, a request that comes again, the latest first."""
 
     def progress(self, ticket_id: str, left_s: float) -> None:
-        """So long it still takes."""
+        """Note how many seconds a running request still takes."""
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
-        """The turn is over, and the request done or not."""
+        """End a request that had its turn; `is_done` if it succeeded."""
 
 
 class RequestMetrics(Protocol):
-    """Where prices, their errors and refusals are counted."""
+    """The counters of prices, their errors and refusals: `RouterMetrics`, or a fake in tests."""
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
-        """A request was taken in at that price."""
+        """Count the price of an admitted request, in GPU seconds."""
 
     def wait(self, tier: str, seconds: float) -> None:
         """Count how long a request waited for its turn."""
 
     def spend(self, tier: str, gpu_seconds: float) -> None:
-        """Count what a request that was drawn took."""
+        """Count what a finished request took, in GPU seconds."""
 
     def compare(self, observations: Iterable[Observation]) -> None:
-        """What was measured, beside what had been predicted."""
+        """Count how far measured times were from predicted ones."""
 
     def refuse(self, tier: str) -> None:
-        """A request could not be done in time."""
+        """Count a request that was refused because it could not be done in time."""
 
 
 class Records(Protocol):
-    """Where arrivals are recorded."""
+    """The record of what arrived: `Recorder`, or a fake in tests."""
 
     def record(
         self, request: ImageRequest, at_s: float, deadline_s: float | None, key: str = ""
     ) -> None:
-        """A request came at that time of day; never waits or raises."""
+        """Record a request that came at `at_s`, in seconds since 1970; never wait or raise."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Seconds that a request may take: of each tier where its caller does not say, and at most."""
+    """How many seconds requests may take: by tier if the caller does not say, and at most."""
 
     request_timeout_s: float
     deadlines: Mapping[str, float] = field(default_factory=dict)
 
     def deadline_s(self, request: ImageRequest, caller: Caller) -> float:
-        """Of this request."""
+        """Return within how many seconds this request has to be done."""
         wanted_s = caller.deadline_s or self.deadlines.get(request.tier, self.request_timeout_s)
         return min(wanted_s, self.request_timeout_s)
 
@@ -135,14 +139,15 @@ def entry_of(quote: Quote, caller: Caller) -> UsageEntry:
 
 
 def always(*about: object) -> bool:
-    """Where nobody says otherwise."""
+    """Return True: the default of a router that nobody tells of tiers and ledger."""
     return True
 
 
 class Router:
-    """What the gateway calls. Knows neither HTTP nor Ray.
+    """What the gateway's API and its job worker call for images, from one event loop.
 
-    `is_deployed`: whether a tier is. `hears_ledger`: whether this process can reach it.
+    `is_deployed`: tells whether a tier is deployed. `hears_ledger`: tells whether this process can
+    reach the ledger.
     """
 
     def __init__(
@@ -168,14 +173,14 @@ class Router:
         self.hears_ledger = hears_ledger
 
     def deployed(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-        """Those whose tier is deployed; TierUnavailable if there is none, at once."""
+        """Return the requests whose tier is deployed; raise TierUnavailable if there are none."""
         found = [each for each in requests if self.is_deployed(each.tier)]
         if not found:
             raise not_deployed(requests[0].tier)
         return found
 
     async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
-        """The images of a request; a second replica draws the same ones, from the same seed."""
+        """Generate images; if a replica dies, a second one makes the same ones from the seed."""
         self._record(request, caller)
         quote, deadline_s = quote_for(request, self.prices), self.terms.deadline_s(request, caller)
         return await self._generate(quote, caller, deadline_s)
@@ -186,10 +191,10 @@ class Router:
         requests: Sequence[ImageRequest],
         caller: Caller = ANYONE,
     ) -> ImageResult:
-        """The images of the one that the alias's policy prefers: the same request of each tier.
+        """Generate on the tier that the alias's policy prefers.
 
-        They come best first. Where its tier refuses it after all, the next is tried; of refusals
-        the one that is over first is told.
+        `requests`: the same request for each tier, best tier first. If a tier refuses, the next is
+        tried; if all do, the refusal with the shortest time to wait is raised.
         """
         if len(requests) == 1 and alias.max_gpu_seconds is None:
             return await self.generate(requests[0], caller)
@@ -207,7 +212,7 @@ class Router:
         raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
 
     async def places(self, caller: Caller) -> tuple[Place, ...]:
-        """Where the caller's request may be drawn already, the latest first."""
+        """Return the replicas that run, or ran, the caller's request before, the latest first."""
         return () if caller.retry is None else await self.turns.places(caller.retry)
 
     async def recall(
@@ -216,9 +221,9 @@ class Router:
         requests: Sequence[ImageRequest],
         caller: Caller,
     ) -> ImageResult | None:
-        """The images from one of these places; None if it has to be drawn anew.
+        """Return the images from one of these places; None if they have to be generated anew.
 
-        It was counted, and had its turn, when it came first.
+        It counts against no limit and waits for no turn: it did when it came first.
         """
         timeout_s = self.terms.request_timeout_s
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
@@ -239,13 +244,19 @@ class Router:
     async def choose(
         self, alias: Alias, requests: Sequence[ImageRequest], caller: Caller = ANYONE
     ) -> ImageRequest:
-        """The one that the alias's policy prefers now; BadRequest if none is cheap enough."""
+        """Return the request for the tier that the alias's policy prefers now.
+
+        Raise BadRequest if none is cheap enough.
+        """
         if len(requests) == 1 and alias.max_gpu_seconds is None:
             return requests[0]
         return in_order(await self._candidates(requests, caller), alias)[0].quote.request
 
     async def count_in(self, request: ImageRequest, caller: Caller) -> None:
-        """Count a request that is drawn later. RateLimited or QuotaTooSmall if it is too much."""
+        """Count a request that is generated later.
+
+        Raise RateLimited or QuotaTooSmall if it is over its key's limits.
+        """
         if self.turnstile is not None:
             entry = entry_of(quote_for(request, self.prices), caller)
             within_s = self.terms.deadline_s(request, caller)
@@ -253,21 +264,21 @@ class Router:
                 pass
 
     def gpu_seconds(self, request: ImageRequest) -> float:
-        """Its price."""
+        """Return the price of a request in GPU seconds."""
         return quote_for(request, self.prices).gpu_seconds
 
     async def ready_tiers(self) -> tuple[str, ...]:
-        """The tiers that can serve now."""
+        """Return the tiers that serve, or that a request would wake."""
         return await self.handles.ready_tiers()
 
     def standing(self, caller: Caller) -> LimitStatus | None:
-        """What is left to the caller's key; None if no limit of it is known here."""
+        """Return what is left to the caller's key; None if no limit of it is known here."""
         if self.turnstile is None or caller.allowance == UNLIMITED:
             return None
         return self.turnstile.standing(caller.key)
 
     async def credits(self, caller: Caller) -> float | None:
-        """The GPU seconds that are left to the caller's key today; None if it has no such limit."""
+        """Return the GPU seconds left to the caller's key today; None if it has no such limit."""
         limit = caller.allowance.gpu_seconds_per_day
         if limit is None or self.turnstile is None:
             return limit
@@ -277,7 +288,7 @@ class Router:
         self, requests: Sequence[ImageRequest], caller: Caller
     ) -> list[TierCandidate]:
         quotes = [quote_for(request, self.prices) for request in requests]
-        # Whatever a replica knows of them: a forecast is of the line.
+        # Without what replicas have cached: a forecast is of the queue, not of one replica.
         offers = tuple(
             offer_for(quote, 0, self.terms.deadline_s(quote.request, caller), caller)
             for quote in quotes
@@ -317,16 +328,16 @@ class Router:
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
             was_killed = isinstance(error, KilledForMemory)
-        # It was taken in once: it is not refused now for what was no fault of its client. It waits
-        # where it came, before those who came later.
+        # It was admitted once, and is not refused now for what was no fault of its client: so it
+        # has all the time that any request may take. It waits before those that came later.
         left_s = self.terms.request_timeout_s - (time.monotonic() - began)
         try:
             return await self._attempt(quote, 2, left_s, caller, stay)
         except KilledForMemory as error:
             if not was_killed:
                 raise
-            # Once may have been a neighbour's fault. Twice in a row it is this request's, which
-            # would end further replicas, as a job five times two of them.
+            # Once may have been a neighbour's fault. Twice in a row it is this request's, and it
+            # would kill more replicas if it were tried again: a job in five attempts, two in each.
             raise OutOfMemory(
                 "two replicas ran out of memory on this request: ask for a smaller width and"
                 " height, or send fewer or smaller reference images"
@@ -341,7 +352,7 @@ class Router:
         stay: Reservation,
     ) -> ImageResult:
         request = quote.request
-        # It would wait for its turn for ever.
+        # Before it is submitted: its turn for a tier that is not deployed would never come.
         await self.handles.connect(request.tier)
         affinity = affinity_of(request, self.prices)
         offer = offer_for(quote, number, deadline_s, caller, affinity)
@@ -354,7 +365,7 @@ class Router:
         self.bill.wait(request.tier, time.monotonic() - asked_at)
         is_done = False
         try:
-            # Not before: so many could wait that their pixels would not fit into this process.
+            # Not before its turn: the pixels of all that wait may not fit into this process.
             request = await loaded(request)
             if number == 1:
                 self.bill.enter(request.tier, quote.gpu_seconds)
