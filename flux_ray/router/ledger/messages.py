@@ -54,10 +54,10 @@ class Places:
     """
 
     def __init__(self) -> None:
-        # The last that was granted is the last.
+        # By name and ticket; the place that was assigned last is the last one of its name.
         self._places: dict[str, dict[str, Place]] = {}
         self._live: dict[str, Retry] = {}
-        # Until when, by ticket; in that order.
+        # By ticket: until when its place is kept, and its name. The first to go is the first one.
         self._kept: dict[str, tuple[float, str]] = {}
 
     def grant(self, retry: Retry, place: Place) -> None:
@@ -112,7 +112,7 @@ Message = TypeVar("Message")
 
 
 class Receipt(NamedTuple):
-    """The number of the last message of an outbox that was heard."""
+    """The number of the last message of an outbox that its receiver has got."""
 
     outbox: str = ""
     number: int = 0

@@ -47,7 +47,7 @@ class PendingRequest:
 
 @dataclass
 class News:
-    """What the ledger has not been told yet: requests to submit, and tickets of others.
+    """What the ledger has not been told yet: requests to submit, and tickets that have changed.
 
     `done` are those of `ended` that succeeded; of `moved` the remaining time has changed.
     """
