@@ -1,1 +1,5 @@
-"""The Serve deployment of a tier: a leader, its rank group and the step loop. Knows no HTTP."""
+"""The Serve deployment of a tier: a leader that takes requests, and the ranks that it calls.
+
+`Leader` is the deployment; it owns the `RankGroup` of GPU processes and the `StepLoop` that calls
+them. Nothing here knows HTTP.
+"""

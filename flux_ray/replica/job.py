@@ -1,6 +1,8 @@
-"""A request in its replica: what the ranks answer to it, and its images on their way to files.
+"""One request inside its replica: `ReplicaJob`, its output and its timings.
 
-Image files, made on threads of the leader's own while the ranks go on with the next request.
+`JobOutput` collects what the ranks answer and tells the client's event queue. `Files` makes files
+of the images on threads of the leader, while the ranks go on with the next request. All of it but
+those threads runs on the leader's event loop.
 """
 
 import asyncio
@@ -28,18 +30,22 @@ from flux_ray.request import (
     StageTimes,
 )
 
-# One keeps up with any card; the second is for a file that takes long, such as a large webp.
+# One thread keeps up with any GPU; the second is for files that take long, such as a large webp.
 NUM_THREADS = 2
-# Images of which no file is made yet. Beyond them the ranks wait: pixels are many bytes.
+# Images without a file yet, running or waiting. The ranks wait if there would be more: the pixels
+# of one image are megabytes.
 MAX_WAITING = 8
 
 Encode = Callable[[RgbImage, Encoding], bytes]
-# And the seconds that its thread took.
+# The image, and the seconds that its thread took to make the file.
 Made = tuple[GeneratedImage, float]
 
 
 class Files:
-    """Makes files in about the order in which they are asked for. Pillow and ISA-L free the GIL."""
+    """A pool of threads that make image files, about in the order in which they are asked for.
+
+    Threads suffice, since Pillow and ISA-L release the GIL.
+    """
 
     def __init__(self, encode: Encode = encode_image) -> None:
         self._encode = encode
@@ -47,7 +53,10 @@ class Files:
         self._room = asyncio.Semaphore(MAX_WAITING)
 
     async def start(self, image: DenoisedImage, encoding: Encoding) -> "asyncio.Future[Made]":
-        """Begin with the image's file, once there is room for it; cancel what is not wanted."""
+        """Wait for room, then start to make the image's file and return its future.
+
+        Whoever does not want the file any more cancels the future.
+        """
         await self._room.acquire()
         loop = asyncio.get_running_loop()
         file = loop.run_in_executor(self._threads, self._make, image, encoding)
@@ -65,15 +74,17 @@ Observe = Callable[[str, float], None]
 
 @dataclass(eq=False)
 class ReplicaJob:
-    """A request in this replica. A client that leaves cancels `result`; nothing else does.
+    """A request in this replica, made by `StepLoop.stream` for its client.
 
-    `began_at`: when its prompt was begun with, which may be before the ranks are free.
+    The client leaves by cancelling `result`; nothing else cancels it. `number` names the job on
+    the ranks. `began_at`: when the encoding of its prompt began, by `time.perf_counter`; the ranks
+    may still work on the job before it then.
     """
 
     number: int
     request: ImageRequest
     result: asyncio.Future[ImageResult]
-    # None at the end: then the result is there.
+    # A None ends the events: the result is there, or the client has left.
     events: asyncio.Queue[RequestEvent | None] = field(default_factory=asyncio.Queue)
     queued_at: float = field(default_factory=time.perf_counter)
     began_at: float = 0.0
@@ -82,16 +93,16 @@ class ReplicaJob:
 
     @property
     def has_left(self) -> bool:
-        """Whether nobody waits for the result any more."""
+        """Return whether nobody waits for the result any more."""
         return self.result.done()
 
     def tell(self, event: RequestEvent) -> None:
-        """Let the client hear, if it is still there."""
+        """Send the client an event, if it is still there."""
         if not self.has_left:
             self.events.put_nowait(event)
 
     def finish(self, outcome: ImageResult | BaseException) -> None:
-        """Tell the client, if it is still there."""
+        """Give the client the result or the error, if it is still there."""
         if self.has_left:
             return
         if isinstance(outcome, BaseException):
@@ -101,23 +112,23 @@ class ReplicaJob:
 
 
 class StageTimer:
-    """Seconds by stage, and each of them told to `observe`."""
+    """The seconds that a job spent in each stage; `observe` is called with each one as it comes."""
 
     def __init__(self, observe: Observe) -> None:
         self._observe = observe
         self._seconds: dict[str, float] = defaultdict(float)
 
     def add(self, stage: str, seconds: float) -> None:
-        """One more of them."""
+        """Add the seconds of one run of a stage."""
         self._seconds[stage] += seconds
         self._observe(stage, seconds)
 
     def wait(self, seconds: float) -> None:
-        """So long the ranks had nothing to do but to wait for the prompt."""
+        """Add seconds in which the ranks were idle, waiting for this job's prompt."""
         self._seconds["wait"] += seconds
 
     def total(self, queue_s: float, is_cached: bool) -> StageTimes:
-        """The times of a request; preparing noise counts as encoding."""
+        """Return the times of the request; waiting and preparing noise count as encoding."""
         spent = self._seconds
         decode_s = spent["preview"] + spent["decode"]
         encode_s = spent["wait"] + spent["encode"] + spent["prepare"]
@@ -125,9 +136,11 @@ class StageTimer:
 
 
 class JobOutput:
-    """What the ranks have answered of a job; its client hears of it.
+    """What the ranks have answered for one job, passed on to its client as events.
 
-    Files are made meanwhile, and are `files` in their order; those of previews are heard of in it.
+    `files` holds the futures of its images' files, in the order of the images. `previews` holds
+    those of previews that have not been sent. Files may be done in any order, but are sent in this
+    one.
     """
 
     def __init__(self, job: ReplicaJob, files: Files) -> None:
@@ -140,7 +153,7 @@ class JobOutput:
         job.result.add_done_callback(lambda _: self._give_up())
 
     async def take(self, stage: str, value: object) -> None:
-        """One more answer. It waits while too many images have no file yet."""
+        """Take in the ranks' answer to a stage; wait while too many images have no file yet."""
         if isinstance(value, Encoded):
             self.said = value
         elif stage == "denoise":
@@ -155,22 +168,30 @@ class JobOutput:
                 file.add_done_callback(lambda _: self._tell_finished())
 
     def tell_progress(self) -> None:
-        """How far it is now. Steps that are answered at once would look as if they took no time."""
+        """Send the client the number of steps done, if it has changed.
+
+        Called once for each answered call: if each step of a call were sent on its own, all but the
+        last would look as if they took no time.
+        """
         if self._num_done > self._num_told:
             self._num_told = self._num_done
             self._job.tell(Progress(self._num_done, self._job.request.num_denoise_steps))
 
     def _tell_previews(self) -> None:
-        """Those whose file is made, and no earlier one's is missing."""
+        """Send the previews whose files are made, up to the first that is missing."""
         while self.previews and self.previews[0].done():
             file = self.previews.popleft()
+            # A preview without a file is left out: it must not fail the request.
             if not file.cancelled() and file.exception() is None:
                 image, _ = file.result()
                 self._job.tell(Preview(self._job.request.tier, image, self._num_previews))
                 self._num_previews += 1
 
     def _tell_finished(self) -> None:
-        """Images whose file is made, in their order; the last one is in the result anyway."""
+        """Send the images whose files are made, in their order, up to the first that is missing.
+
+        The last image is not sent: it would come at the same moment as the result.
+        """
         request = self._job.request
         last = min(len(self.files), request.num_images - 1)
         while self._num_finished < last and self.files[self._num_finished].done():
@@ -181,12 +202,12 @@ class JobOutput:
             self._num_finished += 1
 
     def _give_up(self) -> None:
-        """Begin with no file that nobody waits for."""
+        """Cancel the files that no thread has begun: nobody waits for them."""
         for file in (*self.files, *self.previews):
             file.cancel()
 
     async def deliver(self, times: StageTimer, queue_s: float) -> None:
-        """Answer with the files when they are made; the ranks draw the next job meanwhile."""
+        """Finish the job when all its files are made; the ranks work on the next job meanwhile."""
         await asyncio.wait([*self.files, *self.previews])
         files = [file for file in self.files if not file.cancelled()]
         errors = [error for error in map(asyncio.Future.exception, files) if error is not None]
@@ -210,7 +231,7 @@ class JobOutput:
 
 
 def file_error(error: BaseException) -> FluxError:
-    """What a client is told of an image that was drawn and cannot be a file."""
+    """Return the client's error for an image that was generated but cannot be made a file."""
     failed = FluxError(f"no file could be made of the image: {error}")
     failed.__cause__ = error
     return failed

@@ -1,8 +1,8 @@
-"""The leader of a replica: takes requests, owns the rank group and the step loop. No tensors.
+"""The leader of a replica: the Serve actor that takes requests and owns ranks and step loop.
 
-What a replica counts.
-
-What a replica draws for requests that may come again, and for a while what it has drawn.
+`RunningRequests` keeps running requests and recent results by name, so that a client that repeats
+a request joins the first run instead of paying for a second one. `ReplicaMetrics` counts. The
+leader has no tensors and never imports torch.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
 
 class ReplicaMetrics:
-    """Counts what one replica of a tier does."""
+    """The metrics of one replica, counted by its leader."""
 
     def __init__(self, tier: str) -> None:
         self._tier = {"tier": tier}
@@ -61,16 +61,16 @@ class ReplicaMetrics:
         self._spent = counter(STAGE_SECONDS_SPENT)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        """One stage of a request."""
+        """Count the seconds that one stage of a request took."""
         labels = {**self._tier, "stage": stage}
         self._stage_seconds.observe(seconds, labels)
-        # Ray's counters raise for nothing at all, which a coarse clock may say.
+        # Ray's counters raise if they are increased by 0, which a coarse clock may measure.
         if seconds > 0:
             self._spent.inc(seconds, labels)
 
     @contextmanager
     def count(self, request: ImageRequest) -> Iterator[None]:
-        """A request, from its arrival to its end."""
+        """Count a request and its seconds from arrival to end, with the outcome of the block."""
         began, outcome = time.perf_counter(), "failed"
         try:
             yield
@@ -85,7 +85,7 @@ class ReplicaMetrics:
 
 
 class RunningRequest:
-    """A request while it is drawn, and those who wait for it."""
+    """A request that is being generated, and the streams of all who wait for it."""
 
     def __init__(self, events: EventStream) -> None:
         self.listeners: list[asyncio.Queue[RequestEvent | None]] = []
@@ -94,9 +94,10 @@ class RunningRequest:
         self.generation.add_done_callback(lambda _: self._tell(None))
 
     async def stream(self) -> EventStream:
-        """Yield what comes from now on, after the images that are done; the last to leave ends it.
+        """Yield the finished images, then all further events and the result; raise its error.
 
-        Read it at once: what is told before is not heard.
+        Start reading at once: previews and progress from before the first read are missed. When the
+        last reader closes its stream, the generation is cancelled.
         """
         events: asyncio.Queue[RequestEvent | None] = asyncio.Queue()
         for image in self._finished:
@@ -119,10 +120,12 @@ class RunningRequest:
 
 
 class RunningRequests:
-    """Draws, and keeps results of up to `max_bytes`, each for `keep_s` seconds.
+    """Runs by name, and their results for `keep_s` seconds, up to `max_bytes` of them together.
 
-    Whoever waits for a run may leave by being cancelled, and the last one ends it. A gateway that
-    dies cancels nothing: its runs go on, and their results are there for who asks again.
+    Only requests that may come again have a name. Several callers may read one run; it is cancelled
+    when the last of them leaves. A gateway that dies cancels nothing: its runs go on, and clients
+    that repeat their requests through another gateway find the results. Used on the leader's event
+    loop.
     """
 
     def __init__(
@@ -132,12 +135,12 @@ class RunningRequests:
         self._keep_s = keep_s
         self._clock = clock
         self._running: dict[str, RunningRequest] = {}
-        # Until when, by name, in that order.
+        # By name: until when a result is kept, and the result. The first ends first.
         self._kept: dict[str, tuple[float, ImageResult]] = {}
         self._num_bytes = 0
 
     async def stream(self, name: str, events: EventStream) -> EventStream:
-        """Draw a request under that name: the last run of a name is the one that is found."""
+        """Run a new request under that name and yield its events; it replaces any earlier run."""
         self._drop(name)
         run = self._running[name] = RunningRequest(events)
         run.generation.add_done_callback(partial(self._end, name, run))
@@ -146,13 +149,16 @@ class RunningRequests:
                 yield event
 
     async def recall(self, name: str) -> EventStream:
-        """Join the last run of that name, or yield its result; NotKept if there is neither."""
+        """Join the last run of that name, or yield its result; raise NotKept if there is neither.
+
+        A result that is kept comes without its earlier events.
+        """
         self.forget()
         if name in self._kept:
             yield self._kept[name][1]
             return
         run = self._running.get(name)
-        # One that everybody left is about to end.
+        # A run that everybody has left is about to end as cancelled: it will have no result.
         if run is None or not run.listeners:
             raise NotKept("this replica does not have the images, or not any more")
         async with aclosing(run.stream()) as events:
@@ -160,7 +166,7 @@ class RunningRequests:
                 yield event
 
     def forget(self) -> None:
-        """Drop what has been kept for long enough."""
+        """Drop results that were kept for `keep_s`, and the oldest beyond `max_bytes`."""
         while self._kept:
             name, (until, _) = next(iter(self._kept.items()))
             if until > self._clock() and self._num_bytes <= self._max_bytes:
@@ -168,9 +174,10 @@ class RunningRequests:
             self._drop(name)
 
     def _end(self, name: str, run: RunningRequest, generation: asyncio.Task[ImageResult]) -> None:
-        """Keep what was drawn; of what was not, the next one is to be drawn anew."""
-        # Asking for the error too: nobody else may, and asyncio complains of errors unheard.
+        """Keep the result of a run that succeeded; one that failed is generated anew next time."""
+        # Retrieve the error too: if all readers have left, nobody else does, and asyncio complains.
         is_generated = not generation.cancelled() and generation.exception() is None
+        # A newer run has taken the name: its result counts, not this one.
         if self._running.get(name) is not run:
             return
         del self._running[name]
@@ -189,19 +196,19 @@ class RunningRequests:
 
 
 def num_bytes(result: ImageResult) -> int:
-    """What it takes to keep it."""
+    """Return the bytes of a result's image files, which are nearly all of its memory."""
     return sum(len(image.data) for image in result.images)
 
 
 def end_with(ranks: Sequence[ActorHandle[Any]]) -> None:
-    """End this process, and first its ranks: one that hangs would hold its GPU meanwhile."""
+    """Kill the ranks, then end this process: a rank that hangs would go on to hold its GPU."""
     for rank in ranks:
         ray.kill(rank)
     end_process()
 
 
 def warm_up_request(tier: Tier) -> ImageRequest:
-    """The smallest request that goes through every stage at the tier's own size."""
+    """Return the shortest request that runs every stage at the tier's default size: one step."""
     return ImageRequest(
         request_id="warm-up",
         tier=tier.name,
@@ -215,7 +222,11 @@ def warm_up_request(tier: Tier) -> ImageRequest:
 
 
 def description_of(args: TierArgs, card: str | None) -> Description:
-    """Of the replica of Serve that this process is, and that starts now."""
+    """Describe this process for gateways, as the Serve replica that starts now.
+
+    `layout` is a digest of the tier's arguments and the GPU: replicas that are equal in both have
+    equal speed, so what gateways learn of one holds for the other.
+    """
     replica = serve.get_replica_context().replica_id.unique_id
     layout = sha256(f"{args.model_dump_json()} {card}".encode()).hexdigest()[:16]
     fields = args.model_dump(mode="json")
@@ -223,14 +234,20 @@ def description_of(args: TierArgs, card: str | None) -> Description:
 
 
 class Leader:
-    """One Serve replica = one rank group."""
+    """The Serve deployment of a tier: each of its replicas is one leader with its rank group.
+
+    Serve calls the public methods on the replica's event loop. Tests replace `rank_class`.
+    """
 
     rank_class: ClassVar[type[RankActor]] = RankActor
 
     async def __init__(  # type: ignore[misc]
         self, args: TierArgs, text_encoder: DeploymentHandle[Any] | None = None
     ) -> None:
-        """Serve awaits this: the replica is RUNNING once it has drawn an image."""
+        """Load the ranks and generate a warm-up image; Serve takes the replica for RUNNING then.
+
+        Raise TimeoutError if loading takes longer than `load_timeout_s`.
+        """
         placement_group = get_current_placement_group()
         assert placement_group is not None, "a leader runs in its replica's placement group"
         ranks = start_ranks(self.rank_class, args, placement_group)
@@ -249,22 +266,25 @@ class Leader:
         await last_of(self._loop.stream(warm_up_request(tier_for(args.tier))))
 
     def _end_with_loop(self, pump: asyncio.Task[None]) -> None:
-        """A loop that ended by a mistake of ours would leave every request waiting for ever."""
+        """End the replica if its step loop failed by a bug: all requests would wait for ever."""
         if not pump.cancelled():
             self._group.break_up("the step loop ended", pump.exception())
 
     async def generate(self, call: Wire) -> Wire:
-        """The images of the request in a call; ProtocolMismatch for one that is not understood."""
+        """Return the result of the request in `call`, without events.
+
+        Raise ProtocolMismatch if the request has fields that this code does not know.
+        """
         return pack_answer(await last_of(self._stream_of(call)))
 
     async def follow(self, call: Wire) -> AsyncIterator[Wire]:
-        """The request's images, after what is to be heard of them."""
+        """Yield the events of the request in `call`, then its result; errors as in `generate`."""
         async with aclosing(self._stream_of(call)) as events:
             async for event in events:
                 yield pack_answer(event)
 
     def _stream_of(self, call: Wire) -> EventStream:
-        """How a call's images come about: they are drawn, or were for a call before it."""
+        """Return the events of a call: of an earlier run that it recalls, or of a new one."""
         if "recall" in call:
             return self._runs.recall(call["recall"])
         events = self._stream(request_from(call))
@@ -278,14 +298,15 @@ class Leader:
                         result = event
                     else:
                         yield event
-        # Counted as drawn before anybody can leave with it.
+        # After the block: the request is counted as a success before the client, who closes this
+        # stream once it has the result, could turn it into one that left.
         yield replace(result, layout=self._description.layout)
 
     async def describe(self, call: Wire) -> Wire:
-        """What a gateway has to know of this replica: its version, and what prices go by."""
+        """Return this replica's Description: its version, and what gateways price it by."""
         description: Wire = packed(self._description)
         return description
 
     async def check_health(self) -> None:
-        """Serve's question: do all ranks answer?"""
+        """Return if all ranks answer. Serve calls this and replaces a replica whose check fails."""
         await self._group.ping()

@@ -1,6 +1,7 @@
-"""A process of a replica: what it loads, how it holds its memory, and how it ends.
+"""What the processes of a replica do as processes: import the engine, handle memory, and end.
 
-Memory that runs out under a request: how a process tells, and how it has room for the next.
+`out_of_memory` recognises that memory ran out under a request and drops what the request held;
+`free_memory` then makes room for the next one. Ranks and the shared text encoder use both.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from flux_ray.errors import OutOfMemory
 
 logger = logging.getLogger("ray.serve")
 
-# What torch says in a plain RuntimeError where the allocation was not its own, or not on a card.
+# What torch says in a plain RuntimeError if an allocation fails on the CPU, or inside of CUDA's own
+# libraries; its OutOfMemoryError is only for its own allocations on a GPU.
 SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
@@ -29,7 +31,7 @@ SIGNS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that there was no memory, of the card or of the machine."""
+    """Return whether an error says that memory ran out, on the GPU or on the machine."""
     from torch import OutOfMemoryError
 
     if isinstance(error, (MemoryError, OutOfMemoryError)):
@@ -38,15 +40,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: Exception, tier: str) -> OutOfMemory | None:
-    """What the caller is told of an error, if memory ran out; nothing is held by it any more.
+    """Return the caller's OutOfMemory if `error` says that memory ran out, else None.
 
-    Its traceback would hold the tensors of all that was being done.
+    The frames of its traceback are cleared: they hold the tensors of the failed request, which
+    would stay on the GPU for as long as the error does.
     """
     if not is_out_of_memory(error):
         return None
     logger.error("%s ran out of memory", tier, exc_info=error)
     link: BaseException | None = error
     while link is not None:
+        # Errors in whose handling this one was raised have tracebacks with tensors too.
         traceback.clear_frames(link.__traceback__)
         link = link.__context__
     return OutOfMemory(
@@ -56,7 +60,7 @@ def out_of_memory(error: Exception, tier: str) -> OutOfMemory | None:
 
 
 def free_memory(device: str) -> None:
-    """Give back what nothing refers to: in pieces it would be of no use to the next request."""
+    """Return unused memory to the device: torch's cache of it is in pieces too small to be used."""
     gc.collect()
     if device == "cuda":
         import torch
@@ -64,21 +68,21 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-# Of glibc's `mallopt`, and what it is given: bytes.
+# Two parameters of glibc's `mallopt`, and their values in bytes.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 MAX_FREE_BYTES = 2**30
 MAX_MAPPED_BYTES = 32 * 2**20
 
-# diffusers loads all of these that are installed, whether or not a checkpoint asks for them: a
-# quarter of what a process spends until it is there. We import those that we use, where we do.
+# diffusers imports those of these packages that are installed, whether a checkpoint needs them or
+# not: a quarter of the time in which a process starts. Those that we use are imported where we do.
 UNUSED_BY_DIFFUSERS = ("bitsandbytes", "peft", "torchao")
 
 
 def keep_memory() -> None:
-    """Hold on to memory that is free, to a limit, where the C library is glibc.
+    """Let glibc keep up to 1 GiB of freed memory; do nothing with another C library.
 
-    It would else give that of a step's tensors back to the system, and fetch it again for the next
-    step, page by page: a twentieth of the time on processors, and now and then a fifth.
+    By default it returns a step's tensors to the system and gets the memory again for the next
+    step, page by page: on CPUs this takes 5 % of the time, and now and then 20 %.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -88,9 +92,9 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def hidden(*packages: str) -> Iterator[None]:
-    """Import as if these packages were not installed, where they are not loaded yet.
+    """Hide packages from imports inside the block, except those that are imported already.
 
-    A name that is None in `sys.modules` is one that the import system does not find.
+    Python's import system takes a name that is None in `sys.modules` for not installed.
     """
     modules = cast(dict[str, ModuleType | None], sys.modules)
     absent = [package for package in packages if package not in modules]
@@ -103,9 +107,12 @@ def hidden(*packages: str) -> Iterator[None]:
 
 
 def load_engine() -> None:
-    """Import torch and the models: only where they run; leader and gateway never do."""
-    # Looking for garbage among what is only being made takes a fifth of the time. Nothing of it
-    # will ever be garbage.
+    """Import torch and the model families; only processes that run them call this.
+
+    Leaders and gateways never do: it takes seconds in which they would answer nobody.
+    """
+    # Garbage collection takes a fifth of the time of these imports and finds nothing: modules stay.
+    # Frozen, they are not looked through later either.
     gc.disable()
     with hidden(*UNUSED_BY_DIFFUSERS):
         import flux_ray.engine.registry  # noqa: F401
@@ -115,7 +122,10 @@ def load_engine() -> None:
 
 
 def card_here(device: str) -> str | None:
-    """The row of this process's card in `catalog.gpus`; None if it has none."""
+    """Return the name of this process's GPU in `catalog.gpus`, or None if it is not listed there.
+
+    On `device` "cpu" the name is `PROCESSOR`.
+    """
     if device == "cpu":
         return PROCESSOR
     import torch
@@ -125,6 +135,9 @@ def card_here(device: str) -> str | None:
 
 
 def end_process() -> NoReturn:
-    """Serve sees a dead actor at its next check, and builds the whole replica anew."""
+    """End this process at once, without clean-up: a thread that hangs cannot prevent it.
+
+    Serve notices the dead actor at its next health check and starts the whole replica anew.
+    """
     logging.shutdown()
     os._exit(1)

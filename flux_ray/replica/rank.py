@@ -1,4 +1,8 @@
-"""One rank: the process that holds the model, or its part of it, and the images being drawn."""
+"""One rank: the process that holds the model, or its part of it, and the images in progress.
+
+`RankActor` is created and loaded through Ray. Then the leader calls its stages over a socket of
+its own (`transport.py`), and Ray only carries pings.
+"""
 
 import logging
 import os
@@ -36,15 +40,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 LOOPBACK = "127.0.0.1"
-# A ping must be answered while a step runs, or Serve takes the replica for dead.
+# Pings have a thread of their own: they must be answered while a step runs, or Serve takes the
+# replica for dead.
 CONCURRENCY_GROUPS = {"control": 1}
 
 
 @dataclass
 class RankJob:
-    """A job on this rank: what its images share, and the one being drawn.
+    """A job on this rank: what its images share, and the state of the current image.
 
-    `encoded` is its prompt, where the shared text encoder encoded it; `seeds` are still to come.
+    `encoded`: its prompt, if the tier's shared text encoder encoded it; None once it is used.
+    `seeds`: those of the images still to come. `seed` and `state` are the current image's.
     """
 
     request: ImageRequest
@@ -56,7 +62,7 @@ class RankJob:
 
 
 def describe(error: Exception) -> str:
-    """The error in one line."""
+    """Return an error's type and message, with `out of memory: ` in front if it is that."""
     from torch import OutOfMemoryError
 
     is_memory = isinstance(error, (MemoryError, OutOfMemoryError))
@@ -64,13 +70,18 @@ def describe(error: Exception) -> str:
 
 
 def node_address() -> str:
-    """Where the cluster's other nodes find this one."""
+    """Return the address at which the cluster's other nodes reach this one."""
     host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return host
 
 
 class RankActor:
-    """The engine's stages by job number. Only the step loop has them run."""
+    """The Ray actor that runs the engine's stages on one GPU, or on CPUs, for its leader.
+
+    The group calls `create_store` on the first rank, then `load`, `listen` and `work` on each.
+    From then on `run` executes the stages by name, all on the thread of `work`, as only the
+    leader's step loop asks for them; `ping` and `card` run on the thread for control.
+    """
 
     _mesh: "Mesh"
     _adapter: "Adapter"
@@ -81,7 +92,8 @@ class RankActor:
     def __init__(self, rank: int, args: TierArgs) -> None:
         if args.device == "cpu":
             keep_memory()
-        # All ranks spend these seconds at once, before any has to wait for another.
+        # Here and not in `load`: the ranks spend these seconds at the same time, before one has to
+        # wait for another.
         load_engine()
         self._rank = rank
         self._args = args
@@ -91,16 +103,19 @@ class RankActor:
         self._leader = LeaderWatch(repr(self))
 
     def __repr__(self) -> str:
-        """What Ray writes before its lines in the logs, and shows in the dashboard."""
+        """Name the rank as Ray should show it before its log lines and in the dashboard."""
         return f"{self._args.tier} rank {self._rank}"
 
     @property
     def _host(self) -> str:
-        """Where this rank listens. A group on one node is reached from nowhere else."""
+        """Return the address to listen at: loopback unless the replica's ranks use two nodes."""
         return LOOPBACK if self._args.parallel.num_nodes == 1 else node_address()
 
     def create_store(self) -> "Endpoint | None":
-        """Where the others find this rank, the first; None where there are none."""
+        """Open the store in which the ranks meet, on the first rank, and return its endpoint.
+
+        Return None if the replica has only one rank.
+        """
         if self._args.parallel.num_ranks == 1:
             return None
         from flux_ray.parallel.mesh import Endpoint, open_store
@@ -123,7 +138,8 @@ class RankActor:
         store = self._store
         if self._rank > 0 and endpoint is not None:
             store = connect_store(endpoint, timeout_s)
-        # The ranks' own patience must outlast the slowest disk; that of a step is the leader's.
+        # Collectives wait as long as loading may take, since the slowest disk must not fail them.
+        # The leader's watchdog limits the time of a step.
         self._mesh = join_mesh(store, self._rank, args.parallel, args.device, timeout_s)
         placement = Placement(
             args.dtype,
@@ -139,30 +155,31 @@ class RankActor:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> int:
-        """The process id. Whoever asks for it is the leader, and lives."""
+        """Return the process id. Only the leader calls this, so it shows that the leader lives."""
         self._leader.hear()
         return os.getpid()
 
     @ray.method(concurrency_group="control")
     def card(self) -> str | None:
-        """The row of its card in `catalog.gpus`, if there is one."""
+        """Return the name of this rank's GPU in `catalog.gpus`, or None if it is unknown there."""
         return card_here(self._args.device)
 
     def listen(self) -> Address:
-        """Where the leader finds this rank."""
+        """Listen for the leader, and return the address and token with which it connects."""
         self._extension = RankServer(self._host)
         return self._extension.address
 
     def work(self) -> None:
-        """Answer the leader's calls until it is gone, on the thread that loaded the model.
+        """Answer the leader's calls until it is gone.
 
-        torch has a number of threads, and CUDA a card, for every thread.
+        This has to run on the thread that called `load`: torch's number of threads and CUDA's
+        current device are set for each thread.
         """
         self._leader.start()
         try:
             self._extension.answer(self.run, follows)
         except Exception:
-            # The leader sees a closed line, and ends both.
+            # The leader sees the closed connection, and ends the whole replica.
             logger.exception("%r cannot answer", self)
             raise
 
@@ -173,11 +190,12 @@ class RankActor:
         request: ImageRequest | None = None,
         encoded: EncodedPrompt | None = None,
     ) -> list[StageAnswer] | Launched:
-        """These stages of a job, one after the other; with the first call comes its request.
+        """Run these stages of a job one after the other; the first call of a job has its request.
 
-        Steps on a card are only launched: the next ones can be queued behind them.
-        A caller's mistake is raised as it is, also by calls that were sent before it was heard of,
-        and so is OutOfMemory; any other error as StageFailed.
+        Return an answer for each stage. Denoise steps on a GPU are only launched, so that the next
+        call can be queued behind them. Raise a FluxError as it is: a caller's mistake, or
+        OutOfMemory. Calls for the job that were already on their way raise it again. Raise any
+        other error as StageFailed.
         """
         try:
             self.check_lockstep(job, stages)
@@ -190,18 +208,19 @@ class RankActor:
         except Exception as error:
             lacking = out_of_memory(error, self._args.tier)
             if lacking is None:
-                # As it is, an error of torch's would load torch where it arrives: seconds, in which
-                # the leader answers nobody.
+                # Unpickling an error of torch would import torch in the leader: for seconds, it
+                # would answer nobody.
                 raise StageFailed(describe(error)) from error
-        # The error is gone by now, and what it held.
+        # Only here, outside of `except`, are the error and the tensors in its traceback free.
         self.make_room(job)
         self._mistakes[job] = lacking
         raise lacking
 
     def make_room(self, job: int) -> None:
-        """Forget a job that took too much memory, and whatever can be made again.
+        """Forget a job that took too much memory, and the encoding cache with it.
 
-        Among several ranks that is of no use: their group ends, out of step as they are.
+        Several ranks are out of step after this, so their group ends anyway, and only the job is
+        forgotten.
         """
         self._generations.pop(job, None)
         if self._args.parallel.num_ranks == 1:
@@ -209,7 +228,7 @@ class RankActor:
             free_memory(self._args.device)
 
     def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
-        """The stages; on a card, none waits for the one before it."""
+        """Run the stages and time them; on a GPU, none waits until the one before it is done."""
         is_on_card = self._args.device == "cuda"
         timer: Timer = GpuTimer() if is_on_card else HostTimer()
         timer.mark()
@@ -221,28 +240,28 @@ class RankActor:
         return launched if is_on_card and follows(job, stages) else launched.answers()
 
     def check_lockstep(self, job: int, stages: tuple[str, ...]) -> None:
-        """Raise LockstepBroken unless all ranks are here, for this job, after as many calls.
+        """Raise LockstepBroken unless all ranks are at the same call, of the same job and stages.
 
-        One loop makes all calls, to every rank in the same order, so they do agree, and on who was
-        cancelled too: that is a call that comes to none of them. If it ever were otherwise, the
-        model itself would not notice, and mix two users' tensors.
+        They are, since one loop sends all calls to all ranks in the same order, and a cancelled job
+        only means that none of them gets another call. But if a bug ever broke this, the model
+        would not notice: the collectives would mix two users' tensors.
         """
         from flux_ray.parallel.mesh import assert_same
 
         self._num_calls += 1
-        # Short enough for its square to fit.
+        # 24 bits: `assert_same` sums squares of the number, which must fit into an int64.
         assert_same(
             self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
         )
 
     def generation(self, job: int) -> RankJob:
-        """A job that was taken on."""
+        """Return the job of that number; raise again the error that it failed with."""
         if job in self._mistakes:
             raise self._mistakes[job]
         return self._generations[job]
 
     def encode(self, job: int) -> Encoded:
-        """Encode a job's prompt and its references, where they are not known."""
+        """Encode a job's prompt and references, or take them from the cache."""
         generation = self.generation(job)
         generation.conditioning, is_cached = self._encoding.encode(
             generation.request, generation.encoded
@@ -251,7 +270,7 @@ class RankActor:
         return Encoded(generation.conditioning.warnings, is_cached)
 
     def prepare(self, job: int) -> None:
-        """Begin the job's next image."""
+        """Start the job's next image: take its seed and make its noise."""
         from flux_ray.engine.api import ImageSpec
 
         generation = self.generation(job)
@@ -268,17 +287,20 @@ class RankActor:
         generation.state = self._adapter.prepare(generation.conditioning, canvas, generation.seed)
 
     def denoise(self, job: int) -> None:
-        """One step of the job's image."""
+        """Run one denoise step of the job's current image."""
         generation = self.generation(job)
         assert generation.state is not None, "denoise before prepare"
         generation.state = self._adapter.denoise(generation.state)
 
     def preview(self, job: int) -> DenoisedImage | None:
-        """What the job's image will be like, from rank 0."""
+        """Return an estimate of the job's current image on rank 0, None on the other ranks."""
         return self.pixels(self.generation(job), self._adapter.preview)
 
     def decode(self, job: int) -> DenoisedImage | None:
-        """The job's image, from rank 0. With its last one the job is over."""
+        """Return the job's finished image on rank 0, None on the other ranks.
+
+        After the last image the job is forgotten.
+        """
         generation = self.generation(job)
         image = self.pixels(generation, self._adapter.decode)
         if not generation.seeds:
@@ -288,13 +310,16 @@ class RankActor:
     def pixels(
         self, generation: RankJob, generate: "Callable[[ImageState], RgbImage]"
     ) -> DenoisedImage | None:
-        """The job's image as this draws it. The leader makes a file of it."""
+        """Return the job's current image as `generate` makes its pixels; None except on rank 0.
+
+        The leader makes a file of it, so that the GPU does not wait for that.
+        """
         assert generation.state is not None, "pixels before prepare"
         if self._rank != 0:
             return None
         return DenoisedImage(generate(generation.state), generation.seed)
 
     def drop(self, job: int) -> None:
-        """Forget a job, whatever became of it."""
+        """Forget a job and its error, however it ended."""
         self._generations.pop(job, None)
         self._mistakes.pop(job, None)

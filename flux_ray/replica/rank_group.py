@@ -1,6 +1,8 @@
-"""The rank group: N rank actors that are called and ended as one.
+"""The rank group: the rank actors of one replica, which are called and ended as one.
 
-Where the ranks of a group sit in the cluster, and how they are started there.
+`start_ranks` and `load_ranks` place the ranks in the cluster and load the model. `RankGroup` then
+sends every call to all of them, and ends the replica as soon as one dies, hangs or disagrees:
+the others would wait for it in a collective for ever.
 """
 
 import asyncio
@@ -24,12 +26,12 @@ from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoded, StageAnswer
 
-# The line to a process that is killed closes at once. Why it was killed, Ray says a moment later.
+# When a process is killed its connection closes at once, but Ray tells the cause a moment later.
 CAUSE_S = 0.5
 
 
 def bundles_for(args: TierArgs) -> list[dict[str, float]]:
-    """The placement group of a replica: one bundle a rank; the leader sits in the first one."""
+    """Return the placement group of a replica: a bundle per rank; the leader is in the first."""
     bundle = {"CPU": args.num_cpus}
     if args.device == "cuda":
         bundle["GPU"] = 1.0
@@ -37,15 +39,15 @@ def bundles_for(args: TierArgs) -> list[dict[str, float]]:
 
 
 def strategy_for(parallel: Parallel) -> str:
-    """Ray's name for how near to each other the bundles must be."""
+    """Return Ray's strategy for the bundles: all on one node, or on as few nodes as possible."""
     return "STRICT_PACK" if parallel.num_nodes == 1 else "PACK"
 
 
 def ranks_by_node(node_of_bundle: Mapping[int, str], num_nodes: int) -> list[int]:
-    """The bundle of each rank. Ranks that exchange most are neighbours, and so share a node.
+    """Return the bundle of each rank, such that ranks with neighbouring numbers share a node.
 
-    Ray packs bundles as it can, without regard to their order. ValueError where it needed more
-    than `num_nodes` nodes: such a group would be slow for as long as it lives.
+    Neighbours exchange the most, and Ray packs bundles without regard to their order. Raise
+    ValueError if Ray used more than `num_nodes` nodes: the group would be slow as long as it lives.
     """
     nodes = list(dict.fromkeys(node_of_bundle[bundle] for bundle in sorted(node_of_bundle)))
     if len(nodes) > num_nodes:
@@ -56,11 +58,11 @@ def ranks_by_node(node_of_bundle: Mapping[int, str], num_nodes: int) -> list[int
 def start_ranks(
     rank_class: type[RankActor], args: TierArgs, placement_group: PlacementGroup
 ) -> list[ActorHandle[Any]]:
-    """One rank actor in every bundle of the leader's placement group, in order of rank."""
-    # No restarts: a rank that comes back alone knows nothing of the jobs in flight.
+    """Start a rank actor in each bundle of the leader's placement group; return them by rank."""
+    # No restarts: a rank that came back alone would know nothing of the jobs in flight.
     remote: Any = ray.remote
     actor = remote(max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(rank_class)
-    # Ray's annotation says no dict of it.
+    # Ray annotates its result as something that is no dict.
     table: Any = placement_group_table(placement_group)
     bundles = bundles_for(args)
     return [
@@ -79,25 +81,29 @@ def start_ranks(
 
 @dataclass(frozen=True)
 class LoadedRank:
-    """One rank as its group sees it. `work` is the actor's call that ends with it."""
+    """A rank as its group sees it: its actor, and the connection for calls.
+
+    `work` is the result of the actor's `work`, which is pending for as long as the rank lives.
+    """
 
     actor: ActorHandle[Any]
     line: RankConnection
     work: asyncio.Future[None]
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:
-        """What the rank answers to what `framed` a call."""
+        """Send a call, encoded by `encode_frame`, and return the future of its answer."""
         return self.line.call(frame)
 
     def ping(self) -> Awaitable[int]:
-        """Its process id."""
+        """Ask the rank for its process id, through Ray."""
         pid: Awaitable[int] = self.actor.ping.remote()
         return pid
 
     async def live(self) -> BaseException | None:
-        """Return when it is dead, and of what: KilledForMemory if Ray says so.
+        """Wait until the rank is dead and return the cause: KilledForMemory if Ray says so.
 
-        A node that is gone closes no line; Ray finds out.
+        A closed connection shows it first, except if the whole node is lost: this closes no
+        connection, but Ray notices.
         """
         ends = (self.line.closed, self.work)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -110,49 +116,52 @@ class LoadedRank:
 
 
 async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:
-    """Return when every rank has its part of the model; a rank's own error comes through."""
-    # A reference: its value is the ranks' alone, and needs torch to be read.
+    """Wait until every rank has loaded its part of the model; raise the error of one that fails."""
+    # Kept as Ray's reference: only the ranks need its value, and to read it would import torch.
     endpoint: Any = ranks[0].create_store.remote()
     await asyncio.gather(*(rank.load.remote(endpoint) for rank in ranks))
     return await asyncio.gather(*map(put_to_work, ranks))
 
 
 async def put_to_work(rank: ActorHandle[Any]) -> LoadedRank:
-    """From now on it answers its line and nothing else but pings."""
+    """Connect to a loaded rank and start its `work`; Ray then reaches only its control thread."""
     line = await connect(await rank.listen.remote())
     return LoadedRank(rank, line, asyncio.ensure_future(rank.work.remote()))
 
 
 logger = logging.getLogger("ray.serve")
 
-# All ranks find a caller's mistake at the same place, so they tell of it together.
+# All ranks find a caller's mistake at the same stage, so they report it within this time. If some
+# do not, they are out of step.
 GRACE_S = 1.0
-# Where a rank dies, calls of the others fail a moment before it is known that it is dead, and why.
+# When a rank dies, the calls of the others fail a moment before its death and the cause are known.
+# Wait for those, so that callers are told the cause and not its effect.
 DEATH_S = 0.6
-# So long a leader lives on, for its last answer to be on its way.
+# How long a leader lives on after it decided to end, so that its last answer gets out.
 LAST_WORDS_S = 1.0
-# A rank answers a ping at once, whatever it computes, or hangs.
+# Ranks answer pings at once, whatever they compute: one that does not for so long hangs.
 HUNG_S = 8.0
 
 
 class Rank(Protocol):
-    """What the group needs of each of its ranks."""
+    """The methods of a rank that its group uses; `LoadedRank` has them, and fakes in tests."""
 
     def call(self, frame: bytes) -> asyncio.Future[list[StageAnswer]]:
-        """Have it run what `framed` the arguments, after what it was called for before."""
+        """Send a call, encoded by `encode_frame`; a rank runs calls in the order they were sent."""
 
     def ping(self) -> Awaitable[int]:
-        """Its process id."""
+        """Return the process id of the rank."""
 
     async def live(self) -> BaseException | None:
-        """Return when it is dead, and of what, as far as is known."""
+        """Wait until the rank is dead, and return the cause as far as it is known."""
 
 
 class RankGroup:
-    """Calls go to all ranks or to none; a rank that dies, hangs or errs ends the group.
+    """The ranks of a replica as one: every call goes to all of them, or to none.
 
-    `end` ends this process: a leader without its ranks is of no use, and callers learn of a dead
-    actor at once, where a living one would be sent their second try.
+    A rank that dies, hangs or fails by a bug ends the group. `end` then ends the leader's process:
+    without ranks it is of no use, and while it lived, the router could send a request's second try
+    here again. `patience` limits the time of each call. Used on the leader's event loop.
     """
 
     def __init__(
@@ -171,18 +180,21 @@ class RankGroup:
     async def run(
         self, job: int, stages: tuple[str, ...], sizes: tuple[int, ...], *payload: object
     ) -> list[StageAnswer]:
-        """These stages on every rank: rank 0's answers, or the FluxError that all of them raise.
+        """Run stages of a job on all ranks; return rank 0's answers, or raise the ranks' FluxError.
 
-        `sizes` tells stages that take longer from others, in pixels. A call may be sent ahead of
-        the answer to the one before it: it has its time from then on.
+        `sizes`, in pixels, says how long the stages may take: they are compared with others of
+        about that size. Calls may be sent before earlier ones are answered; the time limit of each
+        starts when it is its turn. Raise ReplicaFailed if the group ends, and end it if the ranks
+        disagree, or one fails or takes too long.
         """
         if self._broken.done():
-            # Who heard of it while this process lives would be sent here again.
+            # Answer only when this process ends: on an earlier answer, the router would try again
+            # and could be sent to this replica.
             await self._ended.wait()
             raise ReplicaFailed(self._broken.result().message)
         frame = encode_frame((job, stages, *payload))
         calls = [rank.call(frame) for rank in self._ranks]
-        # Fair, so that calls have their turns in the order in which the ranks got them.
+        # asyncio's lock is fair: calls take turns in the order in which they were sent.
         async with self._turn:
             began = time.perf_counter()
             name, timeout_s = "+".join(stages), self._patience.seconds_for(*stages, sizes=sizes)
@@ -198,21 +210,25 @@ class RankGroup:
         return answers
 
     def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
-        """What the longest of the last such stages took; infinite for one that was never seen."""
+        """Return the seconds of the longest recent stage of that kind and size; inf if none."""
         return self._patience.longest_s(stage, sizes)
 
     def _learn(
         self, stages: tuple[str, ...], sizes: tuple[int, ...], answers: list[StageAnswer]
     ) -> None:
         for stage, answer in zip(stages, answers, strict=True):
-            # What was known says nothing of how long it takes to make it.
+            # An encoding that came from the cache says nothing of how long encoding takes.
             if not (isinstance(answer.value, Encoded) and answer.value.is_cached):
                 self._patience.learn(answer.seconds, stage, sizes)
 
     async def _wait_for_all(
         self, name: str, calls: list[asyncio.Future[list[StageAnswer]]], timeout_s: float
     ) -> None:
-        """Return when every rank has answered or raised a FluxError."""
+        """Wait until every rank has answered or raised a FluxError.
+
+        Otherwise end the group and raise: if `timeout_s` passes, if a rank dies or raises another
+        error, or if some ranks raise and others have not answered GRACE_S later.
+        """
         clock = asyncio.get_running_loop().time
         end_s = clock() + timeout_s
         first: BaseException | None = None
@@ -240,12 +256,14 @@ class RankGroup:
                     first, end_s = error, min(end_s, clock() + GRACE_S)
 
     async def _failure_by(self, name: str, error: BaseException) -> FluxError | None:
-        """What to raise at once after an error of one rank that ends the group; None if it doesn't.
+        """End the group for an error of one rank, and return what to raise at once.
 
-        The other ranks may wait for this one in a collective, for ever.
+        The other ranks may wait for this one in a collective, for ever. Return None if the error
+        does not end the group: a caller's mistake, which all ranks raise.
         """
         if isinstance(error, OutOfMemory) and len(self._ranks) > 1:
-            # Elsewhere it would end another group: its caller is told before this one ends.
+            # A second try would end another group in the same way. So the caller gets this error,
+            # which is not retried, before the process ends.
             self.break_up(f"{name} ran out of memory", error, LAST_WORDS_S)
             return error
         if isinstance(error, FluxError):
@@ -254,21 +272,22 @@ class RankGroup:
         return self.break_up(f"{name} failed on a rank", error)
 
     async def ping(self) -> None:
-        """Return if every rank answers."""
+        """Return once every rank has answered a ping; raise the error of one that is dead."""
         await asyncio.gather(*(rank.ping() for rank in self._ranks))
 
     async def _watch(self) -> None:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
         dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         error = dead.pop().result()
-        # Whoever waits has to hear what it died of, as its second try may end another group.
+        # The waiting caller has to get the cause before this process ends: its second try may end
+        # another group in the same way.
         after_s = LAST_WORDS_S if isinstance(error, KilledForMemory) else 0.0
         self.break_up("a rank died", error, after_s)
 
     async def _watch_pings(self) -> None:
-        """End the group when a rank hangs, also one that has no call, or a call of unknown length.
+        """End the group when a rank does not answer pings, whether it has a call or not.
 
-        To the ranks these pings are their leader's signs of life.
+        The ranks take these pings for signs of life of their leader.
         """
         pings = Watch(HUNG_S)
         for number, rank in enumerate(self._ranks):
@@ -281,7 +300,10 @@ class RankGroup:
     def break_up(
         self, reason: str, error: BaseException | None = None, after_s: float = 0.0
     ) -> ReplicaFailed:
-        """End the group, once, after a while; what is returned is for whoever waits for it."""
+        """End the group `after_s` seconds from now, and return the error for a waiting caller.
+
+        Only the first call has an effect; later ones return the first one's error.
+        """
         if not self._broken.done():
             kind = KilledForMemory if isinstance(error, KilledForMemory) else ReplicaFailed
             failed = kind(reason if error is None else f"{reason}: {error}")
@@ -295,7 +317,7 @@ class RankGroup:
         return self._failure()
 
     def _failure(self) -> ReplicaFailed:
-        """Return why it is broken, for one caller."""
+        """Return a copy of the error that ended the group, for one caller to raise."""
         broken = self._broken.result()
         failed = type(broken)(broken.message)
         failed.__cause__ = broken.__cause__
@@ -307,6 +329,10 @@ class RankGroup:
 
 
 def stretched(answers: list[StageAnswer], taken_s: float) -> list[StageAnswer]:
-    """Their call took the ranks longer than rank 0 worked on it: each stage its share of that."""
+    """Return rank 0's answers with their seconds scaled to the `taken_s` of the whole call.
+
+    The call took longer than rank 0's own work: each stage gets its share of the rest, so that
+    a request is charged for all the replica seconds that it used.
+    """
     factor = taken_s / sum(answer.seconds for answer in answers)
     return [StageAnswer(answer.value, answer.seconds * factor) for answer in answers]

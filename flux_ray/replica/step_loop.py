@@ -1,8 +1,8 @@
-"""The step loop: the one caller of the ranks, one request at a time. Knows no Ray.
+"""The step loop of a replica: it calls the ranks, stage by stage, for one request at a time.
 
-Batching will replace `StepLoop`; `stream` is all that the leader sees of it.
-
-The stages that draw a request, and which of them the ranks are sent in one call. Pure.
+`stages_of` lists the stages of a request, and `calls_of` groups them into calls of the ranks; both
+are pure functions. `StepLoop` runs the jobs; the leader uses only its `stream`, so that a loop
+with batches of requests can replace it. Nothing here knows Ray.
 """
 
 import asyncio
@@ -26,13 +26,14 @@ from flux_ray.request import (
     StageAnswer,
 )
 
-# What people take for at once: so late may a preview come, and so long may ranks work on for a
-# client that has left. In a fifth of a millisecond a call they do not, and it costs processors.
+# Seconds of work in one call. People take 0.1 s for "at once": a preview may come so late, and the
+# ranks may work so long for a client that has left. With much shorter calls nobody would see a
+# difference, but each one costs the CPU 0.2 ms.
 SHORT_S = 0.1
 
 
 def stages_of(request: ImageRequest) -> Iterator[str]:
-    """The stages that draw a request, in order. The last one of them ends it on the ranks."""
+    """Yield the stages of a request in order; after the last one the ranks forget the job."""
     yield "encode"
     for _ in request.seeds:
         yield "prepare"
@@ -46,10 +47,11 @@ def stages_of(request: ImageRequest) -> Iterator[str]:
 def calls_of(
     stages: Iterable[str], expected_s: Callable[[str], float]
 ) -> Iterator[tuple[str, ...]]:
-    """The stages, as many in a call as take SHORT_S together, at least one.
+    """Yield the stages grouped into calls that take SHORT_S each, or have a single stage.
 
-    Between any two calls the request may be dropped. What a stage takes is asked as late as can be:
-    one that was never seen is infinite, and so goes alone.
+    Between two calls the request may be dropped. `expected_s` is asked for the seconds of a stage
+    only when its call is made, by when more is known; it is infinite for a stage that was never
+    seen, which therefore has a call of its own.
     """
     call: list[str] = []
     left_s = SHORT_S
@@ -64,23 +66,23 @@ def calls_of(
 
 
 def sizes_of(request: ImageRequest) -> tuple[int, int]:
-    """What makes a request's stages long: the pixels of its canvas and of its references."""
+    """Return what a request's stages take time for: pixels of an image, and of all references."""
     references = sum(raster.width * raster.height for raster in request.references)
     return request.width * request.height, references
 
 
-# Calls that the ranks have at a time. The second is there when they have done the first, and they
-# do not wait for the leader to read that. One more would be a step more that is made for a client
-# that has left.
+# Calls that the ranks have at a time. With a second one they need not wait until the leader has
+# read the answer to the first. A third would only be more work for a client that has left.
 NUM_IN_FLIGHT = 2
 
 
 class Ranks(Protocol):
-    """The same stages of a job on every rank, answered by rank 0. Raises FluxError only.
+    """The methods of `RankGroup` that the step loop uses; tests have fakes of it.
 
-    Calls begin and end in the order in which they were made. After one that raised, the job's
-    others raise too. `payload`, the request and its prompt where that was encoded elsewhere, comes
-    with the first.
+    `run` runs stages of a job on every rank and returns rank 0's answers; it raises only FluxError.
+    Calls begin and end in the order in which they were made, and once one has raised, the job's
+    later ones raise too. `payload` comes with a job's first call: the request, and its prompt if
+    the shared text encoder has encoded it.
     """
 
     async def run(
@@ -88,14 +90,15 @@ class Ranks(Protocol):
     ) -> list[StageAnswer]: ...
 
     def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
-        """What the longest of the last such stages took; infinite for one that was never seen."""
+        """Return the seconds of the longest recent stage of that kind and size; inf if none."""
 
 
 class StepLoop:
-    """Takes jobs in order of arrival and advances the ranks call by call.
+    """A pipeline that runs jobs in the order of their arrival, from prompt to files.
 
-    A job's prompt is encoded while the ranks draw the one before it, and files are made of its
-    images while they draw the next one.
+    While the ranks work on one job, the next one's prompt is encoded and files are made of the
+    images of the one before. `pump` is the task that does it, on the leader's event loop; it ends
+    only by a bug.
     """
 
     def __init__(
@@ -106,20 +109,21 @@ class StepLoop:
         self._observe = observe
         self._files = Files() if files is None else files
         self._jobs: asyncio.Queue[ReplicaJob] = asyncio.Queue()
-        # One waits here for the ranks, and one for its place: prompts are megabytes.
+        # One encoded job waits here, and another one to be put here. No more: encoded prompts are
+        # megabytes.
         self._ready: asyncio.Queue[ReplicaJob] = asyncio.Queue(maxsize=1)
         self._delivering: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count(1)
-        # In a request's context what the loop asks of Ray would be the request's, and Ray would
-        # cancel it for all that come after.
+        # An empty context: in that of a request, Ray would take the loop's calls for the request's,
+        # and cancel them with it, for all requests that come after.
         self.pump = asyncio.get_running_loop().create_task(
             self._run(), context=contextvars.Context()
         )
 
     async def stream(self, request: ImageRequest) -> EventStream:
-        """Yield the request's events, then its images. Close the stream to leave.
+        """Yield the request's events, then its result; close the stream to cancel the request.
 
-        The loop never waits for who reads it.
+        The loop never waits for the reader. Raise the error that the request failed with.
         """
         if self.pump.done():
             raise ReplicaFailed("the step loop of this replica has ended")
@@ -134,7 +138,7 @@ class StepLoop:
             job.result.cancel()
 
     async def _run(self) -> None:
-        """Neither ends but by a mistake of ours, and then both do."""
+        """Run both loops. They end only by a bug in one of them, and then both end."""
         encoding = asyncio.create_task(self._encode_prompts())
         generation = asyncio.create_task(self._generate_jobs())
         try:
@@ -170,19 +174,23 @@ class StepLoop:
                 job.finish(error)
             if dropping is not None:
                 await dropping
-            # Neither its client nor the next job waits for this.
+            # A task of its own, so that neither this job's client nor the next job waits for it.
             dropping = asyncio.create_task(self._drop(job))
 
     async def _drop(self, job: ReplicaJob) -> None:
-        """The ranks forget it, if they know it. Those of a group that is broken will end."""
+        """Have the ranks forget a job that ended before its last stage.
+
+        An error means that the group is broken, and its ranks end anyway.
+        """
         if job.is_on_ranks:
             with contextlib.suppress(FluxError):
                 await self._ranks.run(job.number, ("drop",), sizes_of(job.request))
 
     async def _generate(self, job: ReplicaJob, free_at: float) -> None:
-        """Have it drawn, and files made of its images, unless the client leaves in between.
+        """Run the job's stages, then start a task that makes files and finishes the job.
 
-        Of its prompt, only what the ranks waited for is time that it took them.
+        Stop early if the client leaves. `free_at`: when the ranks became free; only the encoding of
+        the prompt after that counts as their time.
         """
         times = StageTimer(self._observe)
         began_at = max(free_at, job.began_at)
@@ -202,7 +210,7 @@ class StepLoop:
         delivering.add_done_callback(partial(self._end_delivery, job))
 
     def _end_delivery(self, job: ReplicaJob, delivering: asyncio.Task[None]) -> None:
-        """A mistake of ours is not to leave the client waiting for ever."""
+        """Give the client the error of a delivery that failed by a bug: it would wait for ever."""
         self._delivering.discard(delivering)
         if not delivering.cancelled() and (error := delivering.exception()) is not None:
             job.finish(error)
@@ -210,9 +218,9 @@ class StepLoop:
     async def _answers(
         self, job: ReplicaJob, encoded: EncodedPrompt | None
     ) -> AsyncIterator[list[tuple[str, StageAnswer]]]:
-        """What the ranks say to each stage, call by call, until the client has left.
+        """Yield the stages of each call with the ranks' answers, until the client has left.
 
-        Calls are sent ahead.
+        Up to NUM_IN_FLIGHT calls are sent before the first of them is answered.
         """
         sizes = sizes_of(job.request)
         calls = calls_of(stages_of(job.request), lambda stage: self._ranks.longest_s(stage, sizes))
@@ -230,5 +238,6 @@ class StepLoop:
                 stages, answers = in_flight.popleft()
                 yield list(zip(stages, await answers, strict=True))
         finally:
-            # After a failure, or of a client that has left: asyncio complains of errors unheard.
+            # Await the rest, after a failure or when the client has left: the next job's calls come
+            # after them, and asyncio complains of errors that nobody retrieved.
             await asyncio.gather(*(call for _, call in in_flight), return_exceptions=True)

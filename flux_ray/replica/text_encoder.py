@@ -1,6 +1,7 @@
-"""The Serve deployment of a text encoder that all replicas of a tier share.
+"""Where prompts are encoded: by each replica's ranks, or by a text encoder that a tier shares.
 
-Where a prompt is encoded: by the ranks themselves, or by the tier's shared text encoder.
+`TextEncoder` is the Serve deployment of a shared one. A leader has one of two kinds of `Prompts`:
+`EncodedByRanks`, or `EncodedElsewhere`, which calls the shared one.
 """
 
 import asyncio
@@ -24,29 +25,30 @@ from flux_ray.request import EncodedPrompt
 
 
 class Prompts(Protocol):
-    """What the ranks need for a prompt besides its words."""
+    """The step loop's way to the encoded prompt that the ranks need with a request."""
 
     async def wait_until_loaded(self) -> None:
-        """Return when prompts can be encoded."""
+        """Wait until prompts can be encoded."""
 
     async def encode_prompt(self, prompt: str) -> EncodedPrompt | None:
-        """None where the ranks encode it themselves. Raises FluxError only."""
+        """Return the encoded prompt, or None if the ranks encode it; raise only FluxError."""
 
 
 class EncodedByRanks:
-    """Every rank group has a text encoder of its own."""
+    """The Prompts of replicas whose ranks have a text encoder of their own."""
 
     async def wait_until_loaded(self) -> None:
-        """It comes with the ranks."""
+        """Return at once: the text encoder is loaded with the ranks."""
 
     async def encode_prompt(self, prompt: str) -> None:
-        """Nothing to do."""
+        """Return None: the ranks encode the prompt in their own stage."""
 
 
 class EncodedElsewhere:
-    """A text encoder that other replicas use too: its death fails a request, but not the group.
+    """The Prompts of replicas that share a text encoder: its death fails a request, no replica.
 
-    `timeout_s` is longer than it takes to start anew: one that hangs ends itself.
+    `timeout_s` limits one prompt. It is longer than a restart takes, so that a request can wait for
+    one; a text encoder that hangs ends itself.
     """
 
     def __init__(self, handle: DeploymentHandle[Any], timeout_s: float) -> None:
@@ -54,11 +56,14 @@ class EncodedElsewhere:
         self._timeout_s = timeout_s
 
     async def wait_until_loaded(self) -> None:
-        """Serve holds the call back until there is a replica."""
+        """Encode a prompt: Serve holds this first call back until a text encoder is running."""
         await self._handle.encode_prompt.remote("warm-up")
 
     async def encode_prompt(self, prompt: str) -> EncodedPrompt:
-        """As the text encoder has it: 16 MB for the largest."""
+        """Return the prompt as the shared text encoder encodes it, up to 16 MB.
+
+        Raise ReplicaFailed if it dies or takes too long, and its own FluxErrors as they are.
+        """
         try:
             return await asyncio.wait_for(self._ask(prompt), self._timeout_s)
         except TimeoutError:
@@ -67,6 +72,7 @@ class EncodedElsewhere:
             ) from None
 
     async def _ask(self, prompt: str) -> EncodedPrompt:
+        # The step loop handles only FluxErrors; any other would end it, and the replica with it.
         try:
             encoded: EncodedPrompt = await self._handle.encode_prompt.remote(prompt)
         except RayTaskError as error:
@@ -85,12 +91,15 @@ logger = logging.getLogger("ray.serve")
 
 
 class TextEncoder:
-    """Serve's loop runs here, torch in a thread of its own: one prompt at a time."""
+    """The Serve deployment of a text encoder; torch runs in its only thread, a prompt at a time.
+
+    Encoded prompts are cached, up to `cache_bytes`. Serve calls it on the replica's event loop.
+    """
 
     _encoder: "PromptEncoder"
 
     async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
-        """Serve awaits this: the replica is RUNNING once it has encoded a prompt."""
+        """Load the model and encode a warm-up prompt; Serve takes the replica for RUNNING then."""
         self._args = args
         self._turn = asyncio.Lock()
         self._patience = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
@@ -116,10 +125,15 @@ class TextEncoder:
         self._encoder = load_prompt_encoder(tier_for(args.tier), args.weights, placement)
 
     async def check_health(self) -> None:
-        """Answer Serve, and whoever ends what hangs: this loop runs."""
+        """Return, to show Serve and the ledger's watch of replicas that the event loop runs."""
 
     async def encode_prompt(self, prompt: str) -> EncodedPrompt:
-        """The prompt for the ranks. What is no caller's mistake, or hangs, ends this process."""
+        """Return the encoded prompt; raise a FluxError for a caller's mistake or lack of memory.
+
+        Any other error ends this process, and so does a prompt that takes longer than the watchdog
+        allows: Serve starts another one.
+        """
+        # One at a time: the watchdog's limit is for one prompt, not for those queued before it.
         async with self._turn:
             began = time.perf_counter()
             try:
@@ -132,6 +146,8 @@ class TextEncoder:
             except Exception as error:
                 lacking = out_of_memory(error, self._args.tier)
                 if lacking is None:
+                    # Also for a prompt that takes too long: nothing can stop the thread it is in,
+                    # and every later prompt would wait for that.
                     logger.exception("The text encoder ends")
                     end_process()
                 free_memory(self._args.device)

@@ -1,4 +1,8 @@
-"""What each stage of a call takes, by the processor's clock or the card's own, and its answer."""
+"""Time the stages of a rank's call, by the host's clock or by events on the GPU.
+
+`Launched` is a call whose stages are still in the GPU's queue, with its timer. `follows` says which
+calls may be queued behind it.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,35 +15,36 @@ from flux_ray.request import StageAnswer
 if TYPE_CHECKING:
     from torch.cuda import Event
 
-# A stage that gave the card nothing to do still took time: what is told is divided by it.
+# The shortest time that is reported: a stage that gave the GPU nothing to do would have 0 seconds,
+# and `stretched` in rank_group.py divides by their sum.
 MIN_S = 1e-6
 
 
 class Timer(Protocol):
-    """Marks between the stages of a call; what lies between them is read once, at its end."""
+    """A clock for the stages of one call: marked between them, and read once after the last."""
 
     def mark(self) -> None:
-        """A stage ends here, and the next one begins."""
+        """Mark the end of a stage and the beginning of the next one."""
 
     def is_done(self) -> bool:
-        """Whether the last stage is done."""
+        """Return whether the last stage is done, without waiting for it."""
 
     def laps_s(self) -> list[float]:
-        """Return what each stage took, when the last one is done."""
+        """Wait until the last stage is done, and return the seconds that each one took."""
 
 
 class HostTimer:
-    """Of stages that are done when they return."""
+    """A timer for stages that are done when they return, as on the CPU."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
 
     def mark(self) -> None:
-        """Now."""
+        """Mark the present time, when the stage before it is done."""
         self._marks.append(time.perf_counter())
 
     def is_done(self) -> bool:
-        """They are."""
+        """Return True: stages on the CPU are done when they return."""
         return True
 
     def laps_s(self) -> list[float]:
@@ -48,17 +53,17 @@ class HostTimer:
 
 
 class GpuTimer:
-    """Of stages that return when their kernels are queued: marks are events in the same queue.
+    """A timer for stages that return when their kernels are queued on the GPU.
 
-    To wait for the card after every stage would time them as well, but then it has nothing to do
-    until the next stage's first kernels arrive.
+    Its marks are CUDA events in the same queue. Waiting for the GPU after every stage would time
+    them too, but leave it idle until the next stage's first kernels arrive.
     """
 
     def __init__(self) -> None:
         self._marks: list[Event] = []
 
     def mark(self) -> None:
-        """When the card comes to this place in its queue."""
+        """Queue an event that gets the time when the GPU reaches this place in its queue."""
         from torch.cuda import Event
 
         event = Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -66,11 +71,11 @@ class GpuTimer:
         self._marks.append(event)
 
     def is_done(self) -> bool:
-        """Whether the card has come to the last mark."""
+        """Return whether the GPU has reached the last mark."""
         return bool(self._marks[-1].query())  # type: ignore[no-untyped-call]
 
     def laps_s(self) -> list[float]:
-        """Return the seconds between marks; an error of a kernel comes out here."""
+        """Wait for the GPU and return the seconds between marks; raise the error of a kernel."""
         self._marks[-1].synchronize()
         return [
             max(MIN_S, before.elapsed_time(after) / 1e3) for before, after in pairwise(self._marks)
@@ -78,7 +83,7 @@ class GpuTimer:
 
 
 class Launched:
-    """Stages of one call that are in the card's queue: its answer is under way."""
+    """A call whose stages are in the GPU's queue: a `transport.Underway`, answered later."""
 
     def __init__(
         self, values: list[object], timer: Timer, describe: Callable[[Exception], str]
@@ -88,16 +93,16 @@ class Launched:
         self._describe = describe
 
     def is_done(self) -> bool:
-        """Whether the card has done them."""
+        """Return whether the GPU has done all stages."""
         return self._timer.is_done()
 
     def answers(self) -> list[StageAnswer]:
-        """Wait for the card."""
+        """Wait for the GPU and return an answer for each stage; raise a kernel's error as it is."""
         laps_s = self._timer.laps_s()
         return [StageAnswer(*each) for each in zip(self._values, laps_s, strict=True)]
 
     def outcome(self) -> list[StageAnswer]:
-        """The same; what a kernel did wrong is raised as StageFailed."""
+        """Return the answers as `answers` does, but raise a kernel's error as StageFailed."""
         try:
             return self.answers()
         except Exception as error:
@@ -105,9 +110,9 @@ class Launched:
 
 
 def follows(job: int, stages: tuple[str, ...], *payload: object) -> bool:
-    """Whether a call may be begun before the card has done the former one.
+    """Return whether a call may begin before the GPU has done the one before it.
 
-    Steps may, which only queue kernels. The other stages wait for the card on their way, and the
-    answer to the former call would wait with them.
+    Calls of denoise steps may, since they only queue kernels. Other stages wait for the GPU while
+    they run, and the answer to the call before them would be late by that.
     """
     return set(stages) == {"denoise"}

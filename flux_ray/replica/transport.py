@@ -1,21 +1,17 @@
-"""The line between a leader and a rank: calls and answers over a socket.
+"""The connection between a leader and a rank: calls and their answers over a socket.
 
-Ray's own actor calls take five times as long, there and back, and the rank does nothing meanwhile;
-from some megabytes on, theirs are the quicker ones. And Ray cancels the calls of a request that is
-cancelled: on one rank only, perhaps, and the ranks would run different jobs from then on. Nothing
-cancels what is in a socket. Between nodes it can be read by who sees their traffic, and is not
-encrypted; who cannot prove to know its token is neither heard nor told anything.
+Ray's actor calls take five times as long, there and back, while the rank is idle (they are faster
+only from some megabytes on). And Ray cancels the calls of a cancelled request, perhaps on one rank
+only, after which the ranks would run different jobs. What is in a socket, nothing cancels.
 
-How a leader and a rank believe each other, over a socket to which anybody may have connected.
+Anybody may connect to the socket, so each end first proves to the other that it knows a token,
+which the leader got through Ray. The token itself is never sent. The rank sends a random number;
+the leader sends one of its own, and an HMAC of both; the rank sends another HMAC of both. Whoever
+listens can neither learn the token from this nor use it again. Before that, nothing else is read or
+sent. The traffic is not encrypted: between nodes, whoever sees it can read it.
 
-Both know a token, which is never said: each proves that it knows it, of two numbers that are used
-once, so that whoever listens can neither learn it nor say the same again. Rank: a number. Leader:
-another one and its proof. Rank: its own proof. Nothing else is read or sent before.
-
-Pickles that come over a line: of values of ours, and of nothing that runs.
-
-A pickle may name any function of any module and have it called. Whoever has come between two nodes
-is not to run code on both of them.
+A pickle can have any function of any module called. So only the values in `ALLOWED` are unpickled,
+and whoever gets between two nodes still cannot run code on them.
 """
 
 import asyncio
@@ -41,23 +37,23 @@ from flux_ray.request import RgbImage
 TOKEN_BYTES = 32
 NUMBER_BYTES = 32
 PROOF_BYTES = 32
-# What a proof is made of besides: that of one end is none of the other's.
+# The proof of each end begins with its name, so that it cannot be sent back as the other's.
 LEADER, RANK = b"flux-ray leader", b"flux-ray rank"
 
 
 class Impostor(ConnectionError):
-    """Who answers does not know the token."""
+    """The other end of the connection does not know the token."""
 
 
 def proof_of(speaker: bytes, token: bytes, rank_number: bytes, leader_number: bytes) -> bytes:
-    """What only who knows the token can say, and only in this meeting."""
+    """Return the 32 bytes by which `speaker` proves to know the token, on this connection only."""
     return hmac.digest(token, speaker + rank_number + leader_number, "sha256")
 
 
 def is_leader(connection: socket.socket, token: bytes, patience_s: float) -> bool:
-    """Say whether the leader has connected, and prove to it that this is its rank. Blocks.
+    """Return whether it is the leader that has connected, and prove to it that this is its rank.
 
-    False for whoever is too slow or has left, too.
+    Block for up to `patience_s` seconds. Return False too if the other end is too slow or has left.
     """
     number = secrets.token_bytes(NUMBER_BYTES)
     end_s = time.monotonic() + patience_s
@@ -69,6 +65,7 @@ def is_leader(connection: socket.socket, token: bytes, patience_s: float) -> boo
         if not hmac.compare_digest(proof, proof_of(LEADER, token, number, leader_number)):
             return False
         connection.sendall(proof_of(RANK, token, number, leader_number))
+        # From here on there is no limit: the leader's calls may be hours apart.
         connection.settimeout(None)
     except OSError:
         return False
@@ -76,7 +73,10 @@ def is_leader(connection: socket.socket, token: bytes, patience_s: float) -> boo
 
 
 def received(connection: socket.socket, num_bytes: int, end_s: float) -> bytes:
-    """So many bytes; fewer where they do not come by then, however slowly some do."""
+    """Receive `num_bytes`, or fewer if they have not come by `end_s` of the monotonic clock.
+
+    The limit is for all of them together, since a stranger may send a byte now and then.
+    """
     said = b""
     with suppress(TimeoutError):
         while len(said) < num_bytes and (left_s := end_s - time.monotonic()) > 0:
@@ -91,9 +91,9 @@ def received(connection: socket.socket, num_bytes: int, end_s: float) -> bytes:
 async def meet_rank(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes
 ) -> None:
-    """Prove to a rank that this is its leader. Raises Impostor if it is no rank of this leader's.
+    """Prove to a rank that this is its leader, and check that it is the rank.
 
-    EOFError if it hangs up.
+    Raise Impostor if it does not know the token, and EOFError if it closes the connection.
     """
     rank_number = await reader.readexactly(NUMBER_BYTES)
     number = secrets.token_bytes(NUMBER_BYTES)
@@ -103,7 +103,7 @@ async def meet_rank(
         raise Impostor("who answers for the rank does not know its token")
 
 
-# The frozen values of requests and answers, and what makes an error of ours again.
+# The dataclasses of requests and answers, and what pickles of our errors name.
 ALLOWED = frozenset(
     (kind.__module__, name)
     for name, kind in vars(request).items()
@@ -112,39 +112,39 @@ ALLOWED = frozenset(
 
 
 class LineUnpickler(pickle.Unpickler):
-    """Makes what is allowed, besides numbers, texts, bytes, tuples, lists, sets and dicts."""
+    """An unpickler of the values in ALLOWED and of Python's plain types, and of nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """As pickle asks it; UnpicklingError for everything else."""
+        """Return the class for pickle; raise UnpicklingError for one that is not in ALLOWED."""
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} does not go over a line")
         return super().find_class(module, name)
 
 
 def unpickled(data: bytes | bytearray, buffers: Iterable[bytes] = ()) -> Any:
-    """Return the value of a pickle; UnpicklingError if it is none of a line's."""
+    """Return the value of a pickle; raise UnpicklingError if it names what is not in ALLOWED."""
     return LineUnpickler(io.BytesIO(data), buffers=buffers).load()
 
 
 SIZE = struct.Struct("!Q")
-# Of an answer: the bytes of its pickle, and how many buffers follow that.
+# The header of an answer: the bytes of its pickle, and the number of buffers that follow it.
 ANSWER = struct.Struct("!QQ")
-# A stranger that connects and falls silent holds up the leader for so long.
+# Seconds for the proof. A stranger that connects and says nothing keeps the leader waiting so long.
 TOKEN_S = 5.0
-# What a leader reads ahead: an answer may be an image's pixels, and of asyncio's 64 KiB they would
-# be many small reads.
+# Bytes that a leader reads ahead: an answer may hold an image's pixels, which would be many small
+# reads with asyncio's 64 KiB.
 READ_BYTES = 2**22
-# While the card works, a rank looks so often whether it is done, or another call is there.
+# How often a rank looks whether the GPU is done, while no further call has come.
 POLL_MS = 1
 
 
 class StageFailed(Exception):
-    """What a rank tells its leader of an error that is no caller's mistake."""
+    """An error on a rank that is no caller's mistake, in one line of text for its leader."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a rank listens for its leader, and what both know, to believe each other."""
+    """Where a rank listens for its leader, and the token by which they recognise each other."""
 
     host: str
     port: int
@@ -152,23 +152,23 @@ class Address:
 
 
 def encode_frame(value: object) -> bytes:
-    """A value as it goes over the line: its pickle, after the bytes that it has."""
+    """Return a call as it is sent: the number of bytes of its pickle, then the pickle."""
     data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     return SIZE.pack(len(data)) + data
 
 
 class AnswerPickler(pickle.Pickler):
-    """Leaves pixels where they are: they are sent as they lie in memory, after the pickle."""
+    """A pickler that leaves pixels out, to be sent from where they are, without a copy."""
 
     def reducer_override(self, value: object) -> Any:
-        """As pickle asks it."""
+        """Return, for pickle, how to rebuild an image around a buffer of its pixels."""
         if isinstance(value, RgbImage):
             return RgbImage, (value.width, value.height, pickle.PickleBuffer(value.rgb))
         return NotImplemented
 
 
 def answer_parts(value: object) -> Iterator[memoryview]:
-    """Yield an answer as it goes over the line: its pickle, then each buffer after its size."""
+    """Yield the parts of an answer as it is sent: header and pickle, then size and each buffer."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO(bytes(ANSWER.size))
     file.seek(ANSWER.size)
@@ -183,7 +183,7 @@ def answer_parts(value: object) -> Iterator[memoryview]:
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Any:
-    """Return what `answer_parts` took apart; its buffers become the pixels as they were read."""
+    """Read an answer that was sent as `answer_parts`; its pixels are the buffers, not copied."""
     num_bytes, num_buffers = ANSWER.unpack(await reader.readexactly(ANSWER.size))
     data = await reader.readexactly(num_bytes)
     buffers = [
@@ -195,17 +195,20 @@ async def read_answer(reader: asyncio.StreamReader) -> Any:
 
 @runtime_checkable
 class Underway(Protocol):
-    """What a call returns whose answer is not there yet: the card has still to do it."""
+    """The result of a call that the GPU has still to work on; `timer.Launched` is one."""
 
     def is_done(self) -> bool:
-        """Whether `outcome` would not wait."""
+        """Return whether `outcome` would return without waiting."""
 
     def outcome(self) -> object:
-        """Wait for the answer and return it; StageFailed if it failed after all."""
+        """Wait for the answer and return it; raise StageFailed if the GPU failed."""
 
 
 class RankServer:
-    """A rank's end. Nothing is unpickled before its leader has proved to know the token."""
+    """A rank's end: it listens, lets in one leader, and answers its calls on one thread.
+
+    Nothing is unpickled before the leader has proved to know the token.
+    """
 
     def __init__(self, host: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -217,18 +220,20 @@ class RankServer:
     def answer(
         self, run: Callable[..., object], follows: Callable[..., bool] = lambda *call: False
     ) -> None:
-        """Run the leader's calls, one after the other, until it is gone.
+        """Wait for the leader, then run its calls one after the other until it is gone.
 
-        A call that `follows` is begun while the one before it is under way, so that the card never
-        waits for it; every other one when that is answered.
+        `follows` says whether a call may begin while the GPU still works on the one before it, so
+        that the GPU need not wait for it. Every other call begins when that one is answered.
         """
         with self._meet_leader() as connection:
+            # A rank has one leader all its life: nobody else may connect.
             self._socket.close()
             Dialogue(connection, run, follows).hold()
 
     def _meet_leader(self) -> socket.socket:
         while True:
             connection, _ = self._socket.accept()
+            # Otherwise the end of an answer may wait until the leader has acknowledged its start.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if is_leader(connection, self.address.token, TOKEN_S):
                 return connection
@@ -236,7 +241,7 @@ class RankServer:
 
 
 class Dialogue:
-    """Calls and their answers, in one order; at most one answer is due when a call is begun."""
+    """The calls on one connection, answered in their order, with at most one call under way."""
 
     def __init__(
         self, connection: socket.socket, run: Callable[..., object], follows: Callable[..., bool]
@@ -249,11 +254,12 @@ class Dialogue:
         self._more.register(connection, select.POLLIN)
 
     def hold(self) -> None:
-        """Return when the leader is gone."""
+        """Run calls and send their answers until the leader is gone."""
         while (call := self._next_call()) is not None:
             if not self._follows(*call):
                 self._answer_former()
             outcome = outcome_of(self._run, call)
+            # Leaders take answers in the order of their calls.
             self._answer_former()
             if isinstance(outcome, Underway):
                 self._underway = outcome
@@ -261,7 +267,10 @@ class Dialogue:
                 self._send(outcome)
 
     def _next_call(self) -> tuple[Any, ...] | None:
-        """The next call; while there is none, what is done meanwhile is answered."""
+        """Return the next call, or None if the leader is gone.
+
+        While there is none, send the answer to the call that is under way as soon as it is done.
+        """
         while self._underway is not None and not self._has_said_more():
             if self._underway.is_done():
                 self._answer_former()
@@ -275,7 +284,7 @@ class Dialogue:
         return bool(self._more.poll(POLL_MS))
 
     def _receive(self, num_bytes: int) -> bytearray:
-        """So many; less if the leader is gone."""
+        """Return the next `num_bytes`, or fewer if the leader is gone."""
         data = bytearray(num_bytes)
         rest = memoryview(data)
         while rest and (num_read := self._connection.recv_into(rest)):
@@ -293,7 +302,7 @@ class Dialogue:
 
 
 def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
-    """What it returned, or what it raised of what a leader is told."""
+    """Return what `run` returns, or the error that it raises if that may be sent to a leader."""
     try:
         return run(*call)
     except (FluxError, StageFailed) as error:
@@ -301,9 +310,10 @@ def outcome_of(run: Callable[..., object], call: tuple[object, ...]) -> object:
 
 
 class RankConnection:
-    """A leader's end: calls are answered in the order in which they were made.
+    """A leader's end, used on its event loop: calls are answered in the order they were made.
 
-    They are sent when the rank, which may not be at work yet, has proved to be this leader's.
+    Calls are kept until the rank has proved to know the token: it may not be at work yet. `closed`
+    is a task that ends when the connection does.
     """
 
     def __init__(
@@ -316,7 +326,10 @@ class RankConnection:
         self.closed = asyncio.get_running_loop().create_task(self._listen(reader))
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:
-        """The answer to what `framed` a call's arguments; none comes once the line is closed."""
+        """Send a call, encoded by `encode_frame`, and return the future of its answer.
+
+        The future stays pending if the connection is closed; watch `closed` besides.
+        """
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
         if self._unsent is not None:
@@ -326,7 +339,7 @@ class RankConnection:
         return answer
 
     def close(self) -> None:
-        """The rank ends its work when it is done with what it was called for."""
+        """Close the connection; the rank still runs the calls it has received, then ends."""
         self._writer.close()
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -343,7 +356,7 @@ class RankConnection:
 
 
 def settle(answer: asyncio.Future[Any], outcome: object) -> None:
-    """Give it to whoever still waits for it."""
+    """Set the future of an answer to its value or error, unless it was cancelled."""
     if answer.done():
         return
     if isinstance(outcome, Exception):
@@ -353,6 +366,6 @@ def settle(answer: asyncio.Future[Any], outcome: object) -> None:
 
 
 async def connect(address: Address) -> RankConnection:
-    """The leader's end of a line to the rank that listens there."""
+    """Connect to the rank that listens at `address`, and return the leader's end."""
     reader, writer = await asyncio.open_connection(address.host, address.port, limit=READ_BYTES)
     return RankConnection(reader, writer, address.token)

@@ -1,6 +1,8 @@
-"""A rank's watch on its leader: one that hangs, or is cut off, is not to keep the rank's card.
+"""Two watchdogs of a replica: one for calls that take too long, one for a silent leader.
 
-How long a call may take before whoever was called is taken for hung.
+`StepWatchdog` tells a leader how long a call may take before the ranks count as hung.
+`LeaderWatch` runs in each rank, and ends it if its leader hangs or is cut off: nobody else would
+free the rank's GPU then.
 """
 
 import logging
@@ -14,15 +16,18 @@ from flux_ray.liveness import LOOK_S, Liveness
 from flux_ray.replica.process import end_process
 
 FACTOR = 10
+# Recent calls of each kind whose times are kept: the longest of them counts, so that one short call
+# does not lower the limit.
 NUM_REMEMBERED = 16
 
 
 class StepWatchdog:
-    """Ten times what such calls took of late, but at least `floor_s` and at most `limit_s`.
+    """The time limits of calls: ten times the longest recent call of the kind, within bounds.
 
-    Calls are alike when they have the same method and about the same size, in pixels or any other
-    unit of work: within a factor of two, which is at most four in time (attention). So what is
-    remembered stays small whatever callers ask for.
+    A limit is never below `floor_s` nor above `limit_s`. Calls are of one kind if they have the
+    same method and sizes within a factor of two, in pixels or any other unit of work. Their times
+    then differ by at most four (attention is quadratic), and few kinds have to be remembered,
+    whatever callers ask for.
     """
 
     def __init__(self, floor_s: float, limit_s: float) -> None:
@@ -33,35 +38,35 @@ class StepWatchdog:
         )
 
     def seconds_for(self, *methods: str, sizes: tuple[int, ...] = ()) -> float:
-        """For all of these together; the limit where one of them was never seen."""
+        """Return the time limit for these methods together; `limit_s` if one was never seen."""
         longest_s = sum(self.longest_s(method, sizes) for method in methods)
         return min(self._limit_s, max(self._floor_s, FACTOR * longest_s))
 
     def longest_s(self, method: str, sizes: tuple[int, ...] = ()) -> float:
-        """What the longest of the last such calls took; infinite for one that was never seen."""
+        """Return the seconds of the longest recent call of that kind; inf if there was none."""
         return max(self._seconds.get(kind_of(method, sizes), ()), default=math.inf)
 
     def learn(self, seconds: float, method: str, sizes: tuple[int, ...] = ()) -> None:
-        """One such call took so long."""
+        """Remember that a call of that kind took so many seconds."""
         self._seconds[kind_of(method, sizes)].append(seconds)
 
 
 def kind_of(method: str, sizes: tuple[int, ...]) -> tuple[object, ...]:
-    """What calls that are alike have in common."""
+    """Return the kind of a call: its method, and the power of two below each of its sizes."""
     return (method, *(size.bit_length() for size in sizes))
 
 
 logger = logging.getLogger("ray.serve")
 
-# A leader pings every other second. Whoever watches leaders ends one that hangs sooner than that,
-# and its ranks with it: this is for a leader that nobody else reaches.
+# Leaders ping every other second. The ledger ends a leader that hangs sooner than this, and the
+# ranks with it: this limit is for a leader that nobody else can reach.
 HUNG_S = 12.0
 
 
 class LeaderWatch:
-    """Ends this process when its leader has fallen silent, whatever else the process does.
+    """A thread that ends this process when its leader has been silent for `limit_s` seconds.
 
-    It begins with the first ping: until all ranks are loaded, there is none.
+    The silence counts from the first ping, since leaders send none until all ranks are loaded.
     """
 
     def __init__(
@@ -77,11 +82,11 @@ class LeaderWatch:
         self._liveness = Liveness(limit_s, look_s)
 
     def hear(self) -> None:
-        """The leader pinged."""
+        """Note a ping of the leader."""
         self._liveness.hear("leader")
 
     def start(self) -> None:
-        """Look from now on, on a thread: that of the stages may be in one for a minute."""
+        """Start the thread. The one that runs stages cannot watch: a stage may take a minute."""
         threading.Thread(target=self._look, name="leader-watch", daemon=True).start()
 
     def _look(self) -> None:
