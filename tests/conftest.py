@@ -29,7 +29,7 @@ from flux_ray.router.queue.admission import Forecast
 from flux_ray.router.router import Router, Terms
 from tests.ranks import Ranks
 
-# A property fails for an example, never for a machine that is slow at making one.
+# A property test fails because of an example, never because the machine is slow at making one.
 SLOW_MACHINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("change", max_examples=100, print_blob=True, **SLOW_MACHINE)
 settings.register_profile("thorough", settings.get_profile("change"), max_examples=2_000)
@@ -38,7 +38,7 @@ settings.load_profile("change")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Spread files over the processes of `-n 2`; whoever asks for `run_ranks` shares one."""
+    """Spread files over the processes of `-n 2`; all tests that use `run_ranks` share one."""
     if config.getoption("dist", "no") == "loadgroup":
         for item in items:
             has_ranks = "run_ranks" in getattr(item, "fixturenames", ())
@@ -55,7 +55,7 @@ LIMITS = Limits(
 
 
 def news_of(request: ImageRequest) -> list[RequestEvent]:
-    """What a replica lets hear of one image; its previews are `preview <number>`."""
+    """Return the events that a replica sends of one image; its previews are `preview <number>`."""
     previews = [
         Preview(request.tier, GeneratedImage(b"preview %d" % number, request.seed), number)
         for number in range(len(request.preview_steps))
@@ -64,14 +64,17 @@ def news_of(request: ImageRequest) -> list[RequestEvent]:
 
 
 class FakeHandles:
-    """Replicas that answer at once with `image <seed>`, after raising what is in `failures`."""
+    """A fake of the router's replicas that answers at once with `image <seed>`.
+
+    It first raises the errors in `failures`, one for each call.
+    """
 
     def __init__(self) -> None:
         self.requests: list[ImageRequest] = []
         self.replicas: list[str] = []
         self.failures: list[Exception] = []
         self.ready: tuple[str, ...] = ("tiny",)
-        # By replica and the name of the run.
+        # Results by replica and name of the run.
         self.generated: dict[tuple[str, str], ImageResult] = {}
 
     async def connect(self, tier: str) -> None:
@@ -106,9 +109,10 @@ class FakeHandles:
 
 
 class FakeTurns:
-    """A ledger that grants every turn at once, after raising what is in `refusals`.
+    """A fake of the ledger that assigns every request a replica at once.
 
-    What is not in `forecasts` would not wait.
+    It first raises the errors in `refusals`, one for each request. A tier that is not in
+    `forecasts` has no wait.
     """
 
     def __init__(self) -> None:
@@ -149,7 +153,10 @@ class FakeTurns:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Iterator[Ranks]:
-    """`run_ranks(parallel, function, *args)`: the answers of `function(mesh, *args)` by rank."""
+    """Return `run_ranks(parallel, function, *args)`: what `function(mesh, *args)` returns by rank.
+
+    The ranks are processes, which the tests of a session share.
+    """
     ranks = Ranks()
     yield ranks
     ranks.close()
@@ -159,7 +166,8 @@ def run_ranks() -> Iterator[Ranks]:
 def handles() -> Iterator[FakeHandles]:
     handles = FakeHandles()
     yield handles
-    # pytest may keep it for longer, and what requests hold counts in the gateway's budget.
+    # pytest may keep the fixture for longer, and the images of its requests would still count in
+    # the gateway's memory budget, in later tests.
     handles.requests.clear()
 
 
@@ -169,7 +177,7 @@ def turns() -> FakeTurns:
 
 
 class FakeBill:
-    """What was counted, in order."""
+    """A fake of the router's metrics that keeps what is counted, in order."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, object]] = []
@@ -214,7 +222,7 @@ def api(router: Router, gateway_args: GatewayArgs) -> FastAPI:
 
 @pytest.fixture
 def make_image() -> Callable[..., bytes]:
-    """`image(100, 80, format="PNG", mode="RGB", color="red")` as a file's bytes."""
+    """Return `make_image(100, 80, format="PNG", mode="RGB", color="red")`: the bytes of a file."""
 
     def draw(width=96, height=80, *, format="PNG", mode="RGB", color="red", **options) -> bytes:
         file = io.BytesIO()
@@ -226,7 +234,7 @@ def make_image() -> Callable[..., bytes]:
 
 @pytest.fixture
 def serve_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What reaches Serve's log files; Ray cuts this logger off from the root's."""
+    """Capture what reaches Serve's log files; Ray cuts this logger off from the root logger."""
     logger = logging.getLogger("ray.serve")
     level, propagate = logger.level, logger.propagate
     logger.addHandler(caplog.handler)

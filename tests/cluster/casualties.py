@@ -1,4 +1,7 @@
-"""Processes of the shared Ray by what they are, and clients that go on while some are ended."""
+"""Kill or stop processes of the shared Ray while clients ask for images, and measure the damage.
+
+`strike` sends the signal and waits until everything is replaced; `clients` asks meanwhile.
+"""
 
 import signal
 import threading
@@ -16,7 +19,8 @@ from tests.cluster.conftest import BOOT_S, PATIENCE_S, are_running, wait_until
 from tests.cluster.groups import TIER
 from tests.cluster.storm import PROMPT
 
-# By Ray's name of the actor's class. `leader` and `rank` are those of the group of two.
+# Ray's names of the actors' classes. `leader`, and `rank`, which is found by its leader, are those
+# of the tier with two ranks.
 CLASSES = {
     "gateway": "ServeReplica:gateway:gateway",
     "ledger": "LedgerActor",
@@ -31,7 +35,7 @@ PAUSE_S = 0.3
 
 
 def processes_of(kind: str) -> list[psutil.Process]:
-    """Those of a kind that live."""
+    """Return the live processes of a kind of CLASSES, or of kind `rank`."""
     from ray._private.state import state
 
     alive = state.actor_table(None, actor_state_name="ALIVE").values()
@@ -50,7 +54,7 @@ def of_class(kind: str, actors: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """To one request for an image."""
+    """The answer to one request for an image; status 0 if the connection failed."""
 
     tier: str
     began_at: float
@@ -64,7 +68,7 @@ class Answer:
 
 @dataclass
 class Clients:
-    """One for each tier, that ask for an image again and again."""
+    """Clients, one for each tier, that ask for an image again and again."""
 
     address: str
     answers: list[Answer] = field(default_factory=list)
@@ -88,7 +92,7 @@ class Clients:
 
 @contextmanager
 def clients(address: str) -> Iterator[Clients]:
-    """While it lasts, they ask."""
+    """Let clients ask for images during the `with`, which begins when each has its first one."""
     asking = Clients(address)
     threads = [threading.Thread(target=asking.ask, args=(tier,)) for tier in TIERS]
     for thread in threads:
@@ -104,7 +108,11 @@ def clients(address: str) -> Iterator[Clients]:
 
 @dataclass(frozen=True)
 class Casualty:
-    """What became of a cluster of which some processes were killed or stopped, in seconds."""
+    """What became of a cluster after some processes were killed or stopped.
+
+    `gone_s`: seconds until the processes were gone. `next_image_s`: until every tier had answered a
+    request from after the signal. `longest_gap_s`: the longest time without an image of one tier.
+    """
 
     what: str
     gone_s: float
@@ -156,7 +164,7 @@ def strike(asking: Clients, kinds: tuple[str, ...], sent: signal.Signals) -> Cas
 
 
 def wait_until_whole(before: dict[str, set[psutil.Process]]) -> None:
-    """Each process that is gone has a successor, and Serve is content."""
+    """Wait until there are as many processes as before, and Serve calls everything RUNNING."""
     from ray import serve
 
     def is_whole() -> bool:
@@ -167,6 +175,6 @@ def wait_until_whole(before: dict[str, set[psutil.Process]]) -> None:
 
 
 def longest_gap_s(images: list[Answer], began: float) -> float:
-    """From that moment to an image, and from each image to the next."""
+    """Return the longest time between two images after `began`, or from `began` to the first."""
     ends = [began, *(each.ended_at for each in images if each.ended_at > began)]
     return max((later - earlier for earlier, later in pairwise(ends)), default=0.0)

@@ -1,4 +1,7 @@
-"""One real Ray with serve/laptop.yaml on it, shared by the tests of this folder. They come last."""
+"""A real Ray with serve/laptop.yaml deployed, shared by the tests of this folder, which run last.
+
+Most tests use `address`, which starts it. Tests that break it wait until it is whole again.
+"""
 
 import base64
 import copy
@@ -29,26 +32,28 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "serve" / "laptop.yaml"
 BOOT_S = 400
-# What must come is waited for so long, however slow the machine is: no test fails for being slow.
+# How long tests wait for an event that must come: so long that none fails on a slow machine.
 PATIENCE_S = 300
 # For a program that starts a cluster of several nodes.
 PROGRAM_S = 1200
-# What changes the shared rank group comes last, each where the one before it left the group.
+# Tests that change the shared rank group run last, in this order: each begins with the group as the
+# one before left it, since starting another group takes as long as a test.
 LAST = (
     "2 ranks",
     "test_shared_text_encoder",
     "3 ranks",
     "from_nothing",
     "test_gpu_budget",
-    # Its tier is replaced once more when it is over, and nobody is to wait for that.
+    # After it, its tier is deployed once more; as the last one it need not wait for that.
     "test_rolling_upgrade",
 )
 
 
 def place_of(item: pytest.Item) -> int:
-    """Where a test comes: the shared Ray is there for no longer than it is needed.
+    """Return the place of a test in the order: first other folders, last the shared Ray.
 
-    First the other folders, then those of this folder with a Serve of their own.
+    Between them come the tests of this folder that start a Serve of their own. So the shared Ray
+    runs no longer than it is needed.
     """
     if Path(__file__).parent not in item.path.parents:
         return 0
@@ -63,9 +68,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def free_port() -> int:
-    """Below the ports that the system hands out, and above those of Ray's workers.
+    """Return a free port below those that the system hands out, and above those of Ray's workers.
 
-    Otherwise one of Ray's own connections may take it while Serve starts.
+    One of Ray's own connections could take any other port while Serve starts.
     """
     while True:
         port = random.randrange(20_000, 32_000)
@@ -92,7 +97,7 @@ def is_ready(address: str) -> bool:
 
 @contextmanager
 def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator[psutil.Popen]:
-    """The command, with a home and a Ray of its own; whatever is left of them is killed."""
+    """Run `serve run CONFIG` with a home and a Ray of its own; kill what is left at the end."""
     env = {"HOME": str(home), "RAY_AUTH_MODE": auth_mode, "RAY_ADDRESS": "local"}
     env["RAY_worker_niceness"] = "0"
     serve = psutil.Popen(
@@ -101,7 +106,7 @@ def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator
         env=os.environ | env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A shell in the background would have it ignored.
+        # A shell that runs the tests in the background makes its processes ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
@@ -116,7 +121,10 @@ def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator
 def figures_of_program(
     module: str, *args: str, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What a program with a Ray of its own prints, after it has ended well."""
+    """Run a module that starts a Ray of its own, and return the JSON object that it prints.
+
+    Raise AssertionError if it fails.
+    """
     done = subprocess.run(
         [sys.executable, "-m", module, *args],
         cwd=ROOT,
@@ -128,7 +136,7 @@ def figures_of_program(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stderr, file=sys.stderr)
-    # Ray writes there too.
+    # Ray writes other lines to stdout too.
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("{"))
     figures: dict[str, Any] = json.loads(line)
     return figures
@@ -141,7 +149,7 @@ def port() -> int:
 
 @pytest.fixture(scope="session")
 def wait_until_ready() -> Callable[[str], None]:
-    """`wait_until_ready(address)`: a tier can serve there."""
+    """Return `wait_until_ready(address)`, which waits until a tier can serve there."""
 
     def wait(address: str) -> None:
         wait_until(lambda: is_ready(address), timeout_s=BOOT_S, what="a tier that can serve")
@@ -151,15 +159,16 @@ def wait_until_ready() -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the gateway records what arrives."""
+    """Return the folder in which the gateway records the requests that arrive."""
     return tmp_path_factory.mktemp("cluster") / "traces"
 
 
 @pytest.fixture(scope="session")
 def config(traces: Path) -> dict[str, Any]:
-    """serve/laptop.yaml on a free port, with aliases and a recorder; nothing of it at home.
+    """Return serve/laptop.yaml on a free port, with aliases and a recorder, for temporary folders.
 
-    The ranks of `tiny-tp2` fail on demand, and leave room for a third: the drills need no other.
+    The ranks of `tiny-tp2` fail on demand (faulty.py), and use so little of the CPUs that there is
+    room for a third rank.
     """
     config = yaml.safe_load(LAPTOP.read_text())
     config["http_options"]["port"] = free_port()
@@ -177,7 +186,7 @@ def config(traces: Path) -> dict[str, Any]:
 
 
 def backlog(tier: str) -> tuple[float, float]:
-    """GPU seconds that the ledger has waiting and running."""
+    """Return the GPU seconds of a tier's waiting and of its running requests in the ledger."""
     import ray
 
     from flux_ray.router.ledger.remote import start_ledger
@@ -186,12 +195,12 @@ def backlog(tier: str) -> tuple[float, float]:
     return waiting_s, running_s
 
 
-# What was deployed last.
+# The config that was deployed last.
 DEPLOYED: dict[str, Any] = {}
 
 
 def deploy(config: dict[str, Any]) -> None:
-    """What `serve deploy` does: only applications that changed are started anew."""
+    """Deploy as `serve deploy` does: only applications that changed are started anew."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
@@ -204,7 +213,7 @@ def deploy(config: dict[str, Any]) -> None:
 def more_gateways(
     config: dict[str, Any], url: str, name: str, args: dict[str, Any]
 ) -> Iterator[None]:
-    """An application of that name beside those of `config`, whose gateways answer below `url`."""
+    """Deploy gateways with `args` that answer below `url`, as an application beside `config`'s."""
     changed = copy.deepcopy(config)
     (gateway,) = (app for app in config["applications"] if app["name"] == "gateway")
     prefix = urlsplit(url).path
@@ -216,13 +225,16 @@ def more_gateways(
 
 
 def are_running(status: Any) -> bool:
-    """All applications."""
+    """Return whether all applications are running."""
     return {application.status for application in status.applications.values()} == {"RUNNING"}
 
 
 @pytest.fixture(scope="session")
 def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> Iterator[str]:
-    """Where the gateway listens. What `serve run` does, on two logical CPUs."""
+    """Start the shared Ray and Serve as `serve run` does, on 2 CPUs; yield the gateway's URL.
+
+    Every tier is running when this yields.
+    """
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
     import ray
@@ -235,7 +247,8 @@ def address(config: dict[str, Any], wait_until_ready: Callable[[str], None]) -> 
         object_store_memory=200_000_000,
         log_to_driver=False,
         namespace="serve",
-        # Ray's own is 15: whatever else runs on the machine would come first.
+        # By default Ray's workers get a niceness of 15: anything else on the machine would come
+        # first.
         _system_config={"worker_niceness": 0},
     )
     serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
@@ -256,7 +269,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="session")
 def generate(address: str) -> Callable[..., list[bytes]]:
-    """`draw(prompt, seed=1, ...)`: the images' bytes, by plain HTTP."""
+    """Return `generate(prompt, seed=1, ...)`, which asks by plain HTTP and returns image files."""
 
     def generate(prompt: str, **fields: object) -> list[bytes]:
         answer = httpx.post(
@@ -272,13 +285,13 @@ def generate(address: str) -> Callable[..., list[bytes]]:
 
 @pytest.fixture(scope="session")
 def pixels_of() -> Callable[[bytes], np.ndarray]:
-    """A file's pixels, [height, width, 3]."""
+    """Return a function from an image file to its pixels, [height, width, 3]."""
     return lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @dataclass(frozen=True)
 class Replica:
-    """The processes of one."""
+    """The processes of one replica."""
 
     leader: psutil.Process
     ranks: tuple[psutil.Process, ...]
@@ -288,14 +301,17 @@ class Replica:
         return (self.leader, *self.ranks)
 
     def busy_s(self) -> float:
-        """Seconds that the ranks spent on processors: the same however busy the machine is."""
+        """Return the CPU seconds of the ranks, which hardly depend on how busy the machine is."""
         times = [rank.cpu_times() for rank in self.ranks]
         return sum(each.user + each.system for each in times)
 
 
 @pytest.fixture(scope="session")
 def replicas(address: str) -> Callable[..., list[Replica]]:
-    """`replicas("tiny")`: those of a tier that live, or of another deployment of it."""
+    """Return `replicas("tiny")`, which finds the live replicas of a tier.
+
+    With a second argument it finds those of another deployment of the tier's application.
+    """
     from ray._private.state import state
 
     def of(tier: str, deployment: str | None = None) -> list[Replica]:

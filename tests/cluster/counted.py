@@ -1,4 +1,4 @@
-"""A tier whose leaders write down what they have drawn."""
+"""A tier whose leaders write down which requests they have generated."""
 
 from contextlib import aclosing
 from pathlib import Path
@@ -10,12 +10,12 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader
 from flux_ray.request import EventStream, ImageRequest, ImageResult
 
-# Of the home of the `serve run` that it is part of.
+# The file's name, in the home of the `serve run` that the leader is part of.
 GENERATED = "drawn"
 
 
 class CountedLeader(Leader):
-    """A line for each request: its prompt and its seed."""
+    """A leader that writes a line for each finished request: its prompt and its seed."""
 
     async def _stream(self, request: ImageRequest) -> EventStream:
         async with aclosing(super()._stream(request)) as events:
@@ -27,5 +27,5 @@ class CountedLeader(Leader):
 
 
 def build_tier(args: TierArgs) -> Application:
-    """In place of flux_ray.app:build_tier."""
+    """Build the tier with such leaders, in place of flux_ray.app:build_tier."""
     return tier_application(args, CountedLeader)

@@ -1,7 +1,8 @@
-"""A program of its own, for one process has one Ray: a node is drained behind a real HAProxy.
+"""Drain a node behind a real HAProxy under load, and print as a JSON object what failed.
 
-`python -m tests.cluster.drained_node SECONDS`, its notice. Everything is on the node that is to go:
-both replicas of the tier, both gateways; another node has just come. Prints one JSON object.
+`python -m tests.cluster.drained_node SECONDS`: the node is killed that many seconds after Ray is
+told to drain it. Both replicas of the tier and both gateways are on it, and another node has just
+been added. This is a program because a process can be connected to only one Ray.
 """
 
 import asyncio
@@ -36,12 +37,13 @@ TIER = "tiny"
 REQUEST = {"model": TIER, "prompt": "a red circle", "size": "64x64", "seed": 1}
 SYSTEM_CONFIG = {"worker_niceness": 0}
 MEMORY = {"object_store_memory": 100_000_000}
-# One request is sent every so many seconds, whatever became of those before.
+# A request is sent every so many seconds, whether or not those before it are done.
 REQUEST_EVERY_S = 0.7
 READY_EVERY_S = 0.5
-# Before the notice, and after the node is gone.
+# Seconds of load before the notice, and after the node is gone.
 AROUND_S = 10.0
-# Later than the last replica has left a node with a long notice, it has nothing to lose.
+# After a long notice, the node is killed this many seconds after its last replica has left: from
+# then on there is nothing more to see.
 EMPTY_S = 20.0
 
 
@@ -59,7 +61,7 @@ class Place:
 
 @dataclass
 class Load:
-    """Requests to the balancer, and questions whether a tier serves, to it and to proxies."""
+    """The load: requests to the balancer, and `/readyz` asked of all addresses in `asked`."""
 
     balancer: str
     asked: tuple[str, ...]
@@ -69,7 +71,7 @@ class Load:
     unready: Counter[str] = field(default_factory=Counter)
 
     async def run(self, end: asyncio.Event) -> None:
-        """Go on until the end, and wait for what was sent."""
+        """Send requests until `end` is set, then wait for their answers."""
         client = httpx.AsyncClient(timeout=BOOT_S, trust_env=False)
         async with client as http, asyncio.TaskGroup() as tasks:
             for address in self.asked:
@@ -95,7 +97,10 @@ class Load:
             self.failures[failure] += 1
 
     async def ask_again(self, http: httpx.AsyncClient, address: str, end: asyncio.Event) -> None:
-        """A proxy that is gone answers nothing, which is no 503."""
+        """Ask `/readyz` again and again, and count answers other than 200.
+
+        A proxy that is gone does not answer, which does not count: a balancer leaves it out too.
+        """
         while not end.is_set():
             with suppress(httpx.TransportError):
                 answer = await http.get(f"{address}/readyz")
@@ -104,7 +109,7 @@ class Load:
 
 
 def start_cluster() -> tuple[Cluster, Place]:
-    """A head that draws nothing."""
+    """Start Ray and Serve on a head node without CPUs, so that no replica runs there."""
     port = free_port()
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM_CONFIG, **MEMORY}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -114,14 +119,14 @@ def start_cluster() -> tuple[Cluster, Place]:
 
 
 def add_node(cluster: Cluster) -> Place:
-    """One with room for all of it, whose proxy has a port of its own."""
+    """Add a node with room for all replicas, whose proxy has a port of its own."""
     port = free_port()
     told = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
     return Place(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
 
 
 def config_in(folder: Path, port: int) -> dict[str, Any]:
-    """The laptop's, with two gateways and two replicas of one tier."""
+    """Return serve/laptop.yaml with two gateways and two replicas of one tier."""
     config: dict[str, Any] = yaml.safe_load(LAPTOP.read_text())
     gateway, tier, _ = config["applications"]
     database = f"sqlite:///{folder}/jobs.sqlite3"
@@ -138,7 +143,7 @@ def config_in(folder: Path, port: int) -> dict[str, Any]:
 
 
 def start_haproxy(folder: Path, places: tuple[Place, ...]) -> tuple[subprocess.Popen[bytes], str]:
-    """What is shipped, on a free port, in front of these nodes."""
+    """Start HAProxy with the repository's configuration, on a free port in front of these nodes."""
     port = free_port()
     lines = HAPROXY.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}").splitlines()
     lines = [line for line in lines if not line.strip().startswith("server ")]
@@ -155,7 +160,7 @@ def node_id(place: Place) -> str:
 
 
 def num_replicas_on(place: Place) -> int:
-    """Those that live there, of gateways and of the tier."""
+    """Return how many live replicas the node has, of gateways and of the tier together."""
     from ray._private.state import state
 
     actors = state.actor_table(None, actor_state_name="ALIVE").values()
@@ -171,7 +176,7 @@ def drain(cluster: Cluster, place: Place, notice_s: int) -> None:
 
 
 def kill(place: Place) -> None:
-    """All of its processes at once, as a machine that is taken away."""
+    """Kill all processes of the node at once, as if its machine were taken away."""
     (raylet,) = place.node.all_processes["raylet"]
     processes = psutil.Process(raylet.process.pid)
     for process in (*processes.children(recursive=True), processes):

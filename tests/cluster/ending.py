@@ -1,6 +1,7 @@
-"""A program of its own, for one process has one Ray: a replica that Serve ends in mid-request.
+"""Delete a Serve replica in mid-request, and print whether it noticed before it had answered.
 
-Prints what the replica said of its end: before it, and while it still answered.
+The replica answers with two booleans: `is_stopping()` before it is deleted, and while it drains.
+This is a program because a process can be connected to only one Ray.
 """
 
 import asyncio
@@ -39,7 +40,7 @@ def main() -> None:
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
-        # Else Ray's workers get nothing beside a process that takes a processor.
+        # By default Ray's workers are so nice that they get no CPU beside any busy process.
         _system_config={"worker_niceness": 0},
     )
     handle = serve.run(Ending.bind(), route_prefix=None)

@@ -9,11 +9,11 @@ from tests.cluster.faulty_rank import FaultyRank
 
 
 class FaultyLeader(Leader):
-    """A leader of such ranks."""
+    """A leader whose ranks are FaultyRank."""
 
     rank_class = FaultyRank
 
 
 def build_tier(args: TierArgs) -> Application:
-    """In place of flux_ray.app:build_tier."""
+    """Build the tier with such leaders, in place of flux_ray.app:build_tier."""
     return tier_application(args, FaultyLeader)

@@ -1,6 +1,7 @@
-"""A rank that fails on demand: a prompt that is the path of a file names the failure.
+"""A rank that fails on demand: if the prompt is the path of a file, the file names the failure.
 
-Neither the leader nor the gateway is imported here, for it starts as fast as one of ours.
+This module imports neither the leader nor the gateway, so that the rank starts as fast as a real
+one.
 """
 
 from pathlib import Path
@@ -11,10 +12,10 @@ BUG, OUT_OF_MEMORY = "bug", "out of memory"
 
 
 class FaultyRank(RankActor):
-    """Fails once: the file is gone when the request is drawn again."""
+    """A rank that fails once for each file: it removes the file before it raises."""
 
     def denoise(self, job: int) -> None:
-        """One step, unless a file says otherwise."""
+        """Run a step, or raise the error that the file of the prompt names, on the last rank."""
         order = Path(self._generations[job].request.prompt)
         if self._rank == self._args.parallel.num_ranks - 1 and order.is_file():
             failure = order.read_text()
@@ -24,7 +25,7 @@ class FaultyRank(RankActor):
 
 
 def error_for(failure: str) -> Exception:
-    """As torch or a mistake of ours would raise it."""
+    """Return the error as torch would raise it, or a bug of ours."""
     from torch import OutOfMemoryError
 
     return OutOfMemoryError("CUDA has 3 MB") if failure == OUT_OF_MEMORY else KeyError(failure)

@@ -1,4 +1,4 @@
-"""Rank groups on the shared Ray for tests to break: `tiny-tp2` with other ranks and leaders."""
+"""Deploy the tier `tiny-tp2` of the shared Ray with other arguments, for tests that break it."""
 
 import copy
 import time
@@ -18,10 +18,10 @@ def group_with(
     stays: bool = False,
     **args: object,
 ) -> Iterator[None]:
-    """While it lasts, the tier has these args besides its own.
+    """Deploy the tier with `args` changed during the `with`, then as it was before.
 
-    It keeps them afterwards if it `stays`: for tests that come last (`LAST` in conftest.py), of
-    which each changes it anyway. To start a group that nobody asks takes as long as a test.
+    With `stays` it keeps the changed ones: for the tests that run last (`LAST` in conftest.py),
+    each of which changes it anyway. To start a group that no test uses takes as long as a test.
     """
     changed = copy.deepcopy(config)
     (application,) = (app for app in changed["applications"] if app["name"] == TIER)
@@ -35,7 +35,7 @@ def group_with(
 
 
 def wait_until_running() -> None:
-    """Return when the tier runs as it was deployed last."""
+    """Wait until the tier is running as it was deployed last."""
     from ray import serve
 
     end = time.monotonic() + BOOT_S

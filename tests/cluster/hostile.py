@@ -1,4 +1,4 @@
-"""What hostile callers send, as bytes: one row a kind."""
+"""What hostile callers send, as bytes: the table KINDS has a row for each kind of attack."""
 
 import base64
 import gzip
@@ -19,7 +19,7 @@ MB = 2**20
 
 
 class Hostile(NamedTuple):
-    """A kind: what is sent on each of its connections, piece by piece, `pause_s` apart."""
+    """A kind of attack: the pieces to send on each of its connections, `pause_s` apart."""
 
     pieces: Callable[[], Iterator[bytes]]
     num_connections: int = 1
@@ -33,7 +33,7 @@ def head(path: str = GENERATIONS, *lines: str, method: str = "POST") -> bytes:
 def post(
     body: bytes, path: str = GENERATIONS, kind: str = "application/json", *lines: str
 ) -> Iterator[bytes]:
-    """A whole request, after which the connection ends."""
+    """Yield a complete request, after which the connection ends."""
     length = f"Content-Length: {len(body)}"
     yield head(path, f"Content-Type: {kind}", length, "Connection: close", *lines)
     for start in range(0, len(body), MB):
@@ -78,7 +78,7 @@ def noise(format: str, side: int = 96) -> bytes:
 
 
 def jpeg_of_scans(num_scans: int) -> bytes:
-    """The last scan of a progressive JPEG again and again: a pass over all blocks each."""
+    """Return a progressive JPEG that repeats its last scan; each one is a pass over all blocks."""
     data = saved("JPEG", 4000, 5000, progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + scan * num_scans + data[-2:]
@@ -90,7 +90,7 @@ def jpeg_of_comments(num: int) -> bytes:
 
 
 def jpeg_of_junk(num_bytes: int) -> bytes:
-    """Restart markers within a scan, where there are none."""
+    """Return a JPEG with restart markers inside of a scan, where a decoder expects none."""
     data = noise("JPEG")
     return data[:-2] + b"\xff\xd0" * (num_bytes // 2) + data[-2:]
 
@@ -100,7 +100,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_with(*chunks: bytes) -> bytes:
-    """A whole PNG, with these after its head."""
+    """Return a valid PNG with these chunks after its header."""
     data = noise("PNG")
     return data[:33] + b"".join(chunks) + data[33:]
 
@@ -131,7 +131,7 @@ def chunked(chunks: bytes) -> Iterator[bytes]:
 
 
 def slowly(body: bytes, *lines: str) -> Iterator[bytes]:
-    """A byte at a time."""
+    """Yield a request whose body comes one byte at a time."""
     yield head(GENERATIONS, "Content-Type: application/json", *lines)
     for byte in body:
         yield bytes([byte])

@@ -1,4 +1,7 @@
-"""A large answer through Serve's proxy, in the environment that this script is run in."""
+"""Send a large answer through Serve's proxy, and print whether it arrived.
+
+test_make_serve.py runs this script with the environment that `make serve` sets.
+"""
 
 import sys
 
@@ -14,7 +17,7 @@ api = FastAPI()
 @serve.deployment
 @serve.ingress(api)
 class Large:
-    """Answers with as many bytes as are asked for."""
+    """A deployment that answers with as many bytes as are asked for."""
 
     @api.get("/{num_bytes}")
     async def answer(self, num_bytes: int) -> Response:

@@ -1,4 +1,7 @@
-"""Requests as odd clients send them, through Serve's proxy, in this script's environment."""
+"""Send requests as odd clients do through Serve's proxy, and print what became of them.
+
+test_make_serve.py runs this script with the environment that `make serve` sets.
+"""
 
 import socket
 import sys
@@ -16,7 +19,7 @@ LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY)
 @serve.deployment
 @serve.ingress(api)
 class Count:
-    """Answers with how many bytes came."""
+    """A deployment that answers with the number of bytes of the body."""
 
     @api.post("/")
     async def answer(self, request: Request) -> int:
@@ -24,7 +27,7 @@ class Count:
 
 
 def answer_to(port: int, request: bytes) -> str:
-    """The answer up to the first bytes of its body, or to where the connection ends."""
+    """Return the answer up to the first bytes of its body, or until the connection ends."""
     answer = b""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as link:
         try:

@@ -14,7 +14,7 @@ HEAD_DIM = 16
 
 
 def save_random_klein(folder: Path) -> None:
-    """The embedded checkpoint, with other numbers of heads: its own have none that 3 divides."""
+    """Save the embedded checkpoint with 6 heads, since its own number cannot be divided by 3."""
     shutil.copytree(CHECKPOINT, folder)
     torch.manual_seed(0)
     text = Qwen3Config.from_pretrained(CHECKPOINT / "text_encoder")

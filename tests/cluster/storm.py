@@ -16,7 +16,7 @@ Generate = Callable[..., list[bytes]]
 
 @contextmanager
 def unread(address: str, fields: dict[str, object]) -> Iterator[None]:
-    """A request, sent within; who leaves the `with` hangs up without reading the answer."""
+    """Send a request; leaving the `with` closes the connection without reading the answer."""
     place = urlsplit(address)
     body = json.dumps(fields).encode()
     head = (
@@ -31,9 +31,10 @@ def unread(address: str, fields: dict[str, object]) -> Iterator[None]:
 def storm(
     address: str, seconds: float, generate: Generate, *, tier: str, num_bystanders: int
 ) -> int:
-    """How many images the bystanders got; AssertionError if one is not that of its seed.
+    """Let clients leave in mid-request while bystanders ask; return the bystanders' images.
 
-    Each gets three at least: where all is slow, the storm lasts longer.
+    Raise AssertionError if an image is not that of its seed. Every bystander gets at least three,
+    so on a slow machine the storm lasts longer than `seconds`.
     """
     expected = [generate(PROMPT, model=tier, seed=seed) for seed in range(num_bystanders)]
     end = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Tiers whose replicas are nothing but that, for tests of how many there are."""
+"""Tiers whose replicas have no ranks and no model, for tests of the number of replicas."""
 
 from ray import serve
 from ray.serve import Application
@@ -9,7 +9,7 @@ from tests.cluster.unranked_replica import Unranked
 
 
 def build_tier(args: TierArgs) -> Application:
-    """As many as the tier's args and the ledger say; they take neither a processor nor a GPU."""
+    """Build a tier whose replicas use no CPU and no GPU; arguments and ledger say how many."""
     deployment = serve.deployment(
         name=args.tier,
         **replicas_of(args),

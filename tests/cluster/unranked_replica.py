@@ -1,8 +1,8 @@
-"""A replica that is nothing but that. It imports nothing: it is there as soon as Ray has it."""
+"""A replica without ranks and model, in a module without imports, so that it starts at once."""
 
 
 class Unranked:
-    """No ranks and no model."""
+    """A replica that does nothing and is ready at once."""
 
     async def __call__(self) -> None:
-        """Serve asks for one."""
+        """Do nothing; Serve requires a callable."""
