@@ -1,4 +1,4 @@
-"""The whole cluster killed under its jobs, and started again: none is lost, none drawn anew."""
+"""The whole cluster is killed and started again: no job is lost, no finished one generated anew."""
 
 import base64
 import shutil
@@ -24,13 +24,13 @@ NUM_READY_AT_KILL = 3
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """Where the jobs and their images are."""
+    """Return the folder of the job database and the images."""
     return tmp_path / "kept"
 
 
 @pytest.fixture
 def config_file(tmp_path: Path, port: int, kept: Path) -> Path:
-    """serve/laptop.yaml with one tier, and so few jobs at once that others wait in the database."""
+    """Return serve/laptop.yaml with one tier, and so few jobs at once that some have to wait."""
     config = yaml.safe_load(LAPTOP.read_text().replace("8000", str(port)))
     gateway, tiny, _ = config["applications"]
     config["applications"] = [gateway, tiny]
@@ -48,7 +48,7 @@ def config_file(tmp_path: Path, port: int, kept: Path) -> Path:
 
 
 class Client:
-    """Hands the jobs in, a seed each, and asks for them."""
+    """A client that submits jobs, each with its own seed, and asks for their results."""
 
     def __init__(self, address: str) -> None:
         self.http = httpx.Client(base_url=address, timeout=PATIENCE_S)
@@ -61,7 +61,7 @@ class Client:
             self.polling_urls.append(told["polling_url"])
 
     def ready(self) -> dict[int, dict[str, Any]]:
-        """The result of each seed that is ready."""
+        """Return the results of the jobs that are ready, by seed."""
         answers = [self.http.get(url).json() for url in self.polling_urls]
         assert {told["status"] for told in answers} <= {"Pending", "Ready"}, answers
         return {seed: told["result"] for seed, told in enumerate(answers) if told["result"]}
@@ -75,21 +75,24 @@ class Client:
         return answer.content
 
     def generate(self, seed: int) -> bytes:
-        """Without a job."""
+        """Return the image of a seed, asked for without a job."""
         body = {"model": "tiny", "prompt": PROMPT, "seed": seed, "size": "192x192"}
         [image] = self.http.post("/v1/images/generations", json=body).json()["data"]
         return base64.b64decode(image["b64_json"])
 
 
 def lasting(results: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """All that is told of them, but for the ends of the URLs, which expire."""
+    """Return the results without the queries of their URLs, which expire and are signed anew."""
     return {
         seed: told | {"sample": httpx.URL(told["sample"]).path} for seed, told in results.items()
     }
 
 
 def kill(serve: psutil.Popen) -> None:
-    """All of its Ray at once: stopped before, so that nothing ends, starts or mends in between."""
+    """Kill all processes of its Ray at once.
+
+    They are stopped first, so that none can react to the death of another.
+    """
     stopped: set[psutil.Process] = set()
     while fresh := {serve, *serve.children(recursive=True)} - stopped:
         stopped |= fresh
@@ -106,7 +109,7 @@ def kill(serve: psutil.Popen) -> None:
 
 
 def statuses(kept: Path, copy: Path) -> Counter[str]:
-    """Of a copy: the database itself is left as the kill left it."""
+    """Count the jobs by status, in a copy: the database itself stays as the kill left it."""
     shutil.copytree(kept, copy)
     with closing(sqlite3.connect(copy / "jobs.sqlite3")) as database:
         return Counter(status for (status,) in database.execute("SELECT status FROM flux_jobs"))

@@ -1,4 +1,4 @@
-"""A gateway killed under its requests, and a proxy: what their clients are told, and get."""
+"""A gateway, or a proxy, is killed under its requests: what clients are told, and what they get."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from tests.cluster.conftest import LAPTOP, PATIENCE_S, free_port, is_ready, serv
 from tests.cluster.counted import GENERATED
 
 NUM_CLIENTS = 12
-# Of the environment that `make serve` sets.
+# A part of the environment that `make serve` sets.
 ENVIRONMENT = {
     PROXY_CALLBACK: READ_WITH_H11,
     "RAY_SERVE_PROXY_USE_GRPC": "1",
@@ -36,12 +36,12 @@ class Server:
         self.generated_at = home / GENERATED
 
     def generated(self, prompt: str) -> list[str]:
-        """The seeds of the requests that were drawn to their end, in order."""
+        """Return the seeds of the requests that were generated to their end, in order."""
         lines = self.generated_at.read_text().splitlines() if self.generated_at.exists() else []
         return [line.rpartition(" ")[2] for line in lines if line.startswith(f"{prompt} ")]
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Those of Ray whose name begins so."""
+        """Return Ray's processes whose name begins with `name`."""
         found = []
         for each in self.serve.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -50,13 +50,13 @@ class Server:
         return found
 
     def post(self, prompt: str, headers: dict[str, str], **fields: object) -> httpx.Response:
-        """One try; the client gives up no sooner than the gateway."""
+        """Send one request; the client gives up no sooner than the gateway."""
         path = f"{self.address}/v1/images/generations"
         body = BODY | {"prompt": prompt} | fields
         return httpx.post(path, json=body, headers=headers, timeout=2 * PATIENCE_S)
 
     def insist(self, prompt: str, key: str, **fields: object) -> list[httpx.Response]:
-        """What a client is told that comes again, when it is told to, until it has its images."""
+        """Repeat a request whenever the answer says so, until it has images; return all answers."""
         answers = [self.post(prompt, {"idempotency-key": key}, **fields)]
         while answers[-1].status_code != 200:
             assert len(answers) < 60, [answer.text for answer in answers]
@@ -65,7 +65,7 @@ class Server:
         return answers
 
     def wait_for_gateways(self, number: int) -> None:
-        """So many are up, and answer."""
+        """Wait until so many gateways are up and answer."""
         wait_until(lambda: len(self.processes("ray::ServeReplica:gateway")) == number, what="both")
         wait_until(lambda: is_ready(self.address), what="a gateway that is ready")
 
@@ -95,7 +95,7 @@ def server(
 def kill_a_gateway_under(
     server: Server, prompt: str, ask: Callable[[int], list[httpx.Response]]
 ) -> list[list[httpx.Response]]:
-    """What each client was told, at each of its tries."""
+    """Kill a gateway while clients wait; return each client's answers, one for each try."""
     server.wait_for_gateways(2)
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         asking = [pool.submit(ask, number) for number in range(NUM_CLIENTS)]
@@ -105,7 +105,7 @@ def kill_a_gateway_under(
 
 
 def check_is_typed(answer: httpx.Response) -> None:
-    """A client of OpenAI's can read it, and learns whether to come again."""
+    """Check that OpenAI's client can read the error, and learns that it may retry."""
     assert answer.status_code == 503, answer.text
     assert answer.headers["x-should-retry"] == "true"
     assert answer.headers["x-request-id"]
@@ -114,7 +114,7 @@ def check_is_typed(answer: httpx.Response) -> None:
 
 @pytest.mark.slow
 def test_who_comes_again_gets_the_image_that_was_generated(server: Server) -> None:
-    """No image is drawn twice: those that waited had not begun, and the other one goes on."""
+    """No image is generated twice: the waiting ones had not begun, and the running one goes on."""
     prompt = "a red circle"
 
     told = kill_a_gateway_under(
@@ -132,12 +132,12 @@ def test_who_comes_again_gets_the_image_that_was_generated(server: Server) -> No
 
 @pytest.mark.slow
 def test_a_replica_goes_on_when_no_gateway_is_left(server: Server) -> None:
-    """What it draws is for who comes again, to a gateway that never heard of the first try."""
+    """Its image goes to the client that asks again, at a gateway that never saw the first try."""
     prompt = "a green star"
     server.wait_for_gateways(2)
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(server.insist, prompt, "alone", n=8, steps=50)
-        # It has its turn at once, and takes longer than that.
+        # By then it runs, as nothing else waits; it takes longer than a second.
         time.sleep(1)
         for gateway in server.processes("ray::ServeReplica:gateway"):
             gateway.kill()
@@ -162,7 +162,7 @@ def test_who_named_nothing_is_told_to_come_again(server: Server) -> None:
 def test_a_dead_proxy_is_replaced(
     server: Server, record_property: Callable[[str, object], None]
 ) -> None:
-    """The only way in of its node. On a machine with nothing else to do it takes 5 seconds."""
+    """A node's proxy is the only way into it. On a quiet machine a new one takes 5 seconds."""
     server.wait_for_gateways(2)
     server.processes("ray::ProxyActor")[0].kill()
     began_s = time.monotonic()

@@ -32,7 +32,7 @@ def application(tier: str, tensor: int, priority: int) -> dict[str, Any]:
 
 
 class Shares:
-    """How many replicas each tier has; work for one of them is said to the ledger."""
+    """The numbers of replicas that the two tiers have; work for them is reported to the ledger."""
 
     def __init__(self) -> None:
         from flux_ray.router.ledger.remote import start_ledger
@@ -45,7 +45,7 @@ class Shares:
         self._offers += (SubmitRequest(f"budget-{tier}", tier, cost_s=1000.0, deadline_in_s=1e6),)
 
     def are(self, **wanted: int) -> bool:
-        """By tier, `dev` or `klein`; the work goes on waiting meanwhile."""
+        """Return whether `dev` and `klein` have so many replicas; keep their work waiting."""
         import ray
         from ray import serve
 
@@ -69,7 +69,7 @@ class Shares:
 
 @pytest.fixture
 def deployed(address: str) -> Iterator[Callable[..., None]]:
-    """`deployed(application, ...)`: those and no others, beside what serves."""
+    """Return `deployed(application, ...)`: deploys these beside the shared ones, and no others."""
     before = copy.deepcopy(DEPLOYED)
 
     def deploy_too(*applications: dict[str, Any]) -> None:
@@ -87,10 +87,10 @@ def test_tiers_share_the_gpus_and_leave_them(deployed: Callable[..., None]) -> N
     shares.wait(dev=1, klein=1)
     shares.bring_work(KLEIN)
     shares.wait(dev=1, klein=4)
-    # It comes first, and has what klein lets go.
+    # dev has the higher priority, and gets the GPUs that klein gives up.
     shares.bring_work(DEV)
     shares.wait(dev=2, klein=2)
-    # Another policy object takes the place of the one before.
+    # With other arguments Serve makes a new policy object in place of the one before.
     dev["args"]["autoscaling"]["priority"] = -1
     deployed(dev, klein)
     shares.wait(dev=1, klein=4)

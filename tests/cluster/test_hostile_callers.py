@@ -1,4 +1,4 @@
-"""While hostile callers send what they have, others are served as before."""
+"""While hostile callers send each kind of attack in hostile.py, others are served as before."""
 
 import asyncio
 import threading
@@ -16,19 +16,19 @@ from tests.cluster.conftest import LAPTOP, PATIENCE_S, free_port, is_ready, serv
 from tests.cluster.hostile import KINDS, Hostile, noise, plain
 from tests.cluster.test_make_serve import environment_of_serve
 
-# So much longer than ever without them may anybody else wait, on a machine with nothing else to do.
+# How much longer others may wait than the longest wait without hostile callers, on a quiet machine.
 MAX_EXTRA_S = 1.0
-# Of the gateway or the proxy, over all kinds: bodies and images are in a budget.
+# What the gateway or the proxy may use, whatever the attack: bodies and images have a budget.
 MAX_MEGABYTES = 1500
 NUM_BASELINE_ROUNDS = 8
-# For the answer to a whole request, or the end of the connection.
+# The limit for an answer to a complete request, or for the end of the connection.
 ANSWER_S = 40.0
-# That a command line of Ray's begins with.
+# What the command lines of Ray's processes begin with.
 PROCESSES = {"gateway": "ray::ServeReplica:gateway", "proxy": "ray::ProxyActor"}
 
 
 class Server(NamedTuple):
-    """Where it listens, and its first process."""
+    """A running server: its address, and the process that started all others."""
 
     address: str
     process: psutil.Popen
@@ -36,7 +36,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The laptop's, with one tier, as `make serve` starts it."""
+    """Run serve/laptop.yaml with one tier, as `make serve` starts it."""
     folder = tmp_path_factory.mktemp("hostile")
     config = yaml.safe_load(LAPTOP.read_text())
     port = config["http_options"]["port"] = free_port()
@@ -55,12 +55,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Probes:
-    """The second client: asks one thing after the other, and knows the longest time of each."""
+    """A friendly client that asks for one thing after the other, and measures the longest waits."""
 
     def __init__(self, address: str) -> None:
         image = ("a.png", noise("PNG"), "image/png")
         words = {"model": "tiny", "prompt": "a ring", "size": "64x64"}
-        # Another caller: by its address, where there are no keys.
+        # Without keys, callers are told apart by their addresses: this is another caller.
         transport = httpx.HTTPTransport(local_address="127.0.0.2")
         self._http = httpx.Client(base_url=address, timeout=PATIENCE_S, transport=transport)
         self._asks: dict[str, Callable[[], httpx.Response]] = {
@@ -75,11 +75,11 @@ class Probes:
         }
 
     def close(self) -> None:
-        """Its connections."""
+        """Close its connections."""
         self._http.close()
 
     def worst_s(self, is_over: Callable[[], bool]) -> dict[str, float]:
-        """The longest time of each, asked until it is over, and once at least."""
+        """Return the longest wait for each thing, asked until `is_over()` and at least once."""
         worst = dict.fromkeys(self._asks, 0.0)
         while True:
             for name, ask in self._asks.items():
@@ -92,7 +92,7 @@ class Probes:
 
 
 async def answer_to(address: str, hostile: Hostile, pieces: list[bytes]) -> str:
-    """How it was answered on most connections: a status, or that it was closed or left open."""
+    """Return the most frequent outcome of its connections: a status, or closed, or left open."""
     url = httpx.URL(address)
     answers = await asyncio.gather(
         *(
@@ -132,9 +132,9 @@ async def on_connection(host: str, port: int | None, pieces: list[bytes], pause_
 
 @contextmanager
 def sending(address: str, hostile: Hostile) -> Iterator[tuple[threading.Thread, list[str]]]:
-    """Meanwhile it is sent, on a thread of its own."""
+    """Send an attack on a thread of its own during the `with`."""
     answers: list[str] = []
-    # Made before, for the other client is in this process, too.
+    # Made in advance: the friendly client is in this process, and would wait for it.
     pieces = list(hostile.pieces())
     thread = threading.Thread(
         target=lambda: answers.append(asyncio.run(answer_to(address, hostile, pieces)))
@@ -147,7 +147,7 @@ def sending(address: str, hostile: Hostile) -> Iterator[tuple[threading.Thread, 
 
 
 def megabytes(serve: psutil.Popen) -> dict[str, float]:
-    """Resident, of the processes that callers' bytes go through."""
+    """Return the resident megabytes of the processes that read callers' bytes."""
     sizes = dict.fromkeys(PROCESSES, 0.0)
     for process in serve.children(recursive=True):
         try:
@@ -161,7 +161,7 @@ def megabytes(serve: psutil.Popen) -> dict[str, float]:
 
 
 class Without(NamedTuple):
-    """How it is without anybody hostile."""
+    """The waits and the memory without hostile callers."""
 
     probes: Probes
     worst_s: dict[str, float]
@@ -170,7 +170,7 @@ class Without(NamedTuple):
 
 @pytest.fixture(scope="module")
 def without(server: Server) -> Iterator[Without]:
-    """Measured once, on the same server; begins a table."""
+    """Measure once on the same server, and print the head of a table."""
     probes = Probes(server.address)
     rounds = iter(range(NUM_BASELINE_ROUNDS))
     worst_s = probes.worst_s(lambda: next(rounds, None) is None)

@@ -1,4 +1,4 @@
-"""What is stopped, and so never ends by itself, is ended within seconds and replaced."""
+"""A process that is stopped, as if it hung, is killed within seconds and replaced."""
 
 import signal
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def test_a_stopped_process_is_ended_and_replaced(asking: Clients, kind: str) -> 
     _, alive = psutil.wait_procs(ranks, timeout=PATIENCE_S)
     assert not alive, "nothing of its group keeps a card"
     assert casualty.gone_s < LIMIT_S
-    # What was on its way through the gateway that was ended has failed.
+    # Requests that were on their way through the killed gateway have failed.
     assert casualty.num_failed <= (2 if kind == "gateway" else 0)
 
 
@@ -50,7 +50,7 @@ def test_a_stopped_text_encoder_is_ended_and_replaced(address: str, config: dict
 
 @pytest.mark.drill
 def test_ranks_end_when_nobody_ends_their_stopped_leader(address: str) -> None:
-    """As of one that is cut off: whoever would end it hangs too."""
+    """This is how a leader looks that is cut off: those who would kill it are stopped too."""
     (leader,) = processes_of("leader")
     (ledger,) = processes_of("ledger")
     (controller,) = processes_of("controller")

@@ -25,7 +25,7 @@ def red_on_blue(generate: Generate) -> bytes:
 
 
 def check_circle(pixels: np.ndarray, *, circle: str, background: str) -> None:
-    """Most of the middle is of the one colour, most of the frame of the other."""
+    """Check that most of the middle has one colour, and most of the frame the other."""
     colors = nearest_colors(pixels)
     frame = np.ones(colors.shape, bool)
     frame[16:-16, 16:-16] = False
@@ -56,7 +56,7 @@ def test_an_edit_turns_it_green(
 
 
 def left_half_erased() -> bytes:
-    """OpenAI's mask of what is to be edited."""
+    """Return a mask in OpenAI's format: transparent where the image may be edited."""
     alpha = np.full((128, 128), 255, np.uint8)
     alpha[:, :64] = 0
     image = Image.new("RGB", (128, 128))
@@ -79,7 +79,7 @@ def test_an_edit_under_a_mask_leaves_the_rest_as_it_is(
     )
     before, after = pixels_of(red_on_blue), pixels_of(base64.b64decode(answer.data[0].b64_json))
     assert (after[:, 64:] == before[:, 64:]).all()
-    # Not at the mask's edge, where the decoder mixes what it has on both sides.
+    # Away from the mask's edge, where the decoder mixes both sides.
     middle = nearest_colors(after)[58:70]
     assert (middle[:, 48:60] == COLOR_INDEX["green"]).mean() > 0.9
     assert (middle[:, 64:76] == COLOR_INDEX["red"]).all()
@@ -120,7 +120,7 @@ def test_the_hugging_face_client_generates_and_edits(address: str, pixels_of: Pi
 def test_a_size_that_tiny_does_not_generate_is_generated_at_its_best_and_scaled(
     client: openai.OpenAI, pixels_of: PixelsOf
 ) -> None:
-    """What most clients send."""
+    """Most clients send such a size."""
     answer = client.images.generate(
         model="tiny", prompt=RED_ON_BLUE, size="1024x1024", extra_body={"seed": 1}
     )
@@ -147,7 +147,7 @@ def test_a_seed_means_an_image(generate: Generate, red_on_blue: bytes) -> None:
 def test_two_ranks_generate_what_one_generates(
     generate: Generate, pixels_of: PixelsOf, red_on_blue: bytes
 ) -> None:
-    """The sums over the ranks round otherwise; a step of a byte at most."""
+    """Sums over ranks are rounded differently, by one step of a byte at most."""
     (split,) = generate(RED_ON_BLUE, model="tiny-tp2", seed=1)
     difference = pixels_of(split).astype(int) - pixels_of(red_on_blue)
     assert abs(difference).max() <= 1
@@ -184,7 +184,7 @@ def test_bad_input_is_told_and_the_server_goes_on(
 
 
 def test_a_reference_that_cannot_be_used_is_told(client: openai.OpenAI, generate: Generate) -> None:
-    """Too flat for the model: whoever notices it, gateway or engine, it is the caller's."""
+    """Too flat for the model: a caller's mistake, whether the gateway or the engine notices."""
     file = io.BytesIO()
     Image.new("RGB", (800, 64), "red").save(file, "PNG")
     with pytest.raises(openai.BadRequestError) as caught:

@@ -26,11 +26,11 @@ LIMIT_S = 1200
 PREFIX = "/with-jobs"
 APP = "gateways-with-jobs"
 SECRET = "whsec_c3Rvcm0="
-# Each is the tier's only one, or one of two gateways.
+# Killed in turns. The tier has one leader and one rank, and there are two gateways.
 VICTIMS = ("gateway", "gateway", "leader", "rank")
 
 
-# Minutes each; the jobs' own chaos has both databases.
+# Each takes minutes. tests/jobs/test_chaos.py, without a cluster, always has both databases.
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.drill)])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
@@ -51,7 +51,7 @@ async def receiver() -> Any:
 def gateways(
     address: str, config: dict[str, Any], database: str, receiver: WebhookReceiver, tmp_path: Path
 ) -> Iterator[str]:
-    """Two more, with a database of their own."""
+    """Deploy two more gateways with a job database of their own, and yield their URL."""
     url = f"{address}{PREFIX}"
     args = {
         "tiers": ["tiny"],
@@ -73,7 +73,7 @@ def gateways(
 
 
 async def insist(ask: Callable[[], Any]) -> dict[str, Any]:
-    """As a client does that hears nothing, or that it may come again."""
+    """Ask until there is an answer, as a client does after no answer or one that says to retry."""
     while True:
         try:
             answer = await ask()
@@ -86,12 +86,12 @@ async def insist(ask: Callable[[], Any]) -> dict[str, Any]:
 
 
 class Clients:
-    """Those who hand the jobs in, and ask for them until they are done."""
+    """Clients that submit jobs, and ask for them until they are done."""
 
     def __init__(self, url: str, receiver: WebhookReceiver) -> None:
         self.url = url
         self.hook = f"http://127.0.0.1:{receiver.port}/moody"
-        # As many connections as jobs: none waits for another's.
+        # No limit of connections, so that no client waits for another one's.
         self.http = httpx.AsyncClient(timeout=20, limits=httpx.Limits(max_connections=None))
         self.results: dict[int, dict[str, Any]] = {}
 
@@ -112,7 +112,7 @@ class Clients:
         return str(told["polling_url"])
 
     async def follow(self, number: int) -> None:
-        """To its end."""
+        """Ask for a job until it has ended."""
         polling_url = await self.submit(number)
         while True:
             told = await insist(lambda: self.http.get(polling_url, headers={"x-key": "k"}))
@@ -128,7 +128,7 @@ class Clients:
 
 
 def kill(victim: str, replicas: Callable[..., list[Replica]]) -> None:
-    """One process, if there is such a one now."""
+    """Kill one process of that kind, if there is one at the moment."""
     found = replicas(APP, "gateway") if victim == "gateway" else replicas("tiny")
     if not found:
         return
@@ -174,9 +174,10 @@ async def test_every_job_ends_ready_whatever_is_killed(
 
 
 def check_posts(posts: Sequence[Post]) -> int:
-    """Check that all is signed that was told, and say how much that is.
+    """Check the signatures of the webhooks that came, and return their number.
 
-    Soon after it came: a signature is good for five minutes, and all of this may take longer.
+    Call this soon after they came: a signature is valid for five minutes, and the whole test may
+    take longer.
     """
     for post in posts:
         message = Webhook(SECRET).verify(post.body, post.headers)

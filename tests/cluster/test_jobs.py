@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 with warnings.catch_warnings():
-    # It describes its fields as an older pydantic did.
+    # The client declares its fields in an older pydantic's way.
     warnings.simplefilter("ignore", DeprecationWarning)
     from blackforest import BFLClient
     from blackforest.types.general.client_config import ClientConfig
@@ -25,7 +25,7 @@ def bfl(address: str) -> BFLClient:
 
 
 def fetch(url: str) -> bytes:
-    """The image, without any key."""
+    """Download an image, without any key."""
     answer = httpx.get(url, timeout=PATIENCE_S)
     assert answer.status_code == 200, answer.text
     return answer.content

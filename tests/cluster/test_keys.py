@@ -1,4 +1,4 @@
-"""Keys and what they may have, over two real gateways and a ledger that is lost."""
+"""Keys and their limits, counted over two real gateways, even if the ledger dies."""
 
 import time
 from collections import Counter
@@ -31,7 +31,7 @@ def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def keys(keys_file: Path) -> dict[str, NewKey]:
-    """One of each class."""
+    """Return a new key of each class."""
     made = {name: new_key(f"{name}-1", name, NOW) for name in CLASSES}
     for each in made.values():
         change_keys(keys_file, lambda file, each=each: with_key(file, each.key))
@@ -42,7 +42,7 @@ def keys(keys_file: Path) -> dict[str, NewKey]:
 def gateways(
     address: str, config: dict[str, Any], keys_file: Path, keys: dict[str, NewKey]
 ) -> Iterator[str]:
-    """Two more gateways, behind a prefix of their own."""
+    """Deploy two more gateways behind a prefix of their own, and yield their URL."""
     url = f"{address}{PREFIX}"
     args = {"tiers": ["tiny"], "card": "cpu", "num_replicas": 2, "key_classes": CLASSES}
     with more_gateways(config, url, "gateways-with-keys", args | {"keys_file": str(keys_file)}):
@@ -68,7 +68,7 @@ def test_two_gateways_count_as_one(gateways: str, keys: dict[str, NewKey]) -> No
     assert statuses(gateways, keys["quick"].secret, 12) == {200: 4, 429: 8}
     assert statuses(gateways, keys["narrow"].secret, 8)[200] >= 2
     for _ in range(6):
-        # Its place is free as soon as it has its answer, whichever gateway it asks next.
+        # The key may ask again as soon as it has its answer, at whichever gateway.
         assert statuses(gateways, keys["narrow"].secret, 2) == {200: 2}
 
 
@@ -82,7 +82,7 @@ def test_a_lost_ledger_forgets_no_day(gateways: str, keys: dict[str, NewKey]) ->
     assert answer.headers["x-ratelimit-limit"] == "0.02"
     assert answer.headers["x-ratelimit-remaining"] == "0.003616"
     assert ask(gateways, keys["small"].secret).status_code == 429
-    # Both gateways have told each other by then: each speaks to the ledger every two seconds.
+    # By then both gateways know what the other counted: each reports to the ledger every 2 seconds.
     time.sleep(8)
     ray.kill(start_ledger(), no_restart=False)
     for _ in range(4):

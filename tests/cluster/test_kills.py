@@ -9,13 +9,14 @@ import pytest
 from tests.cluster.casualties import HEADER, Casualty, Clients, clients, strike
 
 HUNG_LIMIT_S = 15
-# Nobody ends a controller that hangs but who operates the cluster, and a proxy but Serve.
+# What flux-ray itself replaces if it hangs. A controller that hangs is left to the operator, and a
+# proxy to Serve.
 MORTAL = ("gateway", "ledger", "lone leader", "leader", "rank")
 ALL = (*MORTAL, "controller", "proxy")
 
 
 def casualties_to_come() -> Iterator[tuple[tuple[str, ...], signal.Signals]]:
-    """Each alone, and each pair; a rank dies with its leader anyway."""
+    """Yield every kind alone, and every pair but rank and leader, which die together anyway."""
     for sent, kinds in ((signal.SIGKILL, ALL), (signal.SIGSTOP, MORTAL)):
         for each in (*((kind,) for kind in kinds), *itertools.combinations(kinds, 2)):
             if each != ("leader", "rank"):
@@ -30,7 +31,7 @@ def asking(address: str) -> Iterator[Clients]:
 
 @pytest.fixture(scope="module")
 def table() -> Iterator[list[Casualty]]:
-    """Printed when all of them are over."""
+    """Yield a list of results, which is printed as a table after the last test."""
     rows: list[Casualty] = []
     yield rows
     print("\n" + "\n".join([HEADER, *map(str, rows)]))

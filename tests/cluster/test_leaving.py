@@ -1,4 +1,7 @@
-"""Clients that leave in mid-request disturb nobody. Rank groups have storms of their own."""
+"""Clients that leave in mid-request disturb nobody else.
+
+For tiers of several ranks, test_rank_groups.py has the same.
+"""
 
 from collections.abc import Callable
 

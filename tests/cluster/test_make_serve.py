@@ -22,7 +22,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def environment_of_serve(folder: Path) -> dict[str, str]:
-    """That `serve run` would have of `make serve`: in its place is a script that tells."""
+    """Return the environment that `make serve` gives `serve run`, by a script in its place."""
     serve = folder / "serve"
     serve.write_text("#!/bin/sh\nexec env -0\n")
     serve.chmod(0o755)
@@ -32,26 +32,26 @@ def environment_of_serve(folder: Path) -> dict[str, str]:
 
 
 def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
-    """Eight images in one answer are: on Serve's gRPC way, by default, errors."""
+    """Eight images in one answer are so large; gRPC would fail on them with its default limit."""
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     run = run_in(environment, LARGE_ANSWER, str(port), "16000000")
     assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
 
 
 def test_the_largest_answer_is_within_serves_limit(environment: dict[str, str]) -> None:
-    """All images that a request may ask for, as large as they get; and not much more."""
+    """It has all images that a request may ask for, as large as they get; the limit is near it."""
     largest = max(tier.max_pixels for tier in TIERS) * 3 * Limits().max_images * 4 // 3
     limit = int(environment["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
     assert 1.1 * largest < limit < 2 * largest
 
 
 def test_nobodys_word_is_taken_for_where_a_request_comes_from(environment: dict[str, str]) -> None:
-    """uvicorn would take that of whoever is on this machine."""
+    """By default uvicorn believes `X-Forwarded-For` from anybody on this machine."""
     assert environment["FORWARDED_ALLOW_IPS"] == ""
 
 
 def test_a_dead_proxy_is_noticed_soon(environment: dict[str, str]) -> None:
-    """After three checks; Serve's own are ten seconds apart."""
+    """It takes three checks, and by default Serve's are ten seconds apart."""
     assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"]) <= 1
     assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"]) <= 3
 
@@ -59,7 +59,7 @@ def test_a_dead_proxy_is_noticed_soon(environment: dict[str, str]) -> None:
 def test_a_request_that_offers_to_upgrade_keeps_its_body(
     environment: dict[str, str], port: int
 ) -> None:
-    """As every JDK's HttpClient does; and headers without an end are refused."""
+    """Every JDK's HttpClient offers this. Headers without an end are refused."""
     assert environment[PROXY_CALLBACK] == READ_WITH_H11
     run = run_in(environment, OFFERED_UPGRADE, str(port))
     assert "upgrade offered: 200 20" in run.stdout, run.stderr[-2000:]
@@ -69,7 +69,7 @@ def test_a_request_that_offers_to_upgrade_keeps_its_body(
 def run_in(
     environment: dict[str, str], script: Path, *args: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script that starts a Serve of its own in that environment."""
+    """Run a script, which starts a Serve of its own, in that environment."""
     return subprocess.run(
         [sys.executable, str(script), *args],
         env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -47,7 +47,7 @@ def test_an_edit_is_previewed_too(client: openai.OpenAI, generate: Generate) -> 
 
 
 def events_of(answer: httpx.Response) -> Iterator[dict]:
-    """As they come."""
+    """Yield the events of a stream as they come."""
     return (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: "))
 
 

@@ -1,6 +1,6 @@
-"""Rank groups of two and three under storms, kills, stops and errors: no image is lost.
+"""Replicas of two and three ranks under leaving clients, kills, stops and errors lose no image.
 
-How soon they serve again is held to limits in the drills, on a machine with nothing else to do.
+The drills also check how soon they serve again; for that nothing else may run on the machine.
 """
 
 import copy
@@ -29,7 +29,7 @@ Replicas = Callable[[str], list[Replica]]
 
 
 class Client(threading.Thread):
-    """One request, from another thread."""
+    """A client that sends one request from a thread of its own."""
 
     def __init__(self, generate: Generate, prompt: str, **fields: object) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Client(threading.Thread):
     scope="module",
     params=[
         pytest.param(2, id="2 ranks"),
-        # Three take long to start.
+        # Three ranks take long to start.
         pytest.param(3, id="3 ranks", marks=pytest.mark.slow),
     ],
 )
@@ -57,7 +57,7 @@ def num_ranks(
     config: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[int]:
-    """A group of so many ranks serves. That of two does from the beginning."""
+    """Deploy the tier with so many ranks; with two it is deployed from the beginning."""
     args: dict[str, Any] = {}
     if request.param == 3:
         args = {"weights": str(tmp_path_factory.mktemp("klein") / "weights")}
@@ -78,7 +78,7 @@ def test_clients_that_leave_disturb_nobody(
     seconds: float,
     num_runs: int,
 ) -> None:
-    """Once proves nothing: a call that is dropped on one rank only is a matter of chance."""
+    """A storm and not one client: it takes chance for a call to be dropped on one rank only."""
     before = replicas(TIER)
     assert [len(replica.ranks) for replica in before] == [num_ranks]
     for _ in range(num_runs):
@@ -90,7 +90,7 @@ def test_clients_that_leave_disturb_nobody(
 
 @pytest.fixture
 def replica(num_ranks: int, replicas: Replicas) -> Iterator[Replica]:
-    """The one to break. After the test it is gone, and another is there: no more, no less."""
+    """Yield the replica to break; check afterwards that exactly one other has taken its place."""
     import ray
     from ray.util import placement_group_table
 
@@ -113,13 +113,16 @@ def replica(num_ranks: int, replicas: Replicas) -> Iterator[Replica]:
 
 
 def break_one(replica: Replica, how: str) -> None:
-    """The last rank, or the leader."""
+    """Kill or stop the last rank or the leader, as `how` says."""
     broken = replica.ranks[-1] if how.endswith("rank") else replica.leader
     broken.send_signal(signal.SIGSTOP if "stopped" in how else signal.SIGKILL)
 
 
 def break_and_generate(replica: Replica, generate: Generate, how: str) -> float:
-    """Seconds to the next image. One is being drawn at the fault, one waits, and one comes."""
+    """Break a replica and return the seconds to the next image.
+
+    At that moment one request is running, one waits, and one comes soon after.
+    """
     generated = generate(PROMPT, model=TIER, seed=5, **LONG_JOB)
     small = generate(PROMPT, model=TIER, seed=1)
     in_flight = Client(generate, PROMPT, model=TIER, seed=5, **LONG_JOB)
@@ -154,7 +157,7 @@ def test_a_broken_process_is_replaced_and_no_image_is_lost(
 
 
 def fail_and_generate(generate: Generate, order: Path, failure: str) -> float:
-    """Seconds to the image that one rank failed at."""
+    """Let one rank fail, and return the seconds to the image that it failed at."""
     expected = generate(str(order), model=TIER, seed=3)
     order.write_text(failure)
     began = time.monotonic()
@@ -187,7 +190,7 @@ def test_a_request_that_takes_too_much_memory_ends_one_group_and_no_second_one(
 
 @pytest.fixture(scope="module")
 def start_s(num_ranks: int) -> float:
-    """How long the group takes to start, when nothing is broken."""
+    """Return the seconds in which the replica starts if nothing is broken."""
     again = copy.deepcopy(DEPLOYED)
     (application,) = (app for app in again["applications"] if app["name"] == TIER)
     application["args"]["load_timeout_s"] = 601.0
@@ -221,5 +224,5 @@ def test_an_error_on_one_rank_only_costs_seconds(
 
 
 def allowed_s(limit_s: float, start_s: float) -> float:
-    """The limit on a machine that is slow at starting a group: it takes little more than that."""
+    """Return `limit_s`, or more if a replica takes long to start even when nothing is broken."""
     return limit_s + max(0.0, START_SHARE * start_s - KILLED_LIMIT_S)

@@ -1,4 +1,4 @@
-"""What load balancers and strangers see of a real cluster: readiness, tiers that went, ports."""
+"""What load balancers and strangers see of a real cluster: readiness, removed tiers, open ports."""
 
 import copy
 import os
@@ -19,12 +19,12 @@ from tests.cluster.storm import PROMPT
 
 ANY_ADDRESS = {"0.0.0.0", "::"}
 WATCHED_S = 10.0
-# Of a request that used to take ten minutes.
+# The limit for the answer to a request for a removed tier, which once waited for ten minutes.
 SOON_S = 30.0
 
 
 def num_open_ports(process: psutil.Process) -> int:
-    """How many of its ports listen on all interfaces."""
+    """Return how many ports of a process listen on all interfaces."""
     listening = [
         each.laddr.ip
         for each in process.net_connections("tcp")
@@ -47,7 +47,7 @@ def test_ranks_open_no_port_to_all_but_ray_s_own(
 
 
 class Watch(threading.Thread):
-    """Asks `/readyz` all the time; what else it heard than 200, and how long the slowest took."""
+    """A thread that asks `/readyz` all the time, and keeps what is no 200 and the longest wait."""
 
     def __init__(self, address: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Watch(threading.Thread):
 
 
 def controller() -> int:
-    """The process id of Serve's controller."""
+    """Return the process id of Serve's controller."""
     handle = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     pid: int = ray.get(handle.get_pid.remote(), timeout=PATIENCE_S)
     return pid
@@ -120,7 +120,7 @@ def test_a_tier_that_is_removed_is_refused_at_once_until_it_is_there_again(
         assert ask(address, "studio").json()["model"] == "tiny"
         deploy(config)
         wait_until(lambda: is_marked_deployed(address), what="the tier again")
-        # It is only starting: who asks now waits.
+        # It is not ready yet, but deployed: a request waits for it.
         assert ask(address, TIER).status_code == 200
         wait_until_running()
     assert watch.others == []

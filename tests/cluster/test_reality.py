@@ -1,6 +1,5 @@
-"""The simulator beside the cluster: what `tests/bench/reality.py` measures, held to its limits.
-
-A drill: who else takes a processor meanwhile is in no simulation.
+"""The simulator predicts the cluster's latencies, as `tests/bench/reality.py` measures them.
+This is a drill: other programs on the machine would slow the cluster, but not the simulation.
 """
 
 import json
@@ -17,7 +16,7 @@ NUM_TRIES = 2
 
 
 def figures_of(setup: str, *options: str) -> dict[str, Any]:
-    """In a process of its own, for the Ray of this one is another."""
+    """Run the bench in a process of its own, since this one may be connected to another Ray."""
     run = subprocess.run(
         [sys.executable, BENCH, "--only", setup, *options],
         check=True,
@@ -29,7 +28,7 @@ def figures_of(setup: str, *options: str) -> dict[str, Any]:
 
 
 def furthest_off() -> float:
-    """Of median and 95th percentile, as a part of the real one."""
+    """Return the larger relative error of the simulated median and 95th percentile."""
     latencies = figures_of("tiny")["reality"]
     return max(abs(latencies[name]["ratio"] - 1) for name in ("p50", "p95"))
 

@@ -21,13 +21,13 @@ from tests.newer_code import SHARP, VERSION, save_newer_code
 
 GATEWAYS, PREFIX = "gateways-to-upgrade", "/to-upgrade"
 NUM_SEEDS = 4
-# Of one application, on a machine that has other things to do.
+# The limit for upgrading one application, on a busy machine.
 UPGRADE_S = 300
 OLD, NEW = 0, 1
 
 
 class Clients:
-    """Two that want images one after the other, and one that hands in jobs and reads them later."""
+    """Two clients that ask for one image after the other, and one that submits and reads jobs."""
 
     def __init__(self, url: str, expected: list[bytes]) -> None:
         self._url = url
@@ -39,7 +39,7 @@ class Clients:
         self.jobs: list[tuple[int, str]] = []
 
     def request(self, method: str, url: str, **sent: Any) -> httpx.Response:
-        """Which must not fail: whoever asks does not come again."""
+        """Send a request that must not fail: these clients do not retry."""
         answer = httpx.request(method, url, timeout=120, **sent)
         assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
         return answer
@@ -64,7 +64,7 @@ class Clients:
                 self.jobs.append((seed, self.order(PROMPT, seed)))
 
     def order(self, prompt: str, seed: int) -> str:
-        """A job; the address where it is asked for."""
+        """Submit a job, and return the URL at which to ask for it."""
         body = {"prompt": prompt, "seed": seed, "output_format": "png"}
         headers = {"x-key": "k"}
         told = self.request("POST", f"{self._url}/v1/tiny", json=body, headers=headers).json()
@@ -75,7 +75,7 @@ class Clients:
         return told
 
     def wait_for(self, polling_url: str) -> dict[str, Any]:
-        """What a job ends as."""
+        """Wait until a job has ended, and return its last state."""
         wait_until(
             lambda: self.state_of(polling_url)["status"] != "Pending",
             timeout_s=UPGRADE_S,
@@ -84,7 +84,7 @@ class Clients:
         return self.state_of(polling_url)
 
     def finish_jobs(self) -> None:
-        """Hand in no more, and read what became of those that were handed in."""
+        """Submit no more jobs, and read the results of all that were submitted."""
         self._has_no_more_jobs.set()
         for seed, polling_url in self.jobs:
             told = self.wait_for(polling_url)
@@ -101,7 +101,7 @@ class Clients:
 
 
 class Noted:
-    """Whatever goes wrong inside, with the time since the start of the test."""
+    """A `with` that notes any error inside it, with the time since the start of the test."""
 
     def __init__(self, failures: list[str]) -> None:
         self._failures = failures
@@ -128,9 +128,9 @@ def generate_by(url: str, prompt: str, seed: int) -> bytes:
 
 
 class Cluster:
-    """The shared one, with two gateways more: they are old or new, and so is the tier.
+    """The shared cluster with two more gateways, which are of old or new code, as is the tier.
 
-    Of a new tier there are two replicas: the first is up before the old one goes.
+    A new tier has two replicas, so that the first is up before the old one is stopped.
     """
 
     def __init__(self, config: dict[str, Any], address: str, folder: Path) -> None:
@@ -150,7 +150,7 @@ class Cluster:
         }
 
     def run(self, *, gateways: int, tier: int) -> None:
-        """Deploy both so, and return when they are. What does not change is left as it is."""
+        """Deploy gateways and tier with these protocols, and wait until they run them."""
         changed = copy.deepcopy(self._config)
         applications = {each["name"]: each for each in changed["applications"]}
         applications["tiny"]["args"] |= {"num_replicas": 1 + tier}
@@ -178,7 +178,7 @@ class Cluster:
         return (version == VERSION) == (gateways == NEW) and self._protocols() == {PROTOCOL + tier}
 
     def _protocols(self) -> set[int]:
-        """Of the tier's replicas: at random, some of them are asked."""
+        """Return the protocols of the tier's replicas, asking some of them at random."""
         from ray import serve
 
         handle = serve.get_app_handle("tiny").options(method_name="describe")
@@ -198,7 +198,7 @@ def cluster(address: str, config: dict[str, Any], tmp_path: Path) -> Iterator[Cl
 def test_an_upgrade_of_one_application_after_the_other_fails_and_loses_nothing(
     cluster: Cluster,
 ) -> None:
-    """Gateways first, then the tier, then the gateways back: new and old meet both ways."""
+    """Gateways, then the tier, then gateways back: old calls new, and new calls old."""
     began_s = time.monotonic()
     expected = [generate_by(cluster.url, PROMPT, seed) for seed in range(NUM_SEEDS)]
     clients = Clients(cluster.url, expected)

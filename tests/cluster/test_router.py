@@ -1,4 +1,4 @@
-"""Turns, deadlines and scaling by the ledger, on a real Serve."""
+"""The ledger's queue, deadlines and scaling on a real Serve."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ def ask(address: str, deadline_s: float, **fields: object) -> httpx.Response:
 
 @contextlib.contextmanager
 def long_jobs(generate: Generate, number: int) -> Iterator[list[threading.Thread]]:
-    """So many, of which one runs and the others wait when the `with` begins."""
+    """Start so many long requests; when the `with` begins, one runs and the others wait."""
     clients = [
         threading.Thread(target=generate, args=(PROMPT,), kwargs=LONG) for _ in range(number)
     ]
@@ -55,12 +55,12 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(address: str, generate: 
 def test_what_would_wait_too_long_is_refused_until_it_would_not(
     address: str, generate: Generate
 ) -> None:
-    """`Retry-After` is honest: by then, or soon after on a busy machine, the request is taken."""
+    """`Retry-After` is true: then, or soon after on a busy machine, the request is accepted."""
     for _ in range(3):
         generate(PROMPT, **LONG)
     began = time.monotonic()
     generate(PROMPT)
-    # Enough for itself, and not for what is before it.
+    # A deadline that fits the request itself, but not those that wait before it.
     deadline_s = max(0.4, 2 * (time.monotonic() - began))
     with long_jobs(generate, 3):
         refused = ask(address, deadline_s)
@@ -98,7 +98,7 @@ def test_a_lost_ledger_costs_nothing_and_leaves_nothing(address: str, generate: 
 def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(
     address: str, generate: Generate
 ) -> None:
-    """Stopped it answers nobody, and does not die by itself."""
+    """A stopped ledger answers nobody, and does not die by itself."""
     from ray._private.state import state
 
     def ledgers() -> set[int]:
@@ -120,7 +120,7 @@ def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(
 def test_no_phantom_work_stays_behind(
     address: str, generate: Generate, replicas: Replicas, how: str
 ) -> None:
-    """Clients that leave, and a gateway or a replica that dies with all it had."""
+    """The ledger forgets the work of clients that leave, and of a gateway or replica that dies."""
     with contextlib.ExitStack() as clients:
         for _ in range(4):
             clients.enter_context(unread(address, {"model": "tiny", "prompt": PROMPT, **LONG}))
@@ -138,7 +138,7 @@ def test_no_phantom_work_stays_behind(
 def test_a_tier_scales_from_nothing_by_gpu_seconds_and_back(
     config: dict[str, Any], generate: Generate, replicas: Replicas
 ) -> None:
-    """The first request waits for a replica, and many for a second one; none is lost."""
+    """The first request waits for a replica, many wait for a second one, and none is lost."""
     scaling = {
         "min_replicas": 0,
         "max_replicas": 2,

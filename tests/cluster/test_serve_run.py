@@ -13,7 +13,7 @@ from tests.cluster.conftest import LAPTOP, PATIENCE_S, serve_run, wait_until
 
 @pytest.fixture
 def serve(tmp_path: Path, port: int) -> Iterator[psutil.Popen]:
-    """In token mode."""
+    """Run the command with Ray's authentication by token."""
     config = tmp_path / "laptop.yaml"
     config.write_text(LAPTOP.read_text().replace("8000", str(port)))
     with serve_run(config, tmp_path, auth_mode="token") as serve:

@@ -1,4 +1,4 @@
-"""One text encoder for all replicas of a tier: the same images, and its death costs none."""
+"""A text encoder that all replicas share: the images are the same, and its death loses none."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Models that stand for two tiers of a real cluster, and the trace of what was asked."""
+"""Models with two tiers on a real cluster, and the trace in which requests are recorded."""
 
 import math
 import threading
@@ -17,7 +17,7 @@ LONG = {"size": "192x192", "steps": 30, "n": 4}
 
 
 def model_for(address: str, deadline_s: float) -> str:
-    """Who serves `auto`."""
+    """Return the tier that serves the model `auto` under this deadline."""
     answer = httpx.post(
         f"{address}/v1/images/generations",
         json={"model": "auto", "prompt": PROMPT},
@@ -37,7 +37,7 @@ def test_auto_is_the_best_tier_that_is_in_time(address: str, generate: Generate)
         generate(PROMPT)
         deadline_s = max(1.0, 4 * (time.monotonic() - began))
     assert model_for(address, PATIENCE_S) == "tiny-tp2", "the later row of the catalogue"
-    # As many as are ten times as much work: a fast machine does three of them in two seconds.
+    # Ten times the work that fits into the deadline: fast machines finish some of it meanwhile.
     load = {"model": "tiny-tp2", "prompt": PROMPT, **LONG}
     with ExitStack() as loads:
         for _ in range(1 + math.ceil(10 * deadline_s / long_s)):
@@ -49,7 +49,7 @@ def test_auto_is_the_best_tier_that_is_in_time(address: str, generate: Generate)
 def test_a_cascade_shows_a_preview_of_the_same_request(
     client: openai.OpenAI, generate: Generate
 ) -> None:
-    """Of the same seed, while the better tier is still busy with another request."""
+    """The preview has the same seed, and comes while the better tier is busy with other work."""
     load = threading.Thread(target=generate, args=(PROMPT,), kwargs={"model": "tiny-tp2", **LONG})
     load.start()
     wait_until(lambda: sum(backlog("tiny-tp2")) > 0, what="a busy tier")

@@ -1,4 +1,4 @@
-"""A group that is larger than a node."""
+"""A replica whose ranks are spread over two nodes."""
 
 import pytest
 

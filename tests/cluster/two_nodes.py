@@ -1,7 +1,8 @@
-"""A program of its own, for one process has one Ray: a group over two nodes, and one of them lost.
+"""Run a replica whose ranks are on two nodes, take one node away, and print what became of it.
 
-Prints one JSON object: on how many nodes its ranks were, how far its image is from that of one
-rank, and whether the group drew the same after a node was lost and another one joined.
+Prints one JSON object: on how many nodes the ranks were, how far their image is from that of one
+rank, and whether the image was the same after a node was lost and another one joined. This is a
+program because a process can be connected to only one Ray.
 """
 
 import io
@@ -44,7 +45,7 @@ def nodes_of_ranks() -> set[str]:
 
 
 def largest_difference(one: bytes, other: bytes) -> int:
-    """Of any byte of their pixels."""
+    """Return the largest difference between two image files, over all bytes of their pixels."""
     first, second = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (one, other))
     return int(abs(first - second).max())
 
@@ -55,7 +56,7 @@ def generate(handle: DeploymentHandle, tier: str) -> bytes:
 
 
 def generate_again(handle: DeploymentHandle, tier: str) -> bytes:
-    """Until a whole group serves."""
+    """Repeat the request until all ranks of the replica are up again."""
     end = time.monotonic() + RECOVERY_S
     while True:
         try:
@@ -73,7 +74,8 @@ def main() -> None:
     cluster.add_node(**NODE)
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     serve.start(proxy_location="Disabled")
-    # What is left of the head is too little for a rank of the group, and a node holds one of them.
+    # The single rank takes so much of the head node that no rank of the other tier fits there, and
+    # each of the other nodes has room for only one: the two ranks must be on two nodes.
     alone = generate(start("tiny", Parallel(), 0.5), "tiny")
     split = start("tiny-tp2", Parallel(tensor=2, num_nodes=2), 0.9)
     num_nodes = len(nodes_of_ranks() - {ray.get_runtime_context().get_node_id()})
