@@ -1,7 +1,8 @@
-"""What each part of the queue is worth: its attainment with one part at a time switched off.
+"""Measure what each part of the queue is worth, by switching one part off at a time.
 
-The cells are those of routing.py, with right and with wrong estimates, and two keys of which one
-floods. The last line is one JSON object. `--quick` shows the shape in a minute.
+The measure is attainment: the share of requests that meet their deadlines. The cells are those of
+routing.py, with right and with wrong estimates, and one in which one of two keys floods the tier.
+The last line is one JSON object. `--quick` shows the shape of the results in a minute.
 """
 
 import argparse
@@ -27,36 +28,36 @@ from tests.bench.routing_cells import attained as attained_in
 from tests.simulator.test_fairness import attainment, stream
 
 NOISES = (0.0, 0.3)
-# Points: what moves attainment by less in every cell does not pay for its lines.
+# In percentage points: a part that moves attainment by less in every cell is not worth its code.
 WORTH = 0.5
-# A crowd, in which the line is longer than MAX_PLAYED.
+# A fleet so large that more than MAX_PLAYED requests wait.
 CROWD_REPLICAS, CROWD_REQUESTS = 1000, 20_000
 
 
 def turn_away_newcomer(
     new: QueueEntry, ahead: tuple[Line, ...], line: Line, slots: Slots, now: float
 ) -> list[QueueEntry]:
-    """Refuse whoever does not fit, where the queue would let longer work give way."""
+    """Reject a new request that does not fit, where the queue might evict longer ones for it."""
     return [new] if admission.choose_evictions(new, ahead, line, slots, now) else []
 
 
 @contextmanager
 def without_evictions() -> Iterator[None]:
-    """Let nobody give way."""
+    """Switch off the eviction of waiting requests."""
     with mock.patch.object(tier_queue, "choose_evictions", turn_away_newcomer):
         yield
 
 
 @contextmanager
 def without_estimate_error() -> Iterator[None]:
-    """Believe every estimate."""
+    """Switch off the allowance for errors of estimates."""
     with mock.patch.object(EstimateError, "least_share", 1.0):
         yield
 
 
 @contextmanager
 def without_fluid() -> Iterator[None]:
-    """Play every line through, however long it is."""
+    """Switch off the approximation for long queues: every start is simulated exactly."""
     with (
         mock.patch.object(admission, "MAX_PLAYED", sys.maxsize),
         mock.patch.object(tier_queue, "MAX_PLAYED", sys.maxsize),
@@ -66,14 +67,14 @@ def without_fluid() -> Iterator[None]:
 
 @contextmanager
 def without_shares() -> Iterator[None]:
-    """Hold no key to a share."""
+    """Switch off the fair shares of keys."""
     with mock.patch.object(Shares, "is_due", lambda self, now: False):
         yield
 
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Switch nothing off."""
+    """Switch nothing off, for comparison."""
     yield
 
 

@@ -1,10 +1,11 @@
-"""Autoscaling through a burst, simulated: GPU hours of ours, of Serve's default, and of an oracle.
+"""Simulate autoscaling through a burst: GPU hours of ours, of Serve's default and of an oracle.
 
-An hour of Poisson traffic of two tiers, and in its middle two minutes of ten times as much. All
-policies have the same queue, the same bounds and the same cold starts, which count as GPU hours.
-Ours knows the mean cost of a request and the cold start, and nothing of the trace. Serve's is given
-the cheapest of its settings that attains as much as ours, and sees every second's numbers at once.
-The oracle tries its schedules on the trace itself. Takes five minutes; the last line is one object.
+The traffic is an hour of Poisson arrivals for two tiers, with two minutes of ten times as much in
+the middle. All policies have the same queue, the same bounds and the same cold starts, which count
+as GPU hours. Ours knows the mean cost of a request and the cold start, but nothing of the trace.
+Serve's gets the cheapest of its settings that attains as much as ours, and sees the numbers of
+every second without delay. The oracle tries its schedules on the trace itself. This takes five
+minutes; the last line is one JSON object.
 """
 
 import itertools
@@ -31,7 +32,7 @@ SLO_SCALE = 2.0
 MIN_REPLICAS, MAX_REPLICAS = 1, 128
 WEIGHTS = (0.7, 0.2, 0.1)
 HEADROOMS = (0.5, 0.0, 0.25, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-# Serve's fields that its documentation says to tune, in the ranges that it speaks of.
+# The fields that Serve's documentation advises to tune, in the ranges that it gives.
 SERVE_GRID = tuple(
     replace(TUNED, target_ongoing_requests=target, downscale_delay_s=down, aggregation_function=how)
     for target, down, how in itertools.product(
@@ -44,7 +45,7 @@ Policy = Callable[[CountedQueue], Scaling]
 
 @dataclass(frozen=True)
 class Tier:
-    """Seconds of its jobs, 70, 20 and 10 % of them, and how many replicas they keep busy."""
+    """A tier: the seconds of 70, 20 and 10 % of its requests, and how many replicas they occupy."""
 
     name: str
     costs_s: tuple[float, float, float]
@@ -57,7 +58,7 @@ class Tier:
         return sum(cost * weight for cost, weight in zip(self.costs_s, WEIGHTS, strict=True))
 
 
-# Eight groups and eight cards at 60 % load; klein-9b with references and more than one image.
+# Eight replicas of each tier at 60 % load; klein-9b's requests have references and several images.
 TIERS = (
     Tier("flux-2-dev", (4.0, 9.0, 25.0), 4.8, cold_start_s=60.0, num_gpus=2),
     Tier("flux-2-klein-9b", (1.0, 2.5, 5.0), 4.8, cold_start_s=20.0, num_gpus=1),
@@ -65,7 +66,7 @@ TIERS = (
 
 
 def arrivals_of(tier: Tier, slo_scale: float) -> list[Arrival]:
-    """The hour of one tier."""
+    """Return the arrivals of one tier in the hour."""
     rng = random.Random(f"{SEED} {tier.name}")
     costs = iter(lambda: rng.choices(tier.costs_s, WEIGHTS)[0], None)
     times = burst(tier.busy_replicas / tier.mean_s, DURATION_S, random.Random(SEED))
@@ -76,7 +77,7 @@ def arrivals_of(tier: Tier, slo_scale: float) -> list[Arrival]:
 
 
 def run(tier: Tier, arrivals: list[Arrival], policy: Policy) -> TierOutcome:
-    """One policy through the hour."""
+    """Simulate the hour under one policy."""
     queue = CountedQueue(TierQueue(cold_start_s=tier.cold_start_s))
     pool = ReplicaPool(
         tier.name,
@@ -92,19 +93,19 @@ def run(tier: Tier, arrivals: list[Arrival], policy: Policy) -> TierOutcome:
 
 
 def ours(tier: Tier, slo_scale: float, headroom: float) -> Policy:
-    """The wait that a request of average length can afford, and the cold start; nothing more."""
+    """Return our policy, which knows the wait that a mean request can afford and the cold start."""
     rules = ScalingRules((slo_scale - 1) * tier.mean_s, tier.cold_start_s, headroom)
     return lambda queue: Scaler(rules)
 
 
 def serves(settings: ServeSettings) -> Policy:
-    """Serve's default with these settings."""
+    """Return Serve's default policy with these settings."""
     return lambda queue: ServeDefault(settings, lambda: queue.num_ongoing)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy on one tier."""
+    """The results of one policy on one tier."""
 
     tier: str
     policy: str
@@ -117,7 +118,7 @@ def row_of(tier: Tier, policy: str, outcome: TierOutcome | Trial) -> Row:
 
 
 def cheapest_row(rows: list[Row], attainment: float) -> Row:
-    """Of those that attain as much; if none does, the one that attains most."""
+    """Return the cheapest row that attains so much, or the one that attains most if none does."""
     enough = [row for row in rows if row.attainment >= attainment]
     if enough:
         return min(enough, key=lambda row: row.gpu_hours)
@@ -125,7 +126,7 @@ def cheapest_row(rows: list[Row], attainment: float) -> Row:
 
 
 def oracle(tier: Tier, arrivals: list[Arrival], attainment: float) -> Row:
-    """The cheapest schedule found by one who knows the hour, attaining as much."""
+    """Return the cheapest schedule that attains so much, found by trying them on the hour."""
 
     def attempt(schedule: Scaling) -> Trial:
         outcome = run(tier, arrivals, lambda queue: schedule)
@@ -136,7 +137,7 @@ def oracle(tier: Tier, arrivals: list[Arrival], attainment: float) -> Row:
 
 
 def compare(tier: Tier, slo_scale: float = SLO_SCALE) -> list[Row]:
-    """Ours, Serve's as it attains as much as ours, and the oracle as well; then the reverse."""
+    """Compare the policies: Serve's and the oracle at our attainment, then ours at Serve's."""
     arrivals = arrivals_of(tier, slo_scale)
     mine = [
         row_of(tier, f"headroom {headroom:g}", run(tier, arrivals, ours(tier, slo_scale, headroom)))
@@ -169,7 +170,7 @@ def compare(tier: Tier, slo_scale: float = SLO_SCALE) -> list[Row]:
 
 
 def describe(settings: ServeSettings) -> str:
-    """What was tuned."""
+    """Return the settings that were tuned, in words."""
     return (
         f"target {settings.target_ongoing_requests:g}, down after {settings.downscale_delay_s:g} s,"
         f" {settings.aggregation_function}"
@@ -177,7 +178,7 @@ def describe(settings: ServeSettings) -> str:
 
 
 def print_rows(rows: list[Row]) -> None:
-    """For people."""
+    """Print the rows as a table."""
     table = Table("tier", "policy", "attained", "GPU hours")
     for row in rows:
         numbers = (f"{row.attainment:.3f}", f"{row.gpu_hours:.2f}") if row.gpu_hours else ("", "")
@@ -186,7 +187,7 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def burst_figures(slo_scale: float = SLO_SCALE) -> dict[str, float]:
-    """GPU hours of all tiers: ours, and the two others where they attain as much as ours."""
+    """Return the GPU hours of all tiers for each policy, the others at our attainment."""
     hours = {"ours": 0.0, "serve_default": 0.0, "oracle": 0.0}
     rows = []
     for tier in TIERS:

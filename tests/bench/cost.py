@@ -1,10 +1,10 @@
-"""How wrong prices of `tiny` are on one thread of this machine, before and after it has learned.
+"""Measure the errors of the cost model's prices for `tiny`, before and after it has learned.
 
-Requests are drawn through the engine's stages as a rank makes them, all of them in three rounds;
-what is held out takes turns with what is learned from, so that both see the same machine. A price
-is held against each single draw, and against the median of a request's three; how far single draws
-are from their own median is printed beside it. What others do on the machine meanwhile is no error
-of the price: by the thread's own clock most of that is left out, by the wall's it is not.
+Each request runs three times through the engine's stages, on one thread, as a rank runs it.
+Requests to learn from and held-out ones alternate, so that both see the same machine. A price is
+compared with each run and with the median of a request's three runs; for reference, so is each run
+with its own median. Other programs on the machine are no error of a price: the thread's own clock
+leaves most of them out, the wall clock does not.
 """
 
 import json
@@ -32,7 +32,7 @@ from flux_ray.router.pricing.cost_model import CostModel, Observation
 
 TINY = tier_for("tiny")
 LAYOUT = ReplicaSpec.of(TierArgs(tier="tiny", device="cpu", dtype="float32"), "cpu")
-# Every second one is seen only by requests that are held out.
+# Sides in pixels. Every second one occurs only in held-out requests.
 SIDES = (64, 80, 96, 112, 128, 144, 160, 176, 192)
 NUM_REQUESTS = 240
 NUM_ROUNDS = 3
@@ -43,9 +43,9 @@ Times = dict[str, StageTimes]
 
 @dataclass(frozen=True)
 class Generated:
-    """A request and what it took, round by round, by each clock.
+    """A request and the seconds of its stages, for each round and by each clock.
 
-    `is_new_size`: its sides are of those that nothing was learned from.
+    `is_new_size`: its sides occur in no request that is learned from.
     """
 
     request: ImageRequest
@@ -54,13 +54,13 @@ class Generated:
     times: list[Times] = field(default_factory=list)
 
     def seconds(self, clock: str) -> list[float]:
-        """Of all stages, round by round."""
+        """Return the seconds of all stages together, one value for each round."""
         by_clock = [each[clock] for each in self.times]
         return [each.encode_s + each.denoise_s + each.decode_s for each in by_clock]
 
 
 def random_request(dice: random.Random, number: int, sides: tuple[int, ...]) -> ImageRequest:
-    """Any size of those sides, 0 to 2 references, 1 to 8 steps, one or two images."""
+    """Return a random request: of these sides, 0 to 2 references, 1 to 8 steps, 1 or 2 images."""
     references = []
     for _ in range(dice.randrange(3)):
         width, height = dice.choice(sides), dice.choice(sides)
@@ -80,7 +80,7 @@ def random_request(dice: random.Random, number: int, sides: tuple[int, ...]) -> 
 
 
 def generate(adapter: Adapter, request: ImageRequest) -> Times:
-    """The stages of one request one after the other, timed as the step loop does."""
+    """Run the stages of a request one after the other, and return their times by each clock."""
     stages = ("encode", "denoise", "decode")
     seconds = {clock: dict.fromkeys(stages, 0.0) for clock in CLOCKS}
 
@@ -108,7 +108,7 @@ def generate(adapter: Adapter, request: ImageRequest) -> Times:
 
 
 def requests() -> list[Generated]:
-    """Learned from, held out of the same sizes, learned from, held out of new sizes, and so on."""
+    """Return the requests: every second one is held out, and half of those have new sizes."""
     dice = random.Random(0)
     generated = []
     for number in range(NUM_REQUESTS):
@@ -119,14 +119,14 @@ def requests() -> list[Generated]:
 
 
 def spread(wrong: list[float]) -> dict[str, float]:
-    """Median and 95th percentile."""
+    """Return the median and the 95th percentile."""
     return {"median": statistics.median(wrong), "p95": statistics.quantiles(wrong, n=20)[-1]}
 
 
 def errors(
     generated: list[Generated], clock: str, predict: Callable[[Generated], float]
 ) -> dict[str, dict[str, float]]:
-    """|predicted / measured - 1| of single draws, and of the median draw."""
+    """Return |predicted / measured - 1| for single runs, and for the median run of each request."""
     single, median = [], []
     for each in generated:
         predicted, measured = predict(each), each.seconds(clock)
@@ -136,7 +136,7 @@ def errors(
 
 
 def generate_all(adapter: Adapter) -> list[Generated]:
-    """All requests with their times."""
+    """Run all requests in rounds, and return them with their times."""
     dice = random.Random(1)
     for number in range(WARM_UP):
         generate(adapter, random_request(dice, number, SIDES))
@@ -148,7 +148,10 @@ def generate_all(adapter: Adapter) -> list[Generated]:
 
 
 def learn(model: CostModel, generated: list[Generated], clock: str) -> dict[str, float]:
-    """Teach it in the order of drawing; the median error of each stage, as the metric has it."""
+    """Let the model learn in the order of the runs; return the median error of each stage.
+
+    It is the error that the router's metric shows.
+    """
     seen: list[Observation] = []
     for number in range(NUM_ROUNDS):
         for each in generated:
@@ -160,7 +163,7 @@ def learn(model: CostModel, generated: list[Generated], clock: str) -> dict[str,
 
 
 def report(generated: list[Generated], clock: str) -> dict[str, object]:
-    """The figures by one clock, printed."""
+    """Print and return the figures by one clock."""
     model = CostModel({"tiny": LAYOUT})
     held_out = [each for each in generated if each.is_held_out]
     learned_from = [each for each in generated if not each.is_held_out]
@@ -186,7 +189,7 @@ def report(generated: list[Generated], clock: str) -> dict[str, object]:
                 f" {median['median']:14.3f} {median['p95']:5.3f}"
             )
             figures[f"{name}.{way}".replace(" ", "_")] = wrong
-    # Last, for it learns from what was held out.
+    # This comes last, since the model learns from the held-out requests here.
     figures["stage_log_error"] = learn(model, held_out, clock)
     print(f"median |ln(measured / predicted)|: {figures['stage_log_error']}")
     return figures

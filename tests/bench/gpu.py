@@ -1,6 +1,7 @@
-"""Real sizes on a real GPU, with random weights: seconds, bytes beside the planned ones, FP8.
+"""Measure models of real size on a real GPU, with random weights: seconds, bytes, and use of FP8.
 
-`--device cpu --small` runs the same code on a processor, with models of a few megabytes.
+Bytes are compared with those that `flux-ray plan` counts. `--device cpu --small` runs the same code
+on a CPU, with models of a few megabytes.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from tests.bench.gpu_models import REAL, SMALL
 from tests.bench.gpu_report import report
 
 RESULTS = Path(__file__).parent / "results"
-# Loading from files fills the disk: it comes last.
+# The bench of loading comes last, since its files fill the disk.
 JOBS: dict[str, Callable[[Bench], Figures]] = {
     "dev": dev_job,
     "klein-4b": klein_job,
@@ -34,7 +35,7 @@ JOBS: dict[str, Callable[[Bench], Figures]] = {
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), help="some jobs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the report")
@@ -48,7 +49,7 @@ def read_options() -> argparse.Namespace:
 
 
 def describe(device: Device) -> Figures:
-    """The device, and what is in use of it beside PyTorch's tensors."""
+    """Describe the device, and the bytes in use on it beside PyTorch's tensors."""
     is_card = device.kind == "cuda"
     return {
         "name": device.name,
@@ -69,10 +70,10 @@ def main() -> None:
         print(json.dumps({"device": None, "measured": False, "why": "no CUDA device"}))
         return
     hide_progress()
-    # The libraries say what they lack.
+    # The libraries warn of optional packages that are not installed.
     logging.disable(logging.WARNING)
     if options.device == "cpu":
-        # More of them only wait for each other with models as small.
+        # With models so small, several threads would only wait for each other.
         torch.set_num_threads(1)
     device = Device(options.device)
     figures: Figures = {"measured": True, "scale": "small" if options.small else "real"}
@@ -81,7 +82,7 @@ def main() -> None:
         for name in JOBS:
             if name in options.only:
                 figures[name] = JOBS[name](bench)
-    # Now that every kernel was needed.
+    # Only now has every kernel been loaded, which takes memory too.
     figures["device"] = describe(device)
     text = report(figures)
     print(f"\n{text}")

@@ -1,4 +1,4 @@
-"""Random weights of a model's size: files in diffusers' layout, or made when they are read."""
+"""Random weights of a model's size, in files of diffusers' layout or made as they are read."""
 
 import json
 import os
@@ -19,18 +19,21 @@ from flux_ray.parallel.mesh import Axis
 from flux_ray.planner.architectures import EmptyModel
 from flux_ray.tiny import CHECKPOINT
 
-# What stays free on the disk: other programs write too.
+# What has to stay free on the disk, since other programs write too.
 RESERVE_BYTES = 2 * 10**9
-# As transformers saves the text model of a causal language model.
+# The prefix of names with which transformers saves the text model of a causal language model.
 TEXT_PREFIX = "model."
 
 
 class Skipped(Exception):
-    """Why something is not measured here."""
+    """Raised, with the reason, where something cannot be measured on this machine."""
 
 
 def random_tensor(name: str, shape: torch.Size, device: str) -> Tensor:
-    """The same for the same name: weights that keep the size of their input, norms of one."""
+    """Return a random weight that depends on the name only, and ones for norms.
+
+    Weights are scaled so that a layer's output is about as large as its input.
+    """
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16, device=device)
     dice = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
@@ -39,7 +42,7 @@ def random_tensor(name: str, shape: torch.Size, device: str) -> Tensor:
 
 
 class MadeWeights(Checkpoint):
-    """A module's checkpoint without files: what a rank reads is made on its device, as it reads."""
+    """A module's checkpoint without files: weights are made on the device as a rank reads them."""
 
     def __init__(self, module: nn.Module, device: str) -> None:
         super().__init__(Path("made"))
@@ -48,11 +51,11 @@ class MadeWeights(Checkpoint):
 
     @contextmanager
     def opened(self) -> Iterator["MadeWeights"]:
-        """There is nothing to open."""
+        """Yield itself: there is nothing to open."""
         yield self
 
     def read(self, name: str, shape: torch.Size, shard: Shard | None, axis: Axis) -> Tensor:
-        """This rank's part of the tensor of that whole shape."""
+        """Return this rank's part of the tensor; `shape` is that of the whole tensor."""
         local = shape if shard is None else shard.local_shape(shape, axis)
         tensor = random_tensor(name, local, self.device)
         self.num_bytes_read += tensor.nbytes
@@ -60,17 +63,17 @@ class MadeWeights(Checkpoint):
 
 
 def file_bytes(module: nn.Module) -> int:
-    """Of the module's checkpoint in bf16."""
+    """Return the bytes of the module's checkpoint in bf16."""
     return sum(2 * tensor.numel() for _, tensor in saved_tensors(module))
 
 
 def free_bytes(folder: Path) -> int:
-    """What of its disk may be filled."""
+    """Return how many bytes may be written to the folder's disk."""
     return max(shutil.disk_usage(folder).free - RESERVE_BYTES, 0)
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Skipped if the disk has no room for as much."""
+    """Raise Skipped if the disk has no room for so many bytes."""
     free = free_bytes(folder)
     if num_bytes > free:
         raise Skipped(
@@ -79,7 +82,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def groups_of(module: nn.Module, max_bytes: int) -> list[dict[str, torch.Size]]:
-    """The tensors of each file, by name, with their shapes."""
+    """Return the shapes of the tensors, by name, for each file of at most `max_bytes`."""
     groups: list[dict[str, torch.Size]] = []
     room = 0
     for name, tensor in saved_tensors(module):
@@ -95,7 +98,7 @@ def groups_of(module: nn.Module, max_bytes: int) -> list[dict[str, torch.Size]]:
 def save_weights(
     module: nn.Module, folder: Path, *, device: str, max_bytes: int, prefix: str = ""
 ) -> None:
-    """An empty module's checkpoint, in files with an index; one file at a time is in memory."""
+    """Save random weights for an empty module as files with an index, with one file in memory."""
     folder.mkdir(parents=True)
     groups, index = groups_of(module, max_bytes), {}
     for number, shapes in enumerate(groups, 1):
@@ -111,13 +114,13 @@ def save_weights(
 
 
 def save_transformer(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
-    """The transformer's folder of a checkpoint."""
+    """Save the transformer's folder of a checkpoint."""
     save_weights(model.transformer, folder / "transformer", device=device, max_bytes=max_bytes)
     model.transformer.save_config(folder / "transformer")
 
 
 def save_klein(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
-    """A whole klein pipeline, with the embedded one's schedule and words."""
+    """Save a whole klein pipeline, with the scheduler and tokenizer of the embedded one."""
     check_room(folder.parent, sum(map(file_bytes, (model.transformer, model.text_encoder))))
     folder.mkdir()
     for part in ("scheduler", "tokenizer"):
@@ -132,9 +135,9 @@ def save_klein(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) 
 
 
 def forget(folder: Path) -> None:
-    """Take the files out of memory, so that they are read from the disk the next time."""
+    """Drop the files from the page cache, so that the next reader reads the disk."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
-            # What is not yet written cannot be forgotten.
+            # Pages that are not yet written to the disk cannot be dropped.
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""What a call takes on the device: seconds, bytes of the card, and products of FP8 numbers."""
+"""Measure what a call takes on the device: seconds, bytes of GPU memory, and FP8 products."""
 
 import gc
 import statistics
@@ -19,18 +19,18 @@ Seconds = dict[str, float]
 
 @dataclass(frozen=True)
 class Device:
-    """The card, or this machine's processor: of that no bytes are measured, and all are None."""
+    """The GPU, or this machine's CPU, for which all numbers of bytes are None."""
 
     kind: Literal["cuda", "cpu"]
 
     @property
     def name(self) -> str:
-        """As the driver calls it."""
+        """Return the name that the driver gives the GPU."""
         return torch.cuda.get_device_name() if self.kind == "cuda" else "processor"
 
     @property
     def card(self) -> Gpu | None:
-        """As a plan would take it."""
+        """Return the GPU as `flux-ray plan` describes it."""
         if self.kind == "cpu":
             return None
         has_fp8_units = torch.cuda.get_device_capability() >= (8, 9)
@@ -38,26 +38,26 @@ class Device:
         return Gpu(self.name, total, has_fp8_units, has_nvlink=True)
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Wait until all that was launched is done."""
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
     def clear(self) -> None:
-        """Give back what nobody holds any more."""
+        """Free the memory that nothing refers to any more."""
         gc.collect()
         if self.kind == "cuda":
             torch.cuda.empty_cache()
 
     def held_bytes(self) -> int | None:
-        """Of all tensors on the card."""
+        """Return the bytes of all tensors on the GPU."""
         return torch.cuda.memory_allocated() if self.kind == "cuda" else None
 
     def total_bytes(self) -> int | None:
-        """Of the card."""
+        """Return the usable bytes of the GPU."""
         return None if self.card is None else self.card.usable_bytes
 
     def peak(self, call: Call) -> tuple[Any, int | None]:
-        """The call's answer, and the most that is allocated meanwhile beyond what was before."""
+        """Return the call's result, and the most bytes that it had allocated at once."""
         if self.kind == "cpu":
             return call(), None
         self.wait()
@@ -68,19 +68,19 @@ class Device:
         return answer, torch.cuda.max_memory_allocated() - before
 
     def runtime_bytes(self) -> int | None:
-        """In use on the card and not PyTorch's: CUDA's context, and other programs if there are."""
+        """Return the bytes in use beside PyTorch's: CUDA's context, and other programs if any."""
         if self.kind == "cpu":
             return None
         free, total = torch.cuda.mem_get_info()
         return total - free - torch.cuda.memory_reserved()
 
     def seconds(self, call: Call, num_rounds: int) -> Seconds:
-        """Of several calls, after two to warm up."""
+        """Return the seconds of several calls, after two calls to warm up."""
         taken_s = [self.seconds_of_one(call) for _ in range(2 + num_rounds)][2:]
         return {"median_s": statistics.median(taken_s), "best_s": min(taken_s)}
 
     def seconds_of_one(self, call: Call) -> float:
-        """From an idle device to an idle device."""
+        """Return the seconds of one call, from an idle device to an idle device."""
         self.wait()
         began_s = time.perf_counter()
         call()
@@ -89,9 +89,10 @@ class Device:
 
 
 def fp8_products(call: Call, module: nn.Module) -> dict[str, Any]:
-    """How many of the module's FP8 weights meet FP8 activations in a call, by PyTorch's profiler.
+    """Count how many of the module's FP8 weights are multiplied with FP8 activations in a call.
 
-    All of them where the activations too become FP8, none where the weights are unpacked.
+    PyTorch's profiler tells. It is all of them if activations become FP8 too, and none if the
+    weights are converted back first.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()

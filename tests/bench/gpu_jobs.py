@@ -1,4 +1,4 @@
-"""What is measured of loaded models: whole images of klein-4b, and steps of dev's ranks."""
+"""Measure loaded models: whole images of klein-4b, and single steps of dev's ranks."""
 
 import traceback
 from collections.abc import Callable
@@ -35,9 +35,9 @@ Figures = dict[str, Any]
 
 @dataclass
 class Bench:
-    """A run: where it measures, what, and in which folder it writes checkpoints.
+    """One run of the bench: its device, its models, and the folder for checkpoints.
 
-    `velocities` are what the transformers answered in bf16, for those in FP8 to be compared with.
+    `velocities`: outputs of the transformers in bf16, to compare those in FP8 with.
     """
 
     device: Device
@@ -47,7 +47,7 @@ class Bench:
 
     @cached_property
     def klein_folder(self) -> Path:
-        """klein's checkpoint, written when it is first needed."""
+        """Return the folder of klein's checkpoint, which is written when it is first needed."""
         folder = self.folder / "klein"
         options = {"device": self.device.kind, "max_bytes": self.scale.max_file_bytes}
         save_klein(self.scale.klein.empty, folder, **options)
@@ -55,7 +55,7 @@ class Bench:
 
 
 def attempt(name: str, measure: Callable[[], Figures]) -> Figures:
-    """The figures, or why there are none: what fails must not take the others with it."""
+    """Return the figures, or why there are none: a failure must not end the other measurements."""
     print(f"{name} ...", flush=True)
     try:
         return measure()
@@ -67,7 +67,7 @@ def attempt(name: str, measure: Callable[[], Figures]) -> Figures:
 
 
 def klein_job(bench: Bench) -> Figures:
-    """Whole images, by precision."""
+    """Measure whole images of klein in each precision."""
     figures, klein = {}, bench.scale.klein
     for name, quantization in PRECISIONS.items():
         candidate = klein.candidate(
@@ -80,12 +80,15 @@ def klein_job(bench: Bench) -> Figures:
 
 
 def load_klein_of(bench: Bench, quantization: Quantization | None) -> Flux2:
-    """From the bench's own files."""
+    """Load klein from the bench's own files."""
     return load_klein(bench.scale.klein, bench.klein_folder, quantization, bench.device)
 
 
 def dev_job(bench: Bench) -> Figures:
-    """A step on rank 0 of 1, 2, 4 and 8 ranks, by precision; the text encoder is elsewhere."""
+    """Measure a step of dev on rank 0 of 1, 2, 4 and 8, in each precision.
+
+    The text encoder is not loaded, as if it were elsewhere.
+    """
     figures, dev = {}, bench.scale.dev
     for tensor in TENSOR_DEGREES:
         for precision, quantization in PRECISIONS.items():
@@ -104,7 +107,7 @@ def dev_job(bench: Bench) -> Figures:
 
 
 def check_card(bench: Bench, candidate: Candidate) -> None:
-    """Skipped if the plan says that the card is too small for the usual image."""
+    """Raise Skipped if the plan says that the GPU is too small for an image of default size."""
     needed = candidate.rank(default_demand(candidate.tier)).total
     total = bench.device.total_bytes()
     if total is not None and needed > total:
@@ -112,7 +115,7 @@ def check_card(bench: Bench, candidate: Candidate) -> None:
 
 
 def stages_of(bench: Bench, subject: Subject, adapter: Flux2) -> dict[str, Call]:
-    """What an adapter can do: without a text encoder a step, else all of an image."""
+    """Return the calls to measure: a step if there is no text encoder, else a whole image too."""
     state = start(adapter, subject, random_prompt(subject, bench.device))
     stages: dict[str, Call] = {"step": lambda: adapter.denoise(state)}
     if adapter.prompts is None:
@@ -131,7 +134,7 @@ def stages_of(bench: Bench, subject: Subject, adapter: Flux2) -> dict[str, Call]
 def measure_stages(
     bench: Bench, subject: Subject, candidate: Candidate, load: Callable[[], Flux2]
 ) -> Figures:
-    """Seconds, bytes beside the planned ones, and FP8 products of an adapter's stages."""
+    """Measure an adapter's stages: seconds, bytes beside the planned ones, and FP8 products."""
     check_card(bench, candidate)
     device = bench.device
     device.clear()
@@ -152,7 +155,7 @@ def measure_stages(
 
 
 def beside_plan(candidate: Candidate, measured: dict[str, int | None]) -> Figures:
-    """The measured bytes with those that a plan counts for the same."""
+    """Return the measured bytes with those that a plan counts for the same."""
     if "image" in measured:
         parts = measured["weights"], measured["image"]
         measured["whole"] = None if None in parts else sum(parts)
@@ -174,7 +177,7 @@ def beside_plan(candidate: Candidate, measured: dict[str, int | None]) -> Figure
 
 
 def products_of(candidate: Candidate, adapter: Flux2, stages: dict[str, Call]) -> Figures:
-    """Whether FP8 weights are multiplied as they are."""
+    """Return how many FP8 weights are multiplied as they are, without conversion."""
     parts = {}
     if candidate.args.quantization == "fp8":
         parts["step"] = fp8_products(stages["step"], adapter.pipeline.transformer)
@@ -185,7 +188,7 @@ def products_of(candidate: Candidate, adapter: Flux2, stages: dict[str, Call]) -
 
 @torch.inference_mode()
 def quality_of(bench: Bench, subject: Subject, candidate: Candidate, adapter: Flux2) -> Figures:
-    """Whether the transformer's answer is a number, and how far it is from that in bf16."""
+    """Return whether the transformer's output is finite, and how far it is from that in bf16."""
     state = start(adapter, subject, random_prompt(subject, bench.device))
     velocity = adapter.velocity(state).float().cpu()
     is_finite = bool(velocity.isfinite().all())

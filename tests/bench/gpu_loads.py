@@ -1,7 +1,7 @@
-"""Seconds to load weights from files to the device, by our loader: from the disk, then from memory.
+"""Measure the seconds in which our loader brings weights to the device, from disk and from memory.
 
-Files are random and as large as the real ones. Of dev only so many single blocks as the disk has
-room for; a rank of several reads its own slices, and the others are not there.
+The files are random and as large as the real ones; dev has as many single blocks as the disk has
+room for. Where a model is split, one rank reads its slices, and the other ranks are not there.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from tests.planner.allocations import alone
 
 @dataclass(frozen=True)
 class Part:
-    """A component's files, and how a rank makes its module of them."""
+    """The files of a component, and how a rank makes its module from them."""
 
     folder: Path
     build: Callable[[], nn.Module]
@@ -43,7 +43,7 @@ class Part:
 
 
 def transformer_in(folder: Path, subject: Subject, note: str = "") -> Part:
-    """A transformer's files."""
+    """Return the part for a transformer in that folder."""
     model_class = Flux2Transformer2DModel
 
     def build() -> nn.Module:
@@ -53,22 +53,22 @@ def transformer_in(folder: Path, subject: Subject, note: str = "") -> Part:
 
 
 def klein_transformer(bench: Bench) -> Part:
-    """Of the whole pipeline's folder."""
+    """Return klein's transformer, in the folder of the whole pipeline."""
     return transformer_in(bench.klein_folder, bench.scale.klein)
 
 
 def klein_text_encoder(bench: Bench) -> Part:
-    """Of the whole pipeline's folder."""
+    """Return klein's text encoder, in the folder of the whole pipeline."""
     text_model = bench.scale.klein.empty.text_model
     folder = bench.klein_folder / "text_encoder"
     return Part(folder, text_model.build, text_model.plan, prefix=TEXT_PREFIX)
 
 
 def dev_transformer(bench: Bench) -> Part:
-    """As much of dev as the disk has room for, written once."""
+    """Return as much of dev's transformer as the disk has room for; it is written once."""
     folder = bench.folder / "dev"
     if not folder.exists():
-        # It comes last, and needs the room.
+        # klein's measurements are done by now, and dev needs the room.
         shutil.rmtree(bench.folder / "klein", ignore_errors=True)
         dev = dev_that_fits(bench.scale.dev, bench.folder)
         options = {"device": bench.device.kind, "max_bytes": bench.scale.max_file_bytes}
@@ -82,7 +82,7 @@ def dev_transformer(bench: Bench) -> Part:
 
 
 def dev_that_fits(dev: Subject, folder: Path) -> Subject:
-    """With fewer single blocks where the disk is small; Skipped if it has no room for one."""
+    """Return dev with as many single blocks as fit on the disk; raise Skipped if none does."""
     whole = dev.empty.transformer
     num_blocks = dev.transformer["num_single_layers"]
     block_bytes = file_bytes(whole.single_transformer_blocks[0])
@@ -105,7 +105,7 @@ CASES: tuple[tuple[str, Callable[[Bench], Part], int, str], ...] = (
 
 
 def load_job(bench: Bench) -> Figures:
-    """Every case."""
+    """Measure every case."""
     figures = {}
     for name, part_of, tensor, precision in CASES:
         measure = partial(measure_load, bench, part_of, tensor, PRECISIONS[precision])
@@ -120,7 +120,7 @@ def measure_load(
     tensor: int,
     quantization: Quantization | None,
 ) -> Figures:
-    """Cold: the files were taken out of memory; warm: they have just been read."""
+    """Measure loading cold, from the disk, and warm, from files that were just read."""
     part = part_of(bench)
     device = bench.device
     device.clear()

@@ -1,4 +1,4 @@
-"""What is measured: klein-4b and dev at their real size, or small ones, loaded by our own code."""
+"""The models to measure: klein-4b and dev in real size, or small ones, loaded by our own code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,30 +53,30 @@ class Subject:
 
     @cached_property
     def empty(self) -> EmptyModel:
-        """Its modules without weights."""
+        """Return its modules without weights."""
         text_model = self.text_model(max(FAMILIES[self.tier.family].layers))
         return assemble(self.transformer, text_model, self.vae, source="the bench")
 
     @property
     def canvas(self) -> ImageSpec:
-        """The image that a client gets who does not say."""
+        """Return the image that a client gets who leaves size and steps out."""
         tier = self.tier
         return ImageSpec(tier.default_side, tier.default_side, tier.num_steps, tier.guidance)
 
     def shallower(self, num_single_layers: int) -> "Subject":
-        """The same with fewer single blocks."""
+        """Return the same model with fewer single blocks."""
         shape = self.transformer | {"num_single_layers": num_single_layers}
         return replace(self, transformer=shape)
 
     def candidate(self, device: Device, **args: Any) -> Candidate:
-        """What a plan says of it on this card; one request at a time, as here."""
+        """Return what a plan says of it on this GPU, for one request at a time as here."""
         fields = {"tier": self.tier.name, "weights": "made", "max_ongoing_requests": 1}
         return Candidate(self.empty, self.tier, TierArgs(**fields, **args), device.card)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured: the real models, or small ones that a processor can run."""
+    """The size of the bench: the real models, or small ones that a CPU can run."""
 
     name: str
     klein: Subject
@@ -95,7 +95,7 @@ REAL = Scale(
 
 
 def small_text_model(num_layers: int) -> TextModel:
-    """As wide as the embedded model's, with its words."""
+    """Return a text model as wide as the embedded one, with its tokenizer."""
     config = Qwen3Config(
         vocab_size=448,
         hidden_size=64,
@@ -109,7 +109,7 @@ def small_text_model(num_layers: int) -> TextModel:
 
 
 def small(tier_name: str, *, guidance_embeds: bool) -> Subject:
-    """Of the embedded model's sizes, with heads for eight ranks."""
+    """Return a model of the embedded one's size, with enough heads for eight ranks."""
     shape = load_config(CHECKPOINT / "transformer") | {
         "num_layers": 1,
         "num_single_layers": 3,
@@ -134,7 +134,7 @@ SMALL = Scale(
 def load_klein(
     subject: Subject, folder: Path, quantization: Quantization | None, device: Device
 ) -> Flux2:
-    """The whole pipeline, as a rank loads it."""
+    """Load the whole pipeline as a rank does."""
     placement = Placement(
         "bfloat16", device.kind, quantization=quantization, encoder_quantization=quantization
     )
@@ -144,9 +144,10 @@ def load_klein(
 def load_dev(
     subject: Subject, tensor: int, quantization: Quantization | None, device: Device
 ) -> Flux2:
-    """Rank 0 of `tensor` ranks: its part of the transformer, and the VAE.
+    """Load rank 0 of `tensor` ranks: its part of the transformer, and the VAE.
 
-    Weights are made as they are read. The other ranks are not there: collectives must do nothing.
+    Weights are made as they are read. As the other ranks are not there, collectives must do
+    nothing.
     """
     model_class = Flux2Transformer2DModel
     recipe = LoadSpec(
@@ -170,7 +171,7 @@ def load_dev(
 
 
 def random_prompt(subject: Subject, device: Device) -> PromptEmbeds:
-    """As large as the text encoder's answer."""
+    """Return random embeddings of the shape that the text encoder returns."""
     width = subject.empty.transformer.config.joint_attention_dim
     dice = torch.Generator().manual_seed(SEED)
     embeds = torch.randn(1, subject.tier.text_length, width, generator=dice)
@@ -179,12 +180,12 @@ def random_prompt(subject: Subject, device: Device) -> PromptEmbeds:
 
 
 def start(adapter: Flux2, subject: Subject, prompt: PromptEmbeds) -> ImageState:
-    """The image as noise."""
+    """Return the image before its first step."""
     return adapter.prepare(Conditioning(prompt), subject.canvas, SEED)
 
 
 def generate(adapter: Flux2, subject: Subject) -> None:
-    """A whole image: words, steps, pixels."""
+    """Generate a whole image, from prompt to pixels."""
     state = start(adapter, subject, adapter.encode_prompt(PROMPT))
     while not state.is_done:
         state = adapter.denoise(state)

@@ -1,4 +1,4 @@
-"""The figures as tables that read alike on a terminal and as Markdown."""
+"""Print the figures as tables that can be read both on a terminal and as Markdown."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ bf16. Cold files were taken out of memory before they were read; warm ones were 
 
 
 def report(figures: Figures) -> str:
-    """All of it."""
+    """Return all tables."""
     device = figures["device"]
     parts = [
         f"# {device['name']}, {figures['scale']} sizes, torch {device['torch']}",
@@ -45,7 +45,7 @@ def report(figures: Figures) -> str:
 
 
 def table(title: str, header: Row, rows: Iterator[Row]) -> str:
-    """With its columns in line; nothing without rows."""
+    """Return a table with aligned columns, or an empty string if it has no rows."""
     lines = [header, *rows]
     if len(lines) == 1:
         return ""
@@ -59,7 +59,7 @@ def table(title: str, header: Row, rows: Iterator[Row]) -> str:
 
 
 def measured_cases(figures: Figures) -> Iterator[tuple[str, Figures]]:
-    """Of loaded models, those that have figures."""
+    """Yield the cases of loaded models that have figures."""
     for job in ("klein-4b", "dev"):
         for name, case in figures.get(job, {}).items():
             if "seconds" in case:
@@ -67,7 +67,7 @@ def measured_cases(figures: Figures) -> Iterator[tuple[str, Figures]]:
 
 
 def seconds_rows(figures: Figures) -> Iterator[Row]:
-    """A row for each stage."""
+    """Yield a row for each stage."""
     published = PUBLISHED if figures["scale"] == "real" else {}
     for name, case in measured_cases(figures):
         for stage, seconds in case["seconds"].items():
@@ -76,7 +76,7 @@ def seconds_rows(figures: Figures) -> Iterator[Row]:
 
 
 def bytes_rows(figures: Figures) -> Iterator[Row]:
-    """A row for each component and stage, and one for the card."""
+    """Yield a row for each component and stage, and one for the GPU."""
     runtime = figures["device"]["runtime"]
     yield "CUDA and others", "runtime", *beside(runtime["measured"], runtime["planned"])
     for name, case in measured_cases(figures):
@@ -86,13 +86,13 @@ def bytes_rows(figures: Figures) -> Iterator[Row]:
 
 
 def beside(measured: int | None, planned: int | None) -> tuple[str, str, str]:
-    """Both, and what part of the planned bytes were needed."""
+    """Return both numbers, and the measured one as a part of the planned one."""
     ratio = "-" if not planned or measured is None else f"{measured / planned:.2f}"
     return gigabytes(measured), gigabytes(planned), ratio
 
 
 def fp8_rows(figures: Figures) -> Iterator[Row]:
-    """A row for each module in FP8."""
+    """Yield a row for each module in FP8."""
     for name, case in measured_cases(figures):
         for part, products in case["fp8"].items():
             counts = (str(products[key]) for key in ("num_scaled_mm", "num_fp8_weights"))
@@ -101,7 +101,7 @@ def fp8_rows(figures: Figures) -> Iterator[Row]:
 
 
 def load_rows(figures: Figures) -> Iterator[Row]:
-    """A row for each set of files."""
+    """Yield a row for each set of files."""
     for name, case in figures.get("load", {}).items():
         if "cold_s" not in case:
             continue
@@ -115,7 +115,7 @@ def load_rows(figures: Figures) -> Iterator[Row]:
 
 
 def remark_rows(figures: Figures) -> Iterator[Row]:
-    """What was skipped or failed, or is no image."""
+    """Yield a row for each case that was skipped or failed, or whose output is not finite."""
     for job in ("klein-4b", "dev", "load"):
         for name, case in figures.get(job, {}).items():
             for word in ("skipped", "failed"):
@@ -126,10 +126,10 @@ def remark_rows(figures: Figures) -> Iterator[Row]:
 
 
 def gigabytes(num_bytes: int | None) -> str:
-    """With digits enough for the small models too."""
+    """Return gigabytes with enough digits for the small models too."""
     return "-" if num_bytes is None else f"{num_bytes / GB:.3f}"
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """Return a number with three significant digits."""
     return "-" if value is None else f"{value:.3g}"

@@ -1,7 +1,8 @@
-"""A PNG of an image by Pillow's levels and by ISA-L's, of several filters: milliseconds and KiB.
+"""Compare ways to encode an image as PNG: Pillow's levels, and ISA-L's with several filters.
 
-The ways take turns on the same pixels, in processor time of one thread. What is written is read
-back: all are lossless. `ratio` is to Pillow's default, which ranks used before.
+The ways take turns on the same pixels. Milliseconds are CPU time of one thread, sizes are in KiB,
+and every file is read back to check that it is lossless. `ratio` is to Pillow's default, which
+ranks used before.
 """
 
 import io
@@ -33,13 +34,13 @@ Filter = Callable[[np.ndarray, np.ndarray], None]
 
 
 def photograph() -> RgbImage:
-    """The one that comes with matplotlib, of 512 x 600 pixels, scaled."""
+    """Return the photograph that comes with matplotlib, of 512 x 600 pixels, scaled."""
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         return raster_for(Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.LANCZOS))
 
 
 def texture() -> RgbImage:
-    """Detail at every scale, as of a landscape: the amplitudes of natural images, random phases."""
+    """Return noise with detail at every scale: a natural image's amplitudes, with random phases."""
     rng, frequency = np.random.default_rng(0), np.fft.fftfreq(SIDE)
     radius = np.hypot(*np.meshgrid(frequency, frequency))
     radius[0, 0] = np.inf
@@ -52,7 +53,7 @@ def texture() -> RgbImage:
 
 
 def shapes() -> RgbImage:
-    """Flat colours and edges, drawn small and scaled, as `tiny` draws."""
+    """Return flat colours with edges, drawn small and scaled, like the images of `tiny`."""
     image = Image.new("RGB", (128, 128), (40, 70, 160))
     generate = ImageDraw.Draw(image)
     generate.ellipse((20, 30, 90, 100), fill=(210, 40, 30))
@@ -61,19 +62,19 @@ def shapes() -> RgbImage:
 
 
 def sub(rows: np.ndarray, lines: np.ndarray) -> None:
-    """Less the pixel to the left."""
+    """Apply PNG's filter 1: subtract the pixel to the left."""
     lines[:, 0], lines[:, 1:4] = 1, rows[:, :3]
     np.subtract(rows[:, 3:], rows[:, :-3], out=lines[:, 4:])
 
 
 def up(rows: np.ndarray, lines: np.ndarray) -> None:
-    """Less the pixel above."""
+    """Apply PNG's filter 2: subtract the pixel above."""
     lines[:, 0], lines[0, 1:] = 2, rows[0]
     np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
 
 
 def average(rows: np.ndarray, lines: np.ndarray) -> None:
-    """Less the mean of both, without a ninth bit."""
+    """Apply PNG's filter 3: subtract the mean of left and above, computed without a ninth bit."""
     lines[:, 0] = 3
     lines[0, 1:4], lines[1:, 1:4] = rows[0, :3], rows[1:, :3] - (rows[:-1, :3] >> 1)
     lines[0, 4:] = rows[0, 3:] - (rows[0, :-3] >> 1)
@@ -82,7 +83,10 @@ def average(rows: np.ndarray, lines: np.ndarray) -> None:
 
 
 def paeth(rows: np.ndarray, lines: np.ndarray) -> None:
-    """Less whichever of left, above and above left is nearest to left + above - above left."""
+    """Apply PNG's filter 4: subtract the neighbour nearest to left + above - above left.
+
+    The neighbours are left, above and above left.
+    """
     sub(rows[:1], lines[:1])
     lines[1:, 0], lines[1:, 1:4] = 4, rows[1:, :3] - rows[:-1, :3]
     left, above, corner = (
@@ -125,7 +129,7 @@ def ways() -> dict[str, Callable[[RgbImage], bytes]]:
 
 
 def measure(raster: RgbImage) -> dict[str, tuple[float, int]]:
-    """The best time in ms of each way, and the bytes of its file."""
+    """Return the best time of each way in ms, and the bytes of its file."""
     seconds: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
     for _ in range(NUM_ROUNDS):

@@ -1,8 +1,9 @@
-"""Memory of a gateway that is handed 64 jobs with six 20-megapixel references each, at once.
+"""Measure the memory of a gateway that gets 64 jobs at once, each with six 20-megapixel references.
 
-The gateway is a process of its own with its real HTTP, decoding, budget, job store and worker; for
-the cluster stand two slots that answer after a moment. The tier is flux-2-dev: it takes six.
-Besides: what travels to a replica for an edit with one such reference, before and after.
+The gateway is a process of its own with its real HTTP, decoding, budget, job store and worker. In
+place of the cluster are two slots that answer after a moment. The tier is flux-2-dev, which takes
+six references. It also measures how many bytes are sent to a replica for an edit with one such
+reference, before and after references were scaled in the gateway.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ MB = 1e6
 
 
 def travel_bytes(tier_name: str) -> tuple[int, int]:
-    """Of one edit: with its reference as it was decoded, and as it is sent now."""
+    """Return the bytes of an edit with its reference in full size, and as it is sent now."""
     tier, limits = tier_for(tier_name), Limits()
     data = large_jpeg(LOAD.width, LOAD.height, seed=0)
     max_pixels = [tier.max_reference_pixels]

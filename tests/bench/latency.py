@@ -1,6 +1,7 @@
-"""Seconds an image of `tiny`: diffusers' pipeline, our engine, HTTP; interleaved, as ratios.
+"""Measure seconds per image of `tiny` in diffusers' pipeline, in our engine, and over HTTP.
 
-And images a second of one replica, with their files made outside of its rank and on it.
+The three take turns, and ratios are printed. It also measures images per second of one replica,
+with the files made outside of its rank and on it (latency_load.py).
 """
 
 import base64
@@ -77,7 +78,7 @@ def generate_with_engine() -> Callable[[str, RgbImage | None], np.ndarray]:
 
 
 def start_serving() -> str:
-    """One replica of `tiny`; its gateway's address."""
+    """Start one replica of `tiny` and a gateway, and return the gateway's address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,6 +1,7 @@
-"""Images a second of one `tiny` replica under eight clients: files made on its rank, and outside.
+"""Measure images per second of one `tiny` replica, with files made on its rank and outside of it.
 
-Every request's seed says its way, so that one replica goes all of them in turn.
+Eight clients ask at once. The seed of a request says which way its file is made, so that one
+replica takes all ways in turn.
 """
 
 import asyncio
@@ -24,10 +25,10 @@ from flux_ray.request import DenoisedImage, Encoding, RgbImage
 NUM_CLIENTS = 8
 NUM_BURSTS = 3
 BURST_S = 5.0
-# `tiny` draws no such sides: its images are scaled to it.
+# `tiny` cannot generate this size: its images are scaled to it.
 LARGE = (1024, 1024)
 SEEDS_A_WAY = 1000
-# By thousands of a seed; those of other requests are below.
+# The ways, by the thousands of the seed. Other requests have seeds below 1000.
 WAYS = {
     "as drawn, outside": 1,
     "as drawn, on the rank": 2,
@@ -42,7 +43,7 @@ def is_large(seed: int) -> bool:
 
 
 class FormerRank(RankActor):
-    """Makes files itself, as ranks did, where the seed says so."""
+    """A rank that makes the file itself, as ranks once did, if the seed says so."""
 
     def pixels(
         self, generation: RankJob, generate: Callable[..., RgbImage]
@@ -58,7 +59,7 @@ class FormerRank(RankActor):
 
 
 class SomeFiles(Files):
-    """Leaves those alone that are files already."""
+    """The leader's files, which are scaled to LARGE if the seed says so."""
 
     async def start(self, image: DenoisedImage, encoding: Encoding) -> "asyncio.Future[Made]":
         if is_large(image.seed):
@@ -71,7 +72,7 @@ def encode_unless_done(raster: RgbImage, encoding: Encoding) -> bytes:
 
 
 class FormerLeader(Leader):
-    """A leader of such ranks."""
+    """A leader whose rank is a FormerRank; it leaves images alone that are files already."""
 
     rank_class = FormerRank
 
@@ -85,7 +86,7 @@ def tier_of_all_ways(args: TierArgs) -> Application:
 
 
 async def burst(address: str, way: int, seconds: float) -> float:
-    """Images a second."""
+    """Return the images per second of one way, under NUM_CLIENTS clients."""
     num_images, end = 0, time.perf_counter() + seconds
     async with httpx.AsyncClient(base_url=address, timeout=120) as client:
 
@@ -103,12 +104,15 @@ async def burst(address: str, way: int, seconds: float) -> float:
 
 
 def images_per_s(address: str) -> dict[str, dict[str, float]]:
-    """The median of some bursts, the ways in turn; ratios are to files made on the rank."""
+    """Return each way's median images per second, and their ratio to files made on the rank.
+
+    The ways take turns in bursts.
+    """
     seen: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(1 + NUM_BURSTS):
         for way, each in WAYS.items():
             rate = asyncio.run(burst(address, each, BURST_S))
-            # In the first one prices are learned.
+            # The first burst does not count: the router learns its prices in it.
             if number:
                 seen[way].append(rate)
     return {

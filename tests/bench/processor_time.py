@@ -1,8 +1,8 @@
-"""Processor time of a request by process, ours beside plain Ray Serve: steady where clocks are not.
+"""Measure the CPU time of a request in each process, ours beside plain Ray Serve.
 
-Seconds of a clock depend on who else runs on the machine, processor seconds hardly do. What bounds
-the requests a second where all cores are taken is the sum over the processes. What a process spends
-without requests, on health checks and metrics, is left out: it would be more by the slower way.
+Wall time depends on what else runs on the machine, CPU time hardly does. If all cores are busy, the
+sum over the processes limits the requests per second. What a process spends without requests, on
+health checks and metrics, is left out: the slower way would have more of it for each request.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-# It sets the environment of `make serve`, before Ray is loaded.
+# This module sets the environment of `make serve`, which has to happen before Ray is imported.
 from tests.bench.serving_tax import (  # isort: skip
     CONCURRENCY,
     NUM_FAKES,
@@ -37,10 +37,10 @@ from rich.table import Table
 
 BURST_S = 8.0
 NUM_BURSTS = 3
-# Requests that are not counted: connections are made, prices learned.
+# Seconds of requests that do not count, in which connections are opened and prices learned.
 WARM_S = 2.0
 Seconds = dict[str, float]
-# What a process is called, by what its command line has in it: the first that fits.
+# The table's name for a process is that of the first entry found in its command line.
 NAMES = (
     ("ProxyActor", "proxy"),
     ("ServeReplica:gateway", "gateway"),
@@ -55,13 +55,13 @@ NAMES = (
 
 
 def name_of(process: psutil.Process) -> str:
-    """What the table calls it; everything else of Ray's is one row."""
+    """Return the table's name for a process; all others of Ray share one row."""
     command = " ".join(process.cmdline())
     return next((name for part, name in NAMES if part in command), "other of Ray's")
 
 
 def spent(root: psutil.Process) -> dict[tuple[int, str], float]:
-    """Processor seconds so far of every process that Ray started, and of the clients, which ask."""
+    """Return the CPU seconds so far of every process that Ray started, and of the clients here."""
     seconds = {}
     for process in root.children(recursive=True):
         with suppress(psutil.Error):
@@ -72,7 +72,7 @@ def spent(root: psutil.Process) -> dict[tuple[int, str], float]:
 
 @contextmanager
 def watched(seconds: Seconds) -> Iterator[None]:
-    """Add the processor seconds of what is done meanwhile, by name."""
+    """Add the CPU seconds that processes spend during the `with`, by name."""
     root = psutil.Process()
     before = spent(root)
     yield
@@ -83,7 +83,7 @@ def watched(seconds: Seconds) -> Iterator[None]:
 
 
 def measure() -> tuple[dict[str, Seconds], Seconds]:
-    """Milliseconds a request by way and process; and of each second without requests."""
+    """Return milliseconds per request by way and process, and per second without requests."""
     address = start_serve()
     serve.run(plain_serve(FakeEngine, NUM_FAKES), name="plain", route_prefix="/plain")
     serve.run(fake_tier(), name="tiny", route_prefix=None)
@@ -119,7 +119,7 @@ def measure() -> tuple[dict[str, Seconds], Seconds]:
 
 
 def served_ms(taken: Seconds) -> float:
-    """All but the clients' own."""
+    """Return the sum over all processes but the clients'."""
     return sum(each for name, each in taken.items() if name != "clients")
 
 

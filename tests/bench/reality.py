@@ -1,11 +1,11 @@
-"""The simulator beside the real local cluster: one trace through both, and the order of policies.
+"""Compare the simulator with a real local cluster: the same trace, and the same order of policies.
 
-What each request took of its replica is told to the simulator, and waiting is simulated; `apart`
-tells it instead what such requests took before, of as many clients as there are replicas. `tiny`
-computes on one replica, for two would take two processors from all else; `pair` is two of them,
-for the order of policies; `paced` are leaders that sleep for their steps, so that the processors
-of this machine are not what is measured. The last line is one JSON object, in which `order` is
-that of the pair. `--only NAME` runs one.
+The simulator gets the seconds that each request really took in its replica, and simulates the
+waiting. In the column `apart` it gets the seconds of similar requests from before instead, measured
+with as many clients as there are replicas. There are three setups. `tiny` has one replica, since
+two would take both CPUs from everything else. `pair` has two, to compare the order of policies.
+`paced` has leaders that sleep for their steps, so that the CPUs of this machine do not matter. The
+last line is one JSON object, in which `order` is that of the pair. `--only NAME` runs one setup.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from statistics import fmean, stdev
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
-# Ray's workers import this folder's modules by their full names.
+# Ray's workers have to find the modules of this folder by their full names.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
 
 from tests.bench.reality_replay import measure, replay
 from tests.bench.reality_serve import Cluster, cluster
 from tests.bench.reality_work import OURS, POLICIES, SHAPES, Costs, Played, play, trace_of
 
-# Two policies are told apart when they differ by so many standard errors, over pieces of the trace
-# of so many requests: neighbours share their luck.
+# One policy is better than another if they differ by APART standard errors. These are of means over
+# PIECE requests, since requests next to each other in the trace share their luck.
 APART = 2.0
 PIECE = 20
 
@@ -40,7 +40,7 @@ Figures = dict[str, dict[str, object]]
 
 @dataclass(frozen=True)
 class Setup:
-    """A tier, how many replicas it has, and its load over what they can do."""
+    """A setup: the number of replicas, the load as a share of their capacity, and the duration."""
 
     name: str
     num_replicas: int
@@ -57,7 +57,7 @@ SETUPS = (
 
 
 def figures_of(real: Played, simulated: Played, apart: Played) -> dict[str, dict[str, float]]:
-    """Latencies of what was served, and how many were not."""
+    """Return the latencies of requests that were served, and the number of rejected ones."""
     figures = {}
     for name, share in (("p50", 0.5), ("p95", 0.95)):
         pair = {"real": real.quantile(share), "simulated": simulated.quantile(share)}
@@ -69,7 +69,7 @@ def figures_of(real: Played, simulated: Played, apart: Played) -> dict[str, dict
 
 
 def reality(setup: Setup, costs: Costs, place: Cluster) -> dict[str, dict[str, float]]:
-    """One trace through our gateway and through the simulator; every second one has a deadline."""
+    """Send a trace through our gateway and through the simulator; half of it has a deadline."""
     trace = trace_of(costs, setup.load, setup.num_replicas, setup.duration_s, slack=4.0, said=0.5)
     real = replay(place.url(OURS), trace)
     simulated = play(trace, costs, OURS, setup.num_replicas, real.services_s)
@@ -83,7 +83,7 @@ def reality(setup: Setup, costs: Costs, place: Cluster) -> dict[str, dict[str, f
 
 
 def order(setup: Setup, costs: Costs, place: Cluster) -> dict[str, object]:
-    """The same trace through every policy, deadlines of two unloaded answers."""
+    """Send a trace through every policy, with deadlines of twice the unloaded latency."""
     trace = trace_of(costs, setup.load, setup.num_replicas, setup.duration_s, slack=2.0, said=1.0)
     real = {name: replay(place.url(name), trace) for name in POLICIES}
     simulated = {name: play(trace, costs, name, setup.num_replicas) for name in POLICIES}
@@ -124,7 +124,7 @@ Pairs = set[tuple[str, str]]
 
 
 def told_apart(played: Mapping[str, Played]) -> Pairs:
-    """The better and the worse of every pair that the same requests tell apart."""
+    """Return the (better, worse) pairs of policies that differ significantly on these requests."""
     return {
         (better, worse)
         for better, worse in itertools.permutations(played, 2)
@@ -133,7 +133,7 @@ def told_apart(played: Mapping[str, Played]) -> Pairs:
 
 
 def is_better(one: Sequence[bool], other: Sequence[bool]) -> bool:
-    """Whether so much more of `one` is true, request by request, that it is no luck."""
+    """Return whether `one` has significantly more true values than `other`, pair by pair."""
     ahead = [a - b for a, b in zip(one, other, strict=True)]
     pieces = [fmean(ahead[at : at + PIECE]) for at in range(0, len(ahead) - PIECE + 1, PIECE)]
     if len(pieces) < 2:
@@ -142,7 +142,7 @@ def is_better(one: Sequence[bool], other: Sequence[bool]) -> bool:
 
 
 def is_same_order(real: Pairs, simulated: Pairs) -> bool:
-    """Ours before each other in both, and no pair the other way round."""
+    """Return whether ours is first in both, and no pair is the other way round in one of them."""
     is_ours_first = all(
         (OURS, name) in pairs for pairs in (real, simulated) for name in POLICIES if name != OURS
     )
@@ -171,7 +171,7 @@ def main() -> None:
 
 
 def report_of(figures: Figures) -> dict[str, object]:
-    """What the two questions are about first."""
+    """Return the figures with the two that answer the bench's questions first."""
     return {
         "reality": figures.get("tiny", {}).get("reality"),
         "order": figures.get("pair", {}).get("order"),

@@ -1,4 +1,4 @@
-"""The client of the reality bench: asks at the times of a trace, over HTTP, and reads the clock."""
+"""The client of the reality bench: it sends a trace's requests at their times and measures them."""
 
 import asyncio
 import itertools
@@ -14,13 +14,13 @@ from tests.bench.reality_work import PROMPT, SHAPES, Costs, Measured, Played, Se
 STAGES = ("encode", "denoise", "decode")
 NUM_WARM_UP = 5
 NUM_ALONE = 12
-# Clients of a replica that is never without somebody who waits.
+# So many clients for each replica that a request is always waiting.
 CROWD = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Seconds of the whole answer, and of its stages in the replica; and when it was there."""
+    """An answer: when it came, its latency, and the seconds of its stages in the replica."""
 
     ended_at: float
     latency_s: float
@@ -28,7 +28,10 @@ class Answer:
 
 
 async def ask(client: httpx.AsyncClient, url: str, sent: Sent) -> Answer | None:
-    """None if it was refused. An opponent's ingress says nothing of stages."""
+    """Send a request and return its answer, or None if it was refused.
+
+    The opponents' ingress does not report stages: their seconds are 0.
+    """
     headers = {} if sent.deadline_s is None else {"x-flux-deadline-s": f"{sent.deadline_s}"}
     fields = {"prompt": PROMPT, "seed": 1, **sent.shape.fields}
     began = time.perf_counter()
@@ -43,9 +46,10 @@ async def ask(client: httpx.AsyncClient, url: str, sent: Sent) -> Answer | None:
 
 
 def measure(url: str, num_replicas: int) -> Costs:
-    """Shapes drawn in turns by as many clients as there are replicas: none of them waits.
+    """Measure each shape of request with as many clients as there are replicas, so that none waits.
 
-    They share the processors as they will later. The first rounds warm the prices up.
+    The replicas share the CPUs as they will in the trace. In the first rounds the router learns its
+    prices.
     """
     between_s = seconds_between(url, num_replicas)
     by_shape: dict[Shape, list[Answer]] = {shape: [] for shape in SHAPES}
@@ -62,9 +66,9 @@ def measure(url: str, num_replicas: int) -> Costs:
 
 
 def seconds_between(url: str, num_replicas: int) -> float:
-    """How long a replica has nothing to do from one request to the next, though others wait.
+    """Return the seconds for which a replica is idle between two requests while others wait.
 
-    The end of one travels to the ledger, and the grant of the next back.
+    In this time the end of one is reported to the ledger, and the next one is assigned.
     """
     shape = SHAPES[0]
     generated = generate(url, CROWD * num_replicas, (shape,))
@@ -73,7 +77,7 @@ def seconds_between(url: str, num_replicas: int) -> float:
 
 
 def generate(url: str, num_clients: int, shapes: Sequence[Shape]) -> list[tuple[Shape, Answer]]:
-    """So many clients, each asking again when it was answered; without the first rounds."""
+    """Let clients ask again and again, and return the answers but for those of the first rounds."""
 
     async def one(client: httpx.AsyncClient, number: int) -> list[tuple[Shape, Answer]]:
         generated = []
@@ -95,7 +99,7 @@ def generate(url: str, num_clients: int, shapes: Sequence[Shape]) -> list[tuple[
 
 
 def replay(url: str, trace: Sequence[Sent]) -> Played:
-    """Every request at its time, whether or not others are done."""
+    """Send every request at its time, whether or not earlier ones are done."""
 
     async def at_its_time(client: httpx.AsyncClient, sent: Sent, began: float) -> Answer | None:
         await asyncio.sleep(began + sent.at_s - time.perf_counter())

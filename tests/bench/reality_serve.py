@@ -1,4 +1,4 @@
-"""Ray Serve for the reality bench: our gateway, and an ingress with other policies."""
+"""The Ray Serve of the reality bench: our gateway, and an ingress with the opponents' policies."""
 
 import asyncio
 import os
@@ -28,20 +28,23 @@ from flux_ray.wire import pack_request
 from tests.bench.reality_work import OURS, PROMPT, SERVE_DEFAULT, TIER, new_policy, ticket_of
 
 PLAIN = "plain"
-# Of an image of as many pixels as this.
+# The seconds of a step for an image of PACED_PIXELS.
 PACED_STEP_S = 0.01
 PACED_PIXELS = 128 * 128
 
 
 class PacedLeader(Leader):
-    """Passes time instead of computing: as many replicas as one likes on few processors."""
+    """A leader that sleeps instead of computing, so that many replicas fit on few CPUs."""
 
     async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
         self._description = description_of(args, PROCESSOR)
         self._turn = asyncio.Lock()
 
     async def _stream(self, request: ImageRequest) -> EventStream:
-        """No images, after the time of its steps; one request at a time."""
+        """Sleep for the time of the request's steps, then yield a result without images.
+
+        Requests run one at a time.
+        """
         num_pixels = request.width * request.height * request.num_images
         queued_at = time.perf_counter()
         async with self._turn:
@@ -55,11 +58,11 @@ class PacedLeader(Leader):
         yield ImageResult(request.request_id, request.tier, (), times)
 
     async def check_health(self) -> None:
-        """It has no ranks to ask."""
+        """Return at once: there are no ranks to ask."""
 
 
 class Ingress:
-    """Speaks the least HTTP, and sends requests where one of the opponents would."""
+    """A minimal HTTP server that sends requests to the replicas that an opponent's policy picks."""
 
     def __init__(self, policy: str, num_replicas: int) -> None:
         self._is_serves = policy == SERVE_DEFAULT
@@ -71,7 +74,7 @@ class Ingress:
         self._is_connected = False
 
     async def __call__(self, http: Request) -> Response:
-        """No images: the time is what counts."""
+        """Have the request generated, and answer without images: only the time counts."""
         fields = await http.json()
         side = int(fields["size"].split("x")[0])
         request = ImageRequest(
@@ -95,7 +98,7 @@ class Ingress:
     async def _connect(self) -> None:
         names: tuple[str, ...] = ()
         while len(names) < self._num_replicas:
-            # Serve tells of them on a thread of its own.
+            # Serve reports the replicas on another thread.
             await asyncio.sleep(0)
             names = handover.REACHABLE.get(TIER, ())
         if not self._is_connected:
@@ -118,13 +121,13 @@ class Ingress:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Serve with the tier on it, once behind our request router and once behind Serve's own."""
+    """A Serve with two deployments of the tier, one for our request router and one for Serve's."""
 
     address: str
     num_replicas: int
 
     def url(self, policy: str) -> str:
-        """Where requests go to; opponents are deployed one at a time."""
+        """Return the URL of a policy; an opponent is deployed in place of the one before."""
         if policy == OURS:
             return f"{self.address}/v1/images/generations"
         ingress = serve.deployment(
@@ -137,7 +140,7 @@ class Cluster:
 
 
 def free_port() -> int:
-    """Below those that the system hands out: Ray's own connections would take it meanwhile."""
+    """Return a free port below those that the system hands out: Ray's connections take those."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:
@@ -147,7 +150,7 @@ def free_port() -> int:
 
 @contextmanager
 def cluster(num_replicas: int, *, is_paced: bool, has_opponents: bool = True) -> Iterator[Cluster]:
-    """While it lasts, Serve runs on a Ray of its own."""
+    """Run Serve on a Ray of its own during the `with`."""
     port = free_port()
     ray.init(
         address="local",
@@ -179,7 +182,7 @@ def cluster(num_replicas: int, *, is_paced: bool, has_opponents: bool = True) ->
 
 
 def by_serve(args: TierArgs, leader: type[Leader]) -> Application:
-    """What users have: the same deployment, with Serve's own choice of a replica."""
+    """Build the same deployment as users would without us: Serve chooses the replica."""
     deployment = serve.deployment(
         name=PLAIN,
         num_replicas=args.num_replicas,

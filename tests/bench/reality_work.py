@@ -1,4 +1,4 @@
-"""What the reality bench sends: a mix of requests, when they come, and what became of them."""
+"""The work of the reality bench: a mix of requests, their times, and what became of them."""
 
 import itertools
 import math
@@ -24,13 +24,13 @@ TIER = "tiny"
 PROMPT = "a red circle on a blue background"
 OURS = "ours"
 SERVE_DEFAULT = "power_of_two"
-# What a gateway gives a request that says nothing.
+# The time that a gateway gives a request without a deadline.
 NO_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A size in pixels, steps and images; and how many of a hundred requests are such."""
+    """A kind of request: side in pixels, steps and images; `weight` in a hundred are of it."""
 
     side: int
     steps: int
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def fields(self) -> dict[str, object]:
-        """Of the body of a request."""
+        """Return the fields of a request's body."""
         size = f"{self.side}x{self.side}"
         return {"model": TIER, "size": size, "steps": self.steps, "n": self.images}
 
@@ -49,9 +49,9 @@ SHAPES = (Shape(128, 20, 1, 70), Shape(192, 20, 1, 20), Shape(192, 20, 4, 10))
 
 @dataclass(frozen=True)
 class Measured:
-    """A shape's requests that wait for nobody: seconds of their stages, and in all.
+    """The seconds of a shape's requests without any waiting: of their stages, and in all.
 
-    `between_s`: for how long our replica is taken beside them; end and next grant travel in it.
+    `between_s`: how long our replica is idle until the next request is assigned to it.
     """
 
     service_s: tuple[float, ...]
@@ -60,12 +60,12 @@ class Measured:
 
     @property
     def unloaded_s(self) -> float:
-        """The median answer without a wait."""
+        """Return the median latency without waiting."""
         return median(self.latency_s)
 
     @property
     def cost_s(self) -> float:
-        """The median work of a replica."""
+        """Return the median seconds of work in the replica."""
         return median(self.service_s)
 
 
@@ -74,7 +74,7 @@ Costs = Mapping[Shape, Measured]
 
 @dataclass(frozen=True)
 class Sent:
-    """One request of a trace; a deadline that nobody says is None."""
+    """One request of a trace; `deadline_s` is None if the client sends none."""
 
     at_s: float
     shape: Shape
@@ -83,9 +83,9 @@ class Sent:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of a trace: the latency of every request, None for one that was refused.
+    """What became of a trace: the latency of every request, or None for one that was refused.
 
-    `services_s`: what each of them really took of its replica, where that was seen.
+    `services_s`: the seconds that each really took in its replica, if they were measured.
     """
 
     trace: tuple[Sent, ...]
@@ -94,38 +94,41 @@ class Played:
 
     @property
     def num_refused(self) -> int:
-        """Those that never got an image."""
+        """Return the number of requests that never got an image."""
         return self.latencies_s.count(None)
 
     def quantile(self, share: float) -> float:
-        """Of the latencies of all that were served."""
+        """Return a quantile of the latencies of all requests that were served."""
         served = sorted(latency for latency in self.latencies_s if latency is not None)
         return served[min(int(share * len(served)), len(served) - 1)] if served else math.nan
 
     @property
     def met(self) -> list[bool]:
-        """Whether each request met its deadline."""
+        """Return for each request whether it met its deadline."""
         return [
             latency_s is not None and latency_s <= (sent.deadline_s or math.inf)
             for sent, latency_s in zip(self.trace, self.latencies_s, strict=True)
         ]
 
     def attainment(self, costs: Costs | None = None) -> float:
-        """The share that met its deadline; by the seconds of `costs`, where they are given."""
+        """Return the share that met its deadline, weighted by the seconds of `costs` if given."""
         weights = [1.0 if costs is None else costs[sent.shape].cost_s for sent in self.trace]
         met = sum(weight for weight, is_met in zip(weights, self.met, strict=True) if is_met)
         return met / sum(weights)
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """Return the median, always one of the values."""
     return sorted(values)[len(values) // 2]
 
 
 def trace_of(
     costs: Costs, load: float, num_replicas: int, duration_s: float, slack: float, said: float
 ) -> tuple[Sent, ...]:
-    """Poisson; this share of the requests says a deadline of `slack` unloaded answers."""
+    """Return a trace of Poisson arrivals.
+
+    The share `said` of them has a deadline, of `slack` times the unloaded latency.
+    """
     dice = random.Random(0)
     weights = [shape.weight for shape in SHAPES]
     work_s = sum(shape.weight * costs[shape].cost_s for shape in SHAPES) / sum(weights)
@@ -138,7 +141,7 @@ def trace_of(
 
 
 def new_policy(name: str) -> QueuePolicy:
-    """A fresh one; opponents as people have them, without a bound."""
+    """Return a new policy of that name; opponents have no queue bound, as they have for users."""
     if name == OURS:
         return TierQueue()
     if name == "fifo":
@@ -155,14 +158,14 @@ POLICIES = (OURS, SERVE_DEFAULT, "round_robin", "least_requests", "fifo")
 
 
 class WatchedQueue(CountedQueue):
-    """Another queue, and when each ticket was done: the simulator tells only sums."""
+    """A queue that notes when each request was done: the simulator reports only sums."""
 
     def __init__(self, queue: QueuePolicy) -> None:
         super().__init__(queue)
         self.done_at: dict[str, float] = {}
 
     def finish(self, ticket_id: str, now: float) -> None:
-        """A granted ticket is done."""
+        """Note the time at which a request is done."""
         self.done_at[ticket_id] = now
         super().finish(ticket_id, now)
 
@@ -174,10 +177,11 @@ def play(
     num_replicas: int,
     services_s: Sequence[float | None] = (),
 ) -> Played:
-    """The trace in simulated time: each request takes what one of its shape took alone.
+    """Simulate the trace: each request takes the seconds of a measured one of its shape.
 
-    A replica is held for its stages, and ours also while it is told of; the rest passes outside.
-    `services_s`: what the stages of each took, where that is known better.
+    It occupies a replica for its stages, and for `between_s` under our policy; the rest of its
+    latency passes elsewhere. `services_s`: the seconds that the stages of each really took, to be
+    used instead.
     """
     dice = random.Random(1)
     arrivals, outside_s = [], []
@@ -192,7 +196,7 @@ def play(
         arrivals.append(Arrival(sent.at_s, TIER, measured.cost_s, limit_s, actual_s=actual_s))
     queue = WatchedQueue(new_policy(policy))
     simulate(arrivals, [ReplicaPool(TIER, queue, num_replicas)])
-    # The simulator numbers its tickets in the order of arrival.
+    # The simulator numbers requests in the order of their arrival.
     done = [queue.done_at.get(str(number)) for number in range(len(trace))]
     latencies = (
         None if at is None else at - sent.at_s + extra_s
@@ -202,5 +206,5 @@ def play(
 
 
 def ticket_of(ticket_id: str, now: float) -> QueuedRequest:
-    """For policies that look at neither cost nor deadline."""
+    """Return a queued request for policies that look at neither cost nor deadline."""
     return QueuedRequest(ticket_id, TIER, 1.0, now + NO_LIMIT_S)

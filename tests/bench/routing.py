@@ -1,8 +1,9 @@
-"""Our queue against the routers that users have: who meets how many deadlines, by load and slack.
+"""Simulate our queue against the routers that users have: deadlines met, by load and slack.
 
-One simulated fleet, 8 dev rank groups and 16 klein cards. Every policy gets the same arrivals, and
-a refused request has missed its deadline. Every opponent also gets the queue bound that is best for
-it in that very cell. The last line is one JSON object. `--quick` shows the shape in a minute.
+The fleet has 8 replicas of dev and 16 of klein. Every policy gets the same arrivals, and a refused
+request counts as a missed deadline. Every opponent also runs with the queue bound that is best for
+it in each cell. The last line is one JSON object. `--quick` shows the shape of the results in a
+minute.
 """
 
 import argparse
@@ -46,7 +47,7 @@ FLEET_GPUS = 10_000
 
 
 def read_options() -> argparse.Namespace:
-    """What the command line says."""
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=6000, help="per tier, cell and seed")
     parser.add_argument("--seeds", type=int, default=3, help="streams that are averaged")
@@ -59,7 +60,7 @@ def read_options() -> argparse.Namespace:
 
 
 def print_tier(work: Work, results: Results) -> None:
-    """One row a cell: requests / GPU seconds, in percent."""
+    """Print a row for each cell: attainment by requests / by GPU seconds, in percent."""
     print(f"\n{work.tier}: {work.num_replicas} replicas, requests of {work.costs_s} s")
     print("percent of the requests / of their GPU seconds that met their deadline")
     names = ["ours", "best_bounded", "preemptive_estimate", "preemptive_bound"]
@@ -74,7 +75,7 @@ def print_tier(work: Work, results: Results) -> None:
 
 
 def short(name: str) -> str:
-    """A column's head."""
+    """Return a policy's name shortened to a column's head."""
     for long, brief in (
         ("round_robin", "robin"),
         ("power_of_two", "two"),
@@ -88,7 +89,7 @@ def short(name: str) -> str:
 
 
 def print_margins(results: Results) -> None:
-    """Where ours is below the best opponent, and by how much it is ahead elsewhere."""
+    """Print by how much ours is ahead of the best opponent in each cell, or where it is below."""
     print("\npoints ahead of the best opponent, its bound searched for (requests / GPU seconds)")
     for cell, by_tier in results.items():
         parts = []
@@ -103,7 +104,7 @@ def print_margins(results: Results) -> None:
 
 
 def noise_figures(num: int, seeds: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Attainment by requests at 95 % load when the router's estimates are off by a factor."""
+    """Return the attainment at 95 % load if the router's estimates are off by a random factor."""
     print("\nestimates off by a lognormal factor, 95 % load (requests / GPU seconds)")
     print("slack noise         ours  ours, reports   work+bound")
     figures: dict[str, dict[str, float]] = {}
@@ -130,7 +131,7 @@ def noise_figures(num: int, seeds: Sequence[int]) -> dict[str, dict[str, float]]
 
 
 def fleet_figures() -> dict[str, float]:
-    """Wall time of a large fleet at 95 and at 120 % load; a tenth of a million requests each."""
+    """Return the wall time of simulating 100,000 requests to a large fleet, at two loads."""
     figures = {}
     num = 100_000
     work = Work(KLEIN.tier, FLEET_GPUS, KLEIN.costs_s)
@@ -145,7 +146,7 @@ def fleet_figures() -> dict[str, float]:
 
 
 def gpu_hours() -> dict[str, float]:
-    """The autoscaling bench's."""
+    """Return the GPU hours of the autoscaling bench (burst.py)."""
     try:
         from tests.bench.burst import burst_figures
     except ImportError:
@@ -154,7 +155,7 @@ def gpu_hours() -> dict[str, float]:
 
 
 def slo_figures(results: Results, measure: Callable[[Attained], float]) -> dict[str, object]:
-    """By scale and load: the mean of the two tiers."""
+    """Return a measure by scale and load, as the mean of the two tiers."""
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for cell, by_tier in results.items():
         names = next(iter(by_tier.values()))

@@ -34,7 +34,7 @@ class Work:
 
     @property
     def mean_s(self) -> float:
-        """Of a request."""
+        """Return the mean seconds of a request."""
         return sum(share * cost for share, cost in zip(SHARES, self.costs_s, strict=True))
 
 
@@ -45,14 +45,17 @@ WORKS = (DEV, KLEIN)
 
 @dataclass(frozen=True)
 class Cell:
-    """Load as a share of the capacity, deadlines as a multiple of the unloaded latency."""
+    """A cell: the load as a share of the capacity, and deadlines of `scale` unloaded latencies."""
 
     scale: float
     load: float
 
 
 def arrivals_of(work: Work, cell: Cell, num: int, seed: int, noise: float = 0.0) -> list[Arrival]:
-    """Poisson. With noise the router's estimate is off by a lognormal factor; the deadline not."""
+    """Return Poisson arrivals; the router's estimates are off by a lognormal factor with `noise`.
+
+    Deadlines are multiples of the true seconds.
+    """
     dice = random.Random(f"{work.tier} {seed}")
     errors = random.Random(f"{work.tier} {seed} errors")
     made = []
@@ -76,7 +79,7 @@ UNBOUNDED: dict[str, NewPolicy] = {
 }
 REQUESTS_AT_REPLICA = (1, 2, 3, 4, 5, 6, 8, 12)
 REQUESTS_PER_REPLICA_IN_LINE = (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.25, 1.5, 2, 3)
-# In mean requests.
+# Bounds on the predicted wait, as multiples of a mean request's seconds.
 WAITS = (
     0,
     *(0.02 * step for step in range(1, 16)),
@@ -87,7 +90,7 @@ WAITS = (
 
 
 def bounded(name: str, work: Work) -> Iterator[NewPolicy]:
-    """The policy with every bound of its grid."""
+    """Yield the policy of that name with each queue bound of its grid."""
     choices = {
         "round_robin": round_robin,
         "power_of_two": power_of_two,
@@ -101,8 +104,8 @@ def bounded(name: str, work: Work) -> Iterator[NewPolicy]:
             bound = round(share * work.num_replicas)
             yield lambda bound=bound: Fifo(bound_requests=bound)
     else:
-        # One queue with a bound on the predicted wait does the same: both begin with whom they
-        # take on whichever replica is free first, in order of arrival.
+        # This also stands for a single queue with a bound on the predicted wait: both start the
+        # requests that they accept in order of arrival, on whichever replica is free first.
         for wait in WAITS:
             bound_s = wait * work.mean_s
             yield lambda bound_s=bound_s: EarlyBinding(least_work(), bound_s=bound_s)
@@ -114,14 +117,14 @@ def attained(
     new_policy: NewPolicy,
     report_period_s: float | None = None,
 ) -> Attained:
-    """Over all streams."""
+    """Return a policy's mean attainment over all streams."""
     outcomes: list[TierOutcome] = []
     for stream in streams:
         pool = ReplicaPool(
             work.tier, new_policy(), work.num_replicas, report_period_s=report_period_s
         )
         outcomes.append(simulate(stream, [pool]).tiers[work.tier])
-    # GPU seconds as they were estimated: what a request was sold at.
+    # GPU seconds are the estimated ones, by which requests are priced.
     return Attained(
         math.fsum(outcome.attainment for outcome in outcomes) / len(outcomes),
         math.fsum(outcome.attainment_by_gpu_seconds for outcome in outcomes) / len(outcomes),
@@ -129,7 +132,7 @@ def attained(
 
 
 def best(results: Sequence[Attained]) -> Attained:
-    """For each of the two measures by itself: each may have its own bound."""
+    """Return the best of each of the two measures, which may be those of different bounds."""
     return Attained(
         max(result.by_requests for result in results),
         max(result.by_gpu_seconds for result in results),
@@ -137,7 +140,7 @@ def best(results: Sequence[Attained]) -> Attained:
 
 
 def mean(results: Sequence[Attained]) -> Attained:
-    """Of tiers or streams, each counting the same."""
+    """Return the mean over tiers or streams, each with the same weight."""
     return Attained(
         math.fsum(result.by_requests for result in results) / len(results),
         math.fsum(result.by_gpu_seconds for result in results) / len(results),
@@ -145,7 +148,7 @@ def mean(results: Sequence[Attained]) -> Attained:
 
 
 def cell_results(work: Work, cell: Cell, num: int, seeds: Sequence[int]) -> dict[str, Attained]:
-    """Every policy's, by name; `+bound` with its best bound, searched for in this very cell."""
+    """Return every policy's attainment in a cell; `NAME+bound` is with the best bound for it."""
     streams = [arrivals_of(work, cell, num, seed) for seed in seeds]
     results = {"ours": attained(work, streams, OURS)}
     for name, new_policy in UNBOUNDED.items():

@@ -1,4 +1,7 @@
-"""The engines of the serving bench, bare, in FastAPI, in plain Ray Serve, and as a tier of ours."""
+"""The engines of the serving benches, and what they are served by.
+
+They run in plain FastAPI, in plain Ray Serve, and as a tier of ours.
+"""
 
 import asyncio
 import base64
@@ -24,14 +27,14 @@ PROMPT = "a red circle on a blue background"
 
 
 class Engine(Protocol):
-    """Draws one image at a time."""
+    """An engine that generates one image at a time."""
 
     async def generate(self, prompt: str, seed: int) -> bytes:
-        """A PNG file."""
+        """Return the bytes of a PNG file."""
 
 
 class FakeEngine:
-    """Takes as long as a GPU would, and no processor: what is measured is what is around it."""
+    """An engine that takes time like a GPU but no CPU, so that only the serving is measured."""
 
     def __init__(self, num_slots: int = 1) -> None:
         self._slots = asyncio.Semaphore(num_slots)
@@ -43,10 +46,10 @@ class FakeEngine:
 
 
 class TinyEngine:
-    """The embedded model on one thread, as a rank of ours runs it."""
+    """An engine with the embedded model on one thread, as a rank of ours runs it."""
 
     def __init__(self) -> None:
-        # Only where it is used: the graph is built without torch.
+        # Imported only where it is used: the deployment graph is built without torch.
         import torch
 
         from flux_ray.engine.loading import Placement
@@ -81,7 +84,7 @@ class Fields(BaseModel):
 
 
 def routes_around(engine: Engine) -> FastAPI:
-    """A plain server: nothing but JSON in and JSON out."""
+    """Return a plain server around an engine: JSON in, JSON out, and nothing else."""
     api = FastAPI()
 
     @api.post(PATH)
@@ -93,7 +96,7 @@ def routes_around(engine: Engine) -> FastAPI:
 
 
 def plain_serve(engine: type[FakeEngine] | type[TinyEngine], num_replicas: int) -> Application:
-    """A deployment of Serve with the same routes and nothing else."""
+    """Build a deployment of Serve with the same routes and nothing else."""
 
     @serve.ingress()
     class Plain:
@@ -108,7 +111,7 @@ def plain_serve(engine: type[FakeEngine] | type[TinyEngine], num_replicas: int) 
 
 
 class FakeLeader(Leader):
-    """A replica of ours without ranks."""
+    """A leader of ours with the fake engine in place of ranks."""
 
     async def __init__(self, args: TierArgs) -> None:
         self._description = description_of(args, PROCESSOR)
@@ -127,6 +130,6 @@ class FakeLeader(Leader):
 
 
 def fake_tier() -> Application:
-    """Our tier around the fake engine."""
+    """Build our tier around the fake engine."""
     args = TierArgs(tier="tiny", device="cpu", num_replicas=NUM_FAKES, num_cpus=0.1)
     return tier_application(args, FakeLeader)

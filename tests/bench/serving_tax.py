@@ -1,4 +1,4 @@
-"""What serving costs: HTTP, Serve and our router around an engine, beside plainer servers of it."""
+"""Measure what serving costs: HTTP, Serve and our router around an engine, and plainer servers."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["OMP_NUM_THREADS"] = "1"
-# As `make serve` has it.
+# `make serve` sets this too.
 os.environ["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] = "0"
 os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "0"
 os.environ["RAY_SERVE_PROXY_USE_GRPC"] = "1"
@@ -58,7 +58,7 @@ def free_port() -> int:
 
 
 class PlainServer:
-    """FastAPI in uvicorn, on a thread of this process; its engine has another in any case."""
+    """FastAPI in uvicorn, on a thread of this process; the engine has a thread of its own."""
 
     def __init__(self, engine: Callable[[], FakeEngine | TinyEngine]) -> None:
         self.address = f"http://127.0.0.1:{(port := free_port())}"
@@ -76,7 +76,7 @@ class PlainServer:
 
 
 def start_serve() -> str:
-    """A Ray of this machine; its address over HTTP."""
+    """Start Ray and Serve on this machine, and return Serve's HTTP address."""
     port = free_port()
     ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -84,14 +84,14 @@ def start_serve() -> str:
 
 
 def ask(client: httpx.Client, address: str, seed: int) -> float:
-    """Seconds of one request."""
+    """Send one request and return its seconds."""
     began = time.perf_counter()
     client.post(address + PATH, json={"prompt": PROMPT, "seed": seed}).raise_for_status()
     return time.perf_counter() - began
 
 
 def latencies(addresses: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds by way, one request at a time and the ways in turn."""
+    """Return the seconds of requests sent one at a time; the ways take turns."""
     engine = TinyEngine()
     seconds: dict[str, list[float]] = {way: [] for way in ("engine", *addresses)}
     with httpx.Client(timeout=60) as client:
@@ -107,7 +107,7 @@ def latencies(addresses: dict[str, str]) -> dict[str, list[float]]:
 
 
 async def rate(address: str, seconds: float) -> float:
-    """Requests a second that so many clients get answered."""
+    """Return the requests per second of CONCURRENCY clients."""
     num_answers = 0
     end = time.perf_counter() + seconds
     async with httpx.AsyncClient(timeout=60) as client:
@@ -125,10 +125,10 @@ async def rate(address: str, seconds: float) -> float:
 
 
 def rates(addresses: dict[str, str]) -> dict[str, float]:
-    """The median of some bursts, the ways in turn."""
+    """Return each way's median requests per second; the ways take turns in bursts."""
     seen: dict[str, list[float]] = {way: [] for way in addresses}
     for address in addresses.values():
-        # Prices are learned, replicas known.
+        # This does not count: prices are learned in it, and replicas found.
         asyncio.run(rate(address, 1.0))
     for _ in range(NUM_BURSTS):
         for way, address in addresses.items():
@@ -137,10 +137,10 @@ def rates(addresses: dict[str, str]) -> dict[str, float]:
 
 
 def measure_latencies() -> dict[str, list[float]]:
-    """With the embedded model."""
+    """Measure latencies with the embedded model."""
     address = start_serve()
     serve.run(plain_serve(TinyEngine, 1), name="plain", route_prefix="/plain")
-    # The others remember no prompts either.
+    # No cache: the other servers encode every prompt anew, too.
     args = TierArgs(tier="tiny", device="cpu", dtype="float32", num_cpus=0.5, cache_bytes=0)
     serve.run(build_tier(args), name="tiny", route_prefix=None)
     serve.run(build_gateway(GatewayArgs(tiers=("tiny",), card="cpu")), name="gateway")
@@ -155,7 +155,7 @@ def measure_latencies() -> dict[str, list[float]]:
 
 
 def measure_rates() -> dict[str, float]:
-    """With an engine that takes time but no processor."""
+    """Measure rates with the engine that takes time but no CPU."""
     address = start_serve()
     serve.run(plain_serve(FakeEngine, NUM_FAKES), name="plain", route_prefix="/plain")
     serve.run(fake_tier(), name="tiny", route_prefix=None)

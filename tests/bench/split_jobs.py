@@ -1,4 +1,4 @@
-"""What a rank does to measure the ways of splitting a model, run by `tests.ranks`."""
+"""The functions that ranks run to measure ways of splitting a model; `tests.ranks` calls them."""
 
 import statistics
 import time
@@ -32,16 +32,17 @@ Seconds = tuple[float, float]
 
 
 def hush() -> None:
-    """The libraries report what they load."""
+    """Keep the libraries from reporting what they load."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
 
 def measure_host(_: Mesh, folder: Path) -> dict[str, dict[str, Any]]:
-    """At dev's depth, with two ranks of which the other is not there: collectives do nothing.
+    """Measure the host's work for a model as deep as dev, as one of two ranks.
 
-    By way: the collectives of a forward, and the thread's CPU time beyond that of the whole model.
+    The other rank is not there: collectives do nothing. Return for each way the collectives of a
+    forward, and the thread's CPU time beyond that of the whole model.
     """
     hush()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
@@ -50,7 +51,7 @@ def measure_host(_: Mesh, folder: Path) -> dict[str, dict[str, Any]]:
     whole = Flux2Transformer2DModel.from_pretrained(folder)
     with torch.no_grad():
         expected = [whole(**DEV_INPUTS).sample]
-    # What comes out is wrong here: the other rank adds nothing.
+    # The outputs are wrong here, since the other rank adds nothing; only the calls count.
     figures = {
         way: look(lambda m=model: [m(**DEV_INPUTS).sample], expected)
         for way, model in models.items()
@@ -69,7 +70,7 @@ def measure_host(_: Mesh, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_split(way: str, folder: Path, mesh: Mesh) -> nn.Module:
-    """The transformer or the text encoder in that folder."""
+    """Load the transformer or the text encoder in that folder."""
     if folder.name == "text":
         with redirect_stdout(None):
             return TEXT_WAYS[way](folder, mesh, max(TEXT_LAYERS))
@@ -77,7 +78,7 @@ def load_split(way: str, folder: Path, mesh: Mesh) -> nn.Module:
 
 
 def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]:
-    """What loading costs a rank, by model, and importing what it takes."""
+    """Measure what loading each model costs a rank, and importing what that needs."""
     hush()
     figures: dict[str, dict[str, Any]] = {"import": {"import_s": 0.0}}
     if way == "deepspeed":
@@ -102,10 +103,10 @@ def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]
 def measure_forwards(
     mesh: Mesh, root: Path, expected: dict[str, list[Tensor]], num_rounds: int
 ) -> dict[str, Any]:
-    """All ways by turns: (wall, own thread's CPU) seconds, errors, collectives.
+    """Measure forwards of all ways in turns: (wall, own thread's CPU) seconds, errors, collectives.
 
-    "tp1" is each rank with a whole model to itself, both at the same time: a core whose neighbour
-    is idle would be faster than the cores of two ranks can be.
+    In "tp1" each rank has a whole model to itself, and both run at the same time: a core whose
+    neighbour is idle would be faster than the cores of two ranks can be.
     """
     hush()
     groups = [dist.new_group([rank]) for rank in range(mesh.world.size)]
@@ -127,7 +128,7 @@ def measure_forwards(
 
 
 def look(forward: Callable[[], list[Tensor]], expected: list[Tensor]) -> dict[str, Any]:
-    """The collectives of a forward and its error; the first one is slow in any case."""
+    """Return the collectives and the error of a first forward, which is too slow to be timed."""
     with torch.no_grad(), Collectives() as collectives:
         outputs = forward()
     return {
@@ -139,13 +140,13 @@ def look(forward: Callable[[], list[Tensor]], expected: list[Tensor]) -> dict[st
 
 
 def error_of(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference, as a part of the expected tensor's largest value."""
+    """Return the largest difference, relative to the expected tensor's largest value."""
     pairs = zip(outputs, expected, strict=True)
     return max(float((ours - one).abs().max() / one.abs().max()) for ours, one in pairs)
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, list[Seconds]]:
-    """Each call once a round, all ranks at the same time, every other round backwards."""
+    """Time each call once a round, on all ranks at once; every other round runs backwards."""
     seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
     with torch.no_grad():
         for turn in range(num_rounds):

@@ -1,4 +1,4 @@
-"""The models that are split, with random weights, what goes in, and what has to come out."""
+"""The models that are split: random weights, their inputs, and the outputs to expect."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ MID = {
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
-# As deep as dev, and so narrow that the host's own work is all that takes time.
+# As deep as dev, but so narrow that only the host's own work takes time.
 DEV_DEPTH = {
     "in_channels": 16,
     "num_layers": 8,
@@ -45,7 +45,7 @@ TEXT_LAYERS = (3, 6, 9)
 
 
 def inputs_for(config: dict[str, Any], num_image: int, num_text: int) -> dict[str, Any]:
-    """Keyword arguments of a forward."""
+    """Return the keyword arguments of a forward of that transformer."""
     dice = torch.Generator().manual_seed(1)
     text_width = config["joint_attention_dim"]
     return {
@@ -67,23 +67,30 @@ TEXT_INPUTS = {
 
 
 def text_states(model: Any) -> list[Tensor]:
-    """The hidden states that are used of a forward."""
+    """Return the hidden states of a forward that become the prompt's embedding."""
     states = model(**TEXT_INPUTS).hidden_states
     return [states[layer] for layer in TEXT_LAYERS]
 
 
 def num_split_linears(config: dict[str, Any]) -> int:
-    """A double block has q, k, v, out and two of the MLP for either stream, a single one two."""
+    """Return how many linears are split.
+
+    A double block has q, k, v, out and two of the MLP for each stream, a single block has two.
+    """
     return 12 * config["num_layers"] + 2 * config["num_single_layers"]
 
 
 def num_row_parallel(config: dict[str, Any]) -> int:
-    """Attention and MLP of either stream of a double block, and every single block."""
+    """Return the least number of all-reduces in a forward.
+
+    There is one for attention and one for the MLP of each stream of a double block, and one for a
+    single block.
+    """
     return 4 * config["num_layers"] + config["num_single_layers"]
 
 
 def least_bytes(config: dict[str, Any], inputs: dict[str, Any]) -> int:
-    """What the row-parallel outputs of a forward hold in fp32: [tokens of the stream, width]."""
+    """Return the bytes of a forward's row-parallel outputs, fp32 [tokens of the stream, width]."""
     num_tokens = inputs["img_ids"].shape[1] + inputs["txt_ids"].shape[1]
     width = config["attention_head_dim"] * config["num_attention_heads"]
     return 4 * (2 * config["num_layers"] + config["num_single_layers"]) * num_tokens * width
@@ -91,7 +98,7 @@ def least_bytes(config: dict[str, Any], inputs: dict[str, Any]) -> int:
 
 @torch.no_grad()
 def save_models(root: Path) -> dict[str, list[Tensor]]:
-    """Write the checkpoints; the answer is what one process makes of them."""
+    """Write the checkpoints, and return the outputs of the whole models in one process."""
     torch.manual_seed(0)
     Flux2Transformer2DModel(**DEV_DEPTH).save_pretrained(root / "dev_depth")
     model = Flux2Transformer2DModel(**MID).eval()

@@ -1,9 +1,9 @@
-"""A transformer over two ranks: ours, DTensor (diffusers' way) and DeepSpeed AutoTP, in one run.
+"""Compare ways to split a model over two ranks: ours, DTensor (diffusers' way), DeepSpeed AutoTP.
 
-Ranks are processes of one thread that meet over gloo on the loopback. Whatever else runs on the
-machine disturbs the clock on the wall: the ways take turns, and medians count. Time outside of
-communication is the CPU time of a rank's own thread, which sleeps while gloo's threads exchange.
-"1 rank" is measured with both cores as busy as at two: each process runs a whole model of its own.
+Ranks are processes of one thread each that communicate over gloo on the loopback. Other programs on
+the machine disturb wall times, so the ways take turns and medians count. Time outside of
+communication is the CPU time of a rank's own thread, which sleeps while gloo's threads communicate.
+"1 rank" is measured with both cores as busy as with two ranks: each process runs a whole model.
 """
 
 import json
@@ -39,7 +39,7 @@ TWO = Parallel(tensor=2)
 Figures = dict[str, dict[str, Any]]
 Answers = list[dict[str, Any]]
 
-# The keys of the last line, in its order.
+# The keys of the JSON object in the last line, in its order, with their labels in the table.
 ROWS = {
     "max_error": "largest error, of the output's scale",
     "host_us_per_linear": "host us a split linear, at dev's depth",
@@ -77,7 +77,7 @@ TEXT_ROWS = {
 
 
 def run_apart(parallel: Parallel, job: Callable[..., Any], *args: Any) -> list[Any]:
-    """The ranks' answers, from processes that end with it."""
+    """Run a function on new rank processes, and return the ranks' results."""
     ranks = Ranks(PATIENCE_S)
     try:
         return ranks(parallel, job, *args)
@@ -86,30 +86,30 @@ def run_apart(parallel: Parallel, job: Callable[..., Any], *args: Any) -> list[A
 
 
 def worst(answers: Answers, model: str) -> dict[str, Any]:
-    """The largest of the ranks' figures, each."""
+    """Return the largest value of each figure over the ranks."""
     return {name: max(answer[model][name] for answer in answers) for name in answers[0][model]}
 
 
 def walls_s(answers: Answers, name: str) -> list[float]:
-    """By round: a forward lasts until its last rank is done."""
+    """Return the wall seconds of a forward by round, until its last rank is done."""
     rounds = zip(*(answer["seconds"][name] for answer in answers), strict=True)
     return [max(wall for wall, _ in ranks) for ranks in rounds]
 
 
 def computes_s(answers: Answers, name: str) -> list[float]:
-    """By round, of the rank that computes longest."""
+    """Return the CPU seconds by round, of the rank that computes longest."""
     rounds = zip(*(answer["seconds"][name] for answer in answers), strict=True)
     return [max(thread for _, thread in ranks) for ranks in rounds]
 
 
 def ratio_to_ours(answers: Answers, model: str, way: str) -> float:
-    """Of rounds, whose forwards met with the same load."""
+    """Return the median ratio to ours over rounds, in each of which the machine's load is alike."""
     ours, theirs = (walls_s(answers, f"{model}.{of}.tp2") for of in ("ours", way))
     return median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
 def forward_figures(answers: Answers, name: str) -> dict[str, Any]:
-    """Of a model at two ranks."""
+    """Return the figures of a model on two ranks."""
     return answers[0]["first"][name] | {
         "max_error": max(answer["first"][name]["max_error"] for answer in answers),
         "forward_s_tp2": median(walls_s(answers, name)),
@@ -118,7 +118,7 @@ def forward_figures(answers: Answers, name: str) -> dict[str, Any]:
 
 
 def way_figures(way: str, host: dict[str, Any], loads: Answers, answers: Answers) -> dict[str, Any]:
-    """What there is to say about a way of splitting the transformer."""
+    """Return all figures of a way to split the transformer."""
     one, two = f"mid.{way}.tp1", f"mid.{way}.tp2"
     mid, load = forward_figures(answers, two), worst(loads, "mid")
     return {
@@ -141,7 +141,7 @@ def way_figures(way: str, host: dict[str, Any], loads: Answers, answers: Answers
 
 
 def measure(root: Path) -> tuple[Figures, Figures]:
-    """By way: of the transformer, and of the text encoder."""
+    """Measure all ways; return the figures of the transformer and those of the text encoder."""
     expected = save_models(root)
     host = run_apart(Parallel(), measure_host, root / "dev_depth")[0]
     loads = {way: run_apart(TWO, measure_loads, way, root) for way in WAYS}
@@ -158,7 +158,7 @@ def measure(root: Path) -> tuple[Figures, Figures]:
 
 
 def show(title: str, figures: Figures, rows: dict[str, str]) -> None:
-    """A row for each figure, a column for each way."""
+    """Print a table with a row for each figure and a column for each way."""
     print(f"\n{title:50}" + "".join(f"{way:>16}" for way in figures))
     for key, label in rows.items():
         cells = [column[key] for column in figures.values()]
