@@ -78,7 +78,7 @@ def node_address() -> str:
 class RankActor:
     """The Ray actor that runs the engine's stages on one GPU, or on CPUs, for its leader.
 
-    The group calls `create_store` on the first rank, then `load`, `listen` and `work` on each.
+    `load_ranks` calls `create_store` on the first rank, then `load`, `listen` and `work` on each.
     From then on `run` executes the stages by name, all on the thread of `work`, as only the
     leader's step loop asks for them; `ping` and `card` run on the thread for control.
     """

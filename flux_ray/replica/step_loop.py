@@ -1,8 +1,8 @@
 """The step loop of a replica: it calls the ranks, stage by stage, for one request at a time.
 
 `stages_of` lists the stages of a request, and `calls_of` groups them into calls of the ranks; both
-are pure functions. `StepLoop` runs the jobs; the leader uses only its `stream`, so that a loop
-with batches of requests can replace it. Nothing here knows Ray.
+are pure functions. `StepLoop` runs the jobs; the leader uses only its `stream` and `pump`, so that
+a loop with batches of requests can replace it. Nothing here knows Ray.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ def stages_of(request: ImageRequest) -> Iterator[str]:
 def calls_of(
     stages: Iterable[str], expected_s: Callable[[str], float]
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the stages grouped into calls that take SHORT_S each, or have a single stage.
+    """Yield the stages grouped into calls of up to SHORT_S, or of a single longer stage.
 
     Between two calls the request may be dropped. `expected_s` is asked for the seconds of a stage
     only when its call is made, by when more is known; it is infinite for a stage that was never
