@@ -64,7 +64,7 @@ class Line:
         return self.quotas.share(gateway, entries, rows, now, tells_all=report.tells_all)
 
     def in_hand(self):
-        return {entry.request_id for entry, _ in self.quotas._in_hand("alice", time.monotonic())}
+        return {entry.request_id for entry, _ in self.quotas._running("alice", time.monotonic())}
 
 
 class Side:
@@ -143,7 +143,7 @@ async def test_what_the_queue_refuses_gives_its_place_back_at_once():
     ledger.hear("g", GatewayReport((offer,), replicas={"tiny": ("a",)}), 0.0)
     [decision] = ledger.decide(0.0)["g"]
     assert decision.refusal is not None and decision.limit is None
-    assert quotas._in_hand("alice", 0.0) == []
+    assert quotas._running("alice", 0.0) == []
 
 
 async def test_a_refusal_of_the_queue_lets_the_key_come_again(sides, line):
