@@ -154,7 +154,7 @@ class BegunBodies:
         now_s = asyncio.get_running_loop().time()
         turn_s = max(now_s, self._turns.get(address, now_s)) + TURN_EVERY_S
         if turn_s > now_s + MAX_WAIT_S:
-            raise RateLimited(TOO_MANY)
+            raise RateLimited(TOO_MANY, limit=MAX_WAIT_S / TURN_EVERY_S)
         self._turns[address] = turn_s
         try:
             await body.begins(turn_s - now_s)
