@@ -264,7 +264,7 @@ class DeadlinePassed(FluxError):
 
 
 class Overloaded(FluxError):
-    """The request would miss its deadline, but not if it is sent again `retry_after_s` later."""
+    """There is no time or no room for the request now, but should be `retry_after_s` later."""
 
     status = 429
     type = "rate_limit_error"
@@ -278,7 +278,7 @@ class Overloaded(FluxError):
 
 
 class RateLimited(FluxError):
-    """The caller's key has reached a limit for now; `left` of `limit` remains."""
+    """The caller, by key or by address, is at a limit for now; `left` of `limit` remains."""
 
     status = 429
     type = "rate_limit_error"

@@ -74,7 +74,8 @@ class Limits(Args):
     `max_held_bytes`: memory for all bodies and images that the gateway holds, of callers and jobs;
     a request that finds no room is refused with `Retry-After`.
     `max_decode_s`: CPU seconds to decode one image; a caller whose image takes longer is asked to
-    save it in a simpler format.
+    save it in a simpler format. `max_images`: the largest `n`; a tier's drain time is reckoned for
+    the default of it.
     """
 
     max_body_bytes: int = 64 * 2**20
