@@ -170,7 +170,9 @@ class LedgerActor:
         admitted = self._ledger.admitted(now)
         decisions = self._decide(now)
         told = decisions.pop(gateway, [])
-        self._mailbox(gateway).keep(told)
+        # If the reply is lost, a refusal by a limit is not told again: the gateway sends its request
+        # once more, and by then it may have been let in.
+        self._mailbox(gateway).keep([each for each in told if each.limit is None])
         self._deliver(decisions)
         self._spoken.set()
         positions = self._ledger.positions(gateway, statement.watched, now)

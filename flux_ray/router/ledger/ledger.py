@@ -301,6 +301,8 @@ class Ledger:
             self._tell(ticket_id, Decision(ticket_id, None, refusal))
             gateway = self._owner[ticket_id]
             offer = self._strike_out(ticket_id, now)
+            # Told that it was let in, its gateway would have it pass all limits the next time.
+            self._admitted = [each for each in self._admitted if each[0] != ticket_id]
             if offer is not None and offer.quota is not None:
                 entry = offer.quota.entry
                 self._quotas.leave(gateway, entry.request_id, entry.tier, ())

@@ -319,3 +319,23 @@ async def test_a_clock_that_is_set_changes_no_limit_of_a_minute(monkeypatch):
         denial = await enter("third")
         assert isinstance(denial, LimitExceeded) and denial.name == "requests_per_minute"
         assert 0 < denial.retry_after_s <= 60
+
+
+async def test_a_refusal_by_a_limit_is_not_told_again_to_who_was_let_in_since(monkeypatch):
+    """Its reply was lost, and the gateway has sent the request again."""
+    monkeypatch.setattr(ledger_actor, "LISTEN_S", 0.05)
+    actor, one = new_actor(), QuotaLimits(max_concurrent=1)
+
+    def offer(name: str) -> SubmitRequest:
+        entry = UsageEntry(name, "tiny", "alice", Use(1.0, 1.0), 1.0)
+        return SubmitRequest(name, "tiny", 1.0, 60.0, "alice", quota=QuotaRequest(entry, one))
+
+    await actor.say("g", GatewayReport((offer("first"),), replicas=REPLICAS))
+    lost = await actor.say("g", GatewayReport((offer("second"),), replicas=REPLICAS))
+    assert [each.limit is not None for each in lost.decisions] == [True]
+    await actor.leave("g", UsageEntry("first", "tiny", "alice", Use(1.0, 1.0), 1.0), ())
+    again = await actor.say("g", GatewayReport((offer("second"),), replicas=REPLICAS))
+    assert [ticket_id for ticket_id, _ in again.admitted] == ["second"]
+    _, decisions = await actor.listen("g", Receipt())
+    assert [each.limit for each in decisions if each.ticket_id == "second"] in ([], [None])
+    actor._ticker.cancel()

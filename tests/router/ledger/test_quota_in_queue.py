@@ -143,6 +143,7 @@ async def test_what_the_queue_refuses_gives_its_place_back_at_once():
     ledger.hear("g", GatewayReport((offer,), replicas={"tiny": ("a",)}), 0.0)
     [decision] = ledger.decide(0.0)["g"]
     assert decision.refusal is not None and decision.limit is None
+    assert ledger.admitted(0.0) == ()
     assert quotas._running("alice", 0.0) == []
 
 
