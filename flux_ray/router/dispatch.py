@@ -254,9 +254,9 @@ class TierHandles:
             if on_event is None:
                 return await result_of(response)
             return await last_of(events_of(response), on_event)
-        except asyncio.CancelledError:
-            # Serve does this for a client that leaves, but not when our own deadline passes: the
-            # replica would go on generating for nobody.
+        except (asyncio.CancelledError, ProtocolMismatch):
+            # Serve does this for a client that leaves, but not when our own deadline passes, or
+            # when an event cannot be read: the replica would go on generating for nobody.
             response.cancel()
             raise
 
@@ -380,7 +380,8 @@ async def events_of(stream: AsyncIterator[Wire]) -> EventStream:
             answer = await asyncio.wait_for(anext(values), None if result is None else END_S)
         except StopAsyncIteration:
             break
-        except TimeoutError:
+        except (TimeoutError, RayError):
+            # A replica that dies after its result has done all that was asked of it.
             if result is None:
                 raise
             break

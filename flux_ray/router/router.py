@@ -327,6 +327,7 @@ class Router:
             return await self._attempt(quote, 1, deadline_s, caller, stay)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
+            stay.pause()
             was_killed = isinstance(error, KilledForMemory)
         # It was admitted once, and is not refused now for what was no fault of its client: so it
         # has all the time that any request may take. It waits before those that came later.

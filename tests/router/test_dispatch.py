@@ -414,6 +414,14 @@ async def test_an_end_that_does_not_come_loses_no_image(monkeypatch):
         assert await last_of(events_of(stream_without_end()), lambda news: None) == RESULT
 
 
+async def test_a_replica_that_dies_after_its_result_loses_no_image():
+    async def stream_that_breaks():
+        yield pack_answer(RESULT)
+        raise ActorDiedError
+
+    assert await last_of(events_of(stream_that_breaks()), lambda news: None) == RESULT
+
+
 async def test_a_stream_without_a_result_has_failed():
     async def stream():
         yield pack_answer(Progress(1, 2))

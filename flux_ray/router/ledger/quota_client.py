@@ -118,6 +118,10 @@ class Reservation:
         """Note that a replica begins to work on the request."""
         self._began_at = time.monotonic()
 
+    def pause(self) -> None:
+        """Note that its replica was lost: until another begins, nobody works on it."""
+        self._began_at = math.inf
+
     def finish(self, gpu_seconds: float) -> None:
         """Charge what the request took, in GPU seconds."""
         self.use = Use(gpu_seconds, self._price.megapixels)

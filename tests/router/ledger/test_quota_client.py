@@ -7,7 +7,7 @@ import pytest
 
 from flux_ray.errors import QuotaSpent, QuotaTooSmall, RateLimited
 from flux_ray.router.ledger import quota_client
-from flux_ray.router.ledger.quota_client import QuotaClient
+from flux_ray.router.ledger.quota_client import QuotaClient, Reservation
 from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, QuotaLedger, QuotaLimits, UsageEntry, Use
 
@@ -253,3 +253,14 @@ async def test_refusals_are_counted_by_their_limit(line):
             raise AssertionError
     assert counted == [("tiny", "max_concurrent")] * 2 + [("tiny", "gpu_seconds_per_day")]
     gate.stop()
+
+
+def test_waiting_for_a_second_replica_is_not_charged():
+    stay = Reservation(Use(8.0, 1.0), cost_s=1e-9)
+    stay.begin()
+    stay.pause()
+    stay.break_off()
+    assert stay.use == Use()
+    stay.begin()
+    stay.break_off()
+    assert stay.use.gpu_seconds > 0
