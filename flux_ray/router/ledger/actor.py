@@ -170,8 +170,8 @@ class LedgerActor:
         admitted = self._ledger.admitted(now)
         decisions = self._decide(now)
         told = decisions.pop(gateway, [])
-        # If the reply is lost, a refusal by a limit is not told again: the gateway sends its request
-        # once more, and by then it may have been let in.
+        # If the reply is lost, a refusal by a limit is not told again: the gateway sends the
+        # request once more, and by then it may have been let in.
         self._mailbox(gateway).keep([each for each in told if each.limit is None])
         self._deliver(decisions)
         self._spoken.set()
