@@ -37,6 +37,7 @@ class Ending:
 
 def main() -> None:
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
