@@ -14,6 +14,12 @@ def counter(metric: Metric) -> metrics.Counter:
     return metrics.Counter(metric.name, metric.description, tag_keys=labels)
 
 
+def add(total: metrics.Counter, seconds: float, labels: dict[str, str]) -> None:
+    """Add seconds to a counter; Ray's raise for none at all, which a coarse clock may measure."""
+    if seconds > 0:
+        total.inc(seconds, labels)
+
+
 def histogram(metric: Metric) -> metrics.Histogram:
     """Return Ray's histogram for a metric with buckets."""
     labels: Any = metric.labels

@@ -23,7 +23,7 @@ from ray.util.placement_group import get_current_placement_group
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import NotKept
-from flux_ray.meter import counter, histogram
+from flux_ray.meter import add, counter, histogram
 from flux_ray.metrics import (
     IMAGES,
     REQUEST_SECONDS,
@@ -64,9 +64,7 @@ class ReplicaMetrics:
         """Count the seconds that one stage of a request took."""
         labels = {**self._tier, "stage": stage}
         self._stage_seconds.observe(seconds, labels)
-        # Ray's counters raise if they are increased by 0, which a coarse clock may measure.
-        if seconds > 0:
-            self._spent.inc(seconds, labels)
+        add(self._spent, seconds, labels)
 
     @contextmanager
     def count(self, request: ImageRequest) -> Iterator[None]:

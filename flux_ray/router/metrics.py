@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from flux_ray.meter import counter, histogram
+from flux_ray.meter import add, counter, histogram
 from flux_ray.metrics import (
     COST_ERROR,
     GPU_SECONDS_SPENT,
@@ -31,13 +31,11 @@ class RouterMetrics:
 
     def wait(self, tier: str, seconds: float) -> None:
         """Count how long a request waited in the queue."""
-        if seconds > 0:
-            self._queued.inc(seconds, {"tier": tier})
+        add(self._queued, seconds, {"tier": tier})
 
     def spend(self, tier: str, gpu_seconds: float) -> None:
         """Count what a finished request took, in GPU seconds."""
-        if gpu_seconds > 0:
-            self._spent.inc(gpu_seconds, {"tier": tier})
+        add(self._spent, gpu_seconds, {"tier": tier})
 
     def compare(self, observations: Iterable[Observation]) -> None:
         """Count how far each stage's measured time was from its price."""
