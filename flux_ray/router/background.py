@@ -8,11 +8,15 @@ import asyncio
 import contextvars
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
 
 from flux_ray.errors import FluxError
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 # The pause before work is started again. Most often the ledger was lost, and Ray starts a new one
 # within a second or two.
@@ -36,6 +40,25 @@ def keep_running(work: Callable[[], Awaitable[None]], what: str) -> "asyncio.Tas
             await asyncio.sleep(AGAIN_S)
 
     return asyncio.get_running_loop().create_task(run(), context=contextvars.Context())
+
+
+class SharedCall(Generic[T]):
+    """A blocking call on a thread, of which all who wait at a time share one; from one loop only.
+
+    While Ray's head is away such calls stand still: one for each caller would take all threads.
+    """
+
+    def __init__(self, threads: Executor, call: Callable[[], T]) -> None:
+        self._threads = threads
+        self._call = call
+        self._running: asyncio.Future[T] | None = None
+
+    async def result(self) -> T:
+        """Return what the call returns; a caller that is cancelled does not end it for others."""
+        if self._running is None or self._running.done():
+            loop = asyncio.get_running_loop()
+            self._running = loop.run_in_executor(self._threads, self._call)
+        return await asyncio.shield(self._running)
 
 
 @asynccontextmanager

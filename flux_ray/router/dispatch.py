@@ -32,7 +32,7 @@ from flux_ray.errors import (
     not_deployed,
 )
 from flux_ray.request import PROTOCOL, EventStream, ImageRequest, ImageResult, OnEvent, last_of
-from flux_ray.router.background import keep_running
+from flux_ray.router.background import SharedCall, keep_running
 from flux_ray.router.handover import GRANTED, REACHABLE
 from flux_ray.router.pricing import CostModel, ReplicaSpec
 from flux_ray.router.readiness import Readiness
@@ -175,7 +175,7 @@ class TierHandles:
         self._descriptions = Descriptions(self._ask, learn)
         self._readiness = Readiness(tiers, reachable=partial(known_replicas, tiers))
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._connecting: dict[str, asyncio.Future[DeploymentHandle[Any]]] = {}
+        self._connecting: dict[str, SharedCall[DeploymentHandle[Any]]] = {}
         # A thread for each tier, and none of the event loop's own: they block while Serve's
         # controller is away, and would take up the threads that others need.
         self._threads = ThreadPoolExecutor(max(1, len(tiers)), thread_name_prefix="handle")
@@ -263,7 +263,7 @@ class TierHandles:
     async def _handle_for(self, tier: str) -> DeploymentHandle[Any]:
         if tier not in self._handles:
             try:
-                handle = await asyncio.shield(self._connection_to(tier))
+                handle = await self._connection_to(tier).result()
             except RayServeException as error:
                 raise not_deployed(tier) from error
             # `options` makes the handle learn of its replicas now. Otherwise its first request
@@ -272,14 +272,11 @@ class TierHandles:
                 self._handles[tier] = handle.options(method_name="generate")
         return self._handles[tier]
 
-    def _connection_to(self, tier: str) -> "asyncio.Future[DeploymentHandle[Any]]":
+    def _connection_to(self, tier: str) -> SharedCall[DeploymentHandle[Any]]:
         """Return the one call for a handle that all wait for: it blocks for the controller."""
-        connecting = self._connecting.get(tier)
-        if connecting is None or connecting.done():
-            loop = asyncio.get_running_loop()
-            connecting = loop.run_in_executor(self._threads, serve.get_app_handle, tier)
-            self._connecting[tier] = connecting
-        return connecting
+        if tier not in self._connecting:
+            self._connecting[tier] = SharedCall(self._threads, lambda: serve.get_app_handle(tier))
+        return self._connecting[tier]
 
     def _other_than(self, protocols: set[int], tier: str) -> str | None:
         """Choose a replica of another protocol than these, best our own; None if there is none."""

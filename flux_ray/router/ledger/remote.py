@@ -26,6 +26,7 @@ from flux_ray.meter import counter
 from flux_ray.metrics import HUNG
 from flux_ray.request import PROTOCOL
 from flux_ray.router import handover
+from flux_ray.router.background import SharedCall
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost
 
@@ -217,11 +218,11 @@ class RemoteLedger:
         # When the first of the calls began that have failed since the last answer; None if none.
         self._failing_since_s: float | None = None
         self._actor: Any = None
-        self._starting: asyncio.Future[Any] | None = None
         self._num_unanswered = 0
         # A thread of its own: its calls block while Ray's head is away, and would take up all the
         # threads that others need.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._starting = SharedCall(self._thread, self._start)
 
     def is_heard(self) -> bool:
         """Return whether the ledger answers, or may soon: one that died is back within seconds.
@@ -275,10 +276,7 @@ class RemoteLedger:
     async def _connected(self) -> Any:
         """Return the ledger's handle; while Ray's head is away, all callers wait for one call."""
         if self._actor is None:
-            if self._starting is None or self._starting.done():
-                loop = asyncio.get_running_loop()
-                self._starting = loop.run_in_executor(self._thread, self._start)
-            self._actor = await asyncio.shield(self._starting)
+            self._actor = await self._starting.result()
         return self._actor
 
     def _note_silence(self) -> None:
