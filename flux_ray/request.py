@@ -162,18 +162,30 @@ class StageAnswer:
 
 
 @dataclass(frozen=True)
+class PackedTensor:
+    """A tensor on its way to another process: its bytes, shape and torch dtype."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt encoded by a tier's shared text encoder: a tensor's bytes, shape and torch dtype.
+    """A prompt encoded by a tier's shared text encoder, as tensors by the names of its family.
 
     `warnings` tell the caller which part of the prompt was ignored. `is_cached`: it came from the
     text encoder's cache.
     """
 
-    data: bytes
-    shape: tuple[int, ...]
-    dtype: str
+    tensors: tuple[tuple[str, PackedTensor], ...]
     warnings: tuple[str, ...] = ()
     is_cached: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how many bytes the tensors take."""
+        return sum(len(tensor.data) for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,39 @@
-"""The values that pass between the stages of the engine, for every model family.
+"""What a model family is to everything else: the stages it implements, and their values.
 
 A request is encoded once into a `Conditioning`; each of its images is an `ImageState` that every
-denoise step replaces. All values are frozen, because the images of one request share them.
+denoise step replaces. All values are frozen, because the images of one request share them. A family
+is a folder beside this file, and tells its `FamilySpec` to `registry.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from flux_ray.catalog import Tier
+from flux_ray.config import Lora, Parallel, Quantization
+from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """A prompt as the transformer takes it.
+    """A prompt as the transformer takes it, in tensors that each family names for itself.
 
-    `embeds`: [1, tokens, channels] in the model's dtype. `text_ids`: int64 [1, tokens, 4], the
-    positions. `warnings` tell the caller which part of the prompt was ignored.
+    `warnings` tell the caller which part of the prompt was ignored.
     """
 
-    embeds: Tensor
-    text_ids: Tensor
+    tensors: Mapping[str, Tensor]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how many bytes the tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -115,3 +127,162 @@ class ImageState:
     def is_done(self) -> bool:
         """Return whether all denoise steps are done and the image can be decoded."""
         return self.step == len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How and where one rank holds the weights: the tier's args that the engine needs, and a mesh.
+
+    `mesh` is the rank's place among the ranks that share the model. `quantization` concerns the
+    transformer, `encoder_quantization` the text encoder.
+    """
+
+    dtype: Literal["float32", "bfloat16"]
+    device: Literal["cpu", "cuda"]
+    mesh: Mesh = field(default_factory=Mesh)
+    quantization: Quantization | None = None
+    encoder_quantization: Quantization | None = None
+    loras: tuple[Lora, ...] = ()
+    text_encoder: Literal["colocated", "shared"] = "colocated"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the torch dtype of activations, and of weights that are not quantized."""
+        return DTYPES[self.dtype]
+
+
+class PromptEncoder(Protocol):
+    """A loaded text encoder; if it is split, all its ranks encode the same prompts in one order."""
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        """Encode a prompt, padded or cut to the tier's text length."""
+
+
+class Adapter(PromptEncoder, Protocol):
+    """One loaded model, or one rank's part of it; a rank calls its stages from one thread.
+
+    Stages share only the values that they take and return, so that the steps of several images can
+    take turns. `encode_prompt` and `denoise` exchange tensors with the replica's other ranks, so
+    all of them must call the same stages in the same order.
+    """
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        """Encode a prompt; not available if the tier has a shared text encoder."""
+
+    def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
+        """Encode the references, and join them with the prompt, once for all images of a request.
+
+        Raise BadReference if a reference has a size that the model cannot take.
+        """
+
+    def edit(self, given: Conditioning, image: RgbImage, mask: Mask) -> Conditioning:
+        """Return `given` extended by the image to inpaint and its mask.
+
+        `image` is the first reference, scaled to the size that is generated, and so is `mask`.
+        """
+
+    def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
+        """Return an image of pure noise with its schedule.
+
+        The noise comes from a CPU generator: the same seed gives the same image on every device.
+        """
+
+    def denoise(self, state: ImageState) -> ImageState:
+        """Return the state after one more denoise step; all ranks of a replica step together."""
+
+    def preview(self, state: ImageState) -> RgbImage:
+        """Return an estimate of the finished pixels from an unfinished image; needs one rank."""
+
+    def decode(self, state: ImageState) -> RgbImage:
+        """Return the pixels of a finished image; needs only one rank."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the transformer, as far as its memory depends on it.
+
+    `num_text` and `num_image` count the tokens of the whole request, before they are split over
+    ranks; `size` is the bytes per number. `quantizes_activations`: products are made on FP8 units.
+    """
+
+    num_text: int
+    num_image: int
+    parallel: Parallel
+    size: int
+    quantizes_activations: bool = False
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """How to build and split a text model, before its weights are loaded.
+
+    `plan`: the tensor-parallel style of each parameter, as in transformers. `num_heads`: how many
+    heads can be spread over ranks; with grouped queries, the heads of keys and values. `embedding`:
+    the parameter by whose name the prefix of the checkpoint's names is found.
+    """
+
+    build: Callable[[], nn.Module]
+    plan: Mapping[str, Any]
+    num_heads: int
+    embedding: str = "embed_tokens.weight"
+
+
+class EmptyModel(Protocol):
+    """A tier's modules on the meta device, from which the planner counts bytes.
+
+    `source` tells the user where the shapes are from. The methods return the peak bytes of a stage
+    besides the weights, in eager mode on a device without libraries of its own; `size` is the bytes
+    per number.
+    """
+
+    @property
+    def transformer(self) -> Any: ...
+    @property
+    def text_model(self) -> TextModel: ...
+    @property
+    def text_encoder(self) -> Any: ...
+    @property
+    def vae(self) -> Any: ...
+    @property
+    def source(self) -> str: ...
+
+    def is_published(self, tier: Tier) -> bool:
+        """Return whether the transformer has the shape that was published for the tier."""
+
+    def num_tokens(self, pixels: int) -> int:
+        """Return the image tokens of so many pixels."""
+
+    def denoise_bytes(self, forward: Forward) -> int:
+        """Return the peak of a forward of the transformer on one rank."""
+
+    def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
+        """Return what a request holds while it waits for its next step: prompt and latents."""
+
+    def decode_bytes(self, pixels: int, size: int) -> int:
+        """Return the peak of decoding an image."""
+
+    def encode_bytes(self, pixels: int, size: int) -> int:
+        """Return the peak of encoding one reference."""
+
+    def prompt_bytes(
+        self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
+    ) -> int:
+        """Return the peak of encoding one prompt on one of `num_ranks` ranks."""
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """A model family, as the rest of the engine and the planner see it.
+
+    `load` loads an adapter from a checkpoint, `load_prompt_encoder` only its text encoder, for a
+    process that the tier's replicas share; `empty_model` builds a tier's modules without weights.
+    They raise ValueError if the weights do not fit the tier. `heeds`: the fields of a request that
+    change the image, besides prompt, size, steps and seed; the family's tiers offer no others.
+    `is_for_one_gpu`: more replicas of it are better than more ranks, so it is planned on one GPU.
+    """
+
+    load: Callable[[str, Placement, Tier], Adapter]
+    load_prompt_encoder: Callable[[str, Placement, Tier], PromptEncoder]
+    empty_model: Callable[[Tier, str | None], EmptyModel]
+    heeds: frozenset[str]
+    is_for_one_gpu: bool = False

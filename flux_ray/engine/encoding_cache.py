@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flux_ray.engine.api import Conditioning, PromptEmbeds
+from flux_ray.engine.api import Adapter, Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
-from flux_ray.engine.flux2.text_encoder import unpack
-from flux_ray.engine.registry import Adapter
+from flux_ray.engine.packing import unpack
 from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
 from flux_ray.resizing import fit_image, fit_mask
 
@@ -88,5 +87,5 @@ class CachedEncoder:
 def bytes_of(value: PromptEmbeds | References) -> int:
     """Return how many bytes the tensors of a cached value take."""
     if isinstance(value, PromptEmbeds):
-        return value.embeds.nbytes + value.text_ids.nbytes
+        return value.num_bytes
     return value.latents.nbytes + value.ids.nbytes

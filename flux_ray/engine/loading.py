@@ -2,36 +2,28 @@
 
 Weights are the embedded checkpoint, a folder, or a hub id with its revision, and only the files
 that are needed are downloaded. The transformer, the text models and the rest of the pipeline are
-loaded one by one, because each is split in its own way. Text models are built here without the
-layers that no family reads.
+loaded one by one, because each is split in its own way. Text models are built without the layers
+that no family reads.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
-from transformers import (
-    Mistral3Config,
-    MistralModel,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-)
+from transformers import PreTrainedModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from flux_ray.catalog import EMBEDDED, Tier
-from flux_ray.config import Lora, Quantization
+from flux_ray.config import Quantization
+from flux_ray.engine.api import Placement, TextModel
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis, Mesh
@@ -39,7 +31,6 @@ from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads, split_sequence
 from flux_ray.tiny import CHECKPOINT
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 # Which files of a checkpoint to download, as hub patterns. Not the top folder, which has the
 # weights a second time, and no `*.bin`, which may run code when it is loaded.
@@ -57,28 +48,6 @@ class WeightSource:
 
     location: str
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How and where one rank holds the weights: the tier's args that the engine needs, and a mesh.
-
-    `mesh` is the rank's place among the ranks that share the model. `quantization` concerns the
-    transformer, `encoder_quantization` the text encoder.
-    """
-
-    dtype: Literal["float32", "bfloat16"]
-    device: Literal["cpu", "cuda"]
-    mesh: Mesh = field(default_factory=Mesh)
-    quantization: Quantization | None = None
-    encoder_quantization: Quantization | None = None
-    loras: tuple[Lora, ...] = ()
-    text_encoder: Literal["colocated", "shared"] = "colocated"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Return the torch dtype of activations, and of weights that are not quantized."""
-        return DTYPES[self.dtype]
 
 
 def weights_of(tier: Tier, weights: str | None) -> str:
@@ -197,32 +166,6 @@ T5_PLAN = {
     "encoder.block.*.layer.1.DenseReluDense.wi_1": "colwise",
     "encoder.block.*.layer.1.DenseReluDense.wo": "rowwise",
 }
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """How to build and split a text model, before its weights are loaded.
-
-    `plan`: the tensor-parallel style of each parameter, as in transformers. `num_heads`: how many
-    heads can be spread over ranks; with grouped queries, the heads of keys and values. `embedding`:
-    the parameter by whose name the prefix of the checkpoint's names is found.
-    """
-
-    build: Callable[[], PreTrainedModel]
-    plan: Mapping[str, Any]
-    num_heads: int
-    embedding: str = "embed_tokens.weight"
-
-
-def qwen3(folder: Path, num_layers: int) -> TextModel:
-    """Return klein's text model, cut to its first layers, from the config in `folder`."""
-    return first_layers(Qwen3Model, Qwen3Config.from_pretrained(folder), num_layers)
-
-
-def mistral3(folder: Path, num_layers: int) -> TextModel:
-    """Return dev's text model, cut to its first layers and without its vision tower."""
-    config = Mistral3Config.from_pretrained(folder).text_config
-    return first_layers(MistralModel, config, num_layers)
 
 
 def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: int) -> TextModel:

@@ -13,24 +13,13 @@ from torch import nn
 
 from flux_ray.catalog import Gpu, Tier
 from flux_ray.config import Quantization, TierArgs
-from flux_ray.engine.loading import DTYPES, encoder_axis
+from flux_ray.engine.api import DTYPES, EmptyModel, Forward
+from flux_ray.engine.loading import encoder_axis
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization, is_quantized
 from flux_ray.parallel.sequence import check_heads
-from flux_ray.planner.activations import (
-    CARD_CONVOLUTIONS,
-    ActivationDemand,
-    Forward,
-    decode_bytes,
-    denoise_bytes,
-    encode_bytes,
-    held_bytes,
-    num_image_tokens,
-    prompt_bytes,
-)
-from flux_ray.planner.architectures import EmptyModel
 
 # Bytes that a product allocates for each number of a quantized weight that has to be unpacked
 # first. torchao unpacks FP8 through fp32, the others directly into a dtype of two bytes.
@@ -39,6 +28,28 @@ UNPACKED_BYTES = {"fp8": 10, "int8": 2, "nf4": 2}
 # Both are assumed: together 1.5 GB for a tensor-parallel rank.
 RUNTIME_BYTES = 800_000_000
 COMMUNICATOR_BYTES = 700_000_000
+# How much more a stage of the VAE takes on a GPU than its modules allocate: in bf16, convolutions
+# copy their inputs and outputs to channels last. Decoding 1 MP with klein-4b took 2.553 GB on an
+# H100 where the modules allocate 1.611, a factor of 1.585. Encoding is assumed to be the same.
+CARD_CONVOLUTIONS = 1.6
+
+
+@dataclass(frozen=True)
+class ActivationDemand:
+    """The size of a request: the pixels of an image, and the number of reference images."""
+
+    pixels: int
+    num_references: int
+
+
+def largest_demand(tier: Tier) -> ActivationDemand:
+    """Return the largest request that the tier allows."""
+    return ActivationDemand(tier.max_pixels, tier.max_references)
+
+
+def default_demand(tier: Tier) -> ActivationDemand:
+    """Return the request of a client that names no size: the default one, without references."""
+    return ActivationDemand(tier.default_side**2, 0)
 
 
 @dataclass(frozen=True)
@@ -160,8 +171,9 @@ class Candidate:
         return 0 if self.card is None else num_sets
 
     def num_image_tokens(self, demand: ActivationDemand) -> int:
-        """Return the tokens of the image and its references."""
-        return num_image_tokens(self.model.vae.config, self.tier, demand)
+        """Return the tokens of the image and its references, each at the tier's maximum."""
+        references = demand.num_references * self.tier.max_reference_pixels
+        return self.model.num_tokens(demand.pixels + references)
 
     def denoise_peak(self, demand: ActivationDemand) -> int:
         """Return the peak bytes of one denoise step; the images of a replica step one at a time."""
@@ -175,7 +187,7 @@ class Candidate:
             quantizes_activations=self.uses_fp8_units(quantization),
         )
         unpacked = self.unpacked(module, module._tp_plan, axis, quantization)
-        return denoise_bytes(module.config, forward) + unpacked
+        return self.model.denoise_bytes(forward) + unpacked
 
     def uses_fp8_units(self, quantization: Quantization | None) -> bool:
         """Return whether products are computed on FP8 units, so that weights are not unpacked."""
@@ -199,17 +211,17 @@ class Candidate:
 
         Encoding an image to inpaint takes no more than a tile of 1 MP, like a reference.
         """
-        config, size = self.model.vae.config, self.dtype.itemsize
+        size = self.dtype.itemsize
         pixels = self.tier.max_reference_pixels if demand.num_references else 0
-        peak = max(decode_bytes(config, demand.pixels, size), encode_bytes(config, pixels, size))
+        decode = self.model.decode_bytes(demand.pixels, size)
+        peak = max(decode, self.model.encode_bytes(pixels, size))
         return peak if self.card is None else int(peak * CARD_CONVOLUTIONS)
 
     def prompt_peak(self, num_ranks: int) -> int:
         """Return the peak bytes of encoding one prompt, if `num_ranks` split the text encoder."""
         module, quantization = self.model.text_encoder, self.args.encoder_quantization
         plan, length, size = self.model.text_model.plan, self.tier.text_length, self.dtype.itemsize
-        peak = prompt_bytes(
-            module.config,
+        peak = self.model.prompt_bytes(
             length,
             num_ranks,
             size,
@@ -219,8 +231,7 @@ class Candidate:
 
     def held(self, demand: ActivationDemand) -> int:
         """Return the bytes of all requests between their steps, and of the encoding cache."""
-        each = held_bytes(
-            self.model.transformer.config,
+        each = self.model.held_bytes(
             self.tier.text_length,
             self.num_image_tokens(demand),
             self.dtype.itemsize,

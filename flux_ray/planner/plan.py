@@ -11,14 +11,17 @@ from typing import Any
 
 from flux_ray.catalog import Gpu, card_for, tier_for
 from flux_ray.config import Parallel, TierArgs
-from flux_ray.planner.activations import ActivationDemand, default_demand, largest_demand
-from flux_ray.planner.architectures import DEV_TRANSFORMER, KLEIN_4B_TRANSFORMER, Shape, empty_model
-from flux_ray.planner.candidate import Candidate, Footprint
+from flux_ray.engine.registry import empty_model, family_of
+from flux_ray.planner.candidate import (
+    ActivationDemand,
+    Candidate,
+    Footprint,
+    default_demand,
+    largest_demand,
+)
 
 # A planned replica stays in one node, of at most 8 GPUs.
 TENSOR_DEGREES = (1, 2, 4, 8)
-# Always planned on one GPU, because more replicas of them scale better than more ranks.
-SINGLE_CARD_FAMILIES = {"flux2-klein"}
 # Without NVLink, more tensor ranks than these wait longer for each other than they compute.
 MAX_TENSOR_OVER_PCIE = 2
 FP8 = {"quantization": "fp8", "encoder_quantization": "fp8"}
@@ -215,7 +218,7 @@ def fastest(candidate: Candidate, count: int, tensor: int) -> PlacementOption | 
 
     Once the weights fit, more sequence ranks reduce the latency further than more tensor ranks.
     """
-    if candidate.tier.family in SINGLE_CARD_FAMILIES:
+    if family_of(candidate.tier).is_for_one_gpu:
         return None
     num_free = num_for_ranks(candidate, count, {})
     for sequence in (8, 4, 2):
@@ -251,7 +254,7 @@ def slower(candidate: Candidate, count: int) -> Iterator[PlacementOption]:
 def degrees(candidate: Candidate, count: int, changes: dict[str, str]) -> Iterator[int]:
     """Yield the numbers of tensor ranks for which there are enough GPUs."""
     num_free = num_for_ranks(candidate, count, changes)
-    is_single = candidate.tier.family in SINGLE_CARD_FAMILIES
+    is_single = family_of(candidate.tier).is_for_one_gpu
     for tensor in TENSOR_DEGREES[:1] if is_single else TENSOR_DEGREES:
         if tensor <= num_free:
             yield tensor
@@ -284,17 +287,13 @@ def layout_of(
 
 def claims_for(candidate: Candidate) -> tuple[PublishedFigure, ...]:
     """Return what was published about the tier's model; nothing if its shapes are different."""
-    if candidate.tier.name == "flux-2-dev" and has_shape(candidate, DEV_TRANSFORMER):
+    if not candidate.model.is_published(candidate.tier):
+        return ()
+    if candidate.tier.name == "flux-2-dev":
         return (full(candidate), fp8(candidate))
-    if candidate.tier.name == "flux-2-klein-4b" and has_shape(candidate, KLEIN_4B_TRANSFORMER):
+    if candidate.tier.name == "flux-2-klein-4b":
         return (klein(candidate),)
     return ()
-
-
-def has_shape(candidate: Candidate, shape: Shape) -> bool:
-    """Return whether the transformer has the published shape."""
-    config = candidate.model.transformer.config
-    return all(config[name] == value for name, value in shape.items())
 
 
 def full(candidate: Candidate) -> PublishedFigure:

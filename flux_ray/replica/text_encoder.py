@@ -23,6 +23,11 @@ from flux_ray.replica.process import end_process, free_memory, load_engine, out_
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import EncodedPrompt
 
+if TYPE_CHECKING:
+    from flux_ray.engine.api import PromptEncoder
+
+logger = logging.getLogger("ray.serve")
+
 
 class Prompts(Protocol):
     """The step loop's way to the encoded prompt that the ranks need with a request."""
@@ -81,13 +86,10 @@ class EncodedElsewhere:
             raise ReplicaFailed("the text encoder failed") from error
         except (RayError, RayServeException) as error:
             raise ReplicaFailed("the text encoder died") from error
+        if not hasattr(encoded, "tensors"):
+            # While the tier is upgraded: the next request finds the new one.
+            raise ReplicaFailed("the text encoder is of another version")
         return encoded
-
-
-if TYPE_CHECKING:
-    from flux_ray.engine.flux2.text_encoder import PromptEncoder
-
-logger = logging.getLogger("ray.serve")
 
 
 class TextEncoder:
@@ -102,8 +104,8 @@ class TextEncoder:
         """Load the model and encode a warm-up prompt; Serve takes the replica for RUNNING then."""
         self._args = args
         self._turn = asyncio.Lock()
-        self._patience = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
-        self._known: Cache[EncodedPrompt] = Cache(args.cache_bytes, lambda each: len(each.data))
+        self._watchdog = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
+        self._known: Cache[EncodedPrompt] = Cache(args.cache_bytes, lambda each: each.num_bytes)
         self._thread = ThreadPoolExecutor(max_workers=1)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._load)
@@ -113,8 +115,8 @@ class TextEncoder:
         load_engine()
         import torch
 
-        from flux_ray.engine.flux2.text_encoder import load_prompt_encoder
-        from flux_ray.engine.loading import Placement
+        from flux_ray.engine.api import Placement
+        from flux_ray.engine.registry import load_prompt_encoder
 
         args = self._args
         if args.device == "cpu":
@@ -139,7 +141,7 @@ class TextEncoder:
             try:
                 encoded = await asyncio.wait_for(
                     asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt),
-                    self._patience.seconds_for("encode_prompt"),
+                    self._watchdog.seconds_for("encode_prompt"),
                 )
             except FluxError:
                 raise
@@ -153,11 +155,11 @@ class TextEncoder:
                 free_memory(self._args.device)
                 raise lacking from None
             if not encoded.is_cached:
-                self._patience.learn(time.perf_counter() - began, "encode_prompt")
+                self._watchdog.learn(time.perf_counter() - began, "encode_prompt")
             return encoded
 
     def _encode(self, prompt: str) -> EncodedPrompt:
-        from flux_ray.engine.flux2.text_encoder import pack
+        from flux_ray.engine.packing import pack
 
         known = self._known.get(prompt)
         if known is not None:

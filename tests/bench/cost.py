@@ -22,9 +22,8 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.images import encode_image
-from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import Adapter, load_adapter
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
 from flux_ray.router.pricing.cost import ReplicaSpec, price, work_of

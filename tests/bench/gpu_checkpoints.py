@@ -13,10 +13,10 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flux_ray.engine.flux2.empty_model import EmptyFlux2
 from flux_ray.parallel.checkpoint import Checkpoint, Shard
 from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis
-from flux_ray.planner.architectures import EmptyModel
 from flux_ray.tiny import CHECKPOINT
 
 # What has to stay free on the disk, since other programs write too.
@@ -113,13 +113,13 @@ def save_weights(
     (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
 
 
-def save_transformer(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
+def save_transformer(model: EmptyFlux2, folder: Path, *, device: str, max_bytes: int) -> None:
     """Save the transformer's folder of a checkpoint."""
     save_weights(model.transformer, folder / "transformer", device=device, max_bytes=max_bytes)
     model.transformer.save_config(folder / "transformer")
 
 
-def save_klein(model: EmptyModel, folder: Path, *, device: str, max_bytes: int) -> None:
+def save_klein(model: EmptyFlux2, folder: Path, *, device: str, max_bytes: int) -> None:
     """Save a whole klein pipeline, with the scheduler and tokenizer of the embedded one."""
     check_room(folder.parent, sum(map(file_bytes, (model.transformer, model.text_encoder))))
     folder.mkdir()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from flux_ray.config.tier import Parallel, Quantization
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.planner.activations import default_demand
-from flux_ray.planner.candidate import Candidate
+from flux_ray.planner.candidate import Candidate, default_demand
 from tests.bench.gpu_checkpoints import Skipped, save_klein
 from tests.bench.gpu_gauges import Call, Device, fp8_products
 from tests.bench.gpu_models import (
@@ -26,7 +25,7 @@ from tests.bench.gpu_models import (
     random_prompt,
     start,
 )
-from tests.planner.allocations import alone
+from tests.engine.allocations import alone
 
 PRECISIONS: dict[str, Quantization | None] = {"bf16": None, "fp8": "fp8"}
 TENSOR_DEGREES = (1, 2, 4, 8)

@@ -17,21 +17,28 @@ from transformers import Qwen3Config, Qwen3Model
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Quantization, TierArgs
-from flux_ray.engine.api import Conditioning, ImageSpec, ImageState, PromptEmbeds
-from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.flux2.text_encoder import FAMILIES
-from flux_ray.engine.loading import Placement, TextModel, first_layers, load_config
-from flux_ray.parallel.load import LoadSpec, load_sharded
-from flux_ray.parallel.mesh import Axis
-from flux_ray.planner.architectures import (
+from flux_ray.engine.api import (
+    Conditioning,
+    ImageSpec,
+    ImageState,
+    Placement,
+    PromptEmbeds,
+    TextModel,
+)
+from flux_ray.engine.flux2.empty_model import (
     DEV_TRANSFORMER,
     KLEIN_4B_TRANSFORMER,
-    EmptyModel,
+    EmptyFlux2,
     Shape,
     assemble,
     mistral,
     qwen3_4b,
 )
+from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.flux2.text_encoder import KINDS
+from flux_ray.engine.loading import first_layers, load_config
+from flux_ray.parallel.load import LoadSpec, load_sharded
+from flux_ray.parallel.mesh import Axis
 from flux_ray.planner.candidate import Candidate
 from flux_ray.tiny import CHECKPOINT
 from tests.bench.gpu_checkpoints import MadeWeights
@@ -52,9 +59,9 @@ class Subject:
     vae: Shape
 
     @cached_property
-    def empty(self) -> EmptyModel:
+    def empty(self) -> EmptyFlux2:
         """Return its modules without weights."""
-        text_model = self.text_model(max(FAMILIES[self.tier.family].layers))
+        text_model = self.text_model(max(KINDS[self.tier.family].layers))
         return assemble(self.transformer, text_model, self.vae, source="the bench")
 
     @property
@@ -176,7 +183,8 @@ def random_prompt(subject: Subject, device: Device) -> PromptEmbeds:
     dice = torch.Generator().manual_seed(SEED)
     embeds = torch.randn(1, subject.tier.text_length, width, generator=dice)
     text_ids = Flux2Pipeline._prepare_text_ids(embeds)
-    return PromptEmbeds(embeds.to(device.kind, BF16), text_ids.to(device.kind))
+    tensors = {"embeds": embeds.to(device.kind, BF16), "text_ids": text_ids.to(device.kind)}
+    return PromptEmbeds(tensors)
 
 
 def start(adapter: Flux2, subject: Subject, prompt: PromptEmbeds) -> ImageState:

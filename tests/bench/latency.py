@@ -30,8 +30,7 @@ from flux_ray.app import build_gateway
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.api import ImageSpec
-from flux_ray.engine.loading import Placement
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT, evaluate

@@ -52,7 +52,7 @@ class TinyEngine:
         # Imported only where it is used: the deployment graph is built without torch.
         import torch
 
-        from flux_ray.engine.loading import Placement
+        from flux_ray.engine.api import Placement
         from flux_ray.engine.registry import load_adapter
         from flux_ray.replica.process import keep_memory
 

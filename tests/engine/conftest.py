@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flux_ray.catalog.tiers import tier_for
+from flux_ray.engine.api import Placement
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.loading import Placement
 from tests.engine.small_dev import save_small_dev
 
 torch.set_num_threads(1)

@@ -1,12 +1,12 @@
 """What a rank remembers: within its bytes, and to the very bit."""
 
-import numpy as np
 import pytest
 import torch
 
 from flux_ray.engine.api import Conditioning, ImageSpec, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.encoding_cache import CachedEncoder
+from flux_ray.engine.packing import packed
 from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
 
 
@@ -43,7 +43,7 @@ class CountingAdapter:
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
         self.num_prompts += 1
-        return PromptEmbeds(torch.full((1, 4, 2), float(len(prompt))), torch.zeros(1, 4, 4))
+        return PromptEmbeds({"embeds": torch.full((1, 4, 2), float(len(prompt)))})
 
     def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
         if not references:
@@ -74,7 +74,7 @@ def test_prompts_and_references_are_encoded_once():
 def test_a_shared_encoders_prompt_is_known_if_it_says_so():
     encoding = CachedEncoder(CountingAdapter(), 10_000, "cpu")
     for is_cached in (False, True):
-        said = EncodedPrompt(np.zeros(8, np.float32).tobytes(), (1, 4, 2), "float32", (), is_cached)
+        said = EncodedPrompt((("embeds", packed(torch.zeros(1, 4, 2))),), (), is_cached)
         assert encoding.encode(request("a ring"), said)[1] is is_cached
 
 
@@ -95,7 +95,7 @@ def test_an_image_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades)
     assert generate() == first
     fresh = klein_adapter.encode(klein_adapter.encode_prompt(asked.prompt), asked.references)
     again, _ = encoding.encode(asked, None)
-    assert torch.equal(again.prompt.embeds, fresh.prompt.embeds)
+    assert torch.equal(again.prompt.tensors["embeds"], fresh.prompt.tensors["embeds"])
     if shades:
         assert torch.equal(again.reference_latents, fresh.reference_latents)
         assert torch.equal(again.reference_ids, fresh.reference_ids)

@@ -12,13 +12,13 @@ from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWo
 from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.engine.api import ImageSpec
 from flux_ray.engine.encoding_cache import CachedEncoder
+from flux_ray.engine.flux2.empty_model import EmptyFlux2, empty_model
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import encoder_axis
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import build_empty, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
-from flux_ray.planner.architectures import EmptyModel, empty_model
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.pricing.cost import ReplicaSpec, encoder_ranks, work_of
 from tests.engine.generation import reference
@@ -47,7 +47,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(name: str) -> EmptyModel:
+def model(name: str) -> EmptyFlux2:
     tier = tier_for(name)
     return empty_model(tier, tier.weights or "owner/name@revision")
 
@@ -85,14 +85,14 @@ def num_weights(module: nn.Module) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("num_image", [16, 1024, 4096, 16384])
-def test_a_step_computes_what_the_row_says(name: str, model: EmptyModel, num_image: int) -> None:
+def test_a_step_computes_what_the_row_says(name: str, model: EmptyFlux2, num_image: int) -> None:
     work, num_text = WORKLOADS[name].transformer, tier_for(name).text_length
     num_tokens = num_text + num_image
     counted = count(lambda: forward(model.transformer, num_text, num_image))
     assert counted == (work.product_flops(num_tokens), work.attention_flops(num_tokens))
 
 
-def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyModel) -> None:
+def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyFlux2) -> None:
     """A sum after every layer that is split along its input, two exchanges around an attention."""
     work, transformer = WORKLOADS[name].transformer, model.transformer
     shards = shards_for(transformer, transformer._tp_plan, 2)
@@ -104,7 +104,7 @@ def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyModel) -
     assert work.width == config.num_attention_heads * config.attention_head_dim
 
 
-def test_a_prompt_computes_what_the_row_says(name: str, model: EmptyModel) -> None:
+def test_a_prompt_computes_what_the_row_says(name: str, model: EmptyFlux2) -> None:
     work, length = WORKLOADS[name].text_encoder, tier_for(name).text_length
     counted = count(
         lambda: model.text_encoder(
@@ -118,7 +118,7 @@ def test_a_prompt_computes_what_the_row_says(name: str, model: EmptyModel) -> No
     assert counted == (work.product_flops(length), work.attention_flops)
 
 
-def test_the_text_encoder_is_as_large_as_the_row_says(name: str, model: EmptyModel) -> None:
+def test_the_text_encoder_is_as_large_as_the_row_says(name: str, model: EmptyFlux2) -> None:
     work, config = WORKLOADS[name].text_encoder, model.text_encoder.config
     assert (work.width, work.num_layers) == (config.hidden_size, config.num_hidden_layers)
     assert work.num_block_weights == num_weights(model.text_encoder)[0]
@@ -132,7 +132,7 @@ def count_decoding(vae: nn.Module, width: int, height: int) -> int:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 80), (1024, 1024)])
 def test_decoding_computes_what_the_row_says(
-    name: str, model: EmptyModel, width: int, height: int
+    name: str, model: EmptyFlux2, width: int, height: int
 ) -> None:
     counted = count_decoding(model.vae, width, height)
     assert counted == WORKLOADS[name].vae.decode_flops(width, height)
@@ -153,7 +153,7 @@ def test_tiles_compute_what_the_row_says(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 80), (1024, 1024)])
 def test_encoding_a_reference_computes_what_the_row_says(
-    name: str, model: EmptyModel, width: int, height: int
+    name: str, model: EmptyFlux2, width: int, height: int
 ) -> None:
     counted = count(lambda: model.vae.encode(empty(1, 3, height, width)))
     assert sum(counted) == WORKLOADS[name].vae.encode_flops(width * height)
@@ -217,7 +217,7 @@ def test_a_step_has_as_many_tokens_as_the_engine_gives_it(
     given, _ = CachedEncoder(klein_adapter, 0, "cpu").encode(asked, None)
     state = klein_adapter.prepare(given, ImageSpec(128, 80, 4), 7)
     assert given.reference_latents is not None
-    parts = (given.prompt.embeds, state.latents, given.reference_latents)
+    parts = (given.prompt.tensors["embeds"], state.latents, given.reference_latents)
     assert work_of(asked).num_tokens == sum(part.shape[1] for part in parts)
 
 

@@ -10,7 +10,8 @@ from huggingface_hub.utils import filter_repo_objects
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Quantization
 from flux_ray.engine import loading
-from flux_ray.engine.loading import Placement, WeightSource, fetch, load_config, source_for
+from flux_ray.engine.api import Placement
+from flux_ray.engine.loading import WeightSource, fetch, load_config, source_for
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
@@ -145,7 +146,7 @@ def test_each_part_has_its_own_precision(quantization: Quantization) -> None:
     adapter = load_adapter(TINY, None, placement)
     transformer, text_encoder = sizes(adapter)
     assert transformer == whole[0] and text_encoder < 0.7 * whole[1]
-    assert adapter.encode_prompt("a red circle").embeds.dtype == torch.bfloat16
+    assert adapter.encode_prompt("a red circle").tensors["embeds"].dtype == torch.bfloat16
 
 
 def sizes(adapter: Any) -> tuple[int, int]:

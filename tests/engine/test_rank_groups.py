@@ -10,8 +10,7 @@ import torch
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Lora, Parallel
-from flux_ray.engine.api import ImageSpec
-from flux_ray.engine.loading import Placement
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage

@@ -19,20 +19,14 @@ from transformers import (
 )
 
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.loading import (
-    Placement,
-    TextModel,
-    encoder_axis,
-    load_text_model,
-    mistral3,
-    prefix_in,
-    qwen3,
-    t5,
-)
+from flux_ray.engine.api import Placement, TextModel
+from flux_ray.engine.flux2.dev import mistral3
+from flux_ray.engine.flux2.empty_model import mistral, qwen3_4b
+from flux_ray.engine.flux2.klein import qwen3
+from flux_ray.engine.loading import encoder_axis, load_text_model, prefix_in, t5
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import build_empty
 from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.planner.architectures import mistral, qwen3_4b
 from flux_ray.tiny import CHECKPOINT
 from tests.ranks import Ranks
 

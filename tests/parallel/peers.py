@@ -19,7 +19,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Qwen3Model
 
-from flux_ray.engine.loading import Placement, load_text_model, qwen3
+from flux_ray.engine.api import Placement
+from flux_ray.engine.flux2.klein import qwen3
+from flux_ray.engine.loading import load_text_model
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh

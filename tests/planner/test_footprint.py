@@ -9,18 +9,23 @@ from diffusers import Flux2Transformer2DModel
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel, TierArgs
+from flux_ray.engine.flux2.empty_model import EmptyFlux2, empty_model
 from flux_ray.parallel.checkpoint import Checkpoint, shards_for
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.parallel.precision import held_parts
-from flux_ray.planner.activations import default_demand, largest_demand
-from flux_ray.planner.architectures import EmptyModel, empty_model
-from flux_ray.planner.candidate import Candidate, weight_bytes
+from flux_ray.planner.candidate import (
+    ActivationDemand,
+    Candidate,
+    default_demand,
+    largest_demand,
+    weight_bytes,
+)
 from flux_ray.tiny import CHECKPOINT
 
 GB = 10**9
 HUB = "owner/name@revision"
-MODELS: dict[str, EmptyModel] = {}
+MODELS: dict[str, EmptyFlux2] = {}
 # What was counted by hand was counted without.
 NO_CACHE = {"cache_bytes": 0}
 
@@ -32,6 +37,13 @@ def candidate(name: str, card: str = "h100-80gb", **args: object) -> Candidate:
     return Candidate(
         MODELS[name], tier, TierArgs(tier=name, weights=HUB, **NO_CACHE | args), card_for(card)
     )
+
+
+def test_tokens_are_those_of_the_image_and_its_references() -> None:
+    dev = candidate("flux-2-dev")
+    assert dev.num_image_tokens(default_demand(dev.tier)) == 4096
+    assert dev.num_image_tokens(ActivationDemand(1024 * 1024, 3)) == 16384
+    assert dev.num_image_tokens(largest_demand(dev.tier)) == 16384 + 6 * 4096
 
 
 DEV_RANKS = {1: 32_223_281_152, 2: 16_519_806_976, 4: 8_668_069_888, 8: 4_742_201_344}

@@ -10,7 +10,7 @@ import pytest
 from flux_ray.catalog.gpus import card_for
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import TierArgs
-from flux_ray.planner.architectures import EmptyModel, empty_model
+from flux_ray.engine.flux2.empty_model import EmptyFlux2, empty_model
 from flux_ray.planner.candidate import Candidate
 from flux_ray.planner.plan import PlacementOption, alternatives, cheapest, fastest
 
@@ -24,7 +24,7 @@ NO_CACHE = {"cache_bytes": 0}
 
 
 @cache
-def model_of(name: str) -> EmptyModel:
+def model_of(name: str) -> EmptyFlux2:
     return empty_model(tier_for(name), HUB)
 
 

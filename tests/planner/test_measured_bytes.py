@@ -9,8 +9,7 @@ import pytest
 
 from flux_ray.catalog.gpus import card_for
 from flux_ray.config.tier import Parallel
-from flux_ray.planner.activations import default_demand
-from flux_ray.planner.candidate import Candidate
+from flux_ray.planner.candidate import Candidate, default_demand
 from tests.bench.gpu_jobs import PRECISIONS, beside_plan
 from tests.bench.gpu_models import REAL
 

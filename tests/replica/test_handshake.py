@@ -39,6 +39,7 @@ from flux_ray.request import (
     Encoding,
     ImageRequest,
     Mask,
+    PackedTensor,
     RgbImage,
     StageAnswer,
 )
@@ -162,7 +163,7 @@ VALUES = [
         mask=Mask(2, 1, b"ab"),
         encoding=Encoding("jpeg", 80, (32, 32)),
     ),
-    EncodedPrompt(b"data", (1, 4), "bfloat16", ("a warning",)),
+    EncodedPrompt((("embeds", PackedTensor(b"data", (1, 4), "bfloat16")),), ("a warning",)),
     [StageAnswer(Encoded((), True), 0.5), StageAnswer(DenoisedImage(RASTER, 7), 1.0)],
     None,
 ]

@@ -53,7 +53,7 @@ print([each for each in UNUSED_BY_DIFFUSERS if each in sys.modules])
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.registry import load_adapter
-from flux_ray.engine.loading import Placement
+from flux_ray.engine.api import Placement
 from flux_ray.engine.api import ImageSpec
 adapter = load_adapter(tier_for("tiny"), None, Placement("bfloat16", "cpu", quantization="int8"))
 state = adapter.prepare(adapter.encode(adapter.encode_prompt("x"), ()), ImageSpec(64, 64, 1), 1)

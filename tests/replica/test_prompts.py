@@ -9,9 +9,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from flux_ray.errors import BadRequest, FluxError, ReplicaFailed
 from flux_ray.replica.text_encoder import EncodedByRanks, EncodedElsewhere
-from flux_ray.request import EncodedPrompt
+from flux_ray.request import EncodedPrompt, PackedTensor
 
-ENCODED = EncodedPrompt(b"\0\0", (1, 1), "bfloat16")
+ENCODED = EncodedPrompt((("embeds", PackedTensor(b"\0\0", (1, 1), "bfloat16")),))
 
 
 def raised_there(error: Exception) -> Exception:

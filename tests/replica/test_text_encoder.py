@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flux_ray.config.tier import TierArgs
-from flux_ray.engine.flux2.text_encoder import unpack
+from flux_ray.engine.packing import unpack
 from flux_ray.errors import BadRequest, OutOfMemory
 from flux_ray.replica import text_encoder
 from flux_ray.replica.rank import RankActor
@@ -47,9 +47,9 @@ async def test_ranks_without_one_hold_what_ranks_with_one_would() -> None:
         rank.load(rank.create_store())
     colocated.run(1, ("encode",), REQUEST)
     shared.run(1, ("encode",), REQUEST, encoded)
-    embeds = [rank._generations[1].conditioning.prompt.embeds for rank in (colocated, shared)]
+    embeds = [rank._jobs[1].conditioning.prompt.tensors["embeds"] for rank in (colocated, shared)]
     assert torch.equal(*embeds)
-    assert torch.equal(embeds[0], unpack(encoded, "cpu").embeds)
+    assert torch.equal(embeds[0], unpack(encoded, "cpu").tensors["embeds"])
     assert shared._adapter.prompts is None, "its memory is saved"
 
 
@@ -75,7 +75,7 @@ async def test_only_what_one_prompt_did_leaves_it_alive(
     monkeypatch: pytest.MonkeyPatch, encode: Callable[[str], None], expected: type[Exception]
 ) -> None:
     encoder = await started()
-    encoder._patience = StepWatchdog(floor_s=0.1, limit_s=0.1)
+    encoder._watchdog = StepWatchdog(floor_s=0.1, limit_s=0.1)
     monkeypatch.setattr(encoder, "_encode", encode)
     with pytest.raises(expected):
         await encoder.encode_prompt("a ring")

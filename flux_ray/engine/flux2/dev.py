@@ -8,10 +8,17 @@ from typing import Any
 
 from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_input
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Mistral3Config, MistralModel
 
-from flux_ray.engine.flux2.family import Family, check_class
-from flux_ray.engine.loading import mistral3
+from flux_ray.engine.api import TextModel
+from flux_ray.engine.flux2.checkpoint import CheckpointKind, check_class
+from flux_ray.engine.loading import first_layers
+
+
+def mistral3(folder: Path, num_layers: int) -> TextModel:
+    """Return dev's text model, cut to its first layers and without its vision tower."""
+    config = Mistral3Config.from_pretrained(folder).text_config
+    return first_layers(MistralModel, config, num_layers)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -43,7 +50,7 @@ def check_index(index: dict[str, Any], weights: str) -> None:
     check_class(index, Flux2Pipeline, weights)
 
 
-DEV = Family(
+DEV = CheckpointKind(
     pipeline=Flux2Pipeline,
     layers=(10, 20, 30),
     text_model=mistral3,

@@ -4,10 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import Flux2KleinPipeline
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
-from flux_ray.engine.flux2.family import Family, check_class
-from flux_ray.engine.loading import qwen3
+from flux_ray.engine.api import TextModel
+from flux_ray.engine.flux2.checkpoint import CheckpointKind, check_class
+from flux_ray.engine.loading import first_layers
+
+
+def qwen3(folder: Path, num_layers: int) -> TextModel:
+    """Return klein's text model, cut to its first layers, from the config in `folder`."""
+    return first_layers(Qwen3Model, Qwen3Config.from_pretrained(folder), num_layers)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -38,7 +44,7 @@ def check_index(index: dict[str, Any], weights: str) -> None:
         )
 
 
-KLEIN = Family(
+KLEIN = CheckpointKind(
     pipeline=Flux2KleinPipeline,
     layers=(9, 18, 27),
     text_model=qwen3,

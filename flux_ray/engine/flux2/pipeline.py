@@ -32,15 +32,16 @@ from flux_ray.engine.api import (
     ImageSpec,
     ImageState,
     InpaintInput,
+    Placement,
     PromptEmbeds,
+    PromptEncoder,
     StepInputs,
 )
-from flux_ray.engine.flux2.family import open_checkpoint
-from flux_ray.engine.flux2.text_encoder import FAMILIES, PromptEncoder, load_encoder
+from flux_ray.engine.flux2.checkpoint import open_checkpoint
+from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
     IMAGE_PARTS,
-    Placement,
     WeightSource,
     check_transformer,
     fetch,
@@ -79,15 +80,15 @@ class Flux2:
     def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
         """Load the adapter of a checkpoint.
 
-        Raise ValueError before any weight is read if the checkpoint is of another family or cannot
+        Raise ValueError before any weight is read if the checkpoint is of another kind or cannot
         be split and quantized as `placement` says: reading would take minutes.
         """
-        family = FAMILIES[tier.family]
-        source, folder = open_checkpoint(family, weights)
+        kind = KINDS[tier.family]
+        source, folder = open_checkpoint(kind, weights)
         check_transformer(folder, placement)
         prompts = None
         if placement.text_encoder == "colocated":
-            prompts = load_encoder(family, source, tier, placement)
+            prompts = load_encoder(kind, source, tier, placement)
         return cls(load_parts(source, placement), prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
@@ -171,7 +172,7 @@ class Flux2:
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
             height=canvas.height,
             width=canvas.width,
-            dtype=conditioning.prompt.embeds.dtype,
+            dtype=conditioning.prompt.tensors["embeds"].dtype,
             device=self.device,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -193,7 +194,7 @@ class Flux2:
         if given.reference_ids is not None:
             ids = torch.cat([ids, given.reference_ids], dim=1)
         return StepInputs(
-            text_rotary=self.rotary.table(given.prompt.text_ids),
+            text_rotary=self.rotary.table(given.prompt.tensors["text_ids"]),
             image_rotary=self.rotary.table(ids),
             guidance=torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
         )
@@ -238,11 +239,11 @@ class Flux2:
             latents = torch.cat([latents, given.reference_latents], dim=1)
         timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
         tokens: Tensor = self.pipeline.transformer(
-            hidden_states=latents.to(given.prompt.embeds.dtype),
+            hidden_states=latents.to(given.prompt.tensors["embeds"].dtype),
             timestep=timestep / FULL_TIMESTEP,
             # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed.guidance,
-            encoder_hidden_states=given.prompt.embeds,
+            encoder_hidden_states=given.prompt.tensors["embeds"],
             txt_ids=fixed.text_rotary,
             img_ids=fixed.image_rotary,
             return_dict=False,

@@ -10,10 +10,9 @@ from transformers import AutoTokenizer
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Lora
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.flux2.dev import check_index, load_tokenizer
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
 from tests.engine.generation import generate, generate_with_pipeline, reference, save_lora
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import Forward, ImageSpec, Placement
 from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2 import pipeline as flux2
+from flux_ray.engine.flux2.activations import denoise_bytes
 from flux_ray.engine.flux2.pipeline import Flux2, token_weights
 from flux_ray.engine.images import image_for, raster_for
-from flux_ray.engine.loading import Placement
 from flux_ray.parallel.load import build_empty
-from flux_ray.planner.activations import Forward, denoise_bytes
 from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, mask_image
 from flux_ray.tiny import CHECKPOINT

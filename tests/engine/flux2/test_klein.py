@@ -7,10 +7,9 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.flux2.klein import check_index
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.loading import Placement
 from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.generation import generate, generate_with_pipeline, reference

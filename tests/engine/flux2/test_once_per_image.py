@@ -15,9 +15,8 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.engine.api import Conditioning, ImageSpec, ImageState
+from flux_ray.engine.api import Conditioning, ImageSpec, ImageState, Placement
 from flux_ray.engine.flux2.pipeline import Flux2, unpack_latents
-from flux_ray.engine.loading import Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.mesh import Mesh
 from flux_ray.request import Mask, RgbImage
@@ -56,7 +55,7 @@ def with_ids(state: ImageState) -> ImageState:
     given, ids = state.conditioning, state.latent_ids
     if given.reference_ids is not None:
         ids = torch.cat([ids, given.reference_ids], dim=1)
-    fixed = replace(state.fixed, text_rotary=given.prompt.text_ids, image_rotary=ids)
+    fixed = replace(state.fixed, text_rotary=given.prompt.tensors["text_ids"], image_rotary=ids)
     return replace(state, fixed=fixed)
 
 

@@ -9,10 +9,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import Conditioning, ImageSpec
+from flux_ray.engine.api import Conditioning, ImageSpec, Placement
 from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
-from flux_ray.engine.loading import Placement
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
 from tests.engine.generation import finish, generate, generate_with_pipeline, reference

@@ -1,15 +1,16 @@
 """Prompts encoded apart from the model that draws them: the same bits, across a process border."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.flux2.pipeline import Flux2
-from flux_ray.engine.flux2.text_encoder import load_prompt_encoder, pack, unpack
-from flux_ray.engine.loading import Placement
+from flux_ray.engine.packing import pack, unpack
+from flux_ray.engine.registry import load_prompt_encoder
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.generation import finish
 
@@ -23,13 +24,14 @@ def test_a_prompt_crosses_a_process_border_bit_for_bit(
     klein_adapter: Flux2, dtype: torch.dtype
 ) -> None:
     prompt = klein_adapter.encode_prompt(PROMPT + " and so on" * 20)
-    prompt = type(prompt)(prompt.embeds.to(dtype), prompt.text_ids, prompt.warnings)
-    packed = pack(prompt)
-    assert len(packed.data) == prompt.embeds.nbytes
+    tensors = {**prompt.tensors, "embeds": prompt.tensors["embeds"].to(dtype)}
+    packed = pack(replace(prompt, tensors=tensors))
+    assert packed.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
     arrived = unpack(packed, "cpu")
-    assert arrived.embeds.dtype == dtype
-    assert torch.equal(arrived.embeds, prompt.embeds)
-    assert torch.equal(arrived.text_ids, prompt.text_ids)
+    assert arrived.tensors["embeds"].dtype == dtype
+    assert arrived.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(arrived.tensors[name], tensor)
     assert arrived.warnings == prompt.warnings != ()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from flux_ray.catalog.tiers import TIERS, tier_for
+from flux_ray.engine.flux2.empty_model import EmptyFlux2, empty_model
 from flux_ray.parallel.load import saved_tensors
-from flux_ray.planner.architectures import EmptyModel, empty_model
 
 HUB = "owner/name@revision"
 
@@ -42,7 +42,7 @@ def test_nothing_of_a_model_is_in_memory() -> None:
 
 def test_every_tier_can_be_planned() -> None:
     for tier in TIERS:
-        assert isinstance(empty_model(tier, tier.weights or HUB), EmptyModel)
+        assert isinstance(empty_model(tier, tier.weights or HUB), EmptyFlux2)
 
 
 def test_a_folder_is_planned_by_its_own_configs(small_dev: Path) -> None:

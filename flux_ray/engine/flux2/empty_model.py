@@ -1,7 +1,7 @@
-"""The shapes of the published models, and any tier's modules on the meta device.
+"""The shapes of the published FLUX.2 models, and any tier's modules on the meta device.
 
-A plan is counted from these modules. A checkpoint in a local folder brings its own shapes; for one
-that is not downloaded yet, the published shapes below are used.
+The planner counts bytes from these modules. A checkpoint in a local folder brings its own shapes;
+for one that is not downloaded yet, the published shapes below are used.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +14,11 @@ from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from flux_ray.catalog import EMBEDDED, Tier
-from flux_ray.engine.flux2.family import open_checkpoint
-from flux_ray.engine.flux2.text_encoder import FAMILIES
-from flux_ray.engine.loading import TextModel, first_layers, load_config, source_for, weights_of
+from flux_ray.engine.api import Forward, TextModel
+from flux_ray.engine.flux2 import activations
+from flux_ray.engine.flux2.checkpoint import open_checkpoint
+from flux_ray.engine.flux2.text_encoder import KINDS
+from flux_ray.engine.loading import first_layers, load_config, source_for, weights_of
 from flux_ray.parallel.load import build_empty
 
 Shape = dict[str, Any]
@@ -93,8 +95,8 @@ PUBLISHED: dict[str, Published] = {
 
 
 @dataclass(frozen=True)
-class EmptyModel:
-    """A tier's modules on the meta device; `source` tells the user where the shapes are from."""
+class EmptyFlux2:
+    """The EmptyModel of FLUX.2."""
 
     transformer: Any
     text_model: TextModel
@@ -102,19 +104,59 @@ class EmptyModel:
     vae: Any
     source: str
 
+    def is_published(self, tier: Tier) -> bool:
+        """Return whether the transformer has the shape that was published for the tier."""
+        shape = PUBLISHED[tier.name][0] if tier.name in PUBLISHED else None
+        config = self.transformer.config
+        return shape is not None and all(config[name] == value for name, value in shape.items())
 
-def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
+    def num_tokens(self, pixels: int) -> int:
+        """Return the image tokens of so many pixels, by the VAE's own factor and patches."""
+        vae = self.vae.config
+        side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
+        return pixels // int(side) ** 2
+
+    def denoise_bytes(self, forward: Forward) -> int:
+        """Return the peak bytes of a forward on one rank."""
+        return activations.denoise_bytes(self.transformer.config, forward)
+
+    def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
+        """Return the bytes that a request holds while it waits for its next step."""
+        return activations.held_bytes(self.transformer.config, num_text, num_image, size)
+
+    def decode_bytes(self, pixels: int, size: int) -> int:
+        """Return the peak bytes of decoding an image."""
+        return activations.decode_bytes(self.vae.config, pixels, size)
+
+    def encode_bytes(self, pixels: int, size: int) -> int:
+        """Return the peak bytes of encoding one reference."""
+        return activations.encode_bytes(self.vae.config, pixels, size)
+
+    def prompt_bytes(
+        self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
+    ) -> int:
+        """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks."""
+        return activations.prompt_bytes(
+            self.text_encoder.config,
+            num_text,
+            num_ranks,
+            size,
+            quantizes_activations=quantizes_activations,
+        )
+
+
+def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
     """Build a tier's modules from the checkpoint's configs, or from the published shapes.
 
     The configs are used if `weights` is a local folder or the embedded checkpoint. The hub is never
     asked: a plan needs neither network nor licence. Raise ValueError if `weights` can be neither.
     """
     given = weights_of(tier, weights)
-    family = FAMILIES[tier.family]
-    num_layers = max(family.layers)
+    kind = KINDS[tier.family]
+    num_layers = max(kind.layers)
     if given == EMBEDDED or Path(given).is_dir():
-        _, folder = open_checkpoint(family, given)
-        text_model = family.text_model(folder / "text_encoder", num_layers)
+        _, folder = open_checkpoint(kind, given)
+        text_model = kind.text_model(folder / "text_encoder", num_layers)
         return assemble(
             load_config(folder / "transformer"),
             text_model,
@@ -132,13 +174,13 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyModel:
 
 def assemble(
     transformer: Mapping[str, Any], text_model: TextModel, vae: Mapping[str, Any], *, source: str
-) -> EmptyModel:
+) -> EmptyFlux2:
     """Build all modules of a model on the meta device, from the configs of its parts."""
 
     def built(build: Callable[[], nn.Module]) -> nn.Module:
         return build_empty(build)
 
-    return EmptyModel(
+    return EmptyFlux2(
         built(lambda: Flux2Transformer2DModel.from_config(dict(transformer))),
         text_model,
         built(text_model.build),

@@ -7,32 +7,27 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor, PerRow
 from torchao.quantization.quantize_.common import KernelPreference
 
-from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Parallel
-from flux_ray.parallel.checkpoint import shards_for
-from flux_ray.parallel.load import build_empty, finish_linears, place
-from flux_ray.parallel.mesh import Axis
-from flux_ray.parallel.precision import quantize
-from flux_ray.parallel.sequence import split_sequence
-from flux_ray.planner.activations import (
-    ActivationDemand,
-    Forward,
+from flux_ray.engine.api import Forward
+from flux_ray.engine.flux2.activations import (
     decode_bytes,
-    default_demand,
     denoise_bytes,
     encode_bytes,
-    largest_demand,
-    num_image_tokens,
     prompt_bytes,
 )
-from flux_ray.planner.architectures import (
+from flux_ray.engine.flux2.empty_model import (
     DEV_TRANSFORMER,
     KLEIN_4B_TRANSFORMER,
     mistral,
     qwen3_4b,
 )
+from flux_ray.parallel.checkpoint import shards_for
+from flux_ray.parallel.load import build_empty, finish_linears, place
+from flux_ray.parallel.mesh import Axis
+from flux_ray.parallel.precision import quantize
+from flux_ray.parallel.sequence import split_sequence
 from flux_ray.planner.candidate import UNPACKED_BYTES
-from tests.planner.allocations import peak_bytes
+from tests.engine.allocations import peak_bytes
 
 GIB = 2**30
 NUM_TEXT = 512
@@ -186,13 +181,6 @@ def test_an_fp8_weight_is_unpacked_by_way_of_fp32() -> None:
         now += event.nbytes()
         peak = max(peak, now)
     assert peak / weight.numel() == pytest.approx(UNPACKED_BYTES["fp8"], rel=WITHIN_A_TENTH)
-
-
-def test_tokens_are_those_of_the_image_and_its_references(vae: AutoencoderKLFlux2) -> None:
-    dev = tier_for("flux-2-dev")
-    assert num_image_tokens(vae.config, dev, default_demand(dev)) == 4096
-    assert num_image_tokens(vae.config, dev, ActivationDemand(1024 * 1024, 3)) == 16384
-    assert num_image_tokens(vae.config, dev, largest_demand(dev)) == 16384 + 6 * 4096
 
 
 def test_fp8_products_keep_more_than_bf16_ones() -> None:

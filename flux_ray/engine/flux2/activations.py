@@ -1,65 +1,16 @@
-"""Estimate the bytes that each stage of a request needs at its peak, besides the weights.
+"""Estimate the bytes that each stage of a FLUX.2 request needs at its peak, besides the weights.
 
 The estimate counts the tensors that are alive at once in eager mode, with attention that does not
-keep its scores. Tests hold it to within 10 % of what the modules allocate on the meta device. What
-CUDA's libraries allocate in addition was measured (tests/bench/results) and is a factor of its own.
+keep its scores. Tests hold it to within 10 % of what the modules allocate on the meta device.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS, Tier
-from flux_ray.config import Parallel
+from flux_ray.catalog import MAX_WHOLE_PIXELS
+from flux_ray.engine.api import Forward
 from flux_ray.parallel.sequence import num_padded
 
-# How much more a stage of the VAE takes on a GPU than its modules allocate: in bf16, convolutions
-# copy their inputs and outputs to channels last. Decoding 1 MP with klein-4b took 2.553 GB on an
-# H100 where the modules allocate 1.611, a factor of 1.585. Encoding is assumed to be the same.
-CARD_CONVOLUTIONS = 1.6
 FP32 = 4
-
-
-@dataclass(frozen=True)
-class ActivationDemand:
-    """The size of a request: the pixels of an image, and the number of reference images."""
-
-    pixels: int
-    num_references: int
-
-
-def largest_demand(tier: Tier) -> ActivationDemand:
-    """Return the largest request that the tier allows."""
-    return ActivationDemand(tier.max_pixels, tier.max_references)
-
-
-def default_demand(tier: Tier) -> ActivationDemand:
-    """Return the request of a client that names no size: the default one, without references."""
-    return ActivationDemand(tier.default_side**2, 0)
-
-
-def num_image_tokens(vae: Any, tier: Tier, demand: ActivationDemand) -> int:
-    """Return the tokens of an image and its references, each at the tier's maximum.
-
-    `vae` is its config, from which the side of a token in pixels follows.
-    """
-    side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
-    pixels = demand.pixels + demand.num_references * tier.max_reference_pixels
-    return pixels // int(side) ** 2
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of the transformer, as far as its memory depends on it.
-
-    `num_text` and `num_image` count the tokens of the whole request, before they are split over
-    ranks; `size` is the bytes per number. `quantizes_activations`: products are made on FP8 units.
-    """
-
-    num_text: int
-    num_image: int
-    parallel: Parallel
-    size: int
-    quantizes_activations: bool = False
 
 
 def denoise_bytes(config: Any, forward: Forward) -> int:

@@ -1,4 +1,4 @@
-"""What differs between klein and dev apart from the weights: the text encoder and its prompts."""
+"""The kinds of FLUX.2 checkpoints: what differs between them apart from the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,13 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from flux_ray.engine.loading import CONFIGS, TextModel, WeightSource, fetch, load_config, source_for
+from flux_ray.engine.api import TextModel
+from flux_ray.engine.loading import CONFIGS, WeightSource, fetch, load_config, source_for
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one family of FLUX.2 checkpoints encodes prompts.
+class CheckpointKind:
+    """How one kind of FLUX.2 checkpoint encodes prompts.
 
     `pipeline`: diffusers' class, whose `encode_prompt` formats the prompt and encodes it.
     `layers`: which hidden states of the text model it concatenates into the embeddings.
@@ -29,15 +30,15 @@ class Family:
     check_index: Callable[[dict[str, Any], str], None]
 
 
-def open_checkpoint(family: Family, weights: str) -> tuple[WeightSource, Path]:
+def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, Path]:
     """Return the checkpoint's source and a local folder that holds its config files.
 
-    Raise ValueError if the checkpoint belongs to another family. No weights are downloaded yet, so
+    Raise ValueError if the checkpoint is of another kind. No weights are downloaded yet, so
     a wrong name is found in seconds.
     """
     source = source_for(weights)
     folder = fetch(source, CONFIGS)
-    family.check_index(load_config(folder, "model_index.json"), weights)
+    kind.check_index(load_config(folder, "model_index.json"), weights)
     return source, folder
 
 
