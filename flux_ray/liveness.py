@@ -7,8 +7,10 @@ its own. Both leave out the time in which the watching process itself stood stil
 import asyncio
 import contextvars
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 logger = logging.getLogger("ray.serve")
 
@@ -17,6 +19,12 @@ LOOK_S = 1.0
 ASK_S = 2.0
 
 Ask = Callable[[], Awaitable[object]]
+
+
+class NextSign(NamedTuple):
+    """An answer that says how long the next sign of life may take, where it is not the usual."""
+
+    within_s: float
 
 
 class Liveness:
@@ -31,15 +39,18 @@ class Liveness:
         self._look_s = look_s
         self._looked_at: float | None = None
         self._awake_s = 0.0
-        self._heard: dict[str, float] = {}
+        # By name: when it was heard, and how long it may be silent since then.
+        self._heard: dict[str, tuple[float, float]] = {}
 
-    def hear(self, name: str) -> None:
-        """Note a sign of life."""
-        self._heard[name] = self._awake_s
+    def hear(self, name: str, limit_s: float | None = None) -> None:
+        """Note a sign of life, and for how many seconds there may be no other."""
+        self._heard[name] = self._awake_s, self._limit_s if limit_s is None else limit_s
 
     def expect(self, name: str) -> None:
-        """Count the silence of `name` from now on, even if it was never heard."""
-        self._heard.setdefault(name, self._awake_s)
+        """Count the silence of `name` by the usual limit: from now on, if that is new."""
+        _, limit_s = self._heard.get(name, (0.0, math.inf))
+        if limit_s > self._limit_s:
+            self._heard[name] = self._awake_s, self._limit_s
 
     def forget(self, name: str) -> None:
         """Stop counting the silence of `name`."""
@@ -51,7 +62,7 @@ class Liveness:
         self._looked_at = now
         self._awake_s += min(passed_s, 2 * self._look_s)
         heard = list(self._heard.items())
-        return [name for name, at_s in heard if self._awake_s - at_s > self._limit_s]
+        return [name for name, (at_s, limit_s) in heard if self._awake_s - at_s > limit_s]
 
 
 class Watch:
@@ -71,7 +82,7 @@ class Watch:
         return frozenset(self._asking)
 
     def follow(self, name: str, ask: Ask) -> None:
-        """Ask a process from now on; `ask` returns with its answer, and raises if it is dead."""
+        """Ask a process from now on; `ask` returns when it has answered, raises if it is dead."""
         # In an empty context: otherwise Ray would cancel it with the request that started it.
         asking = asyncio.get_running_loop().create_task(
             self._ask(name, ask), context=contextvars.Context()
@@ -96,8 +107,9 @@ class Watch:
 
     async def _ask(self, name: str, ask: Ask) -> None:
         while True:
-            await ask()
-            self._liveness.hear(name)
+            answer = await ask()
+            limit_s = answer.within_s if isinstance(answer, NextSign) else None
+            self._liveness.hear(name, limit_s)
             await asyncio.sleep(ASK_S)
 
     def _stop_asking(self, name: str, asked: "asyncio.Task[None]") -> None:

@@ -74,6 +74,6 @@ LIMITED = Metric(
 )
 HUNG = Metric(
     "flux_hung_replicas",
-    "Gateways, leaders and text encoders that hung, and were ended.",
+    "Gateways, leaders, text encoders and controllers that hung, and were ended.",
     labels=("process",),
 )

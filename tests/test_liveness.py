@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ray import liveness
-from flux_ray.liveness import Liveness, Watch
+from flux_ray.liveness import Liveness, NextSign, Watch
 
 LIMIT_S = 10.0
 
@@ -146,3 +146,39 @@ async def test_one_that_starts_has_all_the_time_that_it_takes(quick: None):
     assert await hung_in(watch, 10) == []
     watch.expect("starting")
     assert await hung_in(watch, 10) == ["starting"]
+
+
+def test_an_answer_may_say_that_the_next_one_takes_longer() -> None:
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("loading", 3 * LIMIT_S)
+    assert look_every_second(signs, 0.0, 31) == []
+    assert signs.look(31.0) == ["loading"]
+
+
+def test_who_is_expected_has_the_usual_time_from_then_on() -> None:
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("loading", 100 * LIMIT_S)
+    signs.expect("loading")
+    for second in range(1, 11):
+        assert signs.look(float(second)) == []
+        signs.expect("loading")
+    assert signs.look(11.0) == ["loading"]
+
+
+@pytest.mark.parametrize(("answer", "hung_after_s"), [(41_234, 3), (NextSign(6.0), 6)])
+async def test_only_such_an_answer_counts_and_no_other_number(
+    answer: object, hung_after_s: int
+) -> None:
+    watch, answers = Watch(3.0, Clock()), [answer]
+
+    async def ask() -> object:
+        if answers:
+            return answers.pop()
+        return await asyncio.Event().wait()
+
+    watch.follow("one", ask)
+    await asyncio.sleep(0.05)
+    assert [watch.hung() for _ in range(hung_after_s)] == [[]] * hung_after_s
+    assert await hung_in(watch, 2) == ["one"]

@@ -28,7 +28,7 @@ def asking(address: str) -> Iterator[Clients]:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("kind", ["leader", "rank", "gateway", "ledger"])
+@pytest.mark.parametrize("kind", ["leader", "rank", "gateway", "ledger", "controller"])
 def test_a_stopped_process_is_ended_and_replaced(asking: Clients, kind: str) -> None:
     ranks = processes_of("rank") if kind in ("leader", "rank") else []
     casualty = strike(asking, (kind,), signal.SIGSTOP)

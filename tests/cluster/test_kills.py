@@ -9,10 +9,9 @@ import pytest
 from tests.cluster.casualties import HEADER, Casualty, Clients, clients, strike
 
 HUNG_LIMIT_S = 15
-# What flux-ray itself replaces if it hangs. A controller that hangs is left to the operator, and a
-# proxy to Serve.
-MORTAL = ("gateway", "ledger", "lone leader", "leader", "rank")
-ALL = (*MORTAL, "controller", "proxy")
+# What flux-ray itself ends if it hangs; a proxy is Serve's controller's to end.
+MORTAL = ("gateway", "ledger", "lone leader", "leader", "rank", "controller")
+ALL = (*MORTAL, "proxy")
 
 
 def casualties_to_come() -> Iterator[tuple[tuple[str, ...], signal.Signals]]:

@@ -2,9 +2,10 @@
 
 `RemoteLedger` is the proxy, and `start_ledger` finds or starts the actor.
 
-`HungReplicas` runs beside the ledger in its process: it watches gateways, leaders and text encoders
-and kills those that hang. Serve would stop them gracefully, which a stopped process does not hear:
-it would keep its GPUs for all of its `drain_timeout_s`.
+`HungProcesses` runs beside the ledger in its process: it watches gateways, leaders, text encoders
+and Serve's controller, and kills those that hang. Serve would stop replicas gracefully, which a
+stopped process does not hear: it would keep its GPUs for all of its `drain_timeout_s`. Nobody else
+would miss the controller, without which no dead replica is replaced.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux_ray.catalog import TIERS
-from flux_ray.liveness import ASK_S, LOOK_S, Watch
+from flux_ray.liveness import ASK_S, LOOK_S, NextSign, Watch
 from flux_ray.meter import counter
 from flux_ray.metrics import HUNG
 from flux_ray.request import PROTOCOL
@@ -35,6 +36,12 @@ logger = logging.getLogger("ray.serve")
 # Longer than a leader takes to find out that it is one of its ranks that hangs. After a kill Serve
 # orders a successor at once; Ray waits five seconds more before it sends SIGKILL.
 HUNG_S = 9.0
+# A replica that is loading may not answer for long: importing libraries holds up its event loop.
+LOADING_HUNG_S = 60.0
+# Serve's controller does much of its work without a pause, ten seconds of it in a large cluster. A
+# restart costs no request, but replicas that are still loading begin anew.
+CONTROLLER_HUNG_S = 30.0
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 PREFIX = "SERVE_REPLICA::"
 SERVE_NAMESPACE = "serve"
 TIER_NAMES = frozenset(tier.name for tier in TIERS)
@@ -72,30 +79,55 @@ class AskedReplica:
         self.actor = actor
         self._has_begun = False
 
-    async def give_sign(self) -> None:
+    async def give_sign(self) -> NextSign | None:
         """Return once its event loop has answered. Raise RayActorError if it is dead."""
         while True:
             try:
-                # Until it has loaded its weights, which takes minutes, its silence means nothing.
+                # While it loads its weights, a check would fail, and Serve would log that.
                 self._has_begun = self._has_begun or await self.actor.was_initialized.remote()
-                if self._has_begun:
-                    await self.actor.check_health.remote()
-                    return
+                if not self._has_begun:
+                    return NextSign(LOADING_HUNG_S)
+                await self.actor.check_health.remote()
+                return None
             except ActorUnavailableError:
                 # The connection is broken for now, which is no sign of life: ask again.
                 pass
             except RayTaskError:
                 # It answers that it is unhealthy, so it does not hang: Serve will replace it.
-                return
+                return None
             await asyncio.sleep(ASK_S)
 
+    def kill(self) -> None:
+        """Kill the process; Serve starts another replica. Blocks while Ray's head is away."""
+        ray.kill(self.actor)
 
-class HungReplicas:
-    """A watch over all gateways, leaders and text encoders, which kills those that hang."""
+
+class AskedController:
+    """Serve's controller, asked for signs of life as AskedReplica is."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def give_sign(self) -> NextSign:
+        """Return once it has answered. Raise RayActorError when Serve has been shut down."""
+        while True:
+            try:
+                await self.actor.check_alive.remote()
+                return NextSign(CONTROLLER_HUNG_S)
+            except ActorUnavailableError:
+                await asyncio.sleep(ASK_S)
+
+    def kill(self) -> None:
+        """Kill the process; Ray starts it again, and it reads its state from its checkpoint."""
+        ray.kill(self.actor, no_restart=False)
+
+
+class HungProcesses:
+    """A watch over all gateways, leaders, text encoders and the controller: it kills who hangs."""
 
     def __init__(self) -> None:
         self._watch = Watch(HUNG_S)
-        self._asked: dict[str, AskedReplica] = {}
+        self._asked: dict[str, AskedReplica | AskedController] = {}
         self._killed = counter(HUNG)
         # A thread of its own: its calls block while Ray's head is away, and would take up all the
         # threads that others need.
@@ -108,7 +140,7 @@ class HungReplicas:
             try:
                 found = await loop.run_in_executor(self._thread, self._find)
             except RayError as error:
-                logger.info("replicas are not watched for now: %s", error)
+                logger.info("processes are not watched for now: %s", error)
             else:
                 self._follow(found)
                 for actor in self._watch.hung():
@@ -116,11 +148,12 @@ class HungReplicas:
             await asyncio.sleep(LOOK_S)
 
     def _find(self) -> dict[str, Any]:
-        """Return the handles of replicas that are not watched yet, by name. Blocks."""
+        """Return the handles of actors that are not watched yet, by name. Blocks."""
         listed: Any = ray.util.list_named_actors(all_namespaces=True)
         names = [each["name"] for each in listed if each["namespace"] == SERVE_NAMESPACE]
         found = {}
-        for actor in our_replicas(names).keys() - self._watch.names:
+        ours = our_replicas(names).keys() | ({CONTROLLER} & set(names))
+        for actor in ours - self._watch.names:
             try:
                 found[actor] = ray.get_actor(actor, namespace=SERVE_NAMESPACE)
             except ValueError:
@@ -129,19 +162,19 @@ class HungReplicas:
 
     def _follow(self, found: dict[str, Any]) -> None:
         for actor, handle in found.items():
-            asked = AskedReplica(handle)
+            asked = (AskedController if actor == CONTROLLER else AskedReplica)(handle)
             self._watch.follow(actor, asked.give_sign)
             self._asked[actor] = asked
         for actor in self._asked.keys() - self._watch.names:
             del self._asked[actor]
-        for actor in filter(is_up, self._asked):
+        for actor in filter(is_up, self._asked.keys() - {CONTROLLER}):
             self._watch.expect(actor)
 
     def _end(self, actor: str) -> None:
         logger.error("%s hangs, and is ended", actor)
-        name = our_replicas([actor])[actor]
-        self._killed.inc(1, {"process": name.deployment})
-        self._thread.submit(ray.kill, self._asked[actor].actor)
+        name = replica_name(actor)
+        self._killed.inc(1, {"process": "controller" if name is None else name.deployment})
+        self._thread.submit(self._asked[actor].kill)
 
 
 def is_up(actor: str) -> bool:
@@ -154,9 +187,9 @@ def is_up(actor: str) -> bool:
     return name.unique_id in handover.REACHABLE.get(name.application, ())
 
 
-async def watch_replicas() -> None:
-    """Kill replicas that hang, for as long as this process lives."""
-    await HungReplicas().run()
+async def watch_processes() -> None:
+    """Kill processes that hang, for as long as this process lives."""
+    await HungProcesses().run()
 
 
 # Code of another protocol has a ledger of its own: while a cluster is upgraded both live, and the
@@ -316,7 +349,7 @@ def start_ledger() -> Any:
         get_if_exists=True,
         # Soft: it may start anew on another node when this one is gone.
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
-    ).remote(companion=watch_replicas)
+    ).remote(companion=watch_processes)
 
 
 def node_for_ledger(nodes: Iterable[Mapping[str, Any]], own: str) -> str:

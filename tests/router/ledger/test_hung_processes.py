@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from flux_ray import liveness
 from flux_ray.router import handover
-from flux_ray.router.ledger import remote as hung_replicas
-from flux_ray.router.ledger.remote import AskedReplica, HungReplicas, our_replicas
+from flux_ray.router.ledger import remote as hung
+from flux_ray.router.ledger.remote import AskedReplica, HungProcesses, our_replicas
 
 GATEWAY = "SERVE_REPLICA::gateway#gateway#aaaa"
 LEADER = "SERVE_REPLICA::tiny#tiny#bbbb"
@@ -41,11 +41,12 @@ class FakeReplica:
 
     def __init__(self, *, has_begun: bool = True) -> None:
         self.has_begun = has_begun
-        self.num_checked = 0
+        self.num_checked = self.num_asked = 0
         self.errors: list[Exception] = []
         self._goes_on = asyncio.Event()
         self._goes_on.set()
         self.was_initialized = Method(self._was_initialized)
+        self.check_alive = Method(self._check_alive)
         self.check_health = Method(self._check_health)
 
     def stop(self) -> None:
@@ -53,7 +54,12 @@ class FakeReplica:
 
     async def _was_initialized(self) -> bool:
         await self._goes_on.wait()
+        self.num_asked += 1
         return self.has_begun
+
+    async def _check_alive(self) -> None:
+        await self._goes_on.wait()
+        self.num_checked += 1
 
     async def _check_health(self) -> None:
         await self._goes_on.wait()
@@ -66,10 +72,12 @@ class FakeReplica:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its seconds pass five hundred times as fast."""
-    for module in (liveness, hung_replicas):
+    for module in (liveness, hung):
         monkeypatch.setattr(module, "ASK_S", 0.004)
         monkeypatch.setattr(module, "LOOK_S", 0.002)
-    monkeypatch.setattr(hung_replicas, "HUNG_S", 0.2)
+    monkeypatch.setattr(hung, "HUNG_S", 0.2)
+    monkeypatch.setattr(hung, "LOADING_HUNG_S", 1.0)
+    monkeypatch.setattr(hung, "CONTROLLER_HUNG_S", 0.2)
 
 
 async def test_one_that_says_that_it_is_unwell_lives() -> None:
@@ -96,7 +104,7 @@ class Cluster:
     def __init__(self, actors: dict[str, FakeReplica]) -> None:
         self.actors = actors
         self.killed: list[str] = []
-        self.is_head_away = False
+        self.restarting: list[str] = []
 
     def list_named_actors(self, all_namespaces: bool) -> list[dict[str, str]]:
         return [{"name": name, "namespace": "serve"} for name in (*self.actors, *OTHERS)]
@@ -106,9 +114,11 @@ class Cluster:
             raise ValueError(name)
         return self.actors[name]
 
-    def kill(self, actor: FakeReplica) -> None:
+    def kill(self, actor: FakeReplica, no_restart: bool = True) -> None:
         (name,) = (name for name, each in self.actors.items() if each is actor)
         self.killed.append(name)
+        if not no_restart:
+            self.restarting.append(name)
         del self.actors[name]
 
 
@@ -122,10 +132,10 @@ class FakeCounter:
 @pytest.fixture
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster({GATEWAY: FakeReplica(), LEADER: FakeReplica(), ENCODER: FakeReplica()})
-    monkeypatch.setattr(hung_replicas.ray.util, "list_named_actors", cluster.list_named_actors)
-    monkeypatch.setattr(hung_replicas.ray, "get_actor", cluster.get_actor)
-    monkeypatch.setattr(hung_replicas.ray, "kill", cluster.kill)
-    monkeypatch.setattr(hung_replicas, "counter", lambda metric: FakeCounter())
+    monkeypatch.setattr(hung.ray.util, "list_named_actors", cluster.list_named_actors)
+    monkeypatch.setattr(hung.ray, "get_actor", cluster.get_actor)
+    monkeypatch.setattr(hung.ray, "kill", cluster.kill)
+    monkeypatch.setattr(hung, "counter", lambda metric: FakeCounter())
     return cluster
 
 
@@ -140,20 +150,45 @@ async def until(condition: Any) -> None:
 async def test_each_that_hangs_is_killed_and_no_other(
     cluster: Cluster, serve_log: pytest.LogCaptureFixture
 ) -> None:
-    watching = asyncio.create_task(HungReplicas().run())
+    watching = asyncio.create_task(HungProcesses().run())
     await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
     for number, name in enumerate((LEADER, ENCODER, GATEWAY), 1):
         cluster.actors[name].stop()
         await until(lambda number=number: len(cluster.killed) == number)
     assert cluster.killed == [LEADER, ENCODER, GATEWAY]
     assert f"{LEADER} hangs" in serve_log.text
+    assert cluster.restarting == [], "Serve makes new ones, under other names"
+    watching.cancel()
+
+
+async def test_a_controller_that_hangs_is_killed_and_started_again(cluster: Cluster) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    controller = cluster.actors[hung.CONTROLLER] = FakeReplica()
+    await until(lambda: controller.num_checked > 2)
+    controller.stop()
+    await until(lambda: cluster.restarting == [hung.CONTROLLER])
+    assert cluster.killed == [hung.CONTROLLER]
+    again = cluster.actors[hung.CONTROLLER] = FakeReplica()
+    await until(lambda: again.num_checked > 2)
+    watching.cancel()
+
+
+async def test_one_that_hangs_while_it_loads_is_killed_in_the_end(cluster: Cluster) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    new = "SERVE_REPLICA::tiny#tiny#ffff"
+    replica = cluster.actors[new] = FakeReplica(has_begun=False)
+    await until(lambda: replica.num_asked > 2)
+    replica.stop()
+    await asyncio.sleep(0.6)
+    assert cluster.killed == [], "not within the time of one that serves"
+    await until(lambda: cluster.killed == [new])
     watching.cancel()
 
 
 async def test_one_that_comes_later_is_watched_too_but_not_before_it_has_begun(
     cluster: Cluster,
 ) -> None:
-    watching = asyncio.create_task(HungReplicas().run())
+    watching = asyncio.create_task(HungProcesses().run())
     new = "SERVE_REPLICA::tiny#tiny#ffff"
     replica = cluster.actors[new] = FakeReplica(has_begun=False)
     replica.stop()
@@ -172,7 +207,7 @@ async def test_one_that_hung_before_the_watch_began_is_known_by_serves_word(
 ) -> None:
     for replica in cluster.actors.values():
         replica.stop()
-    watching = asyncio.create_task(HungReplicas().run())
+    watching = asyncio.create_task(HungProcesses().run())
     await asyncio.sleep(0.1)
     monkeypatch.setitem(handover.REACHABLE, "tiny", ("bbbb",))
     await until(lambda: cluster.killed)
@@ -184,14 +219,14 @@ async def test_one_that_hung_before_the_watch_began_is_known_by_serves_word(
 async def test_while_rays_head_is_away_nobody_is_missed(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watching = asyncio.create_task(HungReplicas().run())
+    watching = asyncio.create_task(HungProcesses().run())
     await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
 
     def no_answer(all_namespaces: bool) -> Any:
-        raise hung_replicas.RayError("no head")
+        raise hung.RayError("no head")
 
     with monkeypatch.context() as away:
-        away.setattr(hung_replicas.ray.util, "list_named_actors", no_answer)
+        away.setattr(hung.ray.util, "list_named_actors", no_answer)
         cluster.actors[LEADER].stop()
         await asyncio.sleep(0.6)
         assert cluster.killed == []
