@@ -18,10 +18,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, GatewayArgs, TierArgs, reads_with_h11
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.routes import desk_for
+from flux_ray.gateway.bfl.routes import job_service_for
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
-from flux_ray.replica.rank_group import bundles_for, strategy_for
+from flux_ray.replica.rank_group import resources_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.autoscaling.gpu_budget import BudgetTerms
 from flux_ray.router.dispatch import TierHandles, learn_layouts
@@ -84,8 +84,10 @@ class Gateway:
             is_deployed=handles.is_deployed,
             hears_ledger=ledger.is_heard,
         )
-        desk = desk_for(router, args)
-        return build_api(router, args, desk=desk, is_stopping=is_stopping, proxy_sends_id=True)
+        job_service = job_service_for(router, args)
+        return build_api(
+            router, args, job_service=job_service, is_stopping=is_stopping, proxy_sends_id=True
+        )
 
     async def check_health(self) -> None:
         """Show Serve and the ledger's process, which kills what hangs, that the event loop runs."""
@@ -141,10 +143,7 @@ def tier_application(args: TierArgs, leader: type[Leader]) -> Application:
         name=args.tier,
         **replicas_of(args),
         max_ongoing_requests=args.max_ongoing_requests,
-        # The leader takes no resources: the bundles are for its ranks.
-        ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=bundles_for(args),
-        placement_group_strategy=strategy_for(args.parallel),
+        **resources_for(args),
         request_router_config=granted_replica_first(),
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,

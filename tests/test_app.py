@@ -22,9 +22,8 @@ def test_a_group_is_placed_as_one() -> None:
     args = TierArgs(tier="tiny-tp2", parallel=Parallel(tensor=2))
     (leader,) = deployments_of(build_tier(args)).values()
     config = leader._replica_config
-    assert config.placement_group_bundles == [{"CPU": 1.0, "GPU": 1.0}] * 2
-    assert config.placement_group_strategy == "STRICT_PACK"
-    assert config.ray_actor_options["num_cpus"] == 0, "the bundles are the ranks'"
+    assert config.placement_group_bundles is None, "Serve spreads only replicas without"
+    assert config.ray_actor_options["num_cpus"] == config.ray_actor_options["num_gpus"] == 2
 
 
 def test_autoscaling_goes_by_the_ledger_and_a_number_of_replicas_by_itself() -> None:

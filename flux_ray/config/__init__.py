@@ -10,8 +10,9 @@ from flux_ray.config.tier import (
     Parallel,
     Quantization,
     TierArgs,
-    keep_gloo_local,
+    keep_collectives_local,
     reads_with_h11,
+    use_gpu,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "TierArgs",
     "Uploads",
     "Webhooks",
-    "keep_gloo_local",
+    "keep_collectives_local",
     "reads_with_h11",
+    "use_gpu",
 ]

@@ -1,7 +1,7 @@
 """Typed configuration of a tier: the `args` of its application in a Serve config file.
 
-The two settings that come from the environment, which Ray and gloo leave no other way for, are read
-and set here as well.
+The settings that are made by the environment, where libraries leave no other way, are read and set
+here as well.
 """
 
 import os
@@ -20,13 +20,19 @@ PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 READ_WITH_H11 = "flux_ray.gateway.proxy:read_with_h11"
 
 
-def keep_gloo_local() -> None:
-    """Have gloo use the loopback interface, unless the environment names another one.
+def keep_collectives_local() -> None:
+    """Have gloo and NCCL use the loopback interface, unless the environment names another one.
 
-    Otherwise it listens at whatever address the machine's name resolves to, where others on the
-    network could reach it. There is no other way to tell it.
+    Otherwise they listen at the address of a network, where others could reach them. There is no
+    other way to tell them.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+
+
+def use_gpu(gpu_id: str) -> None:
+    """Have CUDA see only this GPU of the node; call it before anything asks for a device."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_id
 
 
 def reads_with_h11() -> bool:
@@ -111,6 +117,7 @@ class TierArgs(Args):
     `text_encoder`: one in every replica (`colocated`), or one for all of the tier (`shared`).
     `num_replicas`: the fixed number of replicas, without `autoscaling`.
     `num_cpus`: CPUs for each rank, and threads of its torch.
+    `node_labels`: the labels of the nodes that replicas may be on, as Ray's label selectors.
     `cache_bytes`: memory of a rank for encoded prompts and references; 0 for none.
     `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
     ten times as long as those before it, and longer than `min_step_timeout_s`.
@@ -132,6 +139,7 @@ class TierArgs(Args):
     num_replicas: int = Field(1, ge=0)
     autoscaling: Autoscaling | None = None
     num_cpus: float = Field(1.0, gt=0)
+    node_labels: dict[str, str] = {}
     cache_bytes: int = Field(64 * 2**20, ge=0)
     max_ongoing_requests: int = Field(8, ge=1)
     step_timeout_s: Seconds = 60.0
@@ -150,7 +158,7 @@ class TierArgs(Args):
 
     @property
     def num_threads(self) -> int:
-        """Return the number of torch threads of a rank on CPUs."""
+        """Return the number of torch threads of a rank."""
         return max(1, int(self.num_cpus))
 
     @property

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from flux_ray.config import Parallel, keep_gloo_local
+from flux_ray.config import Parallel, keep_collectives_local
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -90,8 +90,8 @@ def join_mesh(
     if num_ranks == 1:
         return Mesh()
     if parallel.num_nodes == 1:
-        # Otherwise Gloo listens on whatever address the machine's name resolves to.
-        keep_gloo_local()
+        # Otherwise Gloo and NCCL listen where others on the network can reach them.
+        keep_collectives_local()
     dist.init_process_group(
         BACKENDS[device],
         store=store,

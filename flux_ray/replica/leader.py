@@ -6,9 +6,11 @@ leader has no tensors and never imports torch.
 """
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -18,7 +20,6 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
-from ray.util.placement_group import get_current_placement_group
 
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import TierArgs
@@ -198,10 +199,17 @@ def num_bytes(result: ImageResult) -> int:
     return sum(len(image.data) for image in result.images)
 
 
-def end_with(ranks: Sequence[ActorHandle[Any]]) -> None:
-    """Kill the ranks, then end this process: a rank that hangs would go on to hold its GPU."""
+def end_with(ranks: Sequence[ActorHandle[Any]], pids: Sequence[int]) -> None:
+    """Kill the ranks, then end this process: a rank that hangs would go on to hold its GPU.
+
+    `pids`: the processes of ranks on this node. Ray gives away their GPUs as soon as this process
+    has ended, but ends ranks that hang some seconds later.
+    """
     for rank in ranks:
         ray.kill(rank)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     end_process()
 
 
@@ -246,10 +254,8 @@ class Leader:
 
         Raise TimeoutError if loading takes longer than `load_timeout_s`.
         """
-        placement_group = get_current_placement_group()
-        assert placement_group is not None, "a leader runs in its replica's placement group"
-        ranks = start_ranks(self.rank_class, args, placement_group)
-        patience = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
+        ranks = start_ranks(self.rank_class, args)
+        watchdog = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         prompts: Prompts = EncodedByRanks()
         if text_encoder is not None:
             prompts = EncodedElsewhere(text_encoder, args.step_timeout_s)
@@ -257,7 +263,8 @@ class Leader:
             loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
         self._meter = ReplicaMetrics(args.tier)
         self._runs = RunningRequests(args.retry_bytes, args.retry_s)
-        self._group = RankGroup(loaded, patience, lambda: end_with(ranks))
+        pids = [] if args.parallel.num_nodes > 1 else [rank.pid for rank in loaded]
+        self._group = RankGroup(loaded, watchdog, lambda: end_with(ranks, pids))
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
         self._description = description_of(args, await ranks[0].card.remote())

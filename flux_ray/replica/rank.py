@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from flux_ray.catalog import tier_for
-from flux_ray.config import TierArgs
+from flux_ray.config import TierArgs, use_gpu
 from flux_ray.errors import FluxError
 from flux_ray.replica.process import card_here, free_memory, keep_memory, load_engine, out_of_memory
 from flux_ray.replica.timer import GpuTimer, HostTimer, Launched, Timer, follows
@@ -32,9 +32,8 @@ from flux_ray.request import (
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    from flux_ray.engine.api import Conditioning, ImageState
+    from flux_ray.engine.api import Adapter, Conditioning, ImageState
     from flux_ray.engine.encoding_cache import CachedEncoder
-    from flux_ray.engine.registry import Adapter
     from flux_ray.parallel.mesh import Endpoint, Mesh
 
 logger = logging.getLogger("ray.serve")
@@ -87,9 +86,12 @@ class RankActor:
     _adapter: "Adapter"
     _encoding: "CachedEncoder"
     _store: "TCPStore | None" = None
-    _extension: RankServer
+    _server: RankServer
 
-    def __init__(self, rank: int, args: TierArgs) -> None:
+    def __init__(self, rank: int, args: TierArgs, gpu_id: str | None = None) -> None:
+        """Import the engine. `gpu_id`: the GPU to use, None for what Ray gives the actor."""
+        if gpu_id is not None:
+            use_gpu(gpu_id)
         if args.device == "cpu":
             keep_memory()
         # Here and not in `load`: the ranks spend these seconds at the same time, before one has to
@@ -97,7 +99,7 @@ class RankActor:
         load_engine()
         self._rank = rank
         self._args = args
-        self._generations: dict[int, RankJob] = {}
+        self._jobs: dict[int, RankJob] = {}
         self._mistakes: dict[int, FluxError] = {}
         self._num_calls = 0
         self._leader = LeaderWatch(repr(self))
@@ -127,14 +129,14 @@ class RankActor:
         """Join the other ranks and load this one's part of the model."""
         import torch
 
+        from flux_ray.engine.api import Placement
         from flux_ray.engine.encoding_cache import CachedEncoder
-        from flux_ray.engine.loading import Placement
         from flux_ray.engine.registry import load_adapter
         from flux_ray.parallel.mesh import connect_store, join_mesh
 
         args, timeout_s = self._args, self._args.load_timeout_s
-        if args.device == "cpu":
-            torch.set_num_threads(args.num_threads)
+        # On GPUs too: Ray goes by the actor's processors, and its leader has taken them.
+        torch.set_num_threads(args.num_threads)
         store = self._store
         if self._rank > 0 and endpoint is not None:
             store = connect_store(endpoint, timeout_s)
@@ -166,8 +168,8 @@ class RankActor:
 
     def listen(self) -> Address:
         """Listen for the leader, and return the address and token with which it connects."""
-        self._extension = RankServer(self._host)
-        return self._extension.address
+        self._server = RankServer(self._host)
+        return self._server.address
 
     def work(self) -> None:
         """Answer the leader's calls until it is gone.
@@ -177,7 +179,7 @@ class RankActor:
         """
         self._leader.start()
         try:
-            self._extension.answer(self.run, follows)
+            self._server.answer(self.run, follows)
         except Exception:
             # The leader sees the closed connection, and ends the whole replica.
             logger.exception("%r cannot answer", self)
@@ -185,7 +187,7 @@ class RankActor:
 
     def run(
         self,
-        job: int,
+        number: int,
         stages: tuple[str, ...],
         request: ImageRequest | None = None,
         encoded: EncodedPrompt | None = None,
@@ -198,12 +200,12 @@ class RankActor:
         other error as StageFailed.
         """
         try:
-            self.check_lockstep(job, stages)
+            self.check_lockstep(number, stages)
             if request is not None:
-                self._generations[job] = RankJob(request, encoded, list(request.seeds))
-            return self.run_all(job, stages)
+                self._jobs[number] = RankJob(request, encoded, list(request.seeds))
+            return self.run_all(number, stages)
         except FluxError as error:
-            self._mistakes[job] = error
+            self._mistakes[number] = error
             raise
         except Exception as error:
             lacking = out_of_memory(error, self._args.tier)
@@ -212,34 +214,34 @@ class RankActor:
                 # would answer nobody.
                 raise StageFailed(describe(error)) from error
         # Only here, outside of `except`, are the error and the tensors in its traceback free.
-        self.make_room(job)
-        self._mistakes[job] = lacking
+        self.make_room(number)
+        self._mistakes[number] = lacking
         raise lacking
 
-    def make_room(self, job: int) -> None:
+    def make_room(self, number: int) -> None:
         """Forget a job that took too much memory, and the encoding cache with it.
 
         Several ranks are out of step after this, so their group ends anyway, and only the job is
         forgotten.
         """
-        self._generations.pop(job, None)
+        self._jobs.pop(number, None)
         if self._args.parallel.num_ranks == 1:
             self._encoding.forget()
             free_memory(self._args.device)
 
-    def run_all(self, job: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
+    def run_all(self, number: int, stages: tuple[str, ...]) -> list[StageAnswer] | Launched:
         """Run the stages and time them; on a GPU, none waits until the one before it is done."""
         is_on_card = self._args.device == "cuda"
         timer: Timer = GpuTimer() if is_on_card else HostTimer()
         timer.mark()
         values = []
         for stage in stages:
-            values.append(getattr(self, stage)(job))
+            values.append(getattr(self, stage)(number))
             timer.mark()
         launched = Launched(values, timer, describe)
-        return launched if is_on_card and follows(job, stages) else launched.answers()
+        return launched if is_on_card and follows(number, stages) else launched.answers()
 
-    def check_lockstep(self, job: int, stages: tuple[str, ...]) -> None:
+    def check_lockstep(self, number: int, stages: tuple[str, ...]) -> None:
         """Raise LockstepBroken unless all ranks are at the same call, of the same job and stages.
 
         They are, since one loop sends all calls to all ranks in the same order, and a cancelled job
@@ -251,30 +253,28 @@ class RankActor:
         self._num_calls += 1
         # 24 bits: `assert_same` sums squares of the number, which must fit into an int64.
         assert_same(
-            self._mesh.world, zlib.crc32(f"{self._num_calls} {job} {stages}".encode()) % 2**24
+            self._mesh.world, zlib.crc32(f"{self._num_calls} {number} {stages}".encode()) % 2**24
         )
 
-    def generation(self, job: int) -> RankJob:
+    def job_of(self, number: int) -> RankJob:
         """Return the job of that number; raise again the error that it failed with."""
-        if job in self._mistakes:
-            raise self._mistakes[job]
-        return self._generations[job]
+        if number in self._mistakes:
+            raise self._mistakes[number]
+        return self._jobs[number]
 
-    def encode(self, job: int) -> Encoded:
+    def encode(self, number: int) -> Encoded:
         """Encode a job's prompt and references, or take them from the cache."""
-        generation = self.generation(job)
-        generation.conditioning, is_cached = self._encoding.encode(
-            generation.request, generation.encoded
-        )
-        generation.encoded = None
-        return Encoded(generation.conditioning.warnings, is_cached)
+        job = self.job_of(number)
+        job.conditioning, is_cached = self._encoding.encode(job.request, job.encoded)
+        job.encoded = None
+        return Encoded(job.conditioning.warnings, is_cached)
 
-    def prepare(self, job: int) -> None:
+    def prepare(self, number: int) -> None:
         """Start the job's next image: take its seed and make its noise."""
         from flux_ray.engine.api import ImageSpec
 
-        generation = self.generation(job)
-        request = generation.request
+        job = self.job_of(number)
+        request = job.request
         canvas = ImageSpec(
             request.width,
             request.height,
@@ -282,44 +282,44 @@ class RankActor:
             request.guidance,
             has_previews=bool(request.preview_steps),
         )
-        assert generation.conditioning is not None, "prepare before encode"
-        generation.seed = generation.seeds.pop(0)
-        generation.state = self._adapter.prepare(generation.conditioning, canvas, generation.seed)
+        assert job.conditioning is not None, "prepare before encode"
+        job.seed = job.seeds.pop(0)
+        job.state = self._adapter.prepare(job.conditioning, canvas, job.seed)
 
-    def denoise(self, job: int) -> None:
+    def denoise(self, number: int) -> None:
         """Run one denoise step of the job's current image."""
-        generation = self.generation(job)
-        assert generation.state is not None, "denoise before prepare"
-        generation.state = self._adapter.denoise(generation.state)
+        job = self.job_of(number)
+        assert job.state is not None, "denoise before prepare"
+        job.state = self._adapter.denoise(job.state)
 
-    def preview(self, job: int) -> DenoisedImage | None:
+    def preview(self, number: int) -> DenoisedImage | None:
         """Return an estimate of the job's current image on rank 0, None on the other ranks."""
-        return self.pixels(self.generation(job), self._adapter.preview)
+        return self.pixels(self.job_of(number), self._adapter.preview)
 
-    def decode(self, job: int) -> DenoisedImage | None:
+    def decode(self, number: int) -> DenoisedImage | None:
         """Return the job's finished image on rank 0, None on the other ranks.
 
         After the last image the job is forgotten.
         """
-        generation = self.generation(job)
-        image = self.pixels(generation, self._adapter.decode)
-        if not generation.seeds:
-            self.drop(job)
+        job = self.job_of(number)
+        image = self.pixels(job, self._adapter.decode)
+        if not job.seeds:
+            self.drop(number)
         return image
 
     def pixels(
-        self, generation: RankJob, generate: "Callable[[ImageState], RgbImage]"
+        self, job: RankJob, generate: "Callable[[ImageState], RgbImage]"
     ) -> DenoisedImage | None:
         """Return the job's current image as `generate` makes its pixels; None except on rank 0.
 
         The leader makes a file of it, so that the GPU does not wait for that.
         """
-        assert generation.state is not None, "pixels before prepare"
+        assert job.state is not None, "pixels before prepare"
         if self._rank != 0:
             return None
-        return DenoisedImage(generate(generation.state), generation.seed)
+        return DenoisedImage(generate(job.state), job.seed)
 
-    def drop(self, job: int) -> None:
+    def drop(self, number: int) -> None:
         """Forget a job and its error, however it ended."""
-        self._generations.pop(job, None)
-        self._mistakes.pop(job, None)
+        self._jobs.pop(number, None)
+        self._mistakes.pop(number, None)

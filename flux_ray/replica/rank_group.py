@@ -15,10 +15,13 @@ from typing import Any, Protocol
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError
-from ray.util.placement_group import PlacementGroup, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from flux_ray.config import Parallel, TierArgs
+from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
@@ -26,21 +29,40 @@ from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoded, StageAnswer
 
+logger = logging.getLogger("ray.serve")
+
 # When a process is killed its connection closes at once, but Ray tells the cause a moment later.
 CAUSE_S = 0.5
+# All ranks find a caller's mistake at the same stage, so they report it within this time. If some
+# do not, they are out of step.
+GRACE_S = 1.0
+# When a rank dies, the calls of the others fail a moment before its death and the cause are known.
+# Wait for those, so that callers are told the cause and not its effect.
+DEATH_S = 0.6
+# How long a leader lives on after it decided to end, so that its last answer gets out.
+LAST_WORDS_S = 1.0
+# Ranks answer pings at once, whatever they compute: one that does not for so long hangs.
+HUNG_S = 8.0
 
 
-def bundles_for(args: TierArgs) -> list[dict[str, float]]:
-    """Return the placement group of a replica: a bundle per rank; the leader is in the first."""
-    bundle = {"CPU": args.num_cpus}
-    if args.device == "cuda":
-        bundle["GPU"] = 1.0
-    return [dict(bundle) for _ in range(args.parallel.num_ranks)]
+def resources_for(args: TierArgs) -> dict[str, Any]:
+    """Return Serve's options for what a replica takes of the cluster.
 
-
-def strategy_for(parallel: Parallel) -> str:
-    """Return Ray's strategy for the bundles: all on one node, or on as few nodes as possible."""
-    return "STRICT_PACK" if parallel.num_nodes == 1 else "PACK"
+    On one node the leader takes it all, for its ranks: Serve spreads the replicas of a deployment
+    over nodes, but not if they have placement groups. Ranks on several nodes need one: a bundle for
+    each rank, packed on as few nodes as possible.
+    """
+    num_ranks, num_gpus = args.parallel.num_ranks, int(args.device == "cuda")
+    if args.parallel.num_nodes == 1:
+        taken = {"num_cpus": num_ranks * args.num_cpus, "num_gpus": num_ranks * num_gpus}
+        return {"ray_actor_options": taken | {"label_selector": args.node_labels}}
+    bundle = {"CPU": args.num_cpus} | ({"GPU": 1.0} if num_gpus else {})
+    return {
+        "ray_actor_options": {"num_cpus": 0},
+        "placement_group_bundles": [dict(bundle) for _ in range(num_ranks)],
+        "placement_group_strategy": "PACK",
+        "placement_group_bundle_label_selector": [dict(args.node_labels)],
+    }
 
 
 def ranks_by_node(node_of_bundle: Mapping[int, str], num_nodes: int) -> list[int]:
@@ -55,20 +77,21 @@ def ranks_by_node(node_of_bundle: Mapping[int, str], num_nodes: int) -> list[int
     return sorted(node_of_bundle, key=lambda bundle: (nodes.index(node_of_bundle[bundle]), bundle))
 
 
-def start_ranks(
-    rank_class: type[RankActor], args: TierArgs, placement_group: PlacementGroup
-) -> list[ActorHandle[Any]]:
-    """Start a rank actor in each bundle of the leader's placement group; return them by rank."""
+def start_ranks(rank_class: type[RankActor], args: TierArgs) -> list[ActorHandle[Any]]:
+    """Start the rank actors of the leader that calls this; return them by rank."""
     # No restarts: a rank that came back alone would know nothing of the jobs in flight.
     remote: Any = ray.remote
     actor = remote(max_restarts=0, concurrency_groups=CONCURRENCY_GROUPS)(rank_class)
+    if args.parallel.num_nodes == 1:
+        return start_beside_leader(actor, args)
+    placement_group = get_current_placement_group()
+    assert placement_group is not None, "this leader runs in its replica's placement group"
     # Ray annotates its result as something that is no dict.
     table: Any = placement_group_table(placement_group)
-    bundles = bundles_for(args)
     return [
         actor.options(
-            num_cpus=bundles[bundle]["CPU"],
-            num_gpus=bundles[bundle].get("GPU", 0.0),
+            num_cpus=args.num_cpus,
+            num_gpus=int(args.device == "cuda"),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group, placement_group_bundle_index=bundle
             ),
@@ -76,6 +99,20 @@ def start_ranks(
         for rank, bundle in enumerate(
             ranks_by_node(table["bundles_to_node_id"], args.parallel.num_nodes)
         )
+    ]
+
+
+def start_beside_leader(actor: Any, args: TierArgs) -> list[ActorHandle[Any]]:
+    """Start the ranks on the leader's node, each with one of the GPUs that the leader was given."""
+    node_id = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    num_ranks = args.parallel.num_ranks
+    # In the node's order, by which neighbours have the fastest links; Ray gives them in any order.
+    gpu_ids = sorted(map(str, ray.get_gpu_ids()), key=lambda gpu_id: (len(gpu_id), gpu_id))
+    given: list[str | None] = [*gpu_ids] or [None] * num_ranks
+    return [
+        actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=here).remote(rank, args, gpu_id)
+        for rank, gpu_id in zip(range(num_ranks), given, strict=True)
     ]
 
 
@@ -89,6 +126,7 @@ class LoadedRank:
     actor: ActorHandle[Any]
     line: RankConnection
     work: asyncio.Future[None]
+    pid: int
 
     def call(self, frame: bytes) -> asyncio.Future[Any]:
         """Send a call, encoded by `encode_frame`, and return the future of its answer."""
@@ -125,22 +163,9 @@ async def load_ranks(ranks: Sequence[ActorHandle[Any]]) -> list[LoadedRank]:
 
 async def put_to_work(rank: ActorHandle[Any]) -> LoadedRank:
     """Connect to a loaded rank and start its `work`; Ray then reaches only its control thread."""
+    pid = await rank.ping.remote()
     line = await connect(await rank.listen.remote())
-    return LoadedRank(rank, line, asyncio.ensure_future(rank.work.remote()))
-
-
-logger = logging.getLogger("ray.serve")
-
-# All ranks find a caller's mistake at the same stage, so they report it within this time. If some
-# do not, they are out of step.
-GRACE_S = 1.0
-# When a rank dies, the calls of the others fail a moment before its death and the cause are known.
-# Wait for those, so that callers are told the cause and not its effect.
-DEATH_S = 0.6
-# How long a leader lives on after it decided to end, so that its last answer gets out.
-LAST_WORDS_S = 1.0
-# Ranks answer pings at once, whatever they compute: one that does not for so long hangs.
-HUNG_S = 8.0
+    return LoadedRank(rank, line, asyncio.ensure_future(rank.work.remote()), pid)
 
 
 class Rank(Protocol):
@@ -161,14 +186,14 @@ class RankGroup:
 
     A rank that dies, hangs or fails by a bug ends the group. `end` then ends the leader's process:
     without ranks it is of no use, and while it lived, the router could send a request's second try
-    here again. `patience` limits the time of each call. Used on the leader's event loop.
+    here again. `watchdog` limits the time of each call. Used on the leader's event loop.
     """
 
     def __init__(
-        self, ranks: Sequence[Rank], patience: StepWatchdog, end: Callable[[], None]
+        self, ranks: Sequence[Rank], watchdog: StepWatchdog, end: Callable[[], None]
     ) -> None:
         self._ranks = ranks
-        self._patience = patience
+        self._watchdog = watchdog
         self._end = end
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
@@ -197,7 +222,7 @@ class RankGroup:
         # asyncio's lock is fair: calls take turns in the order in which they were sent.
         async with self._turn:
             began = time.perf_counter()
-            name, timeout_s = "+".join(stages), self._patience.seconds_for(*stages, sizes=sizes)
+            name, timeout_s = "+".join(stages), self._watchdog.seconds_for(*stages, sizes=sizes)
             await self._wait_for_all(name, calls, timeout_s)
             taken_s = time.perf_counter() - began
         errors = [error for error in map(asyncio.Future.exception, calls) if error is not None]
@@ -211,7 +236,7 @@ class RankGroup:
 
     def longest_s(self, stage: str, sizes: tuple[int, ...]) -> float:
         """Return the seconds of the longest recent stage of that kind and size; inf if none."""
-        return self._patience.longest_s(stage, sizes)
+        return self._watchdog.longest_s(stage, sizes)
 
     def _learn(
         self, stages: tuple[str, ...], sizes: tuple[int, ...], answers: list[StageAnswer]
@@ -219,7 +244,7 @@ class RankGroup:
         for stage, answer in zip(stages, answers, strict=True):
             # An encoding that came from the cache says nothing of how long encoding takes.
             if not (isinstance(answer.value, Encoded) and answer.value.is_cached):
-                self._patience.learn(answer.seconds, stage, sizes)
+                self._watchdog.learn(answer.seconds, stage, sizes)
 
     async def _wait_for_all(
         self, name: str, calls: list[asyncio.Future[list[StageAnswer]]], timeout_s: float

@@ -15,10 +15,15 @@ from collections.abc import Callable
 from flux_ray.liveness import LOOK_S, Liveness
 from flux_ray.replica.process import end_process
 
+logger = logging.getLogger("ray.serve")
+
 FACTOR = 10
 # Recent calls of each kind whose times are kept: the longest of them counts, so that one short call
 # does not lower the limit.
 NUM_REMEMBERED = 16
+# Leaders ping every other second. The ledger ends a leader that hangs sooner than this, and the
+# ranks with it: this limit is for a leader that nobody else can reach.
+LEADER_HUNG_S = 12.0
 
 
 class StepWatchdog:
@@ -56,13 +61,6 @@ def kind_of(method: str, sizes: tuple[int, ...]) -> tuple[object, ...]:
     return (method, *(size.bit_length() for size in sizes))
 
 
-logger = logging.getLogger("ray.serve")
-
-# Leaders ping every other second. The ledger ends a leader that hangs sooner than this, and the
-# ranks with it: this limit is for a leader that nobody else can reach.
-HUNG_S = 12.0
-
-
 class LeaderWatch:
     """A thread that ends this process when its leader has been silent for `limit_s` seconds.
 
@@ -72,7 +70,7 @@ class LeaderWatch:
     def __init__(
         self,
         rank: str,
-        limit_s: float = HUNG_S,
+        limit_s: float = LEADER_HUNG_S,
         look_s: float = LOOK_S,
         end: Callable[[], object] = end_process,
     ) -> None:

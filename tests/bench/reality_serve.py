@@ -20,7 +20,7 @@ from flux_ray.catalog.gpus import PROCESSOR
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.config.tier import TierArgs
 from flux_ray.replica.leader import Leader, description_of
-from flux_ray.replica.rank_group import bundles_for, strategy_for
+from flux_ray.replica.rank_group import resources_for
 from flux_ray.request import EventStream, ImageRequest, ImageResult, Progress, StageTimes
 from flux_ray.router import handover
 from flux_ray.router.queue.entry import QueuedRequest
@@ -109,14 +109,14 @@ class Ingress:
     async def _turn(self, ticket: QueuedRequest) -> str:
         granted = asyncio.get_running_loop().create_future()
         self._granted[ticket.ticket_id] = granted
-        self._queue.offer(ticket, time.monotonic())
+        self._queue.submit(ticket, time.monotonic())
         self._hand_over()
         return await granted
 
     def _hand_over(self) -> None:
         grants, _ = self._queue.take(time.monotonic())
         for grant in grants:
-            self._granted.pop(grant.ticket.ticket_id).set_result(grant.replica)
+            self._granted.pop(grant.request.ticket_id).set_result(grant.replica)
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,6 @@ def by_serve(args: TierArgs, leader: type[Leader]) -> Application:
         name=PLAIN,
         num_replicas=args.num_replicas,
         max_ongoing_requests=args.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=bundles_for(args),
-        placement_group_strategy=strategy_for(args.parallel),
+        **resources_for(args),
     )(leader)
     return deployment.bind(args)

@@ -16,7 +16,7 @@ class FaultyRank(RankActor):
 
     def denoise(self, job: int) -> None:
         """Run a step, or raise the error that the file of the prompt names, on the last rank."""
-        order = Path(self._generations[job].request.prompt)
+        order = Path(self._jobs[job].request.prompt)
         if self._rank == self._args.parallel.num_ranks - 1 and order.is_file():
             failure = order.read_text()
             order.unlink()

@@ -1,4 +1,4 @@
-"""A replica whose ranks are spread over two nodes."""
+"""Replicas that are spread over two nodes, and a replica whose ranks are."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from tests.cluster.conftest import figures_of_program
 
 
 @pytest.mark.slow
-def test_a_group_over_two_nodes_generates_the_same_and_outlives_one() -> None:
+def test_replicas_are_spread_and_a_group_over_two_nodes_outlives_one() -> None:
     figures = figures_of_program("tests.cluster.two_nodes")
-    assert figures["num_nodes"] == 2
+    assert figures["num_nodes_of_replicas"] == figures["num_nodes_of_ranks"] == 2
     assert figures["difference"] <= 1
     assert figures["again"]

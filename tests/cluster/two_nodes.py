@@ -1,7 +1,8 @@
-"""Run a replica whose ranks are on two nodes, take one node away, and print what became of it.
+"""Run replicas on two nodes, take one node away, and print what became of them.
 
-Prints one JSON object: on how many nodes the ranks were, how far their image is from that of one
-rank, and whether the image was the same after a node was lost and another one joined. This is a
+Prints one JSON object: on how many nodes two replicas of one rank were, and the two ranks of one
+replica; how far their images are from each other, and whether the second was the same after a node
+was lost and another one joined. This is a
 program because a process can be connected to only one Ray.
 """
 
@@ -9,6 +10,7 @@ import io
 import json
 import os
 import time
+from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
@@ -25,6 +27,7 @@ from flux_ray.request import ImageRequest
 from flux_ray.wire import answer_from, pack_request
 
 NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80_000_000}
+HEAD = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
 RECOVERY_S = 300
 
 
@@ -32,8 +35,8 @@ def request_for(tier: str) -> ImageRequest:
     return ImageRequest("a", tier, "a red circle", 64, 64, num_steps=4, guidance=1.0, seed=5)
 
 
-def start(tier: str, parallel: Parallel, num_cpus: float) -> DeploymentHandle:
-    args = TierArgs(tier=tier, device="cpu", dtype="float32", parallel=parallel, num_cpus=num_cpus)
+def start(tier: str, **fields: Any) -> DeploymentHandle:
+    args = TierArgs(tier=tier, device="cpu", dtype="float32", **fields)
     return serve.run(build_tier(args), name=tier, route_prefix=None)
 
 
@@ -68,23 +71,30 @@ def generate_again(handle: DeploymentHandle, tier: str) -> bytes:
 
 
 def main() -> None:
-    head = {**NODE, "include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     lost = cluster.add_node(**NODE)
     cluster.add_node(**NODE)
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     serve.start(proxy_location="Disabled")
-    # The single rank takes so much of the head node that no rank of the other tier fits there, and
-    # each of the other nodes has room for only one: the two ranks must be on two nodes.
-    alone = generate(start("tiny", Parallel(), 0.5), "tiny")
-    split = start("tiny-tp2", Parallel(tensor=2, num_nodes=2), 0.9)
-    num_nodes = len(nodes_of_ranks() - {ray.get_runtime_context().get_node_id()})
+    # One node has room for both.
+    alone = generate(start("tiny", num_cpus=0.4, num_replicas=2), "tiny")
+    num_nodes_of_replicas = len(nodes_of_ranks())
+    serve.delete("tiny")
+    # Each node has room for only one rank.
+    split = start("tiny-tp2", num_cpus=0.9, parallel=Parallel(tensor=2, num_nodes=2))
+    num_nodes_of_ranks = len(nodes_of_ranks())
     generated = generate(split, "tiny-tp2")
     cluster.remove_node(lost, allow_graceful=False)
     cluster.add_node(**NODE)
     again = generate_again(split, "tiny-tp2") == generated
     difference = largest_difference(alone, generated)
-    print(json.dumps({"num_nodes": num_nodes, "difference": difference, "again": again}))
+    figures = {
+        "num_nodes_of_replicas": num_nodes_of_replicas,
+        "num_nodes_of_ranks": num_nodes_of_ranks,
+        "difference": difference,
+        "again": again,
+    }
+    print(json.dumps(figures))
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()

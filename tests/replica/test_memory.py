@@ -91,7 +91,7 @@ def test_the_same_process_generates_the_next_image(
     assert emptied == ["cpu"]
     assert [each() for each in held] == [None], "not even by its traceback"
     rank.run(2, ("drop",))
-    assert (rank._generations, rank._mistakes) == ({}, {})
+    assert (rank._jobs, rank._mistakes) == ({}, {})
     assert rank.run(3, STAGES, REQUEST)[-1].value == expected
 
 
@@ -172,8 +172,8 @@ class Replica:
 
     def __init__(self, *ranks: dict[str, object]) -> None:
         self.ended = asyncio.Event()
-        patience = StepWatchdog(60, 60)
-        self.group = RankGroup([Line(each) for each in ranks], patience, self.ended.set)
+        watchdog = StepWatchdog(60, 60)
+        self.group = RankGroup([Line(each) for each in ranks], watchdog, self.ended.set)
         self.loop = StepLoop(self.group, EncodedByRanks(), lambda stage, seconds: None)
 
 

@@ -111,16 +111,16 @@ def test_a_dropped_job_leaves_nothing(rank: RankActor) -> None:
     run(rank, 1, "drop")
     with pytest.raises(StageFailed, match="KeyError: 1"):
         run(rank, 1, "denoise")
-    assert not rank._generations
+    assert not rank._jobs
 
 
 def test_a_job_is_over_with_its_last_image(rank: RankActor) -> None:
     request = replace(REQUEST, num_images=2)
     image = "prepare denoise denoise decode"
     *_, first = run(rank, 1, f"encode {image}", request)
-    assert rank._generations
+    assert rank._jobs
     *_, second = run(rank, 1, image)
-    assert not rank._generations
+    assert not rank._jobs
     assert (first.seed, second.seed) == request.seeds
     assert first.raster.rgb == generate(rank, 1, REQUEST)
     assert second.raster.rgb == generate(rank, 1, replace(REQUEST, seed=REQUEST.seed + 1))

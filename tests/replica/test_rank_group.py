@@ -47,7 +47,7 @@ class FakeRank:
 
     async def ping(self) -> int:
         await self._goes_on.wait()
-        return 1
+        return 41_234
 
     async def live(self) -> Exception:
         await self._death.wait()
@@ -69,9 +69,9 @@ class Replica:
         self.ranks = [FakeRank(answer) for answer in answers]
         self.ended = 0
         self.has_ended = asyncio.Event()
-        self.patience = StepWatchdog(floor_s, limit_s=10)
-        self.patience.learn(0.001, "encode", SIZES)
-        self.group = RankGroup(self.ranks, self.patience, end=self.end)
+        self.watchdog = StepWatchdog(floor_s, limit_s=10)
+        self.watchdog.learn(0.001, "encode", SIZES)
+        self.group = RankGroup(self.ranks, self.watchdog, end=self.end)
 
     def end(self) -> None:
         self.ended += 1
@@ -138,7 +138,7 @@ async def test_a_mistake_on_one_rank_is_waited_for_only_shortly(
 async def test_calls_teach_how_long_they_take() -> None:
     replica = Replica(None)
     await replica.group.run(1, ("encode",), (2**30,))
-    assert replica.patience.seconds_for("encode", sizes=(2**30,)) == pytest.approx(0.2)
+    assert replica.watchdog.seconds_for("encode", sizes=(2**30,)) == pytest.approx(0.2)
 
 
 async def test_what_was_known_teaches_nothing() -> None:
@@ -167,7 +167,7 @@ async def test_a_call_that_was_sent_ahead_has_its_time_from_the_end_of_the_forme
     replica = Replica("slow", "slow")
     answers = await asyncio.gather(*(replica.encode() for _ in range(4)))
     assert (answers, replica.ended) == (["slow"] * 4, 0)
-    assert 0.2 < replica.patience.seconds_for("encode", sizes=SIZES) < 3, "what each took by itself"
+    assert 0.2 < replica.watchdog.seconds_for("encode", sizes=SIZES) < 3, "what each took by itself"
 
 
 async def test_a_death_is_seen_while_nothing_runs() -> None:
