@@ -116,7 +116,7 @@ class FakeTurns:
     """
 
     def __init__(self) -> None:
-        self.offers: list[SubmitRequest] = []
+        self.submissions: list[SubmitRequest] = []
         self.ended: list[str] = []
         self.done: list[str] = []
         self.left_s: dict[str, list[float]] = {}
@@ -126,10 +126,10 @@ class FakeTurns:
     async def take(
         self, offer: SubmitRequest, on_event: OnEvent | None = None, quota: object = None
     ) -> str:
-        self.offers.append(offer)
+        self.submissions.append(offer)
         if self.refusals:
             raise self.refusals.pop(0)
-        return f"replica {len(self.offers)}"
+        return f"replica {len(self.submissions)}"
 
     async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         return tuple(self.forecasts.get(offer.tier, Forecast(0.0)) for offer in offers)
@@ -137,7 +137,7 @@ class FakeTurns:
     async def places(self, retry: Retry) -> tuple[Place, ...]:
         return tuple(
             Place(offer.ticket_id, offer.tier, f"replica {number}", each.fingerprint, offer.seed)
-            for number, offer in enumerate(self.offers, 1)
+            for number, offer in enumerate(self.submissions, 1)
             if (each := offer.retry) is not None and each.name == retry.name
             if each.is_lasting or offer.ticket_id not in self.done
         )

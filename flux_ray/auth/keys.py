@@ -27,6 +27,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from flux_ray.catalog import tier_for
 
+logger = logging.getLogger("ray.serve")
+
 # The prefix of every secret, and no secret itself, though bandit takes it for one.
 SECRET_MARK = "fr-"  # nosec B105
 NUM_SECRET_BYTES = 32
@@ -37,6 +39,9 @@ NUM_PREFIX_CHARS = len(SECRET_MARK) + 8
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 Prefix = Annotated[str, Field(pattern=r"^fr-[A-Za-z0-9_-]{8}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+PERIOD_S = 1.0
+# Seconds that a request waits for a look at the file: a disk that hangs must not stop all requests.
+PATIENCE_S = 2.0
 
 
 class Kept(BaseModel):
@@ -289,13 +294,6 @@ def dumped(kept: object, *, is_json: bool) -> str:
         return json.dumps(kept, indent=2) + "\n"
     text: str = yaml.safe_dump(kept, sort_keys=False)
     return text
-
-
-logger = logging.getLogger("ray.serve")
-
-PERIOD_S = 1.0
-# Seconds that a request waits for a look at the file: a disk that hangs must not stop all requests.
-PATIENCE_S = 2.0
 
 
 class KeyWatch:

@@ -63,7 +63,7 @@ def never() -> bool:
 
 
 def lifespan_of(
-    desk: ServiceHours | None, drain_timeout_s: float, is_stopping: IsStopping = never
+    job_service: ServiceHours | None, drain_timeout_s: float, is_stopping: IsStopping = never
 ) -> Lifespan[FastAPI]:
     """Return a lifespan that opens the job service with the application and drains it at the end.
 
@@ -74,27 +74,27 @@ def lifespan_of(
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        if desk is None:
+        if job_service is None:
             yield
             return
-        await desk.open()
-        noticing = asyncio.create_task(notice(desk, is_stopping))
+        await job_service.open()
+        noticing = asyncio.create_task(notice(job_service, is_stopping))
         try:
             yield
         finally:
             now_s = asyncio.get_running_loop().time()
             began_s = noticing.result() if noticing.done() else now_s
             noticing.cancel()
-            await desk.close(drain_s_of(drain_timeout_s, now_s - began_s))
+            await job_service.close(drain_s_of(drain_timeout_s, now_s - began_s))
 
     return lifespan
 
 
-async def notice(desk: ServiceHours, is_stopping: IsStopping) -> float:
+async def notice(job_service: ServiceHours, is_stopping: IsStopping) -> float:
     """Stop claiming jobs once `is_stopping()`, and return the loop's time at which that was."""
     while True:
         if is_stopping():
-            desk.stop_claiming()
+            job_service.stop_claiming()
             return asyncio.get_running_loop().time()
         await asyncio.sleep(NOTICE_PERIOD_S)
 
@@ -139,19 +139,19 @@ def build_api(
     router: Router,
     args: GatewayArgs,
     *,
-    desk: JobService | None = None,
+    job_service: JobService | None = None,
     is_stopping: IsStopping = never,
     proxy_sends_id: bool = False,
     fetcher: Fetcher | None = None,
 ) -> FastAPI:
     """Return the gateway's ASGI application. Raise ValueError if the keys file cannot be used.
 
-    `desk`: the job service, required by the routes that keep results; it runs while the application
-    does. `is_stopping`: polled; once true, the job service claims nothing more. `proxy_sends_id`:
-    true if a proxy in front sets `x-request-id` on answers, as Serve's own does. `fetcher`: reads
-    reference images by URL; tests pass their own.
+    `job_service`: required by the routes that keep results; it runs while the application does.
+    `is_stopping`: polled; once true, the job service claims nothing more. `proxy_sends_id`: true if
+    a proxy in front sets `x-request-id` on answers, as Serve's own does. `fetcher`: reads reference
+    images by URL; tests pass their own.
     """
-    api = bare_api(lifespan_of(desk, args.drain_timeout_s, is_stopping))
+    api = bare_api(lifespan_of(job_service, args.drain_timeout_s, is_stopping))
     # From the inside out: requests pass the last one first.
     api.add_middleware(BodyLimit, limits=args.limits)
     api.add_middleware(Unpacking, max_body_bytes=args.limits.max_body_bytes)
@@ -166,7 +166,7 @@ def build_api(
         # CORS is outermost: preflights carry no key, and a page must be able to read refusals, too.
         api.add_middleware(CORSMiddleware, **cors_options(args.cors_origins))
     add_error_handlers(api, proxy_sends_id=proxy_sends_id)
-    add_routes(api, router, args, desk, fetcher or Fetcher(args.fetch), guards)
+    add_routes(api, router, args, job_service, fetcher or Fetcher(args.fetch), guards)
     return api
 
 
@@ -174,7 +174,7 @@ def add_routes(
     api: FastAPI,
     router: Router,
     args: GatewayArgs,
-    desk: JobService | None,
+    job_service: JobService | None,
     fetcher: Fetcher,
     guards: Sequence[Dependency],
 ) -> None:
@@ -185,12 +185,12 @@ def add_routes(
     api.state.names = names_of(args)
     api.state.public_url = args.public_url
     api.state.bfl_paths = frozenset()
-    if desk is not None and args.public_url is not None:
-        fetcher = OwnResultsFirst(fetcher, desk, args.public_url)
-        kept = KeptImages(desk, args.public_url)
+    if job_service is not None and args.public_url is not None:
+        fetcher = OwnResultsFirst(fetcher, job_service, args.public_url)
+        kept = KeptImages(job_service, args.public_url)
         # No guards: whoever has a signed URL may read the image.
-        api.include_router(ResultRoutes(desk, args.public_url).routes())
-        bfl = Bfl(router, args, desk, args.public_url, fetcher)
+        api.include_router(ResultRoutes(job_service, args.public_url).routes())
+        bfl = Bfl(router, args, job_service, args.public_url, fetcher)
         of_jobs.append(bfl)
         api.state.bfl_paths = bfl.paths
     dialects: list[Dialect] = [

@@ -95,7 +95,7 @@ class HuggingFace:
     """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` talks to it."""
 
     def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
-        self.orders = Submitter(router, args)
+        self.submitter = Submitter(router, args)
         self.limits = args.limits
         self.fetcher = fetcher
 
@@ -116,12 +116,12 @@ class HuggingFace:
 
     async def generate(self, request: Request, model: str) -> Response:
         """Return one image as a file; fields that had no effect are named in `x-flux-warnings`."""
-        fields, order = await self.read(request, model)
-        result = await self.orders.generate(order)
-        generated = order.request_of(result)
-        warnings = [*warnings_of(fields, result), *order.notes_on(result)]
+        fields, prepared = await self.read(request, model)
+        result = await self.submitter.generate(prepared)
+        generated = prepared.request_of(result)
+        warnings = [*warnings_of(fields, result), *prepared.notes_on(result)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(generated.seed)}
-        headers |= self.orders.limit_headers(order)
+        headers |= self.submitter.limit_headers(prepared)
         if warnings:
             # Field names that the client made up may be among them, and a header must be ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
@@ -132,11 +132,11 @@ class HuggingFace:
     async def read(self, request: Request, model: str) -> tuple[ImageFields, PreparedRequest]:
         """Return the fields of the body and the prepared request; the body itself is not kept."""
         check_content_type(request)
-        target = self.orders.target_of(request, model)
+        target = self.submitter.target_of(request, model)
         sent, names = parse_inputs(await read_body(request))
         fields = fields_of(sent, names, format_of(request))
         images = await self.images_of(sent, target)
-        order = await self.orders.take(
+        prepared = await self.submitter.take(
             request,
             target,
             lambda tier: request_for(fields, tier, self.limits, images.references),
@@ -144,7 +144,7 @@ class HuggingFace:
         )
         # The images are decoded and counted by themselves from here on.
         forget_body(request)
-        return fields, await self.orders.named(request, order, fields.seed)
+        return fields, await self.submitter.named(request, prepared, fields.seed)
 
     async def images_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
         """Return the image to edit, decoded, if there is one."""

@@ -152,22 +152,22 @@ COUNT_S = 5.0
 class JobSubmitter:
     """What a dialect uses to submit, find, list and cancel the jobs of a caller."""
 
-    def __init__(self, router: Router, desk: JobService) -> None:
+    def __init__(self, router: Router, job_service: JobService) -> None:
         self.router = router
-        self.desk = desk
+        self.job_service = job_service
 
     async def known(self, http: Request, named: Idempotency | None) -> Job | None:
         """Return the job that the caller already submitted under that name, without counting it."""
-        return None if named is None else await self.desk.known(name_of(http), named)
+        return None if named is None else await self.job_service.known(name_of(http), named)
 
-    async def choose(self, order: PreparedRequest) -> ImageRequest:
+    async def choose(self, prepared: PreparedRequest) -> ImageRequest:
         """Return the request for the tier that will generate it; the job keeps that tier."""
-        return await self.router.choose(order.target.alias, order.requests, order.caller)
+        return await self.router.choose(prepared.target.alias, prepared.requests, prepared.caller)
 
     async def accept(
         self,
         http: Request,
-        order: PreparedRequest,
+        prepared: PreparedRequest,
         request: ImageRequest,
         memo: dict[str, Any],
         named: Idempotency | None,
@@ -185,33 +185,33 @@ class JobSubmitter:
             memo = memo | {KEY_CLASS: key.key_class}
         # Waiting jobs count as concurrent, too. The store has the last word, as it counts exactly;
         # asking first avoids charging a job to the day that will then be refused.
-        max_active = order.caller.allowance.max_concurrent
-        if max_active is not None and await self.desk.num_active(owner) >= max_active:
+        max_active = prepared.caller.allowance.max_concurrent
+        if max_active is not None and await self.job_service.num_active(owner) >= max_active:
             raise too_many(max_active)
-        allowance = replace(order.caller.allowance, max_concurrent=None)
+        allowance = replace(prepared.caller.allowance, max_concurrent=None)
         try:
             async with asyncio.timeout(COUNT_S):
-                await self.router.count_in(request, replace(order.caller, allowance=allowance))
+                await self.router.count_in(request, replace(prepared.caller, allowance=allowance))
         except TimeoutError:
             raise TierUnavailable("limits cannot be counted now") from None
-        return await self.desk.accept(
+        return await self.job_service.accept(
             JobSubmission(owner, request, named, webhook, memo, max_active, metadata)
         )
 
     async def find(self, http: Request, job_id: str) -> Job | None:
         """Return the caller's job, or None; other callers' jobs are as if they did not exist."""
-        return await self.desk.find(name_of(http), job_id) if is_job_id(job_id) else None
+        return await self.job_service.find(name_of(http), job_id) if is_job_id(job_id) else None
 
     async def list(
         self, http: Request, limit: int, before: ListPlace | None, state: State | None
     ) -> tuple[Job, ...]:
         """Return a page of the caller's jobs, newest first."""
-        return await self.desk.list(name_of(http), limit=limit, before=before, state=state)
+        return await self.job_service.list(name_of(http), limit=limit, before=before, state=state)
 
     async def cancel(self, http: Request, job_id: str) -> None:
         """Cancel the caller's job unless it has ended."""
         if is_job_id(job_id):
-            await self.desk.cancel(name_of(http), job_id)
+            await self.job_service.cancel(name_of(http), job_id)
 
 
 def idempotency_of(http: Request, body: bytes) -> Idempotency | None:

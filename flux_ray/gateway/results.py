@@ -67,9 +67,9 @@ class ResultUrls:
         return hmac.digest(self._secret, words, "sha256").hex()
 
 
-async def urls_for(desk: JobService, public_url: str) -> ResultUrls:
+async def urls_for(job_service: JobService, public_url: str) -> ResultUrls:
     """Return the signer with the secret that all gateways share. Raise StoreLost."""
-    return ResultUrls(public_url, await desk.url_secret())
+    return ResultUrls(public_url, await job_service.url_secret())
 
 
 def sample_url_of(job: Job, urls: ResultUrls) -> str | None:
@@ -87,16 +87,16 @@ def preview_url_of(job: Job, urls: ResultUrls) -> str | None:
 class KeptImages:
     """Stores images that were generated without a job, where there is a store for those of jobs."""
 
-    def __init__(self, desk: JobService, public_url: str) -> None:
-        self._desk = desk
+    def __init__(self, job_service: JobService, public_url: str) -> None:
+        self._job_service = job_service
         self._public_url = public_url
 
     async def urls_of(
         self, owner: str, request: ImageRequest, result: ImageResult
     ) -> tuple[str, ...]:
         """Store the images and return a signed URL of each. Raise StoreLost or ResultsLost."""
-        urls = await urls_for(self._desk, self._public_url)
-        images = await self._desk.keep(owner, request, result)
+        urls = await urls_for(self._job_service, self._public_url)
+        images = await self._job_service.keep(owner, request, result)
         return tuple(urls.url_of(image) for image in images)
 
 
@@ -108,12 +108,12 @@ class OwnResultsFirst(Fetcher):
     nobody else can make one.
     """
 
-    def __init__(self, fetcher: Fetcher, desk: JobService, public_url: str) -> None:
+    def __init__(self, fetcher: Fetcher, job_service: JobService, public_url: str) -> None:
         # Taken from the wrapped fetcher, without calling Fetcher's own __init__: reading the
         # certificates again takes a while.
         self.fetching, self.guard = fetcher.fetching, fetcher.guard
         self._fetcher = fetcher
-        self._desk = desk
+        self._job_service = job_service
         self._public_url = public_url.rstrip("/")
 
     async def read(self, url: str, max_bytes: int, name: str, until_s: float) -> bytes:
@@ -128,7 +128,7 @@ class OwnResultsFirst(Fetcher):
                 raise BadReference(message, "url")
             return await self._fetcher.read(url, max_bytes, name, until_s)
         try:
-            data = await self._desk.read_by_name(result)
+            data = await self._job_service.read_by_name(result)
         except (ResultMissing, ResultTooLarge):
             message = f"{name}: the result at its URL is not kept any more"
             raise BadReference(message, "url") from None
@@ -150,7 +150,7 @@ class OwnResultsFirst(Fetcher):
         exp, sig = (query.get(field, [""])[0] for field in ("exp", "sig"))
         if not found or not sig:
             return None
-        urls = await urls_for(self._desk, self._public_url)
+        urls = await urls_for(self._job_service, self._public_url)
         return name if urls.allows(name, exp, sig) else None
 
 
@@ -162,8 +162,8 @@ PRIVATE = {"cache-control": "private, no-store", "x-content-type-options": "nosn
 class ResultRoutes:
     """The one route. It needs no key: the signature is the right to read."""
 
-    def __init__(self, desk: JobService, public_url: str) -> None:
-        self._desk = desk
+    def __init__(self, job_service: JobService, public_url: str) -> None:
+        self._job_service = job_service
         self._public_url = public_url
 
     def routes(self) -> APIRouter:
@@ -186,10 +186,10 @@ class ResultRoutes:
     async def show(self, request: Request, name: str, exp: str = "", sig: str = "") -> Response:
         """Return the image if its URL is valid and the image is still stored, else a 404."""
         try:
-            urls = await urls_for(self._desk, self._public_url)
+            urls = await urls_for(self._job_service, self._public_url)
             if not urls.allows(name, exp, sig):
                 return missing(request)
-            data = await self._desk.read_by_name(name)
+            data = await self._job_service.read_by_name(name)
         except (ResultMissing, ResultTooLarge):
             return missing(request)
         headers = PRIVATE | {"content-disposition": "inline"}

@@ -99,27 +99,27 @@ class Submitter:
         limits = self.args.limits
         deployed = self.router.deployed(requests_for(target, build))
         requests = [await fitted(request, limits) for request in deployed]
-        order = PreparedRequest(target, requests, self._callers.caller_of(http), notes)
-        whose = order.caller.key or "anybody"
-        http_id, image_id = http.state.request_id, order.requests[0].request_id
+        prepared = PreparedRequest(target, requests, self._callers.caller_of(http), notes)
+        whose = prepared.caller.key or "anybody"
+        http_id, image_id = http.state.request_id, prepared.requests[0].request_id
         # The only line with both ids: the client knows its own, all later lines have ours.
         logger.info(
             "request %s: image request %s on %s for %s", http_id, image_id, target.name, whose
         )
-        return order
+        return prepared
 
     async def named(
-        self, http: Request, order: PreparedRequest, seed: int | None
+        self, http: Request, prepared: PreparedRequest, seed: int | None
     ) -> PreparedRequest:
-        """Return `order` with its earlier places and seed, if the client sent it before.
+        """Return `prepared` with its earlier places and seed, if the client sent it before.
 
         `seed` is the one that the client sent, or None. Raise KeyReused if the idempotency key
         came before with another request.
         """
-        retry = await retry_of(http, order.target.name, order.requests[0], seed)
+        retry = await retry_of(http, prepared.target.name, prepared.requests[0], seed)
         if retry is None:
-            return order
-        caller = replace(order.caller, retry=retry)
+            return prepared
+        caller = replace(prepared.caller, retry=retry)
         places = await self.router.places(caller)
         if any(place.fingerprint != retry.fingerprint for place in places):
             message = "this idempotency-key is that of another request"
@@ -131,43 +131,45 @@ class Submitter:
             seed = places[0].seed
         elif seed is None and retry.is_lasting:
             seed = seed_of(retry)
-        requests = order.requests
+        requests = prepared.requests
         if seed is not None:
             requests = [replace(each, seed=seed) for each in requests]
-        return order._replace(requests=requests, caller=caller, places=places)
+        return prepared._replace(requests=requests, caller=caller, places=places)
 
-    async def generate(self, order: PreparedRequest) -> ImageResult:
+    async def generate(self, prepared: PreparedRequest) -> ImageResult:
         """Return the images: those of an earlier run of this request if a replica has them still.
 
         Otherwise generate them on the tier that the alias's policy prefers.
         """
-        if order.places:
-            result = await self.router.recall(order.places, order.requests, order.caller)
+        if prepared.places:
+            result = await self.router.recall(prepared.places, prepared.requests, prepared.caller)
             if result is not None:
                 return result
-        return await self.router.generate_by(order.target.alias, order.requests, order.caller)
+        return await self.router.generate_by(
+            prepared.target.alias, prepared.requests, prepared.caller
+        )
 
-    def stream(self, order: PreparedRequest) -> EventStream:
+    def stream(self, prepared: PreparedRequest) -> EventStream:
         """Yield the request's events and then its images, as the alias's policy says.
 
         The generation does not wait for whoever reads: a slow client holds up no replica.
         """
-        best, *others = order.requests
-        if order.target.alias.policy == "cascade" and others:
+        best, *others = prepared.requests
+        if prepared.target.alias.policy == "cascade" and others:
             # The fast tier's image is the preview, so neither tier has to make others.
             early, late = (replace(each, num_previews=0) for each in (others[-1], best))
             # The images of two tiers are not one run that could be found again.
-            return cascade(self.router, early, late, replace(order.caller, retry=None))
+            return cascade(self.router, early, late, replace(prepared.caller, retry=None))
 
         def generate(on_event: OnEvent) -> Awaitable[ImageResult]:
-            caller = replace(order.caller, on_event=on_event)
-            return self.generate(order._replace(caller=caller))
+            caller = replace(prepared.caller, on_event=on_event)
+            return self.generate(prepared._replace(caller=caller))
 
         return stream_events(generate)
 
-    def limit_headers(self, order: PreparedRequest) -> dict[str, str]:
+    def limit_headers(self, prepared: PreparedRequest) -> dict[str, str]:
         """Return headers that tell the caller what is left of its limits; none without limits."""
-        standing = self.router.standing(order.caller)
+        standing = self.router.standing(prepared.caller)
         return {} if standing is None else limit_headers(*standing)
 
     async def credits(self, http: Request) -> float | None:

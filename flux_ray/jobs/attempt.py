@@ -28,6 +28,8 @@ from flux_ray.jobs.serialization import Unreadable, defer, num_blobs, unpack
 from flux_ray.jobs.store import Store
 from flux_ray.request import GeneratedImage, ImageRequest, ImageResult, QueuePosition
 
+logger = logging.getLogger("ray.serve")
+
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0
 # An attempt occupies a replica before it reads the references, so while the store cannot be
@@ -35,6 +37,14 @@ MAX_PAUSE_S = 60.0
 AWAY_PAUSE_S = 5.0
 
 LOST = JobFailure("server_error", "the image could not be drawn")
+# Two lost beats in a row do not end a lease; a database may be away for so long.
+BEATS_PER_LEASE = 3
+# Beats are also how a worker learns that its job was cancelled, and how others see its progress:
+# with long leases they must not be rare.
+MAX_BEAT_S = 2.0
+# The assigned replica is idle while the references are read.
+LOAD_S = 10.0
+T = TypeVar("T")
 
 
 class RetryLater(NamedTuple):
@@ -65,8 +75,6 @@ def outcome_of(error: BaseException | None, num_lost: int) -> RetryLater | JobFa
         return LOST
     return RetryLater(min(FIRST_PAUSE_S * 2**num_lost, MAX_PAUSE_S), is_lost=True)
 
-
-logger = logging.getLogger("ray.serve")
 
 # Returns the latest preview of the request, or None before the first.
 Last = Callable[[], GeneratedImage | None]
@@ -128,15 +136,6 @@ class Previews:
             logger.warning("job %s keeps its previews for now: %s", job.job_id, error)
 
 
-# Two lost beats in a row do not end a lease; a database may be away for so long.
-BEATS_PER_LEASE = 3
-# Beats are also how a worker learns that its job was cancelled, and how others see its progress:
-# with long leases they must not be rare.
-MAX_BEAT_S = 2.0
-
-# The assigned replica is idle while the references are read.
-LOAD_S = 10.0
-
 # Generates the job's request on behalf of the job's owner. The request loads its references itself,
 # when a replica is assigned.
 Generate = Callable[[Job, ImageRequest], Awaitable[ImageResult]]
@@ -147,7 +146,6 @@ PreviewOf = Callable[[str], GeneratedImage | None]
 # Returns the place in its tier's queue of the request with that id, or None if it does not wait
 # there, or this is not known.
 StandingOf = Callable[[str], QueuePosition | None]
-T = TypeVar("T")
 
 
 def unheard(request_id: str) -> None:

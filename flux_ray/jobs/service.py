@@ -30,16 +30,20 @@ from flux_ray.jobs.webhooks import Mail, WebhookOutbox, WebhookWorker
 from flux_ray.jobs.worker import Worker
 from flux_ray.request import ImageRequest, ImageResult
 
+logger = logging.getLogger("ray.serve")
 
-async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
+PASS_RETRY_S = 2.0
+
+
+async def accept(store: Store, results: Results, submission: JobSubmission) -> Job:
     """Store a job's row and its reference images; once this returns, the job cannot get lost.
 
     Raises KeyReused, RateLimited, StoreLost, ResultsLost and ResultTooLarge. After StoreLost and
     ResultsLost it may have been accepted all the same: submitted again with its idempotency key, it
     is the same job.
     """
-    packed = await asyncio.to_thread(pack, offer.request)
-    job = await store.accept(offer, packed.row, is_whole=not packed.images)
+    packed = await asyncio.to_thread(pack, submission.request)
+    job = await store.accept(submission, packed.row, is_whole=not packed.images)
     if job.status != "arriving":
         return job
     # With an idempotency key the row may be an earlier one, whose gateway died before it had
@@ -49,11 +53,6 @@ async def accept(store: Store, results: Results, offer: JobSubmission) -> Job:
     if admitted is None:
         raise StoreLost("the reference images took too long to be stored")
     return admitted
-
-
-logger = logging.getLogger("ray.serve")
-
-PASS_RETRY_S = 2.0
 
 
 class JobService:
@@ -129,9 +128,9 @@ class JobService:
             await asyncio.wait({task})
         await self._database.close()
 
-    async def accept(self, offer: JobSubmission) -> Job:
+    async def accept(self, submission: JobSubmission) -> Job:
         """Accept a job, as `accept` of this module, and let the worker look for it at once."""
-        job = await accept(self._store, self._results, offer)
+        job = await accept(self._store, self._results, submission)
         self._worker.wake()
         return job
 

@@ -67,7 +67,11 @@ ARRIVAL_S = 3600.0
 
 
 def insertion(
-    database: Database, offer: JobSubmission, packed: dict[str, Any], is_whole: bool, protocol: int
+    database: Database,
+    submission: JobSubmission,
+    packed: dict[str, Any],
+    is_whole: bool,
+    protocol: int,
 ) -> UpdateBase:
     """Insert a job, unless its idempotency key is taken or its owner is at `max_active`.
 
@@ -77,12 +81,12 @@ def insertion(
     insert = sqlite.insert if database.is_sqlite else postgresql.insert
     values = {
         "job_id": str(uuid.uuid4()),
-        "owner": offer.owner,
-        "tier": offer.request.tier,
+        "owner": submission.owner,
+        "tier": submission.request.tier,
         "packed": packed,
-        "seed": offer.request.seed,
-        "memo": offer.memo,
-        "metadata": dict(offer.metadata),
+        "seed": submission.request.seed,
+        "memo": submission.memo,
+        "metadata": dict(submission.metadata),
         "created_at_s": now,
         "protocol": protocol,
     }
@@ -90,16 +94,16 @@ def insertion(
         values |= {"status": "pending", "claimable_at_s": now, "put_off_s": 0.0}
     else:
         values |= {"status": "arriving", "expires_at_s": now + ARRIVAL_S}
-    if (idempotency := offer.idempotency) is not None:
+    if (idempotency := submission.idempotency) is not None:
         values["idempotency_key"] = idempotency.key
         values["fingerprint"] = idempotency.fingerprint
-    if (webhook := offer.webhook) is not None:
+    if (webhook := submission.webhook) is not None:
         values["webhook_url"] = webhook.url
         values["webhook_secret"] = webhook.secret
         values["webhook_state"] = "waiting"
     row = select(*(bound(value, JOBS.c[name]) for name, value in values.items()))
-    if offer.max_active is not None:
-        row = row.where(num_active(database, offer.owner) < offer.max_active)
+    if submission.max_active is not None:
+        row = row.where(num_active(database, submission.owner) < submission.max_active)
     inserted = insert(JOBS).from_select(list(values), row.where(true()))
     return inserted.on_conflict_do_nothing().returning(*COLUMNS)
 

@@ -138,26 +138,28 @@ class Store:
         self._keep_s = keep_s
         self._silence: Silence[Sign] = Silence(lease_s, clock)
 
-    async def accept(self, offer: JobSubmission, packed: dict[str, Any], is_whole: bool) -> Job:
+    async def accept(
+        self, submission: JobSubmission, packed: dict[str, Any], is_whole: bool
+    ) -> Job:
         """Insert a job and return it, or return the earlier one of the same idempotency key.
 
         A job that is not whole cannot be claimed before `admit`. Raises KeyReused, and RateLimited
         if the owner has `max_active` jobs, also if several gateways accept some at once.
         """
-        turn = None if offer.max_active is None else offer.owner
+        turn = None if submission.max_active is None else submission.owner
         for tries in range(MAX_TRIES):
             row = await self._database.first(
-                insertion(self._database, offer, packed, is_whole, self.protocol), turn
+                insertion(self._database, submission, packed, is_whole, self.protocol), turn
             )
             if row is not None:
                 return job_of(row)
-            named = offer.idempotency
-            if named and (known := await self.known(offer.owner, named)):
+            named = submission.idempotency
+            if named and (known := await self.known(submission.owner, named)):
                 return known
             # No job has the key: that of an expired one, which `known` has freed now, stood in
             # the way; or the owner is at its limit.
-            if offer.max_active is not None and (named is None or tries):
-                raise too_many(offer.max_active)
+            if submission.max_active is not None and (named is None or tries):
+                raise too_many(submission.max_active)
         raise StoreLost("the job of this idempotency key comes and goes")
 
     async def admit(self, job_id: str) -> Job | None:

@@ -20,7 +20,12 @@ from flux_ray.jobs.lease_worker import POLL_S, Busy, LeasedJob, LeaseWorker
 from flux_ray.jobs.statements import COLUMNS, is_due, job_of
 from flux_ray.jobs.table import JOBS
 
+logger = logging.getLogger("ray.serve")
+
 WEBHOOK = tuple(JOBS.c[f"webhook_{name}"] for name in ("url", "secret", "attempt"))
+MAX_POSTING = 64
+# For each owner, so that a receiver that hangs holds up only its own webhooks.
+MAX_POSTING_PER_OWNER = 16
 
 
 @dataclass(frozen=True)
@@ -80,29 +85,31 @@ class WebhookOutbox:
             job_of(row), webhook, row["webhook_attempt"], row["webhook_num_failed"]
         )
 
-    async def delivered(self, letter: WebhookDelivery) -> None:
+    async def delivered(self, delivery: WebhookDelivery) -> None:
         """Record that the receiver took it, also if another attempt has claimed it meanwhile."""
-        await self._change(JOBS.c.job_id == letter.job_id, state="delivered", due_at_s=None)
+        await self._change(JOBS.c.job_id == delivery.job_id, state="delivered", due_at_s=None)
 
-    async def put_off(self, letter: WebhookDelivery, after_s: float) -> None:
+    async def put_off(self, delivery: WebhookDelivery, after_s: float) -> None:
         """Record that the receiver did not take it, and have it posted again after `after_s`."""
         due_at_s = self._database.now + after_s
-        num_failed = letter.num_failed + 1
+        num_failed = delivery.num_failed + 1
         await self._change(
-            held(letter), num_failed=num_failed, due_at_s=due_at_s, put_off_s=after_s
+            held(delivery), num_failed=num_failed, due_at_s=due_at_s, put_off_s=after_s
         )
 
-    async def give_up(self, letter: WebhookDelivery) -> None:
+    async def give_up(self, delivery: WebhookDelivery) -> None:
         """Record that it is not to be posted again."""
-        await self._change(held(letter), state="given up", due_at_s=None)
+        await self._change(held(delivery), state="given up", due_at_s=None)
 
-    async def give_back(self, letter: WebhookDelivery) -> None:
+    async def give_back(self, delivery: WebhookDelivery) -> None:
         """Let another gateway post it at once; this attempt does not count as lost.
 
         The next attempt gets the same number, so call nothing else with this delivery afterwards.
         """
         # Only the holder of an attempt frees its number: no late call can come with it.
-        await self._change(held(letter), attempt=letter.attempt - 1, due_at_s=self._database.now)
+        await self._change(
+            held(delivery), attempt=delivery.attempt - 1, due_at_s=self._database.now
+        )
 
     async def _change(self, condition: ColumnElement[bool], **values: Any) -> None:
         named = {f"webhook_{name}": value for name, value in values.items()}
@@ -127,20 +134,14 @@ def longest_due(now: ColumnElement[float], but_of: Collection[str]) -> ScalarSel
     )
 
 
-def held(letter: WebhookDelivery) -> ColumnElement[bool]:
+def held(delivery: WebhookDelivery) -> ColumnElement[bool]:
     """Return whether the attempt is the latest one and the webhook is still due."""
     return and_(
-        JOBS.c.job_id == letter.job_id,
-        JOBS.c.webhook_attempt == letter.attempt,
+        JOBS.c.job_id == delivery.job_id,
+        JOBS.c.webhook_attempt == delivery.attempt,
         JOBS.c.webhook_state == "due",
     )
 
-
-logger = logging.getLogger("ray.serve")
-
-MAX_POSTING = 64
-# For each owner, so that a receiver that hangs holds up only its own webhooks.
-MAX_POSTING_PER_OWNER = 16
 
 # Makes the body, in the shape of the API dialect that accepted the job; may raise StoreLost.
 MessageOf = Callable[[Job], Awaitable[bytes]]
@@ -198,58 +199,58 @@ class WebhookWorker(LeaseWorker):
         """Claim the webhook that has been due longest."""
         if busy.pools:
             return None
-        letter = await self._outbox.claim([owner for _, owner in busy.owners])
-        return None if letter is None else LeasedJob(letter.job.owner, self._deliver(letter))
+        delivery = await self._outbox.claim([owner for _, owner in busy.owners])
+        return None if delivery is None else LeasedJob(delivery.job.owner, self._deliver(delivery))
 
-    async def _deliver(self, letter: WebhookDelivery) -> None:
-        posting = asyncio.create_task(self._post(letter))
+    async def _deliver(self, delivery: WebhookDelivery) -> None:
+        posting = asyncio.create_task(self._post(delivery))
         try:
             await asyncio.wait({posting})
-            await self._conclude(letter, error_of(posting))
+            await self._conclude(delivery, error_of(posting))
         except asyncio.CancelledError:
             posting.cancel()
             await asyncio.wait({posting})
-            await self._leave(letter, posting)
+            await self._leave(delivery, posting)
             raise
         except StoreLost as error:
             # The outcome could not be recorded: it is posted again when its lease ends.
-            logger.warning("webhook of job %s waits for a store: %s", letter.job_id, error)
+            logger.warning("webhook of job %s waits for a store: %s", delivery.job_id, error)
 
-    async def _post(self, letter: WebhookDelivery) -> None:
-        if letter.num_lost >= self._max_lost:
+    async def _post(self, delivery: WebhookDelivery) -> None:
+        if delivery.num_lost >= self._max_lost:
             raise LostTooOften
-        body = await self._mail.message_of(letter.job)
-        await self._mail.post(letter.webhook, letter.job_id, body)
+        body = await self._mail.message_of(delivery.job)
+        await self._mail.post(delivery.webhook, delivery.job_id, body)
 
-    async def _conclude(self, letter: WebhookDelivery, error: BaseException | None) -> None:
+    async def _conclude(self, delivery: WebhookDelivery, error: BaseException | None) -> None:
         if error is None:
-            await self._outbox.delivered(letter)
+            await self._outbox.delivered(delivery)
             return
         if isinstance(error, StoreLost):
             raise error
-        is_last = isinstance(error, LostTooOften) or letter.num_failed >= len(self._retries_s)
+        is_last = isinstance(error, LostTooOften) or delivery.num_failed >= len(self._retries_s)
         if is_last:
-            logger.warning("webhook of job %s is given up: %s", letter.job_id, reason_of(error))
-            await self._outbox.give_up(letter)
+            logger.warning("webhook of job %s is given up: %s", delivery.job_id, reason_of(error))
+            await self._outbox.give_up(delivery)
             return
-        after_s = self._retries_s[letter.num_failed]
+        after_s = self._retries_s[delivery.num_failed]
         logger.info(
-            "webhook of job %s waits for %g s: %s", letter.job_id, after_s, reason_of(error)
+            "webhook of job %s waits for %g s: %s", delivery.job_id, after_s, reason_of(error)
         )
-        await self._outbox.put_off(letter, after_s)
+        await self._outbox.put_off(delivery, after_s)
 
-    async def _leave(self, letter: WebhookDelivery, posting: "asyncio.Task[None]") -> None:
+    async def _leave(self, delivery: WebhookDelivery, posting: "asyncio.Task[None]") -> None:
         """Record the outcome if posting is over, else give the webhook back.
 
         It may be over although the task was cancelled: the outcome is then not to be lost.
         """
         try:
             if posting.cancelled():
-                await self._outbox.give_back(letter)
+                await self._outbox.give_back(delivery)
             else:
-                await self._conclude(letter, error_of(posting))
+                await self._conclude(delivery, error_of(posting))
         except StoreLost as error:
-            logger.warning("webhook of job %s waits for its lease: %s", letter.job_id, error)
+            logger.warning("webhook of job %s waits for its lease: %s", delivery.job_id, error)
 
 
 def error_of(task: "asyncio.Task[None]") -> BaseException | None:

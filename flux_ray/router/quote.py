@@ -1,7 +1,7 @@
 """A request with its price, who asks for it, and how long it still takes once it runs.
 
-`Quote` carries the price, so that a request is priced once on its way, and `offer_for` makes of it
-what the ledger is told. `Caller` says until when it is wanted, with what weight and limits.
+`Quote` carries the price, so that a request is priced once on its way; `submission_for` makes
+of it what the ledger is told. `Caller` says until when it is wanted, with what weight and limits.
 `RemainingTime` goes by the price first, then by the pace of the request's own steps.
 """
 
@@ -70,7 +70,7 @@ def quote_for(request: ImageRequest, prices: CostModel) -> Quote:
     return Quote(request, cost, prices.on_all_cards(request.tier, cost.total_s))
 
 
-def offer_for(
+def submission_for(
     quote: Quote,
     number: int,
     deadline_s: float,

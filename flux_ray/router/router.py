@@ -33,7 +33,7 @@ from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reser
 from flux_ray.router.pricing import CostModel, Observation, affinity_of
 from flux_ray.router.queue import Forecast
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
-from flux_ray.router.quote import ANYONE, Caller, Quote, followed, offer_for, quote_for
+from flux_ray.router.quote import ANYONE, Caller, Quote, followed, quote_for, submission_for
 from flux_ray.router.tier_choice import TierCandidate, in_order
 
 logger = logging.getLogger("ray.serve")
@@ -67,7 +67,7 @@ class RequestQueue(Protocol):
 
     async def take(
         self,
-        offer: SubmitRequest,
+        submission: SubmitRequest,
         on_event: OnEvent | None = None,
         quota: PendingQuota | None = None,
     ) -> str:
@@ -78,7 +78,7 @@ class RequestQueue(Protocol):
         the queue meanwhile.
         """
 
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, submissions: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """Predict what would become of each request if it alone were submitted now."""
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
@@ -153,22 +153,22 @@ class Router:
     def __init__(
         self,
         handles: Dispatcher,
-        turns: RequestQueue,
+        queue: RequestQueue,
         prices: CostModel,
-        bill: RequestMetrics,
+        metrics: RequestMetrics,
         terms: Terms,
         records: Records | None = None,
-        turnstile: QuotaClient | None = None,
+        quotas: QuotaClient | None = None,
         is_deployed: Callable[[str], bool] = always,
         hears_ledger: Callable[[], bool] = always,
     ) -> None:
         self.handles = handles
-        self.turns = turns
+        self.queue = queue
         self.prices = prices
-        self.bill = bill
+        self.metrics = metrics
         self.terms = terms
         self.records = records
-        self.turnstile = turnstile
+        self.quotas = quotas
         self.is_deployed = is_deployed
         self.hears_ledger = hears_ledger
 
@@ -213,7 +213,7 @@ class Router:
 
     async def places(self, caller: Caller) -> tuple[Place, ...]:
         """Return the replicas that run, or ran, the caller's request before, the latest first."""
-        return () if caller.retry is None else await self.turns.places(caller.retry)
+        return () if caller.retry is None else await self.queue.places(caller.retry)
 
     async def recall(
         self,
@@ -257,10 +257,10 @@ class Router:
 
         Raise RateLimited or QuotaTooSmall if it is over its key's limits.
         """
-        if self.turnstile is not None:
+        if self.quotas is not None:
             entry = entry_of(quote_for(request, self.prices), caller)
             within_s = self.terms.deadline_s(request, caller)
-            async with self.turnstile.entered(entry, caller.allowance, within_s):
+            async with self.quotas.entered(entry, caller.allowance, within_s):
                 pass
 
     def gpu_seconds(self, request: ImageRequest) -> float:
@@ -273,67 +273,67 @@ class Router:
 
     def standing(self, caller: Caller) -> LimitStatus | None:
         """Return what is left to the caller's key; None if no limit of it is known here."""
-        if self.turnstile is None or caller.allowance == UNLIMITED:
+        if self.quotas is None or caller.allowance == UNLIMITED:
             return None
-        return self.turnstile.standing(caller.key)
+        return self.quotas.standing(caller.key)
 
     async def credits(self, caller: Caller) -> float | None:
         """Return the GPU seconds left to the caller's key today; None if it has no such limit."""
         limit = caller.allowance.gpu_seconds_per_day
-        if limit is None or self.turnstile is None:
+        if limit is None or self.quotas is None:
             return limit
-        return max(0.0, limit - (await self.turnstile.used_today(caller.key)).gpu_seconds)
+        return max(0.0, limit - (await self.quotas.used_today(caller.key)).gpu_seconds)
 
     async def _candidates(
         self, requests: Sequence[ImageRequest], caller: Caller
     ) -> list[TierCandidate]:
         quotes = [quote_for(request, self.prices) for request in requests]
         # Without what replicas have cached: a forecast is of the queue, not of one replica.
-        offers = tuple(
-            offer_for(quote, 0, self.terms.deadline_s(quote.request, caller), caller)
+        submissions = tuple(
+            submission_for(quote, 0, self.terms.deadline_s(quote.request, caller), caller)
             for quote in quotes
         )
-        forecasts = await self.turns.forecast(offers)
+        forecasts = await self.queue.forecast(submissions)
         return [
-            TierCandidate(quote, offer.deadline_in_s, forecast)
-            for quote, offer, forecast in zip(quotes, offers, forecasts, strict=True)
+            TierCandidate(quote, submission.deadline_in_s, forecast)
+            for quote, submission, forecast in zip(quotes, submissions, forecasts, strict=True)
         ]
 
     async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
-        async with within(timeout_s, late), self._reserved(quote, caller) as stay:
-            result = await self._generate_with_retry(quote, caller, deadline_s, stay)
+        async with within(timeout_s, late), self._reserved(quote, caller) as reservation:
+            result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
             replica_s = result.times.replica_s
             gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
-            stay.finish(gpu_seconds)
-            self.bill.spend(quote.tier, gpu_seconds)
+            reservation.finish(gpu_seconds)
+            self.metrics.spend(quote.tier, gpu_seconds)
             return result
 
     def _reserved(self, quote: Quote, caller: Caller) -> AbstractAsyncContextManager[Reservation]:
-        if self.turnstile is None:
+        if self.quotas is None:
             return nullcontext(Reservation(quote.use, quote.cost_s))
-        return self.turnstile.reserved(entry_of(quote, caller), caller.allowance)
+        return self.quotas.reserved(entry_of(quote, caller), caller.allowance)
 
     async def _generate_with_retry(
         self,
         quote: Quote,
         caller: Caller,
         deadline_s: float,
-        stay: Reservation,
+        reservation: Reservation,
     ) -> ImageResult:
         began = time.monotonic()
         try:
-            return await self._attempt(quote, 1, deadline_s, caller, stay)
+            return await self._attempt(quote, 1, deadline_s, caller, reservation)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
-            stay.pause()
+            reservation.pause()
             was_killed = isinstance(error, KilledForMemory)
         # It was admitted once, and is not refused now for what was no fault of its client: so it
         # has all the time that any request may take. It waits before those that came later.
         left_s = self.terms.request_timeout_s - (time.monotonic() - began)
         try:
-            return await self._attempt(quote, 2, left_s, caller, stay)
+            return await self._attempt(quote, 2, left_s, caller, reservation)
         except KilledForMemory as error:
             if not was_killed:
                 raise
@@ -350,35 +350,35 @@ class Router:
         number: int,
         deadline_s: float,
         caller: Caller,
-        stay: Reservation,
+        reservation: Reservation,
     ) -> ImageResult:
         request = quote.request
         # Before it is submitted: its turn for a tier that is not deployed would never come.
         await self.handles.connect(request.tier)
         affinity = affinity_of(request, self.prices)
-        offer = offer_for(quote, number, deadline_s, caller, affinity)
+        submission = submission_for(quote, number, deadline_s, caller, affinity)
         asked_at = time.monotonic()
         try:
-            replica = await self.turns.take(offer, caller.on_event, stay.quota)
+            replica = await self.queue.take(submission, caller.on_event, reservation.quota)
         except Overloaded:
-            self.bill.refuse(request.tier)
+            self.metrics.refuse(request.tier)
             raise
-        self.bill.wait(request.tier, time.monotonic() - asked_at)
+        self.metrics.wait(request.tier, time.monotonic() - asked_at)
         is_done = False
         try:
             # Not before its turn: the pixels of all that wait may not fit into this process.
             request = await loaded(request)
             if number == 1:
-                self.bill.enter(request.tier, quote.gpu_seconds)
-            stay.begin()
-            progress = partial(self.turns.progress, offer.ticket_id)
+                self.metrics.enter(request.tier, quote.gpu_seconds)
+            reservation.begin()
+            progress = partial(self.queue.progress, submission.ticket_id)
             on_event = followed(quote, caller.on_event, progress)
             run = () if caller.retry is None else (caller.retry.run,)
             result = await self.handles.generate(request, replica, on_event, *run)
             is_done = True
         finally:
-            self.turns.end(offer.ticket_id, is_done=is_done)
-        self.bill.compare(self.prices.learn(request, result.times, result.layout))
+            self.queue.end(submission.ticket_id, is_done=is_done)
+        self.metrics.compare(self.prices.learn(request, result.times, result.layout))
         return result
 
     def _record(self, request: ImageRequest, caller: Caller) -> None:

@@ -19,10 +19,15 @@ from flux_ray.errors import UnknownTier
 from flux_ray.private_files import open_privately
 from flux_ray.request import ImageRequest
 
+logger = logging.getLogger("ray.serve")
+
 NUMBERS = ("at_s", "deadline_s")
 # The integer fields, with the least value that makes sense.
 LEAST = {"width": 1, "height": 1, "steps": 1, "references": 0, "images": 1}
 KEYS = frozenset({*NUMBERS, *LEAST, "tier", "key"})
+MAX_BYTES = 256 * 2**20
+MAX_WAITING = 10_000
+CLOSE_TIMEOUT_S = 5.0
 
 
 class BadTrace(ValueError):
@@ -139,13 +144,6 @@ def value_in(fields: dict[str, Any], name: str) -> Any:
     if name not in fields:
         raise BadTrace(f"{name} is missing")
     return fields[name]
-
-
-logger = logging.getLogger("ray.serve")
-
-MAX_BYTES = 256 * 2**20
-MAX_WAITING = 10_000
-CLOSE_TIMEOUT_S = 5.0
 
 
 class Recorder:

@@ -220,7 +220,7 @@ class QueuePolicy(Protocol):
     def lose_replica(self, name: str, now: float) -> list[QueuedRequest]:
         """Remove a dead replica, and return the requests that it had not finished."""
 
-    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
+    def submit(self, queued: QueuedRequest, now: float) -> Rejection | None:
         """Admit a request and return None, or return why not."""
 
     def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:

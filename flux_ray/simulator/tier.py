@@ -110,7 +110,7 @@ class Request:
     """A request that has been admitted and is not done."""
 
     arrival: Arrival
-    ticket: QueuedRequest
+    queued: QueuedRequest
     is_retry: bool = False
     end_s: float = 0.0
 
@@ -135,12 +135,12 @@ class SimulatedTier:
             self._add(self.replicas.order(0.0), 0.0)
 
     def arrive(self, arrival: Arrival, now: float) -> None:
-        """Offer a request to the queue."""
+        """Submit a request to the queue."""
         self.pass_time(now)
         self.curve.arrive(now, arrival.cost_s)
         self._arrived_since_s += arrival.cost_s
         self.arrived_s += arrival.cost_s
-        ticket = QueuedRequest(
+        queued = QueuedRequest(
             f"{self.num_arrived}",
             arrival.tier,
             arrival.cost_s,
@@ -149,24 +149,24 @@ class SimulatedTier:
             arrival.weight,
         )
         self.num_arrived += 1
-        if self.queue.offer(ticket, now) is None:
-            self.requests[ticket.ticket_id] = Request(arrival, ticket)
+        if self.queue.submit(queued, now) is None:
+            self.requests[queued.ticket_id] = Request(arrival, queued)
         else:
             self.num_refused += 1
         # Also after a refusal, for which the queue may have evicted others.
         self.hand_over(now)
 
     def fail(self, number: int, now: float) -> None:
-        """Let a replica die: order another, and offer its requests once more."""
+        """Let a replica die: order another, and submit its requests once more."""
         self.pass_time(now)
         replica = self.replicas.lose(number)
         if replica is None:
             return
-        for ticket in self.queue.lose_replica(replica.name, now):
-            request = self.requests[ticket.ticket_id]
-            if request.is_retry or self.queue.offer(ticket, now) is not None:
+        for queued in self.queue.lose_replica(replica.name, now):
+            request = self.requests[queued.ticket_id]
+            if request.is_retry or self.queue.submit(queued, now) is not None:
                 self.num_lost += 1
-                del self.requests[ticket.ticket_id]
+                del self.requests[queued.ticket_id]
             request.is_retry = True
         self._order(now)
         self.hand_over(now)
@@ -201,11 +201,11 @@ class SimulatedTier:
 
     def hand_over(self, now: float) -> None:
         """Start what the queue assigns, count what it refuses, and note when it is to be woken."""
-        grants, refused = self.queue.take(now)
-        for grant in grants:
-            self._start(grant, now)
-        for ticket, _ in refused:
-            if self.requests.pop(ticket.ticket_id).is_retry:
+        assignments, rejected = self.queue.take(now)
+        for assignment in assignments:
+            self._start(assignment, now)
+        for queued, _ in rejected:
+            if self.requests.pop(queued.ticket_id).is_retry:
                 self.num_lost += 1
             else:
                 self.num_refused += 1
@@ -249,14 +249,14 @@ class SimulatedTier:
         self.pass_time(now)
         self.hand_over(now)
 
-    def _start(self, grant: Assignment, now: float) -> None:
-        ticket = grant.ticket
-        name = grant.replica
-        request = self.requests[ticket.ticket_id]
+    def _start(self, assignment: Assignment, now: float) -> None:
+        queued = assignment.request
+        name = assignment.replica
+        request = self.requests[queued.ticket_id]
         replica = self.replicas.up[name]
         actual_s = request.arrival.actual_s
         begin, end = replica.start(
-            ticket.ticket_id, ticket.cost_s if actual_s is None else actual_s, now
+            queued.ticket_id, queued.cost_s if actual_s is None else actual_s, now
         )
         request.end_s = end
         if not request.is_retry:
@@ -266,7 +266,7 @@ class SimulatedTier:
             self._report(replica, request, begin)
 
     def _finish(self, replica: Replica, request: Request, end: float, now: float) -> None:
-        ticket_id = request.ticket.ticket_id
+        ticket_id = request.queued.ticket_id
         # The replica died meanwhile, and the request runs elsewhere or is lost.
         if replica.running.get(ticket_id) != end or self._is_dead(replica):
             return
@@ -274,7 +274,7 @@ class SimulatedTier:
         self.replicas.done(replica, ticket_id)
         del self.requests[ticket_id]
         self.queue.finish(ticket_id, now)
-        if now <= request.ticket.deadline + 1e-9:
+        if now <= request.queued.deadline + 1e-9:
             self.num_met += 1
             self.met_s += request.arrival.cost_s
         else:
@@ -283,7 +283,7 @@ class SimulatedTier:
 
     def _report(self, replica: Replica, request: Request, now: float) -> None:
         """Report the remaining seconds of a request now, and every period until it is done."""
-        ticket_id, end = request.ticket.ticket_id, request.end_s
+        ticket_id, end = request.queued.ticket_id, request.end_s
         if replica.running.get(ticket_id) != end or self._is_dead(replica):
             return
         if now > request.arrival.at_s:

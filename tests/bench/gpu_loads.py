@@ -28,7 +28,7 @@ from tests.bench.gpu_checkpoints import (
 )
 from tests.bench.gpu_jobs import PRECISIONS, Bench, Figures, attempt
 from tests.bench.gpu_models import BF16, Subject
-from tests.planner.allocations import alone
+from tests.engine.allocations import alone
 
 
 @dataclass(frozen=True)

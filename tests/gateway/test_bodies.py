@@ -138,7 +138,7 @@ def named_args() -> GatewayArgs:
 
 @pytest.fixture
 async def jobs_client(router, named_args):
-    api = build_api(router, named_args, desk=FakeDesk())
+    api = build_api(router, named_args, job_service=FakeDesk())
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         yield client

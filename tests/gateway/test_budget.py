@@ -26,7 +26,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 @pytest.fixture
 def api(router, gateway_args):
-    return build_api(router, gateway_args, desk=FakeDesk())
+    return build_api(router, gateway_args, job_service=FakeDesk())
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing(api):
 
 async def test_a_slow_body_leaves_nothing(router, gateway_args):
     args = gateway_args.model_copy(update={"uploads": Uploads(max_s=0.05)})
-    api = build_api(router, args, desk=FakeDesk())
+    api = build_api(router, args, job_service=FakeDesk())
 
     async def body():
         yield b'{"prompt":'
@@ -160,13 +160,13 @@ async def test_while_it_is_generated_only_the_pixels_are_held(
 ):
     """Not the body, nor the texts in it: an edit may wait for minutes."""
     held, before = [], MEMORY.num_bytes
-    taking = router.turns.take
+    taking = router.queue.take
 
     async def take(offer, on_event=None, quota=None):
         held.append(MEMORY.num_bytes - before)
         return await taking(offer)
 
-    router.turns.take = take
+    router.queue.take = take
     data = make_image(96, 80)
     text = base64.b64encode(data).decode()
     if way == "json":
@@ -188,7 +188,7 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(api, router, m
         is_waiting.set()
         await asyncio.Event().wait()
 
-    router.turns.take = take
+    router.queue.take = take
     text = base64.b64encode(make_image()).decode()
     transport = httpx.ASGITransport(app=api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -10,7 +10,7 @@ REQUEST = {"prompt": "a ring"}
 
 async def test_a_deadline_is_passed_on(client, turns):
     await client.post(PATH, json=REQUEST, headers={"x-flux-deadline-s": "2.5"})
-    assert turns.offers[0].deadline_in_s == 2.5
+    assert turns.submissions[0].deadline_in_s == 2.5
 
 
 @pytest.mark.parametrize("sent", ["", "soon", "0", "-1", "nan", "inf"])
@@ -18,7 +18,7 @@ async def test_a_deadline_that_is_none_is_named(client, turns, sent):
     answer = await client.post(PATH, json=REQUEST, headers={"x-flux-deadline-s": sent})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "x-flux-deadline-s"
-    assert turns.offers == []
+    assert turns.submissions == []
 
 
 @pytest.mark.parametrize(
@@ -30,13 +30,13 @@ async def test_the_proxys_timeout_is_a_deadline_too(client, turns, sent, expecte
     Serve takes 0 for no limit, and other words for nothing; then this gateway's own 5 seconds hold.
     """
     await client.post(PATH, json=REQUEST, headers={"x-request-timeout-seconds": sent})
-    assert turns.offers[0].deadline_in_s == min(expected_s, 5)
+    assert turns.submissions[0].deadline_in_s == min(expected_s, 5)
 
 
 async def test_a_deadline_comes_before_the_proxys_timeout(client, turns):
     headers = {"x-request-timeout-seconds": "4", "x-flux-deadline-s": "2"}
     await client.post(PATH, json=REQUEST, headers=headers)
-    assert turns.offers[0].deadline_in_s == 2
+    assert turns.submissions[0].deadline_in_s == 2
 
 
 async def test_a_refusal_is_a_429_that_says_when_to_come_back(client, turns):
@@ -64,7 +64,7 @@ async def test_the_same_credentials_share_and_are_not_passed_on(client, turns):
     for sent in ("Bearer one", "Bearer one", "Bearer two", None):
         headers = {} if sent is None else {"authorization": sent}
         await client.post(PATH, json=REQUEST, headers=headers)
-    first, again, other, nobody = (offer.key for offer in turns.offers)
+    first, again, other, nobody = (offer.key for offer in turns.submissions)
     assert first == again != other
     assert nobody == ""
     assert "one" not in first

@@ -34,7 +34,7 @@ IDS = (
 @pytest.fixture
 def api(router):
     args = GatewayArgs(tiers=("tiny",), limits=LIMITS, public_url="http://gateway", jobs=JobArgs())
-    return build_api(router, args, desk=FakeDesk())
+    return build_api(router, args, job_service=FakeDesk())
 
 
 async def check(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:

@@ -196,7 +196,7 @@ async def test_numbers_that_no_machine_has_are_refused(router, job_args, path):
     jobs = {"jobs": job_args, "public_url": "http://gateway"}
     args = GatewayArgs(tiers=("tiny",), limits=LIMITS, **jobs)
     transport = httpx.ASGITransport(
-        app=build_api(router, args, desk=FakeDesk()), raise_app_exceptions=False
+        app=build_api(router, args, job_service=FakeDesk()), raise_app_exceptions=False
     )
     words = '"inputs": "a"' if path == "/models/tiny" else '"prompt": "a"'
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:

@@ -28,7 +28,7 @@ async def test_its_images_are_those_of_the_first(client, handles, turns, headers
     again = await client.post(PATH, json=REQUEST | fields, headers=headers)
     assert again.json()["data"] == first.json()["data"]
     assert seeds_of(again) == seeds_of(first)
-    assert (len(handles.requests), len(turns.offers)) == (1, 1), "it had its turn"
+    assert (len(handles.requests), len(turns.submissions)) == (1, 1), "it had its turn"
 
 
 async def test_without_a_name_it_is_another_request(client, handles):
@@ -42,7 +42,7 @@ async def test_what_was_lost_is_generated_again_and_is_the_same(client, handles,
     seeds = [seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED))]
     handles.generated.clear()
     seeds.append(seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED)))
-    turns.offers.clear()
+    turns.submissions.clear()
     seeds.append(seeds_of(await client.post(PATH, json=REQUEST, headers=NAMED)))
     assert len(handles.requests) == 3
     assert seeds[0] == seeds[1] == seeds[2]
@@ -91,7 +91,7 @@ async def test_another_caller_has_other_images(client, handles, headers):
 async def test_numbers_that_are_not_the_clients_or_no_good_name_nothing(client, turns, number):
     """Serve's proxies number what comes without; each would have its client wait for the ledger."""
     await client.post(PATH, json=REQUEST, headers={"x-request-id": number})
-    assert turns.offers[0].retry is None
+    assert turns.submissions[0].retry is None
 
 
 async def test_the_key_comes_before_the_number(client, handles):

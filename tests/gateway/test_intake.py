@@ -38,7 +38,7 @@ def client_of(router, job_args):
     """`client_of(address="8.8.8.8", **args)`: of a gateway, or of `api`, seen at that address."""
 
     def client(address="8.8.8.8", api=None, uploads=PATIENT, **fields) -> httpx.AsyncClient:
-        api = api or build_api(router, args_of(job_args, uploads, **fields), desk=FakeDesk())
+        api = api or build_api(router, args_of(job_args, uploads, **fields), job_service=FakeDesk())
         transport = httpx.ASGITransport(app=api, raise_app_exceptions=False, client=(address, 1))
         return httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
@@ -282,7 +282,7 @@ def test_who_has_many_addresses_of_a_network_is_one(client, address):
 
 async def test_a_body_that_came_with_its_request_is_not_waited_for(router, job_args):
     """It comes once more, which is no second body."""
-    api, sent = build_api(router, args_of(job_args), desk=FakeDesk()), []
+    api, sent = build_api(router, args_of(job_args), job_service=FakeDesk()), []
 
     async def receive():
         await asyncio.Event().wait()

@@ -71,7 +71,7 @@ async def desk(router, gateway_args) -> AsyncIterator[JobService]:
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 def key_of(name: str) -> str:

@@ -36,7 +36,7 @@ def generate_job(router, gateway_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 def delete(path: Path) -> None:

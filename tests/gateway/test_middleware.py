@@ -143,7 +143,7 @@ async def test_the_keys_of_one_name_are_one_caller(client, turns):
     for each in (ALICE, ALICE_TOO, BOB):
         answer = await client.post(PATH, json={"prompt": "a ring"}, headers={"x-key": each.secret})
         assert answer.status_code == 200, answer.text
-    assert [offer.key for offer in turns.offers] == ["alice", "alice", "bob"]
+    assert [offer.key for offer in turns.submissions] == ["alice", "alice", "bob"]
 
 
 async def test_the_log_has_the_name_and_not_the_secret(client, serve_log):
@@ -186,5 +186,5 @@ async def test_without_a_keys_file_everybody_is_let_in(router, turns):
             assert answer.status_code == 200
         described = (await client.get("/openapi.json")).json()
     hashed = hashlib.sha256(b"none").hexdigest()[:16]
-    assert [offer.key for offer in turns.offers] == ["", hashed, hashed]
+    assert [offer.key for offer in turns.submissions] == ["", hashed, hashed]
     assert "securitySchemes" not in described["components"]

@@ -110,7 +110,7 @@ async def test_what_a_tier_cannot_do_never_reaches_it(ask, client, turns, make_i
 async def test_what_no_tier_can_do_is_told_as_the_best_would(ask, turns):
     answer = await ask("auto", size="100x100")
     assert answer.json()["error"]["param"] == "size"
-    assert turns.offers == []
+    assert turns.submissions == []
 
 
 async def test_a_model_with_a_price_is_the_best_within_it(ask, handles):
@@ -147,7 +147,7 @@ async def test_where_a_tier_refuses_after_all_the_next_is_tried(ask, turns, hand
 async def test_all_tiers_generate_the_same_request(ask, turns, handles):
     turns.refusals = [Overloaded("too late", None, 7)]
     answer = await ask("auto")
-    offers = [offer.ticket_id for offer in turns.offers]
+    offers = [offer.ticket_id for offer in turns.submissions]
     assert offers == [f"{tier}-{answer.json()['id']}-1" for tier in (DEV, KLEIN_9B)]
     assert handles.requests[0].request_id == answer.json()["id"]
 
@@ -158,8 +158,8 @@ async def test_deadlines_are_the_callers_the_classes_or_the_tiers(ask, turns, se
     await ask(KLEIN_4B, headers=paying)
     await ask(DEV)
     await ask(KLEIN_4B)
-    assert [offer.deadline_in_s for offer in turns.offers] == [2.5, 20, 30, 600]
-    assert [offer.weight for offer in turns.offers] == [4, 4, 1, 1]
+    assert [offer.deadline_in_s for offer in turns.submissions] == [2.5, 20, 30, 600]
+    assert [offer.weight for offer in turns.submissions] == [4, 4, 1, 1]
 
 
 async def test_a_key_uses_the_tiers_of_its_licences(ask, secrets):

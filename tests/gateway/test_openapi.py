@@ -30,7 +30,7 @@ def build():
     args = GatewayArgs(tiers=("tiny",), limits=LIMITS, public_url="http://gateway", jobs=JobArgs())
     # No offline name is to be looked up, and none of this machine's is to be reached.
     fetcher = Fetcher(args.fetch, resolve=nobody)
-    return build_api(router, args, desk=FakeDesk(), fetcher=fetcher)
+    return build_api(router, args, job_service=FakeDesk(), fetcher=fetcher)
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", build())

@@ -47,7 +47,7 @@ def generate_job(router, gateway_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 GENERATIONS = "/v1/images/generations"
@@ -73,14 +73,14 @@ async def test_it_is_refused_at_once_in_every_dialect(client, turns, name, path,
     assert "retry-after" in answer.headers
     if path == GENERATIONS:
         assert answer.json()["error"]["code"] == "tier_unavailable"
-    assert turns.offers == [], "nobody waited for it"
+    assert turns.submissions == [], "nobody waited for it"
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
 async def test_an_edit_is_refused_too(client, turns, make_image):
     form = {"model": BEST, "prompt": "a ring"}
     answer = await client.post("/v1/images/edits", data=form, files={"image": make_image()})
-    assert (answer.status_code, turns.offers) == (503, [])
+    assert (answer.status_code, turns.submissions) == (503, [])
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ import uvicorn
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.routes import desk_for
+from flux_ray.gateway.bfl.routes import job_service_for
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.router import Router, Terms
@@ -39,7 +39,7 @@ def main(args: GatewayArgs, descriptor: int) -> None:
     prices = CostModel({tier: ReplicaSpec(args.card) for tier in args.tiers})
     terms = Terms(args.request_timeout_s)
     router = Router(FakeHandles(), FakeTurns(NUM_SLOTS), prices, NoBill(), terms)
-    api = build_api(router, args, desk=desk_for(router, args))
+    api = build_api(router, args, job_service=job_service_for(router, args))
     config = uvicorn.Config(api, log_level="error", http="h11")
     listener = socket.socket(fileno=descriptor)
     uvicorn.Server(config).run(sockets=[listener])

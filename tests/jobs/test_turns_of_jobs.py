@@ -18,7 +18,7 @@ async def test_a_job_says_that_it_is_one_and_has_no_deadline(
 ) -> None:
     """It says within what time it wants its turn, and that is no promise to anybody."""
     await JobGenerator(router, gateway_args).generate(JOB, REQUEST)
-    (offer,) = turns.offers
+    (offer,) = turns.submissions
     assert (offer.is_job, offer.has_deadline) == (True, False)
 
 
@@ -27,5 +27,5 @@ async def test_a_person_is_no_job_and_has_a_deadline_if_it_says_one(
     router: Router, turns, deadline_s: float | None
 ) -> None:
     await router.generate(REQUEST, Caller(deadline_s=deadline_s))
-    (offer,) = turns.offers
+    (offer,) = turns.submissions
     assert (offer.is_job, offer.has_deadline) == (False, deadline_s is not None)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.parametrize(
 
 def reason_of(decisions: list[Decision]) -> str | None:
     """Return what the refusal says, or None if nothing was decided: the request waits."""
-    reasons = [each.refusal.reason for each in decisions if each.refusal is not None]
+    reasons = [each.rejection.reason for each in decisions if each.rejection is not None]
     assert len(reasons) == len(decisions), "nobody can be granted a replica"
     return reasons[0] if reasons else None
 
@@ -48,7 +48,7 @@ def test_what_a_replica_says_of_its_tier_changes_what_is_refused(
     book, ledger = PendingRequests(), Ledger(TierQueue)
     decided: list[Decision] = []
     book.ask(OFFER, 0.0, decided.append)
-    unknown = ledger.hear("g", book.statement(0.0, {TIER: ()}, cold_starts), 0.0)
+    unknown = ledger.hear("g", book.report(0.0, {TIER: ()}, cold_starts), 0.0)
     book.heard(ReportReply(unknown, tuple(ledger.decide(0.0).get("g", ()))), 0.0)
     assert reason_of(decided) == expected
 

@@ -16,7 +16,7 @@ def deferred(turns):
 
     def make(error: Exception | None = None) -> DeferredRequest:
         async def load() -> ImageRequest:
-            make.loaded_after.append(len(turns.offers))
+            make.loaded_after.append(len(turns.submissions))
             if error is not None:
                 raise error
             return WHOLE
@@ -34,7 +34,7 @@ async def test_it_is_loaded_after_its_turn_came(router, handles, turns, deferred
     await router.generate(deferred())
     assert deferred.loaded_after == [1]
     assert handles.requests == [WHOLE]
-    assert turns.offers[0].affinity[1][0] == WHOLE.references_name
+    assert turns.submissions[0].affinity[1][0] == WHOLE.references_name
 
 
 async def test_it_is_loaded_again_for_a_second_replica(router, handles, deferred):
@@ -47,5 +47,5 @@ async def test_it_is_loaded_again_for_a_second_replica(router, handles, deferred
 async def test_what_cannot_be_loaded_gives_its_turn_back(router, handles, turns, bill, deferred):
     with pytest.raises(ResultsLost):
         await router.generate(deferred(ResultsLost("away")))
-    assert turns.ended == [turns.offers[0].ticket_id]
+    assert turns.ended == [turns.submissions[0].ticket_id]
     assert (turns.done, handles.requests, bill.entries) == ([], [], [])

@@ -39,7 +39,7 @@ async def test_result_comes_back_from_the_replica_whose_turn_it_was(router, hand
 
 async def test_the_offer_says_price_deadline_and_key(router, turns):
     await router.generate(REQUEST, Caller(key="someone", weight=2.0, deadline_s=2.5))
-    (offer,) = turns.offers
+    (offer,) = turns.submissions
     assert (offer.tier, offer.deadline_in_s) == ("tiny", pytest.approx(2.5, abs=0.5))
     assert (offer.key, offer.weight) == ("someone", 2.0)
     fresh = CostModel({"tiny": ReplicaSpec("cpu", dtype="float32")})
@@ -62,11 +62,11 @@ async def test_it_is_priced_once(handles, turns, bill, monkeypatch):
     monkeypatch.setattr(prices, "price", count)
     monkeypatch.setattr(turns, "forecast", look)
     router = Router(handles, turns, prices, bill, Terms(5))
-    router.turnstile = FakeTurnstile()
+    router.quotas = FakeTurnstile()
     handles.failures = [ReplicaFailed("died")]
     await router.generate(REQUEST)
     assert priced == ["tiny"]
-    assert all(offer.affinity for offer in turns.offers)
+    assert all(offer.affinity for offer in turns.submissions)
     alias = Alias(tiers=("tiny-tp2", "tiny"))
     await router.generate_by(alias, [replace(REQUEST, tier=tier) for tier in alias.tiers])
     assert sorted(priced) == ["tiny", "tiny", "tiny-tp2"]
@@ -93,7 +93,7 @@ async def test_the_ledger_hears_of_long_requests_and_of_those_that_are_followed(
 async def test_no_deadline_is_later_than_the_gateway_waits(router, turns):
     await router.generate(REQUEST, Caller(deadline_s=1000))
     await router.generate(REQUEST)
-    assert [offer.deadline_in_s for offer in turns.offers] == pytest.approx([5, 5], abs=0.5)
+    assert [offer.deadline_in_s for offer in turns.submissions] == pytest.approx([5, 5], abs=0.5)
 
 
 async def test_what_it_took_corrects_the_price(router, turns):
@@ -101,8 +101,8 @@ async def test_what_it_took_corrects_the_price(router, turns):
     for _ in range(3):
         await router.generate(REQUEST)
     await router.generate(REQUEST)
-    assert turns.offers[-1].cost_s == pytest.approx(0.009)
-    assert turns.offers[0].cost_s != pytest.approx(0.009, rel=0.1)
+    assert turns.submissions[-1].cost_s == pytest.approx(0.009)
+    assert turns.submissions[0].cost_s != pytest.approx(0.009, rel=0.1)
 
 
 async def test_prices_and_what_came_of_them_are_counted(router, turns, bill):
@@ -112,7 +112,7 @@ async def test_prices_and_what_came_of_them_are_counted(router, turns, bill):
         await router.generate(REQUEST)
     names = [name for name, _ in bill.entries]
     assert names == ["priced", "measured", "measured", "measured", "refused"]
-    assert bill.entries[0][1] == pytest.approx(turns.offers[0].cost_s)
+    assert bill.entries[0][1] == pytest.approx(turns.submissions[0].cost_s)
     assert bill.entries[1:4] == [
         ("measured", pytest.approx(seconds)) for seconds in (0.002, 0.003 / 4, 0.004)
     ]
@@ -144,7 +144,7 @@ async def test_a_tier_that_is_not_deployed_is_told_at_once(router, handles, turn
     monkeypatch.setattr(handles, "connect", refuse)
     with pytest.raises(TierUnavailable, match="tiny is not deployed"):
         await router.generate(REQUEST)
-    assert turns.offers == [], "it would wait for ever"
+    assert turns.submissions == [], "it would wait for ever"
 
 
 async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, handles, turns):
@@ -152,7 +152,7 @@ async def test_a_dead_replica_is_tried_once_more_with_the_same_request(router, h
     await router.generate(REQUEST, Caller(deadline_s=0.5))
     assert handles.requests == [REQUEST, REQUEST]
     assert turns.ended == ["tiny-id-1", "tiny-id-2"], "as two turns"
-    left_s = turns.offers[1].deadline_in_s
+    left_s = turns.submissions[1].deadline_in_s
     assert left_s == pytest.approx(5, abs=0.5), "it is not refused for what was not its fault"
 
 
@@ -234,7 +234,7 @@ class SlowHandles:
 async def test_the_deadline_cancels_the_attempt(turns, router):
     handles = SlowHandles()
     with pytest.raises(DeadlinePassed, match=r"0\.01 seconds"):
-        await Router(handles, turns, router.prices, router.bill, Terms(0.01)).generate(REQUEST)
+        await Router(handles, turns, router.prices, router.metrics, Terms(0.01)).generate(REQUEST)
     assert handles.was_cancelled
     assert turns.ended == ["tiny-id-1"]
 
@@ -274,23 +274,23 @@ class FakeTurnstile:
 
 
 async def test_a_request_is_counted_by_its_price_and_then_by_what_it_took(router, turns):
-    router.turnstile = FakeTurnstile()
+    router.quotas = FakeTurnstile()
     allowance = QuotaLimits(max_concurrent=3)
     await router.generate(REQUEST, Caller("someone", allowance=allowance))
-    ((entry, told),) = router.turnstile.entries
+    ((entry, told),) = router.quotas.entries
     assert (entry.request_id, entry.tier, entry.key, told) == ("id", "tiny", "someone", allowance)
-    assert entry.use == Use(turns.offers[0].cost_s, 128 * 128 / 1e6)
-    assert router.turnstile.stays[0].use == Use(pytest.approx(0.009), 128 * 128 / 1e6)
+    assert entry.use == Use(turns.submissions[0].cost_s, 128 * 128 / 1e6)
+    assert router.quotas.stays[0].use == Use(pytest.approx(0.009), 128 * 128 / 1e6)
 
 
 async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
     prices = CostModel({tier: ReplicaSpec("cpu") for tier in ("tiny", "tiny-tp2")})
-    router = Router(handles, router.turns, prices, router.bill, Terms(5))
+    router = Router(handles, router.queue, prices, router.metrics, Terms(5))
     alias = Alias(tiers=("tiny-tp2", "tiny"))
     requests = [replace(REQUEST, tier=tier) for tier in alias.tiers]
-    router.turnstile = FakeTurnstile("tiny-tp2")
+    router.quotas = FakeTurnstile("tiny-tp2")
     assert (await router.generate_by(alias, requests)).tier == "tiny"
-    router.turnstile = FakeTurnstile("tiny-tp2", "tiny")
+    router.quotas = FakeTurnstile("tiny-tp2", "tiny")
     with pytest.raises(QuotaSpent):
         await router.generate_by(alias, requests)
 
@@ -305,14 +305,14 @@ async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
     ],
 )
 async def test_what_a_key_has_left_today(router, allowance, left):
-    router.turnstile = FakeTurnstile()
+    router.quotas = FakeTurnstile()
     assert await router.credits(Caller("someone", allowance=QuotaLimits(**allowance))) == left
 
 
 async def test_only_who_is_limited_stands_somehow(router):
     limited = Caller("someone", allowance=QuotaLimits(requests_per_minute=10))
     assert router.standing(limited) is None, "without a turnstile nobody counts"
-    router.turnstile = FakeTurnstile()
+    router.quotas = FakeTurnstile()
     assert router.standing(limited) == (10, 4, 3.0)
     assert router.standing(Caller("someone")) is None
 
@@ -334,7 +334,7 @@ async def test_what_comes_again_is_looked_for_where_it_was_last(router, handles,
     assert await router.recall(nowhere, [REQUEST], caller) is None
     assert await router.recall(places, [REQUEST], replace(caller, retry=None)) is None
     assert await router.places(Caller()) == ()
-    assert (len(turns.offers), len(handles.requests)) == (1, 1)
+    assert (len(turns.submissions), len(handles.requests)) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def attainment(key: str, *streams: Iterator[Arrival]) -> float:
 
         def take(self, now: float):  # type: ignore[no-untyped-def]
             grants, refused = super().take(now)
-            running.update({grant.ticket.ticket_id: grant.ticket for grant in grants})
+            running.update({grant.request.ticket_id: grant.request for grant in grants})
             return grants, refused
 
     running: dict = {}  # type: ignore[type-arg]

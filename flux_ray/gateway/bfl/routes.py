@@ -1,7 +1,7 @@
 """The routes of BFL's API: `POST /v1/<model>` submits a job, `/v1/get_result` polls it.
 
-`/v1/jobs`, which lists a key's jobs, and `/v1/cancel` are ours. `desk_for` makes the job service of
-a gateway, which posts webhooks as BFL does.
+`/v1/jobs`, which lists a key's jobs, and `/v1/cancel` are ours. `job_service_for` makes a gateway's
+job service, which posts webhooks as BFL does.
 """
 
 import asyncio
@@ -43,7 +43,9 @@ from flux_ray.jobs.webhooks import Mail
 from flux_ray.router.router import Router
 
 
-def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) -> JobService | None:
+def job_service_for(
+    router: Router, args: GatewayArgs, poster: Poster | None = None
+) -> JobService | None:
     """Return the job service of a gateway, or None if `args` have no jobs.
 
     `poster` takes the place of the one that `args.webhooks` describe, in tests.
@@ -54,12 +56,12 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
 
     async def message_of(job: Job) -> bytes:
         # Signed anew for each try: the URL of the first one may have expired.
-        return message_for(job, sample_url_of(job, await urls_for(desk, public_url)))
+        return message_for(job, sample_url_of(job, await urls_for(job_service, public_url)))
 
     poster = poster or Poster(args.webhooks)
     mail = Mail(message_of, poster.post, args.webhooks.timeout_s)
     generation = JobGenerator(router, args)
-    desk = JobService(
+    job_service = JobService(
         args.jobs,
         generation.generate,
         generation.progress_of,
@@ -68,7 +70,7 @@ def desk_for(router: Router, args: GatewayArgs, poster: Poster | None = None) ->
         generation.standing_of,
         tiers=args.tiers,
     )
-    return desk
+    return job_service
 
 
 RESULT = "/v1/get_result"
@@ -86,11 +88,16 @@ class Bfl:
     """The endpoints of BFL's API at one gateway; polling URLs begin with `public_url`."""
 
     def __init__(
-        self, router: Router, args: GatewayArgs, desk: JobService, public_url: str, fetcher: Fetcher
+        self,
+        router: Router,
+        args: GatewayArgs,
+        job_service: JobService,
+        public_url: str,
+        fetcher: Fetcher,
     ) -> None:
-        self.orders = Submitter(router, args)
-        self.desk = desk
-        self.jobs = JobSubmitter(router, desk)
+        self.submitter = Submitter(router, args)
+        self.job_service = job_service
+        self.jobs = JobSubmitter(router, job_service)
         self.fetcher = fetcher
         self.limits = args.limits
         self.webhooks = args.webhooks
@@ -164,18 +171,18 @@ class Bfl:
         webhook: Webhook | None,
     ) -> Job:
         """Read the images, choose the tier, and accept a new job."""
-        target = self.orders.target_of(http, name)
+        target = self.submitter.target_of(http, name)
         images = await images_of(sent, target, self.limits, self.fetcher)
-        order = await self.orders.take(
+        prepared = await self.submitter.take(
             http,
             target,
             lambda tier: job_request_for(sent, name, tier, self.limits, images),
         )
-        request = await self.jobs.choose(order)
+        request = await self.jobs.choose(prepared)
         read = sum(each.width * each.height for each in images.references) / 1e6
         tier = tier_for(request.tier)
         memo = {
-            "cost": round(self.orders.router.gpu_seconds(request), 4),
+            "cost": round(self.submitter.router.gpu_seconds(request), 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
             "warnings": (
@@ -184,7 +191,7 @@ class Bfl:
             ),
         }
         metadata = sent.metadata or {}
-        return await self.jobs.accept(http, order, request, memo, named, webhook, metadata)
+        return await self.jobs.accept(http, prepared, request, memo, named, webhook, metadata)
 
     async def get_result(self, request: Request, id: str = Query(max_length=200)) -> Response:
         """Return the state of a job of this key; jobs of other keys are not found."""
@@ -200,11 +207,11 @@ class Bfl:
         if job is None:
             body, status = ResultResponse(id=job_id, status="Task not found"), 404
         else:
-            urls = await urls_for(self.desk, self.public_url)
+            urls = await urls_for(self.job_service, self.public_url)
             # One more query, and so only for jobs that wait.
             num_before = None
             if job.status == "pending":
-                num_before = await self.desk.position_of(job.job_id)
+                num_before = await self.job_service.position_of(job.job_id)
             sample_url, preview_url = sample_url_of(job, urls), preview_url_of(job, urls)
             body, status = result_of(job, sample_url, preview_url, num_before), 200
         return JSONResponse(body.model_dump(), status, {"cache-control": "no-store"})
@@ -224,13 +231,13 @@ class Bfl:
                 raise BadRequest("before is no job of this key, or not any more", "before")
             after = last.place
         found = await self.jobs.list(request, limit, after, status)
-        urls = await urls_for(self.desk, self.public_url)
+        urls = await urls_for(self.job_service, self.public_url)
         jobs = [listed(job, sample_url_of(job, urls), preview_url_of(job, urls)) for job in found]
         return JobList(jobs=jobs, before=found[-1].job_id if len(found) == limit else None)
 
     async def credits(self, request: Request) -> Credits:
         """Return the GPU seconds that the key may still use today."""
-        left = await self.orders.credits(request)
+        left = await self.submitter.credits(request)
         return Credits(credits=UNLIMITED_CREDITS if left is None else left)
 
     async def my_finetunes(self) -> Finetunes:

@@ -36,6 +36,8 @@ from flux_ray.request import (
     RequestEvent,
 )
 
+logger = logging.getLogger("ray.serve")
+
 # How pydantic writes an image without its base64, which `with_images` puts in later.
 NO_IMAGE = b'"b64_json":""'
 
@@ -177,8 +179,6 @@ def server_timing(result: ImageResult, started_s: float) -> str:
     return ", ".join(f"{stage};dur={1000 * taken_s:.1f}" for stage, taken_s in stages_s.items())
 
 
-logger = logging.getLogger("ray.serve")
-
 Kind = Literal["image_generation", "image_edit"]
 
 
@@ -204,15 +204,15 @@ class StreamEvent(BaseModel):
 
 
 async def stream(
-    orders: Submitter, order: PreparedRequest, fields: ImageFields, kind: Kind
+    submitter: Submitter, prepared: PreparedRequest, fields: ImageFields, kind: Kind
 ) -> StreamingResponse:
     """Answer with server-sent events.
 
     An error before the first event is raised, so that it is answered with its own HTTP status;
     later ones come as an event, since the 200 has been sent.
     """
-    telling = EventWriter(order, fields, kind)
-    texts = kept_alive(telling.texts(orders.stream(order)), telling.standing)
+    telling = EventWriter(prepared, fields, kind)
+    texts = kept_alive(telling.texts(submitter.stream(prepared)), telling.standing)
     first = await anext(texts)
 
     async def all_texts() -> AsyncIterator[str]:
@@ -223,19 +223,19 @@ async def stream(
                 async for text in texts:
                     yield text
             except FluxError as error:
-                logger.warning("request %s: %s", order.requests[0].request_id, error)
+                logger.warning("request %s: %s", prepared.requests[0].request_id, error)
                 told = ErrorEvent(error=failure_of(error), retry_after_s=error.retry_after_s)
                 yield event_text("error", told)
 
-    headers = HEADERS | {"x-flux-seed": str(order.requests[0].seed)}
+    headers = HEADERS | {"x-flux-seed": str(prepared.requests[0].seed)}
     return StreamingResponse(all_texts(), media_type=MEDIA_TYPE, headers=headers)
 
 
 class EventWriter:
     """The events of one request for OpenAI's clients: each preview and each image exactly once."""
 
-    def __init__(self, order: PreparedRequest, fields: ImageFields, kind: Kind) -> None:
-        self._order = order
+    def __init__(self, prepared: PreparedRequest, fields: ImageFields, kind: Kind) -> None:
+        self._prepared = prepared
         self._fields = fields
         self._kind = kind
         self._standing = "waiting"
@@ -275,7 +275,7 @@ class EventWriter:
         generated: ImageResult | Preview | Finished,
         index: int | None = None,
     ) -> StreamEvent:
-        request = self._order.request_of(generated)
+        request = self._prepared.request_of(generated)
         is_final = index is None
         return StreamEvent(
             type=f"{self._kind}.{'completed' if is_final else 'partial_image'}",
@@ -288,7 +288,7 @@ class EventWriter:
             id=request.request_id,
             model=request.tier,
             seed=image.seed,
-            warnings=[*warnings_of(self._fields, generated), *self._order.notes_on(generated)],
+            warnings=[*warnings_of(self._fields, generated), *self._prepared.notes_on(generated)],
         )
 
 

@@ -60,7 +60,7 @@ class OpenAIImages:
     def __init__(
         self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptImages | None
     ) -> None:
-        self.orders = Submitter(router, args)
+        self.submitter = Submitter(router, args)
         self.limits = args.limits
         self.fetcher = fetcher
         self.kept = kept
@@ -89,17 +89,17 @@ class OpenAIImages:
         """Generate images from a prompt, and from reference images if some are sent."""
         started_s = time.monotonic()
         content_type_of(request, JSON)
-        fields, order = await self.read_json(request)
-        return await self.generate(request, fields, order, started_s)
+        fields, prepared = await self.read_json(request)
+        return await self.generate(request, fields, prepared, started_s)
 
     async def edits(self, request: Request) -> Response:
         """Generate images from a prompt and one or more reference images."""
         started_s = time.monotonic()
         if content_type_of(request, FORM, JSON) == JSON:
-            fields, order = await self.read_json(request, is_edit=True)
+            fields, prepared = await self.read_json(request, is_edit=True)
         else:
-            fields, order = await self.read_form(request)
-        return await self.generate(request, fields, order, started_s)
+            fields, prepared = await self.read_form(request)
+        return await self.generate(request, fields, prepared, started_s)
 
     async def read_json(
         self, request: Request, *, is_edit: bool = False
@@ -108,9 +108,11 @@ class OpenAIImages:
         fields = parse_json(await read_body(request))
         target = self.target_of(request, fields)
         sources = take_sources(fields.model_extra or {}, target)
-        order = await self.order(request, fields, target, required(sources) if is_edit else sources)
+        prepared = await self.prepare(
+            request, fields, target, required(sources) if is_edit else sources
+        )
         forget_body(request)
-        return fields, order
+        return fields, prepared
 
     async def read_form(self, request: Request) -> tuple[ImageFields, PreparedRequest]:
         """Read a multipart form, and prepare its request; free the memory of the body."""
@@ -118,9 +120,9 @@ class OpenAIImages:
             fields = ImageFields.read(text_parts(form), has_images=True)
             target = self.target_of(request, fields)
             sources = sources_in_form(form, target)
-            order = await self.order(request, fields, target, required(sources))
+            prepared = await self.prepare(request, fields, target, required(sources))
         forget_body(request)
-        return fields, order
+        return fields, prepared
 
     def target_of(self, request: Request, fields: ImageFields) -> ResolvedModel:
         """Return the tiers that may serve the request.
@@ -130,7 +132,7 @@ class OpenAIImages:
         if fields.response_format == "url" and self.kept is None:
             message = "this gateway keeps no images to answer by URL: use b64_json"
             raise BadRequest(message, "response_format")
-        return self.orders.target_of(request, fields.model)
+        return self.submitter.target_of(request, fields.model)
 
     async def read_images(
         self, fields: ImageFields, target: ResolvedModel, sources: ImageSources
@@ -142,37 +144,37 @@ class OpenAIImages:
             return await read_with_alpha(sources, target, limits, fetcher, decode_erased)
         return await read_images(sources, target, limits, fetcher)
 
-    async def order(
+    async def prepare(
         self, http: Request, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> PreparedRequest:
         """Read the images, and prepare the request for each tier that can do it."""
         images = await self.read_images(fields, target, sources)
-        order = await self.orders.take(
+        prepared = await self.submitter.take(
             http,
             target,
             lambda tier: request_for(fields, tier, self.limits, images.references, images.mask),
             images.notes,
         )
-        return await self.orders.named(http, order, fields.seed)
+        return await self.submitter.named(http, prepared, fields.seed)
 
     async def generate(
-        self, http: Request, fields: ImageFields, order: PreparedRequest, started_s: float
+        self, http: Request, fields: ImageFields, prepared: PreparedRequest, started_s: float
     ) -> Response:
         """Generate the images of a prepared request, and answer whole or as a stream."""
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
-            streamed = await stream(self.orders, order, fields, kind)
-            streamed.headers.update(self.orders.limit_headers(order))
+            streamed = await stream(self.submitter, prepared, fields, kind)
+            streamed.headers.update(self.submitter.limit_headers(prepared))
             return streamed
-        result = await self.orders.generate(order)
-        warnings = [*warnings_of(fields, result), *order.notes_on(result)]
-        generated = order.request_of(result)
+        result = await self.submitter.generate(prepared)
+        warnings = [*warnings_of(fields, result), *prepared.notes_on(result)]
+        generated = prepared.request_of(result)
         urls = None
         if self.kept is not None and wants_url(fields):
-            urls = await self.kept.urls_of(order.caller.key, generated, result)
+            urls = await self.kept.urls_of(prepared.caller.key, generated, result)
         answer = answer_for(generated, result, warnings, started_s, urls)
-        answer.headers.update(self.orders.limit_headers(order))
+        answer.headers.update(self.submitter.limit_headers(prepared))
         return answer
 
 

@@ -11,6 +11,16 @@ from itertools import groupby
 
 from flux_ray.router.autoscaling.scaler import Scaling, ScalingState, target_of
 
+logger = logging.getLogger("ray.serve")
+
+# A tier that has not asked for so long is gone, and its share is free. Serve asks ten times a
+# second, but not while it imports the code of a tier that is deployed again. On a busy machine that
+# took 24 s, and with a shorter limit the replicas that were up lost their GPUs to another tier.
+FORGET_S = 60.0
+# A longer pause between two calls means that Serve called no policy. It counts as this long only,
+# so that no tier is taken for gone because of it.
+MAX_STEP_S = 1.0
+
 
 @dataclass(frozen=True)
 class Want:
@@ -75,17 +85,6 @@ def check_budget(wants: Iterable[Want], budget: int) -> None:
     least = sum(want.min_replicas * want.num_gpus_per_replica for want in wants)
     if least > budget:
         raise ValueError(f"gpu_budget {budget} is below the min_replicas of all: {least} GPUs")
-
-
-logger = logging.getLogger("ray.serve")
-
-# A tier that has not asked for so long is gone, and its share is free. Serve asks ten times a
-# second, but not while it imports the code of a tier that is deployed again. On a busy machine that
-# took 24 s, and with a shorter limit the replicas that were up lost their GPUs to another tier.
-FORGET_S = 60.0
-# A longer pause between two calls means that Serve called no policy. It counts as this long only,
-# so that no tier is taken for gone because of it.
-MAX_STEP_S = 1.0
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ class LedgerPolicy:
         self._cold_start_s = ScalingRules(**rules).cold_start_s
         self._scaler: Scaling = LastGoodTarget(Scaler(ScalingRules(**rules)))
         if terms is not None:
-            # The inner LastGoodTarget stays: a tier whose scaler fails must still tell the budget
-            # what it holds, or its GPUs would be given to others.
-            budgeted = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
-            self._scaler = LastGoodTarget(budgeted)
+            # Around LastGoodTarget: a tier whose scaler fails must still tell the budget what it
+            # holds, or its GPUs would be given to others.
+            self._scaler = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
         self._ledger: LedgerService = RemoteLedger()
         self._backlog: Backlog | None = None
         self._counted_s = 0.0
+        self._is_failing = False
         self._answered_at = self._asked_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
 
@@ -56,10 +56,15 @@ class LedgerPolicy:
         now = time.monotonic()
         try:
             self._ask(now)
-            return self._scaler.replicas(self._state(context, now)), {}
+            state = self._state(context, now)
+            wanted = self._scaler.replicas(state)
+            self._is_failing = False
+            return min(max(wanted, state.min_replicas), state.max_replicas), {}
         except Exception:
             # A policy that raises keeps Serve from deploying any application at all.
-            logger.exception("the scaling of %s failed", self._tier)
+            if not self._is_failing:
+                logger.exception("the scaling of %s failed", self._tier)
+            self._is_failing = True
             return context.target_num_replicas, {}
 
     def _ask(self, now: float) -> None:

@@ -12,6 +12,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+logger = logging.getLogger("ray.serve")
+
 SLOT_S = 1.0
 # From the longest to the shortest. The longest is believed until a shorter one contradicts it.
 WINDOWS_S = (900.0, 300.0, 120.0, 60.0, 30.0, 15.0, 7.0)
@@ -27,6 +29,15 @@ NOISE_MEMORY_S = 600.0
 # Old slots are dropped this many at a time, because deleting at the head of a list costs its
 # length.
 NUM_SPARE_SLOTS = 1000
+# A replica is started only if more than this part of one, and this share of all, is missing;
+# otherwise a need that hovers around a whole number would start replicas for noise.
+SLACK_REPLICAS = 0.25
+SLACK_SHARE = 0.02
+# How long an unneeded replica stays, as a share of the time to start another. A share of 1 would
+# never cost more than twice what knowing the future would (the ski rental bound). But most work
+# that is over does not come back so soon, and in the simulator a third met about as many deadlines.
+HOLD_SHARE = 1 / 3
+MIN_HOLD_S = 10.0
 
 
 class ArrivalRate:
@@ -136,19 +147,6 @@ class Scaling(Protocol):
 
     def replicas(self, state: ScalingState) -> int:
         """Return the number of replicas wanted, those that are starting included."""
-
-
-logger = logging.getLogger("ray.serve")
-
-# A replica is started only if more than this part of one, and this share of all, is missing;
-# otherwise a need that hovers around a whole number would start replicas for noise.
-SLACK_REPLICAS = 0.25
-SLACK_SHARE = 0.02
-# How long an unneeded replica stays, as a share of the time to start another. A share of 1 would
-# never cost more than twice what knowing the future would (the ski rental bound). But most work
-# that is over does not come back so soon, and in the simulator a third met about as many deadlines.
-HOLD_SHARE = 1 / 3
-MIN_HOLD_S = 10.0
 
 
 @dataclass(frozen=True)

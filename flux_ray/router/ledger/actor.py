@@ -161,12 +161,12 @@ class LedgerActor:
             self._accompanying = keep_running(self._companion, "what goes on beside the ledger")
 
     @ends_on_error
-    async def say(self, gateway: str, statement: GatewayReport) -> ReportReply:
+    async def say(self, gateway: str, report: GatewayReport) -> ReportReply:
         """Write down a gateway's report; return what is decided at once."""
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick())
         now = time.monotonic()
-        unknown = self._ledger.hear(gateway, statement, now)
+        unknown = self._ledger.hear(gateway, report, now)
         admitted = self._ledger.admitted(now)
         decisions = self._decide(now)
         told = decisions.pop(gateway, [])
@@ -175,7 +175,7 @@ class LedgerActor:
         self._mailbox(gateway).keep([each for each in told if each.limit is None])
         self._deliver(decisions)
         self._spoken.set()
-        positions = self._ledger.positions(gateway, statement.watched, now)
+        positions = self._ledger.positions(gateway, report.watched, now)
         return ReportReply(unknown, tuple(told), positions, admitted)
 
     @ends_on_error
@@ -184,10 +184,10 @@ class LedgerActor:
         return await self._mailbox(gateway).after(receipt)
 
     @ends_on_error
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, submissions: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """Predict what would become of each request if it alone were submitted now."""
         now = time.monotonic()
-        return tuple(self._ledger.forecast(offer, now) for offer in offers)
+        return tuple(self._ledger.forecast(submission, now) for submission in submissions)
 
     @ends_on_error
     async def places(self, name: str) -> tuple[Place, ...]:

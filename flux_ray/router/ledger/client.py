@@ -46,16 +46,16 @@ class LedgerClient:
 
     def __init__(
         self,
-        line: LedgerService,
+        ledger: LedgerService,
         reachable: Reachable,
         gateway: str,
         cold_starts: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._cold_starts = cold_starts
-        self._line = line
+        self._ledger = ledger
         self._reachable = reachable
         self._gateway = gateway
-        self._book = PendingRequests()
+        self._requests = PendingRequests()
         self._news = asyncio.Event()
         self._heard = Receipt()
         self._tasks: list[asyncio.Task[None]] = []
@@ -72,7 +72,7 @@ class LedgerClient:
 
     async def take(
         self,
-        offer: SubmitRequest,
+        submission: SubmitRequest,
         on_event: OnEvent | None = None,
         quota: PendingQuota | None = None,
     ) -> str:
@@ -83,52 +83,52 @@ class LedgerClient:
         nothing by the deadline; TierUnavailable if the tier ends. If this returns, call `end` once.
         """
         self.start()
-        granted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        assigned: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def decide(decision: Decision) -> None:
-            if granted.done():
+            if assigned.done():
                 return
             if decision.replica is not None:
-                granted.set_result(decision.replica)
+                assigned.set_result(decision.replica)
             elif decision.limit is not None and quota is not None:
-                granted.set_exception(quota.refuse(decision.limit))
-            elif decision.refusal is not None:
-                granted.set_exception(error_for(decision.refusal))
+                assigned.set_exception(quota.refuse(decision.limit))
+            elif decision.rejection is not None:
+                assigned.set_exception(error_for(decision.rejection))
 
-        self._book.ask(offer, time.monotonic(), decide, on_event, quota)
-        self._waiting[offer.ticket_id] = offer.tier, granted
+        self._requests.ask(submission, time.monotonic(), decide, on_event, quota)
+        self._waiting[submission.ticket_id] = submission.tier, assigned
         self._news.set()
         late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
         try:
             # A ledger that hangs must not keep the client for longer than that.
-            async with within(offer.deadline_in_s, late):
-                replica = await granted
-            await self._reach(offer.tier, replica)
+            async with within(submission.deadline_in_s, late):
+                replica = await assigned
+            await self._reach(submission.tier, replica)
             return replica
         except BaseException:
-            self.end(offer.ticket_id)
+            self.end(submission.ticket_id)
             raise
         finally:
-            self._waiting.pop(offer.ticket_id, None)
+            self._waiting.pop(submission.ticket_id, None)
 
     def lose(self, tier: str) -> None:
         """Fail all requests that wait for a replica of a tier that has ended."""
-        for waits_for, granted in self._waiting.values():
-            if waits_for == tier and not granted.done():
-                granted.set_exception(not_deployed(tier))
+        for waits_for, assigned in self._waiting.values():
+            if waits_for == tier and not assigned.done():
+                assigned.set_exception(not_deployed(tier))
 
-    async def forecast(self, offers: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
+    async def forecast(self, submissions: tuple[SubmitRequest, ...]) -> tuple[Forecast, ...]:
         """Predict what would become of each request alone; no wait at all if the ledger is away."""
         try:
-            return await self._line.forecast(offers)
+            return await self._ledger.forecast(submissions)
         except LedgerLost as error:
             logger.warning("tiers are chosen without the ledger: %s", error)
-            return (Forecast(0.0),) * len(offers)
+            return (Forecast(0.0),) * len(submissions)
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
         """Return where the request runs or ran, the latest first; nowhere if the ledger is away."""
         try:
-            return await self._line.places(retry.name)
+            return await self._ledger.places(retry.name)
         except LedgerLost as error:
             logger.warning("what comes again may be drawn again: %s", error)
             return ()
@@ -138,13 +138,13 @@ class LedgerClient:
 
         Zero is reported at once: the replica is free then, before its answer has arrived here.
         """
-        self._book.progress(ticket_id, left_s, time.monotonic())
+        self._requests.progress(ticket_id, left_s, time.monotonic())
         if left_s <= 0:
             self._news.set()
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> None:
         """End a request; `is_done` if it succeeded. An unknown one is ignored."""
-        if self._book.end(ticket_id, is_done=is_done):
+        if self._requests.end(ticket_id, is_done=is_done):
             asyncio.get_running_loop().call_later(QUIET_S, self._news.set)
 
     def stop(self) -> None:
@@ -163,22 +163,22 @@ class LedgerClient:
     async def _speak(self) -> None:
         """Send one report after the other; repeat what a lost one told."""
         while True:
-            is_beat = not self._book.has_to_tell_all and await self._wait_for_news()
+            is_beat = not self._requests.has_to_tell_all and await self._wait_for_news()
             self._news.clear()
-            statement = self._book.statement(
+            report = self._requests.report(
                 time.monotonic(), self._reachable(), self._cold_starts, is_beat=is_beat
             )
             try:
-                reply = await self._line.say(self._gateway, statement)
+                reply = await self._ledger.say(self._gateway, report)
             except LedgerLost as error:
                 logger.warning("the ledger did not hear: %s", error)
-                self._book.missed()
+                self._requests.missed()
                 await asyncio.sleep(AGAIN_S)
                 continue
             except BaseException:
-                self._book.missed()
+                self._requests.missed()
                 raise
-            if self._book.heard(reply, time.monotonic()):
+            if self._requests.heard(reply, time.monotonic()):
                 self._news.set()
 
     async def _wait_for_news(self) -> bool:
@@ -193,17 +193,17 @@ class LedgerClient:
         """Receive the decisions that the replies to reports do not bring."""
         while True:
             try:
-                heard, decisions = await self._line.listen(self._gateway, self._heard)
+                heard, decisions = await self._ledger.listen(self._gateway, self._heard)
             except LedgerLost:
                 await asyncio.sleep(AGAIN_S)
                 continue
-            self._book.decide(decisions, time.monotonic())
+            self._requests.decide(decisions, time.monotonic())
             self._heard = heard
 
 
-def error_for(refusal: Rejection) -> FluxError:
+def error_for(rejection: Rejection) -> FluxError:
     """Return the error for a refusal: retry after whole seconds, or that waiting does not help."""
-    if math.isinf(refusal.retry_after_s):
-        return DeadlineTooShort(refusal.reason)
-    away_s = (1 + OVERRUN) * refusal.retry_after_s
-    return Overloaded(refusal.reason, None, max(1, math.ceil(away_s)))
+    if math.isinf(rejection.retry_after_s):
+        return DeadlineTooShort(rejection.reason)
+    away_s = (1 + OVERRUN) * rejection.retry_after_s
+    return Overloaded(rejection.reason, None, max(1, math.ceil(away_s)))

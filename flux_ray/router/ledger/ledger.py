@@ -50,21 +50,21 @@ class Arrivals:
         self._undone: dict[Name, deque[float]] = {}
         self._order: deque[tuple[float, Name]] = deque()
 
-    def count(self, offer: SubmitRequest, now: float, *, is_counted: bool = False) -> bool:
+    def count(self, submission: SubmitRequest, now: float, *, is_counted: bool = False) -> bool:
         """Count new work; return whether it is new. `is_counted`: an earlier ledger counted it."""
         self._forget(now)
-        times = self._undone.get(name_of(offer))
+        times = self._undone.get(name_of(submission))
         if times:
             times.popleft()
             return False
         if is_counted:
             return False
-        self._total_s[offer.tier] = self._total_s.get(offer.tier, 0.0) + offer.cost_s
+        self._total_s[submission.tier] = self._total_s.get(submission.tier, 0.0) + submission.cost_s
         return True
 
-    def put_back(self, offer: SubmitRequest, now: float) -> None:
+    def put_back(self, submission: SubmitRequest, now: float) -> None:
         """Remember a request that has ended undone."""
-        name = name_of(offer)
+        name = name_of(submission)
         self._undone.setdefault(name, deque()).append(now)
         self._order.append((now, name))
 
@@ -82,9 +82,9 @@ class Arrivals:
                 self._undone.pop(name, None)
 
 
-def name_of(offer: SubmitRequest) -> Name:
+def name_of(submission: SubmitRequest) -> Name:
     """Return what identifies the work that a request asks for."""
-    return offer.tier, offer.key, offer.work or offer.cost_s
+    return submission.tier, submission.key, submission.work or submission.cost_s
 
 
 # A gateway reports twice a second. One that is silent for so long is dead, and its clients with it.
@@ -94,18 +94,18 @@ SILENCE_S = 5.0
 POSITIONS_S = 1.0
 
 
-def ticket_of(offer: SubmitRequest, now: float) -> QueuedRequest:
+def queued_for(submission: SubmitRequest, now: float) -> QueuedRequest:
     """Return the queue's entry for a request: its deadline is on the ledger's clock."""
     return QueuedRequest(
-        offer.ticket_id,
-        offer.tier,
-        offer.cost_s,
-        now + offer.deadline_in_s,
-        offer.key,
-        offer.weight,
-        offer.affinity,
-        offer.has_deadline,
-        offer.is_job,
+        submission.ticket_id,
+        submission.tier,
+        submission.cost_s,
+        now + submission.deadline_in_s,
+        submission.key,
+        submission.weight,
+        submission.affinity,
+        submission.has_deadline,
+        submission.is_job,
     )
 
 
@@ -115,7 +115,7 @@ class GatewaySession:
 
     heard_at: float
     number: int = 0
-    offers: dict[str, SubmitRequest] = field(default_factory=dict)
+    submissions: dict[str, SubmitRequest] = field(default_factory=dict)
     replicas: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
@@ -134,7 +134,7 @@ class Ledger:
         # The tickets of the last report that their keys' limits let in.
         self._admitted: list[tuple[str, QuotaRequest]] = []
         self._queues: dict[str, TierQueue] = {}
-        self._accounts: dict[str, GatewaySession] = {}
+        self._sessions: dict[str, GatewaySession] = {}
         self._owner: dict[str, str] = {}
         self._arrivals = Arrivals()
         self._places = Places()
@@ -152,27 +152,27 @@ class Ledger:
         """Return the tiers that somebody has named so far."""
         return frozenset(self._queues)
 
-    def hear(self, gateway: str, statement: GatewayReport, now: float) -> tuple[str, ...]:
+    def hear(self, gateway: str, report: GatewayReport, now: float) -> tuple[str, ...]:
         """Write down a report; return the tickets that its gateway knows and the ledger lacks."""
         self._admitted = []
-        account = self._accounts.setdefault(gateway, GatewaySession(now))
-        account.heard_at = now
-        if statement.number:
-            if statement.number <= account.number:
+        session = self._sessions.setdefault(gateway, GatewaySession(now))
+        session.heard_at = now
+        if report.number:
+            if report.number <= session.number:
                 return ()
-            account.number = statement.number
-        self._follow(account, statement, now)
-        for tier, cold_start_s in statement.cold_starts.items():
+            session.number = report.number
+        self._follow(session, report, now)
+        for tier, cold_start_s in report.cold_starts.items():
             self.learn_cold_start(tier, cold_start_s)
-        self._see_views(account, statement.replicas, now)
-        for offer in statement.offers:
-            if offer.ticket_id not in self._owner:
-                self._enter(gateway, offer, now)
-            elif offer.quota is not None:
-                self._admitted.append((offer.ticket_id, offer.quota))
-        if statement.known is None:
+        self._see_views(session, report.replicas, now)
+        for submission in report.submissions:
+            if submission.ticket_id not in self._owner:
+                self._enter(gateway, submission, now)
+            elif submission.quota is not None:
+                self._admitted.append((submission.ticket_id, submission.quota))
+        if report.known is None:
             return ()
-        return self._reconcile(gateway, statement.known, statement.waiting, now)
+        return self._reconcile(gateway, report.known, report.waiting, now)
 
     def admitted(self, now: float) -> tuple[tuple[str, LimitStatus | None], ...]:
         """Return the last report's tickets that were let in, with what is left to their keys."""
@@ -196,25 +196,25 @@ class Ledger:
     def decide(self, now: float) -> dict[str, list[Decision]]:
         """Return the decisions since the last call, by gateway."""
         for queue in self._queues.values():
-            grants, refused = queue.take(now)
-            for ticket, replica in grants:
-                self._tell(ticket.ticket_id, Decision(ticket.ticket_id, replica))
-                self._place(ticket.ticket_id, replica)
-            for ticket, refusal in refused:
-                self._refuse(ticket.ticket_id, refusal, now)
+            assignments, rejected = queue.take(now)
+            for queued, replica in assignments:
+                self._tell(queued.ticket_id, Decision(queued.ticket_id, replica))
+                self._place(queued.ticket_id, replica)
+            for queued, rejection in rejected:
+                self._reject(queued.ticket_id, rejection, now)
         decisions, self._decisions = self._decisions, {}
         return decisions
 
     def forget_silent(self, now: float) -> list[str]:
         """End the requests of gateways that are dead; return the names of these."""
-        silent = [g for g, a in self._accounts.items() if now - a.heard_at > SILENCE_S]
+        silent = [g for g, a in self._sessions.items() if now - a.heard_at > SILENCE_S]
         for gateway in silent:
-            account = self._accounts[gateway]
-            self._places.abandon(account.offers, now)
-            for ticket_id in list(account.offers):
+            session = self._sessions[gateway]
+            self._places.abandon(session.submissions, now)
+            for ticket_id in list(session.submissions):
                 self._end(ticket_id, now)
-            del self._accounts[gateway]
-            for tier in account.replicas:
+            del self._sessions[gateway]
+            for tier in session.replicas:
                 self._settle_replicas(tier, now)
         return silent
 
@@ -225,9 +225,9 @@ class Ledger:
         queue = self._queues[tier]
         return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
 
-    def forecast(self, offer: SubmitRequest, now: float) -> Forecast:
+    def forecast(self, submission: SubmitRequest, now: float) -> Forecast:
         """Predict what would become of a request if it were submitted now."""
-        return self._queue(offer.tier).forecast(ticket_of(offer, now), now)
+        return self._queue(submission.tier).forecast(queued_for(submission, now), now)
 
     def places(self, name: str, now: float) -> tuple[Place, ...]:
         """Return where the request of this name runs or ran, the latest place first."""
@@ -237,11 +237,11 @@ class Ledger:
         self, gateway: str, ticket_ids: Iterable[str], now: float
     ) -> tuple[tuple[str, QueuePosition], ...]:
         """Return the places in the queue of waiting tickets, as of a second ago at most."""
-        offers = self._accounts[gateway].offers
+        submissions = self._sessions[gateway].submissions
         found = []
         for ticket_id in ticket_ids:
-            if ticket_id in offers:
-                position = self._positions_in(offers[ticket_id].tier, now).get(ticket_id)
+            if ticket_id in submissions:
+                position = self._positions_in(submissions[ticket_id].tier, now).get(ticket_id)
                 if position is not None:
                     found.append((ticket_id, position))
         return tuple(found)
@@ -256,93 +256,96 @@ class Ledger:
             self._queues[tier] = self._new_queue()
         return self._queues[tier]
 
-    def _enter(self, gateway: str, offer: SubmitRequest, now: float) -> None:
-        ticket = ticket_of(offer, now)
-        self._owner[ticket.ticket_id] = gateway
-        self._accounts[gateway].offers[ticket.ticket_id] = offer
-        if not self._is_admitted(gateway, offer, now):
+    def _enter(self, gateway: str, submission: SubmitRequest, now: float) -> None:
+        queued = queued_for(submission, now)
+        self._owner[queued.ticket_id] = gateway
+        self._sessions[gateway].submissions[queued.ticket_id] = submission
+        if not self._is_admitted(gateway, submission, now):
             return
-        queue = self._queue(offer.tier)
-        is_counted = offer.is_counted or offer.runs_on is not None
-        is_new = self._arrivals.count(offer, now, is_counted=is_counted)
-        if offer.runs_on is not None:
-            queue.adopt(ticket, offer.runs_on, now)
-            self._place(offer.ticket_id, offer.runs_on)
+        queue = self._queue(submission.tier)
+        is_counted = submission.is_counted or submission.runs_on is not None
+        is_new = self._arrivals.count(submission, now, is_counted=is_counted)
+        if submission.runs_on is not None:
+            queue.adopt(queued, submission.runs_on, now)
+            self._place(submission.ticket_id, submission.runs_on)
             return
-        refusal = queue.offer(ticket, now, is_new=is_new)
-        if refusal is not None:
-            self._refuse(ticket.ticket_id, refusal, now)
+        rejection = queue.submit(queued, now, is_new=is_new)
+        if rejection is not None:
+            self._reject(queued.ticket_id, rejection, now)
 
-    def _is_admitted(self, gateway: str, offer: SubmitRequest, now: float) -> bool:
+    def _is_admitted(self, gateway: str, submission: SubmitRequest, now: float) -> bool:
         """Count a request against its key's limits; if it is too much, the queue hears nothing."""
-        if (quota := offer.quota) is None:
+        if (quota := submission.quota) is None:
             return True
-        if quota.is_admitted or offer.runs_on is not None:
+        if quota.is_admitted or submission.runs_on is not None:
             self._quotas.hold(gateway, quota.entry, quota.rows, now)
         else:
             limits, rows = quota.limits, quota.rows
             denial = self._quotas.enter(gateway, quota.entry, limits, rows, now)
             if denial is not None:
-                self._tell(offer.ticket_id, Decision(offer.ticket_id, None, limit=denial))
-                del self._owner[offer.ticket_id], self._accounts[gateway].offers[offer.ticket_id]
+                self._tell(submission.ticket_id, Decision(submission.ticket_id, None, limit=denial))
+                del (
+                    self._owner[submission.ticket_id],
+                    self._sessions[gateway].submissions[submission.ticket_id],
+                )
                 return False
-        self._admitted.append((offer.ticket_id, quota))
+        self._admitted.append((submission.ticket_id, quota))
         return True
 
     def _place(self, ticket_id: str, replica: str) -> None:
-        offer = self._accounts[self._owner[ticket_id]].offers[ticket_id]
-        if (retry := offer.retry) is not None:
-            place = Place(ticket_id, offer.tier, replica, retry.fingerprint, offer.seed)
-            self._places.grant(retry, place)
+        submission = self._sessions[self._owner[ticket_id]].submissions[ticket_id]
+        if (retry := submission.retry) is not None:
+            place = Place(ticket_id, submission.tier, replica, retry.fingerprint, submission.seed)
+            self._places.assign(retry, place)
 
-    def _refuse(self, ticket_id: str, refusal: Rejection, now: float) -> None:
+    def _reject(self, ticket_id: str, rejection: Rejection, now: float) -> None:
         # Its client may have left after the queue had chosen it to be refused.
         if ticket_id in self._owner:
-            self._tell(ticket_id, Decision(ticket_id, None, refusal))
+            self._tell(ticket_id, Decision(ticket_id, None, rejection))
             gateway = self._owner[ticket_id]
-            offer = self._strike_out(ticket_id, now)
+            submission = self._strike_out(ticket_id, now)
             # Told that it was let in, its gateway would have it pass all limits the next time.
             self._admitted = [each for each in self._admitted if each[0] != ticket_id]
-            if offer is not None and offer.quota is not None:
-                entry = offer.quota.entry
+            if submission is not None and submission.quota is not None:
+                entry = submission.quota.entry
                 self._quotas.leave(gateway, entry.request_id, entry.tier, ())
 
     def _tell(self, ticket_id: str, decision: Decision) -> None:
         self._decisions.setdefault(self._owner[ticket_id], []).append(decision)
 
-    def _follow(self, account: GatewaySession, statement: GatewayReport, now: float) -> None:
+    def _follow(self, session: GatewaySession, report: GatewayReport, now: float) -> None:
         """Apply what a report says of tickets that have a replica."""
-        for ticket_id in statement.done:
+        for ticket_id in report.done:
             self._finish(ticket_id, now)
-        for ticket_id in statement.ended:
+        for ticket_id in report.ended:
             self._end(ticket_id, now)
-        for ticket_id, left_s in statement.left_s:
-            if ticket_id in account.offers:
-                self._queues[account.offers[ticket_id].tier].progress(ticket_id, left_s, now)
+        for ticket_id, left_s in report.left_s:
+            if ticket_id in session.submissions:
+                self._queues[session.submissions[ticket_id].tier].progress(ticket_id, left_s, now)
 
     def _reconcile(
         self, gateway: str, known: frozenset[str], waiting: frozenset[str], now: float
     ) -> tuple[str, ...]:
         """End what the gateway no longer knows; return the tickets that only the gateway knows."""
-        account = self._accounts[gateway]
-        for ticket_id in account.offers.keys() - known:
+        session = self._sessions[gateway]
+        for ticket_id in session.submissions.keys() - known:
             self._end(ticket_id, now)
-        for ticket_id in waiting & account.offers.keys():
-            replica = self._queues[account.offers[ticket_id].tier].replica_of(ticket_id)
+        for ticket_id in waiting & session.submissions.keys():
+            replica = self._queues[session.submissions[ticket_id].tier].replica_of(ticket_id)
             if replica is not None:
                 self._tell(ticket_id, Decision(ticket_id, replica))
-        return tuple(sorted(known - account.offers.keys()))
+        return tuple(sorted(known - session.submissions.keys()))
 
     def _finish(self, ticket_id: str, now: float) -> None:
         """End a request that was done; how long it took corrects the prices."""
-        offer = self._strike_out(ticket_id, now, is_done=True)
-        if offer is not None:
-            self._queues[offer.tier].finish(ticket_id, now)
+        submission = self._strike_out(ticket_id, now, is_done=True)
+        if submission is not None:
+            self._queues[submission.tier].finish(ticket_id, now)
 
     def _end(self, ticket_id: str, now: float) -> None:
-        offer = self._strike_out(ticket_id, now)
-        if offer is not None:
-            self._queues[offer.tier].cancel(ticket_id, now)
+        submission = self._strike_out(ticket_id, now)
+        if submission is not None:
+            self._queues[submission.tier].cancel(ticket_id, now)
 
     def _strike_out(
         self, ticket_id: str, now: float, *, is_done: bool = False
@@ -351,11 +354,11 @@ class Ledger:
         gateway = self._owner.pop(ticket_id, None)
         if gateway is None:
             return None
-        offer = self._accounts[gateway].offers.pop(ticket_id)
+        submission = self._sessions[gateway].submissions.pop(ticket_id)
         self._places.end(ticket_id, now, is_done=is_done)
         if not is_done:
-            self._arrivals.put_back(offer, now)
-        return offer
+            self._arrivals.put_back(submission, now)
+        return submission
 
     def _positions_in(self, tier: str, now: float) -> dict[str, QueuePosition]:
         at, positions = self._positions.get(tier, (-math.inf, {}))
@@ -365,11 +368,11 @@ class Ledger:
         return positions
 
     def _see_views(
-        self, account: GatewaySession, replicas: Mapping[str, tuple[str, ...]], now: float
+        self, session: GatewaySession, replicas: Mapping[str, tuple[str, ...]], now: float
     ) -> None:
         for tier, names in replicas.items():
-            if account.replicas.get(tier) != frozenset(names):
-                account.replicas[tier] = frozenset(names)
+            if session.replicas.get(tier) != frozenset(names):
+                session.replicas[tier] = frozenset(names)
                 self._settle_replicas(tier, now)
 
     def _settle_replicas(self, tier: str, now: float) -> None:
@@ -385,5 +388,5 @@ class Ledger:
         """Return Serve's replicas of a tier, or until it was heard those any gateway reaches."""
         if tier in self._served:
             return self._served[tier]
-        views = (account.replicas.get(tier, frozenset()) for account in self._accounts.values())
+        views = (session.replicas.get(tier, frozenset()) for session in self._sessions.values())
         return frozenset().union(*views)

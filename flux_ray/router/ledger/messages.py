@@ -60,7 +60,7 @@ class Places:
         # By ticket: until when its place is kept, and its name. The first to go is the first one.
         self._kept: dict[str, tuple[float, str]] = {}
 
-    def grant(self, retry: Retry, place: Place) -> None:
+    def assign(self, retry: Retry, place: Place) -> None:
         """Note that a replica has it from now on."""
         self._kept.pop(place.ticket_id, None)
         self._live[place.ticket_id] = retry
@@ -207,7 +207,7 @@ class GatewayReport:
     started, by tier. Reports of one gateway have rising numbers; 0 is none.
     """
 
-    offers: tuple[SubmitRequest, ...] = ()
+    submissions: tuple[SubmitRequest, ...] = ()
     ended: tuple[str, ...] = ()
     replicas: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: frozenset[str] | None = None
@@ -220,11 +220,11 @@ class GatewayReport:
 
 
 class Decision(NamedTuple):
-    """Assign a replica to a ticket; or say why not: the queue's `refusal`, or its key's `limit`."""
+    """Assign a replica to a ticket, or say why not: a `rejection`, or its key's `limit`."""
 
     ticket_id: str
     replica: str | None
-    refusal: Rejection | None = None
+    rejection: Rejection | None = None
     limit: LimitExceeded | None = None
 
 

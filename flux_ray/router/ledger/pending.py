@@ -20,7 +20,7 @@ class PendingRequest:
     positions while it waits. `quota`: what it counts against its key's limits, if there are any.
     """
 
-    offer: SubmitRequest
+    submission: SubmitRequest
     asked_at: float
     decide: Decide
     watch: Watch | None = None
@@ -35,14 +35,14 @@ class PendingRequest:
         left_s, known_at = self.left
         return max(0.0, left_s - (now - known_at))
 
-    def offer_at(self, now: float) -> SubmitRequest:
+    def submission_at(self, now: float) -> SubmitRequest:
         """Return the request as it is to be submitted now, to this ledger or a new one."""
-        deadline_in_s = self.offer.deadline_in_s - (now - self.asked_at)
+        deadline_in_s = self.submission.deadline_in_s - (now - self.asked_at)
         quota = None if self.quota is None else self.quota.request()
-        offer = replace(self.offer, deadline_in_s=deadline_in_s, quota=quota)
+        submission = replace(self.submission, deadline_in_s=deadline_in_s, quota=quota)
         if self.replica is None:
-            return offer
-        return replace(offer, cost_s=self.left_s(now), runs_on=self.replica)
+            return submission
+        return replace(submission, cost_s=self.left_s(now), runs_on=self.replica)
 
 
 @dataclass
@@ -52,7 +52,7 @@ class News:
     `done` are those of `ended` that succeeded; of `moved` the remaining time has changed.
     """
 
-    offers: list[PendingRequest]
+    submissions: list[PendingRequest]
     ended: list[str]
     done: list[str]
     moved: set[str]
@@ -60,7 +60,7 @@ class News:
     def before(self, later: "News") -> "News":
         """Return this news and `later` in one."""
         return News(
-            self.offers + later.offers,
+            self.submissions + later.submissions,
             self.ended + later.ended,
             self.done + later.done,
             self.moved | later.moved,
@@ -74,12 +74,12 @@ def nothing() -> News:
 class PendingRequests:
     """Keep all requests of this gateway that wait or run, and make its reports to the ledger.
 
-    `LedgerClient` calls it from the gateway's event loop: `statement`, then `heard` with the reply,
+    `LedgerClient` calls it from the gateway's event loop: `report`, then `heard` with the reply,
     or `missed`; one report at a time. `now` is in seconds, monotonic.
     """
 
     def __init__(self) -> None:
-        self._turns: dict[str, PendingRequest] = {}
+        self._requests: dict[str, PendingRequest] = {}
         self._news = nothing()
         self._said = nothing()
         self._number = 0
@@ -92,34 +92,34 @@ class PendingRequests:
 
     def ask(
         self,
-        offer: SubmitRequest,
+        submission: SubmitRequest,
         now: float,
         decide: Decide,
         watch: Watch | None = None,
         quota: PendingQuota | None = None,
     ) -> None:
         """Submit a request with the next report; `decide` is called with the decision."""
-        turn = PendingRequest(offer, now, decide, watch, quota=quota)
-        self._turns[offer.ticket_id] = turn
-        self._news.offers.append(turn)
+        pending = PendingRequest(submission, now, decide, watch, quota=quota)
+        self._requests[submission.ticket_id] = pending
+        self._news.submissions.append(pending)
 
     def progress(self, ticket_id: str, left_s: float, now: float) -> None:
         """Note how many seconds a running request still takes; an unknown one is ignored."""
-        turn = self._turns.get(ticket_id)
-        if turn is not None:
-            turn.left = left_s, now
+        pending = self._requests.get(ticket_id)
+        if pending is not None:
+            pending.left = left_s, now
             self._news.moved.add(ticket_id)
 
     def end(self, ticket_id: str, *, is_done: bool = False) -> bool:
         """End a request, successfully or not; return whether it was known."""
-        if self._turns.pop(ticket_id, None) is None:
+        if self._requests.pop(ticket_id, None) is None:
             return False
         self._news.ended.append(ticket_id)
         if is_done:
             self._news.done.append(ticket_id)
         return True
 
-    def statement(
+    def report(
         self,
         now: float,
         replicas: Mapping[str, tuple[str, ...]],
@@ -131,48 +131,53 @@ class PendingRequests:
         tells_all = is_beat or self._tells_all
         said, self._news = self._news, nothing()
         # The clients of some may have left before the ledger was told of them.
-        said.offers = [turn for turn in said.offers if turn.offer.ticket_id in self._turns]
+        known = self._requests
+        said.submissions = [new for new in said.submissions if new.submission.ticket_id in known]
         self._said = said
         self._number += 1
-        moved = [(each, self._turns[each]) for each in sorted(said.moved) if each in self._turns]
+        moved = [(each, known[each]) for each in sorted(said.moved) if each in known]
         news = GatewayReport(
-            tuple(turn.offer_at(now) for turn in said.offers),
+            tuple(new.submission_at(now) for new in said.submissions),
             tuple(said.ended),
             replicas,
             done=tuple(said.done),
-            left_s=tuple((ticket_id, turn.left_s(now)) for ticket_id, turn in moved),
+            left_s=tuple((ticket_id, pending.left_s(now)) for ticket_id, pending in moved),
             number=self._number,
         )
         if not tells_all:
             return news
-        waiting = {each: turn for each, turn in self._turns.items() if not turn.is_decided}
+        waiting = {each: pending for each, pending in known.items() if not pending.is_decided}
         return replace(
             news,
-            known=frozenset(self._turns),
+            known=frozenset(known),
             waiting=frozenset(waiting),
-            watched=tuple(each for each, turn in waiting.items() if turn.watch is not None),
+            watched=tuple(each for each, pending in waiting.items() if pending.watch is not None),
             cold_starts=cold_starts,
         )
 
     def heard(self, reply: ReportReply, now: float) -> bool:
         """Apply the reply to the last report; return whether the ledger lacks some requests."""
         self._tells_all = False
-        for turn in self._said.offers:
-            turn.offer = replace(turn.offer, is_counted=True)
+        for pending in self._said.submissions:
+            pending.submission = replace(pending.submission, is_counted=True)
         self._said = nothing()
         for ticket_id, status in reply.admitted:
-            turn_of = self._turns.get(ticket_id)
-            if turn_of is not None and turn_of.quota is not None:
-                turn_of.quota.admit(status)
+            admitted = self._requests.get(ticket_id)
+            if admitted is not None and admitted.quota is not None:
+                admitted.quota.admit(status)
         self.decide(reply.decisions, now)
         for ticket_id, position in reply.positions:
-            waiting = self._turns.get(ticket_id)
+            waiting = self._requests.get(ticket_id)
             if waiting is not None and waiting.watch is not None and not waiting.is_decided:
                 waiting.watch(position)
-        asked_for = (self._turns[each] for each in reply.unknown if each in self._turns)
+        asked_for = (self._requests[each] for each in reply.unknown if each in self._requests)
         # It has forgotten what it has just refused: submitted again, that would be refused twice.
-        lacking = [turn for turn in asked_for if turn.replica is not None or not turn.is_decided]
-        self._news.offers += lacking
+        lacking = [
+            pending
+            for pending in asked_for
+            if pending.replica is not None or not pending.is_decided
+        ]
+        self._news.submissions += lacking
         return bool(lacking)
 
     def missed(self) -> None:
@@ -183,10 +188,10 @@ class PendingRequests:
     def decide(self, decisions: Iterable[Decision], now: float) -> None:
         """Apply decisions; ignore those that were applied before or whose request has ended."""
         for decision in decisions:
-            turn = self._turns.get(decision.ticket_id)
-            if turn is None or turn.is_decided:
+            pending = self._requests.get(decision.ticket_id)
+            if pending is None or pending.is_decided:
                 continue
-            turn.is_decided = True
+            pending.is_decided = True
             if decision.replica is not None:
-                turn.replica, turn.left = decision.replica, (turn.offer.cost_s, now)
-            turn.decide(decision)
+                pending.replica, pending.left = decision.replica, (pending.submission.cost_s, now)
+            pending.decide(decision)

@@ -142,9 +142,9 @@ class QuotaClient:
     """
 
     def __init__(
-        self, line: LedgerService, gateway: str, count: Callable[[str, str], None] = count_nowhere
+        self, ledger: LedgerService, gateway: str, count: Callable[[str, str], None] = count_nowhere
     ) -> None:
-        self._line = line
+        self._ledger = ledger
         self._gateway = gateway
         self.count = count
         # What is left to each key, and when the ledger said so.
@@ -167,16 +167,18 @@ class QuotaClient:
             yield Reservation(entry.use, entry.cost_s)
             return
         self._start()
-        stay = Reservation(entry.use, entry.cost_s, PendingQuota(self, entry, limits))
+        reservation = Reservation(entry.use, entry.cost_s, PendingQuota(self, entry, limits))
         try:
-            yield stay
+            yield reservation
         except asyncio.CancelledError:
-            stay.break_off()
+            reservation.break_off()
             raise
         finally:
             if self._entries.pop((entry.request_id, entry.tier), None) is not None:
-                if stay.use != Use():
-                    self._news.add(self._usage.add(self._gateway, entry.key, stay.use, time.time()))
+                if reservation.use != Use():
+                    self._news.add(
+                        self._usage.add(self._gateway, entry.key, reservation.use, time.time())
+                    )
                 await self._leave(entry)
 
     @asynccontextmanager
@@ -189,11 +191,11 @@ class QuotaClient:
         nothing within `within_s` seconds.
         """
         reason = "its deadline came before its key's limits were known"
-        async with self.reserved(entry, limits) as stay:
-            if stay.quota is not None:
+        async with self.reserved(entry, limits) as reservation:
+            if reservation.quota is not None:
                 async with within(within_s, Overloaded(reason, None, LEDGER_BACK_S)):
-                    await self._enter(stay.quota)
-            yield stay
+                    await self._enter(reservation.quota)
+            yield reservation
 
     def hold(self, entry: UsageEntry) -> tuple[UsageRow, ...]:
         """Hold the request from now on; return what is known of its key's day.
@@ -248,7 +250,7 @@ class QuotaClient:
         rows = self._usage.rows() if tells_all else self._usage.rows_named(self._news)
         self._news, self._tells_all = set(), True
         report = UsageReport(entries, rows, tells_all)
-        shared = await self._line.share_usage(self._gateway, report)
+        shared = await self._ledger.share_usage(self._gateway, report)
         self._usage.merge(shared.rows)
         self._usage.forget(time.time())
         self._has_heard.set()
@@ -257,7 +259,7 @@ class QuotaClient:
     async def _enter(self, quota: PendingQuota) -> None:
         while True:
             try:
-                answer = await self._line.enter(self._gateway, quota.request())
+                answer = await self._ledger.enter(self._gateway, quota.request())
                 break
             except LedgerLost as error:
                 # It waits for the ledger as it would for its turn: uncounted it is not accepted.
@@ -282,7 +284,7 @@ class QuotaClient:
 
     async def _tell_of_leaving(self, entry: UsageEntry, rows: tuple[UsageRow, ...]) -> None:
         try:
-            await self._line.leave(self._gateway, entry, rows)
+            await self._ledger.leave(self._gateway, entry, rows)
         except LedgerLost as error:
             logger.warning("request %s ends later in the ledger: %s", entry.request_id, error)
 

@@ -32,13 +32,13 @@ class LedgerService(Protocol):
     the process that calls, unique in the cluster.
     """
 
-    async def say(self, gateway: str, statement: GatewayReport, /) -> ReportReply:
+    async def say(self, gateway: str, report: GatewayReport, /) -> ReportReply:
         """Report what is new; return what the ledger decides at once."""
 
     async def listen(self, gateway: str, receipt: Receipt, /) -> tuple[Receipt, list[Decision]]:
         """Wait a few seconds for decisions after `receipt`; return them with their receipt."""
 
-    async def forecast(self, offers: tuple[SubmitRequest, ...], /) -> tuple[Forecast, ...]:
+    async def forecast(self, submissions: tuple[SubmitRequest, ...], /) -> tuple[Forecast, ...]:
         """Predict what would become of each request if it alone were submitted now."""
 
     async def places(self, name: str, /) -> tuple[Place, ...]:

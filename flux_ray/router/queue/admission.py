@@ -38,7 +38,7 @@ class Forecast(NamedTuple):
 class QueueEntry:
     """A request in the queue, ordered by `due`; after `latest_start` it would miss its deadline."""
 
-    ticket: QueuedRequest
+    request: QueuedRequest
     due: float
     latest_start: float
     number: int
@@ -66,13 +66,13 @@ def play(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
     time at which a slot is free; afterwards it has the times at which slots are free again.
     """
     starts = []
-    for waiting in line:
+    for entry in line:
         at = free[0]
-        if at > waiting.latest_start + SAME_S:
+        if at > entry.latest_start + SAME_S:
             starts.append(NEVER)
             continue
         starts.append(at)
-        heapq.heapreplace(free, at + waiting.ticket.cost_s)
+        heapq.heapreplace(free, at + entry.request.cost_s)
     return starts
 
 
@@ -202,7 +202,7 @@ def wait_of(new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, no
     free = free_times(slots, num_before + 1, now)
     for other in ahead:
         play(other, free)
-    play(takewhile(lambda waiting: waiting.key < new.key, line), free)
+    play(takewhile(lambda entry: entry.key < new.key, line), free)
     return free[0] - now
 
 
@@ -211,19 +211,19 @@ def _late(
 ) -> list[QueueEntry]:
     starts = play(queued, free.copy())
     return [
-        waiting
-        for waiting, start in zip(queued, starts, strict=True)
-        if start == NEVER and waiting not in late_anyway
+        entry
+        for entry, start in zip(queued, starts, strict=True)
+        if start == NEVER and entry not in late_anyway
     ]
 
 
 def _victim(
     head: list[QueueEntry], new: QueueEntry, free: list[float], late_anyway: frozenset[QueueEntry]
 ) -> QueueEntry:
-    longer = [waiting for waiting in head if waiting.ticket.cost_s > new.ticket.cost_s]
-    longer.sort(key=lambda waiting: waiting.ticket.cost_s, reverse=True)
+    longer = [entry for entry in head if entry.request.cost_s > new.request.cost_s]
+    longer.sort(key=lambda entry: entry.request.cost_s, reverse=True)
     for candidate in longer[:MAX_TRIED]:
-        rest = [waiting for waiting in head if waiting is not candidate]
+        rest = [entry for entry in head if entry is not candidate]
         if candidate not in late_anyway and not _late(rest, free, late_anyway):
             return candidate
     return new
@@ -236,7 +236,7 @@ def _choose_evictions_in_fluid(
     if late is None:
         return []
     longest = line.largest_until(late.key)
-    if longest is None or longest.ticket.cost_s <= new.ticket.cost_s:
+    if longest is None or longest.request.cost_s <= new.request.cost_s:
         return [new]
     return [longest]
 
@@ -254,7 +254,7 @@ def _first_late_in_fluid(
         return new
     pieces = iter(curve)
     until, num, taken = next(pieces)
-    work_s = before_s + new.ticket.cost_s
+    work_s = before_s + new.request.cost_s
     for block in line.blocks:
         work_s += block.total
         last = block.items[-1]

@@ -41,12 +41,12 @@ class Rejection(NamedTuple):
 class Assignment(NamedTuple):
     """A request whose turn has come, and the replica that it is for."""
 
-    ticket: QueuedRequest
+    request: QueuedRequest
     replica: str
 
 
 class RejectedEntry(NamedTuple):
     """A request that was admitted, waited, and is refused after all."""
 
-    ticket: QueuedRequest
-    refusal: Rejection
+    request: QueuedRequest
+    rejection: Rejection

@@ -27,9 +27,9 @@ class CacheDirectory:
     def __init__(self) -> None:
         self._holders: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
 
-    def note(self, ticket: QueuedRequest, replica: str) -> None:
+    def note(self, request: QueuedRequest, replica: str) -> None:
         """Note that the replica was assigned this request, and so will have its encodings."""
-        for name, _ in ticket.affinity:
+        for name, _ in request.affinity:
             holders = self._holders.setdefault(name, OrderedDict())
             self._holders.move_to_end(name)
             holders[replica] = None
@@ -39,10 +39,10 @@ class CacheDirectory:
         while len(self._holders) > MAX_NAMES:
             self._holders.popitem(last=False)
 
-    def savings(self, ticket: QueuedRequest) -> dict[str, float]:
+    def savings(self, request: QueuedRequest) -> dict[str, float]:
         """Return the seconds that each replica would save with this request, by replica."""
         saved_s: dict[str, float] = {}
-        for name, seconds in ticket.affinity:
+        for name, seconds in request.affinity:
             for replica in self._holders.get(name, ()):
                 saved_s[replica] = saved_s.get(replica, 0.0) + seconds
         return saved_s
@@ -65,7 +65,7 @@ class Slot:
     number: int
     free_at: float = 0.0
     begun_at: float = 0.0
-    tickets: list[QueuedRequest] = field(default_factory=list)
+    requests: list[QueuedRequest] = field(default_factory=list)
     is_expected: bool = False
     is_leaving: bool = False
     entry: int = -1
@@ -152,24 +152,24 @@ class Slots:
         self._replicas[name] = slots = self._leaving.pop(name, None) or self._new(name)
         for slot in slots:
             slot.is_leaving = False
-            if slot.tickets:
+            if slot.requests:
                 self._enter_busy(slot, slot.free_at)
         for slot in slots:
-            if not slot.tickets:
+            if not slot.requests:
                 self._enter_idle(slot)
 
     def drain(self, name: str) -> None:
         """Assign the replica nothing more; what it runs goes on."""
         slots = self._pop(name)
-        if any(slot.tickets for slot in slots):
+        if any(slot.requests for slot in slots):
             self._leaving[name] = slots
 
     def lose(self, name: str) -> list[QueuedRequest]:
         """Remove a dead replica, and return the requests that it had not finished."""
         slots = [*self._leaving.pop(name, ()), *self._pop(name)]
-        lost = [ticket for slot in slots for ticket in slot.tickets]
-        for ticket in lost:
-            del self._by_ticket[ticket.ticket_id]
+        lost = [request for slot in slots for request in slot.requests]
+        for request in lost:
+            del self._by_ticket[request.ticket_id]
         return lost
 
     def can_take(self, now: float) -> bool:
@@ -196,36 +196,36 @@ class Slots:
                 best, best_s = min(free, key=free_at_of), worth_s
         return best
 
-    def adopt(self, name: str, ticket: QueuedRequest, now: float) -> None:
+    def adopt(self, name: str, request: QueuedRequest, now: float) -> None:
         """Note that a replica runs this request already, whether or not it is known to be up.
 
         A new ledger hears of running requests from gateways, often before it knows the replicas.
         """
         if name in self._replicas and name not in self._expected:
             slots = self._replicas[name]
-            self.start(min(slots, key=lambda slot: len(slot.tickets)), ticket, now)
+            self.start(min(slots, key=lambda slot: len(slot.requests)), request, now)
             return
         slots = self._leaving.setdefault(name, self._new(name))
-        slot = min(slots, key=lambda slot: len(slot.tickets))
+        slot = min(slots, key=lambda slot: len(slot.requests))
         slot.is_leaving = True
-        if not slot.tickets:
+        if not slot.requests:
             slot.begun_at = slot.free_at = now
-        slot.free_at = max(now, slot.free_at) + ticket.cost_s
-        slot.tickets.append(ticket)
-        self._by_ticket[ticket.ticket_id] = slot
+        slot.free_at = max(now, slot.free_at) + request.cost_s
+        slot.requests.append(request)
+        self._by_ticket[request.ticket_id] = slot
 
-    def start(self, slot: Slot, ticket: QueuedRequest, now: float) -> None:
+    def start(self, slot: Slot, request: QueuedRequest, now: float) -> None:
         """Assign the request to this slot."""
         begin = now
-        if not slot.tickets:
+        if not slot.requests:
             self._leave_idle(slot)
             slot.begun_at = now
         else:
             begin = max(now, slot.free_at)
             self._leave_busy(slot)
-        slot.tickets.append(ticket)
-        self._by_ticket[ticket.ticket_id] = slot
-        self._enter_busy(slot, begin + ticket.cost_s)
+        slot.requests.append(request)
+        self._by_ticket[request.ticket_id] = slot
+        self._enter_busy(slot, begin + request.cost_s)
         self._refresh(slot.replica)
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
@@ -233,8 +233,8 @@ class Slots:
         slot = self._by_ticket.get(ticket_id)
         if slot is None:
             return
-        place = [ticket.ticket_id for ticket in slot.tickets].index(ticket_id)
-        free_at = now + remaining_s + sum(ticket.cost_s for ticket in slot.tickets[place + 1 :])
+        place = [request.ticket_id for request in slot.requests].index(ticket_id)
+        free_at = now + remaining_s + sum(request.cost_s for request in slot.requests[place + 1 :])
         if slot.is_leaving:
             slot.free_at = free_at
             return
@@ -244,26 +244,26 @@ class Slots:
     def taken_s(self, ticket_id: str, now: float) -> tuple[float, float] | None:
         """Return the seconds since a request started, and its price; None if it has not started."""
         slot = self._by_ticket.get(ticket_id)
-        if slot is None or slot.tickets[0].ticket_id != ticket_id:
+        if slot is None or slot.requests[0].ticket_id != ticket_id:
             return None
-        return now - slot.begun_at, slot.tickets[0].cost_s
+        return now - slot.begun_at, slot.requests[0].cost_s
 
     def finish(self, ticket_id: str, now: float) -> None:
         """Remove a request that is done or cancelled; ignore an unknown one."""
         slot = self._by_ticket.pop(ticket_id, None)
         if slot is None:
             return
-        if slot.tickets[0].ticket_id == ticket_id:
+        if slot.requests[0].ticket_id == ticket_id:
             slot.begun_at = now
-        slot.tickets = [ticket for ticket in slot.tickets if ticket.ticket_id != ticket_id]
-        free_at = now + sum(ticket.cost_s for ticket in slot.tickets)
+        slot.requests = [request for request in slot.requests if request.ticket_id != ticket_id]
+        free_at = now + sum(request.cost_s for request in slot.requests)
         if slot.is_leaving:
             slot.free_at = free_at
-            if not any(other.tickets for other in self._leaving[slot.replica]):
+            if not any(other.requests for other in self._leaving[slot.replica]):
                 del self._leaving[slot.replica]
             return
         self._leave_busy(slot)
-        if slot.tickets:
+        if slot.requests:
             self._enter_busy(slot, free_at)
         else:
             self._enter_idle(slot)
@@ -271,7 +271,7 @@ class Slots:
 
     def outstanding_s(self, name: str, now: float) -> float:
         """Return the seconds of work that one replica still has."""
-        return sum(max(slot.free_at - now, 0.0) for slot in self._replicas[name] if slot.tickets)
+        return sum(max(slot.free_at - now, 0.0) for slot in self._replicas[name] if slot.requests)
 
     def running_s(self, now: float) -> float:
         """Return the seconds of work that all replicas still have, draining ones included."""
@@ -280,7 +280,7 @@ class Slots:
         for slot in self._not_running():
             running_s -= max(slot.free_at - now, 0.0)
         for slots in self._leaving.values():
-            running_s += sum(max(slot.free_at - now, 0.0) for slot in slots if slot.tickets)
+            running_s += sum(max(slot.free_at - now, 0.0) for slot in slots if slot.requests)
         return max(running_s, 0.0) if self._by_ticket else 0.0
 
     def next_at(self) -> float | None:
@@ -288,7 +288,7 @@ class Slots:
         if self.lead_s <= 0:
             return None
         for slot in self.busy:
-            if not slot.is_expected and len(slot.tickets) < 2:
+            if not slot.is_expected and len(slot.requests) < 2:
                 return slot.free_at - self.lead_s
         return None
 
@@ -301,7 +301,7 @@ class Slots:
     def _takes(self, slot: Slot, now: float) -> bool:
         if slot.is_expected:
             return False
-        return not slot.tickets or (len(slot.tickets) < 2 and slot.free_at - self.lead_s <= now)
+        return not slot.requests or (len(slot.requests) < 2 and slot.free_at - self.lead_s <= now)
 
     def _nearly_free(self, now: float) -> Slot | None:
         if self.lead_s > 0:
@@ -318,7 +318,7 @@ class Slots:
         self._expected.pop(name, None)
         slots = self._replicas.pop(name, [])
         for slot in slots:
-            if slot.tickets or slot.is_expected:
+            if slot.requests or slot.is_expected:
                 self._leave_busy(slot)
             else:
                 self._leave_idle(slot)
@@ -348,7 +348,7 @@ class Slots:
                     self._rank(slot)
 
     def _rank(self, slot: Slot) -> None:
-        loads = [other.free_at for other in self._replicas[slot.replica] if other.tickets]
+        loads = [other.free_at for other in self._replicas[slot.replica] if other.requests]
         slot.entry = next(self._entries)
         heapq.heappush(self._idle, (len(loads), sum(loads), slot.entry, slot))
         if len(self._idle) > 2 * self.num_idle + 64:

@@ -122,22 +122,24 @@ class TierQueue:
         """Return the replica that a request is assigned to; None if it waits or is unknown."""
         return self._slots.replica_of(ticket_id)
 
-    def offer(self, ticket: QueuedRequest, now: float, *, is_new: bool = True) -> Rejection | None:
+    def submit(
+        self, request: QueuedRequest, now: float, *, is_new: bool = True
+    ) -> Rejection | None:
         """Admit a request and return None, or return why not.
 
         Raise ValueError if a request of that id is here. `is_new` is false for work that was asked
         for before, which does not count towards the share of its key again.
         """
-        if ticket.ticket_id in self._places or self._slots.holds(ticket.ticket_id):
-            raise ValueError(f"ticket {ticket.ticket_id} is here already")
-        slack_s = self._slack_s(ticket, now)
+        if request.ticket_id in self._places or self._slots.holds(request.ticket_id):
+            raise ValueError(f"ticket {request.ticket_id} is here already")
+        slack_s = self._slack_s(request, now)
         if is_new:
-            self._shares.ask(ticket.key, ticket.weight, ticket.cost_s, now)
+            self._shares.ask(request.key, request.weight, request.cost_s, now)
         self._review_shares(now)
         if slack_s < -SAME_S:
             return Rejection("the deadline is shorter than the work", NEVER)
         self._hope(now)
-        new, place = self._newcomer(ticket, slack_s, now)
+        new, place = self._newcomer(request, slack_s, now)
         reason = self._objection(new, place, now)
         if reason is None:
             self._enter(new, place)
@@ -145,13 +147,13 @@ class TierQueue:
             return None
         return Rejection(reason, self._retry_after_s(new, place, now))
 
-    def forecast(self, ticket: QueuedRequest, now: float) -> Forecast:
-        """Return what offer() would answer, and how long the request would wait; change nothing."""
-        slack_s = self._slack_s(ticket, now)
+    def forecast(self, request: QueuedRequest, now: float) -> Forecast:
+        """Predict submit()'s answer and how long the request would wait; change nothing."""
+        slack_s = self._slack_s(request, now)
         had_hope, hoped_at = self._slots.is_hoping, self._hoped_at
         self._hope(now)
         try:
-            return self._forecast(*self._newcomer(ticket, slack_s, now), now)
+            return self._forecast(*self._newcomer(request, slack_s, now), now)
         finally:
             # A forecast asks for no replica, so take back the hope for one.
             self._hoped_at = hoped_at
@@ -166,32 +168,32 @@ class TierQueue:
         free = free_times(self._slots, len(self._places), now)
         positions: dict[str, QueuePosition] = {}
         for line in self._lines:
-            for waiting, start in zip(line, play(line, free), strict=True):
-                ticket = waiting.ticket
-                done_s = None if start == NEVER else start - now + ticket.cost_s
-                positions[ticket.ticket_id] = QueuePosition(len(positions), done_s)
+            for entry, start in zip(line, play(line, free), strict=True):
+                request = entry.request
+                done_s = None if start == NEVER else start - now + request.cost_s
+                positions[request.ticket_id] = QueuePosition(len(positions), done_s)
         return positions
 
-    def adopt(self, ticket: QueuedRequest, replica: str, now: float) -> None:
+    def adopt(self, request: QueuedRequest, replica: str, now: float) -> None:
         """Note that a replica runs this request already, whether or not it is known to be up.
 
         `cost_s` is what is left of it. Nothing changes if the request is known to be assigned.
         """
-        if ticket.ticket_id in self._places:
-            self._leave(ticket.ticket_id)
-        if not self._slots.holds(ticket.ticket_id):
-            self._slots.adopt(replica, ticket, now)
+        if request.ticket_id in self._places:
+            self._leave(request.ticket_id)
+        if not self._slots.holds(request.ticket_id):
+            self._slots.adopt(replica, request, now)
 
     def take(self, now: float) -> tuple[list[Assignment], list[RejectedEntry]]:
         """Return the assignments that are due now, and the requests that waited in vain."""
-        refused, self._evicted = self._evicted, []
-        while (waiting := self._next_end()) is not None and waiting.latest_start < now - SAME_S:
-            self._dismiss(waiting, "its deadline can no longer be met", refused, now)
-        grants: list[Assignment] = []
+        rejected, self._evicted = self._evicted, []
+        while (entry := self._next_end()) is not None and entry.latest_start < now - SAME_S:
+            self._dismiss(entry, "its deadline can no longer be met", rejected, now)
+        assignments: list[Assignment] = []
         for line in self._lines:
             while (first := line.first()) is not None and self._slots.can_take(now):
-                self._hand_over(first, grants, refused, now)
-        return grants, refused
+                self._hand_over(first, assignments, rejected, now)
+        return assignments, rejected
 
     def progress(self, ticket_id: str, remaining_s: float, now: float) -> None:
         """Correct how long an assigned request still takes; ignore an unknown one."""
@@ -229,25 +231,25 @@ class TierQueue:
         """Return the replica seconds that assigned requests still take, as far as is known."""
         return self._slots.running_s(now)
 
-    def _slack_s(self, ticket: QueuedRequest, now: float) -> float:
+    def _slack_s(self, request: QueuedRequest, now: float) -> float:
         """Return how long the request can wait and still meet its deadline."""
-        slack_s = ticket.deadline - ticket.cost_s - now
+        slack_s = request.deadline - request.cost_s - now
         if slack_s >= 0:
             return slack_s
         # Too late by its price; but prices err, and the request may take less (EstimateError).
-        return ticket.deadline - ticket.cost_s * self._estimate_error.least_share - now
+        return request.deadline - request.cost_s * self._estimate_error.least_share - now
 
     def _newcomer(
-        self, ticket: QueuedRequest, slack_s: float, now: float
+        self, request: QueuedRequest, slack_s: float, now: float
     ) -> tuple[QueueEntry, int]:
         """Return the entry of a new request, and the index of the line that it belongs in."""
         latest_start = now + slack_s
         # Without a deadline, latest start would put the longer of two requests first.
-        due = latest_start if ticket.has_deadline else ticket.deadline
-        return QueueEntry(ticket, due, latest_start, next(self._numbers)), self._place_for(ticket)
+        due = latest_start if request.has_deadline else request.deadline
+        return QueueEntry(request, due, latest_start, next(self._numbers)), self._place_for(request)
 
-    def _place_for(self, ticket: QueuedRequest) -> int:
-        return 2 * (ticket.key in self._shares.over) + ticket.is_job
+    def _place_for(self, request: QueuedRequest) -> int:
+        return 2 * (request.key in self._shares.over) + request.is_job
 
     def _hope(self, now: float) -> None:
         """Count on a first replica if none is up or starting, because a request asks for one."""
@@ -275,46 +277,46 @@ class TierQueue:
     def _objection(self, new: QueueEntry, place: int, now: float) -> str | None:
         if not self._is_anybody_before(place) and self._slots.can_take(now):
             return None
-        if self.waiting_s(now) + new.ticket.cost_s > self._max_waiting_s:
+        if self.waiting_s(now) + new.request.cost_s > self._max_waiting_s:
             return "the queue is full"
         leaving = choose_evictions(new, self._lines[:place], self._lines[place], self._slots, now)
         if leaving == [new]:
             if self._slots.is_hoping:
                 return f"no replica is up, and one takes {self.cold_start_s:.0f} s to start"
             return "it could not be done by its deadline"
-        for waiting in leaving:
-            self._dismiss(waiting, "it gave way to shorter work", self._evicted, now)
+        for entry in leaving:
+            self._dismiss(entry, "it gave way to shorter work", self._evicted, now)
         return None
 
     def _hand_over(
         self,
-        waiting: QueueEntry,
-        grants: list[Assignment],
-        refused: list[RejectedEntry],
+        entry: QueueEntry,
+        assignments: list[Assignment],
+        rejected: list[RejectedEntry],
         now: float,
     ) -> None:
-        ticket = waiting.ticket
-        preferred = self._caches.savings(ticket).items() if ticket.affinity else ()
+        request = entry.request
+        preferred = self._caches.savings(request).items() if request.affinity else ()
         slot: Slot = self._slots.choose(preferred, now)
-        if slot.tickets and slot.free_at > waiting.latest_start + SAME_S:
-            self._dismiss(waiting, "its deadline can no longer be met", refused, now)
+        if slot.requests and slot.free_at > entry.latest_start + SAME_S:
+            self._dismiss(entry, "its deadline can no longer be met", rejected, now)
             return
-        self._leave(ticket.ticket_id)
-        self._slots.start(slot, ticket, now)
-        self._caches.note(ticket, slot.replica)
-        grants.append(Assignment(ticket, slot.replica))
+        self._leave(request.ticket_id)
+        self._slots.start(slot, request, now)
+        self._caches.note(request, slot.replica)
+        assignments.append(Assignment(request, slot.replica))
 
     def _dismiss(
-        self, waiting: QueueEntry, reason: str, refused: list[RejectedEntry], now: float
+        self, entry: QueueEntry, reason: str, rejected: list[RejectedEntry], now: float
     ) -> None:
-        self._leave(waiting.ticket.ticket_id)
-        retry_after_s = self._retry_after_s(waiting, self._place_for(waiting.ticket), now)
-        refused.append(RejectedEntry(waiting.ticket, Rejection(reason, retry_after_s)))
+        self._leave(entry.request.ticket_id)
+        retry_after_s = self._retry_after_s(entry, self._place_for(entry.request), now)
+        rejected.append(RejectedEntry(entry.request, Rejection(reason, retry_after_s)))
 
-    def _retry_after_s(self, waiting: QueueEntry, place: int, now: float) -> float:
+    def _retry_after_s(self, entry: QueueEntry, place: int, now: float) -> float:
         """Return after how long the same request would be admitted if nothing else arrived."""
         self._hope(now)
-        slack_s = max(waiting.latest_start - now, 0.0)
+        slack_s = max(entry.latest_start - now, 0.0)
         num_waiting = len(self._places)
         if num_waiting > MAX_PLAYED:
             begun = free = level(capacity_curve(self._slots, now), self.waiting_s(now), now)
@@ -323,53 +325,53 @@ class TierQueue:
             starts = [start for line in self._lines for start in play(line, times)]
             begun = max((start for start in starts if start < NEVER), default=now)
             free = times[0]
-        if self._would_be_last(waiting, place):
+        if self._would_be_last(entry, place):
             # No request waits behind it that it could make late.
             begun = now
         return max(begun - now, free - slack_s - now, 0.0) + 2 * SAME_S
 
-    def _would_be_last(self, waiting: QueueEntry, place: int) -> bool:
+    def _would_be_last(self, entry: QueueEntry, place: int) -> bool:
         line = self._lines[place]
-        return line.before(waiting.key)[0] == len(line) and not any(self._lines[place + 1 :])
+        return line.before(entry.key)[0] == len(line) and not any(self._lines[place + 1 :])
 
     def _next_end(self) -> QueueEntry | None:
         """Return the waiting request whose latest start comes first."""
         while self._ends:
             _, number, ticket_id = self._ends[0]
-            entry = self._places.get(ticket_id)
-            if entry is not None and entry[1].number == number:
-                return entry[1]
+            _, found = self._places.get(ticket_id, (0, None))
+            if found is not None and found.number == number:
+                return found
             heapq.heappop(self._ends)
         return None
 
-    def _note_end(self, waiting: QueueEntry) -> None:
+    def _note_end(self, entry: QueueEntry) -> None:
         if len(self._ends) > 2 * len(self._places) + 64:
-            kept = (waiting for _, waiting in self._places.values())
-            self._ends = [(each.latest_start, each.number, each.ticket.ticket_id) for each in kept]
+            kept = (entry for _, entry in self._places.values())
+            self._ends = [(each.latest_start, each.number, each.request.ticket_id) for each in kept]
             heapq.heapify(self._ends)
         else:
-            entry = (waiting.latest_start, waiting.number, waiting.ticket.ticket_id)
-            heapq.heappush(self._ends, entry)
+            end = (entry.latest_start, entry.number, entry.request.ticket_id)
+            heapq.heappush(self._ends, end)
 
-    def _enter(self, waiting: QueueEntry, place: int) -> None:
-        ticket = waiting.ticket
-        self._lines[place].add(waiting.key, ticket.cost_s, waiting)
-        self._places[ticket.ticket_id] = place, waiting
-        self._of_key.setdefault(ticket.key, {})[ticket.ticket_id] = None
+    def _enter(self, entry: QueueEntry, place: int) -> None:
+        request = entry.request
+        self._lines[place].add(entry.key, request.cost_s, entry)
+        self._places[request.ticket_id] = place, entry
+        self._of_key.setdefault(request.key, {})[request.ticket_id] = None
 
     def _leave(self, ticket_id: str) -> None:
-        place, waiting = self._places.pop(ticket_id)
-        self._lines[place].remove(waiting.key)
-        mates = self._of_key[waiting.ticket.key]
+        place, entry = self._places.pop(ticket_id)
+        self._lines[place].remove(entry.key)
+        mates = self._of_key[entry.request.key]
         del mates[ticket_id]
         if not mates:
-            del self._of_key[waiting.ticket.key]
+            del self._of_key[entry.request.key]
 
     def _review_shares(self, now: float) -> None:
         if not self._shares.is_due(now):
             return
         for key in sorted(self._shares.review(self._slots.num, now)):
             for ticket_id in list(self._of_key.get(key, ())):
-                _, waiting = self._places[ticket_id]
+                _, entry = self._places[ticket_id]
                 self._leave(ticket_id)
-                self._enter(waiting, self._place_for(waiting.ticket))
+                self._enter(entry, self._place_for(entry.request))

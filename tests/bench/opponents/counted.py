@@ -29,9 +29,9 @@ class CountedQueue:
         self.num_ongoing -= len(lost)
         return lost
 
-    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
+    def submit(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """Counted if it is taken in: Serve never hears of what is refused before it."""
-        refusal = self._queue.offer(ticket, now)
+        refusal = self._queue.submit(ticket, now)
         self.num_ongoing += refusal is None
         return refusal
 

@@ -83,7 +83,7 @@ class EarlyBinding:
         """It is up, and free."""
         self._lanes.append(Lane(name))
         while self._homeless:
-            self.offer(self._homeless.popleft(), now)
+            self.submit(self._homeless.popleft(), now)
 
     def expect_replica(self, name: str, ready_at: float, now: float) -> None:
         """Nothing is made of that."""
@@ -104,7 +104,7 @@ class EarlyBinding:
             del self._by_ticket[ticket.ticket_id]
         return lost
 
-    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
+    def submit(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """Bound at once, or refused."""
         if not self._lanes:
             self._homeless.append(ticket)
@@ -185,7 +185,7 @@ class Fifo:
             del self._running[ticket.ticket_id]
         return lost
 
-    def offer(self, ticket: QueuedRequest, now: float) -> Rejection | None:
+    def submit(self, ticket: QueuedRequest, now: float) -> Rejection | None:
         """To the end of the line."""
         has_to_wait = len(self._line) >= len(self._idle)
         if has_to_wait and len(self._line) >= self._bound_requests:

@@ -27,7 +27,7 @@ def placed(queue: QueuePolicy, *costs_s: float, num_replicas: int = 2) -> list[s
         queue.add_replica(f"r{number}", 0.0)
     places: list[str | None] = []
     for number, cost_s in enumerate(costs_s):
-        queue.offer(QueuedRequest(str(number), "tiny", cost_s, 1e9), 0.0)
+        queue.submit(QueuedRequest(str(number), "tiny", cost_s, 1e9), 0.0)
         grants, _ = queue.take(0.0)
         places.append(grants[0].replica if grants else None)
     return places
@@ -66,14 +66,14 @@ def test_bounds_of_one_queue_refuse() -> None:
         queue = Fifo(**bounds)
         placed(queue, 5, 5, 1)
         assert queue.waiting_s(0.0) == 1.0
-        refused = queue.offer(QueuedRequest("x", "tiny", 1.0, 1e9), 0.0)
+        refused = queue.submit(QueuedRequest("x", "tiny", 1.0, 1e9), 0.0)
         assert (refused is None) == ("bound_s" in bounds)
-    assert queue.offer(QueuedRequest("z", "tiny", 1.0, 1e9), 0.0) is not None
+    assert queue.submit(QueuedRequest("z", "tiny", 1.0, 1e9), 0.0) is not None
 
 
 def test_without_replicas_tickets_wait_for_one() -> None:
     queue = EarlyBinding(least_work())
-    queue.offer(QueuedRequest("a", "tiny", 1.0, 1e9), 0.0)
+    queue.submit(QueuedRequest("a", "tiny", 1.0, 1e9), 0.0)
     assert queue.waiting_s(0.0) == 1.0
     queue.add_replica("r0", 5.0)
     assert [grant.replica for grant in queue.take(5.0)[0]] == ["r0"]

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.routes import desk_for
+from flux_ray.gateway.bfl.routes import job_service_for
 from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import NotTaken
 from flux_ray.request import (
@@ -39,7 +39,7 @@ def gateway_args(job_args) -> GatewayArgs:
 
 @pytest.fixture
 async def desk(router, gateway_args) -> AsyncIterator[JobService]:
-    desk = desk_for(router, gateway_args, Poster())
+    desk = job_service_for(router, gateway_args, Poster())
     assert desk is not None
     await desk.open()
     yield desk
@@ -48,7 +48,7 @@ async def desk(router, gateway_args) -> AsyncIterator[JobService]:
 
 @pytest.fixture
 def api(router, gateway_args, desk) -> FastAPI:
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 @pytest.fixture

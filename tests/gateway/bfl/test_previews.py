@@ -9,7 +9,7 @@ import pytest
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.routes import desk_for
+from flux_ray.gateway.bfl.routes import job_service_for
 from flux_ray.jobs.service import JobService
 from flux_ray.router.pricing.cost import ReplicaSpec
 from flux_ray.router.pricing.cost_model import CostModel
@@ -56,7 +56,7 @@ def gateway_args(job_args) -> GatewayArgs:
 @pytest.fixture
 async def desk(router, gateway_args, monkeypatch) -> AsyncIterator[JobService]:
     monkeypatch.setattr("flux_ray.jobs.attempt.MAX_BEAT_S", 0.01)
-    desk = desk_for(router, gateway_args)
+    desk = job_service_for(router, gateway_args)
     await desk.open()
     yield desk
     await desk.close()
@@ -64,7 +64,7 @@ async def desk(router, gateway_args, monkeypatch) -> AsyncIterator[JobService]:
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 async def told_of(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def generate_job(router, gateway_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk) -> FastAPI:
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 async def poll(client: httpx.AsyncClient, job_id: str, key: str = "k") -> dict[str, Any]:

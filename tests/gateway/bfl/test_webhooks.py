@@ -9,7 +9,7 @@ from standardwebhooks import Webhook as Verifier
 
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from flux_ray.gateway.bfl.routes import desk_for
+from flux_ray.gateway.bfl.routes import job_service_for
 from tests.conftest import LIMITS
 from tests.jobs.waiting import wait_until
 from tests.webhook_receiver import WebhookReceiver, receiving
@@ -35,7 +35,7 @@ def gateway_args(job_args, receiver) -> GatewayArgs:
 
 @pytest.fixture
 async def desk(router, gateway_args):
-    desk = desk_for(router, gateway_args)
+    desk = job_service_for(router, gateway_args)
     await desk.open()
     yield desk
     await desk.close()
@@ -43,7 +43,7 @@ async def desk(router, gateway_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk) -> FastAPI:
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 async def submit(client: httpx.AsyncClient, url: str, **fields) -> httpx.Response:

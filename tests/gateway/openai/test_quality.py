@@ -48,7 +48,7 @@ async def test_it_is_a_number_of_steps(client, handles, fields, num_steps, warni
 async def test_it_is_paid_for(client, turns):
     for quality in ("low", "high"):
         await client.post(PATH, json={"prompt": "a ring", "quality": quality})
-    low, high = turns.offers
+    low, high = turns.submissions
     assert 2.2 < high.cost_s / low.cost_s < 2.6
 
 

@@ -19,7 +19,7 @@ def gateway_args(job_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 def client_of(api):
@@ -78,7 +78,7 @@ async def test_the_default_and_b64_are_as_before(openai, client):
 
 async def test_clients_of_dall_e_read_urls_unless_they_ask_otherwise(router, gateway_args, desk):
     args = gateway_args.model_copy(update={"aliases": {"dall-e-3": Alias(tiers=("tiny",))}})
-    api = build_api(router, args, desk=desk)
+    api = build_api(router, args, job_service=desk)
     async with client_of(api) as openai:
         answer = await openai.images.generate(model="dall-e-3", prompt="a ring")
         assert (answer.data[0].b64_json, answer.data[0].url[:18]) == (None, "http://public/at/r")

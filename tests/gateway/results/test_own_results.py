@@ -41,7 +41,7 @@ def network() -> NoNetwork:
 
 @pytest.fixture
 def api(router, gateway_args, desk, network) -> FastAPI:
-    return build_api(router, gateway_args, desk=desk, fetcher=network)
+    return build_api(router, gateway_args, job_service=desk, fetcher=network)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ async def test_every_dialect_reads_it(client, handles, network, url):
 
 async def test_it_is_read_where_nothing_is_fetched(router, gateway_args, desk, url, handles):
     args = gateway_args.model_copy(update={"fetch": Fetching(enabled=False)})
-    transport = httpx.ASGITransport(app=build_api(router, args, desk=desk))
+    transport = httpx.ASGITransport(app=build_api(router, args, job_service=desk))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
         answer = await client.post("/v1/images/edits", json=BODY | {"image": url})
     assert answer.status_code == 200

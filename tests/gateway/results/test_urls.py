@@ -111,7 +111,7 @@ def gateway_args(tmp_path, job_args):
 
 @pytest.fixture
 def api(router, gateway_args, desk):
-    return build_api(router, gateway_args, desk=desk)
+    return build_api(router, gateway_args, job_service=desk)
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ async def test_stores_that_are_away_are_no_answer(client, generate, urls, gatewa
     away = JobService(
         gateway_args.jobs.model_copy(update={"database": "sqlite:////proc/no/such"}), paint
     )
-    transport = httpx.ASGITransport(app=build_api(router, gateway_args, desk=away))
+    transport = httpx.ASGITransport(app=build_api(router, gateway_args, job_service=away))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as other:
         answer = await other.get(urls.url_of(job.result.images[0]))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")

@@ -35,7 +35,7 @@ class FakeLine:
         self.is_down = False
         self.loses_replies = False
         self.is_hanging = False
-        self.offers: list[SubmitRequest] = []
+        self.submissions: list[SubmitRequest] = []
 
     def lose(self) -> None:
         self.ledger = Ledger(TierQueue)
@@ -46,7 +46,7 @@ class FakeLine:
             raise LedgerLost
         if self.is_hanging:
             await asyncio.get_running_loop().create_future()
-        self.offers += statement.offers
+        self.submissions += statement.submissions
         unknown = self.ledger.hear(gateway, statement, time.monotonic())
         told = self.ledger.decide(time.monotonic()).get(gateway, [])
         self.decided += told

@@ -182,8 +182,8 @@ def books_agree(world: World) -> None:
     live: list[Request] = []
     for name, gateway in world.gateways.items():
         mine = {key: each for key, each in gateway.requests.items() if each.ended_at is None}
-        account = world.ledger._accounts.get(name)
-        assert (account.offers.keys() if account else set()) == mine.keys()
+        account = world.ledger._sessions.get(name)
+        assert (account.submissions.keys() if account else set()) == mine.keys()
         for ticket_id, request in mine.items():
             assert queue.replica_of(ticket_id) == request.replica
         live += mine.values()

@@ -34,7 +34,7 @@ class Line:
         self.decided = {}
 
     async def say(self, gateway, statement):
-        if statement.offers:
+        if statement.submissions:
             self.asked.append("say")
         now = time.monotonic()
         unknown = self.ledger.hear(gateway, statement, now)
@@ -71,7 +71,7 @@ class Side:
     """One gateway's two clients."""
 
     def __init__(self, line, name):
-        self.turns = LedgerClient(line, lambda: {"tiny": ("a",)}, name)
+        self.queue = LedgerClient(line, lambda: {"tiny": ("a",)}, name)
         self.quotas = QuotaClient(line, name, lambda tier, limit: self.refused.append(limit))
         self.refused = []
         self.granted = []
@@ -80,7 +80,7 @@ class Side:
         offer = SubmitRequest(name, "tiny", cost_s, deadline_in_s, "alice")
         entry = UsageEntry(name, "tiny", "alice", Use(gpu_s, 1.0), cost_s)
         async with self.quotas.reserved(entry, limits) as stay:
-            await self.turns.take(offer, None, stay.quota)
+            await self.queue.take(offer, None, stay.quota)
             try:
                 stay.begin()
                 self.granted.append(name)
@@ -88,7 +88,7 @@ class Side:
                     await ends.wait()
                 stay.finish(gpu_s)
             finally:
-                self.turns.end(name, is_done=True)
+                self.queue.end(name, is_done=True)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ async def sides(line):
     sides = [Side(line, name) for name in ("g", "h")]
     yield sides
     for side in sides:
-        side.turns.stop()
+        side.queue.stop()
         side.quotas.stop()
 
 
@@ -142,7 +142,7 @@ async def test_what_the_queue_refuses_gives_its_place_back_at_once():
     offer = SubmitRequest("x", "tiny", 10.0, 5.0, "alice", quota=QuotaRequest(entry, ONE))
     ledger.hear("g", GatewayReport((offer,), replicas={"tiny": ("a",)}), 0.0)
     [decision] = ledger.decide(0.0)["g"]
-    assert decision.refusal is not None and decision.limit is None
+    assert decision.rejection is not None and decision.limit is None
     assert ledger.admitted(0.0) == ()
     assert quotas._running("alice", 0.0) == []
 

@@ -30,7 +30,7 @@ def offer(ticket_id: str, retry: Retry | None, **fields) -> SubmitRequest:
 
 def test_it_is_found_while_it_is_generated_and_for_a_while_when_it_was_answered() -> None:
     places = Places()
-    places.grant(RETRY, place("a"))
+    places.assign(RETRY, place("a"))
     assert places.find("ours", 1e9) == (place("a"),)
     places.end("a", 10.0, is_done=True)
     assert places.find("ours", 10.0 + KEPT_S - 1) == (place("a"),)
@@ -40,17 +40,17 @@ def test_it_is_found_while_it_is_generated_and_for_a_while_when_it_was_answered(
 
 def test_what_was_left_or_failed_is_generated_anew() -> None:
     places = Places()
-    places.grant(RETRY, place("a"))
+    places.assign(RETRY, place("a"))
     places.end("a", 1.0, is_done=False)
     assert places.find("ours", 1.0) == ()
 
 
 def test_a_number_for_the_logs_finds_only_what_was_never_answered() -> None:
     places = Places()
-    places.grant(NUMBERED, place("a", NUMBERED))
+    places.assign(NUMBERED, place("a", NUMBERED))
     places.end("a", 1.0, is_done=True)
     assert places.find("numbered", 1.0) == ()
-    places.grant(NUMBERED, place("b", NUMBERED))
+    places.assign(NUMBERED, place("b", NUMBERED))
     places.abandon(["b", "never granted"], 2.0)
     assert places.find("numbered", 2.0) == (place("b", NUMBERED),)
 
@@ -58,7 +58,7 @@ def test_a_number_for_the_logs_finds_only_what_was_never_answered() -> None:
 def test_the_last_place_is_asked_first() -> None:
     places = Places()
     for ticket_id in "abc":
-        places.grant(RETRY, place(ticket_id))
+        places.assign(RETRY, place(ticket_id))
     places.end("b", 1.0, is_done=False)
     assert [each.ticket_id for each in places.find("ours", 1.0)] == ["c", "a"]
 
@@ -68,7 +68,7 @@ def test_they_are_bounded(monkeypatch) -> None:
     places = Places()
     for number in range(10):
         retry = Retry(f"name {number}", "a ring")
-        places.grant(retry, place(str(number), retry))
+        places.assign(retry, place(str(number), retry))
         places.end(str(number), float(number), is_done=True)
     found = [number for number in range(10) if places.find(f"name {number}", 10.0)]
     assert found == [7, 8, 9]
@@ -90,7 +90,7 @@ def test_nobody_is_led_to_anothers_and_nothing_stays_for_ever(steps) -> None:
         now += 40.0 if step == "wait" else 0.0
         ticket_id = f"{name} {number}"
         if step == "grant":
-            places.grant(Retry(name, ticket_id), place(ticket_id, Retry(name, ticket_id)))
+            places.assign(Retry(name, ticket_id), place(ticket_id, Retry(name, ticket_id)))
         elif step == "silent":
             places.abandon([ticket_id], now)
         elif step != "wait":

@@ -82,8 +82,8 @@ class Gateway:
         request.ended_at, request.is_done = now, is_done
         self.book.end(ticket_id, is_done=is_done)
 
-    def statement(self, *, is_beat: bool) -> GatewayReport:
-        return self.book.statement(
+    def report(self, *, is_beat: bool) -> GatewayReport:
+        return self.book.report(
             self.now, {TIER: tuple(sorted(self.view))}, {TIER: 20.0}, is_beat=is_beat
         )
 
@@ -146,7 +146,7 @@ class World:
         speaker = self.gateways[gateway]
         if speaker.awaits is not None:
             return
-        statement = speaker.statement(is_beat=is_beat)
+        statement = speaker.report(is_beat=is_beat)
         speaker.awaits, speaker.spoke_at = statement.number, self.now
         self.messages.append(lambda: self._hear(gateway, statement))
 

@@ -63,7 +63,7 @@ def test_the_queue_goes_back_to_the_replica_that_knows_it():
     affinity = affinity_of(EDIT, prices())
 
     def grant(name: str, affinity, now: float) -> str:
-        queue.offer(QueuedRequest(name, "flux-2-dev", 5.0, 1000.0, affinity=affinity), now)
+        queue.submit(QueuedRequest(name, "flux-2-dev", 5.0, 1000.0, affinity=affinity), now)
         ((_, replica),) = queue.take(now)[0]
         return replica
 
@@ -80,9 +80,9 @@ def test_a_replica_that_is_gone_is_not_missed():
     queue = TierQueue()
     queue.set_replicas(["a"], 0.0)
     affinity = affinity_of(EDIT, prices())
-    queue.offer(QueuedRequest("1", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 0.0)
+    queue.submit(QueuedRequest("1", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 0.0)
     queue.take(0.0)
     queue.set_replicas(["b"], 1.0)
-    queue.offer(QueuedRequest("2", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 1.0)
+    queue.submit(QueuedRequest("2", "flux-2-dev", 5.0, 1000.0, affinity=affinity), 1.0)
     ((_, replica),) = queue.take(1.0)[0]
     assert replica == "b"

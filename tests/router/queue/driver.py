@@ -37,8 +37,8 @@ class Cluster:
             self.granted.remove(ticket.ticket_id)
         return lost
 
-    def offer(self, ticket: QueuedRequest) -> Rejection | None:
-        refusal = self.queue.offer(ticket, self.now)
+    def submit(self, ticket: QueuedRequest) -> Rejection | None:
+        refusal = self.queue.submit(ticket, self.now)
         if refusal is None:
             self.waiting[ticket.ticket_id] = ticket
         else:

@@ -18,7 +18,7 @@ small = st.integers(0, 7)
 costs = st.sampled_from([0.3, 1.0, 2.5, 9.0])
 # Seconds beside the work; None is no deadline.
 slacks = st.sampled_from([None, None, 0.5, 3.0, 20.0, 100.0])
-offers = st.tuples(st.just("offer"), costs, slacks, st.sampled_from("ab"), st.booleans())
+offers = st.tuples(st.just("submit"), costs, slacks, st.sampled_from("ab"), st.booleans())
 STEPS = st.lists(
     st.one_of(
         offers,
@@ -43,11 +43,11 @@ class Script:
         for name, *args in steps:
             getattr(self, name)(*args)
 
-    def offer(self, cost_s: float, slack_s: float | None, key: str, is_job: bool) -> None:
+    def submit(self, cost_s: float, slack_s: float | None, key: str, is_job: bool) -> None:
         cluster, has_deadline = self.cluster, slack_s is not None
         wait_s = TIMEOUT_S if slack_s is None else cost_s + slack_s
         self.num_offers += 1
-        cluster.offer(
+        cluster.submit(
             QueuedRequest(
                 f"t{self.num_offers:03}",
                 "tiny",
@@ -158,11 +158,11 @@ def who_comes_back_is_taken(
         cluster.take()
     key = {"key": "a", "is_job": is_job}
     came = QueuedRequest("came", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
-    refusal = cluster.offer(came)
+    refusal = cluster.submit(came)
     if refusal is not None:
         cluster.run_until(cluster.now + refusal.retry_after_s)
         back = QueuedRequest("back", "tiny", cost_s, cluster.now + cost_s + slack_s, **key)  # type: ignore[arg-type]
-        assert cluster.offer(back) is None
+        assert cluster.submit(back) is None
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=quiet)
@@ -200,7 +200,7 @@ def test_the_simulator_serves_whom_the_queue_serves(arrivals):
     for number, (gap_s, cost_s, slack_s) in enumerate(arrivals):
         wait_s = TIMEOUT_S if slack_s is None else cost_s + slack_s
         cluster.run_until(cluster.now + gap_s)
-        cluster.offer(QueuedRequest(f"t{number:03}", "tiny", cost_s, cluster.now + wait_s))
+        cluster.submit(QueuedRequest(f"t{number:03}", "tiny", cost_s, cluster.now + wait_s))
         trace.append(Arrival(cluster.now, "tiny", cost_s, wait_s))
     cluster.run_until(1e6)
     outcome = simulate(iter(trace), [ReplicaPool("tiny", TierQueue(), 2)])
