@@ -195,6 +195,7 @@ def text_encoder_for(args: TierArgs) -> Application:
         ray_actor_options={
             "num_cpus": args.num_cpus,
             "num_gpus": 1 if args.device == "cuda" else 0,
+            "label_selector": args.node_labels,
         },
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,

@@ -50,12 +50,20 @@ def test_the_policy_is_told_the_headroom_and_the_terms_of_the_budget() -> None:
 
 
 def test_a_shared_text_encoder_is_a_deployment_with_a_gpu_of_its_own() -> None:
-    args = TierArgs(tier="flux-2-dev", weights="x/y@z", text_encoder="shared", num_replicas=3)
+    args = TierArgs(
+        tier="flux-2-dev",
+        weights="x/y@z",
+        text_encoder="shared",
+        num_replicas=3,
+        node_labels={"pool": "!whole"},
+    )
     deployments = deployments_of(build_tier(args))
     assert list(deployments) == ["flux-2-dev", "flux-2-dev-text-encoder"]
     encoder = deployments["flux-2-dev-text-encoder"]
     assert encoder.num_replicas == 1
-    assert encoder._replica_config.ray_actor_options["num_gpus"] == 1
+    options = encoder._replica_config.ray_actor_options
+    assert options["num_gpus"] == 1
+    assert options["label_selector"] == {"pool": "!whole"}
 
 
 def drain_s(application: Application) -> list[float]:

@@ -7,7 +7,9 @@ that no family reads.
 """
 
 import json
+import logging
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads, split_sequence
 from flux_ray.tiny import CHECKPOINT
+
+logger = logging.getLogger("ray.serve")
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 # Which files of a checkpoint to download, as hub patterns. Not the top folder, which has the
@@ -83,11 +87,13 @@ def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
     hide_progress()
     if source.revision is None:
         return Path(source.location)
-    return Path(
-        snapshot_download(
-            source.location, revision=source.revision, allow_patterns=sorted(patterns)
-        )
+    logger.info("%s: downloading what is not in the cache yet", source.location)
+    began = time.monotonic()
+    folder = snapshot_download(
+        source.location, revision=source.revision, allow_patterns=sorted(patterns)
     )
+    logger.info("%s: all is here after %.0f s", source.location, time.monotonic() - began)
+    return Path(folder)
 
 
 def hide_progress() -> None:
