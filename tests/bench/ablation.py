@@ -30,7 +30,7 @@ from tests.simulator.test_fairness import attainment, stream
 NOISES = (0.0, 0.3)
 # In percentage points: a part that moves attainment by less in every cell is not worth its code.
 WORTH = 0.5
-# A fleet so large that more than MAX_PLAYED requests wait.
+# A fleet so large that more than MAX_SIMULATED requests wait.
 CROWD_REPLICAS, CROWD_REQUESTS = 1000, 20_000
 
 
@@ -59,8 +59,8 @@ def without_estimate_error() -> Iterator[None]:
 def without_fluid() -> Iterator[None]:
     """Switch off the approximation for long queues: every start is simulated exactly."""
     with (
-        mock.patch.object(admission, "MAX_PLAYED", sys.maxsize),
-        mock.patch.object(tier_queue, "MAX_PLAYED", sys.maxsize),
+        mock.patch.object(admission, "MAX_SIMULATED", sys.maxsize),
+        mock.patch.object(tier_queue, "MAX_SIMULATED", sys.maxsize),
     ):
         yield
 

@@ -1,8 +1,20 @@
 """Decide whether a new request fits into a queue, who is evicted for it, and how long it waits.
 
-A queue of up to MAX_PLAYED requests is simulated start by start (`play`). A longer one is treated
-as a fluid: `level` tells when its total work will have been begun. `EstimateError` tells how far
-off the prices are, so that a request which is only nearly too late is not refused for a wrong one.
+A queue of up to MAX_SIMULATED requests is simulated start by start (`simulate_starts`). A longer
+one is treated as a fluid: `water_level` tells when its total work will have been begun.
+`EstimateError` tells how far off the prices are, so that a request which is only nearly too late is
+not refused for a wrong one.
+
+What each part is worth (`make bench NAME=ablation`, 1500 requests in each of 50 cells of load,
+deadline and error of the prices): points of attainment lost without it, and what a request costs.
+
+| without | worst cell | mean | cells over 0.5 | ms a request |
+|---|---|---|---|---|
+| nothing | 0 | 0 | 0 | 0.38 |
+| evictions | 17.3 | 2.9 | 22 | 0.28 |
+| `EstimateError` | 22.7 | 2.1 | 14 | 0.41 |
+| the fluid, from 64 requests on | 0 | 0.0 | 1, gained | 3.85 |
+| `Shares` (one key floods, 50th cell) | 88.7 | 1.8 | 1 | 0.10 |
 """
 
 import heapq
@@ -59,7 +71,7 @@ def free_times(slots: Slots, num: int, now: float) -> list[float]:
     return times
 
 
-def play(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
+def simulate_starts(line: Iterable[QueueEntry], free: list[float]) -> list[float]:
     """Simulate the queue, and return when each of its requests will start, in order.
 
     The time is NEVER for one that would be refused at its turn. `free` is a heap with at least one
@@ -104,7 +116,7 @@ def capacity_curve(slots: Slots, now: float) -> list[Piece]:
     return curve
 
 
-def level(curve: Iterable[Piece], work_s: float, now: float) -> float:
+def water_level(curve: Iterable[Piece], work_s: float, now: float) -> float:
     """Return when a slot is free again once `work_s` has been started; `now` without slots.
 
     This is the level of water poured over the slots: no order of list scheduling keeps all of them
@@ -155,7 +167,7 @@ class EstimateError:
 
 # Longer queues are treated as a fluid. That is coarse only with few slots, and there a queue of
 # this length waits beyond any deadline anyway.
-MAX_PLAYED = 64
+MAX_SIMULATED = 64
 # How many longer requests are considered for eviction in the newcomer's stead.
 MAX_TRIED = 8
 
@@ -173,11 +185,11 @@ def choose_evictions(
     is evicted for a longer one. If `new` itself must go, the list holds it alone. Requests in the
     line that are late anyway are not considered.
     """
-    if sum(len(other) for other in ahead) + len(line) > MAX_PLAYED:
+    if sum(len(other) for other in ahead) + len(line) > MAX_SIMULATED:
         return _choose_evictions_in_fluid(new, ahead, line, slots, now)
     free = free_times(slots, sum(map(len, ahead)) + len(line) + 2, now)
     for other in ahead:
-        play(other, free)
+        simulate_starts(other, free)
     queued = list(line)
     late_anyway = frozenset(_late(queued, free, frozenset()))
     queued.insert(bisect_left(queued, new.key, key=key_of), new)
@@ -196,20 +208,20 @@ def wait_of(new: QueueEntry, ahead: Sequence[Line], line: Line, slots: Slots, no
     """Return the seconds until `new` would start if it joined `line` behind `ahead`."""
     num_before, before_s = line.before(new.key)
     num_before += sum(len(other) for other in ahead)
-    if num_before > MAX_PLAYED:
+    if num_before > MAX_SIMULATED:
         work_s = before_s + sum(other.total for other in ahead)
-        return level(capacity_curve(slots, now), work_s, now) - now
+        return water_level(capacity_curve(slots, now), work_s, now) - now
     free = free_times(slots, num_before + 1, now)
     for other in ahead:
-        play(other, free)
-    play(takewhile(lambda entry: entry.key < new.key, line), free)
+        simulate_starts(other, free)
+    simulate_starts(takewhile(lambda entry: entry.key < new.key, line), free)
     return free[0] - now
 
 
 def _late(
     queued: list[QueueEntry], free: list[float], late_anyway: frozenset[QueueEntry]
 ) -> list[QueueEntry]:
-    starts = play(queued, free.copy())
+    starts = simulate_starts(queued, free.copy())
     return [
         entry
         for entry, start in zip(queued, starts, strict=True)
@@ -250,7 +262,7 @@ def _first_late_in_fluid(
     """
     before_s = sum(other.total for other in ahead)
     curve = capacity_curve(slots, now)
-    if level(curve, before_s + line.before(new.key)[1], now) > new.latest_start + SAME_S:
+    if water_level(curve, before_s + line.before(new.key)[1], now) > new.latest_start + SAME_S:
         return new
     pieces = iter(curve)
     until, num, taken = next(pieces)

@@ -6,7 +6,7 @@ from itertools import count
 
 from flux_ray.request import QueuePosition
 from flux_ray.router.queue.admission import (
-    MAX_PLAYED,
+    MAX_SIMULATED,
     NEVER,
     SAME_S,
     EstimateError,
@@ -16,9 +16,9 @@ from flux_ray.router.queue.admission import (
     capacity_curve,
     choose_evictions,
     free_times,
-    level,
-    play,
+    simulate_starts,
     wait_of,
+    water_level,
 )
 from flux_ray.router.queue.entry import Assignment, QueuedRequest, RejectedEntry, Rejection
 from flux_ray.router.queue.shares import Shares
@@ -168,7 +168,7 @@ class TierQueue:
         free = free_times(self._slots, len(self._places), now)
         positions: dict[str, QueuePosition] = {}
         for line in self._lines:
-            for entry, start in zip(line, play(line, free), strict=True):
+            for entry, start in zip(line, simulate_starts(line, free), strict=True):
                 request = entry.request
                 done_s = None if start == NEVER else start - now + request.cost_s
                 positions[request.ticket_id] = QueuePosition(len(positions), done_s)
@@ -318,11 +318,11 @@ class TierQueue:
         self._hope(now)
         slack_s = max(entry.latest_start - now, 0.0)
         num_waiting = len(self._places)
-        if num_waiting > MAX_PLAYED:
-            begun = free = level(capacity_curve(self._slots, now), self.waiting_s(now), now)
+        if num_waiting > MAX_SIMULATED:
+            begun = free = water_level(capacity_curve(self._slots, now), self.waiting_s(now), now)
         else:
             times = free_times(self._slots, num_waiting + 1, now)
-            starts = [start for line in self._lines for start in play(line, times)]
+            starts = [start for line in self._lines for start in simulate_starts(line, times)]
             begun = max((start for start in starts if start < NEVER), default=now)
             free = times[0]
         if self._would_be_last(entry, place):

@@ -52,13 +52,13 @@ def test_every_decision_is_serves_own(settings, monkeypatch):
         upscaling_factor=settings.upscaling_factor,
         downscaling_factor=settings.downscaling_factor,
     )
-    state, current, target, level = {}, 1, 1, 0.0
+    state, current, target, water_level = {}, 1, 1, 0.0
     seen = set()
     for second in range(3000):
         monkeypatch.setattr(autoscaling_policy.time, "time", lambda now=second: float(now))
         if second % 40 == 0:
-            level = rng.choice((0.0, 0.5, 4.0, 12.0, 30.0))
-        total = max(0.0, level + rng.choice((-0.5, 0.0, 0.5, 1.0))) if level else 0.0
+            water_level = rng.choice((0.0, 0.5, 4.0, 12.0, 30.0))
+        total = max(0.0, water_level + rng.choice((-0.5, 0.0, 0.5, 1.0))) if water_level else 0.0
         context = SimpleNamespace(
             current_num_replicas=current,
             target_num_replicas=target,
