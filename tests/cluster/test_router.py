@@ -116,7 +116,7 @@ def test_a_ledger_that_hangs_breaks_no_deadline_and_is_replaced(
     wait_until(lambda: ledgers() and hung not in ledgers(), what="another ledger")
 
 
-@pytest.mark.parametrize("how", ["left", "gateway", "tiny"])
+@pytest.mark.parametrize("how", ["left", "gateway", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_no_phantom_work_stays_behind(
     address: str, generate: Generate, replicas: Replicas, how: str
 ) -> None:

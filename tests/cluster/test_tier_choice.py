@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 
 from flux_ray.simulator.traffic import from_zero, read_trace
 from tests.cluster.conftest import PATIENCE_S, backlog, wait_until
@@ -28,6 +29,7 @@ def model_for(address: str, deadline_s: float) -> str:
     return str(answer.json()["model"])
 
 
+@pytest.mark.slow
 def test_auto_is_the_best_tier_that_is_in_time(address: str, generate: Generate) -> None:
     for _ in range(3):
         began = time.monotonic()
