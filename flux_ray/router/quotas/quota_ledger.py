@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -70,17 +70,51 @@ class UsageSync(NamedTuple):
     tell_all: bool
 
 
+# A request on a tier, by its id and the tier; and what it uses, with the time since when.
+EntryName = tuple[str, str]
+RunningEntry = tuple[UsageEntry, float]
+
+
 @dataclass
 class GatewayUsage:
     """The ledger's knowledge of one gateway: its running requests, and the rows to send to it.
 
-    `entries` has the requests by id and tier, each with the time since when.
+    `entries` has the requests by id and tier, each with the time since when; `of_keys` names those
+    of each key, so that one key's limits cost nothing for the requests of all others.
     """
 
     heard_at: float
-    entries: dict[tuple[str, str], tuple[UsageEntry, float]] = field(default_factory=dict)
+    entries: dict[EntryName, RunningEntry] = field(default_factory=dict)
+    of_keys: dict[str, dict[EntryName, None]] = field(default_factory=dict)
     news: set[Name] = field(default_factory=set)
     has_shared: bool = False
+
+    def add(self, entry: UsageEntry, since: float) -> None:
+        """Write down a running request; one of this name is replaced."""
+        name = (entry.request_id, entry.tier)
+        self.remove(name)
+        self.entries[name] = (entry, since)
+        self.of_keys.setdefault(entry.key, {})[name] = None
+
+    def remove(self, name: EntryName) -> None:
+        """Remove a request that has ended; ignore an unknown one."""
+        if name not in self.entries:
+            return
+        entry, _ = self.entries.pop(name)
+        del self.of_keys[entry.key][name]
+        if not self.of_keys[entry.key]:
+            del self.of_keys[entry.key]
+
+    def replace(self, entries: Iterable[UsageEntry], now: float) -> None:
+        """Keep exactly these requests; one that is new runs since `now`."""
+        before, self.entries, self.of_keys = self.entries, {}, {}
+        for entry in entries:
+            _, since = before.get((entry.request_id, entry.tier), (entry, now))
+            self.add(entry, since)
+
+    def of(self, key: str) -> Iterator[RunningEntry]:
+        """Yield the running requests of one key."""
+        return (self.entries[name] for name in self.of_keys.get(key, ()))
 
 
 class QuotaLedger:
@@ -122,7 +156,7 @@ class QuotaLedger:
             or self._too_much(entry, allowance, now)
         )
         if exceeded is None:
-            session.entries[entry.request_id, entry.tier] = (entry, now)
+            session.add(entry, now)
             if allowance.requests_per_minute is not None:
                 # setdefault: the same request on another tier counts once.
                 self._recent.setdefault(entry.key, {}).setdefault(entry.request_id, now)
@@ -131,8 +165,9 @@ class QuotaLedger:
     def hold(self, gateway: str, entry: UsageEntry, rows: Iterable[UsageRow], now: float) -> None:
         """Write down a request that was let in before, whatever its key may have."""
         self._merge(gateway, rows)
-        entries = self._session_of(gateway, now).entries
-        entries.setdefault((entry.request_id, entry.tier), (entry, now))
+        session = self._session_of(gateway, now)
+        if (entry.request_id, entry.tier) not in session.entries:
+            session.add(entry, now)
 
     def admit(
         self,
@@ -174,7 +209,7 @@ class QuotaLedger:
         """Remove a request that has ended; `rows` has what it took."""
         self._merge(gateway, rows)
         if gateway in self._gateways:
-            self._gateways[gateway].entries.pop((request_id, tier), None)
+            self._gateways[gateway].remove((request_id, tier))
 
     def share(
         self,
@@ -192,11 +227,7 @@ class QuotaLedger:
         """
         self._forget(now)
         session = self._session_of(gateway, now)
-        before = session.entries
-        session.entries = {}
-        for entry in entries:
-            name = (entry.request_id, entry.tier)
-            session.entries[name] = before.get(name, (entry, now))
+        session.replace(entries, now)
         session.has_shared |= tells_all
         self._merge(gateway, rows)
         # A gateway that sends all may have lost an answer, so it is sent all.
@@ -223,14 +254,9 @@ class QuotaLedger:
         session.heard_at = now
         return session
 
-    def _running(self, key: str, now: float) -> list[tuple[UsageEntry, float]]:
-        return [
-            (entry, since)
-            for session in self._gateways.values()
-            if not is_silent(session, now)
-            for entry, since in session.entries.values()
-            if entry.key == key
-        ]
+    def _running(self, key: str, now: float) -> list[RunningEntry]:
+        live = (each for each in self._gateways.values() if not is_silent(each, now))
+        return [found for session in live for found in session.of(key)]
 
     def _too_many(self, entry: UsageEntry, limit: int | None, now: float) -> LimitExceeded | None:
         if limit is None:

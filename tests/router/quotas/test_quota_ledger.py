@@ -5,6 +5,8 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flux_ray.router.quotas import (
     DAY_S,
@@ -15,6 +17,7 @@ from flux_ray.router.quotas import (
     UsageEntry,
     Use,
 )
+from flux_ray.router.quotas.quota_ledger import GatewayUsage
 
 NOON = 20_000.5 * DAY_S
 
@@ -326,3 +329,33 @@ def test_limits_go_by_a_clock_that_nobody_sets(jump_s):
     assert denial is not None and denial.retry_after_s == pytest.approx(57.0)
     assert books.enter("h", entry("second", "bob"), at_once, (), 3.0) is not None
     assert books.enter("g", entry("2"), often, (), 61.5) is None
+
+
+NAMES = st.tuples(st.sampled_from("xyz"), st.sampled_from(("tiny", "tiny-tp2")))
+CHANGES = st.one_of(
+    st.tuples(st.just("add"), NAMES, st.sampled_from("ab")),
+    st.tuples(st.just("remove"), NAMES),
+    st.tuples(st.just("replace"), st.dictionaries(NAMES, st.sampled_from("ab"))),
+)
+
+
+@given(st.lists(CHANGES, max_size=20))
+def test_the_requests_of_a_key_are_found_without_looking_at_others(changes) -> None:
+    def entry_of(name: tuple[str, str], key: str) -> UsageEntry:
+        return UsageEntry(*name, key, Use(), 1.0)
+
+    session = GatewayUsage(0.0)
+    for at, (what, *about) in enumerate(changes):
+        if what == "add":
+            session.add(entry_of(*about), float(at))
+        elif what == "remove":
+            session.remove(*about)
+        else:
+            (whole,) = about
+            session.replace([entry_of(*each) for each in whole.items()], float(at))
+        for key in "ab":
+            found = {(entry.request_id, entry.tier) for entry, _ in session.of(key)}
+            every = session.entries.items()
+            assert found == {name for name, (entry, _) in every if entry.key == key}
+        assert sum(map(len, session.of_keys.values())) == len(session.entries)
+        assert all(session.of_keys.values()), "a key without requests is forgotten"
