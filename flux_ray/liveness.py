@@ -46,11 +46,15 @@ class Liveness:
         """Note a sign of life, and for how many seconds there may be no other."""
         self._heard[name] = self._awake_s, self._limit_s if limit_s is None else limit_s
 
-    def expect(self, name: str) -> None:
-        """Count the silence of `name` by the usual limit: from now on, if that is new."""
-        _, limit_s = self._heard.get(name, (0.0, math.inf))
-        if limit_s > self._limit_s:
-            self._heard[name] = self._awake_s, self._limit_s
+    def expect(self, name: str, within_s: float | None = None) -> None:
+        """Count the silence of `name`, even if it was never heard, by the usual limit or this one.
+
+        It counts from now on, unless it counts by such a limit already.
+        """
+        limit_s = self._limit_s if within_s is None else within_s
+        _, present_s = self._heard.get(name, (0.0, math.inf))
+        if present_s > limit_s:
+            self._heard[name] = self._awake_s, limit_s
 
     def forget(self, name: str) -> None:
         """Stop counting the silence of `name`."""
@@ -90,12 +94,12 @@ class Watch:
         self._asking[name] = asking
         asking.add_done_callback(lambda asked: self._stop_asking(name, asked))
 
-    def expect(self, name: str) -> None:
+    def expect(self, name: str, within_s: float | None = None) -> None:
         """Count its silence from now on; that of others counts only from their first answer.
 
         A process that is still starting may take minutes to answer, and must not be killed for it.
         """
-        self._liveness.expect(name)
+        self._liveness.expect(name, within_s)
 
     def hung(self) -> list[str]:
         """Return the names of those that hang, each once; call this every `LOOK_S`."""

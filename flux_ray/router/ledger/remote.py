@@ -165,6 +165,9 @@ class HungProcesses:
             asked = (AskedController if actor == CONTROLLER else AskedReplica)(handle)
             self._watch.follow(actor, asked.give_sign)
             self._asked[actor] = asked
+            if actor == CONTROLLER:
+                # It may hang since before this process asked, and nobody else would know.
+                self._watch.expect(actor, LOADING_HUNG_S)
         for actor in self._asked.keys() - self._watch.names:
             del self._asked[actor]
         for actor in filter(is_up, self._asked.keys() - {CONTROLLER}):

@@ -173,6 +173,16 @@ async def test_a_controller_that_hangs_is_killed_and_started_again(cluster: Clus
     watching.cancel()
 
 
+async def test_a_controller_that_hung_before_the_watch_began_is_killed_too(
+    cluster: Cluster,
+) -> None:
+    controller = cluster.actors[hung.CONTROLLER] = FakeReplica()
+    controller.stop()
+    watching = asyncio.create_task(HungProcesses().run())
+    await until(lambda: cluster.restarting == [hung.CONTROLLER])
+    watching.cancel()
+
+
 async def test_one_that_hangs_while_it_loads_is_killed_in_the_end(cluster: Cluster) -> None:
     watching = asyncio.create_task(HungProcesses().run())
     new = "SERVE_REPLICA::tiny#tiny#ffff"
