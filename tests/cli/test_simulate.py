@@ -67,8 +67,8 @@ def test_the_fleet_as_one_object():
         assert counts["slo_attainment"] == counts["met"] / counts["arrived"]
     waits = report["tiers"]["flux-2-klein-4b"]["wait_s"]
     assert 0 <= waits["p50"] <= waits["p95"] <= waits["p99"]
-    # Nothing scales: eight groups of two, three cards and four cards, for three minutes.
-    assert report["all"]["gpu_hours"] == pytest.approx((16 + 3 + 4) * 0.05, rel=1e-6)
+    # Nothing scales: eight groups of two, three cards and two cards, for three minutes.
+    assert report["all"]["gpu_hours"] == pytest.approx((16 + 3 + 2) * 0.05, rel=1e-6)
 
 
 def test_a_seed_gives_the_same_outcome():
