@@ -97,6 +97,13 @@ class AskedReplica:
                 return None
             await asyncio.sleep(ASK_S)
 
+    def expected_within_s(self, name: str) -> float | None:
+        """Return within how many seconds it has to answer, None as long as it need not.
+
+        That counts without a first answer: it may hang since before this process asked.
+        """
+        return HUNG_S if is_up(name) else None
+
     def kill(self) -> None:
         """Kill the process; Serve starts another replica. Blocks while Ray's head is away."""
         ray.kill(self.actor)
@@ -116,6 +123,10 @@ class AskedController:
                 return NextSign(CONTROLLER_HUNG_S)
             except ActorUnavailableError:
                 await asyncio.sleep(ASK_S)
+
+    def expected_within_s(self, name: str) -> float | None:
+        """Return within how many seconds it has to answer: it is never absent for longer."""
+        return LOADING_HUNG_S
 
     def kill(self) -> None:
         """Kill the process; Ray starts it again, and it reads its state from its checkpoint."""
@@ -165,13 +176,12 @@ class HungProcesses:
             asked = (AskedController if actor == CONTROLLER else AskedReplica)(handle)
             self._watch.follow(actor, asked.give_sign)
             self._asked[actor] = asked
-            if actor == CONTROLLER:
-                # It may hang since before this process asked, and nobody else would know.
-                self._watch.expect(actor, LOADING_HUNG_S)
         for actor in self._asked.keys() - self._watch.names:
             del self._asked[actor]
-        for actor in filter(is_up, self._asked.keys() - {CONTROLLER}):
-            self._watch.expect(actor)
+        for actor, asked in self._asked.items():
+            within_s = asked.expected_within_s(actor)
+            if within_s is not None:
+                self._watch.expect(actor, within_s)
 
     def _end(self, actor: str) -> None:
         logger.error("%s hangs, and is ended", actor)
