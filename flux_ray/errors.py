@@ -23,7 +23,7 @@ FluxError                 500  server_error
     ProtocolMismatch      503  no replica that can serve has code that can read the request
   ReplicaFailed           503  a rank or its replica died; the router tries once more, elsewhere
     NotKept               503  the images of a retry are gone; they are generated anew
-    KilledForMemory       503  Ray killed a process of the replica to free its node's memory
+    KilledForMemory       503  a process of the replica was killed to free its node's memory
   GatewayFailed           503  the gateway died that had the request
   OutOfMemory             500  the request takes more memory than a replica has; not tried again
   StoreLost               503  the store of durable jobs cannot be reached
@@ -224,7 +224,7 @@ class NotKept(ReplicaFailed):
 
 
 class KilledForMemory(ReplicaFailed):
-    """Ray killed a process of the replica because its node was out of memory.
+    """Ray or the kernel killed a process of the replica because there was no memory left.
 
     Something else on the node may be the cause, so the request gets its second try. If that ends in
     the same way, the error is OutOfMemory.

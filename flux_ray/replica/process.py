@@ -1,7 +1,8 @@
 """What the processes of a replica do as processes: import the engine, handle memory, and end.
 
 `out_of_memory` recognises that memory ran out under a request and drops what the request held;
-`free_memory` then makes room for the next one. Ranks and the shared text encoder use both.
+`free_memory` then makes room for the next one. Ranks and the shared text encoder use both. A leader
+asks `KernelKills` whether its rank may have died for want of memory.
 """
 
 import contextlib
@@ -11,7 +12,9 @@ import logging
 import os
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, cast
 
@@ -28,6 +31,10 @@ SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+
+VMSTAT = Path("/proc/vmstat")
+# A process that is killed may need seconds to give back its memory before its connections close.
+NUM_LOOKS = 30
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,6 +73,34 @@ def free_memory(device: str) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def num_kernel_kills() -> int:
+    """Return how many processes the kernel of this machine has killed to free memory.
+
+    It counts those that are killed for the limit of a container too. Return 0 if it does not say.
+    """
+    try:
+        lines = VMSTAT.read_text().splitlines()
+    except OSError:
+        return 0
+    counts = (line.split() for line in lines if line.startswith("oom_kill "))
+    return sum(int(count) for _, count in counts)
+
+
+class KernelKills:
+    """Whether the kernel has lately killed a process for memory, as far as `look` was called."""
+
+    def __init__(self) -> None:
+        self._counts = deque([num_kernel_kills()], maxlen=NUM_LOOKS)
+
+    def look(self) -> None:
+        """Read the count; call this every second or so."""
+        self._counts.append(num_kernel_kills())
+
+    def is_one_recent(self) -> bool:
+        """Return whether the count is above that of `NUM_LOOKS` looks ago."""
+        return num_kernel_kills() > self._counts[0]
 
 
 # Two parameters of glibc's `mallopt`, and their values in bytes.

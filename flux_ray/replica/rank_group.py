@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import (
 from flux_ray.config import TierArgs
 from flux_ray.errors import FluxError, KilledForMemory, OutOfMemory, ReplicaFailed
 from flux_ray.liveness import LOOK_S, Watch
+from flux_ray.replica.process import KernelKills
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
 from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
@@ -195,6 +196,7 @@ class RankGroup:
         self._ranks = ranks
         self._watchdog = watchdog
         self._end = end
+        self._kernel_kills = KernelKills()
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
         self._broken: asyncio.Future[ReplicaFailed] = loop.create_future()
@@ -304,6 +306,10 @@ class RankGroup:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]
         dead, _ = await asyncio.wait(lives, return_when=asyncio.FIRST_COMPLETED)
         error = dead.pop().result()
+        if self._kernel_kills.is_one_recent():
+            # Ray sees only that a connection closed. It may have been another process of the
+            # machine; the request has its second try, whatever the cause.
+            error = KilledForMemory("its machine or container was out of memory")
         # The waiting caller has to get the cause before this process ends: its second try may end
         # another group in the same way.
         after_s = LAST_WORDS_S if isinstance(error, KilledForMemory) else 0.0
@@ -320,6 +326,7 @@ class RankGroup:
         while not self._broken.done():
             for name in pings.hung():
                 self.break_up(f"{name} hangs")
+            self._kernel_kills.look()
             await asyncio.sleep(LOOK_S)
 
     def break_up(

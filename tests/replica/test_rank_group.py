@@ -4,13 +4,14 @@ import asyncio
 import math
 import pickle
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flux_ray import liveness
 from flux_ray.errors import BadReference, KilledForMemory, ReplicaFailed
-from flux_ray.replica import rank_group
+from flux_ray.replica import process, rank_group
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.transport import SIZE, StageFailed
 from flux_ray.replica.watchdog import StepWatchdog
@@ -201,6 +202,38 @@ async def test_who_had_a_rank_killed_for_memory_hears_so_before_the_group_ends(
     with pytest.raises(ReplicaFailed) as caught:
         await replica.encode()
     assert (type(caught.value), replica.ended) == (ReplicaFailed, 1)
+
+
+@pytest.mark.parametrize(
+    ("counted", "error"), [(7, ReplicaFailed), (8, KilledForMemory)], ids=["of a bug", "for memory"]
+)
+async def test_a_rank_that_the_kernel_kills_was_killed_for_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: int, error: type[ReplicaFailed]
+) -> None:
+    """Ray knows no cause of it, but the kernel has counted it. Older kills do not matter."""
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("nr_dirty 5\noom_kill 7\n")
+    monkeypatch.setattr(process, "VMSTAT", vmstat)
+    replica = Replica(None, "hang", floor_s=60)
+    vmstat.write_text(f"nr_dirty 6\noom_kill {counted}\n")
+    asyncio.get_running_loop().call_later(0.05, replica.ranks[1].die)
+    with pytest.raises(ReplicaFailed) as caught:
+        await replica.encode()
+    assert type(caught.value) is error
+
+
+def test_a_kill_is_recent_for_as_many_looks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vmstat = tmp_path / "vmstat"
+    monkeypatch.setattr(process, "VMSTAT", vmstat)
+    kills = process.KernelKills()
+    assert not kills.is_one_recent(), "a system that does not count them"
+    vmstat.write_text("oom_kill 1\n")
+    for _ in range(process.NUM_LOOKS):
+        assert kills.is_one_recent()
+        kills.look()
+    assert not kills.is_one_recent()
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
