@@ -119,7 +119,7 @@ def serve_run(config: Path, home: Path, auth_mode: str = "disabled") -> Iterator
 
 
 def figures_of_program(
-    module: str, *args: str, env: dict[str, str] | None = None
+    module: str, *args: str, env: dict[str, str] | None = None, timeout_s: float = PROGRAM_S
 ) -> dict[str, Any]:
     """Run a module that starts a Ray of its own, and return the JSON object that it prints.
 
@@ -131,7 +131,7 @@ def figures_of_program(
         env=env,
         capture_output=True,
         text=True,
-        timeout=PROGRAM_S,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

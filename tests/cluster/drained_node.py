@@ -2,186 +2,39 @@
 
 `python -m tests.cluster.drained_node SECONDS`: the node is killed that many seconds after Ray is
 told to drain it. Both replicas of the tier and both gateways are on it, and another node has just
-been added. This is a program because a process can be connected to only one Ray.
+been added.
 """
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
-import httpx
-import psutil
 import ray
-import yaml
 from ray import serve
-from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from tests.cluster.conftest import BOOT_S, LAPTOP, ROOT, deploy, free_port, is_ready, wait_until
+from tests.cluster.conftest import BOOT_S, deploy, is_ready, wait_until
+from tests.cluster.fleet import (
+    Load,
+    Place,
+    add_node,
+    config_in,
+    drain,
+    figures_of,
+    kill,
+    num_replicas_on,
+    start_cluster,
+    start_haproxy,
+)
 
-HAPROXY = ROOT / "cluster" / "load_balancer" / "haproxy.cfg"
-TIER = "tiny"
-REQUEST = {"model": TIER, "prompt": "a red circle", "size": "64x64", "seed": 1}
-SYSTEM_CONFIG = {"worker_niceness": 0}
-MEMORY = {"object_store_memory": 100_000_000}
-# A request is sent every so many seconds, whether or not those before it are done.
-REQUEST_EVERY_S = 0.7
-READY_EVERY_S = 0.5
 # Seconds of load before the notice, and after the node is gone.
 AROUND_S = 10.0
 # After a long notice, the node is killed this many seconds after its last replica has left: from
 # then on there is nothing more to see.
 EMPTY_S = 20.0
-
-
-@dataclass(frozen=True)
-class Place:
-    """A node, and the port of its proxy."""
-
-    node: Node
-    port: int
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
-@dataclass
-class Load:
-    """The load: requests to the balancer, and `/readyz` asked of all addresses in `asked`."""
-
-    balancer: str
-    asked: tuple[str, ...]
-    took_s: list[float] = field(default_factory=list)
-    ended_at: list[float] = field(default_factory=list)
-    failures: Counter[str] = field(default_factory=Counter)
-    unready: Counter[str] = field(default_factory=Counter)
-
-    async def run(self, end: asyncio.Event) -> None:
-        """Send requests until `end` is set, then wait for their answers."""
-        client = httpx.AsyncClient(timeout=BOOT_S, trust_env=False)
-        async with client as http, asyncio.TaskGroup() as tasks:
-            for address in self.asked:
-                tasks.create_task(self.ask_again(http, address, end))
-            while not end.is_set():
-                tasks.create_task(self.generate(http))
-                await asyncio.sleep(REQUEST_EVERY_S)
-
-    async def generate(self, http: httpx.AsyncClient) -> None:
-        began_at = time.monotonic()
-        try:
-            answer = await http.post(f"{self.balancer}/v1/images/generations", json=REQUEST)
-            failure = "" if answer.status_code == 200 else answer.text[:200]
-        except httpx.TransportError as error:
-            failure = repr(error)
-        self.ended_at.append(time.monotonic())
-        self.took_s.append(self.ended_at[-1] - began_at)
-        if failure:
-            print(
-                f"{time.strftime('%H:%M:%S')} failed after {self.took_s[-1]:.1f} s: {failure}",
-                file=sys.stderr,
-            )
-            self.failures[failure] += 1
-
-    async def ask_again(self, http: httpx.AsyncClient, address: str, end: asyncio.Event) -> None:
-        """Ask `/readyz` again and again, and count answers other than 200.
-
-        A proxy that is gone does not answer, which does not count: a balancer leaves it out too.
-        """
-        while not end.is_set():
-            with suppress(httpx.TransportError):
-                answer = await http.get(f"{address}/readyz")
-                self.unready[address] += answer.status_code != 200
-            await asyncio.sleep(READY_EVERY_S)
-
-
-def start_cluster() -> tuple[Cluster, Place]:
-    """Start Ray and Serve on a head node without CPUs, so that no replica runs there."""
-    port = free_port()
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SYSTEM_CONFIG, **MEMORY}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
-    serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": port})
-    return cluster, Place(cluster.head_node, port)
-
-
-def add_node(cluster: Cluster) -> Place:
-    """Add a node with room for all replicas, whose proxy has a port of its own."""
-    port = free_port()
-    told = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
-    return Place(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
-
-
-def config_in(folder: Path, port: int) -> dict[str, Any]:
-    """Return serve/laptop.yaml with two gateways and two replicas of one tier."""
-    config: dict[str, Any] = yaml.safe_load(LAPTOP.read_text())
-    gateway, tier, _ = config["applications"]
-    database = f"sqlite:///{folder}/jobs.sqlite3"
-    gateway["args"] |= {
-        "tiers": [TIER],
-        "num_replicas": 2,
-        "public_url": "http://127.0.0.1",
-        "jobs": {"database": database, "results": f"{folder}/results"},
-    }
-    tier["args"] |= {"num_replicas": 2, "num_cpus": 0.25}
-    config["http_options"]["port"] = port
-    config["applications"] = [gateway, tier]
-    return config
-
-
-def start_haproxy(folder: Path, places: tuple[Place, ...]) -> tuple[subprocess.Popen[bytes], str]:
-    """Start HAProxy with the repository's configuration, on a free port in front of these nodes."""
-    port = free_port()
-    lines = HAPROXY.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}").splitlines()
-    lines = [line for line in lines if not line.strip().startswith("server ")]
-    lines += [f"    server n{place.port} 127.0.0.1:{place.port}" for place in places]
-    path = folder / "haproxy.cfg"
-    path.write_text("\n".join([*lines, ""]))
-    return subprocess.Popen(["haproxy", "-f", path], stdout=sys.stderr), f"http://127.0.0.1:{port}"
-
-
-def node_id(place: Place) -> str:
-    socket = place.node.raylet_socket_name
-    (found,) = (each for each in ray.nodes() if each["RayletSocketName"] == socket)
-    return str(found["NodeID"])
-
-
-def num_replicas_on(place: Place) -> int:
-    """Return how many live replicas the node has, of gateways and of the tier together."""
-    from ray._private.state import state
-
-    actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    here = [each for each in actors if each["Address"]["NodeID"] == node_id(place)]
-    return sum(each["ActorClassName"].startswith("ServeReplica:") for each in here)
-
-
-def drain(cluster: Cluster, place: Place, notice_s: int) -> None:
-    command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
-    command += ["--node-id", node_id(place), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", "drill", "--deadline-remaining-seconds", str(notice_s)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-
-
-def kill(place: Place) -> None:
-    """Kill all processes of the node at once, as if its machine were taken away."""
-    (raylet,) = place.node.all_processes["raylet"]
-    processes = psutil.Process(raylet.process.pid)
-    for process in (*processes.children(recursive=True), processes):
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
 
 
 async def drill(cluster: Cluster, old: Place, notice_s: int) -> float:
@@ -209,18 +62,6 @@ async def under_load(load: Load, cluster: Cluster, old: Place, notice_s: int) ->
     finally:
         end.set()
         await running
-
-
-def figures_of(load: Load, left_s: float) -> dict[str, Any]:
-    ends = sorted(load.ended_at)
-    return {
-        "num_sent": len(ends),
-        "num_failed": load.failures.total(),
-        "num_unready": load.unready.total(),
-        "longest_gap_s": max(later - earlier for earlier, later in pairwise(ends)),
-        "slowest_s": max(load.took_s),
-        "left_s": left_s,
-    }
 
 
 def main() -> None:
