@@ -1,4 +1,4 @@
-"""What of ours listens, and where: nothing on all interfaces, and all of it is in README."""
+"""What of ours listens, and where: nothing on all interfaces; docs/security.md has all of it."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from flux_ray.parallel.mesh import Mesh, open_store
 from flux_ray.replica.rank import RankActor
 from flux_ray.replica.transport import RankServer
 from tests.ranks import Ranks
-from tests.test_house import PACKAGE, README, SOURCES
+from tests.test_house import PACKAGE, ROOT, SOURCES
 
 # What makes a socket listen, or a library of ours or of torch's.
 LISTENS = {
@@ -45,7 +45,7 @@ def is_call(node: ast.AST) -> bool:
 
 
 def test_who_listens_is_known():
-    """A new one belongs into README's table of ports, and is to be bound to one address."""
+    """A new one belongs into docs/security.md's table, and is to be bound to one address."""
     found = {
         str(path.relative_to(PACKAGE)): calls
         for path in SOURCES
@@ -59,8 +59,9 @@ def test_no_address_of_ours_is_that_of_all_interfaces(name):
     assert ANY_ADDRESS.findall((PACKAGE / name).read_text()) == []
 
 
-def test_readme_says_who_listens():
-    section = README.read_text().partition("## Ports\n")[2].partition("\n## ")[0]
+def test_the_docs_say_who_listens():
+    page = (ROOT / "docs" / "security.md").read_text()
+    section = page.partition("## Ports\n")[2].partition("\n## ")[0]
     for name in ("rendezvous", "gloo", "NCCL", "proxy", "gRPC", "metrics", "dashboard", "GCS"):
         assert name in section, name
 

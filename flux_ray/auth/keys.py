@@ -53,10 +53,14 @@ class Kept(BaseModel):
 class KeyClass(Kept):
     """The limits and rights of all keys of one class; the keys file names the class of each key.
 
-    `deadline_s` applies if the caller sends none. `weight` is a caller's share of a tier that is
-    short of replicas; the default is 1. `licenses` and `tiers` are those that the callers may use,
-    None for all. The other fields are limits for each caller, over all gateways, None for no limit:
-    requests at once and in any 60 seconds, GPU seconds and megapixels in a day of UTC.
+    `deadline_s`: the deadline of a request that names none.
+    `weight`: a caller's share of a tier that is short of replicas.
+    `licenses`: those of the tiers that the callers may use; all, if it is left out.
+    `tiers`: the tiers that the callers may use; all, if it is left out.
+    `max_concurrent`: requests of one caller at once, over all gateways.
+    `requests_per_minute`: requests of one caller in any 60 seconds, over all gateways.
+    `gpu_seconds_per_day`: GPU seconds of one caller in a day of UTC, over all gateways.
+    `megapixels_per_day`: megapixels of its images, likewise.
     """
 
     deadline_s: float | None = Field(None, gt=0)

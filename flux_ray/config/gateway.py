@@ -20,8 +20,8 @@ class JobArgs(Args):
     """The settings of durable jobs: where they are kept, and for how long.
 
     `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
-    `results`: a folder, or a URL for fsspec (`s3://bucket/folder`), with its `results_options`
-    (such as `endpoint_url`).
+    `results`: a folder, or a URL for fsspec (`s3://bucket/folder`).
+    `results_options`: what fsspec needs for that URL, such as `endpoint_url`.
     `lease_s`: a worker that gives no heartbeat for so long loses its job to another one.
     `keep_s`: how long an ended job and its images can be fetched, and how long a job waits that no
     gateway takes.
@@ -71,11 +71,15 @@ MAX_WORK_BYTES = 46
 class Limits(Args):
     """Limits on what a caller sends and on the memory it takes.
 
+    `max_body_bytes`: the largest body of a request.
+    `max_image_bytes`: the largest file of an image.
+    `max_image_pixels`: the most pixels of an image.
+    `max_decode_s`: CPU seconds to decode one image; a caller whose image takes longer is asked to
+    save it in a simpler format.
     `max_held_bytes`: memory for all bodies and images that the gateway holds, of callers and jobs;
     a request that finds no room is refused with `Retry-After`.
-    `max_decode_s`: CPU seconds to decode one image; a caller whose image takes longer is asked to
-    save it in a simpler format. `max_images`: the largest `n`; a tier's drain time is reckoned for
-    the default of it.
+    `max_prompt_chars`: the longest prompt.
+    `max_images`: the largest `n`; a tier's drain time is reckoned for the default of it.
     """
 
     max_body_bytes: int = 64 * 2**20
@@ -101,10 +105,12 @@ class Uploads(Args):
     """Limits on how bodies of requests come in; what is too slow or too many is refused.
 
     `first_byte_s`: seconds until a body begins.
-    `least_bytes_per_s`: its average speed from then on; a network that stalls has `grace_s` in all.
+    `least_bytes_per_s`: its average speed from then on.
+    `grace_s`: how long a network may stall, in all.
     `max_s`: seconds for a whole body; the largest one needs 5 Mbit/s for that.
     `max_per_caller`: bodies that are read at once for one key, or for one address if no keys are
-    required; or `max_concurrent` of the key's class, if that is less. Further ones wait `wait_s`.
+    required; or `max_concurrent` of the key's class, if that is less.
+    `wait_s`: how long further ones wait for their turn.
     `max_at_once`: bodies of all callers together, waiting ones included; by default half of the
     requests that the gateway takes.
     """
@@ -126,9 +132,12 @@ class Uploads(Args):
 class Fetching(Args):
     """Limits on reference images by URL: they are fetched from public addresses only.
 
-    `hosts`: if given, the only host names that are allowed. `networks`: private networks that
-    callers may reach all the same, such as `10.1.2.0/24`. `timeout_s`: seconds for all images of a
-    request together.
+    `enabled`: whether URLs are taken at all.
+    `schemes`: those that a URL may begin with.
+    `ports`: those that a URL may have.
+    `hosts`: if given, the only host names that are allowed.
+    `networks`: private networks that callers may reach all the same, such as `10.1.2.0/24`.
+    `timeout_s`: seconds for all images of a request together.
     """
 
     enabled: bool = True
@@ -153,9 +162,11 @@ class Webhooks(Fetching):
 class Alias(Args):
     """A model name for one or more tiers, best first; an alias among them stands for its tiers.
 
+    `tiers`: names of tiers, or of other aliases.
     `policy`: `best` takes the first tier that meets the deadline. `spill` takes the first tier, or,
     if the caller allows it, the next one that can start within `max_wait_s`. `cascade` takes the
     first tier, and streams have a preview by the last tier before it.
+    `max_wait_s`: how long a caller of `spill` may have to wait for the first tier.
     `max_gpu_seconds`: the highest price; tiers at which the request costs more are left out.
     In a config file a single tier's name is enough: `gpt-image-1: flux-2-dev`.
     """
@@ -184,22 +195,32 @@ class Alias(Args):
 class GatewayArgs(Args):
     """The args of the gateway's application. Each tier's application has the tier's name.
 
+    `tiers`: the tiers that are served, by their names in the catalogue.
+    `aliases`: what else clients may ask for, by name.
     `default_tier`: a tier or an alias, for requests that name no model.
     `card`: the GPU by which tiers are priced until one of their replicas has reported its own, or
     if that one is not in `catalog.gpus`.
     `deadlines`: seconds by tier, if neither the caller nor its key class sets a deadline.
     `keys_file`: the file that `flux-ray keys` writes; without one everybody is let in.
+    `key_classes`: what the keys of a class may do, by the name of the class.
     `record_to`: a folder for traces of what arrives, for `flux-ray simulate`.
     `public_url`: the URL by which clients reach this gateway. It is never taken from a `Host`
     header, by which a caller could have links made to a host of its own.
     `cors_origins`: pages that may call from a browser, like `https://app.example.com`, or `*`.
+    `num_replicas`: the number of gateways.
     `num_cpus`: CPUs of its node for each gateway. More than 0, as it decodes images: Ray then keeps
     it off a head node that offers no CPUs.
     `jobs`: turns on BFL's routes, which answer before the image is generated, and answers by URL.
+    `request_timeout_s`: seconds that a request may take in all; Serve's own, in `http_options`,
+    has to be longer.
     `drain_timeout_s`: seconds for a gateway that is removed to finish its requests; more than
     `request_timeout_s`, as the last one that came may take all of that.
     `max_ongoing_requests`: requests that Serve hands to a gateway at once. Those beyond it wait in
-    Serve's proxies, health probes too, so that a gateway takes fewer by itself: `max_requests`.
+    Serve's proxies, health probes too, so that a gateway takes in fewer by itself.
+    `limits`: how large a request may be, and how much memory all of them take.
+    `uploads`: how fast bodies have to come in, and how many at once.
+    `fetch`: which URLs the gateway reads images from.
+    `webhooks`: which URLs it posts the ends of jobs to.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)

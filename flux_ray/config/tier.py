@@ -49,8 +49,9 @@ class Args(BaseModel):
 class Parallel(Args):
     """The split of one replica's model over `tensor` x `sequence` ranks, one GPU each.
 
-    The weights are split over `tensor` ranks and the tokens over `sequence` ranks. A rank group
-    that does not fit into one node may use up to `num_nodes`.
+    `tensor`: ranks that share the weights.
+    `sequence`: such groups of ranks that share the tokens.
+    `num_nodes`: how many nodes a rank group may use that does not fit into one.
     """
 
     tensor: int = Field(1, ge=1)
@@ -64,7 +65,11 @@ class Parallel(Args):
 
 
 class Lora(Args):
-    """A LoRA adapter to be fused into the transformer: a safetensors file, and its strength."""
+    """A LoRA adapter that is fused into the transformer when it is loaded.
+
+    `path`: its safetensors file, on every node.
+    `scale`: its strength.
+    """
 
     path: str
     scale: float = 1.0
@@ -79,14 +84,16 @@ GROUP_COLD_START_S = 60.0
 class Autoscaling(Args):
     """The rules by which a tier's replicas are added and removed: by work, not by requests.
 
+    `min_replicas`: the fewest replicas; 0 lets a tier rest without any.
+    `max_replicas`: the most replicas.
     `target_wait_s`: seconds within which waiting requests are to be started.
     `cold_start_s`: seconds that a replica takes to start.
     `headroom`: spare replicas, in standard deviations of the arriving work.
     `idle_s`: after so long without work the last replica is removed, if `min_replicas` is 0; the
     next request then waits for a new one.
-    `gpu_budget`: the GPUs that all autoscaled tiers share; give each of them the same number. If
-    they are short, tiers of higher `priority` come first. Tiers with a fixed number of replicas and
-    the GPU of a shared text encoder are not counted in it.
+    `gpu_budget`: the GPUs that all autoscaled tiers share; give each of them the same number. Tiers
+    with a fixed number of replicas and the GPU of a shared text encoder are not counted in it.
+    `priority`: if these GPUs are short, tiers of higher priority come first.
     """
 
     min_replicas: int = Field(1, ge=0)
@@ -111,20 +118,30 @@ class Autoscaling(Args):
 class TierArgs(Args):
     """The args of one tier's application.
 
+    `tier`: its name in the catalogue, which its application has too.
     `weights`: a folder, or a hub id with its revision (`owner/name@sha`); else the catalogue's.
-    `quantization`: of the linear layers of the transformer's blocks, and `encoder_quantization` of
-    those of the text encoder; the rest stays in `dtype`.
+    `dtype`: the type of the weights, and of what is computed with them.
+    `device`: on what the ranks compute.
+    `parallel`: over how many GPUs one replica's model is split; one, unless it says otherwise.
+    `quantization`: the type of the linear layers of the transformer's blocks; the rest stays in
+    `dtype`.
+    `encoder_quantization`: the same for the text encoder.
     `text_encoder`: one in every replica (`colocated`), or one for all of the tier (`shared`).
+    `loras`: adapters for all images of the tier.
     `num_replicas`: the fixed number of replicas, without `autoscaling`.
+    `autoscaling`: the rules by which the number of replicas follows the work.
     `num_cpus`: CPUs for each rank, and threads of its torch.
     `node_labels`: the labels of the nodes that replicas may be on, as Ray's label selectors.
     `cache_bytes`: memory of a rank for encoded prompts and references; 0 for none.
-    `step_timeout_s`: a call to the ranks that takes longer ends the replica; so does one that takes
-    ten times as long as those before it, and longer than `min_step_timeout_s`.
-    `retry_bytes`, `retry_s`: how many bytes of finished images a replica keeps for requests that
-    are sent again, and for how long.
+    `max_ongoing_requests`: requests that a replica has at once; the others wait in the queue.
+    `step_timeout_s`: a call to the ranks that takes longer ends the replica.
+    `min_step_timeout_s`: so does one that takes longer than this, and ten times as long as those
+    before it.
+    `load_timeout_s`: seconds to load the weights, and to download them if they are not there.
+    `retry_bytes`: bytes of finished images that a replica keeps for requests that are sent again.
+    `retry_s`: how long it keeps them.
     `drain_timeout_s`: how long a replica that is removed has to finish its requests; by default as
-    long as the tier's longest request takes (router/pricing/config_check.py).
+    long as the tier's longest request takes.
     """
 
     tier: str
