@@ -37,15 +37,16 @@ MAY_IMPORT = {
     "gateway": NOUNS | {"jobs", "router", "safety"},
     "jobs": NOUNS | {"router"},
     "router": NOUNS | {"meter"},
-    "replica": NOUNS | {"meter", "engine", "parallel", "safety"},
+    "replica": NOUNS | {"meter", "engine", "parallel", "safety", "weights"},
     "meter": {"metrics"},
-    "engine": NOUNS | {"parallel", "tiny"},
-    "parallel": NOUNS,
+    "engine": NOUNS | {"parallel", "tiny", "weights"},
+    "parallel": NOUNS | {"weights"},
     "planner": NOUNS | {"engine", "parallel"},
     "safety": NOUNS,
     "tiny": {"catalog", "request"},
     "simulator": NOUNS | {"router"},
-    "cli": NOUNS | {"planner", "router", "simulator"},
+    "weights": NOUNS | {"tiny"},
+    "cli": NOUNS | {"engine", "planner", "router", "simulator", "weights"},
     "app": NOUNS | {"gateway", "jobs", "router", "replica", "safety"},
 } | dict.fromkeys(NOUNS, NOUNS)
 # Of the folders inside of a room: which of the files and folders beside it each may import.
@@ -78,6 +79,7 @@ MAY_NOT_IMPORT = {
     "safety": {"ray"},
     "tiny": HTTP | {"ray"},
     "simulator": TENSORS | HTTP | {"ray"},
+    "weights": TENSORS | HTTP | {"ray"},
     "cli": TENSORS | {"ray"},
     "app": TENSORS,
 } | dict.fromkeys(NOUNS, TENSORS | HTTP | {"ray"})

@@ -13,10 +13,11 @@ class Tier:
 
     `text_length` is the padded prompt length in tokens. Sizes are in pixels; both sides are
     multiples of `size_multiple`. `weights` is `embedded`, or None if the operator names them in the
-    tier's args. Tiers that are not guided (distilled ones) have a fixed `guidance`; a caller's has
-    no effect. The model scales down references above `max_reference_pixels`. A tier that
-    `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes` takes
-    sizes outside its limits: it generates near its default area and scales the image.
+    tier's args; `hub_id` is where they are published, at the revision that was tested, for
+    `flux-ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a
+    caller's has no effect. The model scales down references above `max_reference_pixels`. A tier
+    that `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes`
+    takes sizes outside its limits: it generates near its default area and scales the image.
     `quality_steps` are the numbers of steps for OpenAI's words for quality, on tiers where they
     make a difference.
     """
@@ -39,6 +40,7 @@ class Tier:
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
     weights: str | None = None
+    hub_id: str | None = None
     owner: str = "black-forest-labs"
     quality_steps: tuple[tuple[str, int], ...] = ()
 
@@ -80,6 +82,13 @@ KLEIN_4B = Tier(
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
+    hub_id="black-forest-labs/FLUX.2-klein-4B@e7b7dc27f91deacad38e78976d1f2b499d76a294",
+)
+KLEIN_9B = replace(
+    KLEIN_4B,
+    name="flux-2-klein-9b",
+    license="flux-non-commercial",
+    hub_id="black-forest-labs/FLUX.2-klein-9B@92196c8e11f7b6cf2b7493e037d8c5345c559216",
 )
 DEV = Tier(
     name="flux-2-dev",
@@ -95,6 +104,7 @@ DEV = Tier(
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
+    hub_id="black-forest-labs/FLUX.2-dev@26afe3a78bb242c0a8bb181dcc8937bb16e5c66c",
     # 28 steps are the usual compromise. `high` and above are never fewer than the default.
     quality_steps=(
         ("low", 20),
@@ -107,14 +117,14 @@ DEV = Tier(
     ),
 )
 # The weights of pro and max are not public: they come from the operator.
-PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8)
+PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8, hub_id=None)
 
 TIERS = (
     TINY,
     # The same model split over two ranks, so that a laptop runs the code of the 32B tiers.
     replace(TINY, name="tiny-tp2"),
     KLEIN_4B,
-    replace(KLEIN_4B, name="flux-2-klein-9b", license="flux-non-commercial"),
+    KLEIN_9B,
     DEV,
     PRO,
     replace(PRO, name="flux-2-max"),

@@ -16,6 +16,7 @@ from flux_ray.auth import Key, change_keys, new_key, read_keys, with_key, withou
 from flux_ray.cli.client import call, fail, table_console
 from flux_ray.cli.plan import plan
 from flux_ray.cli.simulate import simulate
+from flux_ray.cli.weights import weights
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -114,6 +115,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(plan)
 app.command()(simulate)
 app.add_typer(keys, name="keys")
+app.add_typer(weights, name="weights")
 
 
 def print_version(is_asked: bool) -> None:

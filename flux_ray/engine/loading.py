@@ -1,103 +1,44 @@
-"""Find a checkpoint and load it as modules, each rank only its own part.
+"""Load a checkpoint as modules, each rank only its own part.
 
-Weights are the embedded checkpoint, a folder, or a hub id with its revision, and only the files
-that are needed are downloaded. The transformer, the text models and the rest of the pipeline are
-loaded one by one, because each is split in its own way. Text models are built without the layers
-that no family reads.
+Where it is, and how it gets there, is in flux_ray/weights/. The transformer, the text models and
+the rest of the pipeline are loaded one by one, because each is split in its own way. Text models
+are built without the layers that no family reads.
 """
 
 import json
-import logging
-import re
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
 from transformers import PreTrainedModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from flux_ray.catalog import EMBEDDED, Tier
 from flux_ray.config import Quantization
 from flux_ray.engine.api import Placement, TextModel
-from flux_ray.parallel.checkpoint import Checkpoint
+from flux_ray.parallel.checkpoint import Checkpoint, open_component
 from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import check_heads, split_sequence
-from flux_ray.tiny import CHECKPOINT
-
-logger = logging.getLogger("ray.serve")
-
-HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
-# Which files of a checkpoint to download, as hub patterns. Not the top folder, which has the
-# weights a second time, and no `*.bin`, which may run code when it is loaded.
-CONFIGS = ("model_index.json", "*/*.json")
-IMAGE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
-PROMPT_PARTS = (
-    "text_encoder/*.safetensors",
-    *(f"tokenizer/*.{ending}" for ending in ("txt", "jinja", "model")),
-)
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """The place of a checkpoint: a hub repository if there is a revision, else a local folder."""
-
-    location: str
-    revision: str | None = None
-
-
-def weights_of(tier: Tier, weights: str | None) -> str:
-    """Return the operator's weights or else the catalogue's; raise ValueError without either."""
-    chosen = weights or tier.weights
-    if chosen is None:
-        raise ValueError(f"tier {tier.name} needs weights")
-    return chosen
-
-
-def source_for(weights: str) -> WeightSource:
-    """Return the source that a config's `weights` names.
-
-    Raise ValueError, which says what may be written, if it is neither of the possible kinds.
-    """
-    if weights == EMBEDDED:
-        weights = str(CHECKPOINT)
-    if weights and Path(weights).is_dir():
-        return WeightSource(weights)
-    if match := HUB_ID.fullmatch(weights):
-        return WeightSource(match["repository"], match["revision"])
-    raise ValueError(
-        f"weights {weights!r}: neither an existing folder nor a hub id with its revision"
-        " (owner/name@revision)"
-    )
+from flux_ray.weights import download
+from flux_ray.weights.source import WeightSource
 
 
 def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
-    """Return a local folder that has the files of the source that match the patterns.
+    """Return a local folder with the source's files that match, downloaded if they are not there.
 
-    They are downloaded if they are not cached; a source that is a folder never uses the network.
+    Progress is logged; the bars of several ranks would garble the logs.
     """
     hide_progress()
-    if source.revision is None:
-        return Path(source.location)
-    logger.info("%s: downloading what is not in the cache yet", source.location)
-    began = time.monotonic()
-    folder = snapshot_download(
-        source.location, revision=source.revision, allow_patterns=sorted(patterns)
-    )
-    logger.info("%s: all is here after %.0f s", source.location, time.monotonic() - began)
-    return Path(folder)
+    return download.fetch(source, patterns)
 
 
 def hide_progress() -> None:
-    """Turn off the libraries' progress bars: those of several ranks would garble the logs."""
+    """Turn off the progress bars of the libraries."""
     disable_progress_bars()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -133,7 +74,7 @@ def load_transformer(
     config = model_class.load_config(component)
     mesh = placement.mesh
     recipe = LoadSpec(
-        Checkpoint(component),
+        open_component(component, mesh.tensor),
         mesh.tensor,
         placement.torch_dtype,
         placement.device,
@@ -246,7 +187,7 @@ def load_text_model(model: TextModel, folder: Path, placement: Placement) -> nn.
     """Load this rank's part of the text model from the component's folder."""
     quantization = placement.encoder_quantization
     axis = encoder_axis(model.num_heads, placement.mesh, quantization)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_component(folder, axis)
     recipe = LoadSpec(
         checkpoint,
         axis,

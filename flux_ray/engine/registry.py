@@ -3,7 +3,7 @@
 from flux_ray.catalog import Tier
 from flux_ray.engine import flux2
 from flux_ray.engine.api import Adapter, EmptyModel, FamilySpec, Placement, PromptEncoder
-from flux_ray.engine.loading import weights_of
+from flux_ray.weights.source import weights_of
 
 FAMILIES: dict[str, FamilySpec] = {**flux2.FAMILIES}
 

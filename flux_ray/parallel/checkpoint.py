@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from flux_ray.parallel.mesh import Axis
+from flux_ray.weights.shards import rank_file, read_manifest
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,55 @@ class Checkpoint:
         `shape` is that of the whole tensor. Raise ValueError if the checkpoint has no such tensor
         or one of another shape: a slice of a larger tensor would fit without any error.
         """
+        whole = self._stored(name, shape)
+        return self._counted(whole[:] if shard is None else shard.take(whole, axis))
+
+    def _stored(self, name: str, shape: torch.Size) -> Any:
+        """Return a slice of the file's tensor; raise ValueError if it has another shape."""
         if name not in self.files:
             raise ValueError(f"{self.folder} has no tensor {name}")
-        whole = self._open[self.files[name]].get_slice(name)
-        if list(whole.get_shape()) != list(shape):
+        stored = self._open[self.files[name]].get_slice(name)
+        if list(stored.get_shape()) != list(shape):
             raise ValueError(
-                f"{name} in {self.folder} has the shape {whole.get_shape()}, not {list(shape)}"
+                f"{name} in {self.folder} has the shape {stored.get_shape()}, not {list(shape)}"
             )
-        tensor: Tensor = whole[:] if shard is None else shard.take(whole, axis)
+        return stored
+
+    def _counted(self, tensor: Tensor) -> Tensor:
         self.num_bytes_read += tensor.numel() * tensor.element_size()
         return tensor
+
+
+class RankCheckpoint(Checkpoint):
+    """A component that `flux-ray weights shard` has split: a file with the parts of each rank."""
+
+    def __init__(self, folder: Path, axis: Axis) -> None:
+        super().__init__(folder)
+        self._path = folder / rank_file(axis.rank, axis.size)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Return this rank's file for each tensor, by the tensor's name in the whole checkpoint."""
+        with safe_open(self._path, "pt") as file:
+            return dict.fromkeys(file.keys(), self._path)
+
+    def read(self, name: str, shape: torch.Size, shard: Shard | None, axis: Axis) -> Tensor:
+        """Return the tensor that `Checkpoint.read` cuts out of the whole checkpoint."""
+        local = shape if shard is None else shard.local_shape(shape, axis)
+        return self._counted(self._stored(name, local)[:])
+
+
+def open_component(folder: Path, axis: Axis) -> Checkpoint:
+    """Return the checkpoint of a component, whole or split for the ranks of `axis`.
+
+    Raise ValueError if it is split for another number of ranks.
+    """
+    manifest = read_manifest(folder.parent)
+    if manifest is None:
+        return Checkpoint(folder)
+    if (num_ranks := manifest.num_ranks[folder.name]) != axis.size:
+        raise ValueError(
+            f"{folder} is split for {num_ranks} ranks, and {axis.size} would read it: split it anew"
+            " with `flux-ray weights shard`, for the tier's `parallel` and `text_encoder`"
+        )
+    return RankCheckpoint(folder, axis)

@@ -47,6 +47,7 @@ from flux_ray.request import (
     RequestEvent,
     last_of,
 )
+from flux_ray.weights.start import parts_of_ranks, prepare_weights, too_slow
 from flux_ray.wire import Description, Wire, pack_answer, packed, request_from
 
 
@@ -252,15 +253,24 @@ class Leader:
     ) -> None:
         """Load the ranks and generate a warm-up image; Serve takes the replica for RUNNING then.
 
-        Raise TimeoutError if loading takes longer than `load_timeout_s`.
+        The weights come first, and the ranks only when they are on this node: WeightsUnavailable is
+        raised in seconds, and no rank waits for a download. Raise TimeoutError if all of it takes
+        longer than `load_timeout_s`.
         """
-        ranks = start_ranks(self.rank_class, args)
         watchdog = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         prompts: Prompts = EncodedByRanks()
         if text_encoder is not None:
             prompts = EncodedElsewhere(text_encoder, args.step_timeout_s)
-        async with asyncio.timeout(args.load_timeout_s):
-            loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
+        parts = parts_of_ranks(args)
+        try:
+            async with asyncio.timeout(args.load_timeout_s) as limit:
+                await asyncio.to_thread(prepare_weights, args, parts)
+                ranks = start_ranks(self.rank_class, args)
+                loaded, _ = await asyncio.gather(load_ranks(ranks), prompts.wait_until_loaded())
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(too_slow(args, parts)) from None
         self._meter = ReplicaMetrics(args.tier)
         self._runs = RunningRequests(args.retry_bytes, args.retry_s)
         pids = [] if args.parallel.num_nodes > 1 else [rank.pid for rank in loaded]

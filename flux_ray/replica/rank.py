@@ -28,6 +28,7 @@ from flux_ray.request import (
     RgbImage,
     StageAnswer,
 )
+from flux_ray.weights.start import parts_of_ranks, prepare_weights
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -126,7 +127,11 @@ class RankActor:
         return Endpoint(self._host, self._store.port)
 
     def load(self, endpoint: "Endpoint | None") -> None:
-        """Join the other ranks and load this one's part of the model."""
+        """Join the other ranks and load this one's part of the model.
+
+        The leader has seen to the weights of its own node; a rank on another one does so here.
+        """
+        prepare_weights(self._args, parts_of_ranks(self._args))
         import torch
 
         from flux_ray.engine.api import Placement

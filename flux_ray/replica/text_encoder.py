@@ -22,6 +22,7 @@ from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.process import end_process, free_memory, load_engine, out_of_memory
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import EncodedPrompt
+from flux_ray.weights.start import ENCODER_PARTS, prepare_weights, too_slow
 
 if TYPE_CHECKING:
     from flux_ray.engine.api import PromptEncoder
@@ -101,14 +102,25 @@ class TextEncoder:
     _encoder: "PromptEncoder"
 
     async def __init__(self, args: TierArgs) -> None:  # type: ignore[misc]
-        """Load the model and encode a warm-up prompt; Serve takes the replica for RUNNING then."""
+        """Load the model and encode a warm-up prompt; Serve takes the replica for RUNNING then.
+
+        Raise WeightsUnavailable in seconds, and TimeoutError if it takes longer than
+        `load_timeout_s`.
+        """
         self._args = args
         self._turn = asyncio.Lock()
         self._watchdog = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         self._known: Cache[EncodedPrompt] = Cache(args.cache_bytes, lambda each: each.num_bytes)
         self._thread = ThreadPoolExecutor(max_workers=1)
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._load)
+        try:
+            async with asyncio.timeout(args.load_timeout_s) as limit:
+                await loop.run_in_executor(self._thread, prepare_weights, args, ENCODER_PARTS)
+                await loop.run_in_executor(self._thread, self._load)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError(too_slow(args, ENCODER_PARTS)) from None
         await self.encode_prompt("warm-up")
 
     def _load(self) -> None:

@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.tier import Quantization
-from flux_ray.engine import loading
 from flux_ray.engine.api import Placement
-from flux_ray.engine.loading import WeightSource, fetch, load_config, source_for
+from flux_ray.engine.loading import fetch, load_config
 from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import held_parts
 from flux_ray.tiny import CHECKPOINT
+from flux_ray.weights import download
+from flux_ray.weights.source import CONFIGS, WeightSource, source_for
 
 TINY = tier_for("tiny")
 HUB = "owner/name@0123abc"
@@ -52,8 +54,8 @@ def test_anything_else_is_refused(weights: str) -> None:
 
 
 def test_a_folder_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("network"))
-    assert fetch(source_for("embedded"), loading.CONFIGS) == CHECKPOINT
+    monkeypatch.setattr(download, "snapshot_download", lambda *_, **__: pytest.fail("network"))
+    assert fetch(source_for("embedded"), CONFIGS) == CHECKPOINT
     assert load_config(CHECKPOINT, "model_index.json")["is_distilled"] is True
 
 
@@ -64,17 +66,29 @@ class Hub:
         self.revisions: set[str] = set()
         self.taken: list[str] = []
 
-    def snapshot_download(self, repository: str, *, revision: str, allow_patterns: Any) -> str:
+    def snapshot_download(
+        self,
+        repository: str,
+        *,
+        revision: str,
+        allow_patterns: Any,
+        dry_run: bool = False,
+        **_: object,
+    ) -> str | list[object]:
         assert repository == "owner/name"
+        if dry_run:
+            return []
         self.revisions.add(revision)
         self.taken += filter_repo_objects(FILES, allow_patterns=allow_patterns)
         return str(CHECKPOINT)
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     hub = Hub()
-    monkeypatch.setattr(loading, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(download, "check_reachable", lambda *_: None)
+    monkeypatch.setattr(download, "snapshot_download", hub.snapshot_download)
     return hub
 
 

@@ -1,11 +1,14 @@
 """A leader without Serve: what it makes of calls, and what it says of itself."""
 
+import threading
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from flux_ray.config import TierArgs
 from flux_ray.errors import NotKept, ProtocolMismatch
+from flux_ray.replica import leader as module
 from flux_ray.replica.leader import Leader, RunningRequests
 from flux_ray.request import (
     PROTOCOL,
@@ -16,6 +19,7 @@ from flux_ray.request import (
     Progress,
     StageTimes,
 )
+from flux_ray.weights.source import WeightsUnavailable
 from flux_ray.wire import (
     Description,
     answer_from,
@@ -100,3 +104,28 @@ async def test_what_comes_again_is_not_generated_again(leader: Any, is_followed:
     assert len(leader._loop.generated) == 1
     await said(leader, pack_request(REQUEST), is_followed=is_followed)
     assert len(leader._loop.generated) == 2
+
+
+async def load(args: TierArgs) -> None:
+    """Load a leader as Serve does, which needs no Serve before its ranks start."""
+    await Leader.__init__(Leader.__new__(Leader), args)
+
+
+async def test_without_its_weights_a_leader_starts_no_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "start_ranks", lambda *_: pytest.fail("started"))
+    with pytest.raises(WeightsUnavailable, match=r"^tier flux-2-dev: this machine has no folder"):
+        await load(TierArgs(tier="flux-2-dev", weights="/no/such/folder"))
+
+
+async def test_a_download_counts_as_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = threading.Event()
+    monkeypatch.setattr(module, "prepare_weights", lambda *_: is_over.wait())
+    args = TierArgs(tier="flux-2-dev", weights="owner/name@branch", load_timeout_s=0.05)
+    expected = r"^tier flux-2-dev did not download owner/name@branch within load_timeout_s 0\.05: "
+    try:
+        with pytest.raises(TimeoutError, match=expected):
+            await load(args)
+    finally:
+        is_over.set()

@@ -8,7 +8,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from flux_ray.engine.api import TextModel
-from flux_ray.engine.loading import CONFIGS, WeightSource, fetch, load_config, source_for
+from flux_ray.engine.loading import fetch, load_config
+from flux_ray.weights.source import CONFIGS, WeightSource, source_for
 
 
 @dataclass(frozen=True)

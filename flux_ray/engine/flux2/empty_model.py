@@ -18,8 +18,9 @@ from flux_ray.engine.api import Forward, TextModel
 from flux_ray.engine.flux2 import activations
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS
-from flux_ray.engine.loading import first_layers, load_config, source_for, weights_of
+from flux_ray.engine.loading import first_layers, load_config
 from flux_ray.parallel.load import build_empty
+from flux_ray.weights.source import source_for, weights_of
 
 Shape = dict[str, Any]
 

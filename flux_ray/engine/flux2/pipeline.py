@@ -41,8 +41,6 @@ from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.loading import (
-    IMAGE_PARTS,
-    WeightSource,
     check_transformer,
     fetch,
     load_pipeline,
@@ -52,6 +50,7 @@ from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, RgbImage
 from flux_ray.resizing import mask_image
+from flux_ray.weights.source import IMAGE_PARTS, WeightSource
 
 # The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
 FULL_TIMESTEP = 1000

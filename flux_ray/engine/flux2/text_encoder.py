@@ -9,7 +9,8 @@ from flux_ray.engine.api import Placement, PromptEmbeds
 from flux_ray.engine.flux2.checkpoint import CheckpointKind, open_checkpoint
 from flux_ray.engine.flux2.dev import DEV
 from flux_ray.engine.flux2.klein import KLEIN
-from flux_ray.engine.loading import PROMPT_PARTS, WeightSource, fetch, load_text_model
+from flux_ray.engine.loading import fetch, load_text_model
+from flux_ray.weights.source import PROMPT_PARTS, WeightSource
 
 KINDS = {"flux2-klein": KLEIN, "flux2-dev": DEV}
 
