@@ -8,12 +8,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from flux_ray.tracing import REQUEST, StageSpans, request_span, span, traceparent
+from tests.spans import by_name
 
 CLIENTS = f"00-{7:032x}-{8:016x}-01"
-
-
-def by_name(spans: InMemorySpanExporter) -> dict[str, ReadableSpan]:
-    return {each.name: each for each in spans.get_finished_spans()}
 
 
 def times_of(span: ReadableSpan, zero_ns: int) -> tuple[float, float]:
