@@ -2,6 +2,11 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= serve/laptop.yaml
+# `HOST=0.0.0.0 make serve` listens to all addresses, as a container has to; PORT and PUBLIC_URL take
+# the place of what the file says, too.
+HOST ?=
+PORT ?=
+PUBLIC_URL ?=
 NAME ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,7 +46,8 @@ serve: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp
-	$(BIN)/serve run $(CONFIG)
+	@$(BIN)/flux-ray serve $(CONFIG) $(addprefix --host ,$(HOST)) $(addprefix --port ,$(PORT)) \
+	  $(addprefix --public-url ,$(PUBLIC_URL))
 
 # In two processes, but for what starts a Ray: that takes both processors by itself.
 IN_TWO := -n 2 --dist loadgroup --ignore tests/cluster

@@ -16,9 +16,17 @@ from ray._private.worker import global_worker
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from flux_ray.config import PROXY_CALLBACK, READ_WITH_H11, GatewayArgs, TierArgs, reads_with_h11
+from flux_ray.config import (
+    PROXY_CALLBACK,
+    READ_WITH_H11,
+    GatewayArgs,
+    TierArgs,
+    check_addresses,
+    reads_with_h11,
+)
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.routes import job_service_for
+from flux_ray.gateway.request_log import watch_requests
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank_group import resources_for
@@ -51,6 +59,7 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
+        watch_requests()
         if not reads_with_h11():
             logger.warning(
                 "requests that offer HTTP/2, like a JDK's, lose their bodies: start Ray with %s=%s",
@@ -117,6 +126,7 @@ def is_stopping() -> bool:
 
 def build_gateway(args: GatewayArgs) -> Application:
     """Return the gateway's application; ValueError names a key that asks the impossible."""
+    check_addresses(args)
     check_possible(args)
     deployment = serve.deployment(
         name="gateway",

@@ -30,6 +30,7 @@ NOUNS = {
     "private_files",
     "request",
     "resizing",
+    "tracing",
     "wire",
 }
 # Of our own rooms: whom each may import besides itself. The nouns see each other only.

@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.cli.client import BUILDERS
-from flux_ray.config.gateway import GatewayArgs
+from flux_ray.config.gateway import GatewayArgs, check_addresses
 from flux_ray.config.tier import Args, TierArgs
 from flux_ray.planner.plan import make_plan
 from flux_ray.router.pricing.config_check import drain_timeout_s
@@ -135,14 +135,40 @@ def test_the_operators_tiers_are_off_until_there_are_weights() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_what_is_commented_out_of_a_gateways_args_is_valid(path: Path) -> None:
-    """Where everybody may come, the file says how to ask for keys, and how to have jobs."""
+    """Where everybody may come, the file says how to ask for keys."""
     text = path.read_text()
-    named = ("keys_file", "public_url", "jobs")
-    whole = re.sub(rf"^      # (?=({'|'.join(named)}): )", "      ", text, flags=re.M)
+    whole = re.sub(r"^      # (?=keys_file: )", "      ", text, flags=re.M)
     _, args = applications_in(whole)["gateway"]
     assert isinstance(args, GatewayArgs)
     assert args.public_url and args.jobs is not None
     assert args.keys_file is not None or "host: 127.0.0.1" in text
+
+
+# An address of the file that the operator has to change.
+STANDS_FOR = re.compile(r"flux\.invalid|postgres\.invalid|flux-results\.invalid")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_no_file_is_deployed_with_an_address_that_only_stands_for_one(path: Path) -> None:
+    """The laptop's address is right for everybody: only its own machine reaches it."""
+    text = path.read_text()
+    if path.name == "laptop.yaml":
+        assert not STANDS_FOR.search(text)
+        check(text)
+        return
+    assert "public_url: https://flux.invalid" in text
+    # Each is named until it is changed.
+    while STANDS_FOR.search(text):
+        with pytest.raises(ValueError, match="only stands for an address"):
+            check(text)
+        text = STANDS_FOR.sub("ours.example.com", text, count=1)
+    check(text)
+
+
+def check(text: str) -> None:
+    _, args = applications_in(text)["gateway"]
+    assert isinstance(args, GatewayArgs)
+    check_addresses(args)
 
 
 @pytest.mark.parametrize("name", ["fleet.yaml", "node-8gpu.yaml"])

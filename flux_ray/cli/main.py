@@ -15,6 +15,7 @@ from flux_ray import __version__
 from flux_ray.auth import Key, change_keys, new_key, read_keys, with_key, without_key
 from flux_ray.cli.client import call, fail, table_console
 from flux_ray.cli.plan import plan
+from flux_ray.cli.serve import serve
 from flux_ray.cli.simulate import simulate
 from flux_ray.cli.weights import weights
 
@@ -113,6 +114,7 @@ def state_of(key: Key, now: datetime) -> str:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 app.command()(plan)
+app.command()(serve)
 app.command()(simulate)
 app.add_typer(keys, name="keys")
 app.add_typer(weights, name="weights")

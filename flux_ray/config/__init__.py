@@ -1,9 +1,19 @@
 """Typed configuration: the `args` of a Serve config file for tiers, the gateway, and jobs."""
 
-from flux_ray.config.gateway import Alias, Fetching, GatewayArgs, JobArgs, Limits, Uploads, Webhooks
+from flux_ray.config.gateway import (
+    Alias,
+    Fetching,
+    GatewayArgs,
+    JobArgs,
+    Limits,
+    Uploads,
+    Webhooks,
+    check_addresses,
+)
 from flux_ray.config.tier import (
     COLD_START_S,
     PROXY_CALLBACK,
+    RAY_SETTINGS,
     READ_WITH_H11,
     Args,
     Autoscaling,
@@ -11,14 +21,17 @@ from flux_ray.config.tier import (
     Parallel,
     Quantization,
     TierArgs,
+    environment_for_ray,
     keep_collectives_local,
     reads_with_h11,
+    tracing_ratio,
     use_gpu,
 )
 
 __all__ = [
     "COLD_START_S",
     "PROXY_CALLBACK",
+    "RAY_SETTINGS",
     "READ_WITH_H11",
     "Alias",
     "Args",
@@ -33,7 +46,10 @@ __all__ = [
     "TierArgs",
     "Uploads",
     "Webhooks",
+    "check_addresses",
+    "environment_for_ray",
     "keep_collectives_local",
     "reads_with_h11",
+    "tracing_ratio",
     "use_gpu",
 ]

@@ -8,6 +8,7 @@ import re
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -345,6 +346,21 @@ class GatewayArgs(Args):
         inner = (self._tiers_of(each, (*path, name)) for each in self.aliases[name].tiers)
         # Each tier once, at its best place.
         return tuple(dict.fromkeys(tier for tiers in inner for tier in tiers))
+
+
+# A name that can never be anybody's (RFC 6761): config files have it where only the operator knows
+# the real one.
+STANDS_FOR = ".invalid"
+
+
+def check_addresses(args: GatewayArgs) -> None:
+    """Raise ValueError, naming the key, if an address is still the one that the file came with."""
+    named = {"public_url": args.public_url}
+    if args.jobs is not None:
+        named |= {"jobs.database": args.jobs.database, "jobs.results": args.jobs.results}
+    for key, address in named.items():
+        if address is not None and (urlsplit(address).hostname or "").endswith(STANDS_FOR):
+            raise ValueError(f"{key}: {address} only stands for an address of yours: set it")
 
 
 def is_path(name: str) -> bool:

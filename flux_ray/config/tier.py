@@ -40,6 +40,34 @@ def reads_with_h11() -> bool:
     return os.environ.get(PROXY_CALLBACK) == READ_WITH_H11
 
 
+# What Ray has to be told where it starts, for Serve to do what flux-ray promises. The Makefile says
+# the same, with the reasons.
+RAY_SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "268435456",
+    "FORWARDED_ALLOW_IPS": "",
+    PROXY_CALLBACK: READ_WITH_H11,
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def environment_for_ray() -> dict[str, str]:
+    """Return this process's environment, with the settings that it lacks, to start Ray in."""
+    return {**RAY_SETTINGS, **os.environ}
+
+
+def tracing_ratio() -> float:
+    """Return the share of requests to trace, from 0 to 1, which Serve reads from there too."""
+    return float(os.environ.get("RAY_SERVE_TRACING_SAMPLING_RATIO", "0.01"))
+
+
 class Args(BaseModel):
     """The base of all configuration models: unknown keys are errors, and values are immutable."""
 

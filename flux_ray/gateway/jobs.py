@@ -37,6 +37,7 @@ from flux_ray.request import (
 )
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router
+from flux_ray.tracing import TRACEPARENT, traceparent
 
 # The pixels, and beside them first the file that they are decoded from, then the message in which
 # they are sent.
@@ -135,6 +136,8 @@ class JobGenerator:
         allowance = replace(allowance_of(key_class), max_concurrent=None, requests_per_minute=None)
         return Caller(
             key=job.owner,
+            key_class=job.memo.get(KEY_CLASS, ""),
+            traceparent=job.memo.get(TRACEPARENT, ""),
             weight=key_class.weight,
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
@@ -183,6 +186,8 @@ class JobSubmitter:
         key = key_of(http)
         if key is not None and key.key_class is not None:
             memo = memo | {KEY_CLASS: key.key_class}
+        if traced_by := traceparent():
+            memo = memo | {TRACEPARENT: traced_by}
         # Waiting jobs count as concurrent, too. The store has the last word, as it counts exactly;
         # asking first avoids charging a job to the day that will then be refused.
         max_active = prepared.caller.allowance.max_concurrent

@@ -15,6 +15,7 @@ from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.errors import answer_for, path_of
 from flux_ray.gateway.probes import PROBES
+from flux_ray.gateway.request_log import note_key
 from flux_ray.gateway.results import PREFIX
 
 # The answer's headers that a page's script may read; browsers hide all others.
@@ -83,7 +84,9 @@ class ApiKeyMiddleware:
             # Answered, not raised: the error handlers are further inside.
             await answer_for(Request(scope), InvalidKey(REFUSAL))(scope, receive, send)
             return
-        scope.setdefault("state", {})["key"] = key
+        state = scope.setdefault("state", {})
+        state["key"] = key
+        note_key(state.get("request_id", ""), key.name)
         await self.app(scope, receive, send)
 
 

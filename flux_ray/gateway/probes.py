@@ -5,6 +5,13 @@ import logging
 # Probes are answered however many requests this gateway holds.
 HEALTH, READY = "/health", "/readyz"
 PROBES = frozenset({HEALTH, READY})
+# Below this prefix are Serve's own routes, whose callers want Serve's own answers.
+SERVES_OWN = "/-/"
+
+
+def is_probe(path: str) -> bool:
+    """Return whether a request for that path is a probe, of this gateway or of Serve itself."""
+    return path.startswith(SERVES_OWN) or path.endswith((HEALTH, READY))
 
 
 def readiness_news(was_ready: bool | None, reason: str | None) -> tuple[int, str] | None:

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from flux_ray.gateway.proxy_middleware import BegunBodies, LastReady, ProxyAnswers
+from flux_ray.gateway.proxy_middleware import BegunBodies, LastReady, ProxyAnswers, ProxyTraces
+from flux_ray.gateway.request_log import watch_requests
 
 # Seconds for a complete request head, from the connection or from the head's first byte. Slow
 # networks need one of them.
@@ -43,11 +44,12 @@ def read_with_h11() -> list[Middleware]:
     of every request of a JDK's HttpClient, which offers HTTP/2. It also buffers headers without
     limit before any key is checked; h11 stops at 16 kB.
     """
+    watch_requests()
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{ImpatientProtocol.__name__}"
     # The last is the outermost. PlainHeaders' refusals are plain text: further inside, ProxyAnswers
     # would report them as a gateway that died.
-    inside = [Middleware(LastReady), Middleware(BegunBodies)]
-    return [*inside, Middleware(ProxyAnswers), Middleware(PlainHeaders)]
+    inside = [Middleware(LastReady), Middleware(BegunBodies), Middleware(ProxyAnswers)]
+    return [*inside, Middleware(ProxyTraces), Middleware(PlainHeaders)]
 
 
 class ImpatientProtocol(H11Protocol):

@@ -1,5 +1,6 @@
-"""Middleware of Serve's proxies: errors of their own, bodies that do not come, and `/readyz`.
+"""Middleware of Serve's proxies: traces, errors of their own, bodies that do not come, `/readyz`.
 
+- `ProxyTraces` begins the trace of a request.
 - `ProxyAnswers` words the proxy's own errors in the route's dialect, most often because a gateway
   died. Serve answers plain text, which tells no client whether to retry.
 - `BegunBodies` passes a request on only once its body has begun to come. A request costs a proxy
@@ -24,13 +25,45 @@ from flux_ray.errors import DeadlinePassed, FluxError, GatewayFailed, RateLimite
 from flux_ray.gateway.errors import ErrorEvent, answer_in, dialect_at, failure_of
 from flux_ray.gateway.http import HEADER, MEDIA_TYPE, event_text, request_id_for
 from flux_ray.gateway.intake import BODY, address_of, may_have_body
-from flux_ray.gateway.probes import READY
+from flux_ray.gateway.probes import READY, SERVES_OWN, is_probe
+from flux_ray.tracing import TRACEPARENT, UNSAMPLED, request_span
 
-# Below this prefix are Serve's own routes, whose callers want Serve's own answers.
-SERVES_OWN = "/-/"
 # Serve's status if no application has the path: the gateway is not deployed.
 NOT_FOUND = 404
 TIMED_OUT = 408
+# Characters of a path in a trace.
+MAX_PATH = 200
+
+
+class ProxyTraces:
+    """Middleware that begins the trace of a request, or takes it up from the client's header.
+
+    Probes are in no trace.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        if is_probe(scope["path"]):
+            headers[TRACEPARENT] = UNSAMPLED
+            await self.app(scope, receive, send)
+            return
+        # Not the query: the signature of a result is in it.
+        about = {"http.request.method": scope["method"], "url.path": scope["path"][:MAX_PATH]}
+        with request_span(headers, about) as (span, passed_on):
+
+            async def send_and_note(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                await send(message)
+
+            headers.update(passed_on)
+            await self.app(scope, receive, send_and_note)
 
 
 class ProxyAnswers:

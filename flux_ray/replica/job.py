@@ -29,6 +29,7 @@ from flux_ray.request import (
     RgbImage,
     StageTimes,
 )
+from flux_ray.tracing import StageSpans
 
 # One thread keeps up with any GPU; the second is for files that take long, such as a large webp.
 NUM_THREADS = 2
@@ -87,9 +88,14 @@ class ReplicaJob:
     # A None ends the events: the result is there, or the client has left.
     events: asyncio.Queue[RequestEvent | None] = field(default_factory=asyncio.Queue)
     queued_at: float = field(default_factory=time.perf_counter)
+    spans: StageSpans = field(init=False)
     began_at: float = 0.0
     encoded: EncodedPrompt | None = None
     is_on_ranks: bool = False
+
+    def __post_init__(self) -> None:
+        # Made here, where the client's span is the current one.
+        self.spans = StageSpans(self.queued_at)
 
     @property
     def has_left(self) -> bool:
@@ -160,6 +166,7 @@ class JobOutput:
             self._num_done += 1
         elif isinstance(value, DenoisedImage) and not self._job.has_left:
             file = await self._files.start(value, self._job.request.encoding)
+            file.add_done_callback(self._trace)
             if stage == "preview":
                 self.previews.append(file)
                 file.add_done_callback(lambda _: self._tell_previews())
@@ -200,6 +207,11 @@ class JobOutput:
                 return
             self._job.tell(Finished(request.tier, file.result()[0], self._num_finished))
             self._num_finished += 1
+
+    def _trace(self, file: "asyncio.Future[Made]") -> None:
+        if not file.cancelled() and file.exception() is None:
+            now = time.perf_counter()
+            self._job.spans.add("file", now - file.result()[1], now)
 
     def _give_up(self) -> None:
         """Cancel the files that no thread has begun: nobody waits for them."""

@@ -28,7 +28,7 @@ from flux_ray.replica.process import KernelKills
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
 from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoded, StageAnswer
+from flux_ray.request import Encoded, ImageRequest, StageAnswer
 
 logger = logging.getLogger("ray.serve")
 
@@ -199,6 +199,8 @@ class RankGroup:
         self._kernel_kills = KernelKills()
         loop = asyncio.get_running_loop()
         self._turn = asyncio.Lock()
+        # Of the job that the ranks began last, for the log.
+        self._request_id = "none"
         self._broken: asyncio.Future[ReplicaFailed] = loop.create_future()
         self._ended = asyncio.Event()
         self._watcher = loop.create_task(self._watch())
@@ -219,6 +221,8 @@ class RankGroup:
             # and could be sent to this replica.
             await self._ended.wait()
             raise ReplicaFailed(self._broken.result().message)
+        if payload and isinstance(payload[0], ImageRequest):
+            self._request_id = payload[0].request_id
         frame = encode_frame((job, stages, *payload))
         calls = [rank.call(frame) for rank in self._ranks]
         # asyncio's lock is fair: calls take turns in the order in which they were sent.
@@ -341,7 +345,8 @@ class RankGroup:
             failed = kind(reason if error is None else f"{reason}: {error}")
             failed.__cause__ = error
             self._broken.set_result(failed)
-            logger.error("The replica ends: %s", failed, exc_info=error)
+            last = self._request_id
+            logger.error("The replica ends: %s; last request: %s", failed, last, exc_info=error)
             if after_s:
                 asyncio.get_running_loop().call_later(after_s, self._finish)
             else:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import contextvars
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -25,6 +26,9 @@ from flux_ray.request import (
     RanksDone,
     StageAnswer,
 )
+from flux_ray.tracing import REPLICA_QUEUE
+
+logger = logging.getLogger("ray.serve")
 
 # Seconds of work in one call. People take 0.1 s for "at once": a preview may come so late, and the
 # ranks may work so long for a client that has left. With much shorter calls nobody would see a
@@ -156,9 +160,14 @@ class StepLoop:
             try:
                 job.encoded = await self._prompts.encode_prompt(job.request.prompt)
             except FluxError as error:
+                logger.warning("request %s has no prompt: %s", job.request.request_id, error)
                 job.finish(error)
                 continue
-            self._observe("prompt", time.perf_counter() - job.began_at)
+            encoded_at = time.perf_counter()
+            self._observe("prompt", encoded_at - job.began_at)
+            if job.encoded is not None:
+                job.spans.wait(REPLICA_QUEUE, job.began_at)
+                job.spans.wait("prompt", encoded_at)
             await self._ready.put(job)
 
     async def _generate_jobs(self) -> None:
@@ -171,6 +180,8 @@ class StepLoop:
             try:
                 await self._generate(job, free_at)
             except FluxError as error:
+                job.spans.close()
+                logger.warning("request %s failed: %s", job.request.request_id, error)
                 job.finish(error)
             if dropping is not None:
                 await dropping
@@ -192,16 +203,20 @@ class StepLoop:
         Stop early if the client leaves. `free_at`: when the ranks became free; only the encoding of
         the prompt after that counts as their time.
         """
+        job.spans.wait(REPLICA_QUEUE, time.perf_counter())
         times = StageTimer(self._observe)
         began_at = max(free_at, job.began_at)
         times.wait(time.perf_counter() - began_at)
         gathered = JobOutput(job, self._files)
         encoded, job.encoded = job.encoded, None
         async for answers in self._answers(job, encoded):
+            took = [(stage, answer.seconds) for stage, answer in answers]
+            job.spans.answer(took, time.perf_counter())
             for stage, answer in answers:
                 times.add(stage, answer.seconds)
                 await gathered.take(stage, answer.value)
             gathered.tell_progress()
+        job.spans.close()
         if job.has_left:
             return
         job.tell(RanksDone())

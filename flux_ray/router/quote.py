@@ -7,13 +7,17 @@ of it what the ledger is told. `Caller` says until when it is wanted, with what 
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from opentelemetry.trace import Span
 
 from flux_ray.request import ImageRequest, OnEvent, Progress, RanksDone, RequestEvent
 from flux_ray.router.ledger.messages import Retry, SubmitRequest
 from flux_ray.router.pricing import Cost, CostModel
 from flux_ray.router.quotas import UNLIMITED, QuotaLimits, Use
+from flux_ray.tracing import GENERATE, Attribute, span
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,13 @@ class Caller:
     `allowance`: the limits of the key over all gateways. `is_job`: no client waits for it.
     `retry`: the name under which the request is found when it is sent again, if it has one.
     `on_event`: called with the events of the request; if a second replica starts over, so do they.
+    `key_class`: the name of the key's class, and `traceparent`: the span of the request that
+    submitted a job; both are for traces, and empty where there is none.
     """
 
     key: str = ""
+    key_class: str = ""
+    traceparent: str = ""
     weight: float = 1.0
     deadline_s: float | None = None
     may_spill: bool = False
@@ -95,6 +103,23 @@ def submission_for(
         retry=caller.retry,
         seed=request.seed,
     )
+
+
+def traced(quote: Quote, caller: Caller) -> AbstractContextManager[Span]:
+    """Return a span of a request: it says what that costs and for whom, never what it asks for."""
+    request = quote.request
+    attributes: dict[str, Attribute] = {
+        "flux.tier": request.tier,
+        "flux.request_id": request.request_id,
+        "flux.key": caller.key,
+        "flux.key_class": caller.key_class,
+        "flux.num_steps": request.num_steps,
+        "flux.num_images": request.num_images,
+        "flux.num_references": len(request.references),
+        "flux.megapixels": request.megapixels,
+        "flux.priced_gpu_s": quote.gpu_seconds,
+    }
+    return span(GENERATE, attributes, caller.traceparent)
 
 
 def work_of(request: ImageRequest) -> str:

@@ -33,7 +33,15 @@ from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reser
 from flux_ray.router.pricing import CostModel, Observation, affinity_of
 from flux_ray.router.queue import Forecast
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
-from flux_ray.router.quote import ANYONE, Caller, Quote, followed, quote_for, submission_for
+from flux_ray.router.quote import (
+    ANYONE,
+    Caller,
+    Quote,
+    followed,
+    quote_for,
+    submission_for,
+    traced,
+)
 from flux_ray.router.tier_choice import TierCandidate, in_order
 
 logger = logging.getLogger("ray.serve")
@@ -302,13 +310,15 @@ class Router:
     async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
-        async with within(timeout_s, late), self._reserved(quote, caller) as reservation:
-            result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
-            replica_s = result.times.replica_s
-            gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
-            reservation.finish(gpu_seconds)
-            self.metrics.spend(quote.tier, gpu_seconds)
-            return result
+        with traced(quote, caller) as span:
+            async with within(timeout_s, late), self._reserved(quote, caller) as reservation:
+                result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
+                replica_s = result.times.replica_s
+                gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
+                reservation.finish(gpu_seconds)
+                self.metrics.spend(quote.tier, gpu_seconds)
+                span.set_attribute("flux.gpu_s", gpu_seconds)
+                return result
 
     def _reserved(self, quote: Quote, caller: Caller) -> AbstractAsyncContextManager[Reservation]:
         if self.quotas is None:

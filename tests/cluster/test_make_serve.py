@@ -1,6 +1,7 @@
 """What `make serve` sets for Serve, on a Serve of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,40 @@ import pytest
 
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.gateway import Limits
-from flux_ray.config.tier import PROXY_CALLBACK, READ_WITH_H11
+from flux_ray.config.tier import PROXY_CALLBACK, RAY_SETTINGS, READ_WITH_H11
 from tests.cluster.conftest import PATIENCE_S, ROOT
 
 LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
 OFFERED_UPGRADE = Path(__file__).with_name("offered_upgrade.py")
+
+
+def words_of_serve(folder: Path, *said: str) -> list[str]:
+    """Return the arguments that `make serve` gives its command."""
+    command = folder / "flux-ray"
+    command.write_text('#!/bin/sh\necho "$@"\n')
+    command.chmod(0o755)
+    make = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={folder}", *said]
+    env = {name: value for name, value in os.environ.items() if name not in SAID}
+    done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, check=True, text=True)
+    return done.stdout.split()
+
+
+SAID = ("CONFIG", "HOST", "PORT", "PUBLIC_URL")
+
+
+def test_what_is_said_to_make_is_said_to_the_command(tmp_path: Path) -> None:
+    assert words_of_serve(tmp_path) == ["serve", "serve/laptop.yaml"]
+    said = ("CONFIG=a.yaml", "HOST=0.0.0.0", "PORT=80", "PUBLIC_URL=http://gpu:80")
+    options = ["--host", "0.0.0.0", "--port", "80", "--public-url", "http://gpu:80"]
+    assert words_of_serve(tmp_path, *said) == ["serve", "a.yaml", *options]
+
+
+def test_the_command_has_the_same_settings_as_make() -> None:
+    """`flux-ray serve` is also called where there is no make, as in a container."""
+    makefile = (ROOT / "Makefile").read_text()
+    settings = dict(re.findall(r"^serve: export (\w+) \?= ?(.*)$", makefile, re.M))
+    (auth_mode,) = re.findall(r"^RAY_AUTH_MODE \?= (\w+)$", makefile, re.M)
+    assert settings | {"RAY_AUTH_MODE": auth_mode} == RAY_SETTINGS
 
 
 @pytest.fixture
@@ -22,8 +52,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def environment_of_serve(folder: Path) -> dict[str, str]:
-    """Return the environment that `make serve` gives `serve run`, by a script in its place."""
-    serve = folder / "serve"
+    """Return the environment that `make serve` gives its command, by a script in its place."""
+    serve = folder / "flux-ray"
     serve.write_text("#!/bin/sh\nexec env -0\n")
     serve.chmod(0o755)
     command = ["make", "--silent", "-o", ".venv/serve.stamp", "serve", f"BIN={folder}"]

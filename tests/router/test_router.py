@@ -25,7 +25,9 @@ from flux_ray.router.pricing.cost_model import CostModel
 from flux_ray.router.quotas import LimitStatus, QuotaLimits, Use
 from flux_ray.router.quote import Caller
 from flux_ray.router.router import Router, Terms
+from flux_ray.tracing import request_span, traceparent
 from tests.conftest import news_of
+from tests.spans import by_name, kept_spans
 
 REQUEST = ImageRequest("id", "tiny", "a ring", 128, 128, 4, 1.0, seed=7)
 
@@ -365,3 +367,23 @@ async def test_nobody_waits_for_it_longer_than_for_another(router, handles, monk
     place = Place("t", "tiny", "replica 1", "a ring", 7)
     with pytest.raises(DeadlinePassed):
         await router.recall((place,), [REQUEST], Caller(retry=RETRY))
+
+
+async def test_a_trace_says_what_a_request_costs_and_not_what_it_asks_for(router):
+    caller = Caller(key="alice", key_class="paying")
+    with kept_spans() as spans, request_span({}, {}):
+        await router.generate(replace(REQUEST, prompt="a secret ring"), caller)
+    generate = by_name(spans)["generate"]
+    assert generate.attributes["flux.gpu_s"] > 0 and generate.attributes["flux.priced_gpu_s"] > 0
+    said = {"flux.tier": "tiny", "flux.key": "alice", "flux.key_class": "paying"}
+    assert said.items() <= generate.attributes.items()
+    assert "secret" not in generate.to_json()
+
+
+async def test_a_job_is_in_the_trace_of_what_submitted_it(router):
+    with kept_spans() as spans:
+        with request_span({}, {}):
+            submitted = traceparent()
+        await router.generate(REQUEST, Caller(is_job=True, traceparent=submitted))
+    made = by_name(spans)
+    assert made["generate"].parent.span_id == made["request"].context.span_id

@@ -21,6 +21,7 @@ from flux_ray.router.ledger.pending import PendingRequests
 from flux_ray.router.ledger.quota_client import PendingQuota
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost, LedgerService
 from flux_ray.router.queue import Forecast, Rejection
+from flux_ray.tracing import LEDGER_WAIT, span
 
 logger = logging.getLogger("ray.serve")
 
@@ -98,18 +99,24 @@ class LedgerClient:
         self._requests.ask(submission, time.monotonic(), decide, on_event, quota)
         self._waiting[submission.ticket_id] = submission.tier, assigned
         self._news.set()
-        late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
         try:
-            # A ledger that hangs must not keep the client for longer than that.
-            async with within(submission.deadline_in_s, late):
-                replica = await assigned
-            await self._reach(submission.tier, replica)
-            return replica
+            return await self._replica_for(submission, assigned)
         except BaseException:
             self.end(submission.ticket_id)
             raise
         finally:
             self._waiting.pop(submission.ticket_id, None)
+
+    async def _replica_for(self, submission: SubmitRequest, assigned: "asyncio.Future[str]") -> str:
+        """Wait for the replica, and until it can be reached; Overloaded after the deadline."""
+        late = Overloaded("its deadline came before its turn", None, LEDGER_BACK_S)
+        with span(LEDGER_WAIT) as waiting:
+            # A ledger that hangs must not keep the client for longer than that.
+            async with within(submission.deadline_in_s, late):
+                replica = await assigned
+            await self._reach(submission.tier, replica)
+            waiting.set_attribute("flux.replica", replica)
+        return replica
 
     def lose(self, tier: str) -> None:
         """Fail all requests that wait for a replica of a tier that has ended."""

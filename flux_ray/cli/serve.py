@@ -1,0 +1,303 @@
+"""`flux-ray serve`: run a Serve config file on this machine, say when it is ready, and end it all.
+
+`serve run` does the work, as a child process: it says nothing when the server is ready, and takes
+SIGTERM for a crash. `make serve` calls this command.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess  # nosec B404
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from flux_ray.cli.client import BUILDERS, applications_in, args_of, fail
+from flux_ray.config import GatewayArgs, check_addresses, environment_for_ray
+
+ALL_ADDRESSES = ("0.0.0.0", "::", "")  # nosec B104
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Serve's own defaults.
+HOST, PORT = "127.0.0.1", 8000
+LOOK_S = 0.5
+# A proxy holds probes until there is a gateway; one that is given up is a line in the log.
+PROBE_S = 30.0
+# A start that takes longer than this says why, again and again.
+PATIENCE_S = 30.0
+# Ray's processes end a moment after the one that started them.
+LEFT_S = 15.0
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+DASHBOARD = re.compile(r"dashboard at (http://\S+)")
+
+
+class ServeRun:
+    """A `serve run` in a session of its own, so that Ctrl-C reaches it only through this process.
+
+    Its output is passed on until it is told to stop; what Ray says while it is being ended would
+    look like a crash.
+    """
+
+    def __init__(self, config: Path) -> None:
+        command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
+        self.process = subprocess.Popen(  # nosec B603
+            command,
+            env=environment_for_ray() | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self.dashboard: str | None = None
+        self._num_stops = 0
+        assert self.process.stdout is not None
+        # A daemon: what Ray left behind may hold the pipe open.
+        self._reader = threading.Thread(target=self._pass_on, args=[self.process.stdout])
+        self._reader.daemon = True
+        self._reader.start()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Return whether it was told to stop."""
+        return self._num_stops > 0
+
+    def stop(self, *about: object) -> None:
+        """End it as Ctrl-C does; kill it the second time. A handler of signals."""
+        self._num_stops += 1
+        if self._num_stops == 1:
+            say("stopping: requests that are running may end; once more ends them too")
+            self.process.send_signal(signal.SIGINT)
+        else:
+            self.kill()
+
+    def kill(self) -> None:
+        """Kill what is left of it, and of the Ray that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait until it has ended, Ray's processes included; return its exit status."""
+        status = self.process.wait()
+        end_s = time.monotonic() + LEFT_S
+        while time.monotonic() < end_s and is_group(self.process.pid):
+            time.sleep(0.1)
+        self.kill()
+        self._reader.join(1.0)
+        return status
+
+    def _pass_on(self, lines: IO[str]) -> None:
+        is_terminal = sys.stdout.isatty()
+        for line in lines:
+            plain = ANSI.sub("", line)
+            if found := DASHBOARD.search(plain):
+                self.dashboard = found[1]
+            if not self.is_stopping:
+                say((line if is_terminal else plain).rstrip("\n"))
+
+
+def is_group(group: int) -> bool:
+    """Return whether a process of that group runs; zombies, whom nobody waits for, do not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # It may have ended meanwhile.
+        with suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
+def say(line: str) -> None:
+    """Print a line at once, whole: two threads do."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def warn(line: str) -> None:
+    """Print a warning, in colour on a terminal only."""
+    Console(stderr=True).print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
+
+
+def gateway_args(path: Path, applications: list[dict[str, Any]]) -> list[GatewayArgs]:
+    """Return the args of all gateways; end the command if an application of ours has wrong ones."""
+    ours = [args_of(each) for each in applications if each.get("import_path") in BUILDERS]
+    gateways = [args for args in ours if isinstance(args, GatewayArgs)]
+    for args in gateways:
+        try:
+            check_addresses(args)
+        except ValueError as error:
+            fail(f"{path}: args.{error}; or say PUBLIC_URL=http://... make serve")
+    return gateways
+
+
+def exposure(path: Path, host: str, gateways: list[GatewayArgs]) -> str | None:
+    """Return a warning for a server that asks for no keys and listens to everybody, else None."""
+    if host not in ALL_ADDRESSES or all(args.keys_file is not None for args in gateways):
+        return None
+    return (
+        f"{path}: http_options.host {host} lets everybody in who reaches this machine: name a"
+        " keys_file in the gateway's args, or keep the port behind a firewall"
+    )
+
+
+def changed(
+    config: dict[str, Any], host: str | None, port: int | None, public_url: str | None
+) -> dict[str, Any]:
+    """Return the config with what the command line says instead."""
+    said = {"host": host, "port": port}
+    options = {name: value for name, value in said.items() if value is not None}
+    config = {**config, "http_options": {**(config.get("http_options") or {}), **options}}
+    if public_url is not None:
+        gateway = "flux_ray.app:build_gateway"
+        config["applications"] = [
+            {**each, "args": {**each.get("args", {}), "public_url": public_url}}
+            if each.get("import_path") == gateway
+            else each
+            for each in config["applications"]
+        ]
+    return config
+
+
+@contextmanager
+def file_of(path: Path, config: dict[str, Any], is_changed: bool) -> Iterator[Path]:
+    """Yield the config's own file, or a temporary one with what was changed."""
+    if not is_changed:
+        yield path
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{path.name}") as file:
+        yaml.safe_dump(config, file)
+        file.flush()
+        yield Path(file.name)
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL at which this machine reaches a server that listens there."""
+    reached = HOST if host in ALL_ADDRESSES else host
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def check_port(host: str, port: int) -> None:
+    """End the command if something listens there: its answers would be taken for ours."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex((HOST if host in ALL_ADDRESSES else host, port)) == 0:
+            fail(f"something listens at port {port} already: stop it, or say PORT={port + 1}")
+
+
+def start(config: Path) -> ServeRun:
+    """Start it, and have the signals that end this process end it instead."""
+    early: list[int] = []
+    # Before it starts: a signal that this process ignores, as a shell's background jobs ignore
+    # Ctrl-C, would be ignored by the child for good.
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: early.append(number))
+    run = ServeRun(config)
+    for number in SIGNALS:
+        signal.signal(number, run.stop)
+    if early:
+        run.stop()
+    return run
+
+
+def watch(run: ServeRun, url: str) -> bool:
+    """Wait until `/readyz` answers 200, and return True; False if it was stopped or has ended."""
+    began_s = told_s = time.monotonic()
+    # No proxy between this process and a server on the same machine.
+    with httpx.Client(trust_env=False, timeout=PROBE_S) as client:
+        while run.process.poll() is None and not run.is_stopping:
+            reason = reason_of(client, url)
+            if reason is None:
+                return True
+            now_s = time.monotonic()
+            if now_s - told_s > PATIENCE_S:
+                told_s = now_s
+                say(f"still starting after {now_s - began_s:.0f} s: {reason}")
+            time.sleep(LOOK_S)
+    return False
+
+
+def reason_of(client: httpx.Client, url: str) -> str | None:
+    """Return why the server is not ready, or None if it is."""
+    try:
+        answer = client.get(f"{url}/readyz")
+        if answer.status_code == 200:
+            return None
+        return str(answer.json()["error"]["message"])
+    except httpx.TransportError:
+        return f"nothing answers at {url} yet"
+    except (ValueError, KeyError, TypeError):
+        return f"{url}/readyz answers {answer.status_code}"
+
+
+def has_page(url: str) -> bool:
+    """Return whether the gateway has a page for browsers."""
+    with suppress(httpx.TransportError), httpx.Client(trust_env=False, timeout=5.0) as client:
+        answer = client.get(url)
+        return answer.status_code == 200 and "html" in answer.headers.get("content-type", "")
+    return False
+
+
+def ready_lines(url: str, host: str, dashboard: str | None, with_page: bool) -> list[str]:
+    """Return what to print once the server is ready: where it is, and how to stop it."""
+    lines = [f"ready: {url}"]
+    if with_page:
+        lines.append(f"  page       {url}/")
+    lines.append(f"  API        {url}/v1 for OpenAI's clients; all routes: {url}/openapi.json")
+    if dashboard is not None:
+        lines.append(f"  dashboard  {dashboard} (its token: `ray get-auth-token`)")
+    if host in LOOPBACK:
+        lines.append(
+            "  Only this machine reaches it. For others, or inside of a container:"
+            " HOST=0.0.0.0 make serve"
+        )
+    return [*lines, "  Ctrl-C stops it."]
+
+
+Config = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="serve/*.yaml")]
+
+
+def serve(
+    config: Config = Path("serve/laptop.yaml"),
+    host: Annotated[
+        str | None, typer.Option(help="Listen there instead of at http_options.host.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Instead of http_options.port.")
+    ] = None,
+    public_url: Annotated[
+        str | None, typer.Option(help="The URL by which clients reach it, instead of the file's.")
+    ] = None,
+) -> None:
+    """Serve CONFIG on this machine until Ctrl-C or SIGTERM, and say when it is ready."""
+    applications_in(config)
+    values = changed(yaml.safe_load(config.read_text()), host, port, public_url)
+    gateways = gateway_args(config, values["applications"])
+    options = values["http_options"]
+    listens, at = str(options.get("host", HOST)), int(options.get("port", PORT))
+    if warning := exposure(config, listens, gateways):
+        warn(warning)
+    check_port(listens, at)
+    is_changed = (host, port, public_url) != (None, None, None)
+    with file_of(config, values, is_changed) as file:
+        run = start(file)
+        url = url_of(listens, at)
+        if watch(run, url):
+            for line in ready_lines(url, listens, run.dashboard, has_page(url)):
+                say(line)
+        status = run.wait()
+    if run.is_stopping:
+        say("stopped")
+    elif status:
+        fail(f"serve run ended with exit status {status}")

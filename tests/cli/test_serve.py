@@ -1,0 +1,194 @@
+"""`flux-ray serve`: what it refuses and warns of before it starts, and how it ends."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from flux_ray.cli.serve import ANSI, changed, exposure, gateway_args, ready_lines, url_of
+
+ROOT = Path(__file__).parents[2]
+LAPTOP = ROOT / "serve" / "laptop.yaml"
+# In the place of Serve's command: it says what Ray says, answers probes, and ends on SIGINT as
+# `serve run` does, which prints a trace that nobody wants to see.
+SERVE_RUN = """\
+import http.server, os, signal, subprocess, sys, time, yaml
+print("\\033[36mINFO\\033[39m View the dashboard at \\033[1mhttp://127.0.0.1:8299 \\033[0m")
+config = yaml.safe_load(open(sys.argv[2]))
+child = subprocess.Popen(["sleep", "300"])
+open("started", "w").write(f"{child.pid} {os.environ['RAY_AUTH_MODE']}")
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def do_GET(self):
+        Handler.asked += 1
+        self.send_response(200 if Handler.asked > 2 else 503)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+    def log_message(self, *about):
+        pass
+options = config["http_options"]
+try:
+    http.server.HTTPServer((options["host"], options["port"]), Handler).serve_forever()
+except KeyboardInterrupt:
+    print("Traceback (most recent call last): KeyboardInterrupt")
+    if "slow" in os.environ:
+        time.sleep(300)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Return a function that runs the command with SERVE_RUN beside its Python."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    serve = tmp_path / "serve"
+    serve.write_text(f"#!{sys.executable}\n{SERVE_RUN}")
+    serve.chmod(serve.stat().st_mode | stat.S_IXUSR)
+
+    def run(*options: str, **env: str) -> subprocess.Popen[str]:
+        code = (
+            f"import sys; sys.executable = {str(tmp_path / 'python')!r};"
+            "from flux_ray.cli.main import app; app()"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "serve", str(LAPTOP), *options],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # As a shell starts what it runs in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+
+    return run
+
+
+def read_until(run: "subprocess.Popen[str]", words: str) -> list[str]:
+    assert run.stdout is not None
+    lines: list[str] = []
+    for line in run.stdout:
+        lines.append(line.rstrip("\n"))
+        if words in line:
+            return lines
+    raise AssertionError(lines)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether it runs; what nobody has waited for is a zombie."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_when_it_is_ready_and_leaves_nothing(
+    start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path, number: signal.Signals
+) -> None:
+    port = free_port()
+    run = start("--port", str(port))
+    lines = read_until(run, "Ctrl-C")
+    assert lines.count(f"ready: http://127.0.0.1:{port}") == 1
+    text = "\n".join(lines)
+    assert f"page       http://127.0.0.1:{port}/" in text
+    assert "dashboard  http://127.0.0.1:8299" in text
+    assert "HOST=0.0.0.0 make serve" in text
+    # No colours: this is no terminal.
+    assert not ANSI.search(text) and "INFO View the dashboard" in text
+    pid, auth_mode = (tmp_path / "started").read_text().split()
+    assert auth_mode == "token"
+    run.send_signal(number)
+    rest, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert rest.splitlines()[-1] == "stopped" and "Traceback" not in rest
+    assert not is_alive(int(pid))
+
+
+def test_the_second_signal_does_not_wait(
+    start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    run = start("--port", str(free_port()), slow="1")
+    read_until(run, "Ctrl-C")
+    began_s = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    read_until(run, "stopping")
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 0 and time.monotonic() - began_s < 60
+    assert not is_alive(int((tmp_path / "started").read_text().split()[0]))
+
+
+def test_a_port_that_is_taken_is_named(start: Callable[..., "subprocess.Popen[str]"]) -> None:
+    """Else the other server's answers would be taken for ours."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start("--port", str(port))
+        text, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert text.strip() == (
+        f"error: something listens at port {port} already: stop it, or say PORT={port + 1}"
+    )
+
+
+def test_a_server_without_keys_for_everybody_is_warned_of() -> None:
+    path = ROOT / "serve" / "one-gpu.yaml"
+    config = changed(yaml.safe_load(path.read_text()), None, None, "https://flux.example.com")
+    gateways = gateway_args(path, config["applications"])
+    warning = exposure(path, "0.0.0.0", gateways)
+    assert warning is not None and "\n" not in warning
+    assert "http_options.host" in warning and "keys_file" in warning and str(path) in warning
+    assert exposure(path, "127.0.0.1", gateways) is None
+    kept = [each.model_copy(update={"keys_file": Path("keys.yaml")}) for each in gateways]
+    assert exposure(path, "0.0.0.0", kept) is None
+
+
+def test_an_address_that_only_stands_for_one_is_not_served(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = ROOT / "serve" / "one-gpu.yaml"
+    with pytest.raises(BaseException, match="1"):
+        gateway_args(path, yaml.safe_load(path.read_text())["applications"])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}: args.public_url: https://flux.invalid")
+    assert "PUBLIC_URL=" in said and said.count("\n") == 1
+
+
+def test_what_the_command_line_says_counts() -> None:
+    config = changed(yaml.safe_load(LAPTOP.read_text()), "0.0.0.0", 81, "http://gpu:81")
+    assert (config["http_options"]["host"], config["http_options"]["port"]) == ("0.0.0.0", 81)
+    assert config["http_options"]["request_timeout_s"] == 630
+    gateway, *tiers = config["applications"]
+    assert gateway["args"]["public_url"] == "http://gpu:81"
+    assert tiers == yaml.safe_load(LAPTOP.read_text())["applications"][1:]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+        ("10.1.2.3", "http://10.1.2.3:80"),
+    ],
+)
+def test_the_address_is_one_that_can_be_opened(host: str, url: str) -> None:
+    assert url_of(host, 80) == url
+
+
+def test_a_server_for_everybody_is_not_said_to_be_for_this_machine() -> None:
+    text = "\n".join(ready_lines("http://127.0.0.1:80", "0.0.0.0", None, with_page=False))
+    assert "HOST=" not in text and "page" not in text and "dashboard" not in text
