@@ -30,9 +30,9 @@ from ray import serve
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from tests.cluster.conftest import BOOT_S, LAPTOP, ROOT, deploy, free_port, is_ready, wait_until
+from tests.balancers import haproxy
+from tests.cluster.conftest import BOOT_S, LAPTOP, deploy, free_port, is_ready, wait_until
 
-HAPROXY = ROOT / "cluster" / "load_balancer" / "haproxy.cfg"
 TIER = "tiny"
 REQUEST = {"model": TIER, "prompt": "a red circle", "size": "64x64", "seed": 1}
 SYSTEM_CONFIG = {"worker_niceness": 0}
@@ -142,17 +142,6 @@ def config_in(folder: Path, port: int) -> dict[str, Any]:
     return config
 
 
-def start_haproxy(folder: Path, places: tuple[Place, ...]) -> tuple[subprocess.Popen[bytes], str]:
-    """Start HAProxy with the repository's configuration, on a free port in front of these nodes."""
-    port = free_port()
-    lines = HAPROXY.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}").splitlines()
-    lines = [line for line in lines if not line.strip().startswith("server ")]
-    lines += [f"    server n{place.port} 127.0.0.1:{place.port}" for place in places]
-    path = folder / "haproxy.cfg"
-    path.write_text("\n".join([*lines, ""]))
-    return subprocess.Popen(["haproxy", "-f", path], stdout=sys.stderr), f"http://127.0.0.1:{port}"
-
-
 def node_id(place: Place) -> str:
     socket = place.node.raylet_socket_name
     (found,) = (each for each in ray.nodes() if each["RayletSocketName"] == socket)
@@ -232,14 +221,11 @@ def main() -> None:
     wait_until(lambda: is_ready(old.address), timeout_s=BOOT_S, what="a tier that serves")
     wait_until(lambda: num_replicas_on(old) == 4, timeout_s=BOOT_S, what="all replicas")
     new = add_node(cluster)
-    haproxy, balancer = start_haproxy(folder, (head, old, new))
-    try:
-        wait_until(lambda: is_ready(balancer), timeout_s=BOOT_S, what="HAProxy")
-        load = Load(balancer, (balancer, head.address, old.address, new.address))
+    with haproxy(folder, free_port(), [head.port, old.port, new.port]) as balancer:
+        wait_until(lambda: is_ready(balancer.url), timeout_s=BOOT_S, what="HAProxy")
+        load = Load(balancer.url, (balancer.url, head.address, old.address, new.address))
         left_s = asyncio.run(under_load(load, cluster, old, notice_s))
         print(json.dumps(figures_of(load, left_s)))
-    finally:
-        haproxy.kill()
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()
