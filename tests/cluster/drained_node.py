@@ -49,10 +49,16 @@ EMPTY_S = 20.0
 
 @dataclass(frozen=True)
 class Place:
-    """A node, and the port of its proxy."""
+    """A node by its id, the port of its proxy, and the process of its raylet."""
 
-    node: Node
+    node_id: str
     port: int
+    raylet: psutil.Process
+
+    @classmethod
+    def of(cls, node: Node, port: int) -> "Place":
+        (started,) = node.all_processes["raylet"]
+        return cls(node.node_id, port, psutil.Process(started.process.pid))
 
     @property
     def address(self) -> str:
@@ -115,14 +121,14 @@ def start_cluster() -> tuple[Cluster, Place]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": port})
-    return cluster, Place(cluster.head_node, port)
+    return cluster, Place.of(cluster.head_node, port)
 
 
 def add_node(cluster: Cluster) -> Place:
     """Add a node with room for all replicas, whose proxy has a port of its own."""
     port = free_port()
     told = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
-    return Place(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
+    return Place.of(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
 
 
 def config_in(folder: Path, port: int) -> dict[str, Any]:
@@ -142,33 +148,25 @@ def config_in(folder: Path, port: int) -> dict[str, Any]:
     return config
 
 
-def node_id(place: Place) -> str:
-    socket = place.node.raylet_socket_name
-    (found,) = (each for each in ray.nodes() if each["RayletSocketName"] == socket)
-    return str(found["NodeID"])
-
-
 def num_replicas_on(place: Place) -> int:
     """Return how many live replicas the node has, of gateways and of the tier together."""
     from ray._private.state import state
 
     actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    here = [each for each in actors if each["Address"]["NodeID"] == node_id(place)]
+    here = [each for each in actors if each["Address"]["NodeID"] == place.node_id]
     return sum(each["ActorClassName"].startswith("ServeReplica:") for each in here)
 
 
 def drain(cluster: Cluster, place: Place, notice_s: int) -> None:
     command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
-    command += ["--node-id", node_id(place), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--node-id", place.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "drill", "--deadline-remaining-seconds", str(notice_s)]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def kill(place: Place) -> None:
     """Kill all processes of the node at once, as if its machine were taken away."""
-    (raylet,) = place.node.all_processes["raylet"]
-    processes = psutil.Process(raylet.process.pid)
-    for process in (*processes.children(recursive=True), processes):
+    for process in (*place.raylet.children(recursive=True), place.raylet):
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
 

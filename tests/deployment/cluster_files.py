@@ -97,6 +97,12 @@ def haproxy_timeout(name: str) -> float:
     return seconds(value)
 
 
+def haproxy_word(name: str) -> str:
+    """Return the word behind the only line that begins with `name`."""
+    (value,) = (words[1] for words in haproxy_lines() if words[0] == name)
+    return value
+
+
 def haproxy_option(line: str, name: str) -> str:
     """Return the word behind `name` on the line that begins with the word `line`."""
     (found,) = (words for words in haproxy_lines() if words[0] == line and name in words)

@@ -25,9 +25,9 @@ from tests.deployment.cluster_files import (
     environment_in,
     environment_of_make,
     environment_of_unit,
-    haproxy_lines,
     haproxy_option,
     haproxy_timeout,
+    haproxy_word,
     nginx_value,
     num_bytes,
     pods_of_chart,
@@ -108,13 +108,15 @@ def of_load_balancers() -> Iterator[Number]:
     check_s = haproxy_timeout("check") + seconds(haproxy_option("default-server", "inter"))
     noticed_s = int(haproxy_option("default-server", "fall")) * check_s
     yield Number("HAProxy notices a drained node", noticed_s, both)
-    (retries,) = (int(words[1]) for words in haproxy_lines() if words[0] == "retries")
-    tried_s = haproxy_timeout("queue") + retries * haproxy_timeout("connect")
-    yield Number("HAProxy tries other nodes", tried_s, both)
+    retries = int(haproxy_word("retries"))
+    silent_s = seconds(haproxy_word("srvtcpka-idle"))
+    silent_s += int(haproxy_word("srvtcpka-cnt")) * seconds(haproxy_word("srvtcpka-intvl"))
+    tried_s = haproxy_timeout("queue") + retries * haproxy_timeout("connect") + silent_s
+    yield Number("HAProxy tries other nodes, after a silent one", tried_s, both)
     (limit,) = re.findall(r"hdr_val\(content-length\) gt (\d+)", HAPROXY.read_text())
     yield Number("their limit of a body", float(limit), both)
     yield Number("their limit of a body", num_bytes(nginx_value("client_max_body_size")), both)
-    (most,) = (float(words[1]) for words in haproxy_lines() if words[0] == "maxconn")
+    most = float(haproxy_word("maxconn"))
     yield Number("requests that they take at once", most, both)
     # One connection to the client and one to the node.
     yield Number(
