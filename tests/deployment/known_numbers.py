@@ -130,7 +130,11 @@ def of_machines() -> Iterator[Number]:
     notice = environment_of_unit("worker")["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
     yield Number("notice of a drain", float(notice), place)
     yield Number("time until SIGKILL", seconds(worker["TimeoutStopSec"][0]), place)
-    yield Number("time for a deployment", seconds(deployment["TimeoutStartSec"][0]), place)
+    started_s = seconds(deployment["TimeoutStartSec"][0])
+    yield Number("time for a deployment", started_s, place)
+    waits_s = told_timeout(deployment["ExecStart"][0])
+    for own_place in (place, *(path.name for path in SERVE_CONFIGS if path.parent != DOCKER)):
+        yield Number("`--timeout` of `flux-ray deploy`", waits_s, own_place)
     away_s = seconds(head["TimeoutStopSec"][0]) + seconds(head["RestartSec"][0])
     yield Number("a head stops and starts", away_s, place)
     waits = environment_in(MACHINES / "flux-ray.env")["RAY_gcs_rpc_server_reconnect_timeout_s"]
@@ -139,6 +143,11 @@ def of_machines() -> Iterator[Number]:
     for command in [*head["ExecStart"], ray_up["head_start_ray_commands"][-1]]:
         (offered,) = re.findall(r"--num-cpus=(\S+)", command)
         yield Number("processors of a head", float(offered), place)
+
+
+def told_timeout(command: str) -> float:
+    (told,) = re.findall(r"--timeout=(\d+)", command)
+    return float(told)
 
 
 def of_compose() -> Iterator[Number]:
@@ -152,6 +161,9 @@ def of_compose() -> Iterator[Number]:
     )
     yield Number("Ray's objects", objects, place)
     yield Number("shared memory", num_bytes(node["shm_size"]), place)
+    waits_s = told_timeout(" ".join(services["deploy"]["command"]))
+    for path in sorted(DOCKER.glob("serve*.yaml")):
+        yield Number("`--timeout` of `flux-ray deploy`", waits_s, path.name)
     args = args_in((DOCKER / "serve.yaml").read_text())["gateway"]
     assert isinstance(args, GatewayArgs)
     held = args.num_replicas * args.limits.max_held_bytes + objects
