@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# Their times for small steps of a node, which on a slow machine a healthy one may not keep.
+SHORT = re.compile(r"(timeout (?:connect|queue|check)|proxy_connect_timeout) \d+s")
 FOLDER = Path(__file__).parents[1] / "cluster" / "load_balancer"
 HAPROXY = FOLDER / "haproxy.cfg"
 NGINX = FOLDER / "nginx.conf"
@@ -67,21 +69,32 @@ def running(command: Sequence[object], env: dict[str, str], url: str) -> Iterato
         process.wait()
 
 
+def patient(text: str) -> str:
+    """Return a configuration that waits a minute where the repository's waits some seconds."""
+    return SHORT.sub(r"\1 60s", text)
+
+
 @contextmanager
-def haproxy(folder: Path, port: int, ports: Sequence[int]) -> Iterator[Balancer]:
+def haproxy(
+    folder: Path, port: int, ports: Sequence[int], *, is_patient: bool = False
+) -> Iterator[Balancer]:
     """Run HAProxy on `port` in front of `ports`, all of 127.0.0.1."""
     path = folder / "haproxy.cfg"
-    path.write_text(haproxy_config(ports))
+    text = haproxy_config(ports)
+    path.write_text(patient(text) if is_patient else text)
     env = {"FLUX_RAY_BIND": f"127.0.0.1:{port}", "FLUX_RAY_STATS": str(folder / "admin.sock")}
     with running(["haproxy", "-f", path], env, f"http://127.0.0.1:{port}") as balancer:
         yield balancer
 
 
 @contextmanager
-def nginx(folder: Path, port: int, ports: Sequence[int]) -> Iterator[Balancer]:
+def nginx(
+    folder: Path, port: int, ports: Sequence[int], *, is_patient: bool = False
+) -> Iterator[Balancer]:
     """Run nginx on `port` in front of `ports`, all of 127.0.0.1."""
     path = folder / "nginx.conf"
-    path.write_text(nginx_config(folder, port, ports))
+    text = nginx_config(folder, port, ports)
+    path.write_text(patient(text) if is_patient else text)
     command = ["nginx", "-c", path, "-g", "daemon off;"]
     with running(command, {}, f"http://127.0.0.1:{port}") as balancer:
         yield balancer

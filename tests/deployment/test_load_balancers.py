@@ -155,7 +155,7 @@ async def test_what_passes_and_what_does_not(start: Started, port: int, tmp_path
     """One load balancer of each kind shows all of it: starting one is what takes time."""
     node = Node()
     async with serving(node) as at:
-        with start(tmp_path, port, [at]) as balancer:
+        with start(tmp_path, port, [at], is_patient=True) as balancer:
             async with asking(balancer) as http:
                 await a_large_form_passes(http)
                 await headers_are_as_they_should_be(http)
@@ -220,7 +220,7 @@ async def test_a_node_that_refuses_connections_fails_nobody(
     async with serving(node) as at:
         async with serving(gone) as dead:
             pass
-        with start(tmp_path, port, [dead, at]) as balancer:
+        with start(tmp_path, port, [dead, at], is_patient=True) as balancer:
             async with asking(balancer) as http:
                 answers = [await http.post("/echo", content=b"x") for _ in range(6)]
     assert [answer.status_code for answer in answers] == [200] * 6
@@ -231,7 +231,7 @@ async def test_a_node_that_breaks_off_a_request(start: Started, port: int, tmp_p
     """HAProxy sends it to another node. nginx does not, as its file says."""
     node = Node()
     async with serving(node) as at, listening(give_up) as breaking:
-        with start(tmp_path, port, [breaking, at]) as balancer:
+        with start(tmp_path, port, [breaking, at], is_patient=True) as balancer:
             async with asking(balancer) as http:
                 answers = [await http.post("/echo", content=b"x") for _ in range(6)]
     assert GIVEN_UP
@@ -249,7 +249,7 @@ async def test_a_node_that_breaks_off_a_request(start: Started, port: int, tmp_p
 async def test_a_node_is_taken_out_by_hand_and_put_back(port: int, tmp_path: Path) -> None:
     one, other = Node(), Node()
     async with serving(one) as at_one, serving(other) as at_other:
-        with haproxy(tmp_path, port, [at_one, at_other]) as balancer:
+        with haproxy(tmp_path, port, [at_one, at_other], is_patient=True) as balancer:
             async with asking(balancer) as http:
                 assert balancer.command(f"set server proxies/n{at_one} state drain").strip() == ""
                 one.paths.clear()
@@ -267,7 +267,7 @@ async def test_it_ends_when_its_last_request_has(port: int, tmp_path: Path) -> N
     """SIGUSR1, the `stop_signal` of compose.yaml: nothing new comes in, what has begun ends."""
     node = Node()
     async with serving(node) as at:
-        with haproxy(tmp_path, port, [at]) as balancer:
+        with haproxy(tmp_path, port, [at], is_patient=True) as balancer:
             async with asking(balancer) as http, http.stream("GET", "/events") as answer:
                 await node.is_waiting.wait()
                 balancer.process.send_signal(signal.SIGUSR1)
