@@ -48,8 +48,9 @@ def cell(text: str) -> Told:
 
 def rows() -> list[tuple[Told, Told]]:
     section = PAGE.read_text().split("## Which number must be larger than which\n")[1]
-    lines = re.findall(r"^\| (.*) \| (.*) \| .* \|$", section.split("\n## ")[0], re.M)
-    return [(cell(smaller), cell(larger)) for smaller, larger in lines[1:]]
+    table = section.split("\n## ")[0].split("| smaller | larger |")[1]
+    lines = re.findall(r"^\| (.*) \| (.*) \| .* \|$", table, re.M)
+    return [(cell(smaller), cell(larger)) for smaller, larger in lines]
 
 
 ROWS = rows()
