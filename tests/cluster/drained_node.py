@@ -16,7 +16,8 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from tests.cluster.conftest import BOOT_S, deploy, is_ready, wait_until
+from tests.balancers import haproxy
+from tests.cluster.conftest import BOOT_S, deploy, free_port, is_ready, wait_until
 from tests.cluster.fleet import (
     Load,
     Place,
@@ -27,7 +28,6 @@ from tests.cluster.fleet import (
     kill,
     num_replicas_on,
     start_cluster,
-    start_haproxy,
 )
 
 # Seconds of load before the notice, and after the node is gone.
@@ -73,14 +73,11 @@ def main() -> None:
     wait_until(lambda: is_ready(old.address), timeout_s=BOOT_S, what="a tier that serves")
     wait_until(lambda: num_replicas_on(old) == 4, timeout_s=BOOT_S, what="all replicas")
     new = add_node(cluster)
-    haproxy, balancer = start_haproxy(folder, (head, old, new))
-    try:
-        wait_until(lambda: is_ready(balancer), timeout_s=BOOT_S, what="HAProxy")
-        load = Load(balancer, (balancer, head.address, old.address, new.address))
+    with haproxy(folder, free_port(), [head.port, old.port, new.port]) as balancer:
+        wait_until(lambda: is_ready(balancer.url), timeout_s=BOOT_S, what="HAProxy")
+        load = Load(balancer.url, (balancer.url, head.address, old.address, new.address))
         left_s = asyncio.run(under_load(load, cluster, old, notice_s))
         print(json.dumps(figures_of(load, left_s)))
-    finally:
-        haproxy.kill()
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()

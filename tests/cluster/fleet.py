@@ -7,7 +7,6 @@ import asyncio
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,9 +28,9 @@ from ray import serve
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from tests.cluster.conftest import BOOT_S, LAPTOP, ROOT, free_port
+from tests.balancers import Balancer
+from tests.cluster.conftest import BOOT_S, LAPTOP, free_port
 
-HAPROXY = ROOT / "cluster" / "load_balancer" / "haproxy.cfg"
 TIER = "tiny"
 LAPTOP_GROUP: dict[str, Any] = yaml.safe_load(LAPTOP.read_text())["applications"][2]
 REQUEST = {"model": TIER, "prompt": "a red circle", "size": "64x64", "seed": 1}
@@ -44,10 +43,16 @@ READY_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """A node, and the port of its proxy."""
+    """A node by its id, the port of its proxy, and the process of its raylet."""
 
-    node: Node
+    node_id: str
     port: int
+    raylet: psutil.Process
+
+    @classmethod
+    def of(cls, node: Node, port: int) -> "Place":
+        (started,) = node.all_processes["raylet"]
+        return cls(node.node_id, port, psutil.Process(started.process.pid))
 
     @property
     def address(self) -> str:
@@ -132,14 +137,14 @@ def start_cluster() -> tuple[Cluster, Place]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
     serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": port})
-    return cluster, Place(cluster.head_node, port)
+    return cluster, Place.of(cluster.head_node, port)
 
 
 def add_node(cluster: Cluster, port: int | None = None) -> Place:
     """Add a node with room for all replicas, whose proxy listens at `port`, or at a free one."""
     port = port or free_port()
     told = {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(port)}
-    return Place(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
+    return Place.of(cluster.add_node(num_cpus=2, env_vars=told, **MEMORY), port)
 
 
 def config_in(folder: Path, port: int) -> dict[str, Any]:
@@ -159,34 +164,12 @@ def config_in(folder: Path, port: int) -> dict[str, Any]:
     return config
 
 
-def start_haproxy(folder: Path, places: tuple[Place, ...]) -> tuple[subprocess.Popen[bytes], str]:
-    """Start HAProxy with the repository's configuration, on a free port in front of these nodes."""
-    port = free_port()
-    lines = HAPROXY.read_text().replace("127.0.0.1:8080", f"127.0.0.1:{port}").splitlines()
-    lines = [line for line in lines if not line.strip().startswith(("server ", "stats socket"))]
-    at = lines.index("global") + 1
-    lines.insert(at, f"    stats socket {folder}/haproxy.sock mode 600 level admin")
-    lines += [f"    server n{place.port} 127.0.0.1:{place.port}" for place in places]
-    path = folder / "haproxy.cfg"
-    path.write_text("\n".join([*lines, ""]))
-    return subprocess.Popen(["haproxy", "-f", path], stdout=sys.stderr), f"http://127.0.0.1:{port}"
-
-
-def num_resent(folder: Path) -> int:
-    """Return how often that HAProxy has sent a request again, to the same node or another one."""
-    with socket.socket(socket.AF_UNIX) as asked:
-        asked.connect(f"{folder}/haproxy.sock")
-        asked.sendall(b"show stat\n")
-        told = b"".join(iter(lambda: asked.recv(65_536), b"")).decode()
-    rows = csv.DictReader(told.removeprefix("# ").splitlines())
+def num_resent(balancer: Balancer) -> int:
+    """Return how often HAProxy has sent a request again, to the same node or another one."""
+    told = balancer.command("show stat").removeprefix("# ")
+    rows = csv.DictReader(told.splitlines())
     (backend,) = (row for row in rows if row["svname"] == "BACKEND")
     return int(backend["wretr"]) + int(backend["wredis"])
-
-
-def node_id(place: Place) -> str:
-    socket = place.node.raylet_socket_name
-    (found,) = (each for each in ray.nodes() if each["RayletSocketName"] == socket)
-    return str(found["NodeID"])
 
 
 def num_replicas_on(place: Place) -> int:
@@ -194,22 +177,20 @@ def num_replicas_on(place: Place) -> int:
     from ray._private.state import state
 
     actors = state.actor_table(None, actor_state_name="ALIVE").values()
-    here = [each for each in actors if each["Address"]["NodeID"] == node_id(place)]
+    here = [each for each in actors if each["Address"]["NodeID"] == place.node_id]
     return sum(each["ActorClassName"].startswith("ServeReplica:") for each in here)
 
 
 def drain(cluster: Cluster, place: Place, notice_s: int) -> None:
     command = [Path(sys.executable).parent / "ray", "drain-node", "--address", cluster.address]
-    command += ["--node-id", node_id(place), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--node-id", place.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "drill", "--deadline-remaining-seconds", str(notice_s)]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def kill(place: Place) -> None:
     """Kill all processes of the node at once, as if its machine were taken away."""
-    (raylet,) = place.node.all_processes["raylet"]
-    processes = psutil.Process(raylet.process.pid)
-    for process in (*processes.children(recursive=True), processes):
+    for process in (*place.raylet.children(recursive=True), place.raylet):
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
 

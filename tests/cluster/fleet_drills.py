@@ -29,6 +29,7 @@ from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tests.balancers import Balancer, haproxy
 from tests.cluster.casualties import TIERS, processes_of
 from tests.cluster.conftest import BOOT_S, are_running, deploy, free_port, is_ready, wait_until
 from tests.cluster.fleet import (
@@ -42,7 +43,6 @@ from tests.cluster.fleet import (
     num_replicas_on,
     num_resent,
     start_cluster,
-    start_haproxy,
 )
 
 AROUND_S = 8.0
@@ -83,7 +83,8 @@ class Fleet:
     def lose(self, place: Place) -> None:
         """Kill a node, and add another one whose proxy has the same port."""
         kill(place)
-        self.cluster.remove_node(place.node, allow_graceful=False)
+        (node,) = (each for each in self.cluster.worker_nodes if each.node_id == place.node_id)
+        self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(place)
         self.nodes.append(add_node(self.cluster, place.port))
 
@@ -220,12 +221,12 @@ DRILLS: dict[str, Callable[[Fleet], None]] = {
 }
 
 
-async def run_drill(fleet: Fleet, balancer: str, name: str) -> dict[str, Any]:
+async def run_drill(fleet: Fleet, balancer: Balancer, name: str) -> dict[str, Any]:
     """Run one drill under load, and return its row of the table."""
     tiers = TIERS[:1] if name == "tier removed and back" else TIERS
-    asked = (balancer, fleet.head.address, *(place.address for place in fleet.nodes))
-    load = Load(balancer, asked, tiers, NUM_RETRIES)
-    resent = num_resent(fleet.folder)
+    asked = (balancer.url, fleet.head.address, *(place.address for place in fleet.nodes))
+    load = Load(balancer.url, asked, tiers, NUM_RETRIES)
+    resent = num_resent(balancer)
     end = asyncio.Event()
     running = asyncio.create_task(load.run(end))
     try:
@@ -243,7 +244,7 @@ async def run_drill(fleet: Fleet, balancer: str, name: str) -> dict[str, Any]:
         "num_sent": load.num_sent,
         "num_failed": load.failures.total(),
         "num_retried": load.num_retried,
-        "num_resent": num_resent(fleet.folder) - resent,
+        "num_resent": num_resent(balancer) - resent,
         "num_unready": load.unready.total(),
         "longest_gap_s": round(max(later - earlier for earlier, later in pairwise(ends)), 1),
         "slowest_s": round(max(load.took_s), 1),
@@ -285,19 +286,17 @@ def main() -> None:
     with redis() as address:
         os.environ["RAY_REDIS_ADDRESS"] = address
         fleet = start_fleet(folder)
-        haproxy, balancer = start_haproxy(folder, (fleet.head, *fleet.nodes))
+        ports = [place.port for place in (fleet.head, *fleet.nodes)]
         rows = {}
-        try:
-            wait_until(lambda: is_ready(balancer), timeout_s=BOOT_S, what="HAProxy")
+        with haproxy(folder, free_port(), ports) as balancer:
+            wait_until(lambda: is_ready(balancer.url), timeout_s=BOOT_S, what="HAProxy")
             for name in names:
                 rows[name] = asyncio.run(run_drill(fleet, balancer, name))
                 print(name, rows[name], file=sys.stderr, flush=True)
-            print(json.dumps(rows))
-        finally:
-            haproxy.kill()
-            serve.shutdown()
-            ray.shutdown()
-            fleet.cluster.shutdown()
+        print(json.dumps(rows))
+        serve.shutdown()
+        ray.shutdown()
+        fleet.cluster.shutdown()
 
 
 if __name__ == "__main__":
