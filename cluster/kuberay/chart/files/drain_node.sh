@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The preStop of a worker Pod: drain_node.sh SECONDS. It tells Ray that this node is gone after so many seconds, and
+# returns when Serve has taken its replicas and its proxy away, or they have passed. Serve starts replacements
+# elsewhere first, as long as there is time for both; what is being generated here is finished.
+set -u
+notice_s=$1
+proc=${PROC:-/proc} # Tests have one of their own.
+
+# How processes call themselves, a line each; Ray writes it over their command line.
+titles() {
+  cat "$proc"/[0-9]*/cmdline 2> /dev/null | tr '\0' '\n'
+}
+
+node_id=$(titles | sed -n 's/^--node_id=//p' | head -n 1)
+if [ -z "$node_id" ]; then
+  echo "there is no raylet: nothing to drain" >&2
+  exit 0
+fi
+
+# Without a head nobody can take over, and there is nothing to wait for: the cluster is being deleted.
+timeout 60 ray drain-node --address "$RAY_ADDRESS" --node-id "$node_id" \
+  --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "Kubernetes ends this Pod" \
+  --deadline-remaining-seconds "$notice_s" || exit 0
+
+while [ "$SECONDS" -lt "$notice_s" ]; do
+  if ! titles | grep -q -e '^ray::ServeReplica:' -e '^ray::ProxyActor'; then
+    echo "drained within $SECONDS s"
+    exit 0
+  fi
+  sleep "${EVERY_S:-1}"
+done
+echo "still busy after $notice_s s" >&2

@@ -1,0 +1,98 @@
+"""drain_node.sh, the preStop of a worker: tell Ray, wait for Serve, and never for ever."""
+
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.kuberay.conftest import CHART
+
+SCRIPT = CHART / "files" / "drain_node.sh"
+NODE = "4dc38b40ea6b4c67e580882ebc1ef646796a0c867a49e31eada6792a"
+RAYLET = ("/ray/raylet", "--raylet_name=x", f"--node_id={NODE}", "--agent=y --node-id=other")
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Path:
+    """Return a folder with the processes of a Pod, and a `ray` that writes down what it is told."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    ray = programs / "ray"
+    ray.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\nexit "${{RAY_FAILS:-0}}"\n')
+    ray.chmod(0o755)
+    return tmp_path
+
+
+def add_process(pod: Path, number: int, *words: str) -> Path:
+    folder = pod / "proc" / str(number)
+    folder.mkdir(parents=True)
+    (folder / "cmdline").write_bytes(b"".join(word.encode() + b"\0" for word in words))
+    return folder / "cmdline"
+
+
+def drain(pod: Path, notice_s: int, **env: str) -> subprocess.CompletedProcess[str]:
+    told = {
+        "PATH": f"{pod / 'bin'}:{os.environ['PATH']}",
+        "PROC": str(pod / "proc"),
+        "EVERY_S": "0.01",
+        "RAY_ADDRESS": "flux-head-svc:6379",
+    }
+    return subprocess.run(
+        ["bash", SCRIPT, str(notice_s)], env=told | env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_ray_is_told_how_long_this_node_has(pod: Path) -> None:
+    add_process(pod, 10, *RAYLET)
+    done = drain(pod, 880)
+    assert (pod / "told").read_text().split() == [
+        *("drain-node", "--address", "flux-head-svc:6379", "--node-id", NODE),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION"),
+        *("--reason-message", "Kubernetes", "ends", "this", "Pod"),
+        *("--deadline-remaining-seconds", "880"),
+    ]
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("title", ["ray::ServeReplica:tiny:tiny", "ray::ProxyActor"])
+def test_it_waits_for_replicas_and_the_proxy(title: str, pod: Path) -> None:
+    add_process(pod, 10, *RAYLET)
+    busy = add_process(pod, 11, title)
+    # It goes away while the script waits.
+    timer = threading.Timer(0.5, busy.unlink)
+    timer.start()
+    began_s = time.monotonic()
+    done = drain(pod, 600)
+    timer.join()
+    assert time.monotonic() - began_s >= 0.5
+    assert "drained within" in done.stdout
+
+
+def test_other_processes_are_not_waited_for(pod: Path) -> None:
+    """The ledger and Ray's own agents end with the Pod; so does a shell that names a replica."""
+    add_process(pod, 10, *RAYLET)
+    add_process(pod, 11, "ray::LedgerActor")
+    add_process(pod, 12, "grep", "-e", "^ray::ServeReplica:")
+    assert "drained within" in drain(pod, 600).stdout
+
+
+def test_it_ends_before_kubernetes_does(pod: Path) -> None:
+    add_process(pod, 10, *RAYLET)
+    add_process(pod, 11, "ray::ServeReplica:tiny:tiny")
+    assert "still busy after 1 s" in drain(pod, 1).stderr
+
+
+def test_it_waits_for_nobody_without_a_head(pod: Path) -> None:
+    """The whole cluster is being deleted: nobody takes over."""
+    add_process(pod, 10, *RAYLET)
+    add_process(pod, 11, "ray::ServeReplica:tiny:tiny")
+    assert drain(pod, 600, RAY_FAILS="1").returncode == 0
+
+
+def test_there_is_nothing_to_drain_without_a_raylet(pod: Path) -> None:
+    add_process(pod, 10, "sleep", "1")
+    assert "no raylet" in drain(pod, 600).stderr
+    assert not (pod / "told").exists()
