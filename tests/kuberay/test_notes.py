@@ -28,3 +28,8 @@ def test_a_head_without_redis_is_named() -> None:
 
 def test_the_service_is_the_one_that_the_operator_makes() -> None:
     assert "port-forward service/flux-serve-svc 8000" in notes({})
+
+
+def test_licences_that_are_not_accepted_are_named() -> None:
+    assert "acceptLicences" in notes({})
+    assert "acceptLicences" not in notes({"weights": {"acceptLicences": True}})

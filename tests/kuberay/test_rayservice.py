@@ -110,6 +110,18 @@ def test_a_pod_that_ends_drains_its_node(case: dict[str, Any], render: Render) -
         assert volume["configMap"]["items"] == [{"key": "drain_node.sh", "path": "drain_node.sh"}]
 
 
+def test_sigterm_after_the_drain_ends_within_the_margin(render: Render) -> None:
+    """Ray drains its node once more at SIGTERM, for 30 seconds unless it is told otherwise."""
+    rendered = render()
+    [worker] = groups_of(rendered).values()
+    wait_s = float(env_of(worker)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    grace_s = worker["template"]["spec"]["terminationGracePeriodSeconds"]
+    notice_s = int(container_of(worker)["lifecycle"]["preStop"]["exec"]["command"][2])
+    # After it Ray gives its processes some seconds to end.
+    assert notice_s + wait_s + 10 < grace_s
+    assert env_of(head_of(rendered))["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"
+
+
 def test_an_end_is_longer_than_the_longest_request(render: Render) -> None:
     spec = service_of(render())
     config = yaml.safe_load(spec["serveConfigV2"])

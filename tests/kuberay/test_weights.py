@@ -43,11 +43,21 @@ def test_a_pod_pulls_what_is_missing_before_ray_starts(render: Render) -> None:
     [pull] = group["template"]["spec"]["initContainers"]
     assert pull["command"] == COMMAND
     told = {each["name"]: each for each in pull["env"]}
-    assert told["HF_HOME"]["value"] == env_of(group)["HF_HOME"] == "/models/huggingface"
+    assert told["HF_HOME"]["value"] == env_of(group)["HF_HOME"] == "/models"
     assert "HF_TOKEN" in told
     assert {"name": "weights", "mountPath": "/models"} in pull["volumeMounts"]
     [group] = groups_of(render(CASE["existing-secrets"])).values()
     assert "initContainers" not in group["template"]["spec"]
+
+
+def test_licences_are_accepted_by_people_only(render: Render) -> None:
+    [group] = groups_of(render({"weights": {"acceptLicences": True}})).values()
+    assert group["template"]["spec"]["initContainers"][0]["command"] == [
+        *COMMAND,
+        "--accept-licence",
+    ]
+    [group] = groups_of(render()).values()
+    assert group["template"]["spec"]["initContainers"][0]["command"] == COMMAND
 
 
 def job_with(render: Render, **values: Any) -> Object:

@@ -15,6 +15,9 @@ Takes a dict of `root` and `component`.
 - { name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, value: "60" }
 - { name: MALLOC_ARENA_MAX, value: "1" }
 - { name: FORWARDED_ALLOW_IPS, value: {{ .root.Values.trustedProxies | quote }} }
+# At SIGTERM Ray drains its node once more, which would take 30 seconds: a worker is drained already by its preStop,
+# and on a head there is nothing to drain.
+- { name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ ternary "0" "5" (eq .component "head") | quote }} }
 {{- with .root.Values.monitoring }}
 {{- if eq $.component "head" }}
 {{- if .grafanaHost }}
@@ -45,7 +48,7 @@ Takes a dict of `root` and `component`.
 
 {{/* Where weights are, and how to get gated ones: of workers, their init container and the Job. */}}
 {{- define "flux-ray.weightsEnv" -}}
-- { name: HF_HOME, value: {{ printf "%s/huggingface" .Values.weights.mountPath | quote }} }
+- { name: HF_HOME, value: {{ .Values.weights.mountPath | quote }} }
 {{- with .Values.weights.endpoint }}
 - { name: HF_ENDPOINT, value: {{ . | quote }} }
 {{- end }}
@@ -75,7 +78,14 @@ capabilities: { drop: [ALL] }
 name: pull-weights
 image: {{ include "flux-ray.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
-command: [flux-ray, weights, pull, /etc/flux-ray/serve/serve.yaml]
+command:
+  - flux-ray
+  - weights
+  - pull
+  - /etc/flux-ray/serve/serve.yaml
+  {{- if .Values.weights.acceptLicences }}
+  - --accept-licence
+  {{- end }}
 env:
   {{- include "flux-ray.weightsEnv" . | nindent 2 }}
 resources:
