@@ -21,7 +21,10 @@ def pod(tmp_path: Path) -> Path:
     programs = tmp_path / "bin"
     programs.mkdir()
     ray = programs / "ray"
-    ray.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/told\nexit "${{RAY_FAILS:-0}}"\n')
+    told = tmp_path / "told"
+    write_down = f'echo "$@" >> {told}'
+    answer = f'[ "$(wc -l < {told})" -gt "${{NUM_FAILURES:-0}}" ]'
+    ray.write_text(f"#!/bin/sh\n{write_down}\n{answer}\n")
     ray.chmod(0o755)
     return tmp_path
 
@@ -48,12 +51,15 @@ def drain(pod: Path, notice_s: int, **env: str) -> subprocess.CompletedProcess[s
 def test_ray_is_told_how_long_this_node_has(pod: Path) -> None:
     add_process(pod, 10, *RAYLET)
     done = drain(pod, 880)
-    assert (pod / "told").read_text().split() == [
+    *words, notice_s = (pod / "told").read_text().split()
+    assert words == [
         *("drain-node", "--address", "flux-head-svc:6379", "--node-id", NODE),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION"),
         *("--reason-message", "Kubernetes", "ends", "this", "Pod"),
-        *("--deadline-remaining-seconds", "880"),
+        "--deadline-remaining-seconds",
     ]
+    # What has passed since the script began is gone.
+    assert 820 < int(notice_s) <= 880
     assert done.returncode == 0
 
 
@@ -85,11 +91,20 @@ def test_it_ends_before_kubernetes_does(pod: Path) -> None:
     assert "still busy after 1 s" in drain(pod, 1).stderr
 
 
-def test_it_waits_for_nobody_without_a_head(pod: Path) -> None:
+def test_a_head_that_restarts_is_told_again(pod: Path) -> None:
+    add_process(pod, 10, *RAYLET)
+    assert "drained within" in drain(pod, 600, NUM_FAILURES="2").stdout
+    assert len((pod / "told").read_text().splitlines()) == 3
+
+
+def test_it_does_not_wait_for_a_head_that_is_gone(pod: Path) -> None:
     """The whole cluster is being deleted: nobody takes over."""
     add_process(pod, 10, *RAYLET)
     add_process(pod, 11, "ray::ServeReplica:tiny:tiny")
-    assert drain(pod, 600, RAY_FAILS="1").returncode == 0
+    done = drain(pod, 2, NUM_FAILURES="1000000")
+    assert done.returncode == 0
+    assert "no head heard of it" in done.stderr
+    assert (pod / "told").read_text().startswith("drain-node")
 
 
 def test_there_is_nothing_to_drain_without_a_raylet(pod: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_claim_or_a_folder_that_exists_is_taken(render: Render) -> None:
         ("existing-secrets", {"persistentVolumeClaim": {"claimName": "weights"}}),
         (
             "minimal",
-            {"hostPath": {"path": "/var/lib/flux-ray/weights", "type": "DirectoryOrCreate"}},
+            {"hostPath": {"path": "/var/lib/flux-ray/weights", "type": "Directory"}},
         ),
     ):
         rendered = render(CASE[case])

@@ -17,10 +17,18 @@ if [ -z "$node_id" ]; then
   exit 0
 fi
 
-# Without a head nobody can take over, and there is nothing to wait for: the cluster is being deleted.
-timeout 60 ray drain-node --address "$RAY_ADDRESS" --node-id "$node_id" \
+# A head that restarts is back within two minutes. One that is gone was deleted with the cluster: nobody takes over,
+# and there is nothing to wait for.
+patience_s=$((notice_s / 2 < 120 ? notice_s / 2 : 120))
+until timeout 30 ray drain-node --address "$RAY_ADDRESS" --node-id "$node_id" \
   --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "Kubernetes ends this Pod" \
-  --deadline-remaining-seconds "$notice_s" || exit 0
+  --deadline-remaining-seconds "$((notice_s - SECONDS))"; do
+  if [ "$SECONDS" -ge "$patience_s" ]; then
+    echo "no head heard of it within $SECONDS s" >&2
+    exit 0
+  fi
+  sleep "${EVERY_S:-1}"
+done
 
 while [ "$SECONDS" -lt "$notice_s" ]; do
   if ! titles | grep -q -e '^ray::ServeReplica:' -e '^ray::ProxyActor'; then

@@ -101,7 +101,7 @@ volumeMounts:
 {{- define "flux-ray.weightsVolumes" -}}
 - name: weights
   {{- if .Values.weights.hostPath }}
-  hostPath: { path: {{ .Values.weights.hostPath }}, type: DirectoryOrCreate }
+  hostPath: { path: {{ .Values.weights.hostPath }}, type: Directory }
   {{- else }}
   persistentVolumeClaim: { claimName: {{ .Values.weights.claim.existing | default (printf "%s-weights" .Release.Name) }} }
   {{- end }}
