@@ -4,7 +4,10 @@
 # elsewhere first, as long as there is time for both; what is being generated here is finished.
 set -u
 notice_s=$1
-proc=${PROC:-/proc} # Tests have one of their own.
+# Tests have these of their own.
+proc=${PROC:-/proc}
+every_s=${EVERY_S:-1}
+patience_s=${PATIENCE_S:-$((notice_s / 2 < 120 ? notice_s / 2 : 120))}
 
 # How processes call themselves, a line each; Ray writes it over their command line.
 titles() {
@@ -17,17 +20,29 @@ if [ -z "$node_id" ]; then
   exit 0
 fi
 
+# Whether the head's port can be reached, which costs no process of Ray's.
+is_head_there() {
+  timeout 5 bash -c "exec 3<> /dev/tcp/${RAY_ADDRESS%:*}/${RAY_ADDRESS##*:}" 2> /dev/null
+}
+
 # A head that restarts is back within two minutes. One that is gone was deleted with the cluster: nobody takes over,
-# and there is nothing to wait for.
-patience_s=$((notice_s / 2 < 120 ? notice_s / 2 : 120))
+# and to wait would only keep the cards from the next cluster.
+heard_s=0
+end_without_head() {
+  if is_head_there; then
+    heard_s=$SECONDS
+  elif [ "$((SECONDS - heard_s))" -ge "$patience_s" ]; then
+    echo "the head is gone: not waiting after $SECONDS s" >&2
+    exit 0
+  fi
+}
+
 until timeout 30 ray drain-node --address "$RAY_ADDRESS" --node-id "$node_id" \
   --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "Kubernetes ends this Pod" \
   --deadline-remaining-seconds "$((notice_s - SECONDS))"; do
-  if [ "$SECONDS" -ge "$patience_s" ]; then
-    echo "no head heard of it within $SECONDS s" >&2
-    exit 0
-  fi
-  sleep "${EVERY_S:-1}"
+  end_without_head
+  [ "$SECONDS" -lt "$notice_s" ] || exit 0
+  sleep "$every_s"
 done
 
 while [ "$SECONDS" -lt "$notice_s" ]; do
@@ -35,6 +50,7 @@ while [ "$SECONDS" -lt "$notice_s" ]; do
     echo "drained within $SECONDS s"
     exit 0
   fi
-  sleep "${EVERY_S:-1}"
+  end_without_head
+  sleep "$every_s"
 done
 echo "still busy after $notice_s s" >&2
