@@ -23,7 +23,10 @@ DEPLOYMENT = [
     path
     for folder in ("serve", "cluster")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.is_file() and path.suffix in (".yaml", ".yml", ".json", ".cfg", ".md", ".sh")
+    # A link is what it leads to, and that is listed.
+    if path.is_file()
+    and not path.is_symlink()
+    and path.suffix in (".yaml", ".yml", ".json", ".cfg", ".md", ".sh")
 ]
 TIER_NAMES = {tier.name for tier in TIERS}
 # Tiers whose weights an operator brings: those of the published models.
