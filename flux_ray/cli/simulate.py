@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.cli.client import fail, table_console, tiers_in
+from flux_ray.cli.client import fail, table_console
+from flux_ray.cli.config_file import tiers_in
 from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
 from flux_ray.simulator.outcome import Outcome, TierOutcome
