@@ -64,9 +64,18 @@ def doctor(
     if as_json:
         typer.echo(json.dumps({"checks": [asdict(each) for each in found]}))
     else:
-        table_console().print(table_of(found))
+        show(found, table_console())
     if any(each.state == "problem" for each in found):
         raise typer.Exit(1)
+
+
+def show(found: list[Diagnosis], console: Console) -> None:
+    """Print a table in a terminal, else a line for each thing, that a program can search."""
+    if console.is_terminal:
+        console.print(table_of(found))
+        return
+    for each in found:
+        typer.echo(f"{each.state:<8} {each.what}: {each.said}")
 
 
 def table_of(found: list[Diagnosis]) -> Table:
