@@ -3,7 +3,8 @@
 import asyncio
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,8 @@ Prompts = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="A file with a prompt a line.")
 ]
 Deadline = Annotated[
-    float | None, typer.Option(min=0.001, help="Seconds for each request; sent to flux-ray too.")
+    float | None,
+    typer.Option(min=0.001, help="Seconds for each, without --trace; sent to flux-ray too."),
 ]
 
 
@@ -78,9 +80,8 @@ def bench(
 ) -> None:
     """Send requests at URL on a schedule and print throughput, latency, errors and deadlines kept.
 
-    URL is flux-ray's or any other server with OpenAI's images API. The loop is open: latency counts
-    from when a request was due, so that a server that stalls cannot hide it. Exit status: 0 if any
-    request was answered with images, 1 if none was, 2 for wrong options.
+    URL is that of any server with OpenAI's images API. Latency counts from when a request was due.
+    Exit status: 0 if any request was answered with images, 1 if none was, 2 for wrong options.
 
     Example: flux-ray bench http://127.0.0.1:8000 --model tiny --rate 2 --duration 30
     """
@@ -88,28 +89,35 @@ def bench(
     if trace is None:
         fields = {"model": model, "size": size, "num_inference_steps": steps, "n": num_images}
         given = {name: value for name, value in fields.items() if value is not None}
-        planned = [
-            PlannedRequest(
-                at_s,
-                {**given, "prompt": words[number % len(words)], "seed": seed + number},
-                deadline,
-                references,
-            )
-            for number, at_s in enumerate(arrivals(rate, duration, pattern, seed))
-        ]
+        every = PlannedRequest(0.0, given, deadline, references)
+        planned = made_up(arrivals(rate, duration, pattern, seed), every, words, seed)
     else:
         planned = traced(trace, words, model, seed)
-    if not planned:
-        fail("there is no request to send: give --trace more entries, or a longer --duration")
-    headers = {} if key_file is None else {"authorization": f"Bearer {secret_in(key_file)}"}
-    sent = send_all(url, headers, planned, concurrency, timeout)
-    summary = summary_of(sent)
+    show(summary_of(send_all(url, key_file, planned, concurrency, timeout)), as_json)
+
+
+def show(summary: LoadSummary, as_json: bool) -> None:
+    """Print the summary, as JSON or as tables; end the command if nothing was answered."""
     if as_json:
         typer.echo(json.dumps(report_of(summary)))
     else:
         print_summary(summary, table_console())
     if not summary.num_ok:
         fail(f"no request was answered with images: {outcomes_text(summary)}")
+
+
+def made_up(
+    times: Sequence[float], every: PlannedRequest, words: Sequence[str], seed: int
+) -> list[PlannedRequest]:
+    """Return requests like `every` at these times, each with its own prompt and seed."""
+    return [
+        replace(
+            every,
+            at_s=at_s,
+            fields={**every.fields, "prompt": words[number % len(words)], "seed": seed + number},
+        )
+        for number, at_s in enumerate(times)
+    ]
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -135,12 +143,15 @@ def traced(path: Path, words: list[str], model: str | None, seed: int) -> list[P
 
 def send_all(
     url: str,
-    headers: dict[str, str],
+    key_file: Path | None,
     planned: list[PlannedRequest],
     num_at_once: int,
     timeout_s: float,
 ) -> list[SentRequest]:
     """Send all requests and show how far they are, in a terminal."""
+    if not planned:
+        fail("there is no request to send: give --trace more entries, or a longer --duration")
+    headers = {} if key_file is None else {"authorization": f"Bearer {secret_in(key_file)}"}
 
     async def run(bar: Progress) -> list[SentRequest]:
         task = bar.add_task("sending", total=len(planned), failed=0)

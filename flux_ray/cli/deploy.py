@@ -101,12 +101,7 @@ def deploy(
     try:
         with dashboard_at(address, token_file) as dashboard:
             before = dashboard.details()
-            compare_versions(dashboard.versions().ray)
-            nodes = dashboard.nodes()
-            sizes = [node.num_gpus for node in nodes]
-            found = [*check_gpus(file.tiers, sizes, may_grow=may_grow)]
-            report(config, [*found, *fixed_options(file.config, before)])
-            check_memory(file, gpu or card_among(nodes))
+            check_cluster(file, dashboard, before, gpu, may_grow=may_grow)
             planned = changes(file.config, before)
             say_changes(planned)
             check_removals(config, planned, remove=remove)
@@ -114,13 +109,29 @@ def deploy(
                 typer.echo("dry run: nothing was changed")
                 return
             dashboard.put(file.config)
+            kept = [change.name for change in planned if change.kind != "removed"]
             if no_wait:
                 typer.echo("Serve has taken the config; `flux-ray status` shows what becomes of it")
-                return
-            kept = [change.name for change in planned if change.kind != "removed"]
-            wait(dashboard, kept, timeout_s, before)
+            else:
+                wait(dashboard, kept, timeout_s, before)
     except DashboardError as error:
         fail(str(error))
+
+
+def check_cluster(
+    file: ConfigFile,
+    dashboard: Dashboard,
+    before: dict[str, Any],
+    gpu: str | None,
+    *,
+    may_grow: bool,
+) -> None:
+    """End the command if the cluster has too few or too small GPUs; warn of what else differs."""
+    compare_versions(dashboard.versions().ray)
+    nodes = dashboard.nodes()
+    found = [*check_gpus(file.tiers, [node.num_gpus for node in nodes], may_grow=may_grow)]
+    report(file.path, [*found, *fixed_options(file.config, before)])
+    check_memory(file, gpu or card_among(nodes))
 
 
 def compare_versions(running: str) -> None:

@@ -105,25 +105,34 @@ def generate(
         raise typer.BadParameter("--mask needs the image that it is for: --image")
     # Checked first: the cluster must not generate images that could then not be saved.
     paths = paths_for(output, num_images)
-    kept = [each for path in paths for each in preview_paths(path, previews)]
-    if not force and (taken := [str(path) for path in [*paths, *kept] if path.exists()]):
-        fail(f"there is already {', '.join(taken)}: choose another --output, or say --force")
-    fields: dict[str, Any] = {
-        "prompt": prompt,
-        "output_format": output_format_for(output),
-        "model": tier,
-        "size": size,
-        "steps": steps,
-        "quality": quality,
-        "seed": seed,
-        "n": num_images,
-    }
-    sent = {name: value for name, value in fields.items() if value is not None}
+    if not force:
+        check_free(paths, previews)
+    fields: dict[str, Any] = {"prompt": prompt, "output_format": output_format_for(output)}
+    fields |= {"model": tier, "size": size, "steps": steps, "quality": quality, "seed": seed}
+    sent = {name: value for name, value in fields.items() if value is not None} | {"n": num_images}
     attached = Attached(tuple(image or ()), mask)
     if stream or previews:
         save_stream(url, sent, attached, key_file, paths, previews)
-        return
-    answer, taken_s = call(url, sent, attached, key_file)
+    else:
+        save_answer(url, sent, attached, key_file, paths)
+
+
+def check_free(paths: Sequence[Path], num_previews: int) -> None:
+    """End the command if a file is there that an image or a preview would overwrite."""
+    kept = [each for path in paths for each in preview_paths(path, num_previews)]
+    if taken := [str(path) for path in [*paths, *kept] if path.exists()]:
+        fail(f"there is already {', '.join(taken)}: choose another --output, or say --force")
+
+
+def save_answer(
+    url: str,
+    fields: dict[str, Any],
+    attached: Attached,
+    key_file: Path | None,
+    paths: Sequence[Path],
+) -> None:
+    """Ask for images, and save them when all are done."""
+    answer, taken_s = call(url, fields, attached, key_file)
     say_warnings(answer["warnings"])
     for path, answered in zip(paths, answer["data"], strict=True):
         save(path, answered["b64_json"])

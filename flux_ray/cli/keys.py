@@ -28,7 +28,12 @@ def create(
     ] = None,
     expires_in_days: Annotated[float | None, typer.Option(min=0, help="Else never.")] = None,
 ) -> None:
-    """Make a key for NAME; its secret is printed here, once, and kept nowhere."""
+    """Make a key for NAME; its secret is printed here, once, and kept nowhere.
+
+    Exit status: 0, or 1 if the file cannot be read or written, 2 for wrong options.
+
+    Example: flux-ray keys create alice --class paying --file keys.yaml
+    """
     now = datetime.now(UTC)
     expires = None if expires_in_days is None else now + timedelta(days=expires_in_days)
     try:
@@ -43,7 +48,12 @@ def create(
 
 @keys.command("list")
 def list_keys(file: File) -> None:
-    """List the keys of the file, without their secrets."""
+    """List the keys of the file, without their secrets.
+
+    Exit status: 0, or 1 if the file cannot be read, 2 for wrong options.
+
+    Example: flux-ray keys list --file keys.yaml
+    """
     try:
         found = read_keys(file).keys
     except ValueError as error:
@@ -63,7 +73,12 @@ def revoke(
     which: Annotated[str, typer.Argument(help="A key's prefix, or the name of all its keys.")],
     file: File,
 ) -> None:
-    """Revoke a key, or all keys of a name; the gateways notice within seconds."""
+    """Revoke a key, or all keys of a name; the gateways notice within seconds.
+
+    Exit status: 0, or 1 if there is no such key, 2 for wrong options.
+
+    Example: flux-ray keys revoke fr-3xZ0aBcD --file keys.yaml
+    """
     now = datetime.now(UTC)
     try:
         changed = change_keys(file, lambda kept: without_key(kept, which, now))

@@ -67,5 +67,10 @@ def tiers(url: Url = DEFAULT_URL, key_file: KeyFile = None) -> None:
 
 @app.command()
 def version() -> None:
-    """Print the version of this command."""
+    """Print the version of this command.
+
+    Exit status: 0.
+
+    Example: flux-ray version
+    """
     typer.echo(__version__)

@@ -23,7 +23,7 @@ LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """One series of a scrape: its name without `ray_` and `_total`, its labels and its value."""
 
     name: str
@@ -31,17 +31,17 @@ class Sample:
     value: float
 
 
-def samples_in(text: str) -> Iterator[Sample]:
+def samples_in(text: str) -> Iterator[MetricSample]:
     """Yield flux-ray's series of a scrape, without the buckets of histograms."""
     for line in text.splitlines():
         if not line.startswith(PREFIX):
             continue
         if (found := SERIES.match(line)) and not found[1].endswith("_bucket"):
             name = found[1].removeprefix("ray_").removesuffix("_total")
-            yield Sample(name, dict(LABEL.findall(found[2])), float(found[3]))
+            yield MetricSample(name, dict(LABEL.findall(found[2])), float(found[3]))
 
 
-def scrape(targets: Iterable[str], session: str | None = None) -> list[Sample]:
+def scrape(targets: Iterable[str], session: str | None = None) -> list[MetricSample]:
     """Return flux-ray's series of all targets that answer, only those of that Ray session.
 
     Ray's own ports are the same for all of its clusters on a machine, hence the session.
@@ -69,7 +69,7 @@ def text_of(client: httpx.Client, target: str) -> str:
 class Counted:
     """The series of one scrape at a time, in seconds of the monotonic clock."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[MetricSample, ...]
     at_s: float
 
     def total(self, metric: str, tier: str, **labels: str) -> float | None:

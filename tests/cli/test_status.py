@@ -12,7 +12,7 @@ from flux_ray.cli import scrape as scrape_module
 from flux_ray.cli import status as status_module
 from flux_ray.cli.dashboard import Dashboard
 from flux_ray.cli.main import app
-from flux_ray.cli.scrape import Counted, Sample, rate, samples_in, scrape
+from flux_ray.cli.scrape import Counted, MetricSample, rate, samples_in, scrape
 from flux_ray.cli.status import ClusterStatus, GatewayStatus, applications, gateway_status, row_of
 from flux_ray.metrics import IMAGES, Metric
 
@@ -63,7 +63,7 @@ def test_the_text_of_a_scrape() -> None:
 
 
 def counted(value: float, at_s: float, name: str = IMAGES.name, **labels: str) -> Counted:
-    return Counted((Sample(name, {"tier": "tiny", **labels}, value),), at_s)
+    return Counted((MetricSample(name, {"tier": "tiny", **labels}, value),), at_s)
 
 
 def test_totals_and_rates() -> None:
