@@ -69,7 +69,7 @@ def judge_nccl(torch: Mapping[str, Any] | None, num_ranks: int, needs_gpu: bool)
 
 def judge_shared_memory(num_bytes: int | None, num_ranks: int) -> Diagnosis:
     """Judge the size of /dev/shm, where Ray keeps its objects and ranks exchange tensors."""
-    what = "/dev/shm"
+    what = "/dev/shm"  # nosec B108
     if num_bytes is None:
         return Diagnosis(what, "warning", "is not there; mount a tmpfs, as containers have it")
     needed, size = SHM_BYTES_PER_RANK * max(1, num_ranks), f"{num_bytes / GB:.1f} GB"

@@ -87,7 +87,7 @@ def import_error(import_path: str) -> str | None:
 
 def is_port_taken(host: str, port: int) -> bool:
     """Return whether a program listens at that port."""
-    address = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # nosec B104
+    address = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     with socket.socket() as probe:
         probe.settimeout(2.0)
         return probe.connect_ex((address, port)) == 0
