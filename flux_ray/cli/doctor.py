@@ -27,6 +27,7 @@ from flux_ray.cli.dashboard import (
 )
 from flux_ray.cli.diagnosis import Diagnosis
 from flux_ray.config import (
+    DEFAULT_HOST,
     GatewayArgs,
     JobArgs,
     NamedArgs,
@@ -118,7 +119,7 @@ def examine_gpus(tiers: list[TierArgs]) -> Iterator[Diagnosis]:
 def examine_machine(config: dict[str, Any], applications: list[NamedArgs]) -> Iterator[Diagnosis]:
     """Yield what can be said of ports, limits, authentication, tracing and the job database."""
     options = config.get("http_options") or {}
-    port, host = int(options.get("port", DEFAULT_PORT)), str(options.get("host", "0.0.0.0"))
+    port, host = int(options.get("port", DEFAULT_PORT)), str(options.get("host", DEFAULT_HOST))
     is_taken = probes.is_port_taken(host, port)
     is_serve = is_taken and probes.answers_as_serve(port)
     yield diagnosis.judge_port(port, host, is_taken, is_serve)

@@ -21,7 +21,7 @@ import httpx
 
 from flux_ray.catalog import WORKLOADS
 from flux_ray.cli.diagnosis import Found
-from flux_ray.config import WEIGHT_FILES
+from flux_ray.config import ALL_ADDRESSES, WEIGHT_FILES
 
 HUB = "https://huggingface.co"
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
@@ -87,7 +87,7 @@ def import_error(import_path: str) -> str | None:
 
 def is_port_taken(host: str, port: int) -> bool:
     """Return whether a program listens at that port."""
-    address = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    address = "127.0.0.1" if host in ALL_ADDRESSES else host
     with socket.socket() as probe:
         probe.settimeout(2.0)
         return probe.connect_ex((address, port)) == 0

@@ -1,7 +1,9 @@
 """Typed configuration: the `args` of a Serve config file for tiers, the gateway, and jobs."""
 
 from flux_ray.config.checks import (
+    ALL_ADDRESSES,
     BUILDERS,
+    DEFAULT_HOST,
     WEIGHT_FILES,
     Finding,
     NamedArgs,
@@ -32,8 +34,10 @@ from flux_ray.config.tier import (
 )
 
 __all__ = [
+    "ALL_ADDRESSES",
     "BUILDERS",
     "COLD_START_S",
+    "DEFAULT_HOST",
     "PROXY_CALLBACK",
     "READ_WITH_H11",
     "WEIGHT_FILES",

@@ -31,7 +31,9 @@ APPLICATION_KEYS |= {"deployments", "autoscaling_policy", "logging_config", "arg
 APPLICATION_KEYS |= {"external_scaler_enabled"}
 HTTP_KEYS = {"host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s"}
 HTTP_KEYS |= {"ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"}
-ALL_ADDRESSES = {"0.0.0.0", "::", ""}
+# Where Serve listens if http_options do not say.
+DEFAULT_HOST = "0.0.0.0"  # nosec B104
+ALL_ADDRESSES = {DEFAULT_HOST, "::", ""}
 # What a checkpoint's folder must have in it to be a model.
 WEIGHT_FILES = ("transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
 
@@ -231,7 +233,7 @@ def check_served(applications: Sequence[NamedArgs]) -> Iterator[Finding]:
 def check_http(config: Mapping[str, Any], applications: Sequence[NamedArgs]) -> Iterator[Finding]:
     """Find a port that is open to all without keys, and time limits that cut requests off."""
     options = config.get("http_options") or {}
-    host, gateways = options.get("host", "0.0.0.0"), gateways_among(applications)
+    host, gateways = options.get("host", DEFAULT_HOST), gateways_among(applications)
     for gateway in gateways:
         if host in ALL_ADDRESSES and gateway.args.keys_file is None:
             yield Finding(
