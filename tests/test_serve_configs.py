@@ -10,7 +10,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from flux_ray.catalog.tiers import tier_for
-from flux_ray.cli.client import BUILDERS
+from flux_ray.config.checks import BUILDERS
 from flux_ray.config.gateway import GatewayArgs, check_addresses
 from flux_ray.config.tier import Args, TierArgs
 from flux_ray.planner.plan import make_plan

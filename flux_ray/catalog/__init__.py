@@ -10,10 +10,11 @@ from flux_ray.catalog.flops import (
     reference_pixels,
     scaled_size,
 )
-from flux_ray.catalog.gpus import PROCESSOR, SPEEDS, Gpu, Speed, card_for, card_of, speed_for
+from flux_ray.catalog.gpus import CARDS, PROCESSOR, SPEEDS, Gpu, Speed, card_for, card_of, speed_for
 from flux_ray.catalog.tiers import EMBEDDED, TIERS, Tier, tier_for
 
 __all__ = [
+    "CARDS",
     "EMBEDDED",
     "MAX_WHOLE_PIXELS",
     "PROCESSOR",

@@ -31,10 +31,15 @@ class TransformerWork:
     num_other_weights: int
     fixed_flops: int
     token_flops: int
+    head_size: int = 128
 
     @property
     def num_blocks(self) -> int:
         return self.num_double_blocks + self.num_single_blocks
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_size
 
     def product_flops(self, num_tokens: int) -> int:
         """Return the FLOPs of the linear layers, for all tokens of text, image and references."""
@@ -130,7 +135,7 @@ def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
 
 _FLUX2_VAE = VaeWork(4_136_832, 9_465_120, 0.5)
 _TINY = Workload(
-    TransformerWork(128, 2, 6, 2_129_920, 336_512, 2_179_072, 3_424_256),
+    TransformerWork(128, 2, 6, 2_129_920, 336_512, 2_179_072, 3_424_256, head_size=32),
     TextEncoderWork(64, 27, 2, 995_328, 15_925_248),
     VaeWork(23_112, 55_026, 0.0625),
 )

@@ -1,34 +1,66 @@
-"""Parts that several commands share: calls to a gateway, tables, the tiers of a config file.
+"""Parts that several commands share: calls to a gateway, tables, and how a command fails.
 
-`call` shows a progress bar while the gateway works. `tiers_in` checks a config file as the cluster
-will. Whatever fails ends the command with a message and status 1 (`fail`).
+`call` shows a progress bar while the gateway works. Whatever fails ends the command with a message
+and status 1 (`fail`).
 """
 
+import json
+import re
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import httpx
 import typer
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flux_ray.config import Args, GatewayArgs, TierArgs
-from flux_ray.errors import FluxError
-from flux_ray.router.autoscaling.gpu_budget import Want, check_budget
-
 TIMEOUT = httpx.Timeout(900.0, connect=10.0)
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Option(help="The gateway's address.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A file that holds your API key alone."),
+]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The files that go with a request: reference images, and a mask of the first one."""
+
+    images: tuple[Path, ...] = ()
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServerEvent:
+    """An event of a stream, with the seconds since it was asked for."""
+
+    name: str
+    fields: dict[str, Any]
+    at_s: float
+
+    @property
+    def is_preview(self) -> bool:
+        """Return whether it carries a preview."""
+        return self.name.endswith(".partial_image")
+
+    @property
+    def is_image(self) -> bool:
+        """Return whether it carries a finished image."""
+        return self.name.endswith(".completed")
 
 
 def call(
     url: str,
     fields: dict[str, Any] | None = None,
-    images: Sequence[Path] = (),
+    attached: Attached = Attached(),
     key_file: Path | None = None,
 ) -> tuple[dict[str, Any], float]:
     """Ask the gateway; return the body of its answer and the seconds that it took.
@@ -36,17 +68,88 @@ def call(
     Without `fields` ask for the list of tiers, otherwise for images.
     """
     started_s = time.monotonic()
+    with explained(url), client_for(url, key_file) as client, waiting():
+        response = client.get("/v1/models") if fields is None else send(client, fields, attached)
+    if response.is_error:
+        fail(message_of(response))
+    return read_json(response), time.monotonic() - started_s
+
+
+def follow(
+    url: str,
+    fields: dict[str, Any],
+    attached: Attached,
+    key_file: Path | None,
+    num_images: int,
+) -> Iterator[ServerEvent]:
+    """Ask the gateway for a stream and yield its events; show meanwhile how far it is.
+
+    An error event ends the command with its message.
+    """
+    started_s = time.monotonic()
+    with (
+        explained(url),
+        client_for(url, key_file) as client,
+        waiting() as bar,
+        ExitStack() as stack,
+    ):
+        request = request_for(client, fields, attached, stack)
+        response = client.send(request, stream=True)
+        if response.is_error:
+            response.read()
+            fail(message_of(response))
+        num_done = 0
+        for each in parse_events(response.iter_lines()):
+            if isinstance(each, str):
+                show_standing(bar, each, num_done, num_images)
+                continue
+            name, data = each
+            if name == "error":
+                fail(str(data.get("error", {}).get("message", "the server failed")))
+            event = ServerEvent(name, data, time.monotonic() - started_s)
+            num_done += event.is_image
+            yield event
+
+
+def parse_events(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]] | str]:
+    """Yield a stream's events, as name and fields, and its comments, as texts."""
+    name, data = "", ""
+    for line in lines:
+        key, _, value = line.partition(": ")
+        if line.startswith(":"):
+            yield line.lstrip(": ")
+        elif key == "event":
+            name = value
+        elif key == "data":
+            data += value
+        elif not line and data:
+            yield name, json.loads(data)
+            name, data = "", ""
+
+
+def show_standing(bar: Progress, words: str, num_done: int, num_images: int) -> None:
+    """Show what a comment of a stream says: a place in the queue, or the progress."""
+    task = bar.tasks[0].id
+    bar.update(task, description=words.split(" progress=")[0])
+    if found := re.search(r"progress=([\d.]+)", words):
+        bar.update(task, total=num_images, completed=num_done + float(found[1]))
+
+
+def client_for(url: str, key_file: Path | None) -> httpx.Client:
+    """Return a client of the gateway that sends the key, if there is one."""
     headers = {} if key_file is None else {"authorization": f"Bearer {secret_in(key_file)}"}
+    return httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers)
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """End the command with a sentence if the gateway cannot be reached or the connection breaks."""
     try:
-        with httpx.Client(base_url=url, timeout=TIMEOUT, headers=headers) as client, waiting():
-            response = send(client, fields, images)
+        yield
     except httpx.ConnectError:
         fail(f"nothing answers at {url}: is the cluster running? `make serve` starts one here")
     except (httpx.TransportError, httpx.InvalidURL) as error:
         fail(f"the call to {url} failed: {error}")
-    if response.is_error:
-        fail(message_of(response))
-    return read_json(response), time.monotonic() - started_s
 
 
 def secret_in(key_file: Path) -> str:
@@ -57,20 +160,31 @@ def secret_in(key_file: Path) -> str:
     return secret
 
 
-def send(
-    client: httpx.Client, fields: dict[str, Any] | None, images: Sequence[Path]
-) -> httpx.Response:
-    """Send a request: for the tiers without fields, for an edit if there are images."""
-    if fields is None:
-        return client.get("/v1/models")
-    if not images:
-        return client.post("/v1/images/generations", json=fields)
+def send(client: httpx.Client, fields: dict[str, Any], attached: Attached) -> httpx.Response:
+    """Send a request for images, for an edit if there are any to begin with."""
     with ExitStack() as stack:
-        files = [
-            ("image[]", (f"image{number}", stack.enter_context(path.open("rb"))))
-            for number, path in enumerate(images)
-        ]
-        return client.post("/v1/images/edits", data=fields, files=files)
+        return client.send(request_for(client, fields, attached, stack))
+
+
+def request_for(
+    client: httpx.Client, fields: dict[str, Any], attached: Attached, stack: ExitStack
+) -> httpx.Request:
+    """Return the request; `stack` closes the files that it reads."""
+    if not attached.images:
+        return client.build_request("POST", "/v1/images/generations", json=fields)
+    files = [
+        ("image[]", (f"image{number}", stack.enter_context(path.open("rb"))))
+        for number, path in enumerate(attached.images)
+    ]
+    if attached.mask is not None:
+        files.append(("mask", ("mask", stack.enter_context(attached.mask.open("rb")))))
+    texts = {name: as_text(value) for name, value in fields.items()}
+    return client.build_request("POST", "/v1/images/edits", data=texts, files=files)
+
+
+def as_text(value: Any) -> str:
+    """Return a field's value as a form has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def waiting() -> Progress:
@@ -106,9 +220,19 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
     return body
 
 
+def complain(message: str) -> None:
+    """Print an error to stderr."""
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    Console(stderr=True).print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print an error and end the command with status 1."""
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    complain(message)
     raise typer.Exit(1)
 
 
@@ -120,65 +244,3 @@ def table_console() -> Console:
     """Return a console for tables: as wide as the terminal, or PIPED_WIDTH in a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
-
-
-BUILDERS: dict[str, type[Args]] = {
-    "flux_ray.app:build_tier": TierArgs,
-    "flux_ray.app:build_gateway": GatewayArgs,
-}
-
-
-def tiers_in(path: Path) -> list[TierArgs]:
-    """Return the args of a config file's tiers; end the command if the file is invalid."""
-    tiers = [args for args in map(args_of, applications_in(path)) if isinstance(args, TierArgs)]
-    if not tiers:
-        fail(f"{path} serves no tier: none of its applications is one")
-    check_gpu_budgets(tiers)
-    return tiers
-
-
-def check_gpu_budgets(tiers: list[TierArgs]) -> None:
-    """End the command unless all tiers that scale on GPUs name one budget that is enough."""
-    wants, said = [], {}
-    for args in tiers:
-        scaling, size = args.autoscaling, args.num_gpus_per_replica
-        if scaling is not None and size:
-            wants.append(Want(args.tier, scaling.max_replicas, size, scaling.min_replicas))
-            said[args.tier] = scaling.gpu_budget
-    if len(set(said.values())) > 1:
-        numbers = ", ".join(f"{tier} {number or 'none'}" for tier, number in said.items())
-        fail(f"autoscaling.gpu_budget must be the same in all tiers that scale, not {numbers}")
-    budget = next(iter(said.values()), None)
-    if budget is None:
-        return
-    try:
-        check_budget(wants, budget)
-    except ValueError as error:
-        fail(f"autoscaling.{error}")
-
-
-def applications_in(path: Path) -> list[dict[str, Any]]:
-    """Return the list of applications in a Serve config file; end the command without one."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"{path} cannot be read: {error}")
-    applications = config.get("applications") if isinstance(config, dict) else None
-    if not isinstance(applications, list) or not all(isinstance(a, dict) for a in applications):
-        fail(f"{path} is no Serve config file: it has no list of `applications`")
-    return applications
-
-
-def args_of(application: dict[str, Any]) -> Args:
-    """Return an application's typed args; end the command, naming the key, if they are wrong."""
-    name, import_path = application.get("name"), application.get("import_path")
-    if import_path not in BUILDERS:
-        fail(f"application {name}: import_path {import_path} is none of {', '.join(BUILDERS)}")
-    try:
-        return BUILDERS[import_path].model_validate(application.get("args", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["args", *(str(part) for part in first["loc"])])
-        fail(f"application {name}: {key}: {first['msg']}")
-    except FluxError as error:
-        fail(f"application {name}: {error}")

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.cli.client import fail, table_console, tiers_in
+from flux_ray.cli.client import fail, table_console
+from flux_ray.cli.config_file import tiers_in
 from flux_ray.config import TierArgs
 
 if TYPE_CHECKING:
@@ -161,8 +162,13 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, in bytes.")] = False,
 ) -> None:
-    """Count what every GPU of CONFIG has to hold; exit status 1 if anything does not fit."""
-    tiers = tiers_in(config)
+    """Count what every GPU of CONFIG has to hold, and name the cheapest layouts that fit.
+
+    Exit status: 0 if all fits, 1 if anything does not, or the file is wrong, 2 for wrong options.
+
+    Example: flux-ray plan serve/node-8gpu.yaml --gpu h100-80gb --count 8
+    """
+    tiers = tiers_in(config, are_warnings_shown=True)
     if assumed := assumptions(gpu, count):
         typer.echo(assumed, err=True)
     gpu, count = gpu or ASSUMED_GPU, count or ASSUMED_COUNT

@@ -21,17 +21,17 @@ from typing import IO, Annotated, Any
 import httpx
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
 
-from flux_ray.cli.client import BUILDERS, applications_in, args_of, fail
-from flux_ray.config import GatewayArgs, check_addresses, environment_for_ray
+from flux_ray.cli.client import fail
+from flux_ray.cli.config_file import check_config, read_config
+from flux_ray.config import ALL_ADDRESSES, DEFAULT_HOST, environment_for_ray
 
-ALL_ADDRESSES = ("0.0.0.0", "::", "")  # nosec B104
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Serve's own defaults.
-HOST, PORT = "127.0.0.1", 8000
+# Where this machine reaches a server that listens at all addresses.
+HOST = "127.0.0.1"
+# Serve's default.
+PORT = 8000
 LOOK_S = 0.5
 # A proxy holds probes until there is a gateway; one that is given up is a line in the log.
 PROBE_S = 30.0
@@ -123,33 +123,6 @@ def say(line: str) -> None:
     """Print a line at once, whole: two threads do."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def warn(line: str) -> None:
-    """Print a warning, in colour on a terminal only."""
-    Console(stderr=True).print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
-
-
-def gateway_args(path: Path, applications: list[dict[str, Any]]) -> list[GatewayArgs]:
-    """Return the args of all gateways; end the command if an application of ours has wrong ones."""
-    ours = [args_of(each) for each in applications if each.get("import_path") in BUILDERS]
-    gateways = [args for args in ours if isinstance(args, GatewayArgs)]
-    for args in gateways:
-        try:
-            check_addresses(args)
-        except ValueError as error:
-            fail(f"{path}: args.{error}; or say PUBLIC_URL=http://... make serve")
-    return gateways
-
-
-def exposure(path: Path, host: str, gateways: list[GatewayArgs]) -> str | None:
-    """Return a warning for a server that asks for no keys and listens to everybody, else None."""
-    if host not in ALL_ADDRESSES or all(args.keys_file is not None for args in gateways):
-        return None
-    return (
-        f"{path}: http_options.host {host} lets everybody in who reaches this machine: name a"
-        " keys_file in the gateway's args, or keep the port behind a firewall"
-    )
 
 
 def changed(
@@ -281,13 +254,10 @@ def serve(
     ] = None,
 ) -> None:
     """Serve CONFIG on this machine until Ctrl-C or SIGTERM, and say when it is ready."""
-    applications_in(config)
-    values = changed(yaml.safe_load(config.read_text()), host, port, public_url)
-    gateways = gateway_args(config, values["applications"])
+    values = changed(read_config(config), host, port, public_url)
+    check_config(config, is_here=True, allow_others=True, config=values)
     options = values["http_options"]
-    listens, at = str(options.get("host", HOST)), int(options.get("port", PORT))
-    if warning := exposure(config, listens, gateways):
-        warn(warning)
+    listens, at = str(options.get("host", DEFAULT_HOST)), int(options.get("port", PORT))
     check_port(listens, at)
     is_changed = (host, port, public_url) != (None, None, None)
     with file_of(config, values, is_changed) as file:

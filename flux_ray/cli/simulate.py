@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.cli.client import fail, table_console, tiers_in
+from flux_ray.cli.client import fail, table_console
+from flux_ray.cli.config_file import tiers_in
 from flux_ray.router.trace import TracedRequest
 from flux_ray.simulator.fleet import FleetPlan, Overrides, TierModel, run_fleet, tier_model
 from flux_ray.simulator.outcome import Outcome, TierOutcome
@@ -162,7 +163,9 @@ def simulate(
 ) -> None:
     """Send a trace through the fleet of CONFIG, in simulated time and on no GPU.
 
-    Tiers scale as CONFIG says, or as --min-replicas and --max-replicas do.
+    Exit status: 0, 1 if the file or the trace is wrong, 2 for wrong options.
+
+    Example: flux-ray simulate --config serve/fleet.yaml --trace burst --load 0.6
     """
     plan = FleetPlan(slo_scale, failures_per_hour, seed, gpus)
     try:
@@ -172,13 +175,8 @@ def simulate(
         }
         arriving = arriving_of(trace, models, load, hours * 3600, seed)
         with Console(stderr=True).status("simulating"):
-            outcome = run_fleet(
-                models,
-                arriving.entries,
-                plan,
-                arriving.duration_s,
-                until_done=arriving.is_recorded,
-            )
+            entries, is_recorded = arriving.entries, arriving.is_recorded
+            outcome = run_fleet(models, entries, plan, arriving.duration_s, until_done=is_recorded)
         if plot is not None:
             plot_to(outcome, plot)
     except ValueError as error:

@@ -360,7 +360,10 @@ def check_addresses(args: GatewayArgs) -> None:
         named |= {"jobs.database": args.jobs.database, "jobs.results": args.jobs.results}
     for key, address in named.items():
         if address is not None and (urlsplit(address).hostname or "").endswith(STANDS_FOR):
-            raise ValueError(f"{key}: {address} only stands for an address of yours: set it")
+            otherwise = ", or say PUBLIC_URL=http://... make serve" if key == "public_url" else ""
+            raise ValueError(
+                f"{key}: {address} only stands for an address of yours: set it{otherwise}"
+            )
 
 
 def is_path(name: str) -> bool:

@@ -5,11 +5,12 @@ here as well.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flux_ray.catalog import tier_for
+from flux_ray.catalog import EMBEDDED, WORKLOADS, tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]
@@ -68,6 +69,11 @@ def tracing_ratio() -> float:
     return float(os.environ.get("RAY_SERVE_TRACING_SAMPLING_RATIO", "0.01"))
 
 
+def environment() -> Mapping[str, str]:
+    """Return the environment, for commands that look at what Ray and the hub are told by it."""
+    return os.environ
+
+
 class Args(BaseModel):
     """The base of all configuration models: unknown keys are errors, and values are immutable."""
 
@@ -90,6 +96,20 @@ class Parallel(Args):
     def num_ranks(self) -> int:
         """Return the number of ranks, which are processes, of one replica."""
         return self.tensor * self.sequence
+
+
+def check_heads(num_heads: int, tensor: int, sequence: int) -> None:
+    """Raise ValueError, with the setting's name, if a split would cut an attention head.
+
+    Tensor ranks split the heads first; sequence ranks split those that each tensor rank has.
+    """
+    if num_heads % tensor:
+        raise ValueError(f"parallel.tensor {tensor} does not divide the {num_heads} heads")
+    if num_heads // tensor % sequence:
+        raise ValueError(
+            f"parallel.sequence {sequence} does not divide the {num_heads // tensor} heads that"
+            f" each rank has at parallel.tensor {tensor}"
+        )
 
 
 class Lora(Args):
@@ -216,6 +236,20 @@ class TierArgs(Args):
         """Raise ValueError for a tier without weights, before any GPU is taken."""
         if self.weights is None and tier_for(self.tier).weights is None:
             raise ValueError(f"tier {self.tier} needs `weights`: a folder or owner/name@revision")
+        return self
+
+    @model_validator(mode="after")
+    def check_split(self) -> "TierArgs":
+        """Raise ValueError if the ranks would cut a head of the tier's published model.
+
+        A folder may hold a model of another shape, which only the loader knows.
+        """
+        if self.weights is None or self.weights == EMBEDDED or "@" in self.weights:
+            try:
+                num_heads = WORKLOADS[tier_for(self.tier).name].transformer.num_heads
+                check_heads(num_heads, self.parallel.tensor, self.parallel.sequence)
+            except ValueError as error:
+                raise ValueError(f"tier {self.tier}: {error}") from None
         return self
 
     @model_validator(mode="after")

@@ -17,13 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from flux_ray.config import Quantization
+from flux_ray.config import Quantization, check_heads
 from flux_ray.engine.api import Placement, TextModel
 from flux_ray.parallel.checkpoint import Checkpoint, open_component
 from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization
-from flux_ray.parallel.sequence import check_heads, split_sequence
+from flux_ray.parallel.sequence import split_sequence
 from flux_ray.weights import download
 from flux_ray.weights.source import WeightSource
 

@@ -18,13 +18,12 @@ from torch import nn
 
 from flux_ray import __version__
 from flux_ray.catalog import Tier
-from flux_ray.config import Parallel
+from flux_ray.config import Parallel, check_heads
 from flux_ray.engine.loading import encoder_axis, load_config, prefix_in
 from flux_ray.engine.registry import empty_model
 from flux_ray.parallel.checkpoint import Checkpoint, shards_for
 from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.parallel.sequence import check_heads
 from flux_ray.weights.hub import is_complete, is_used, snapshot_of
 from flux_ray.weights.shards import (
     MANIFEST,

@@ -183,17 +183,3 @@ def with_attention(processor: Any, stock: Any, attend: Attention) -> Any:
     call.__kwdefaults__ = stock.__kwdefaults__
     kind = type(processor)
     return type(kind.__name__, (kind,), {"__call__": call})()
-
-
-def check_heads(num_heads: int, tensor: int, sequence: int) -> None:
-    """Raise ValueError, with the setting's name, if a split would cut an attention head.
-
-    Tensor ranks split the heads first; sequence ranks split those that each tensor rank has.
-    """
-    if num_heads % tensor:
-        raise ValueError(f"parallel.tensor {tensor} does not divide the {num_heads} heads")
-    if num_heads // tensor % sequence:
-        raise ValueError(
-            f"parallel.sequence {sequence} does not divide the {num_heads // tensor} heads that"
-            f" each rank has at parallel.tensor {tensor}"
-        )

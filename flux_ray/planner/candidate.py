@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from flux_ray.catalog import Gpu, Tier
-from flux_ray.config import Quantization, TierArgs
+from flux_ray.config import Quantization, TierArgs, check_heads
 from flux_ray.engine.api import DTYPES, EmptyModel, Forward
 from flux_ray.engine.loading import encoder_axis
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import plan_storage, saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization, is_quantized
-from flux_ray.parallel.sequence import check_heads
 
 # Bytes that a product allocates for each number of a quantized weight that has to be unpacked
 # first. torchao unpacks FP8 through fp32, the others directly into a dtype of two bytes.

@@ -40,6 +40,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
             # What was counted by hand was counted without a cache.
             {
                 "name": args.get("tier", "nameless"),
+                "route_prefix": None,
                 "import_path": import_path,
                 "args": {"cache_bytes": 0} | args,
             }

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 import yaml
 
-from flux_ray.cli.serve import ANSI, changed, exposure, gateway_args, ready_lines, url_of
+from flux_ray.cli.config_file import check_config
+from flux_ray.cli.serve import ANSI, changed, ready_lines, url_of
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "serve" / "laptop.yaml"
@@ -145,26 +147,28 @@ def test_a_port_that_is_taken_is_named(start: Callable[..., "subprocess.Popen[st
     )
 
 
-def test_a_server_without_keys_for_everybody_is_warned_of() -> None:
+def test_a_server_without_keys_for_everybody_is_warned_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     path = ROOT / "serve" / "one-gpu.yaml"
-    config = changed(yaml.safe_load(path.read_text()), None, None, "https://flux.example.com")
-    gateways = gateway_args(path, config["applications"])
-    warning = exposure(path, "0.0.0.0", gateways)
-    assert warning is not None and "\n" not in warning
-    assert "http_options.host" in warning and "keys_file" in warning and str(path) in warning
-    assert exposure(path, "127.0.0.1", gateways) is None
-    kept = [each.model_copy(update={"keys_file": Path("keys.yaml")}) for each in gateways]
-    assert exposure(path, "0.0.0.0", kept) is None
+    told = yaml.safe_load(path.read_text())
+    for host, is_warned in (("0.0.0.0", True), ("127.0.0.1", False)):
+        config = changed(told, host, None, "https://flux.example.com")
+        check_config(path, is_here=True, config=config)
+        said = capsys.readouterr().err
+        assert ("http_options.host" in said and "keys_file" in said) == is_warned
+        assert said.count("\n") == is_warned
 
 
 def test_an_address_that_only_stands_for_one_is_not_served(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = ROOT / "serve" / "one-gpu.yaml"
-    with pytest.raises(BaseException, match="1"):
-        gateway_args(path, yaml.safe_load(path.read_text())["applications"])
+    with pytest.raises(typer.Exit):
+        check_config(path, is_here=True)
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {path}: args.public_url: https://flux.invalid")
+    place = "application gateway: args.public_url: https://flux.invalid"
+    assert said.startswith(f"error: {path}: {place}")
     assert "PUBLIC_URL=" in said and said.count("\n") == 1
 
 

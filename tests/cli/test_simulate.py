@@ -42,7 +42,9 @@ def config(tmp_path):
 
     def write(**args):
         args = {"tier": "flux-2-klein-4b", "weights": HUB, "num_replicas": 4} | args
-        application = {"import_path": "flux_ray.app:build_tier", "name": "tier", "args": args}
+        builder = "flux_ray.app:build_tier"
+        named = {"import_path": builder, "name": args["tier"], "route_prefix": None}
+        application = named | {"args": args}
         path = tmp_path / "serve.yaml"
         path.write_text(yaml.safe_dump({"applications": [application]}))
         return path
@@ -131,9 +133,8 @@ def sharing(tmp_path):
         for tier, own in (("flux-2-klein-4b", {}), ("flux-2-klein-9b", klein_9b)):
             scaling = {"max_replicas": 9, "cold_start_s": 5.0, "gpu_budget": 5} | own
             args = {"tier": tier, "weights": HUB, "autoscaling": scaling}
-            applications.append(
-                {"import_path": "flux_ray.app:build_tier", "name": tier, "args": args}
-            )
+            named = {"import_path": "flux_ray.app:build_tier", "name": tier, "route_prefix": None}
+            applications.append(named | {"args": args})
         path = tmp_path / "sharing.yaml"
         path.write_text(yaml.safe_dump({"applications": applications}))
         return path

@@ -8,10 +8,10 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from transformers import Qwen3Config, Qwen3Model
 
+from flux_ray.config.tier import check_heads
 from flux_ray.parallel.checkpoint import Shard, shards_for
 from flux_ray.parallel.load import build_empty
 from flux_ray.parallel.mesh import Axis
-from flux_ray.parallel.sequence import check_heads
 
 
 def axis(rank: int, size: int) -> Axis:

@@ -1,0 +1,366 @@
+"""`flux-ray deploy` against a fake dashboard: what it refuses, says, sends and waits for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from flux_ray.cli import deploy as deploy_module
+from flux_ray.cli.dashboard import ClusterNode, Dashboard, DashboardError, find_token
+from flux_ray.cli.deploy import card_among, is_kind
+from flux_ray.cli.deployment import Change, cause_of, changes, differing, fixed_options
+from flux_ray.cli.main import app
+
+LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
+# What Serve 2.60 said of an argument that it did not know, in the middle shortened.
+TRACE = """\
+Deploying app 'tiny' failed with exception:
+Traceback (most recent call last):
+  File "application_state.py", line 926, in _reconcile_build_app_task
+    serialized_application_autoscaling_policy_def, args, err = ray.get(
+ray.exceptions.RayTaskError(RuntimeError): \x1b[36mray::build_serve_application()\x1b[39m (pid=1)
+RuntimeError: Traceback (most recent call last):
+  File "application_state.py", line 1800, in build_serve_application
+pydantic_core._pydantic_core.ValidationError: 1 validation error for TierArgs
+nonsense
+  Extra inputs are not permitted [type=extra_forbidden, input_value=1, input_type=int]
+    For further information visit https://errors.pydantic.dev/2.14/v/extra_forbidden
+"""
+
+
+class FakeCluster:
+    """A dashboard whose Serve takes a config and then goes through the given states."""
+
+    def __init__(self) -> None:
+        self.applications: dict[str, Any] = {}
+        self.puts: list[dict[str, Any]] = []
+        # The states of each application after a PUT, by look; the last one stays.
+        self.coming: dict[str, list[tuple[str, str]]] = {}
+        self.nodes: list[dict[str, Any]] = [{"node_ip": "n", "state": "ALIVE"}]
+        self.ray = "2.60.0"
+        self.token: str | None = None
+        self.asked: list[httpx.Request] = []
+
+    def run(self, config: dict[str, Any]) -> None:
+        """Have Serve run this config already."""
+        self.applications = {
+            each["name"]: application(each, "RUNNING") for each in as_noted(config)
+        }
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(request)
+        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
+            return httpx.Response(401, text="Unauthorized: Missing authentication token")
+        if request.method == "PUT":
+            self.puts.append(json.loads(request.content))
+            self.applications = {
+                each["name"]: application(each, "DEPLOYING") for each in as_noted(self.puts[-1])
+            }
+            return httpx.Response(200)
+        return httpx.Response(200, json=self.answer(request.url.path))
+
+    def answer(self, path: str) -> Any:
+        if path == "/api/serve/applications/":
+            self.advance()
+            return {"applications": self.applications, "http_options": {"port": 8000}}
+        if path == "/api/v0/nodes":
+            return {"data": {"result": {"result": self.nodes}}}
+        if path == "/api/version":
+            return {"ray_version": self.ray, "session_name": "session_1"}
+        assert path == "/api/v0/cluster_metadata"
+        return {"data": {"pythonVersion": "3.11.7"}}
+
+    def advance(self) -> None:
+        for name, each in self.applications.items():
+            if self.puts and (states := self.coming.get(name, [("RUNNING", "")])):
+                each["status"], each["message"] = states.pop(0) if len(states) > 1 else states[0]
+                if each["status"] == "RUNNING":
+                    each["deployments"] = deployments(name)
+
+
+def as_noted(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The applications as Serve 2.60 notes them: with the logging config of the whole file."""
+    shared = {"logging_config": config["logging_config"]}
+    return [shared | each for each in config["applications"]]
+
+
+def deployments(name: str) -> dict[str, Any]:
+    return {name: {"target_num_replicas": 1, "replicas": [{"state": "RUNNING"}], "message": ""}}
+
+
+def application(config: dict[str, Any], status: str) -> dict[str, Any]:
+    found = deployments(config["name"]) if status == "RUNNING" else {}
+    return {
+        "status": status,
+        "message": "",
+        "deployed_app_config": config,
+        "deployments": found,
+    }
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    return FakeCluster()
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load(LAPTOP.read_text())
+
+
+@pytest.fixture
+def deploy(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Return `deploy(config, "--dry-run", ...)`, which runs the command on such a file."""
+    monkeypatch.setattr(deploy_module, "POLL_S", 0.01)
+    monkeypatch.setattr(deploy_module, "SETTLE_S", 0.05)
+    transport = httpx.MockTransport(cluster)
+    monkeypatch.setattr(
+        deploy_module,
+        "dashboard_at",
+        lambda address, token_file: Dashboard(address, "secret", transport),
+    )
+
+    def run(config: dict[str, Any], *options: str) -> Result:
+        path = tmp_path / "serve.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return CliRunner().invoke(app, ["deploy", str(path), *options])
+
+    return run
+
+
+def test_a_first_deployment(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
+    cluster.coming["tiny"] = [("DEPLOYING", ""), ("DEPLOYING", ""), ("RUNNING", "")]
+    result = deploy(config)
+    assert result.exit_code == 0, result.output
+    assert cluster.puts == [config]
+    lines = result.stdout.splitlines()
+    assert lines[:3] == ["gateway: new", "tiny: new", "tiny-tp2: new"]
+    assert "tiny: deploying" in lines
+    assert "tiny: running, 1 of 1 replicas" in lines
+    assert lines[-1].startswith("all applications run, after ")
+    assert "\x1b" not in result.output
+
+
+def test_what_changes_is_said_before(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
+    cluster.run(config)
+    changed = yaml.safe_load(LAPTOP.read_text())
+    changed["applications"][1]["args"] |= {"num_cpus": 0.5, "cache_bytes": 0}
+    result = deploy(changed, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [
+        "gateway: unchanged",
+        "tiny: changed: args.cache_bytes, args.num_cpus",
+        "tiny-tp2: unchanged",
+        "dry run: nothing was changed",
+    ]
+    assert cluster.puts == []
+
+
+def test_applications_are_removed_only_if_that_is_said(
+    cluster: FakeCluster, config: dict[str, Any], deploy
+) -> None:
+    cluster.run(config)
+    config["applications"].pop()
+    config["applications"][0]["args"]["tiers"] = ["tiny"]
+    result = deploy(config)
+    assert result.exit_code == 1
+    assert "applications: tiny-tp2 would be removed" in result.stderr
+    assert cluster.puts == []
+    assert deploy(config, "--remove").exit_code == 0
+    assert len(cluster.puts) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"nonsense": 1}, "application tiny: args.nonsense: Extra inputs are not permitted"),
+        ({"parallel": {"tensor": 3}}, "parallel.tensor 3 does not divide the 4 heads"),
+        (
+            {"device": "cuda"},
+            "num_replicas: 1 GPUs are needed (tiny 1), and the cluster has 0",
+        ),
+        ({"weights": "/nowhere"}, "args.weights: /nowhere is not there"),
+    ],
+)
+def test_nothing_is_changed_if_a_check_fails(
+    cluster: FakeCluster, config: dict[str, Any], deploy, change: dict[str, Any], said: str
+) -> None:
+    config["applications"][1]["args"] |= change
+    result = deploy(config)
+    assert result.exit_code == 1
+    assert cluster.puts == []
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("error: ") and "serve.yaml: " in line for line in lines)
+    assert any(said in line for line in lines)
+
+
+def test_a_deployment_that_fails_ends_with_one_sentence(
+    cluster: FakeCluster, config: dict[str, Any], deploy
+) -> None:
+    cluster.run(config)
+    cluster.coming["tiny"] = [("DEPLOYING", ""), ("DEPLOY_FAILED", TRACE)]
+    result = deploy(config)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: application tiny failed: nonsense: Extra inputs are not permitted;"
+        " 1 replica of before still serve\n"
+    )
+
+
+def test_a_deployment_that_takes_too_long(
+    cluster: FakeCluster, config: dict[str, Any], deploy
+) -> None:
+    cluster.coming["tiny"] = [("DEPLOYING", "")]
+    result = deploy(config, "--timeout", "1")
+    assert result.exit_code == 1
+    assert "error: not ready within 1 s: tiny deploying; Serve goes on with it" in result.stderr
+
+
+def test_it_need_not_wait(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
+    cluster.coming["tiny"] = [("DEPLOY_FAILED", TRACE)]
+    result = deploy(config, "--no-wait")
+    assert result.exit_code == 0
+    assert "Serve has taken the config" in result.stdout
+
+
+def test_what_serve_will_not_take_is_said(
+    cluster: FakeCluster, config: dict[str, Any], deploy
+) -> None:
+    config["http_options"]["port"] = 8001
+    cluster.ray = "2.59.0"
+    result = deploy(config, "--dry-run")
+    assert result.exit_code == 0
+    assert "http_options.port 8001 has no effect: Serve runs with 8000" in result.stderr
+    assert "the cluster runs Ray 2.59.0 and this machine has" in result.stderr
+
+
+def test_memory_is_planned_on_the_clusters_gpus(
+    cluster: FakeCluster, config: dict[str, Any], deploy
+) -> None:
+    config["applications"][1:] = [
+        {
+            "name": "flux-2-klein-4b",
+            "route_prefix": None,
+            "import_path": "flux_ray.app:build_tier",
+            "args": {"tier": "flux-2-klein-4b", "weights": "owner/name@revision"},
+        }
+    ]
+    config["applications"][0]["args"] |= {
+        "tiers": ["flux-2-klein-4b"],
+        "default_tier": "flux-2-klein-4b",
+    }
+    resources = {"GPU": 1.0, "CPU": 8.0, "accelerator_type:L4": 1.0}
+    cluster.nodes = [{"node_ip": "n", "state": "ALIVE", "resources_total": resources}]
+    assert deploy(config, "--dry-run").exit_code == 0
+    result = deploy(config, "--dry-run", "--gpu", "rtx4060-8gb")
+    assert result.exit_code == 1
+    assert "application flux-2-klein-4b: does not fit on rtx4060-8gb: 19.5 GB of" in result.stderr
+    resources["accelerator_type:X9"] = resources.pop("accelerator_type:L4")
+    result = deploy(config, "--dry-run")
+    assert (result.exit_code, "the kind of GPU is not known" in result.stderr) == (0, True)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:9"])
+def test_no_dashboard(address: str) -> None:
+    result = CliRunner().invoke(app, ["deploy", str(LAPTOP), "--address", address])
+    assert result.exit_code == 1
+    assert "error: nothing answers at http://127.0.0.1:9: start the cluster" in result.stderr
+
+
+def test_a_dashboard_that_wants_a_token(cluster: FakeCluster) -> None:
+    cluster.token = "secret"
+    with Dashboard("http://head", "secret", httpx.MockTransport(cluster)) as dashboard:
+        assert dashboard.details()["applications"] == {}
+    with (
+        Dashboard("http://head", None, httpx.MockTransport(cluster)) as dashboard,
+        pytest.raises(DashboardError, match="asks for the cluster's token"),
+    ):
+        dashboard.details()
+
+
+def test_the_token_is_found_where_ray_finds_it(tmp_path: Path) -> None:
+    named, kept = tmp_path / "named", tmp_path / ".ray" / "auth_token"
+    assert find_token(None, {}, tmp_path) is None
+    kept.parent.mkdir()
+    kept.write_text("kept\n")
+    assert find_token(None, {}, tmp_path) == "kept"
+    named.write_text("named\n")
+    assert find_token(named, {}, tmp_path) == "named"
+    assert find_token(named, {"RAY_AUTH_TOKEN": "told"}, tmp_path) == "told"
+    with pytest.raises(DashboardError, match="cannot be read"):
+        find_token(tmp_path / "none", {}, tmp_path)
+
+
+def test_something_else_answers() -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>"))
+    with (
+        Dashboard("http://head", None, transport) as dashboard,
+        pytest.raises(DashboardError, match="does not answer as Ray's dashboard does"),
+    ):
+        dashboard.details()
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (TRACE, "nonsense: Extra inputs are not permitted"),
+        ("", ""),
+        ("Deployment 'a' has 1 replicas that\nmay be slow", "Deployment 'a' has 1 replicas that"),
+        (
+            "The deployment failed to start 3 times in a row.\nTraceback (most recent call last):\n"
+            "  File x\nray.exceptions.RayTaskError(ValueError): ray::f()\n"
+            "ValueError: lora a is not a file",
+            "ValueError: lora a is not a file",
+        ),
+        (
+            "x\ntorch.cuda.OutOfMemoryError: CUDA out of memory",
+            "OutOfMemoryError: CUDA out of memory",
+        ),
+    ],
+)
+def test_the_cause_is_taken_out_of_serves_words(message: str, cause: str) -> None:
+    assert cause_of(message) == cause
+
+
+def test_changes_are_found_by_key() -> None:
+    before = {"a": 1, "runtime_env": {"env_vars": {"X": "<redacted>"}}, "b": {"c": [1]}, "e": {}}
+    after = {"a": 2, "runtime_env": {"env_vars": {"X": "1"}}, "b": {"c": [2]}, "f": None}
+    assert list(differing(before, after)) == ["a", "b.c"]
+    running = {"applications": {"old": {"status": "RUNNING"}, "gone": {"status": "DELETING"}}}
+    wanted = {"applications": [{"name": "new"}]}
+    assert changes(wanted, running) == [Change("new", "new"), Change("old", "removed")]
+
+
+def test_the_files_logging_config_is_each_applications() -> None:
+    logging = {"encoding": "JSON"}
+    noted = {"name": "a", "logging_config": logging}
+    running = {"applications": {"a": {"status": "RUNNING", "deployed_app_config": noted}}}
+    wanted = {"logging_config": logging, "applications": [{"name": "a"}]}
+    assert changes(wanted, running) == [Change("a", "unchanged")]
+    assert list(fixed_options({"http_options": {"port": 1}}, running)) == []
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "card"),
+    [
+        (["H100"], "h100-80gb"),
+        (["H100", "H100"], "h100-80gb"),
+        (["H100", "L4"], None),
+        (["A100"], None),
+        (["A100-80G"], "a100-80gb"),
+        ([], None),
+        ([None], None),
+    ],
+)
+def test_the_kind_of_gpu_that_a_cluster_has(
+    accelerators: list[str | None], card: str | None
+) -> None:
+    assert card_among([ClusterNode("n", 8, 1, each) for each in accelerators]) == card
+    assert not is_kind("l40s-48gb", "L4")

@@ -1,0 +1,114 @@
+"""`flux-ray generate`: masks, streams and previews, against a gateway whose replicas are fakes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flux_ray.cli.client import parse_events
+from flux_ray.cli.main import app
+from flux_ray.errors import TierUnavailable
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+def test_a_mask(url: str, handles: Any, make_image: Any, tmp_path: Path) -> None:
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    image.write_bytes(make_image(96, 80))
+    mask.write_bytes(make_image(96, 80, mode="L", color=255))
+    output = tmp_path / "out.png"
+    result = invoke("green", "--image", image, "--mask", mask, "-o", output, "--url", url)
+    assert result.exit_code == 0, result.output
+    [request] = handles.requests
+    assert request.mask is not None
+    assert output.exists()
+
+
+def test_a_mask_needs_its_image(tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    mask.touch()
+    result = invoke("green", "--mask", mask)
+    assert result.exit_code == 2
+    assert "--image" in result.output
+
+
+def test_a_stream_saves_each_image_as_it_comes(url: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    result = invoke("a ring", "-o", output, "--stream", "--n", 2, "--seed", 5, "--url", url)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out-0.png").read_bytes() == b"image 5"
+    assert (tmp_path / "out-1.png").read_bytes() == b"image 6"
+    assert [line.split("  ")[1] for line in result.stdout.splitlines()] == ["seed 5", "seed 6"]
+
+
+def test_previews_are_saved_beside_the_image(url: str, handles: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    result = invoke("a ring", "-o", output, "--previews", 2, "--seed", 5, "--url", url)
+    assert result.exit_code == 0, result.output
+    assert output.read_bytes() == b"image 5"
+    [request] = handles.requests
+    assert len(request.preview_steps) == 2
+    for number in range(2):
+        preview = tmp_path / f"out-preview-{number}.png"
+        assert preview.read_bytes() == b"preview %d" % number
+
+
+def test_a_preview_that_is_there_is_not_overwritten(url: str, handles: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "out-preview-0.png"
+    kept.write_bytes(b"mine")
+    arguments = ("a ring", "-o", tmp_path / "out.png", "--previews", 1, "--url", url)
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert f"there is already {kept}: " in result.stderr
+    assert (handles.requests, kept.read_bytes()) == ([], b"mine")
+    assert invoke(*arguments, "--force").exit_code == 0
+    assert kept.read_bytes() == b"preview 0"
+
+
+def test_a_stream_that_is_refused(url: str, handles: Any, tmp_path: Path) -> None:
+    handles.failures = [TierUnavailable("tiny cannot serve now")]
+    result = invoke("a ring", "-o", tmp_path / "out.png", "--stream", "--url", url)
+    assert result.exit_code == 1
+    assert "tiny cannot serve now" in result.stderr
+    result = invoke("a ring", "-o", tmp_path / "out.png", "--stream", "--tier", "x", "--url", url)
+    assert (result.exit_code, "no model 'x' is served here" in result.stderr) == (1, True)
+
+
+def test_warnings_of_a_stream_are_shown(url: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    result = invoke("a ring", "-o", output, "--stream", "--quality", "high", "--url", url)
+    assert result.exit_code == 0, result.output
+    assert "quality has no effect on tiny" in result.stderr
+
+
+def test_a_file_that_cannot_be_written(url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = invoke("a ring", "-o", tmp_path / "file" / "out.png", "--url", url)
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--quality", "best"), ("--previews", 4), ("--steps", 0), ("--seed", -1), ("--n", 0)],
+)
+def test_wrong_options(arguments: tuple[object, ...]) -> None:
+    assert invoke("a ring", *arguments).exit_code == 2
+
+
+def test_events_and_comments_of_a_stream() -> None:
+    text = (
+        ": queued position=3\n\n"
+        'event: image_generation.partial_image\ndata: {"a":\ndata: 1}\n\n'
+        ": generating progress=0.50\n\n"
+        'event: error\ndata: {"error": {}}\n\n'
+    )
+    assert list(parse_events(text.split("\n"))) == [
+        "queued position=3",
+        ("image_generation.partial_image", {"a": 1}),
+        "generating progress=0.50",
+        ("error", {"error": {}}),
+    ]
