@@ -93,6 +93,7 @@ def examine(path: Path | None, address: str, token_file: Path | None) -> Iterato
     applications, findings = check_file(config, allow_others=True)
     if path is not None:
         findings += [*check_prices(applications), *check_budgets(applications)]
+        findings += check_own_addresses(applications)
         findings += check_paths(applications, is_here=True)
         for finding in findings:
             yield Diagnosis(path.name, "warning" if finding.is_warning else "problem", finding.text)

@@ -22,9 +22,9 @@ import httpx
 from flux_ray.catalog import WORKLOADS
 from flux_ray.cli.diagnosis import Found
 from flux_ray.config import ALL_ADDRESSES, WEIGHT_FILES
+from flux_ray.weights.source import HUB_ID
 
 HUB = "https://huggingface.co"
-HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 HUB_TIMEOUT_S = 10.0
 PROGRAM_TIMEOUT_S = 300.0
 TORCH_PROBE = """

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flux_ray.catalog import EMBEDDED, TIERS, Tier, tier_for
-from flux_ray.cli.client import fail, tiers_in
+from flux_ray.cli.client import fail
+from flux_ray.cli.config_file import tiers_in
 from flux_ray.errors import UnknownTier
 from flux_ray.weights.source import (
     HUB_ID,
