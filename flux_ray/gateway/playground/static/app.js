@@ -203,9 +203,13 @@ function end(run, error) {
     announce("Cancelled");
     return;
   }
-  if (!(error instanceof ApiError)) throw error;
   run.state = "failed";
   run.error = error;
+  if (!(error instanceof ApiError)) {
+    run.error = new ApiError("This page failed", `${error.message}.`);
+    console.error(error);
+    return;
+  }
   if (error.retryAfterS !== null) run.retryAtMs = performance.now() + 1000 * error.retryAfterS;
   composer.blame(error.field, error.message);
   announce(`${error.heading}. ${error.message}`);
@@ -217,6 +221,8 @@ function end(run, error) {
 function showBusy() {
   const isBusy = running !== null;
   byId("generate").classList.toggle("busy", isBusy);
+  // Not a submit button while it cancels: Enter in any field would press it.
+  byId("generate").type = isBusy ? "button" : "submit";
   byId("generate-label").textContent = isBusy ? "Cancel" : "Generate";
   byId("generate-key").textContent = isBusy ? "Esc" : SEND_KEYS;
   document.title = isBusy ? "Generating… flux-ray" : "flux-ray playground";
@@ -231,6 +237,10 @@ function download(item) {
 }
 
 async function useAsReference(item) {
+  if (composer.model.max_references === 0) {
+    tell("This model takes no references: choose another one first.");
+    return;
+  }
   const name = fileName(item.run.fields, item.seed, item.run.settings.format);
   const reference = await referenceOf(item.blob, name);
   // The image to edit is the first one; what does not fit any more goes.
@@ -261,9 +271,9 @@ function remove(item) {
 function listen() {
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (running !== null) running.controller.abort();
-    else start();
+    start();
   });
+  byId("generate").addEventListener("click", () => running?.controller.abort());
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]")) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -5,6 +5,8 @@ import { byId, copyText, el } from "./dom.js";
 const BASE = new URL(".", document.baseURI);
 const METHODS = ["get", "post", "put", "delete"];
 const EXAMPLE_PROMPT = "a red circle on a blue background";
+// What people look for comes first; other tags follow as they are.
+const ORDER = ["images", "models", "bfl"];
 // What an example sends for a field or a part of a path, by its name.
 const EXAMPLES = { prompt: EXAMPLE_PROMPT, inputs: EXAMPLE_PROMPT, model: "tiny", id: "JOB_ID" };
 
@@ -136,7 +138,8 @@ function show(document_) {
     }
   }
   byId("status").remove();
-  for (const [tag, routes] of tags) {
+  const place = ([tag]) => (ORDER.includes(tag) ? ORDER.indexOf(tag) : ORDER.length);
+  for (const [tag, routes] of [...tags].sort((a, b) => place(a) - place(b))) {
     byId("contents").append(el("h2", {}, tag));
     for (const [method, path, operation] of routes) {
       const section = sectionOf(method, path, operation, document_);

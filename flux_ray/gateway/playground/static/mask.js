@@ -3,7 +3,8 @@
 import { byId } from "./dom.js";
 
 const COLOUR = "#ff3d81";
-const OVERLAY_ALPHA = 0.55;
+const OVERLAY_ALPHA = 0.75;
+const HATCH_PX = 14;
 
 /** Return an empty mask: what was done to it, oldest first, and what was undone. */
 export function emptyMask() {
@@ -73,6 +74,29 @@ export async function maskBlob(reference) {
   if (!isPainted) return null;
   context.putImageData(new ImageData(data, layer.width), 0, 0);
   return await new Promise((resolve) => layer.toBlob(resolve, "image/png"));
+}
+
+/** Return the layer at the size of the screen, hatched: one colour would hide on some images. */
+function hatched(layer, width, height) {
+  const tile = canvasOf(HATCH_PX, HATCH_PX);
+  const inside = tile.getContext("2d");
+  inside.fillStyle = COLOUR;
+  inside.fillRect(0, 0, HATCH_PX, HATCH_PX);
+  Object.assign(inside, { strokeStyle: "#fff", lineWidth: 2.5, lineCap: "square" });
+  // Three strokes, so that the lines go on from tile to tile.
+  for (const shift of [-HATCH_PX, 0, HATCH_PX]) {
+    inside.beginPath();
+    inside.moveTo(shift, HATCH_PX);
+    inside.lineTo(shift + HATCH_PX, 0);
+    inside.stroke();
+  }
+  const shown = canvasOf(width, height);
+  const context = shown.getContext("2d");
+  context.drawImage(layer, 0, 0, width, height);
+  context.globalCompositeOperation = "source-in";
+  context.fillStyle = context.createPattern(tile, "repeat");
+  context.fillRect(0, 0, width, height);
+  return shown;
 }
 
 /** Return a loaded mask as a layer, by the gateway's rule: transparent, else white is painted. */
@@ -153,7 +177,7 @@ export class MaskPainter {
     const { width, height } = this.canvas;
     context.drawImage(this.bitmap, 0, 0, width, height);
     context.globalAlpha = OVERLAY_ALPHA;
-    context.drawImage(this.layer, 0, 0, width, height);
+    context.drawImage(hatched(this.layer, width, height), 0, 0);
     context.globalAlpha = 1;
     if (this.cursor !== null) this.#drawBrush(context);
     byId("mask-undo").disabled = this.reference.mask.done.length === 0;

@@ -4,6 +4,7 @@ import { announce, byId, el, icon } from "./dom.js";
 import { emptyMask, layerOf, maskBlob } from "./mask.js";
 
 const DRAGGED = "application/x-flux-ray-reference";
+const EMPTY = "Drop, paste or choose images to edit";
 let numMade = 0;
 
 /** Return a reference made of an image file; raise where the browser cannot read it. */
@@ -105,7 +106,9 @@ export class References {
   render() {
     this.list.replaceChildren(...this.items.map((item, index) => this.#cardOf(item, index)));
     byId("add-reference").hidden = this.items.length >= this.max;
-    byId("add-reference").classList.toggle("slim", this.items.length > 0);
+    const isSlim = this.items.length > 0;
+    byId("add-reference").classList.toggle("slim", isSlim);
+    byId("add-reference").lastElementChild.textContent = isSlim ? "Add another" : EMPTY;
     byId("references-hint").textContent = `up to ${this.max}`;
   }
 
@@ -120,7 +123,7 @@ export class References {
       tools.append(small("right", "Move right", () => this.#move(index, index + 1)));
     }
     tools.append(small("close", "Remove", () => this.#remove(index), "remove"));
-    const picture = el("div", { className: "thumb" }, el("img", { src: item.url, alt: `${name}: ${item.name}` }));
+    const picture = el("div", { className: "thumb" }, el("img", { src: item.url, alt: `${name}: ${item.name}`, draggable: false }));
     const card = el("li", { className: isSent ? "card" : "card idle", draggable: true }, picture, tools);
     card.append(el("span", { className: "badge" }, isSent ? String(index + 1) : "not sent"));
     if (index === 0 && isSent && this.takesMask) card.append(this.#maskButton(item, picture));
@@ -151,7 +154,8 @@ export class References {
     const shade = byId("dropping");
     const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
     document.addEventListener("dragover", (event) => {
-      event.preventDefault();
+      // Words may still be dropped into the prompt.
+      if (hasFiles(event) || event.dataTransfer?.types.includes(DRAGGED)) event.preventDefault();
       if (hasFiles(event) && this.max > 0) shade.hidden = false;
     });
     document.addEventListener("dragleave", (event) => {
@@ -159,9 +163,10 @@ export class References {
     });
     document.addEventListener("drop", (event) => {
       shade.hidden = true;
+      if (!hasFiles(event)) return;
       // Never leave the page for a file that missed its place.
       event.preventDefault();
-      if (hasFiles(event)) this.add([...event.dataTransfer.files]);
+      this.add([...event.dataTransfer.files]);
     });
   }
 }
