@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, FilePayload, Page, expect, sync_playwright
 
 from flux_ray.request import (
     GeneratedImage,
@@ -32,6 +32,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # How long to wait for what must come, on a machine that is busy.
 PATIENCE_MS = 60_000
 FIRST = (1280, 860)
+expect.set_options(timeout=PATIENCE_MS)
 
 
 def png(color: tuple[int, int, int], size: tuple[int, int] = (128, 128)) -> bytes:

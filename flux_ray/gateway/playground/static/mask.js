@@ -76,8 +76,8 @@ export async function maskBlob(reference) {
   return await new Promise((resolve) => layer.toBlob(resolve, "image/png"));
 }
 
-/** Return the layer at the size of the screen, hatched: one colour would hide on some images. */
-function hatched(layer, width, height) {
+/** Return a square of the pattern for what is painted: one colour would hide on some images. */
+function hatch() {
   const tile = canvasOf(HATCH_PX, HATCH_PX);
   const inside = tile.getContext("2d");
   inside.fillStyle = COLOUR;
@@ -90,13 +90,17 @@ function hatched(layer, width, height) {
     inside.lineTo(shift + HATCH_PX, 0);
     inside.stroke();
   }
-  const shown = canvasOf(width, height);
+  return tile;
+}
+
+/** Draw the layer on a canvas of the screen's size, hatched. */
+function drawHatched(layer, shown) {
   const context = shown.getContext("2d");
-  context.drawImage(layer, 0, 0, width, height);
+  context.globalCompositeOperation = "copy";
+  context.drawImage(layer, 0, 0, shown.width, shown.height);
   context.globalCompositeOperation = "source-in";
-  context.fillStyle = context.createPattern(tile, "repeat");
-  context.fillRect(0, 0, width, height);
-  return shown;
+  context.fillStyle = context.createPattern(hatch(), "repeat");
+  context.fillRect(0, 0, shown.width, shown.height);
 }
 
 /** Return a loaded mask as a layer, by the gateway's rule: transparent, else white is painted. */
@@ -167,6 +171,7 @@ export class MaskPainter {
     this.scale = scale * devicePixelRatio;
     this.canvas.width = Math.round(width * this.scale);
     this.canvas.height = Math.round(height * this.scale);
+    this.shown = canvasOf(this.canvas.width, this.canvas.height);
     this.canvas.style.width = `${width * scale}px`;
     this.canvas.style.height = `${height * scale}px`;
     this.#draw();
@@ -177,7 +182,8 @@ export class MaskPainter {
     const { width, height } = this.canvas;
     context.drawImage(this.bitmap, 0, 0, width, height);
     context.globalAlpha = OVERLAY_ALPHA;
-    context.drawImage(hatched(this.layer, width, height), 0, 0);
+    drawHatched(this.layer, this.shown);
+    context.drawImage(this.shown, 0, 0);
     context.globalAlpha = 1;
     if (this.cursor !== null) this.#drawBrush(context);
     byId("mask-undo").disabled = this.reference.mask.done.length === 0;
