@@ -273,7 +273,12 @@ function listen() {
     event.preventDefault();
     start();
   });
-  byId("generate").addEventListener("click", () => running?.controller.abort());
+  byId("generate").addEventListener("click", (event) => {
+    if (running === null) return;
+    // The request ends before the click does: the button then submits again, and would begin anew.
+    event.preventDefault();
+    running.controller.abort();
+  });
   document.addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]")) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {

@@ -44,7 +44,7 @@ export function bodyOf(fields, files, previews) {
 
 /** Return a name for the file of an image that says what it is. */
 export function fileName(fields, seed, format) {
-  const words = fields.prompt.toLowerCase().normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-");
+  const words = fields.prompt.toLowerCase().normalize("NFKD").replace(/\p{M}/gu, "").replace(/[^\p{L}\p{N}]+/gu, "-");
   const short = words.slice(0, 48).replace(/^-+|-+$/g, "") || "image";
   const model = fields.model.replace(/[^\w.-]+/g, "-");
   return `${model}-${short}-${seed}.${format === "jpeg" ? "jpg" : format}`;
