@@ -33,6 +33,7 @@ from flux_ray.config import (
     NamedArgs,
     TierArgs,
     check_file,
+    check_own_addresses,
     check_paths,
     environment,
     gateways_among,

@@ -208,6 +208,8 @@ class GatewayArgs(Args):
     `public_url`: the URL by which clients reach this gateway. It is never taken from a `Host`
     header, by which a caller could have links made to a host of its own.
     `cors_origins`: pages that may call from a browser, like `https://app.example.com`, or `*`.
+    `playground`: whether browsers get pages: the playground at `/`, and `/docs`. They need no key,
+    what they ask for does.
     `num_replicas`: the number of gateways.
     `num_cpus`: CPUs of its node for each gateway. More than 0, as it decodes images: Ray then keeps
     it off a head node that offers no CPUs.
@@ -234,6 +236,7 @@ class GatewayArgs(Args):
     record_to: Path | None = None
     public_url: str | None = Field(None, pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")
     cors_origins: tuple[Origin, ...] = ()
+    playground: bool = True
     jobs: JobArgs | None = None
     num_replicas: int = Field(1, ge=1)
     num_cpus: float = Field(0.1, gt=0)

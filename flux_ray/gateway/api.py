@@ -31,6 +31,7 @@ from flux_ray.gateway.middleware import ApiKeyMiddleware, cors_options
 from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai.routes import OpenAIImages
+from flux_ray.gateway.playground.pages import PageRoutes
 from flux_ray.gateway.results import KeptImages, OwnResultsFirst, ResultRoutes
 from flux_ray.jobs.service import JobService
 from flux_ray.router.router import Router
@@ -124,7 +125,7 @@ def bare_api(lifespan: Lifespan[FastAPI]) -> FastAPI:
     return FastAPI(
         title="flux-ray",
         version=__version__,
-        # FastAPI's documentation pages load scripts from other hosts.
+        # FastAPI's documentation pages load scripts from other hosts; /docs is one of our own.
         docs_url=None,
         redoc_url=None,
         # Starlette builds the redirect's address from the Host header, which the client chooses.
@@ -158,7 +159,8 @@ def build_api(
     api.add_middleware(Intake, args=args)
     guards: Sequence[Dependency] = ()
     if args.keys_file is not None:
-        api.add_middleware(ApiKeyMiddleware, keys=KeyWatch(args.keys_file, args.key_classes))
+        keys = KeyWatch(args.keys_file, args.key_classes)
+        api.add_middleware(ApiKeyMiddleware, keys=keys, has_pages=args.playground)
         # ApiKeyMiddleware decides. These only make OpenAPI describe the headers.
         guards = [Depends(HTTPBearer(auto_error=False)), Depends(BFL_KEY), Depends(COMFY_KEY)]
     api.add_middleware(RequestId, proxy_sends_id=proxy_sends_id)
@@ -205,6 +207,9 @@ def add_routes(
         known |= methods_and_paths(routes)
         api.include_router(routes, dependencies=guards)
     api.include_router(Health(router).routes())
+    if args.playground:
+        # No guards: the pages are the same for everybody, and what they call asks for the key.
+        api.include_router(PageRoutes().routes())
     # Lets a 404 say which route was meant.
     api.state.paths = frozenset(known)
 

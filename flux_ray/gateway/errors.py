@@ -30,6 +30,7 @@ from flux_ray.errors import (
 from flux_ray.gateway.callers import DEADLINE
 from flux_ray.gateway.http import HEADER, READABLE
 from flux_ray.gateway.model_names import unknown
+from flux_ray.gateway.playground.pages import is_page
 from flux_ray.gateway.probes import PROBES
 
 # The only logger that Serve writes to its log files.
@@ -124,7 +125,8 @@ async def answer_http_exception(request: Request, error: Exception) -> JSONRespo
     if error.status_code in CODES:
         missed = Missed.of(request)
         model, names = model_in(request), request.app.state.names
-        is_missed = error.status_code == 404
+        # Who posts to a page has the wrong base URL, and is told the right one.
+        is_missed = error.status_code == 404 or is_page(path_of(request.scope))
         if is_missed and missed.meant is None and dialect == "bfl" and model not in (None, *names):
             return answer_for(request, unknown(str(model), names))
         if is_missed or missed.meant is not None:

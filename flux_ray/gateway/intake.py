@@ -20,6 +20,7 @@ from flux_ray.config import GatewayArgs, Uploads
 from flux_ray.errors import BodyTooSlow, GatewayFull, RateLimited
 from flux_ray.gateway.callers import Callers, key_of
 from flux_ray.gateway.errors import answer_for, path_of
+from flux_ray.gateway.playground.pages import is_page
 from flux_ray.gateway.probes import PROBES
 
 BODY_RETRY_AFTER_S = 1
@@ -110,19 +111,21 @@ IPV6_PREFIX = 64
 class Intake:
     """Middleware that refuses a request without a free place before its body is read.
 
-    Probes always pass: a busy gateway is still alive.
+    Probes always pass: a busy gateway is still alive. So do the pages of the playground, which are
+    answered from memory: whoever opens them is told there that the gateway is busy.
     """
 
     def __init__(self, app: ASGIApp, *, args: GatewayArgs) -> None:
         self.app = app
         self.uploads = args.uploads
+        self.has_pages = args.playground
         self.max_requests = args.max_requests
         self.places = BodyPlaces(args.max_bodies, args.uploads.wait_s)
         self._callers = Callers(args)
         self._num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or path_of(scope) in PROBES:
+        if scope["type"] != "http" or self._always_passes(path_of(scope)):
             await self.app(scope, receive, send)
             return
         if self._num_requests >= self.max_requests:
@@ -135,6 +138,9 @@ class Intake:
                 await self.app(scope, self.timed(scope, receive, place), send)
         finally:
             self._num_requests -= 1
+
+    def _always_passes(self, path: str) -> bool:
+        return path in PROBES or (self.has_pages and is_page(path))
 
     def timed(self, scope: Scope, receive: Receive, place: AsyncExitStack) -> Receive:
         """Return a `receive` that passes messages on and holds a place while the body arrives."""

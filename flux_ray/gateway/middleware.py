@@ -14,6 +14,7 @@ from flux_ray.auth import Key
 from flux_ray.errors import InvalidKey
 from flux_ray.gateway.callers import token_of
 from flux_ray.gateway.errors import answer_for, path_of
+from flux_ray.gateway.playground.pages import is_page
 from flux_ray.gateway.probes import PROBES
 from flux_ray.gateway.request_log import note_key
 from flux_ray.gateway.results import PREFIX
@@ -69,14 +70,18 @@ class Keys(Protocol):
 
 
 class ApiKeyMiddleware:
-    """Middleware that refuses requests without a valid key; it sets `request.state.key`."""
+    """Middleware that refuses requests without a valid key; it sets `request.state.key`.
 
-    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
+    `has_pages`: the gateway serves the playground, whose files need no key either.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, has_pages: bool = False) -> None:
         self.app = app
         self.keys = keys
+        self.has_pages = has_pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or is_open(path_of(scope)):
+        if scope["type"] == "lifespan" or self._is_open(path_of(scope)):
             await self.app(scope, receive, send)
             return
         key = await self.keys.find(token_of(Headers(scope=scope)))
@@ -88,6 +93,9 @@ class ApiKeyMiddleware:
         state["key"] = key
         note_key(state.get("request_id", ""), key.name)
         await self.app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return is_open(path) or (self.has_pages and is_page(path))
 
 
 def is_open(path: str) -> bool:

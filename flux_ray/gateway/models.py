@@ -17,6 +17,9 @@ class Model(BaseModel):
 
     `tiers`: those that may serve it, best first; the other fields are the best one's.
     `scales_sizes`: sizes outside the sides given here are generated at the default area and scaled.
+    `takes_guidance`: whether the caller's guidance has an effect, else `default_guidance` is fixed.
+    `max_images`, `max_prompt_chars`: this gateway's own limits of a request.
+    `is_default`: this model serves requests that name none.
     `deployed`: whether one of its tiers is deployed; until then its requests are answered 503.
     """
 
@@ -29,6 +32,10 @@ class Model(BaseModel):
     default_size: str
     default_steps: int
     max_steps: int
+    takes_guidance: bool
+    default_guidance: float
+    max_images: int
+    max_prompt_chars: int
     max_references: int
     takes_mask: bool
     min_side: int
@@ -36,6 +43,7 @@ class Model(BaseModel):
     max_pixels: int
     size_multiple: int
     scales_sizes: bool
+    is_default: bool
     deployed: bool
 
 
@@ -54,6 +62,8 @@ class Models:
         self.is_deployed = is_deployed
         # OpenAI's clients require a time; when the gateway started serves as one.
         self.created = int(time.time())
+        is_alone = args.default_tier is None and len(args.tiers) == 1
+        self._default = args.tiers[0] if is_alone else args.default_tier
 
     def routes(self) -> APIRouter:
         """Return both routes; they answer GET."""
@@ -83,6 +93,10 @@ class Models:
             default_size=f"{tier.default_side}x{tier.default_side}",
             default_steps=tier.num_steps,
             max_steps=tier.max_steps,
+            takes_guidance=tier.is_guided,
+            default_guidance=tier.guidance,
+            max_images=self.args.limits.max_images,
+            max_prompt_chars=self.args.limits.max_prompt_chars,
             max_references=tier.max_references,
             takes_mask=tier.takes_mask,
             min_side=tier.min_side,
@@ -90,5 +104,6 @@ class Models:
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
             scales_sizes=tier.scales_sizes,
+            is_default=target.name == self._default,
             deployed=any(self.is_deployed(each.name) for each in target.tiers),
         )

@@ -275,6 +275,10 @@ class Router:
         """Return the price of a request in GPU seconds."""
         return quote_for(request, self.prices).gpu_seconds
 
+    def gpu_seconds_of(self, result: ImageResult) -> float:
+        """Return the GPU seconds that finished images took; each GPU of the replica counts."""
+        return self.prices.on_all_cards(result.tier, result.times.replica_s, result.layout)
+
     async def ready_tiers(self) -> tuple[str, ...]:
         """Return the tiers that serve, or that a request would wake."""
         return await self.handles.ready_tiers()
@@ -313,8 +317,7 @@ class Router:
         with traced(quote, caller) as span:
             async with within(timeout_s, late), self._reserved(quote, caller) as reservation:
                 result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
-                replica_s = result.times.replica_s
-                gpu_seconds = self.prices.on_all_cards(quote.tier, replica_s, result.layout)
+                gpu_seconds = self.gpu_seconds_of(result)
                 reservation.finish(gpu_seconds)
                 self.metrics.spend(quote.tier, gpu_seconds)
                 span.set_attribute("flux.gpu_s", gpu_seconds)

@@ -267,8 +267,8 @@ async def test_a_path_that_is_nobodys_is_named(client):
     assert error["code"] == "not_found"
 
 
-async def test_who_opens_the_server_in_a_browser_is_told_where_to_look(client):
-    message = (await client.get("/")).json()["error"]["message"]
+async def test_who_posts_to_the_server_itself_is_told_where_to_look(client):
+    message = (await client.post("/", json={})).json()["error"]["message"]
     for path in ("/v1/models", "/openapi.json"):
         assert f"GET {path} " in message
         assert (await client.get(path)).status_code == 200

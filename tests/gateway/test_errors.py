@@ -15,9 +15,10 @@ REQUEST = {"prompt": "a red circle"}
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/nothing", 404, "not_found"),
-        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
+        ("GET", "/playground/nothing.js", 404, "not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
         ("POST", "/v1/images/generations/", 404, "not_found"),
         ("GET", PATH, 405, "method_not_allowed"),

@@ -9,7 +9,7 @@ import base64
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from itertools import islice
 from typing import Literal
@@ -182,10 +182,22 @@ def server_timing(result: ImageResult, started_s: float) -> str:
 Kind = Literal["image_generation", "image_edit"]
 
 
-class StreamEvent(BaseModel):
-    """One event: OpenAI's fields, then id, model, seed and warnings.
+class Times(BaseModel):
+    """Seconds of each stage of a request with all its images, and the GPU seconds that it took."""
 
-    Previews have a `partial_image_index`, finished images a `usage`.
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    file_s: float
+    gpu_s: float
+
+
+class StreamEvent(BaseModel):
+    """One event: OpenAI's fields, then id, model, seed, warnings and times.
+
+    Previews have a `partial_image_index`, finished images a `usage`, and the images that come with
+    the end of the request its `times`: a stream's headers are sent before there are any.
     """
 
     type: str
@@ -201,6 +213,7 @@ class StreamEvent(BaseModel):
     model: str
     seed: int
     warnings: list[str] = []
+    times: Times | None = None
 
 
 async def stream(
@@ -211,7 +224,7 @@ async def stream(
     An error before the first event is raised, so that it is answered with its own HTTP status;
     later ones come as an event, since the 200 has been sent.
     """
-    telling = EventWriter(prepared, fields, kind)
+    telling = EventWriter(prepared, fields, kind, submitter.router.gpu_seconds_of)
     texts = kept_alive(telling.texts(submitter.stream(prepared)), telling.standing)
     first = await anext(texts)
 
@@ -234,8 +247,15 @@ async def stream(
 class EventWriter:
     """The events of one request for OpenAI's clients: each preview and each image exactly once."""
 
-    def __init__(self, prepared: PreparedRequest, fields: ImageFields, kind: Kind) -> None:
+    def __init__(
+        self,
+        prepared: PreparedRequest,
+        fields: ImageFields,
+        kind: Kind,
+        gpu_seconds_of: Callable[[ImageResult], float],
+    ) -> None:
         self._prepared = prepared
+        self._gpu_seconds_of = gpu_seconds_of
         self._fields = fields
         self._kind = kind
         self._standing = "waiting"
@@ -289,7 +309,15 @@ class EventWriter:
             model=request.tier,
             seed=image.seed,
             warnings=[*warnings_of(self._fields, generated), *self._prepared.notes_on(generated)],
+            times=self._times_of(generated) if isinstance(generated, ImageResult) else None,
         )
+
+    def _times_of(self, result: ImageResult) -> Times:
+        seconds = {
+            name: round(getattr(result.times, name), 4)
+            for name in ("queue_s", "encode_s", "denoise_s", "decode_s", "file_s")
+        }
+        return Times(**seconds, gpu_s=round(self._gpu_seconds_of(result), 4))
 
 
 def words_for(news: QueuePosition | Progress) -> str:

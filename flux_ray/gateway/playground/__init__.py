@@ -1,0 +1,1 @@
+"""The pages that this gateway serves to browsers: the playground at `/`, and `/docs`."""
