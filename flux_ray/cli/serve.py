@@ -238,7 +238,7 @@ def ready_lines(url: str, host: str, dashboard: str | None, with_page: bool) -> 
     return [*lines, "  Ctrl-C stops it."]
 
 
-Config = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="serve/*.yaml")]
+Config = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A Serve config file.")]
 
 
 def serve(
@@ -253,7 +253,12 @@ def serve(
         str | None, typer.Option(help="The URL by which clients reach it, instead of the file's.")
     ] = None,
 ) -> None:
-    """Serve CONFIG on this machine until Ctrl-C or SIGTERM, and say when it is ready."""
+    """Serve CONFIG on this machine until Ctrl-C or SIGTERM, and say when it is ready.
+
+    Exit status: 0 if it was stopped, 1 if it could not start or ended, 2 for wrong options.
+
+    Example: flux-ray serve serve/one-gpu.yaml --public-url http://gpu.example.com:8000
+    """
     values = changed(read_config(config), host, port, public_url)
     check_config(config, is_here=True, allow_others=True, config=values)
     options = values["http_options"]

@@ -64,13 +64,20 @@ def said_by(target: Target) -> Iterator[None]:
 
 @weights.command("list")
 def list_weights(
-    config: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False)] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(exists=True, dir_okay=False, help="A Serve config file; else all tiers."),
+    ] = None,
     endpoint: Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """List the weights of CONFIG's tiers, or all that are published, and whether they are here.
 
     The hub is asked only for the size of what is not here.
+
+    Exit status: 0, also if weights are missing; 1 if the file is wrong; 2 for wrong options.
+
+    Example: flux-ray weights list serve/fleet.yaml
     """
     words = (
         [str(config)] if config else [tier.name for tier in TIERS if tier.weights or tier.hub_id]
@@ -142,6 +149,10 @@ def pull(
     """Download the weights of WHAT at their pinned revision, and verify them.
 
     What is here already is not asked for. Files that are whole are kept if it is interrupted.
+
+    Exit status: 0 if all are here and whole, 1 if any cannot be had, 2 for wrong options.
+
+    Example: flux-ray weights pull serve/fleet.yaml --accept-licence
     """
     from flux_ray.weights.hub import is_complete
 
@@ -249,7 +260,12 @@ def verify(
         bool, typer.Option("--remove", help="Delete damaged files, for the next pull.")
     ] = False,
 ) -> None:
-    """Verify the weights of WHAT by their checksums, offline; exit status 1 if any is not whole."""
+    """Verify the weights of WHAT by their checksums, offline.
+
+    Exit status: 0 if all are whole, 1 if any is not, 2 for wrong options.
+
+    Example: flux-ray weights verify flux-2-klein-4b
+    """
     # All of them, whatever is wrong with the first.
     are_whole = [verify_one(target, online, endpoint, remove) for target in folders_of(what)]
     if not all(are_whole):
@@ -304,7 +320,12 @@ def shard(
         Path | None, typer.Option("--to", help="A new folder.", show_default="TIER-tpTENSOR")
     ] = None,
 ) -> None:
-    """Split the weights of TIER into a file for each rank, and name the folder as `weights`."""
+    """Split the weights of TIER into a file for each rank, and name the folder as `weights`.
+
+    Exit status: 0 if the folder is written, 1 if it cannot be, 2 for wrong options.
+
+    Example: flux-ray weights shard flux-2-dev --tensor 2 --to /models/flux-2-dev-tp2
+    """
     to = to or Path(f"{tier}-tp{tensor}")
     try:
         # Imported here only: torch takes seconds, which the other commands must not wait for.

@@ -37,6 +37,7 @@ def config(tmp_path: Path) -> Path:
     applications = [
         {
             "name": tier,
+            "route_prefix": None,
             "import_path": "flux_ray.app:build_tier",
             "args": {"tier": tier, "weights": WEIGHTS},
         }
