@@ -153,7 +153,7 @@ LEDGER_SECONDS = Metric(
     buckets=(0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, *SECONDS[:19]),
 )
 JOBS = Metric(
-    "flux_jobs",
+    "flux_jobs_by_state",
     "Jobs in the database by state: arriving, pending, running, and, as long as they are kept, "
     "ready, failed, moderated, cancelled. Every gateway reports the same.",
     labels=("tier", "state"),
