@@ -171,6 +171,14 @@ def test_an_alert_says_what_is_wrong_and_what_to_do(rule: dict[str, Any]) -> Non
     assert anchor in {re.sub(r"[^\w-]", "", each.lower().replace(" ", "-")) for each in headings}
 
 
+def test_the_page_names_panels_that_are_there() -> None:
+    text = " ".join(RUNBOOK.read_text().split())
+    named = set(re.findall(r"(?<![*\w])\*([A-Z][^*]+)\*(?!\*)", text))
+    titles = [panel.title for panel in all_panels()]
+    assert len(named) > 10
+    assert {name for name in named if not any(title.startswith(name) for title in titles)} == set()
+
+
 def test_every_alert_is_tested() -> None:
     tests = yaml.safe_load((MONITORING / "alerts_test.yaml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]

