@@ -18,6 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.dates as dates
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LinearLocator
+from PIL import Image
 
 from cluster.monitoring.panels import ROWS, Panel, all_panels
 
@@ -47,13 +49,13 @@ def legend_of(pattern: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda name: labels.get(name[1], ""), pattern).strip()
 
 
-def lines_of(url: str, panel: Panel, minutes: float) -> Iterator[Line]:
+def lines_of(client: httpx.Client, panel: Panel, minutes: float) -> Iterator[Line]:
     """Ask Prometheus for the last minutes of each query of a panel."""
     now = time.time()
     window = {"start": now - 60 * minutes, "end": now, "step": 60 * minutes / NUM_POINTS}
     for query, pattern in panel.queries:
         asked = {"query": filled(query, time_shown=f"{minutes:g}m"), **window}
-        answer = httpx.post(f"{url}/api/v1/query_range", data=asked, timeout=60)
+        answer = client.post("/api/v1/query_range", data=asked)
         answer.raise_for_status()
         for found in answer.json()["data"]["result"]:
             points = [(at, float(value)) for at, value in found["values"] if value != "NaN"]
@@ -69,7 +71,7 @@ def draw_panel(axes: Any, panel: Panel, lines: list[Line]) -> None:
     axes.set_title(f"{panel.title} [{unit}]" if unit else panel.title, fontsize=7, loc="left")
     axes.tick_params(labelsize=5)
     axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(maxticks=4))
+    axes.xaxis.set_major_locator(LinearLocator(3))
     if not lines:
         axes.text(0.5, 0.5, "NO DATA", color="red", ha="center", transform=axes.transAxes)
         return
@@ -77,14 +79,18 @@ def draw_panel(axes: Any, panel: Panel, lines: list[Line]) -> None:
         last = f"{lines[0].values[-1] * factor:.2f} {unit}"
         axes.text(0.5, 0.5, last, fontsize=16, ha="center", transform=axes.transAxes)
         return
+    below: dict[float, float] = {}
     for line in lines:
         times = [datetime.fromtimestamp(at, UTC) for at in line.times_s]
         values = [factor * value for value in line.values]
         if panel.kind == "stack":
-            axes.fill_between(times, values, alpha=0.3)
+            floor = [below.get(at, 0.0) for at in line.times_s]
+            values = [value + under for value, under in zip(values, floor, strict=True)]
+            axes.fill_between(times, floor, values, alpha=0.3)
+            below |= dict(zip(line.times_s, values, strict=True))
         axes.plot(times, values, linewidth=0.8, label=line.legend[:34])
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=4, frameon=False, loc="upper left")
+    axes.set_ylim(0, 1.25 * (axes.dataLim.y1 or 1))
+    axes.legend(fontsize=4, frameon=False, loc="upper left", ncols=2)
 
 
 def draw(url: str, path: str, minutes: float) -> list[str]:
@@ -92,19 +98,24 @@ def draw(url: str, path: str, minutes: float) -> list[str]:
     num_rows = sum(-(-len(panels) // COLUMNS) for _, panels in ROWS)
     figure, grid = plt.subplots(num_rows, COLUMNS, figsize=(16, 1.75 * num_rows), squeeze=False)
     empty = []
-    for axes, panel in zip(grid.flat, all_panels(), strict=False):
-        lines = list(lines_of(url, panel, minutes))
-        draw_panel(axes, panel, lines)
-        if not lines:
-            empty.append(panel.title)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for axes, panel in zip(grid.flat, all_panels(), strict=False):
+            lines = list(lines_of(client, panel, minutes))
+            draw_panel(axes, panel, lines)
+            if not lines:
+                empty.append(panel.title)
     for axes in grid.flat[len(list(all_panels())) :]:
         axes.axis("off")
     for number, (title, _) in enumerate(ROWS):
         place = {"xycoords": "axes fraction", "fontsize": 8, "weight": "bold"}
         grid[number][0].annotate(title, (0, 1.22), **place)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.subplots_adjust(0.02, 0.02, 0.99, 0.96, wspace=0.18, hspace=0.6)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+    with Image.open(path) as image:
+        # Few colours make a small file.
+        small = image.convert("RGB").quantize(64)
+    small.save(path, optimize=True)
     return empty
 
 

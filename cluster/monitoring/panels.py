@@ -319,7 +319,8 @@ WRONG = (
         "In the last ten minutes. More than a deploy explains are crashes.",
         (
             (
-                "sum by (application) (increase(ray_serve_deployment_replica_starts_total[10m]))",
+                "count by (application) (ray_serve_deployment_replica_starts_total unless "
+                "ray_serve_deployment_replica_starts_total offset 10m)",
                 "{{application}}",
             ),
         ),
