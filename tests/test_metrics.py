@@ -158,9 +158,11 @@ def test_jobs_that_are_gone_are_shown_as_none(sums: Counter[str]) -> None:
     gauges.show({("tiny", "ready"): 4}, {}, {})
     assert sums == {
         "flux_jobs_by_state tiny pending": 0,
+        "flux_jobs_by_state tiny running": 0,
         "flux_jobs_by_state tiny ready": 4,
         "flux_oldest_job_seconds tiny": 0,
         "flux_webhooks due": 0,
+        "flux_webhooks given up": 0,
     }
 
 

@@ -54,7 +54,7 @@ def lines_of(client: httpx.Client, panel: Panel, minutes: float) -> Iterator[Lin
     now = time.time()
     window = {"start": now - 60 * minutes, "end": now, "step": 60 * minutes / NUM_POINTS}
     for query, pattern in panel.queries:
-        asked = {"query": filled(query, time_shown=f"{minutes:g}m"), **window}
+        asked = {"query": filled(query, time_shown=f"{60 * minutes:.0f}s"), **window}
         answer = client.post("/api/v1/query_range", data=asked)
         answer.raise_for_status()
         for found in answer.json()["data"]["result"]:

@@ -334,8 +334,8 @@ WRONG = (
     Panel(
         "Memory of processes",
         33,
-        "Resident megabytes, by kind of process; ranks are RankActor.",
-        (("sum by (Component) (ray_component_rss_mb) > 50", "{{Component}}"),),
+        "Resident megabytes of the largest kinds of process; ranks are RankActor.",
+        (("topk(8, sum by (Component) (ray_component_rss_mb))", "{{Component}}"),),
         "decmbytes",
     ),
     Panel(

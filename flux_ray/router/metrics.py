@@ -136,9 +136,10 @@ class JobGauges:
     def __init__(self) -> None:
         self._jobs, self._oldest = gauge(JOBS), gauge(OLDEST_JOB_SECONDS)
         self._webhooks = gauge(WEBHOOKS)
-        # What was shown once is shown as 0 when it is gone, and not as it last was.
+        # What was shown once is shown as 0 when it is gone, and not as it last was. The first that
+        # is due or given up is a rise from 0.
         self._known: set[tuple[str, str]] = set()
-        self._known_webhooks: set[str] = set()
+        self._known_webhooks = {"due", "given up"}
 
     def show(
         self,
@@ -148,6 +149,7 @@ class JobGauges:
     ) -> None:
         """Set the gauges: jobs by tier and state, the age of the oldest that waits, webhooks."""
         self._known |= jobs.keys()
+        self._known |= {(tier, state) for tier, _ in jobs for state in ("pending", "running")}
         self._known_webhooks |= webhooks.keys()
         for tier, state in self._known:
             self._jobs.set(jobs.get((tier, state), 0), {"tier": tier, "state": state})
