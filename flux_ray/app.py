@@ -26,17 +26,19 @@ from flux_ray.config import (
 )
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.bfl.routes import job_service_for
+from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.gateway.request_log import watch_requests
 from flux_ray.private_files import make_folder
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank_group import resources_for
 from flux_ray.replica.text_encoder import TextEncoder
 from flux_ray.router.autoscaling.gpu_budget import BudgetTerms
+from flux_ray.router.background import keep_running
 from flux_ray.router.dispatch import TierHandles, learn_layouts
 from flux_ray.router.ledger.client import LedgerClient
 from flux_ray.router.ledger.quota_client import PriceExchange, QuotaClient
 from flux_ray.router.ledger.remote import RemoteLedger
-from flux_ray.router.metrics import RouterMetrics
+from flux_ray.router.metrics import GatewayGauges, JobGauges, RouterMetrics
 from flux_ray.router.pricing import CostModel, ReplicaSpec, check_possible, drain_timeout_s
 from flux_ray.router.replica_choice import AssignedReplicaRouter
 from flux_ray.router.router import Router, Terms
@@ -73,14 +75,14 @@ class Gateway:
         name = uuid.uuid4().hex
         # This starts watching the tiers, so that even the first request is priced by their layouts.
         handles.reachable()
-        ledger_client = LedgerClient(ledger, handles.reachable, name, cold_starts)
+        metrics = RouterMetrics()
+        ledger_client = LedgerClient(ledger, handles.reachable, name, cold_starts, metrics.hear)
         handles.follow_status(ledger_client.lose)
         # Before the first request: a gateway that cannot reach the ledger must not look ready.
         ledger_client.start()
         PriceExchange(ledger, prices).start()
         recorder = recorder_in(args.record_to, name)
         terms = Terms(args.request_timeout_s, args.deadlines)
-        metrics = RouterMetrics()
         quotas = QuotaClient(ledger, name, metrics.limit)
         router = Router(
             handles,
@@ -93,13 +95,29 @@ class Gateway:
             is_deployed=handles.is_deployed,
             hears_ledger=ledger.is_heard,
         )
-        job_service = job_service_for(router, args)
+        show_gauges(args, metrics, ledger, prices)
+        job_service = job_service_for(router, args, show_census=JobGauges().show)
         return build_api(
             router, args, job_service=job_service, is_stopping=is_stopping, proxy_sends_id=True
         )
 
     async def check_health(self) -> None:
         """Show Serve and the ledger's process, which kills what hangs, that the event loop runs."""
+
+
+def show_gauges(
+    args: GatewayArgs, metrics: RouterMetrics, ledger: RemoteLedger, prices: CostModel
+) -> None:
+    """Start the task that shows what this gateway holds, hears and knows, every few seconds."""
+    gauges = GatewayGauges(
+        metrics,
+        args.limits.max_held_bytes,
+        held_bytes=lambda: MEMORY.num_bytes + MEMORY.num_work_bytes,
+        num_refused=lambda: MEMORY.num_refused,
+        hears_ledger=ledger.is_heard,
+        replica_gpus=lambda: {tier: prices.on_all_cards(tier, 1.0) for tier in args.tiers},
+    )
+    keep_running(gauges.run, "what shows gauges")
 
 
 def recorder_in(folder: Path | None, name: str) -> Recorder | None:

@@ -1,4 +1,7 @@
-"""Define every metric once: its name, labels and buckets. Prometheus sees them as ray_<name>."""
+"""Define every metric once: its name, labels and buckets. Prometheus sees them as ray_<name>.
+
+What each of them tells an operator is in docs/monitoring.md.
+"""
 
 from dataclasses import dataclass
 
@@ -11,15 +14,23 @@ SECONDS = (
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric; a histogram has buckets, a counter has none."""
+    """One metric: a gauge, a histogram if it has buckets, or else a counter."""
 
     name: str
     description: str
     labels: tuple[str, ...] = ("tier",)
     buckets: tuple[float, ...] = ()
+    is_gauge: bool = False
 
 
 IMAGES = Metric("flux_images", "Images generated.")
+MEGAPIXELS = Metric("flux_megapixels", "Megapixels of the images generated.")
+PROMISES = Metric(
+    "flux_promises",
+    "Requests, jobs excepted, whose images came by their deadline (kept), or did not (missed): "
+    "they came late, failed, or were refused for want of time, room or replicas.",
+    labels=("tier", "key_class", "outcome"),
+)
 STAGE_SECONDS = Metric(
     "flux_stage_seconds",
     "Seconds of one call to the ranks: encode, prepare, denoise (one step), preview, decode; of "
@@ -35,6 +46,11 @@ STAGE_SECONDS_SPENT = Metric(
     "Seconds that calls to the ranks took, added up, by stage as flux_stage_seconds.",
     labels=("tier", "stage"),
 )
+QUEUE_SECONDS = Metric(
+    "flux_queue_seconds",
+    "Seconds that a request waited for its turn on a replica, when it got it.",
+    buckets=SECONDS,
+)
 QUEUE_SECONDS_SPENT = Metric(
     "flux_queue_spent_seconds",
     "Seconds that requests waited for their turn on a replica, added up, when they got it.",
@@ -42,6 +58,7 @@ QUEUE_SECONDS_SPENT = Metric(
 GPU_SECONDS_SPENT = Metric(
     "flux_gpu_spent_seconds",
     "GPU seconds that finished requests took, added up: replica seconds times the replica's GPUs.",
+    labels=("tier", "key_class"),
 )
 REQUEST_SECONDS = Metric(
     "flux_request_seconds",
@@ -65,7 +82,13 @@ PRICED_SECONDS = Metric(
     "flux_priced_gpu_seconds",
     "GPU seconds that requests were priced at: replica seconds times the replica's GPUs.",
 )
-REFUSED = Metric("flux_refused", "Requests that could not be done by their deadline.")
+REFUSED = Metric(
+    "flux_refused",
+    "Requests that were refused, by the code of the error: overloaded, deadline_too_short, "
+    "tier_unavailable; of no tier yet, for want of memory: memory.",
+    labels=("tier", "reason"),
+)
+RETRIES = Metric("flux_retries", "Requests that were sent to a second replica: the first failed.")
 LIMITED = Metric(
     "flux_limited",
     "Requests that were more than their key may have, by the limit: max_concurrent, "
@@ -76,4 +99,74 @@ HUNG = Metric(
     "flux_hung_replicas",
     "Gateways, leaders, text encoders and controllers that hung, and were ended.",
     labels=("process",),
+)
+CACHE_LOOKUPS = Metric(
+    "flux_cache_lookups",
+    "Requests by whether any part of their encoding was in a replica's cache: hit or miss.",
+    labels=("tier", "outcome"),
+)
+LOAD_SECONDS = Metric(
+    "flux_load_seconds",
+    "Seconds in which this replica loaded its weights, its processes' start included.",
+    is_gauge=True,
+)
+BUILD_INFO = Metric(
+    "flux_build_info",
+    "1 for each replica, with what it runs: the version of flux-ray, weights and GPU.",
+    labels=("tier", "version", "quantization", "card"),
+    is_gauge=True,
+)
+QUEUED_REQUESTS = Metric("flux_queued_requests", "Requests that wait for a replica.", is_gauge=True)
+QUEUED_SECONDS = Metric(
+    "flux_queued_replica_seconds", "Replica seconds of the requests that wait.", is_gauge=True
+)
+REPLICA_GPUS = Metric(
+    "flux_replica_gpus",
+    "GPUs of one replica, by which replica seconds become GPU seconds; 1 on processors.",
+    is_gauge=True,
+)
+WANTED_REPLICAS = Metric(
+    "flux_wanted_replicas",
+    "Replicas that the scaling policy wants, within bounds and GPU budget.",
+    is_gauge=True,
+)
+NEEDED_REPLICAS = Metric(
+    "flux_needed_replicas",
+    "Why: the replicas needed for work that arrives (arrivals), for its waves, and to work off "
+    "what waits (backlog), as fractions that add up to the need.",
+    labels=("tier", "cause"),
+    is_gauge=True,
+)
+HELD_BYTES = Metric(
+    "flux_held_bytes", "Bytes of bodies and images that a gateway holds.", labels=(), is_gauge=True
+)
+MAX_HELD_BYTES = Metric(
+    "flux_max_held_bytes", "How many it may hold: `max_held_bytes`.", labels=(), is_gauge=True
+)
+LEDGER_REACHABLE = Metric(
+    "flux_ledger_reachable", "1 if the gateway hears the ledger, else 0.", labels=(), is_gauge=True
+)
+LEDGER_SECONDS = Metric(
+    "flux_ledger_round_trip_seconds",
+    "Seconds from a gateway's report to the ledger's reply.",
+    labels=(),
+    buckets=(0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, *SECONDS[:19]),
+)
+JOBS = Metric(
+    "flux_jobs_by_state",
+    "Jobs in the database by state: arriving, pending, running, and, as long as they are kept, "
+    "ready, failed, moderated, cancelled. Every gateway reports the same.",
+    labels=("tier", "state"),
+    is_gauge=True,
+)
+OLDEST_JOB_SECONDS = Metric(
+    "flux_oldest_job_seconds",
+    "Seconds since the oldest job that waits was submitted; 0 if none waits.",
+    is_gauge=True,
+)
+WEBHOOKS = Metric(
+    "flux_webhooks",
+    "Webhooks of jobs in the database, by state: waiting, due, delivered, given up.",
+    labels=("state",),
+    is_gauge=True,
 )

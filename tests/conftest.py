@@ -182,11 +182,14 @@ class FakeBill:
     def __init__(self) -> None:
         self.entries: list[tuple[str, object]] = []
         self.spent: list[tuple[str, float]] = []
+        self.refusals: list[tuple[str, str]] = []
+        self.retries: list[str] = []
+        self.promises: list[tuple[str, str, bool]] = []
 
     def wait(self, tier: str, seconds: float) -> None:
         self.spent.append(("waited", seconds))
 
-    def spend(self, tier: str, gpu_seconds: float) -> None:
+    def spend(self, tier: str, gpu_seconds: float, key_class: str) -> None:
         self.spent.append(("drawn", gpu_seconds))
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
@@ -195,8 +198,15 @@ class FakeBill:
     def compare(self, observations: tuple[Observation, ...]) -> None:
         self.entries += [("measured", seen.measured_s) for seen in observations]
 
-    def refuse(self, tier: str) -> None:
+    def refuse(self, tier: str, reason: str) -> None:
         self.entries.append(("refused", tier))
+        self.refusals.append((tier, reason))
+
+    def retry(self, tier: str) -> None:
+        self.retries.append(tier)
+
+    def settle(self, tier: str, key_class: str, *, is_kept: bool) -> None:
+        self.promises.append((tier, key_class, is_kept))
 
 
 @pytest.fixture

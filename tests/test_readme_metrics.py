@@ -1,16 +1,18 @@
-"""Operators find every metric, with its labels, in README."""
+"""Operators find every metric, with its labels, in docs/monitoring.md, and that from README."""
 
 import re
 from pathlib import Path
 
+import promql_parser
 import pytest
 
 from flux_ray import metrics
 from flux_ray.gateway.probes import PROBES
 from flux_ray.metrics import Metric
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SECTION = re.search(r"^## Metrics$(.*?)^## ", README, re.M | re.S)[1]
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "monitoring.md").read_text()
+SECTION = re.search(r"^## The metrics$(.*?)^## ", PAGE, re.M | re.S)[1]
 METRICS = [value for value in vars(metrics).values() if isinstance(value, Metric)]
 
 
@@ -24,8 +26,25 @@ def row_of(metric: Metric) -> str:
 def test_a_metric_is_listed_with_its_labels_and_a_query(metric: Metric) -> None:
     row = row_of(metric)
     assert all(f"`{label}`" in row for label in metric.labels if label != "tier")
-    ending = "_bucket" if metric.buckets else "_total"
-    assert f"ray_{metric.name}{ending}" in row
+    assert ("tier" in metric.labels) == ("(no tier)" not in row)
+    ending = "" if metric.is_gauge else "_bucket" if metric.buckets else "_total"
+    assert re.search(rf"\bray_{metric.name}{ending}\b", query_of(row))
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_its_query_is_one(metric: Metric) -> None:
+    promql_parser.parse(query_of(row_of(metric)))
+
+
+def query_of(row: str) -> str:
+    """Its last column, without the backticks."""
+    return row.split("|")[-2].strip(" `")
+
+
+def test_readme_leads_to_the_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Metrics$(.*?)^## ", readme, re.M | re.S)[1]
+    assert "(docs/monitoring.md)" in section
 
 
 def test_no_metric_is_listed_that_is_not_there() -> None:

@@ -23,7 +23,7 @@ from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.request import ImageRequest, Mask
 from flux_ray.router.ledger.messages import Retry
 from flux_ray.router.quotas import QuotaLimits
-from flux_ray.router.quote import Caller
+from flux_ray.router.quote import NO_CLASS, Caller
 
 DEADLINE = "x-flux-deadline-s"
 # Ray Serve's own header: its proxy gives the request up after so many seconds.
@@ -72,15 +72,14 @@ class Callers:
             deadline_s=key_class.deadline_s if deadline_s is None else deadline_s,
             may_spill=may_spill(request),
             allowance=allowance_of(key_class),
+            key_class=class_name_of(request) or NO_CLASS,
         )
 
     def class_of(self, request: Request) -> KeyClass:
         """Return the class of the request's key; UNLIMITED if it has no key or the key no class."""
-        key = key_of(request)
-        if key is None or key.key_class is None:
-            return UNLIMITED
+        name = class_name_of(request)
         # Cannot fail: a keys file that names an unknown class is refused when it is read.
-        return self._classes[key.key_class]
+        return UNLIMITED if name is None else self._classes[name]
 
 
 def allowance_of(key_class: KeyClass) -> QuotaLimits:
@@ -97,6 +96,12 @@ def key_of(request: Request) -> Key | None:
     """Return the key that ApiKeyMiddleware let in, or None if this gateway asks for no keys."""
     key: Key | None = getattr(request.state, "key", None)
     return key
+
+
+def class_name_of(request: Request) -> str | None:
+    """Return the name of the class of the request's key; None without key or class."""
+    key = key_of(request)
+    return None if key is None else key.key_class
 
 
 def name_of(request: Request) -> str:

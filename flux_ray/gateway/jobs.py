@@ -17,7 +17,7 @@ from starlette.requests import Request
 from flux_ray.config import GatewayArgs, Limits
 from flux_ray.errors import TierUnavailable
 from flux_ray.gateway import callers as idempotency
-from flux_ray.gateway.callers import allowance_of, key_of, name_of
+from flux_ray.gateway.callers import allowance_of, class_name_of, name_of
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.gateway.submit import PreparedRequest
@@ -35,7 +35,7 @@ from flux_ray.request import (
     QueuePosition,
     RequestEvent,
 )
-from flux_ray.router.quote import Caller
+from flux_ray.router.quote import NO_CLASS, Caller
 from flux_ray.router.router import Router
 from flux_ray.tracing import TRACEPARENT, traceparent
 
@@ -132,7 +132,8 @@ class JobGenerator:
 
         The limits on jobs at once and on requests a minute were applied when the job was accepted.
         """
-        key_class = self.args.key_classes.get(job.memo.get(KEY_CLASS, ""), UNLIMITED)
+        name = job.memo.get(KEY_CLASS, NO_CLASS)
+        key_class = self.args.key_classes.get(name, UNLIMITED)
         allowance = replace(allowance_of(key_class), max_concurrent=None, requests_per_minute=None)
         return Caller(
             key=job.owner,
@@ -141,6 +142,7 @@ class JobGenerator:
             weight=key_class.weight,
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
+            key_class=name,
             is_job=True,
         )
 
@@ -183,9 +185,8 @@ class JobSubmitter:
         does not count it in time.
         """
         owner = name_of(http)
-        key = key_of(http)
-        if key is not None and key.key_class is not None:
-            memo = memo | {KEY_CLASS: key.key_class}
+        if (key_class := class_name_of(http)) is not None:
+            memo = memo | {KEY_CLASS: key_class}
         if traced_by := traceparent():
             memo = memo | {TRACEPARENT: traced_by}
         # Waiting jobs count as concurrent, too. The store has the last word, as it counts exactly;

@@ -69,6 +69,8 @@ class MemoryBudget:
 
     def __init__(self) -> None:
         self.num_bytes = 0
+        # Of requests, since the process began.
+        self.num_refused = 0
         # Reentrant: the finalizer of an image may run anywhere, even in this thread while it has
         # the lock.
         self._lock = threading.RLock()
@@ -80,7 +82,7 @@ class MemoryBudget:
         """Raise Overloaded if a job waits for room, or if so many more bytes do not fit."""
         with self._lock:
             if self._waiters or self.num_bytes + num_bytes > max_bytes:
-                raise Overloaded(FULL, None, BUDGET_RETRY_AFTER_S)
+                raise self._refusal()
 
     def share(self, max_bytes: int) -> Share:
         """Return a share that holds nothing yet; all shares together hold at most `max_bytes`."""
@@ -133,7 +135,7 @@ class MemoryBudget:
             if share.is_released:
                 return
             if self.num_bytes + num_bytes > max_bytes:
-                raise Overloaded(FULL, None, BUDGET_RETRY_AFTER_S)
+                raise self._refusal()
             self._add(share, num_bytes)
 
     def give_back(self, share: Share) -> None:
@@ -144,6 +146,10 @@ class MemoryBudget:
             self.num_bytes -= num_bytes
             if num_bytes:
                 self._wake_first()
+
+    def _refusal(self) -> Overloaded:
+        self.num_refused += 1
+        return Overloaded(FULL, None, BUDGET_RETRY_AFTER_S)
 
     def _can_work(self, num_bytes: int, max_bytes: int) -> bool:
         return not self.num_work_bytes or self.num_work_bytes + num_bytes <= max_bytes

@@ -21,12 +21,17 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve.handle import DeploymentHandle
 
+from flux_ray import __version__
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import TierArgs
 from flux_ray.errors import NotKept
-from flux_ray.meter import add, counter, histogram
+from flux_ray.meter import add, counter, gauge, histogram
 from flux_ray.metrics import (
+    BUILD_INFO,
+    CACHE_LOOKUPS,
     IMAGES,
+    LOAD_SECONDS,
+    MEGAPIXELS,
     REQUEST_SECONDS,
     REQUESTS,
     STAGE_SECONDS,
@@ -61,6 +66,19 @@ class ReplicaMetrics:
         self._request_seconds = histogram(REQUEST_SECONDS)
         self._stage_seconds = histogram(STAGE_SECONDS)
         self._spent = counter(STAGE_SECONDS_SPENT)
+        self._megapixels, self._lookups = counter(MEGAPIXELS), counter(CACHE_LOOKUPS)
+        self._load_seconds, self._build = gauge(LOAD_SECONDS), gauge(BUILD_INFO)
+
+    def show(self, load_s: float, quantization: str, card: str) -> None:
+        """Show in how many seconds this replica loaded, and what it runs; gauges go out of date."""
+        self._load_seconds.set(load_s, self._tier)
+        build = {"version": __version__, "quantization": quantization, "card": card}
+        self._build.set(1, self._tier | build)
+
+    def look_up(self, request: ImageRequest, *, is_cached: bool) -> None:
+        """Count what a request was given: megapixels, and an encoding from the cache or not."""
+        self._megapixels.inc(request.megapixels, self._tier)
+        self._lookups.inc(1, {**self._tier, "outcome": "hit" if is_cached else "miss"})
 
     def observe_stage(self, stage: str, seconds: float) -> None:
         """Count the seconds that one stage of a request took."""
@@ -257,6 +275,7 @@ class Leader:
         raised in seconds, and no rank waits for a download. Raise TimeoutError if all of it takes
         longer than `load_timeout_s`.
         """
+        began = time.monotonic()
         watchdog = StepWatchdog(args.min_step_timeout_s, args.step_timeout_s)
         prompts: Prompts = EncodedByRanks()
         if text_encoder is not None:
@@ -271,6 +290,7 @@ class Leader:
             if not limit.expired():
                 raise
             raise TimeoutError(too_slow(args, parts)) from None
+        self._load_s = time.monotonic() - began
         self._meter = ReplicaMetrics(args.tier)
         self._runs = RunningRequests(args.retry_bytes, args.retry_s)
         pids = [] if args.parallel.num_nodes > 1 else [rank.pid for rank in loaded]
@@ -278,6 +298,7 @@ class Leader:
         self._loop = StepLoop(self._group, prompts, self._meter.observe_stage)
         self._loop.pump.add_done_callback(self._end_with_loop)
         self._description = description_of(args, await ranks[0].card.remote())
+        self._weights: str = args.quantization or args.dtype
         await last_of(self._loop.stream(warm_up_request(tier_for(args.tier))))
 
     def _end_with_loop(self, pump: asyncio.Task[None]) -> None:
@@ -311,6 +332,7 @@ class Leader:
                 async for event in events:
                     if isinstance(event, ImageResult):
                         result = event
+                        self._meter.look_up(request, is_cached=result.times.is_cached)
                     else:
                         yield event
         # After the block: the request is counted as a success before the client, who closes this
@@ -324,4 +346,5 @@ class Leader:
 
     async def check_health(self) -> None:
         """Return if all ranks answer. Serve calls this and replaces a replica whose check fails."""
+        self._meter.show(self._load_s, self._weights, self._description.card or "cpu")
         await self._group.ping()

@@ -19,6 +19,9 @@ from flux_ray.router.pricing import Cost, CostModel
 from flux_ray.router.quotas import UNLIMITED, QuotaLimits, Use
 from flux_ray.tracing import GENERATE, Attribute, span
 
+# What metrics call the class of callers without a key, or with a key of no class.
+NO_CLASS = "none"
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -27,7 +30,8 @@ class Caller:
     Requests of one `key` share the replicas with those of other keys, in proportion to `weight`.
     `deadline_s`: seconds within which it has to be done; it is refused as soon as that cannot be
     met. None stands for the tier's own. `may_spill`: another tier of an alias will do.
-    `allowance`: the limits of the key over all gateways. `is_job`: no client waits for it.
+    `allowance`: the limits of the key over all gateways, `key_class` the name of its class.
+    `is_job`: no client waits for it.
     `retry`: the name under which the request is found when it is sent again, if it has one.
     `on_event`: called with the events of the request; if a second replica starts over, so do they.
     `key_class`: the name of the key's class, and `traceparent`: the span of the request that
@@ -41,6 +45,7 @@ class Caller:
     deadline_s: float | None = None
     may_spill: bool = False
     allowance: QuotaLimits = UNLIMITED
+    key_class: str = NO_CLASS
     is_job: bool = False
     retry: Retry | None = None
     on_event: OnEvent | None = field(default=None, compare=False)

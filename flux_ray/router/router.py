@@ -6,7 +6,7 @@ the replicas, the ledger's queue, metrics, and a record of what arrived.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +27,11 @@ from flux_ray.errors import (
     not_deployed,
 )
 from flux_ray.request import ImageRequest, ImageResult, OnEvent, loaded
+from flux_ray.router.accounting import RequestMetrics, promised
 from flux_ray.router.background import within
 from flux_ray.router.ledger.messages import Place, Retry, SubmitRequest
 from flux_ray.router.ledger.quota_client import PendingQuota, QuotaClient, Reservation
-from flux_ray.router.pricing import CostModel, Observation, affinity_of
+from flux_ray.router.pricing import CostModel, affinity_of
 from flux_ray.router.queue import Forecast
 from flux_ray.router.quotas import UNLIMITED, LimitStatus, UsageEntry
 from flux_ray.router.quote import (
@@ -99,25 +100,6 @@ class RequestQueue(Protocol):
         """End a request that had its turn; `is_done` if it succeeded."""
 
 
-class RequestMetrics(Protocol):
-    """The counters of prices, their errors and refusals: `RouterMetrics`, or a fake in tests."""
-
-    def enter(self, tier: str, gpu_seconds: float) -> None:
-        """Count the price of an admitted request, in GPU seconds."""
-
-    def wait(self, tier: str, seconds: float) -> None:
-        """Count how long a request waited for its turn."""
-
-    def spend(self, tier: str, gpu_seconds: float) -> None:
-        """Count what a finished request took, in GPU seconds."""
-
-    def compare(self, observations: Iterable[Observation]) -> None:
-        """Count how far measured times were from predicted ones."""
-
-    def refuse(self, tier: str) -> None:
-        """Count a request that was refused because it could not be done in time."""
-
-
 class Records(Protocol):
     """The record of what arrived: `Recorder`, or a fake in tests."""
 
@@ -184,14 +166,18 @@ class Router:
         """Return the requests whose tier is deployed; raise TierUnavailable if there are none."""
         found = [each for each in requests if self.is_deployed(each.tier)]
         if not found:
-            raise not_deployed(requests[0].tier)
+            error = not_deployed(requests[0].tier)
+            self.metrics.refuse(requests[0].tier, error.code)
+            raise error
         return found
 
     async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
         """Generate images; if a replica dies, a second one makes the same ones from the seed."""
         self._record(request, caller)
         quote, deadline_s = quote_for(request, self.prices), self.terms.deadline_s(request, caller)
-        return await self._generate(quote, caller, deadline_s)
+        with promised(self.metrics, caller, deadline_s) as try_tier:
+            try_tier(quote.tier)
+            return await self._generate(quote, caller, deadline_s)
 
     async def generate_by(
         self,
@@ -208,16 +194,19 @@ class Router:
             return await self.generate(requests[0], caller)
         began = time.monotonic()
         refusals: list[FluxError] = []
-        candidates = await self._candidates(requests, caller)
-        for candidate in in_order(candidates, alias):
-            left_s = candidate.deadline_s - (time.monotonic() - began)
-            if not refusals:
-                self._record(candidate.quote.request, caller)
-            try:
-                return await self._generate(candidate.quote, caller, left_s)
-            except REFUSALS as error:
-                refusals.append(error)
-        raise min(refusals, key=lambda error: error.retry_after_s or self.terms.request_timeout_s)
+        candidates = in_order(await self._candidates(requests, caller), alias)
+        with promised(self.metrics, caller, candidates[0].deadline_s) as try_tier:
+            for candidate in candidates:
+                left_s = candidate.deadline_s - (time.monotonic() - began)
+                if not refusals:
+                    self._record(candidate.quote.request, caller)
+                try_tier(candidate.quote.tier)
+                try:
+                    return await self._generate(candidate.quote, caller, left_s)
+                except REFUSALS as error:
+                    refusals.append(error)
+            timeout_s = self.terms.request_timeout_s
+            raise min(refusals, key=lambda error: error.retry_after_s or timeout_s)
 
     async def places(self, caller: Caller) -> tuple[Place, ...]:
         """Return the replicas that run, or ran, the caller's request before, the latest first."""
@@ -319,7 +308,7 @@ class Router:
                 result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
                 gpu_seconds = self.gpu_seconds_of(result)
                 reservation.finish(gpu_seconds)
-                self.metrics.spend(quote.tier, gpu_seconds)
+                self.metrics.spend(quote.tier, gpu_seconds, caller.key_class)
                 span.set_attribute("flux.gpu_s", gpu_seconds)
                 return result
 
@@ -340,6 +329,7 @@ class Router:
             return await self._attempt(quote, 1, deadline_s, caller, reservation)
         except ReplicaFailed as error:
             logger.warning("request %s is sent again: %s", quote.request.request_id, error)
+            self.metrics.retry(quote.tier)
             reservation.pause()
             was_killed = isinstance(error, KilledForMemory)
         # It was admitted once, and is not refused now for what was no fault of its client: so it
@@ -366,15 +356,15 @@ class Router:
         reservation: Reservation,
     ) -> ImageResult:
         request = quote.request
-        # Before it is submitted: its turn for a tier that is not deployed would never come.
-        await self.handles.connect(request.tier)
         affinity = affinity_of(request, self.prices)
         submission = submission_for(quote, number, deadline_s, caller, affinity)
         asked_at = time.monotonic()
         try:
+            # Before it is submitted: its turn for a tier that is not deployed would never come.
+            await self.handles.connect(request.tier)
             replica = await self.queue.take(submission, caller.on_event, reservation.quota)
-        except Overloaded:
-            self.metrics.refuse(request.tier)
+        except (Overloaded, DeadlineTooShort, TierUnavailable) as error:
+            self.metrics.refuse(request.tier, error.code)
             raise
         self.metrics.wait(request.tier, time.monotonic() - asked_at)
         is_done = False

@@ -44,8 +44,10 @@ LAST = (
     "3 ranks",
     "from_nothing",
     "test_gpu_budget",
-    # After it, its tier is deployed once more; as the last one it need not wait for that.
+    # After it, its tier is deployed once more; the one that follows waits for that anyway.
     "test_rolling_upgrade",
+    # It deploys another configuration, and as the last one need not take it back.
+    "test_monitoring",
 )
 
 

@@ -28,10 +28,16 @@ class NoBill:
     def wait(self, tier: str, seconds: float) -> None:
         pass
 
-    def spend(self, tier: str, gpu_seconds: float) -> None:
+    def spend(self, tier: str, gpu_seconds: float, key_class: str) -> None:
         pass
 
-    def refuse(self, tier: str) -> None:
+    def refuse(self, tier: str, reason: str) -> None:
+        pass
+
+    def retry(self, tier: str) -> None:
+        pass
+
+    def settle(self, tier: str, key_class: str, *, is_kept: bool) -> None:
         pass
 
 

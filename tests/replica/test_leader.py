@@ -49,6 +49,9 @@ class FakeLoop:
 class FakeMeter:
     """Counts nothing."""
 
+    def look_up(self, request: ImageRequest, *, is_cached: bool) -> None:
+        pass
+
     @contextmanager
     def count(self, request: ImageRequest) -> Any:
         yield

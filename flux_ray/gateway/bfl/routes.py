@@ -37,6 +37,7 @@ from flux_ray.gateway.openai.routes import JSON, content_type_of
 from flux_ray.gateway.results import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.submit import Submitter
 from flux_ray.gateway.webhooks import Poster, webhook_of
+from flux_ray.jobs.census import ShowCensus
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
 from flux_ray.jobs.service import JobService
 from flux_ray.jobs.webhooks import Mail
@@ -44,11 +45,15 @@ from flux_ray.router.router import Router
 
 
 def job_service_for(
-    router: Router, args: GatewayArgs, poster: Poster | None = None
+    router: Router,
+    args: GatewayArgs,
+    poster: Poster | None = None,
+    show_census: ShowCensus | None = None,
 ) -> JobService | None:
     """Return the job service of a gateway, or None if `args` have no jobs.
 
-    `poster` takes the place of the one that `args.webhooks` describe, in tests.
+    `poster` takes the place of the one that `args.webhooks` describe, in tests. `show_census` is
+    called with the numbers of jobs every few seconds.
     """
     if args.jobs is None or args.public_url is None:
         return None
@@ -69,6 +74,7 @@ def job_service_for(
         generation.preview_of,
         generation.standing_of,
         tiers=args.tiers,
+        show_census=show_census,
     )
     return job_service
 

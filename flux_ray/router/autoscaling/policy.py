@@ -3,10 +3,13 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
+from flux_ray.meter import SHOW_S, gauge
+from flux_ray.metrics import NEEDED_REPLICAS, WANTED_REPLICAS
 from flux_ray.router.autoscaling.gpu_budget import Budgeted, BudgetTerms, cluster_budget
 from flux_ray.router.autoscaling.scaler import (
     LastGoodTarget,
@@ -26,6 +29,24 @@ POLL_S = 0.5
 MAX_AGE_S = 10.0
 
 
+class ScalingGauges:
+    """What the scaling policy of one tier wants, and why, as metrics of Serve's controller."""
+
+    def __init__(self, tier: str) -> None:
+        self._tier = tier
+        self._wanted, self._needed = gauge(WANTED_REPLICAS), gauge(NEEDED_REPLICAS)
+        self._shown_at = float("-inf")
+
+    def show(self, wanted: int, causes: Mapping[str, float], now: float) -> None:
+        """Set the gauges if it is time to: the replicas wanted, and the parts of the need."""
+        if now - self._shown_at < SHOW_S:
+            return
+        self._shown_at = now
+        self._wanted.set(wanted, {"tier": self._tier})
+        for cause, replicas in causes.items():
+            self._needed.set(replicas, {"tier": self._tier, "cause": cause})
+
+
 class LedgerPolicy:
     """The scaling policy of one tier, which Serve's controller calls ten times a second.
 
@@ -39,11 +60,13 @@ class LedgerPolicy:
     ) -> None:
         self._tier = tier
         self._cold_start_s = ScalingRules(**rules).cold_start_s
-        self._scaler: Scaling = LastGoodTarget(Scaler(ScalingRules(**rules)))
+        self._need = Scaler(ScalingRules(**rules))
+        self._scaler: Scaling = LastGoodTarget(self._need)
         if terms is not None:
             # Around LastGoodTarget: a tier whose scaler fails must still tell the budget what it
             # holds, or its GPUs would be given to others.
             self._scaler = Budgeted(self._scaler, cluster_budget(), tier, BudgetTerms(**terms))
+        self._gauges = ScalingGauges(tier)
         self._ledger: LedgerService = RemoteLedger()
         self._backlog: Backlog | None = None
         self._counted_s = 0.0
@@ -59,7 +82,9 @@ class LedgerPolicy:
             state = self._state(context, now)
             wanted = self._scaler.replicas(state)
             self._is_failing = False
-            return min(max(wanted, state.min_replicas), state.max_replicas), {}
+            wanted = min(max(wanted, state.min_replicas), state.max_replicas)
+            self._gauges.show(wanted, self._need.causes, now)
+            return wanted, {}
         except Exception:
             # A policy that raises keeps Serve from deploying any application at all.
             if not self._is_failing:

@@ -196,6 +196,8 @@ class Scaler:
         self._needs: deque[tuple[float, float]] = deque()
         self._began: float | None = None
         self._busy_at = 0.0
+        # What the need of the last moment was made of, in replicas.
+        self.causes: dict[str, float] = {}
 
     def replicas(self, state: ScalingState) -> int:
         """Return the number of replicas wanted, starting ones included, within the bounds."""
@@ -224,7 +226,9 @@ class Scaler:
         # Replicas that are up work on the backlog until new ones have started.
         within_s = rules.target_wait_s + (rules.cold_start_s if state.current else 0.0)
         done_s = max(0.0, target_of(state) - rate) * within_s
-        return rate + wave + max(0.0, waiting_s - done_s) / within_s
+        backlog = max(0.0, waiting_s - done_s) / within_s
+        self.causes = {"arrivals": rate, "waves": wave, "backlog": backlog}
+        return rate + wave + backlog
 
     def _steady(self, need: float, state: ScalingState) -> int:
         """Return the new target: up at once, down only to the largest need of the last `stay_s`."""

@@ -19,6 +19,8 @@ import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from flux_ray.meter import SHOW_S, gauge
+from flux_ray.metrics import QUEUED_REQUESTS, QUEUED_SECONDS
 from flux_ray.router import handover
 from flux_ray.router.background import keep_running
 from flux_ray.router.ledger.ledger import Ledger
@@ -91,6 +93,23 @@ class DecisionOutbox:
         return heard, decisions
 
 
+class QueueGauges:
+    """The lengths of all queues, shown by the ledger's process, of which there is one."""
+
+    def __init__(self) -> None:
+        self._requests, self._seconds = gauge(QUEUED_REQUESTS), gauge(QUEUED_SECONDS)
+        self._shown_at = -SHOW_S
+
+    def show(self, ledger: Ledger, now: float) -> None:
+        """Set the gauges if it is time to; call it as often as you like."""
+        if now - self._shown_at < SHOW_S:
+            return
+        self._shown_at = now
+        for tier, (num_waiting, waiting_s) in ledger.lengths(now).items():
+            self._requests.set(num_waiting, {"tier": tier})
+            self._seconds.set(waiting_s, {"tier": tier})
+
+
 def end_process() -> None:
     """End this process at once; Ray starts the actor in a new one."""
     logging.shutdown()
@@ -145,6 +164,7 @@ class LedgerActor:
         self._decides_from = time.monotonic() + rejoin_s
         self._allowances = QuotaLedger()
         self._ledger = Ledger(partial(TierQueue, lead_s=LEAD_S), self._allowances)
+        self._gauges = QueueGauges()
         self._mailboxes: dict[str, DecisionOutbox] = {}
         self._prices: Snapshot = ()
         self._spoken = asyncio.Event()
@@ -248,6 +268,7 @@ class LedgerActor:
         for tier in self._ledger.tiers - self._watching.keys():
             self._watching[tier] = keep_running(partial(self._watch, tier), f"watching {tier}")
         self._deliver(self._decide(now))
+        self._gauges.show(self._ledger, now)
 
     async def _watch(self, tier: str) -> None:
         """Hold a handle of the tier: as long as there is one, Serve tells of its replicas."""

@@ -38,11 +38,16 @@ REACH_S = 1.0
 Reachable = Callable[[], Mapping[str, tuple[str, ...]]]
 
 
+def ignore(seconds: float) -> None:
+    """Count nothing: the default of a client without metrics."""
+
+
 class LedgerClient:
     """Submit this gateway's requests to the ledger and wait for its decisions.
 
     One task reports, one at a time; another listens for later decisions. `reachable` returns the
     replicas by tier; `cold_starts`: seconds until a replica of a tier has started, where known.
+    `hear` is called with the seconds that the ledger took to answer each report.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class LedgerClient:
         reachable: Reachable,
         gateway: str,
         cold_starts: Mapping[str, float] = MappingProxyType({}),
+        hear: Callable[[float], None] = ignore,
     ) -> None:
+        self._hear = hear
         self._cold_starts = cold_starts
         self._ledger = ledger
         self._reachable = reachable
@@ -175,6 +182,7 @@ class LedgerClient:
             report = self._requests.report(
                 time.monotonic(), self._reachable(), self._cold_starts, is_beat=is_beat
             )
+            asked_at = time.monotonic()
             try:
                 reply = await self._ledger.say(self._gateway, report)
             except LedgerLost as error:
@@ -185,7 +193,9 @@ class LedgerClient:
             except BaseException:
                 self._requests.missed()
                 raise
-            if self._requests.heard(reply, time.monotonic()):
+            now = time.monotonic()
+            self._hear(now - asked_at)
+            if self._requests.heard(reply, now):
                 self._news.set()
 
     async def _wait_for_news(self) -> bool:

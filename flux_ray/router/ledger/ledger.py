@@ -225,6 +225,10 @@ class Ledger:
         queue = self._queues[tier]
         return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
 
+    def lengths(self, now: float) -> dict[str, tuple[int, float]]:
+        """Return how many requests wait, and how many replica seconds of work, by tier."""
+        return {t: (queue.num_waiting, queue.waiting_s(now)) for t, queue in self._queues.items()}
+
     def forecast(self, submission: SubmitRequest, now: float) -> Forecast:
         """Predict what would become of a request if it were submitted now."""
         return self._queue(submission.tier).forecast(queued_for(submission, now), now)

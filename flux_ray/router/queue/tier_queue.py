@@ -82,6 +82,11 @@ class TierQueue:
         """The replicas that are up or starting, without those that drain."""
         return self._slots.names
 
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests that wait."""
+        return len(self._places)
+
     def learn_cold_start(self, cold_start_s: float) -> None:
         """Set how long a replica takes to start, from now on."""
         if cold_start_s != self.cold_start_s:
