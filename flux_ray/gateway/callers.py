@@ -63,11 +63,10 @@ class Callers:
 
         Requests with one key share its limits. The secret itself is not passed on.
         """
-        key, key_class = key_of(request), self.class_of(request)
+        key_class = self.class_of(request)
         deadline_s = deadline_of(request)
         return Caller(
             key=name_of(request),
-            key_class=(key and key.key_class) or "",
             weight=key_class.weight,
             deadline_s=key_class.deadline_s if deadline_s is None else deadline_s,
             may_spill=may_spill(request),

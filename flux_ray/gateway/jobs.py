@@ -137,7 +137,6 @@ class JobGenerator:
         allowance = replace(allowance_of(key_class), max_concurrent=None, requests_per_minute=None)
         return Caller(
             key=job.owner,
-            key_class=job.memo.get(KEY_CLASS, ""),
             traceparent=job.memo.get(TRACEPARENT, ""),
             weight=key_class.weight,
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,

@@ -31,22 +31,20 @@ class Caller:
     `deadline_s`: seconds within which it has to be done; it is refused as soon as that cannot be
     met. None stands for the tier's own. `may_spill`: another tier of an alias will do.
     `allowance`: the limits of the key over all gateways, `key_class` the name of its class.
-    `is_job`: no client waits for it.
+    `is_job`: no client waits for it. `traceparent`: the span of the request that submitted it, in
+    whose trace it is; empty if there is none.
     `retry`: the name under which the request is found when it is sent again, if it has one.
     `on_event`: called with the events of the request; if a second replica starts over, so do they.
-    `key_class`: the name of the key's class, and `traceparent`: the span of the request that
-    submitted a job; both are for traces, and empty where there is none.
     """
 
     key: str = ""
-    key_class: str = ""
-    traceparent: str = ""
     weight: float = 1.0
     deadline_s: float | None = None
     may_spill: bool = False
     allowance: QuotaLimits = UNLIMITED
     key_class: str = NO_CLASS
     is_job: bool = False
+    traceparent: str = ""
     retry: Retry | None = None
     on_event: OnEvent | None = field(default=None, compare=False)
 
