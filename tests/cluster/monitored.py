@@ -27,9 +27,9 @@ SCRAPE_S = 2
 class Prometheus:
     """A running Prometheus, asked over HTTP."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._client = httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_S)
+    def __init__(self, client: httpx.Client) -> None:
+        self.url = str(client.base_url)
+        self._client = client
 
     def ask(self, query: str) -> list[dict[str, Any]]:
         """Return the series of an instant query; raise if the query is wrong."""
@@ -66,7 +66,8 @@ def prometheus_beside_ray(folder: Path) -> Iterator[Prometheus]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield Prometheus(url)
+        with httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_S) as client:
+            yield Prometheus(client)
     finally:
         running.terminate()
         running.wait(PATIENCE_S)
