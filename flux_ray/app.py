@@ -52,6 +52,16 @@ HEALTH_CHECK_PERIOD_S = 1
 HEALTH_CHECK_TIMEOUT_S = 5
 
 
+def warn_of_proxy() -> None:
+    """Log a warning if this node's proxy was not told how to read HTTP."""
+    if not reads_with_h11():
+        logger.warning(
+            "requests that offer HTTP/2, like a JDK's, lose their bodies: start Ray with %s=%s",
+            PROXY_CALLBACK,
+            READ_WITH_H11,
+        )
+
+
 @serve.ingress()
 class Gateway:
     """The Serve deployment that speaks HTTP; it reaches the tiers by their handles."""
@@ -62,12 +72,7 @@ class Gateway:
     async def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         watch_requests()
-        if not reads_with_h11():
-            logger.warning(
-                "requests that offer HTTP/2, like a JDK's, lose their bodies: start Ray with %s=%s",
-                PROXY_CALLBACK,
-                READ_WITH_H11,
-            )
+        warn_of_proxy()
         prices = CostModel({tier: ReplicaSpec(args.card) for tier in args.tiers})
         cold_starts: dict[str, float] = {}
         handles = TierHandles(args.tiers, learn_layouts(prices, args.card, cold_starts))
