@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from flux_ray.cli.client import BUILDERS
+from flux_ray.config import BUILDERS
 from flux_ray.config.tier import Args
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.kuberay.render import MANIFESTS, manifests
-from flux_ray.cli.client import BUILDERS
+from flux_ray.config import BUILDERS
 from tests.kuberay.conftest import KUBERAY, ROOT, Object, container_of, env_of, named, objects_in
 from tests.kuberay.schemas import errors_of
 from tests.kuberay.test_everything import references_in

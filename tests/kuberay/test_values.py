@@ -11,8 +11,8 @@ from helm_python import HelmRenderError, HelmValuesError
 from ray.serve.schema import ServeDeploySchema
 
 import flux_ray
-from flux_ray.cli.client import BUILDERS, tiers_in
-from flux_ray.config import GatewayArgs, TierArgs
+from flux_ray.cli.config_file import tiers_in
+from flux_ray.config import BUILDERS, GatewayArgs, TierArgs
 from flux_ray.planner.plan import make_plan
 from tests.kuberay.conftest import CHART, ROOT, Render, container_of, groups_of, service_of
 

@@ -19,9 +19,14 @@ from flux_ray.replica.rank_group import (
     start_beside_leader,
 )
 
+# Its 48 heads can be split over six ranks.
+DEV = "flux-2-dev"
+
 
 def test_on_several_nodes_a_rank_has_a_bundle() -> None:
-    args = TierArgs(tier="tiny", num_cpus=2, parallel=Parallel(tensor=2, sequence=3, num_nodes=2))
+    args = TierArgs(
+        tier=DEV, weights="a/b@c", num_cpus=2, parallel=Parallel(tensor=2, sequence=3, num_nodes=2)
+    )
     options = resources_for(args)
     assert options["placement_group_bundles"] == [{"CPU": 2.0, "GPU": 1.0}] * 6
     assert options["placement_group_strategy"] == "PACK"
@@ -29,7 +34,7 @@ def test_on_several_nodes_a_rank_has_a_bundle() -> None:
 
 
 def test_on_one_node_the_leader_takes_what_its_ranks_need() -> None:
-    args = TierArgs(tier="tiny", num_cpus=2, parallel=Parallel(tensor=2, sequence=3))
+    args = TierArgs(tier=DEV, weights="a/b@c", num_cpus=2, parallel=Parallel(tensor=2, sequence=3))
     options = {"num_cpus": 12, "num_gpus": 6, "label_selector": {}}
     assert resources_for(args) == {"ray_actor_options": options}
 
