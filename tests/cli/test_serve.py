@@ -42,6 +42,8 @@ try:
     http.server.HTTPServer((options["host"], options["port"]), Handler).serve_forever()
 except KeyboardInterrupt:
     print("Traceback (most recent call last): KeyboardInterrupt")
+    if "stays" not in os.environ:
+        child.kill()
     if "slow" in os.environ:
         time.sleep(300)
 """
@@ -96,12 +98,17 @@ def is_alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "env"), [(signal.SIGINT, {}), (signal.SIGTERM, {"stays": "a child of it"})]
+)
 def test_it_says_when_it_is_ready_and_leaves_nothing(
-    start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path, number: signal.Signals
+    start: Callable[..., "subprocess.Popen[str]"],
+    tmp_path: Path,
+    number: signal.Signals,
+    env: dict[str, str],
 ) -> None:
     port = free_port()
-    run = start("--port", str(port))
+    run = start("--port", str(port), **env)
     lines = read_until(run, "Ctrl-C")
     assert lines.count(f"ready: http://127.0.0.1:{port}") == 1
     text = "\n".join(lines)
