@@ -41,7 +41,6 @@ def dashboard(address: str, tmp_path: Path) -> Iterator[str]:
             f"--cluster-id-hex={node.cluster_id.hex()}",
             f"--node-ip-address={node.node_ip_address}",
             f"--modules-to-load={MODULES}",
-            "--disable-frontend",
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
