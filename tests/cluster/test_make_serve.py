@@ -61,6 +61,7 @@ def environment_of_serve(folder: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
 
 
+@pytest.mark.slow
 def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
     """Eight images in one answer are so large; gRPC would fail on them with its default limit."""
     assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"

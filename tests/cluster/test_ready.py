@@ -80,6 +80,7 @@ def controller() -> int:
     return pid
 
 
+@pytest.mark.slow
 def test_while_the_controller_starts_anew_the_gateway_stays_ready(
     address: str, generate: Callable[..., list[bytes]]
 ) -> None:
