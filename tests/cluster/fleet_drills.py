@@ -22,7 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 from ray._private.state import available_resources_per_node
@@ -168,9 +167,15 @@ def kill_one(kind: str) -> Callable[[Fleet], None]:
     """Return the drill that kills one process of a kind."""
 
     def killing(fleet: Fleet) -> None:
-        process = processes_of(kind)[-1]
-        process.send_signal(signal.SIGKILL)
-        psutil.wait_procs([process], timeout=60)
+        before = set(processes_of(kind))
+        processes_of(kind)[-1].send_signal(signal.SIGKILL)
+
+        def is_replaced() -> bool:
+            now = set(processes_of(kind))
+            return len(now) >= len(before) and now != before
+
+        # Serve calls it RUNNING for a while yet.
+        wait_until(is_replaced, timeout_s=BOOT_S, what=f"another {kind}")
 
     return killing
 
