@@ -116,8 +116,8 @@ def show_gauges(
     """Start the task that shows what this gateway holds, hears and knows, every few seconds."""
     gauges = GatewayGauges(
         metrics,
-        args.limits.max_held_bytes,
-        held_bytes=lambda: MEMORY.num_bytes + MEMORY.num_work_bytes,
+        args.limits.max_kept_bytes,
+        held_bytes=lambda: MEMORY.num_bytes,
         num_refused=lambda: MEMORY.num_refused,
         hears_ledger=ledger.is_heard,
         replica_gpus=lambda: {tier: prices.on_all_cards(tier, 1.0) for tier in args.tiers},

@@ -141,7 +141,10 @@ HELD_BYTES = Metric(
     "flux_held_bytes", "Bytes of bodies and images that a gateway holds.", labels=(), is_gauge=True
 )
 MAX_HELD_BYTES = Metric(
-    "flux_max_held_bytes", "How many it may hold: `max_held_bytes`.", labels=(), is_gauge=True
+    "flux_max_held_bytes",
+    "How many it may hold: `max_held_bytes` without the share for decoding.",
+    labels=(),
+    is_gauge=True,
 )
 LEDGER_REACHABLE = Metric(
     "flux_ledger_reachable", "1 if the gateway hears the ledger, else 0.", labels=(), is_gauge=True

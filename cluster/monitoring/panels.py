@@ -294,7 +294,7 @@ WRONG = (
     Panel(
         "Memory of gateways",
         29,
-        "Share of max_held_bytes that is held; at 1 requests are refused.",
+        "Share of what a gateway may hold; at 1 requests are refused.",
         (
             (
                 "max by (application, replica) (ray_flux_held_bytes) / "

@@ -40,10 +40,11 @@ from flux_ray.cli.deployment import (
     failure_text,
     fixed_options,
     progress,
+    stuck_applications,
     waiting_text,
 )
 from flux_ray.cli.plan import count_bytes, verdict_of
-from flux_ray.config import check_gpus, least_gpus
+from flux_ray.config import check_gpus, check_own_addresses, check_paths, least_gpus
 
 POLL_S = 1.0
 # Serve notes a config at once, but an application that it already runs looks done until it has
@@ -97,10 +98,13 @@ def deploy(
 
     Example: flux-ray deploy serve/node-8gpu.yaml --dry-run
     """
-    file = check_config(config, is_here=is_local(address), allow_others=allow_others)
+    file = check_config(config, allow_others=allow_others)
     try:
         with dashboard_at(address, token_file) as dashboard:
             before = dashboard.details()
+            is_here = is_local(address) and len(dashboard.nodes()) == 1
+            own = check_own_addresses(file.applications)
+            report(config, [*own, *check_paths(file.applications, is_here)])
             check_cluster(file, dashboard, before, gpu, may_grow=may_grow)
             planned = changes(file.config, before)
             say_changes(planned)
@@ -108,6 +112,7 @@ def deploy(
             if dry_run:
                 typer.echo("dry run: nothing was changed")
                 return
+            free_stuck(dashboard, file.config, stuck_applications(planned, before), timeout_s)
             dashboard.put(file.config)
             kept = [change.name for change in planned if change.kind != "removed"]
             if no_wait:
@@ -116,6 +121,22 @@ def deploy(
                 wait(dashboard, kept, timeout_s, before)
     except DashboardError as error:
         fail(str(error))
+
+
+def free_stuck(
+    dashboard: Dashboard, config: dict[str, Any], stuck: set[str], timeout_s: float
+) -> None:
+    """Have Serve forget applications that it has given up, so that it tries to start them again."""
+    if not stuck:
+        return
+    typer.echo(f"{', '.join(sorted(stuck))}: failed before, started again")
+    others = [each for each in config["applications"] if each["name"] not in stuck]
+    dashboard.put({**config, "applications": others})
+    end_s = time.monotonic() + timeout_s
+    while stuck & dashboard.details()["applications"].keys():
+        if time.monotonic() > end_s:
+            fail(f"{', '.join(sorted(stuck))}: Serve does not end what is left of it")
+        time.sleep(POLL_S)
 
 
 def check_cluster(

@@ -4,7 +4,7 @@ Everything here is pure: a config and Serve's details go in, changes, rows and o
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +46,21 @@ def changes(config: Mapping[str, Any], details: Mapping[str, Any]) -> list[Chang
         found.append(Change(name, "changed" if keys else "unchanged", keys))
     named = {change.name for change in found}
     return found + [Change(name, "removed") for name in running if name not in named]
+
+
+def stuck_applications(planned: Iterable[Change], details: Mapping[str, Any]) -> set[str]:
+    """Return the applications that failed and do not change, none of whose replicas runs.
+
+    Serve gives up a deployment after three starts that failed, and begins anew only with another
+    version of it: given the same config again, it would do nothing.
+    """
+    return {
+        change.name
+        for change in planned
+        if change.kind == "unchanged"
+        and details["applications"][change.name].get("status") == FAILED
+        and num_serving(change.name, details) == 0
+    }
 
 
 def wanted_applications(config: Mapping[str, Any]) -> list[dict[str, Any]]:

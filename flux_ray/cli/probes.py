@@ -88,7 +88,7 @@ def import_error(import_path: str) -> str | None:
 def is_port_taken(host: str, port: int) -> bool:
     """Return whether a program listens at that port."""
     address = "127.0.0.1" if host in ALL_ADDRESSES else host
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.settimeout(2.0)
         return probe.connect_ex((address, port)) == 0
 

@@ -7,7 +7,6 @@ SIGTERM for a crash. `make serve` calls this command.
 import os
 import re
 import signal
-import socket
 import subprocess  # nosec B404
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import yaml
 
 from flux_ray.cli.client import fail
 from flux_ray.cli.config_file import check_config, read_config
+from flux_ray.cli.probes import is_port_taken
 from flux_ray.config import ALL_ADDRESSES, DEFAULT_HOST, environment_for_ray
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -163,10 +163,8 @@ def url_of(host: str, port: int) -> str:
 
 def check_port(host: str, port: int) -> None:
     """End the command if something listens there: its answers would be taken for ours."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex((HOST if host in ALL_ADDRESSES else host, port)) == 0:
-            fail(f"something listens at port {port} already: stop it, or say PORT={port + 1}")
+    if is_port_taken(host, port):
+        fail(f"something listens at port {port} already: stop it, or say PORT={port + 1}")
 
 
 def start(config: Path) -> ServeRun:

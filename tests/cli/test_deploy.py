@@ -135,6 +135,39 @@ def deploy(
     return run
 
 
+def test_what_serve_has_given_up_is_started_again(
+    cluster: FakeCluster, config: dict[str, Any], deploy: Callable[..., Result]
+) -> None:
+    """The cause may be mended, as a licence that was accepted; the file is the same."""
+    cluster.run(config)
+    cluster.applications["tiny"] |= {"status": "DEPLOY_FAILED", "deployments": {}}
+    result = deploy(config)
+    assert result.exit_code == 0, result.output
+    assert "tiny: failed before, started again" in result.stdout
+    without, whole = cluster.puts
+    assert [each["name"] for each in without["applications"]] == ["gateway", "tiny-tp2"]
+    assert whole == config
+
+
+def test_replicas_of_before_are_not_ended_for_a_second_try(
+    cluster: FakeCluster, config: dict[str, Any], deploy: Callable[..., Result]
+) -> None:
+    cluster.run(config)
+    cluster.applications["tiny"]["status"] = "DEPLOY_FAILED"
+    deploy(config)
+    assert cluster.puts == [config]
+
+
+def test_paths_of_a_cluster_of_several_machines_are_only_warned_of(
+    cluster: FakeCluster, config: dict[str, Any], deploy: Callable[..., Result]
+) -> None:
+    cluster.nodes *= 2
+    config["applications"][0]["args"]["keys_file"] = "/nowhere/keys.yaml"
+    result = deploy(config, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "/nowhere/keys.yaml is not on this machine" in result.stderr
+
+
 def test_a_first_deployment(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
     cluster.coming["tiny"] = [("DEPLOYING", ""), ("DEPLOYING", ""), ("RUNNING", "")]
     result = deploy(config)

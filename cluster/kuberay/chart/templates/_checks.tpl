@@ -38,7 +38,7 @@ installed at all, and Serve would tell later, or not.
 {{- $drain := 0 -}}
 {{- range $application := .config.applications -}}
 {{- $args := $application.args | default dict -}}
-{{- $own := ternary 660 0 (eq $application.name "gateway") -}}
+{{- $own := ternary 660 0 (eq $application.import_path "flux_ray.app:build_gateway") -}}
 {{- $drain = max $drain (int ($args.drain_timeout_s | default $own)) -}}
 {{- if and (kindIs "map" $args.jobs) (not (hasPrefix "postgresql://" ($args.jobs.database | default ""))) -}}
 {{- fail "serve.args.gateway.jobs: `database` must be postgresql://..., as gateways run in several Pods and a file of one Pod ends with it" -}}

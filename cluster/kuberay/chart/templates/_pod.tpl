@@ -1,6 +1,6 @@
 {{/*
 The environment of Ray on head and workers. The first block is what `make serve` sets, with its reasons there and in
-README; a test holds them equal. RAY_AUTH_MODE comes from the operator (authOptions).
+docs/serving.md; a test holds them equal. RAY_AUTH_MODE comes from the operator (authOptions).
 Takes a dict of `root` and `component`.
 */}}
 {{- define "flux-ray.env" -}}

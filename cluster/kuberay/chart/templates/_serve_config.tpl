@@ -1,6 +1,6 @@
 {{/*
 The Serve config file as it is deployed: that of `serve.config`, or serve/fleet.yaml, with `serve.args` put into the
-args of its applications, and the file of API keys into the gateway's where there is one.
+args of its applications, and the file of API keys into those of gateways where there is one.
 */}}
 {{- define "flux-ray.serveConfig" -}}
 {{- $text := .Values.serve.config | default (.Files.Get "files/fleet.yaml") -}}
@@ -12,7 +12,7 @@ args of its applications, and the file of API keys into the gateway's where ther
 {{- range $application := $config.applications -}}
 {{- $names = append $names $application.name -}}
 {{- $args := $application.args | default dict -}}
-{{- if and (eq $application.name "gateway") (include "flux-ray.secretName" (dict "root" $ "of" "keys")) -}}
+{{- if and (eq $application.import_path "flux_ray.app:build_gateway") (include "flux-ray.secretName" (dict "root" $ "of" "keys")) -}}
 {{- $_ := set $args "keys_file" "/etc/flux-ray/keys/keys.yaml" -}}
 {{- end -}}
 {{- range $key, $value := index $.Values.serve.args $application.name -}}

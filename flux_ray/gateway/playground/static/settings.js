@@ -59,8 +59,12 @@ export function loadKey() {
 
 /** Keep the API key in this tab; an empty one is forgotten. */
 export function saveKey(key) {
-  if (key === "") sessionStorage.removeItem(KEY);
-  else sessionStorage.setItem(KEY, key);
+  try {
+    if (key === "") sessionStorage.removeItem(KEY);
+    else sessionStorage.setItem(KEY, key);
+  } catch {
+    // A browser that forbids storage: the key is asked for again.
+  }
 }
 
 /** Return a random seed. */
