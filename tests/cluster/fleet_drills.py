@@ -258,6 +258,19 @@ async def run_drill(fleet: Fleet, balancer: Balancer, name: str) -> dict[str, An
     }
 
 
+async def run_drills(fleet: Fleet, balancer: Balancer, names: list[str]) -> dict[str, Any]:
+    """Run drills one after the other, all in one loop.
+
+    Ray has the kernel kill what it starts with the thread that started it, and a loop's threads end
+    with it: a restarted GCS, or a node that was added.
+    """
+    rows = {}
+    for name in names:
+        rows[name] = await run_drill(fleet, balancer, name)
+        print(name, rows[name], file=sys.stderr, flush=True)
+    return rows
+
+
 @contextmanager
 def redis() -> Iterator[str]:
     """Run a Redis on a free port; yield its address."""
@@ -292,12 +305,9 @@ def main() -> None:
         os.environ["RAY_REDIS_ADDRESS"] = address
         fleet = start_fleet(folder)
         ports = [place.port for place in (fleet.head, *fleet.nodes)]
-        rows = {}
         with haproxy(folder, free_port(), ports) as balancer:
             wait_until(lambda: is_ready(balancer.url), timeout_s=BOOT_S, what="HAProxy")
-            for name in names:
-                rows[name] = asyncio.run(run_drill(fleet, balancer, name))
-                print(name, rows[name], file=sys.stderr, flush=True)
+            rows = asyncio.run(run_drills(fleet, balancer, names))
         print(json.dumps(rows))
         serve.shutdown()
         ray.shutdown()
