@@ -102,9 +102,7 @@ def deploy(
     try:
         with dashboard_at(address, token_file) as dashboard:
             before = dashboard.details()
-            is_here = is_local(address) and len(dashboard.nodes()) == 1
-            own = check_own_addresses(file.applications)
-            report(config, [*own, *check_paths(file.applications, is_here)])
+            check_places(file, dashboard, address)
             check_cluster(file, dashboard, before, gpu, may_grow=may_grow)
             planned = changes(file.config, before)
             say_changes(planned)
@@ -121,6 +119,13 @@ def deploy(
                 wait(dashboard, kept, timeout_s, before)
     except DashboardError as error:
         fail(str(error))
+
+
+def check_places(file: ConfigFile, dashboard: Dashboard, address: str) -> None:
+    """End the command if addresses or paths are wrong; paths of other machines are warned of."""
+    is_here = is_local(address) and len(dashboard.nodes()) == 1
+    own = check_own_addresses(file.applications)
+    report(file.path, [*own, *check_paths(file.applications, is_here)])
 
 
 def free_stuck(
