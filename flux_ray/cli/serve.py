@@ -54,7 +54,9 @@ class ServeRun:
         command = [str(Path(sys.executable).with_name("serve")), "run", str(config)]
         self.process = subprocess.Popen(  # nosec B603
             command,
-            env=environment_for_ray() | {"PYTHONUNBUFFERED": "1"},
+            # A Ray of its own: else it would join one that runs here, or wait in vain for one that
+            # was killed and left its address.
+            env={"RAY_ADDRESS": "local"} | environment_for_ray() | {"PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -27,7 +27,8 @@ import http.server, os, signal, subprocess, sys, time, yaml
 print("\\033[36mINFO\\033[39m View the dashboard at \\033[1mhttp://127.0.0.1:8299 \\033[0m")
 config = yaml.safe_load(open(sys.argv[2]))
 child = subprocess.Popen(["sleep", "300"])
-open("started", "w").write(f"{child.pid} {os.environ['RAY_AUTH_MODE']}")
+told = os.environ["RAY_AUTH_MODE"], os.environ["RAY_ADDRESS"]
+open("started", "w").write(f"{child.pid} {told[0]} {told[1]}")
 class Handler(http.server.BaseHTTPRequestHandler):
     asked = 0
     def do_GET(self):
@@ -117,8 +118,8 @@ def test_it_says_when_it_is_ready_and_leaves_nothing(
     assert "HOST=0.0.0.0 make serve" in text
     # No colours: this is no terminal.
     assert not ANSI.search(text) and "INFO View the dashboard" in text
-    pid, auth_mode = (tmp_path / "started").read_text().split()
-    assert auth_mode == "token"
+    pid, *told = (tmp_path / "started").read_text().split()
+    assert told == ["token", "local"]
     run.send_signal(number)
     rest, _ = run.communicate(timeout=60)
     assert run.returncode == 0
