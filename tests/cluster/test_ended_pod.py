@@ -8,7 +8,7 @@ from tests.cluster.conftest import figures_of_program
 from tests.cluster.test_make_serve import environment_of_serve
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_pod_that_ends_fails_nobody(tmp_path: Path) -> None:
     """Its preStop has Serve move everything before it returns, and needs no more time than that."""
     env = environment_of_serve(tmp_path) | {"FORWARDED_ALLOW_IPS": "127.0.0.1"}
