@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,26 +227,39 @@ DRILLS: dict[str, Callable[[Fleet], None]] = {
 }
 
 
-async def run_drill(fleet: Fleet, balancer: Balancer, name: str) -> dict[str, Any]:
+@contextmanager
+def under(load: Load) -> Iterator[None]:
+    """Run the load in a thread of its own.
+
+    The drills have the main thread: only there can Ray start a node, and what a thread starts is
+    killed with it.
+    """
+    loop, end = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=[load.run(end)])
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(end.set)
+        thread.join()
+        loop.close()
+
+
+def run_drill(fleet: Fleet, balancer: Balancer, name: str) -> dict[str, Any]:
     """Run one drill under load, and return its row of the table."""
     tiers = TIERS[:1] if name == "tier removed and back" else TIERS
     asked = (balancer.url, fleet.head.address, *(place.address for place in fleet.nodes))
     load = Load(balancer.url, asked, tiers, NUM_RETRIES)
     resent = num_resent(balancer)
-    end = asyncio.Event()
-    running = asyncio.create_task(load.run(end))
-    try:
-        await asyncio.sleep(AROUND_S)
+    with under(load):
+        time.sleep(AROUND_S)
         began_at = time.monotonic()
-        await asyncio.to_thread(DRILLS[name], fleet)
-        await asyncio.to_thread(fleet.wait_until_whole)
+        DRILLS[name](fleet)
+        fleet.wait_until_whole()
         whole_s = time.monotonic() - began_at
-        await asyncio.sleep(AROUND_S)
-    finally:
-        end.set()
-        await running
+        time.sleep(AROUND_S)
     ends = sorted(load.ended_at)
-    return {
+    row = {
         "num_sent": load.num_sent,
         "num_failed": load.failures.total(),
         "num_retried": load.num_retried,
@@ -256,19 +270,8 @@ async def run_drill(fleet: Fleet, balancer: Balancer, name: str) -> dict[str, An
         "whole_s": round(whole_s, 1),
         "failures": dict(load.failures),
     }
-
-
-async def run_drills(fleet: Fleet, balancer: Balancer, names: list[str]) -> dict[str, Any]:
-    """Run drills one after the other, all in one loop.
-
-    Ray has the kernel kill what it starts with the thread that started it, and a loop's threads end
-    with it: a restarted GCS, or a node that was added.
-    """
-    rows = {}
-    for name in names:
-        rows[name] = await run_drill(fleet, balancer, name)
-        print(name, rows[name], file=sys.stderr, flush=True)
-    return rows
+    print(name, row, file=sys.stderr, flush=True)
+    return row
 
 
 @contextmanager
@@ -307,7 +310,7 @@ def main() -> None:
         ports = [place.port for place in (fleet.head, *fleet.nodes)]
         with haproxy(folder, free_port(), ports) as balancer:
             wait_until(lambda: is_ready(balancer.url), timeout_s=BOOT_S, what="HAProxy")
-            rows = asyncio.run(run_drills(fleet, balancer, names))
+            rows = {name: run_drill(fleet, balancer, name) for name in names}
         print(json.dumps(rows))
         serve.shutdown()
         ray.shutdown()
