@@ -244,3 +244,8 @@ def table_console() -> Console:
     """Return a console for tables: as wide as the terminal, or PIPED_WIDTH in a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
+
+
+def plural(number: int, noun: str) -> str:
+    """Return the number with its noun: `1 GPU`, `2 GPUs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flux_ray.cli.client import plural
 from flux_ray.config import Finding
 
 Kind = Literal["new", "changed", "unchanged", "removed"]
@@ -143,10 +144,15 @@ def progress_of(name: str, application: Mapping[str, Any] | None) -> AppProgress
     return AppProgress(
         name,
         str(application.get("status")),
-        sum(num_in_state(each, "RUNNING") for each in deployments),
+        num_running(application),
         sum(each.get("target_num_replicas", 0) for each in deployments),
         next((cause_of(message) for message in messages if message), ""),
     )
+
+
+def num_running(application: Mapping[str, Any]) -> int:
+    """Return how many replicas of an application run."""
+    return sum(num_in_state(each, RUNNING) for each in application.get("deployments", {}).values())
 
 
 def num_in_state(deployment: Mapping[str, Any], state: str) -> int:
@@ -194,15 +200,9 @@ def failure_text(
     return f"application {first.name} failed{also}: {reason}{still}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Return the number with its noun: `1 GPU`, `2 GPUs`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def num_serving(name: str, details: Mapping[str, Any]) -> int:
-    """Return how many replicas of an application run."""
-    application = details["applications"].get(name, {})
-    return sum(num_in_state(each, RUNNING) for each in application.get("deployments", {}).values())
+    """Return how many replicas run of the application of that name, which Serve may not have."""
+    return num_running(details["applications"].get(name, {}))
 
 
 def waiting_text(rows: list[AppProgress], timeout_s: float) -> str:

@@ -28,6 +28,7 @@ from flux_ray.cli.dashboard import (
 from flux_ray.cli.diagnosis import Diagnosis
 from flux_ray.config import (
     DEFAULT_HOST,
+    DEFAULT_PORT,
     GatewayArgs,
     JobArgs,
     NamedArgs,
@@ -42,7 +43,6 @@ from flux_ray.config import (
 
 COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 TRACING = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
-DEFAULT_PORT = 8000
 
 
 def doctor(

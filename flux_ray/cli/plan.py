@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flux_ray.cli.client import fail, table_console
+from flux_ray.cli.client import fail, plural, table_console
 from flux_ray.cli.config_file import tiers_in
 from flux_ray.config import TierArgs
 
@@ -102,11 +102,6 @@ def place_of(tier: "TierPlan", planned: "GpuPlan") -> str:
     last = planned.ranks[-1]
     ranks = f"ranks 0-{last}, each" if last else "rank 0"
     return f"{ranks}\nx {plural(tier.num_replicas, 'replica')}"
-
-
-def plural(number: int, noun: str) -> str:
-    """Return the number with its noun: `1 GPU`, `2 GPUs`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def verdict_of(planned: "GpuPlan") -> str:

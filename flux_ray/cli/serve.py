@@ -24,14 +24,12 @@ import yaml
 from flux_ray.cli.client import fail
 from flux_ray.cli.config_file import check_config, read_config
 from flux_ray.cli.probes import is_port_taken
-from flux_ray.config import ALL_ADDRESSES, DEFAULT_HOST, environment_for_ray
+from flux_ray.config import ALL_ADDRESSES, DEFAULT_HOST, DEFAULT_PORT, environment_for_ray
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Where this machine reaches a server that listens at all addresses.
 HOST = "127.0.0.1"
-# Serve's default.
-PORT = 8000
 LOOK_S = 0.5
 # A proxy holds probes until there is a gateway; one that is given up is a line in the log.
 PROBE_S = 30.0
@@ -262,7 +260,7 @@ def serve(
     values = changed(read_config(config), host, port, public_url)
     check_config(config, is_here=True, allow_others=True, config=values)
     options = values["http_options"]
-    listens, at = str(options.get("host", DEFAULT_HOST)), int(options.get("port", PORT))
+    listens, at = str(options.get("host", DEFAULT_HOST)), int(options.get("port", DEFAULT_PORT))
     check_port(listens, at)
     is_changed = (host, port, public_url) != (None, None, None)
     with file_of(config, values, is_changed) as file:

@@ -32,7 +32,7 @@ APPLICATION_KEYS |= {"external_scaler_enabled"}
 HTTP_KEYS = {"host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s"}
 HTTP_KEYS |= {"ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"}
 # Where Serve listens if http_options do not say.
-DEFAULT_HOST = "0.0.0.0"  # nosec B104
+DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000  # nosec B104
 ALL_ADDRESSES = {DEFAULT_HOST, "::", ""}
 # What a checkpoint's folder must have in it to be a model.
 WEIGHT_FILES = ("transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
