@@ -64,7 +64,7 @@ class PriceExchange:
 USAGE_PERIOD_S = 2.0
 # An answer is held back for up to this long until the ledger knows that its request is over.
 # Otherwise a client that asks again at once could still be at its limit of concurrent ones.
-LEAVE_S = 0.1
+LEAVE_S = 1.0
 # `used_today` waits this long for what other gateways know, if nothing was heard of them yet.
 LEARN_S = 1.0
 
