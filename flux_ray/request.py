@@ -16,7 +16,7 @@ from typing import Literal
 # The version of the values that gateways, the ledger, replicas and job rows tell each other. Raise
 # it once for each release that changes one of them: code of two versions runs side by side while a
 # cluster is upgraded.
-PROTOCOL = 3
+PROTOCOL = 4
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 
@@ -68,7 +68,11 @@ class ImageRequest:
 
     `width` and `height`: pixels of each generated image. `seed` is that of the first image. With a
     `mask`, the first reference is the image to edit: it is scaled to `width` x `height`, and stays
-    as it is outside the mask. `num_previews`: how many previews to send of each image.
+    as it is outside the mask; `strength` (0..1) is the share of its noise that is put in at the
+    start. `num_previews`: how many previews to send of each image. `negative_prompt`: what to steer
+    away from by `true_cfg_scale`, with a second forward in each step; None for one forward.
+    `follows_reference`: the only reference has edges or depths that the image follows, and is
+    scaled to its size.
     """
 
     request_id: str
@@ -84,6 +88,10 @@ class ImageRequest:
     encoding: Encoding = Encoding()
     mask: Mask | None = None
     num_previews: int = 0
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
+    strength: float = 1.0
+    follows_reference: bool = False
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
@@ -107,9 +115,21 @@ class ImageRequest:
         return self.num_steps * self.num_images
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return what is encoded: the prompt, and the one to steer away from if there is one."""
+        return (
+            (self.prompt,) if self.negative_prompt is None else (self.prompt, self.negative_prompt)
+        )
+
+    @property
+    def num_forwards(self) -> int:
+        """Return how often the transformer runs in each denoise step: once for each prompt."""
+        return len(self.prompts)
+
+    @property
     def prompt_name(self) -> str:
-        """Return the name under which caches keep its encoded prompt: a digest of the words."""
-        return f"p:{sha256(self.prompt.encode()).hexdigest()}"
+        """Return the name under which caches keep its encoded prompt."""
+        return name_of_prompt(self.prompt)
 
     @property
     def references_name(self) -> str:
@@ -128,7 +148,12 @@ class ImageRequest:
     def reference_sizes(self) -> tuple[tuple[int, int], ...]:
         """Return width and height of each reference in pixels, as the model is given them."""
         sizes = tuple((each.width, each.height) for each in self.references)
-        return sizes if self.mask is None else ((self.width, self.height), *sizes[1:])
+        return ((self.width, self.height), *sizes[1:]) if self.fits_reference else sizes
+
+    @property
+    def fits_reference(self) -> bool:
+        """Return whether the first reference is scaled to the size that is generated."""
+        return self.mask is not None or self.follows_reference
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -141,59 +166,9 @@ class ImageRequest:
         return self.width * self.height * self.num_images / 1e6
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A rank's answer to the stage `encode`: its tensors stay on the rank.
-
-    `warnings` tell the caller which part of the prompt was ignored. `is_cached`: the prompt or the
-    references came from the rank's cache.
-    """
-
-    warnings: tuple[str, ...]
-    is_cached: bool
-
-
-@dataclass(frozen=True)
-class StageAnswer:
-    """A rank's answer to one stage of a request, and the seconds that the stage took there."""
-
-    value: object
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """A tensor on its way to another process: its bytes, shape and torch dtype."""
-
-    data: bytes
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt encoded by a tier's shared text encoder, as tensors by the names of its family.
-
-    `warnings` tell the caller which part of the prompt was ignored. `is_cached`: it came from the
-    text encoder's cache.
-    """
-
-    tensors: tuple[tuple[str, PackedTensor], ...]
-    warnings: tuple[str, ...] = ()
-    is_cached: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """Return how many bytes the tensors take."""
-        return sum(len(tensor.data) for _, tensor in self.tensors)
-
-
-@dataclass(frozen=True)
-class DenoisedImage:
-    """One image as the ranks answer it: pixels, which the leader has still to make a file of."""
-
-    raster: RgbImage
-    seed: int
+def name_of_prompt(words: str) -> str:
+    """Return the name under which caches keep an encoded prompt: a digest of its words."""
+    return f"p:{sha256(words.encode()).hexdigest()}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ NOUNS = {
     "private_files",
     "request",
     "resizing",
+    "stages",
     "tracing",
     "wire",
 }
@@ -59,7 +60,7 @@ MAY_IMPORT_BESIDE = {
     "router/quotas": set(),
     "router/ledger": {"pricing", "queue", "quotas", "background", "handover"},
     "router/autoscaling": {"ledger"},
-    "engine/flux2": {"api", "images", "loading"},
+    "engine/flux2": {"api", "images", "inpainting", "loading"},
 }
 # Rooms that load neither Ray nor torch: whoever is outside takes names from the room, not from a
 # file of it.

@@ -40,6 +40,10 @@ WHOLE = replace(
     encoding=Encoding("jpeg", 80, (256, 192)),
     mask=Mask(2, 1, b"\x00\xff"),
     num_previews=3,
+    negative_prompt="a ring",
+    true_cfg_scale=4.5,
+    strength=0.8,
+    follows_reference=True,
 )
 RESULT = ImageResult(
     "id", "tiny", (GeneratedImage(b"png", 7),), StageTimes(0.1, 0.2, 0.3, 0.4), ("cut",), "laid out"

@@ -13,13 +13,18 @@ class Tier:
 
     `text_length` is the padded prompt length in tokens. Sizes are in pixels; both sides are
     multiples of `size_multiple`. `weights` is `embedded`, or None if the operator names them in the
-    tier's args; `hub_id` is where they are published, at the revision that was tested, for
-    `flux-ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a
-    caller's has no effect. The model scales down references above `max_reference_pixels`. A tier
-    that `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes`
-    takes sizes outside its limits: it generates near its default area and scales the image.
+    tier's args; `hub_id` is where they are published, at the revision that was tested, for `flux-
+    ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a caller's has
+    no effect. The model scales down references above `max_reference_pixels`. A tier that
+    `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes` takes
+    sizes outside its limits: it generates near its default area and scales the image.
     `quality_steps` are the numbers of steps for OpenAI's words for quality, on tiers where they
-    make a difference.
+    make a difference. A tier that `takes_negative` steers away from a caller's negative prompt. One
+    with a `true_cfg_scale` above 1 always does, from an empty one if need be, and a caller's
+    guidance is this scale. A tier that `takes_strength` can start an edit from a part of its noise.
+    One that `takes_control` generates only after a control image, and one that `requires_mask` only
+    what a mask shows. Each reference has `reference_tokens` if the model scales all to about one
+    size.
     """
 
     name: str
@@ -37,6 +42,12 @@ class Tier:
     size_multiple: int = 16
     is_guided: bool = False
     takes_mask: bool = False
+    requires_mask: bool = False
+    takes_negative: bool = False
+    true_cfg_scale: float = 1.0
+    takes_strength: bool = False
+    takes_control: bool = False
+    reference_tokens: int | None = None
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
     weights: str | None = None

@@ -40,34 +40,33 @@ class PromptEmbeds:
 class InpaintInput:
     """The image to inpaint and its mask, both scaled to the size that is generated.
 
-    `latents`: the image, encoded, [1, tokens, channels]. `weights`: [1, tokens, 1], 1 where a token
-    is generated anew and 0 where it is kept. Both have the VAE's dtype.
+    `tensors`: what the model takes of them, by names of the family.
     """
 
     image: RgbImage
     mask: Mask
-    latents: Tensor
-    weights: Tensor
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """The encoded prompt and references of a request, shared by all of its images.
 
-    `reference_latents`: [1, tokens, channels] in the VAE's dtype, all references one after the
-    other; `reference_ids`: int64 [1, tokens, 4]; both None without references. `edit` is set if the
-    request has a mask; the first reference is then the image to inpaint.
+    `references`: the encoded references in tensors that each family names for itself, or empty.
+    `edit` is set if the request has a mask; the first reference is then the image to inpaint.
+    `negative` is set if each step shall steer away from it.
     """
 
     prompt: PromptEmbeds
-    reference_latents: Tensor | None = None
-    reference_ids: Tensor | None = None
+    references: Mapping[str, Tensor] = field(default_factory=dict)
     edit: InpaintInput | None = None
+    negative: PromptEmbeds | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Return sentences for the caller about parts of the request that were ignored."""
-        return self.prompt.warnings
+        negative = () if self.negative is None else self.negative.warnings
+        return (*self.prompt.warnings, *(f"negative prompt: {each}" for each in negative))
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,9 @@ class ImageSpec:
     """The image to generate: its size in pixels, the number of denoise steps, and the guidance.
 
     Only models that were distilled with guidance use `guidance`; others ignore it. `has_previews`
-    makes each step keep its velocity, without which `preview` cannot work.
+    makes each step keep its velocity, without which `preview` cannot work. `true_cfg_scale`: how
+    far each step goes away from the conditioning's negative prompt, if it has one. `strength`: the
+    share of noise that an image to inpaint starts with, above 0 and up to 1.
     """
 
     width: int
@@ -83,19 +84,8 @@ class ImageSpec:
     num_steps: int
     guidance: float = 1.0
     has_previews: bool = False
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """The transformer's inputs that stay the same for all steps of one image.
-
-    `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the text
-    and of the image with its references, computed by the family's adapter. `guidance`: fp32 [1].
-    """
-
-    text_rotary: Tensor
-    image_rotary: Tensor
-    guidance: Tensor
+    true_cfg_scale: float = 1.0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,20 +95,19 @@ class ImageState:
     Each image has its own schedule, because images of different sizes and step counts take turns on
     one transformer; nothing that a step changes is shared between images.
 
-    `latents`: [1, tokens, channels] in the model's dtype; `latent_ids`: int64 [1, tokens, 4].
-    `timesteps`: fp32 [num_steps]; `sigmas`: fp32 [num_steps + 1], the last one is the end, 0.
-    `step` counts the steps that are done. `noise`: the initial latents, kept only for inpainting.
-    `velocity`: what the last step predicted, like `latents`; None before the first step, and always
-    None if there are no previews.
+    `latents`: [1, tokens, channels] in the model's dtype. `timesteps`: fp32 [num_steps]; `sigmas`:
+    fp32 [num_steps + 1], the last one is the end, 0. `fixed`: the transformer's inputs that stay
+    the same for all steps, by names of the family. `step` counts the steps that are done. `noise`:
+    the initial latents, kept only for inpainting. `velocity`: what the last step predicted, like
+    `latents`; None before the first step, and always None if there are no previews.
     """
 
     canvas: ImageSpec
     conditioning: Conditioning
     latents: Tensor
-    latent_ids: Tensor
     timesteps: Tensor
     sigmas: Tensor
-    fixed: StepInputs
+    fixed: Mapping[str, Tensor]
     step: int = 0
     noise: Tensor | None = None
     velocity: Tensor | None = None

@@ -1,22 +1,28 @@
 """A cache in front of an adapter's encode stage: the same prompt or references are encoded once."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from flux_ray.engine.api import Adapter, Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.packing import unpack
-from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
+from flux_ray.request import ImageRequest, RgbImage, name_of_prompt
 from flux_ray.resizing import fit_image, fit_mask
+from flux_ray.stages import EncodedPrompt
 
 
 @dataclass(frozen=True)
 class References:
-    """All references of a request, encoded: latents [1, tokens, channels], ids [1, tokens, 4]."""
+    """All references of a request, encoded, in tensors by the names of the family."""
 
-    latents: Tensor
-    ids: Tensor
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return how many bytes the tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class CachedEncoder:
@@ -29,63 +35,61 @@ class CachedEncoder:
     def __init__(self, adapter: Adapter, max_bytes: int, device: str) -> None:
         self._adapter = adapter
         self._device = device
-        self._cache: Cache[PromptEmbeds | References] = Cache(max_bytes, bytes_of)
+        self._cache: Cache[PromptEmbeds | References] = Cache(
+            max_bytes, lambda each: each.num_bytes
+        )
 
     def encode(
-        self, request: ImageRequest, encoded: EncodedPrompt | None
+        self, request: ImageRequest, encoded: tuple[EncodedPrompt, ...]
     ) -> tuple[Conditioning, bool]:
         """Return the conditioning of a request, and whether any part of it came from a cache.
 
-        `encoded` is the prompt if a shared text encoder has encoded it already. That encoder has a
-        cache of its own, so such a prompt is not stored here a second time.
+        `encoded` has the request's `prompts` if a shared text encoder has encoded them already.
+        That encoder has a cache of its own, so such prompts are not stored here a second time.
         """
-        prompt, is_known = self._prompt(request, encoded)
-        if not request.references:
-            return Conditioning(prompt), is_known
-        if request.mask is None:
-            return self._references(request, request.references, prompt, is_known)
-        size = (request.width, request.height)
-        image, mask = fit_image(request.references[0], size), fit_mask(request.mask, size)
-        references = (image, *request.references[1:])
-        given, is_known = self._references(request, references, prompt, is_known)
-        # Masks are not cached: making one takes less time than hashing it to look it up.
-        return self._adapter.edit(given, image, mask), is_known
+        if encoded:
+            prompts = [(unpack(each, self._device), each.is_cached) for each in encoded]
+        else:
+            prompts = [self._prompt(words) for words in request.prompts]
+        (prompt, is_known), *negative = prompts
+        given, is_known = self._references(request, prompt, is_known)
+        if negative:
+            given = replace(given, negative=negative[0][0])
+        return given, is_known
 
     def forget(self) -> None:
         """Drop everything, to free memory after a job ran out of it; all can be encoded again."""
-        self._cache = Cache(self._cache.max_bytes, bytes_of)
+        self._cache = Cache(self._cache.max_bytes, lambda each: each.num_bytes)
 
-    def _references(
-        self,
-        request: ImageRequest,
-        references: tuple[RgbImage, ...],
-        prompt: PromptEmbeds,
-        is_known: bool,
-    ) -> tuple[Conditioning, bool]:
-        known = self._cache.get(request.references_name)
-        if isinstance(known, References):
-            return Conditioning(prompt, known.latents, known.ids), True
-        made = self._adapter.encode(prompt, references)
-        if made.reference_latents is not None and made.reference_ids is not None:
-            kept = References(made.reference_latents, made.reference_ids)
-            self._cache.put(request.references_name, kept)
-        return made, is_known
-
-    def _prompt(
-        self, request: ImageRequest, encoded: EncodedPrompt | None
-    ) -> tuple[PromptEmbeds, bool]:
-        if encoded is not None:
-            return unpack(encoded, self._device), encoded.is_cached
-        known = self._cache.get(request.prompt_name)
+    def _prompt(self, words: str) -> tuple[PromptEmbeds, bool]:
+        name = name_of_prompt(words)
+        known = self._cache.get(name)
         if isinstance(known, PromptEmbeds):
             return known, True
-        prompt = self._adapter.encode_prompt(request.prompt)
-        self._cache.put(request.prompt_name, prompt)
+        prompt = self._adapter.encode_prompt(words)
+        self._cache.put(name, prompt)
         return prompt, False
 
+    def _references(
+        self, request: ImageRequest, prompt: PromptEmbeds, is_known: bool
+    ) -> tuple[Conditioning, bool]:
+        if not request.references:
+            return Conditioning(prompt), is_known
+        references, size = request.references, (request.width, request.height)
+        if request.fits_reference:
+            references = (fit_image(references[0], size), *references[1:])
+        given, is_known = self._encoded(request.references_name, references, prompt, is_known)
+        if request.mask is None:
+            return given, is_known
+        # Masks are not cached: making one takes less time than hashing it to look it up.
+        return self._adapter.edit(given, references[0], fit_mask(request.mask, size)), is_known
 
-def bytes_of(value: PromptEmbeds | References) -> int:
-    """Return how many bytes the tensors of a cached value take."""
-    if isinstance(value, PromptEmbeds):
-        return value.num_bytes
-    return value.latents.nbytes + value.ids.nbytes
+    def _encoded(
+        self, name: str, references: tuple[RgbImage, ...], prompt: PromptEmbeds, is_known: bool
+    ) -> tuple[Conditioning, bool]:
+        known = self._cache.get(name)
+        if isinstance(known, References):
+            return Conditioning(prompt, known.tensors), True
+        made = self._adapter.encode(prompt, references)
+        self._cache.put(name, References(made.references))
+        return made, is_known

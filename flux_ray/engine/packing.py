@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flux_ray.engine.api import PromptEmbeds
-from flux_ray.request import EncodedPrompt, PackedTensor
+from flux_ray.stages import EncodedPrompt, PackedTensor
 
 
 def pack(prompt: PromptEmbeds) -> EncodedPrompt:

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from flux_ray.engine.images import encode_image
 from flux_ray.errors import FluxError
 from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
-    EncodedPrompt,
     Encoding,
     Finished,
     GeneratedImage,
@@ -29,6 +26,7 @@ from flux_ray.request import (
     RgbImage,
     StageTimes,
 )
+from flux_ray.stages import DenoisedImage, Encoded, EncodedPrompt
 from flux_ray.tracing import StageSpans
 
 # One thread keeps up with any GPU; the second is for files that take long, such as a large webp.
@@ -90,7 +88,7 @@ class ReplicaJob:
     queued_at: float = field(default_factory=time.perf_counter)
     spans: StageSpans = field(init=False)
     began_at: float = 0.0
-    encoded: EncodedPrompt | None = None
+    encoded: tuple[EncodedPrompt, ...] = ()
     is_on_ranks: bool = False
 
     def __post_init__(self) -> None:

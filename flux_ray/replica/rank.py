@@ -20,14 +20,8 @@ from flux_ray.replica.process import card_here, free_memory, keep_memory, load_e
 from flux_ray.replica.timer import GpuTimer, HostTimer, Launched, Timer, follows
 from flux_ray.replica.transport import Address, RankServer, StageFailed
 from flux_ray.replica.watchdog import LeaderWatch
-from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
-    EncodedPrompt,
-    ImageRequest,
-    RgbImage,
-    StageAnswer,
-)
+from flux_ray.request import ImageRequest, RgbImage
+from flux_ray.stages import DenoisedImage, Encoded, EncodedPrompt, StageAnswer
 from flux_ray.weights.start import parts_of_ranks, prepare_weights
 
 if TYPE_CHECKING:
@@ -49,12 +43,12 @@ CONCURRENCY_GROUPS = {"control": 1}
 class RankJob:
     """A job on this rank: what its images share, and the state of the current image.
 
-    `encoded`: its prompt, if the tier's shared text encoder encoded it; None once it is used.
+    `encoded`: its prompts, if the tier's shared text encoder encoded them; empty once used.
     `seeds`: those of the images still to come. `seed` and `state` are the current image's.
     """
 
     request: ImageRequest
-    encoded: EncodedPrompt | None
+    encoded: tuple[EncodedPrompt, ...]
     seeds: list[int]
     conditioning: "Conditioning | None" = None
     seed: int = 0
@@ -195,7 +189,7 @@ class RankActor:
         number: int,
         stages: tuple[str, ...],
         request: ImageRequest | None = None,
-        encoded: EncodedPrompt | None = None,
+        encoded: tuple[EncodedPrompt, ...] = (),
     ) -> list[StageAnswer] | Launched:
         """Run these stages of a job one after the other; the first call of a job has its request.
 
@@ -271,7 +265,7 @@ class RankActor:
         """Encode a job's prompt and references, or take them from the cache."""
         job = self.job_of(number)
         job.conditioning, is_cached = self._encoding.encode(job.request, job.encoded)
-        job.encoded = None
+        job.encoded = ()
         return Encoded(job.conditioning.warnings, is_cached)
 
     def prepare(self, number: int) -> None:
@@ -286,6 +280,8 @@ class RankActor:
             request.num_steps,
             request.guidance,
             has_previews=bool(request.preview_steps),
+            true_cfg_scale=request.true_cfg_scale,
+            strength=request.strength,
         )
         assert job.conditioning is not None, "prepare before encode"
         job.seed = job.seeds.pop(0)

@@ -28,7 +28,8 @@ from flux_ray.replica.process import KernelKills
 from flux_ray.replica.rank import CONCURRENCY_GROUPS, RankActor
 from flux_ray.replica.transport import RankConnection, connect, encode_frame
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoded, ImageRequest, StageAnswer
+from flux_ray.request import ImageRequest
+from flux_ray.stages import Encoded, StageAnswer
 
 logger = logging.getLogger("ray.serve")
 

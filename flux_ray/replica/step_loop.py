@@ -19,13 +19,8 @@ from typing import Protocol
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.job import Files, JobOutput, Observe, ReplicaJob, StageTimer
 from flux_ray.replica.text_encoder import Prompts
-from flux_ray.request import (
-    EncodedPrompt,
-    EventStream,
-    ImageRequest,
-    RanksDone,
-    StageAnswer,
-)
+from flux_ray.request import EventStream, ImageRequest, RanksDone
+from flux_ray.stages import EncodedPrompt, StageAnswer
 from flux_ray.tracing import REPLICA_QUEUE
 
 logger = logging.getLogger("ray.serve")
@@ -158,14 +153,14 @@ class StepLoop:
                 continue
             job.began_at = time.perf_counter()
             try:
-                job.encoded = await self._prompts.encode_prompt(job.request.prompt)
+                job.encoded = await self._prompts.encode_prompts(job.request.prompts)
             except FluxError as error:
                 logger.warning("request %s has no prompt: %s", job.request.request_id, error)
                 job.finish(error)
                 continue
             encoded_at = time.perf_counter()
             self._observe("prompt", encoded_at - job.began_at)
-            if job.encoded is not None:
+            if job.encoded:
                 job.spans.wait(REPLICA_QUEUE, job.began_at)
                 job.spans.wait("prompt", encoded_at)
             await self._ready.put(job)
@@ -208,7 +203,7 @@ class StepLoop:
         began_at = max(free_at, job.began_at)
         times.wait(time.perf_counter() - began_at)
         gathered = JobOutput(job, self._files)
-        encoded, job.encoded = job.encoded, None
+        encoded, job.encoded = job.encoded, ()
         async for answers in self._answers(job, encoded):
             took = [(stage, answer.seconds) for stage, answer in answers]
             job.spans.answer(took, time.perf_counter())
@@ -231,7 +226,7 @@ class StepLoop:
             job.finish(error)
 
     async def _answers(
-        self, job: ReplicaJob, encoded: EncodedPrompt | None
+        self, job: ReplicaJob, encoded: tuple[EncodedPrompt, ...]
     ) -> AsyncIterator[list[tuple[str, StageAnswer]]]:
         """Yield the stages of each call with the ranks' answers, until the client has left.
 

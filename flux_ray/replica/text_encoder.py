@@ -21,7 +21,7 @@ from flux_ray.engine.cache import Cache
 from flux_ray.errors import FluxError, ReplicaFailed
 from flux_ray.replica.process import end_process, free_memory, load_engine, out_of_memory
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import EncodedPrompt
+from flux_ray.stages import EncodedPrompt
 from flux_ray.weights.start import ENCODER_PARTS, prepare_weights, too_slow
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Prompts(Protocol):
     async def wait_until_loaded(self) -> None:
         """Wait until prompts can be encoded."""
 
-    async def encode_prompt(self, prompt: str) -> EncodedPrompt | None:
-        """Return the encoded prompt, or None if the ranks encode it; raise only FluxError."""
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> tuple[EncodedPrompt, ...]:
+        """Return a request's encoded prompts, or none if the ranks encode; raise only FluxError."""
 
 
 class EncodedByRanks:
@@ -46,8 +46,9 @@ class EncodedByRanks:
     async def wait_until_loaded(self) -> None:
         """Return at once: the text encoder is loaded with the ranks."""
 
-    async def encode_prompt(self, prompt: str) -> None:
-        """Return None: the ranks encode the prompt in their own stage."""
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> tuple[EncodedPrompt, ...]:
+        """Return none: the ranks encode the prompts in their own stage."""
+        return ()
 
 
 class EncodedElsewhere:
@@ -65,11 +66,14 @@ class EncodedElsewhere:
         """Encode a prompt: Serve holds this first call back until a text encoder is running."""
         await self._handle.encode_prompt.remote("warm-up")
 
-    async def encode_prompt(self, prompt: str) -> EncodedPrompt:
-        """Return the prompt as the shared text encoder encodes it, up to 16 MB.
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> tuple[EncodedPrompt, ...]:
+        """Return the prompts as the shared text encoder encodes them, up to 16 MB each.
 
         Raise ReplicaFailed if it dies or takes too long, and its own FluxErrors as they are.
         """
+        return tuple([await self._encoded(prompt) for prompt in prompts])
+
+    async def _encoded(self, prompt: str) -> EncodedPrompt:
         try:
             return await asyncio.wait_for(self._ask(prompt), self._timeout_s)
         except TimeoutError:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from flux_ray.replica.transport import StageFailed
-from flux_ray.request import StageAnswer
+from flux_ray.stages import StageAnswer
 
 if TYPE_CHECKING:
     from torch.cuda import Event

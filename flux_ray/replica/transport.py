@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from flux_ray import request
+from flux_ray import request, stages
 from flux_ray.errors import FluxError
 from flux_ray.request import RgbImage
 
@@ -106,7 +106,7 @@ async def meet_rank(
 # The dataclasses of requests and answers, and what pickles of our errors name.
 ALLOWED = frozenset(
     (kind.__module__, name)
-    for name, kind in vars(request).items()
+    for name, kind in (vars(request) | vars(stages)).items()
     if isinstance(kind, type) and is_dataclass(kind)
 ) | {("flux_ray.errors", "revived"), ("flux_ray.replica.transport", "StageFailed")}
 

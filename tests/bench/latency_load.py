@@ -20,7 +20,8 @@ from flux_ray.engine.images import encode_image, image_for, scaled
 from flux_ray.replica.job import Files, Made
 from flux_ray.replica.leader import Leader
 from flux_ray.replica.rank import RankActor, RankJob
-from flux_ray.request import DenoisedImage, Encoding, RgbImage
+from flux_ray.request import Encoding, RgbImage
+from flux_ray.stages import DenoisedImage
 
 NUM_CLIENTS = 8
 NUM_BURSTS = 3

@@ -1,5 +1,7 @@
 """What a rank remembers: within its bytes, and to the very bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from flux_ray.engine.api import Conditioning, ImageSpec, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.packing import packed
-from flux_ray.request import EncodedPrompt, ImageRequest, RgbImage
+from flux_ray.request import ImageRequest, RgbImage
+from flux_ray.stages import EncodedPrompt
 
 
 def test_the_least_recently_used_goes_first():
@@ -49,14 +52,14 @@ class CountingAdapter:
         if not references:
             return Conditioning(prompt)
         self.num_references += 1
-        return Conditioning(prompt, torch.zeros(1, 4, 2), torch.zeros(1, 4, 4))
+        return Conditioning(prompt, {"latents": torch.zeros(1, 4, 2), "ids": torch.zeros(1, 4, 4)})
 
 
 def test_prompts_and_references_are_encoded_once():
     adapter = CountingAdapter()
     encoding = CachedEncoder(adapter, 10_000, "cpu")
     known = [
-        encoding.encode(each, None)[1]
+        encoding.encode(each, ())[1]
         for each in (
             request("a ring"),
             request("a ring"),
@@ -75,7 +78,43 @@ def test_a_shared_encoders_prompt_is_known_if_it_says_so():
     encoding = CachedEncoder(CountingAdapter(), 10_000, "cpu")
     for is_cached in (False, True):
         said = EncodedPrompt((("embeds", packed(torch.zeros(1, 4, 2))),), (), is_cached)
-        assert encoding.encode(request("a ring"), said)[1] is is_cached
+        assert encoding.encode(request("a ring"), (said,))[1] is is_cached
+
+
+def test_a_negative_prompt_is_encoded_beside_the_prompt_and_once_for_all():
+    adapter = CountingAdapter()
+    encoding = CachedEncoder(adapter, 10_000, "cpu")
+    for prompt in ("a ring", "a large disc"):
+        given, _ = encoding.encode(replace(request(prompt, 1), negative_prompt=""), ())
+        assert given.negative is not None
+        found = [float(each.tensors["embeds"][0, 0, 0]) for each in (given.prompt, given.negative)]
+        assert found == [len(prompt), 0]
+    assert adapter.num_prompts == 3
+    given, _ = encoding.encode(request("a ring"), ())
+    assert given.negative is None
+
+
+def test_a_negative_prompt_comes_from_a_shared_encoder_too():
+    encoding = CachedEncoder(CountingAdapter(), 10_000, "cpu")
+    said = [EncodedPrompt((("embeds", packed(torch.full((1,), at))),), ("cut",)) for at in (1, 2)]
+    given, _ = encoding.encode(replace(request("a ring"), negative_prompt="a disc"), tuple(said))
+    assert given.negative is not None and given.negative.tensors["embeds"].item() == 2
+    assert given.warnings == ("cut", "negative prompt: cut")
+
+
+class FittingAdapter(CountingAdapter):
+    """Notes the sizes of the references that it is given."""
+
+    def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
+        self.sizes = [(each.width, each.height) for each in references]
+        return super().encode(prompt, references)
+
+
+def test_a_control_image_has_the_size_of_what_is_generated():
+    adapter = FittingAdapter()
+    asked = replace(request("a ring", 1), width=96, height=32, follows_reference=True)
+    CachedEncoder(adapter, 10_000, "cpu").encode(asked, ())
+    assert adapter.sizes == [(96, 32)] == list(asked.reference_sizes)
 
 
 @pytest.mark.parametrize("shades", [(), (200,), (200, 30)])
@@ -84,18 +123,18 @@ def test_an_image_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades)
     asked = request("a red circle on a blue background", *shades)
 
     def generate() -> bytes:
-        conditioning, _ = encoding.encode(asked, None)
+        conditioning, _ = encoding.encode(asked, ())
         state = klein_adapter.prepare(conditioning, ImageSpec(64, 64, 2), 7)
         while not state.is_done:
             state = klein_adapter.denoise(state)
         return klein_adapter.decode(state).rgb
 
     first = generate()
-    assert encoding.encode(asked, None)[1], "known by now"
+    assert encoding.encode(asked, ())[1], "known by now"
     assert generate() == first
     fresh = klein_adapter.encode(klein_adapter.encode_prompt(asked.prompt), asked.references)
-    again, _ = encoding.encode(asked, None)
+    again, _ = encoding.encode(asked, ())
     assert torch.equal(again.prompt.tensors["embeds"], fresh.prompt.tensors["embeds"])
     if shades:
-        assert torch.equal(again.reference_latents, fresh.reference_latents)
-        assert torch.equal(again.reference_ids, fresh.reference_ids)
+        assert torch.equal(again.references["latents"], fresh.references["latents"])
+        assert torch.equal(again.references["ids"], fresh.references["ids"])

@@ -214,10 +214,10 @@ def test_a_step_has_as_many_tokens_as_the_engine_gives_it(
     asked = ImageRequest(
         "id", "tiny", "a ring", 128, 80, 4, 1.0, 7, references=references, mask=mask
     )
-    given, _ = CachedEncoder(klein_adapter, 0, "cpu").encode(asked, None)
+    given, _ = CachedEncoder(klein_adapter, 0, "cpu").encode(asked, ())
     state = klein_adapter.prepare(given, ImageSpec(128, 80, 4), 7)
-    assert given.reference_latents is not None
-    parts = (given.prompt.tensors["embeds"], state.latents, given.reference_latents)
+    assert given.references
+    parts = (given.prompt.tensors["embeds"], state.latents, given.references["latents"])
     assert work_of(asked).num_tokens == sum(part.shape[1] for part in parts)
 
 

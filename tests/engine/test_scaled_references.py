@@ -34,7 +34,7 @@ def asked(references: tuple[RgbImage, ...], mask: Mask | None = None) -> ImageRe
 
 
 def generated(adapter, request: ImageRequest) -> RgbImage:
-    conditioning, _ = CachedEncoder(adapter, 0, "cpu").encode(request, None)
+    conditioning, _ = CachedEncoder(adapter, 0, "cpu").encode(request, ())
     canvas = ImageSpec(request.width, request.height, request.num_steps, request.guidance)
     return adapter.decode(finish(adapter, adapter.prepare(conditioning, canvas, request.seed)))
 

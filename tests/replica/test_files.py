@@ -13,17 +13,15 @@ from flux_ray.replica.job import Files
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
     Encoding,
     ImageRequest,
     Preview,
     RanksDone,
     RequestEvent,
     RgbImage,
-    StageAnswer,
     last_of,
 )
+from flux_ray.stages import DenoisedImage, Encoded, StageAnswer
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=2, guidance=1.0, seed=5)
 

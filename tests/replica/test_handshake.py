@@ -32,17 +32,8 @@ from flux_ray.replica.transport import (
     proof_of,
     unpickled,
 )
-from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
-    EncodedPrompt,
-    Encoding,
-    ImageRequest,
-    Mask,
-    PackedTensor,
-    RgbImage,
-    StageAnswer,
-)
+from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
+from flux_ray.stages import DenoisedImage, Encoded, EncodedPrompt, PackedTensor, StageAnswer
 from tests.listening import listening
 
 TOKEN = secrets.token_bytes(handshake.TOKEN_BYTES)
@@ -224,6 +215,7 @@ def test_what_is_allowed_is_known_by_its_name():
     assert ("flux_ray.request", "ImageRequest") in ALLOWED
     assert {module for module, _ in ALLOWED} == {
         "flux_ray.request",
+        "flux_ray.stages",
         "flux_ray.errors",
         "flux_ray.replica.transport",
     }

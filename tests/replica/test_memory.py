@@ -19,7 +19,8 @@ from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import StageFailed
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoded, ImageRequest, StageAnswer, last_of
+from flux_ray.request import ImageRequest, last_of
+from flux_ray.stages import Encoded, StageAnswer
 
 torch.set_num_threads(1)
 ARGS = TierArgs(tier="tiny", device="cpu", dtype="float32")

@@ -9,7 +9,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from flux_ray.errors import BadRequest, FluxError, ReplicaFailed
 from flux_ray.replica.text_encoder import EncodedByRanks, EncodedElsewhere
-from flux_ray.request import EncodedPrompt, PackedTensor
+from flux_ray.stages import EncodedPrompt, PackedTensor
 
 ENCODED = EncodedPrompt((("embeds", PackedTensor(b"\0\0", (1, 1), "bfloat16")),))
 
@@ -43,13 +43,13 @@ def elsewhere(answer: object) -> EncodedElsewhere:
 
 
 async def test_its_own_text_encoder_needs_nothing() -> None:
-    assert await EncodedByRanks().encode_prompt("a ring") is None
+    assert await EncodedByRanks().encode_prompts(("a ring",)) == ()
 
 
 async def test_the_answer_is_what_the_ranks_need() -> None:
     prompts = elsewhere(ENCODED)
     await prompts.wait_until_loaded()
-    assert await prompts.encode_prompt("a ring") == ENCODED
+    assert await prompts.encode_prompts(("a ring", "a disc")) == (ENCODED, ENCODED)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ async def test_the_answer_is_what_the_ranks_need() -> None:
 )
 async def test_its_failures_are_a_replicas(answer: object) -> None:
     with pytest.raises(ReplicaFailed, match="the text encoder"):
-        await elsewhere(answer).encode_prompt("a ring")
+        await elsewhere(answer).encode_prompts(("a ring",))
 
 
 async def test_its_word_on_a_callers_mistake_is_passed_on() -> None:
     error = raised_there(BadRequest("no such words", "prompt"))
     with pytest.raises(FluxError) as caught:
-        await elsewhere(error).encode_prompt("a ring")
+        await elsewhere(error).encode_prompts(("a ring",))
     assert type(caught.value) is BadRequest, "without Ray's wrapping"

@@ -15,7 +15,7 @@ from flux_ray.replica import process, rank_group
 from flux_ray.replica.rank_group import RankGroup
 from flux_ray.replica.transport import SIZE, StageFailed
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import Encoded, StageAnswer
+from flux_ray.stages import Encoded, StageAnswer
 
 SIZES = (64 * 64, 0)
 MISTAKE = BadReference("too small", "image")

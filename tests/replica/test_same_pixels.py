@@ -19,15 +19,8 @@ from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.replica.transport import RankConnection, RankServer, connect
 from flux_ray.replica.watchdog import StepWatchdog
-from flux_ray.request import (
-    Encoding,
-    ImageFormat,
-    ImageRequest,
-    Preview,
-    RequestEvent,
-    StageAnswer,
-    last_of,
-)
+from flux_ray.request import Encoding, ImageFormat, ImageRequest, Preview, RequestEvent, last_of
+from flux_ray.stages import StageAnswer
 from flux_ray.tiny import CHECKPOINT, evaluate
 
 torch.set_num_threads(1)

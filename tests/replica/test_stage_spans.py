@@ -12,15 +12,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from flux_ray.errors import ReplicaFailed
 from flux_ray.replica.step_loop import StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
-from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
-    EncodedPrompt,
-    ImageRequest,
-    RgbImage,
-    StageAnswer,
-    last_of,
-)
+from flux_ray.request import ImageRequest, RgbImage, last_of
+from flux_ray.stages import DenoisedImage, Encoded, EncodedPrompt, StageAnswer
 from flux_ray.tracing import REQUEST, request_span
 from tests.spans import by_name, kept_spans
 
@@ -62,9 +55,9 @@ class SharedEncoder:
 
     async def wait_until_loaded(self) -> None: ...
 
-    async def encode_prompt(self, prompt: str) -> EncodedPrompt:
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> tuple[EncodedPrompt, ...]:
         await asyncio.sleep(STAGE_S)
-        return EncodedPrompt(())
+        return (EncodedPrompt(()),)
 
 
 async def spans_of(

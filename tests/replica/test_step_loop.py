@@ -12,8 +12,6 @@ from flux_ray.replica.job import Files
 from flux_ray.replica.step_loop import SHORT_S, StepLoop
 from flux_ray.replica.text_encoder import EncodedByRanks
 from flux_ray.request import (
-    DenoisedImage,
-    Encoded,
     Finished,
     GeneratedImage,
     ImageRequest,
@@ -23,9 +21,9 @@ from flux_ray.request import (
     RanksDone,
     RequestEvent,
     RgbImage,
-    StageAnswer,
     last_of,
 )
+from flux_ray.stages import DenoisedImage, Encoded, StageAnswer
 
 REQUEST = ImageRequest("a", "tiny", "a red circle", 64, 64, num_steps=3, guidance=1.0, seed=5)
 
@@ -98,10 +96,10 @@ class FakeEncoder:
 
     async def wait_until_loaded(self) -> None: ...
 
-    async def encode_prompt(self, prompt: str) -> object:
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> object:
         if isinstance(self.answer, Exception):
             raise self.answer
-        return (prompt, self.answer)
+        return (*prompts, self.answer)
 
 
 class SlowEncoder(FakeEncoder):
@@ -113,10 +111,10 @@ class SlowEncoder(FakeEncoder):
         super().__init__("embeds")
         self.encoded: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
-    async def encode_prompt(self, prompt: str) -> object:
+    async def encode_prompts(self, prompts: tuple[str, ...]) -> object:
         await asyncio.sleep(self.seconds)
-        self.encoded[prompt].set()
-        return await super().encode_prompt(prompt)
+        self.encoded[prompts[0]].set()
+        return await super().encode_prompts(prompts)
 
 
 def files() -> Files:
@@ -319,8 +317,8 @@ async def test_ranks_are_told_how_much_work_a_call_is(ranks: FakeRanks, loop: St
 
 async def test_a_prompt_that_is_encoded_elsewhere_goes_to_the_ranks(ranks: FakeRanks) -> None:
     loop = StepLoop(ranks, FakeEncoder("embeds"), lambda stage, seconds: None, files())
-    await last_of(loop.stream(REQUEST))
-    assert ranks.encoded == [(REQUEST.prompt, "embeds")]
+    await last_of(loop.stream(replace(REQUEST, negative_prompt="a disc")))
+    assert ranks.encoded == [(REQUEST.prompt, "a disc", "embeds")]
 
 
 async def test_a_text_encoder_that_fails_costs_one_request(ranks: FakeRanks) -> None:

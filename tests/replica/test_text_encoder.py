@@ -46,7 +46,7 @@ async def test_ranks_without_one_hold_what_ranks_with_one_would() -> None:
     for rank in (colocated, shared):
         rank.load(rank.create_store())
     colocated.run(1, ("encode",), REQUEST)
-    shared.run(1, ("encode",), REQUEST, encoded)
+    shared.run(1, ("encode",), REQUEST, (encoded,))
     embeds = [rank._jobs[1].conditioning.prompt.tensors["embeds"] for rank in (colocated, shared)]
     assert torch.equal(*embeds)
     assert torch.equal(embeds[0], unpack(encoded, "cpu").tensors["embeds"])

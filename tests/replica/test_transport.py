@@ -19,7 +19,8 @@ from flux_ray.replica.transport import (
     connect,
     encode_frame,
 )
-from flux_ray.request import DenoisedImage, RgbImage
+from flux_ray.request import RgbImage
+from flux_ray.stages import DenoisedImage
 
 
 def run(order: str, *payload: object) -> object:

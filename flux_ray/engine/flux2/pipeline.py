@@ -22,9 +22,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
 from flux_ray.catalog import MAX_WHOLE_PIXELS, TOKEN_SIDE, Tier
 from flux_ray.engine.api import (
@@ -35,11 +33,11 @@ from flux_ray.engine.api import (
     Placement,
     PromptEmbeds,
     PromptEncoder,
-    StepInputs,
 )
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
+from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
 from flux_ray.engine.loading import (
     check_transformer,
     fetch,
@@ -49,7 +47,6 @@ from flux_ray.engine.loading import (
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
 from flux_ray.request import Mask, RgbImage
-from flux_ray.resizing import mask_image
 from flux_ray.weights.source import IMAGE_PARTS, WeightSource
 
 # The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
@@ -107,7 +104,7 @@ class Flux2:
             device=self.device,
             dtype=self.pipeline.vae.dtype,
         )
-        return Conditioning(prompt, reference_latents=latents, reference_ids=ids)
+        return Conditioning(prompt, {"latents": latents, "ids": ids})
 
     def reference_pixels(self, raster: RgbImage) -> Tensor:
         """Return a reference as the VAE takes it, fp32 [1, 3, height, width] from -1 to 1.
@@ -133,15 +130,16 @@ class Flux2:
 
         `image` is the first reference, scaled to the size that is generated.
         """
-        assert given.reference_latents is not None, "a mask without the image that it is of"
+        assert given.references, "a mask without the image that it is of"
         if image.width * image.height <= self.tier.max_reference_pixels:
             # `encode` took it in this very size: its tokens are the first of all references.
             num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
-            latents = given.reference_latents[:, :num_tokens]
+            latents = given.references["latents"][:, :num_tokens]
         else:
             latents = self.large_latents(image)
         weights = token_weights(mask, latents)
-        return replace(given, edit=InpaintInput(image, mask, latents, weights))
+        tensors = {"latents": latents, "weights": weights}
+        return replace(given, edit=InpaintInput(image, mask, tensors))
 
     def large_latents(self, image: RgbImage) -> Tensor:
         """Encode an image above `max_reference_pixels`: [1, tokens, channels] in the VAE's dtype.
@@ -180,23 +178,30 @@ class Flux2:
             canvas,
             conditioning,
             latents,
-            latent_ids,
             scheduler.timesteps,
             scheduler.sigmas,
             self.step_inputs(conditioning, canvas, latent_ids),
             noise=None if conditioning.edit is None else latents,
         )
 
-    def step_inputs(self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor) -> StepInputs:
-        """Compute the transformer's inputs that stay the same for all steps of an image."""
+    def step_inputs(
+        self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the transformer's inputs that stay the same for all steps of an image.
+
+        `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the
+        text and of the image with its references. `guidance`: fp32 [1]. `latent_ids`: int64
+        [1, tokens, 4], the positions of the image's tokens.
+        """
         ids = latent_ids
-        if given.reference_ids is not None:
-            ids = torch.cat([ids, given.reference_ids], dim=1)
-        return StepInputs(
-            text_rotary=self.rotary.table(given.prompt.tensors["text_ids"]),
-            image_rotary=self.rotary.table(ids),
-            guidance=torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
-        )
+        if given.references:
+            ids = torch.cat([ids, given.references["ids"]], dim=1)
+        return {
+            "text_rotary": self.rotary.table(given.prompt.tensors["text_ids"]),
+            "image_rotary": self.rotary.table(ids),
+            "guidance": torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
+            "latent_ids": latent_ids,
+        }
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
         """Return a new scheduler that holds the timesteps and sigmas for so many steps.
@@ -234,17 +239,17 @@ class Flux2:
         The references go through the transformer behind the image; their outputs are dropped.
         """
         given, fixed, latents = state.conditioning, state.fixed, state.latents
-        if given.reference_latents is not None:
-            latents = torch.cat([latents, given.reference_latents], dim=1)
+        if given.references:
+            latents = torch.cat([latents, given.references["latents"]], dim=1)
         timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
         tokens: Tensor = self.pipeline.transformer(
             hidden_states=latents.to(given.prompt.tensors["embeds"].dtype),
             timestep=timestep / FULL_TIMESTEP,
             # A model that was distilled without guidance has no embedding for it and ignores it.
-            guidance=fixed.guidance,
+            guidance=fixed["guidance"],
             encoder_hidden_states=given.prompt.tensors["embeds"],
-            txt_ids=fixed.text_rotary,
-            img_ids=fixed.image_rotary,
+            txt_ids=fixed["text_rotary"],
+            img_ids=fixed["image_rotary"],
             return_dict=False,
         )[0]
         return tokens[:, : state.latents.shape[1]]
@@ -291,7 +296,7 @@ def unpack_latents(state: ImageState) -> Tensor:
     """
     rows, columns = (side // TOKEN_SIDE for side in (state.canvas.height, state.canvas.width))
     unpacked: Tensor = Flux2KleinPipeline._unpack_latents_with_ids(
-        state.latents, state.latent_ids, rows, columns
+        state.latents, state.fixed["latent_ids"], rows, columns
     )
     return unpacked
 
@@ -305,39 +310,6 @@ def raster_of(pixels: Tensor) -> RgbImage:
     eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
     height, width, _ = eight_bit.shape
     return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
-
-
-def token_weights(mask: Mask, latents: Tensor) -> Tensor:
-    """Return how much of each token is generated anew, [1, tokens, 1] from 0 to 1, like `latents`.
-
-    The weight is the mask's value in the middle of the token. A mask so small that it marks no
-    token's middle gives 1 to each token that it touches, so that every mask has an effect.
-    """
-    marks = torch.frombuffer(bytearray(mask.marks), dtype=torch.uint8)
-    pixels = marks.view(1, 1, mask.height, mask.width).to(torch.float32) / 255
-    size = (mask.height // TOKEN_SIDE, mask.width // TOKEN_SIDE)
-    weights = functional.interpolate(pixels, size=size, mode="bilinear")
-    if not weights.any():
-        weights = functional.max_pool2d(pixels, TOKEN_SIDE)
-    return weights.to(latents.device, latents.dtype).reshape(1, 1, -1).transpose(1, 2)
-
-
-def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
-    """Return the latents after a step, with those of the image outside of the mask.
-
-    `latents` and the result are [1, tokens, channels]. The image's latents are mixed with the
-    initial noise to the noise level after this step; clean ones would not fit their neighbours.
-    """
-    edit = state.conditioning.edit
-    assert edit is not None and state.noise is not None, "no image to keep anything of"
-    sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
-    kept = sigma * state.noise + (1.0 - sigma) * edit.latents
-    return (1 - edit.weights) * kept + edit.weights * latents
-
-
-def paste_rest(edit: InpaintInput, generated: Image.Image) -> Image.Image:
-    """Return the generated image inside of the mask, and the image's own pixels elsewhere."""
-    return Image.composite(generated, image_for(edit.image), mask_image(edit.mask))
 
 
 class TableEmbedder(nn.Module):

@@ -17,8 +17,9 @@ from flux_ray.engine.api import Forward, ImageSpec, Placement
 from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.activations import denoise_bytes
-from flux_ray.engine.flux2.pipeline import Flux2, token_weights
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.images import image_for, raster_for
+from flux_ray.engine.inpainting import token_weights
 from flux_ray.parallel.load import build_empty
 from flux_ray.request import ImageRequest, Mask, RgbImage
 from flux_ray.resizing import fit_mask, mask_image
@@ -62,7 +63,7 @@ def request(
 
 def generate(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, RgbImage]:
     """As a rank does: the last latents and the image."""
-    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
+    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, ())
     canvas = ImageSpec(asked.width, asked.height, asked.num_steps, asked.guidance)
     state = finish(adapter, adapter.prepare(conditioning, canvas, asked.seed))
     return state.latents, adapter.decode(state)
@@ -192,7 +193,7 @@ def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
 def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
     image, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
     asked = request((image,), mask, (128, 128))
-    conditioning, _ = CachedEncoder(klein_adapter, 2**20, "cpu").encode(asked, None)
+    conditioning, _ = CachedEncoder(klein_adapter, 2**20, "cpu").encode(asked, ())
     canvas = ImageSpec(128, 128, asked.num_steps, asked.guidance, has_previews=True)
     state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
     preview = pixels_of(klein_adapter.preview(state))
@@ -240,7 +241,7 @@ def test_images_and_masks_are_told_apart_by_what_is_remembered(klein_adapter: Fl
     remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
 
     def generate_known(each: ImageRequest) -> RgbImage:
-        conditioning, _ = remembering.encode(each, None)
+        conditioning, _ = remembering.encode(each, ())
         canvas = ImageSpec(each.width, each.height, each.num_steps)
         state = finish(klein_adapter, klein_adapter.prepare(conditioning, canvas, SEED))
         return klein_adapter.decode(state)
@@ -254,9 +255,9 @@ def test_an_edit_of_the_generated_size_knows_its_image(klein_adapter: Flux2) -> 
     """It is encoded as it is without a mask."""
     remembering = CachedEncoder(klein_adapter, 2**24, "cpu")
     plain = request((reference(128, 128, 1),), None, (128, 128))
-    remembering.encode(plain, None)
+    remembering.encode(plain, ())
     masked = replace(plain, prompt="another", mask=circle_mask(128, 128, 40))
-    assert remembering.encode(masked, None)[1]
+    assert remembering.encode(masked, ())[1]
     assert replace(masked, width=64).references_name != plain.references_name
 
 
@@ -274,9 +275,9 @@ def test_a_large_image_is_a_small_reference_and_kept_whole(
     adapter = Flux2.load(str(small_dev), Placement("float32", "cpu"), small_limits)
     image, mask = reference(160, 96, 1), mask_of(160, 96, (0, 0, 80, 96))
     asked = replace(request((image,), mask, (160, 96), steps=2), guidance=4.0)
-    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, None)
-    assert conditioning.reference_latents.shape[1] == 5 * 3
-    assert conditioning.edit.latents.shape[1] == 10 * 6
+    conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, ())
+    assert conditioning.references["latents"].shape[1] == 5 * 3
+    assert conditioning.edit.tensors["latents"].shape[1] == 10 * 6
     vae = adapter.pipeline.vae
     assert not vae.use_tiling, "for this image only"
     latents, generated = generate(adapter, asked)
@@ -284,8 +285,8 @@ def test_a_large_image_is_a_small_reference_and_kept_whole(
     inside = marked(mask)
     assert (pixels_of(generated)[~inside] == pixels_of(image)[~inside]).all()
     assert (pixels_of(generated)[inside] != pixels_of(image)[inside]).any()
-    kept = conditioning.edit.weights[0, :, 0] == 0
-    assert torch.equal(latents[0, kept], conditioning.edit.latents[0, kept])
+    kept = conditioning.edit.tensors["weights"][0, :, 0] == 0
+    assert torch.equal(latents[0, kept], conditioning.edit.tensors["latents"][0, kept])
 
 
 def test_what_a_mask_holds_is_nothing_beside_a_step() -> None:

@@ -52,10 +52,14 @@ def condition(
 
 def with_ids(state: ImageState) -> ImageState:
     """The same image, for which the transformer builds its tables at every step."""
-    given, ids = state.conditioning, state.latent_ids
-    if given.reference_ids is not None:
-        ids = torch.cat([ids, given.reference_ids], dim=1)
-    fixed = replace(state.fixed, text_rotary=given.prompt.tensors["text_ids"], image_rotary=ids)
+    given, ids = state.conditioning, state.fixed["latent_ids"]
+    if given.references:
+        ids = torch.cat([ids, given.references["ids"]], dim=1)
+    fixed = {
+        **state.fixed,
+        "text_rotary": given.prompt.tensors["text_ids"],
+        "image_rotary": ids,
+    }
     return replace(state, fixed=fixed)
 
 
@@ -86,7 +90,7 @@ def test_every_step_gets_the_same_tensors(klein_adapter: Flux2) -> None:
 
 def test_tables_go_with_their_image(klein_adapter: Flux2) -> None:
     state = klein_adapter.prepare(condition(klein_adapter, ()), ImageSpec(64, 64, 2), SEED)
-    table = weakref.ref(state.fixed.image_rotary)
+    table = weakref.ref(state.fixed["image_rotary"])
     image = klein_adapter.decode(finish(klein_adapter, state))
     del state
     gc.collect()
@@ -109,9 +113,8 @@ def test_images_that_take_turns_keep_their_own_tables(klein_adapter: Flux2) -> N
 def test_unpacking_asks_the_device_for_nothing(klein_adapter: Flux2) -> None:
     """On the meta device there are no ids to take a size from."""
     state = klein_adapter.prepare(condition(klein_adapter, ()), ImageSpec(112, 80, 1), SEED)
-    absent = replace(
-        state, latents=state.latents.to("meta"), latent_ids=state.latent_ids.to("meta")
-    )
+    on_meta = {name: tensor.to("meta") for name, tensor in state.fixed.items()}
+    absent = replace(state, latents=state.latents.to("meta"), fixed=on_meta)
     num_channels = state.latents.shape[-1]
     assert unpack_latents(absent).shape == (1, num_channels, 5, 7)
     # Row by row, as tokens are packed.

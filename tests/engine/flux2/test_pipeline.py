@@ -118,8 +118,7 @@ def test_a_reference_is_encoded_whole_after_an_image_in_tiles(small_dev: Path) -
     before = adapter.encode(prompt, references)
     generate(adapter, PROMPT, ImageSpec(160, 96, 1), ())
     after = adapter.encode(prompt, references)
-    assert before.reference_latents is not None and after.reference_latents is not None
-    assert torch.equal(before.reference_latents, after.reference_latents)
+    assert torch.equal(before.references["latents"], after.references["latents"])
 
 
 def test_an_image_of_up_to_a_megapixel_is_decoded_whole() -> None:
