@@ -89,6 +89,7 @@ MAY_NOT_IMPORT = {
 RAY_HANDS = {
     "router/autoscaling/policy.py",
     "router/dispatch.py",
+    "router/ledger/hung_processes.py",
     "router/ledger/remote.py",
     "router/ledger/actor.py",
     "router/readiness.py",
