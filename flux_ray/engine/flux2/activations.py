@@ -58,7 +58,7 @@ def kept_bytes(config: Any, forward: Forward) -> int:
     width = config.num_attention_heads * config.attention_head_dim
     num_layers = config.num_layers + config.num_single_layers
     whole = 2 * num_layers * forward.num_reference * width * forward.size
-    return whole // forward.parallel.num_ranks
+    return int(whole // forward.parallel.num_ranks)
 
 
 def kept_denoise_bytes(config: Any, forward: Forward) -> int:
