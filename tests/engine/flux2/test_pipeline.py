@@ -8,14 +8,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.engine.api import Conditioning, ImageSpec, Placement
 from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.checkpoint import check_scheduler
 from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.registry import load_adapter
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
 from tests.engine.generation import finish, generate, generate_with_pipeline, reference
+from tests.engine.kleins import BASE, KV, negative_of
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)
@@ -64,6 +66,25 @@ def test_previews_are_where_the_flow_leads_and_change_nothing(klein_adapter: Flu
     assert distance(previews[0], expected) < 1
     errors = [distance(preview, previews[-1]) for preview in previews]
     assert errors == sorted(errors, reverse=True), "each is nearer to the image"
+
+
+@pytest.mark.parametrize("tier", [BASE, KV], ids=["base", "KV"])
+def test_previews_know_of_guidance_and_of_kept_keys(kleins: dict[str, Path], tier: Tier) -> None:
+    """The last one is the image; none of them changes it."""
+    adapter = load_adapter(tier, str(kleins[tier.family]), Placement("float32", "cpu"))
+    assert isinstance(adapter, Flux2)
+    given = adapter.encode(adapter.encode_prompt(PROMPT), (reference(64, 64, 1),))
+    if (negative := negative_of(tier)) is not None:
+        given = replace(given, negative=adapter.encode_prompt(negative))
+    canvas = ImageSpec(64, 64, num_steps=2, true_cfg_scale=tier.true_cfg_scale)
+    state = adapter.denoise(adapter.prepare(given, replace(canvas, has_previews=True), 7))
+    assert state.velocity is not None
+    clean = state.latents - state.sigmas[1] * state.velocity
+    assert adapter.preview(state) == adapter.decode(replace(state, latents=clean))
+    last = adapter.denoise(state)
+    plain = finish(adapter, adapter.prepare(given, canvas, 7))
+    assert torch.equal(last.latents, plain.latents)
+    assert adapter.preview(last) == adapter.decode(plain)
 
 
 def distance(one: RgbImage, other: RgbImage) -> float:
