@@ -5,9 +5,6 @@ Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). Wh
 - The caller makes each denoise step, so that the steps of several images can take turns.
 - Rotary tables are computed once per image. The transformer itself would build them from position
   ids in fp64 in every forward, about 150 small operations for values that never change.
-- Inpainting replaces tokens outside of the mask by the image's own after each step, as
-  Flux2KleinInpaintPipeline does. The pipeline also decodes them, which gives nearly the image's
-  pixels; here the pixels outside of the mask are exactly the image's, pasted back at the end.
 """
 
 from dataclasses import replace
@@ -37,7 +34,7 @@ from flux_ray.engine.api import (
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
-from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
+from flux_ray.engine.inpainting import keep_rest, noised_image, paste_rest, token_weights
 from flux_ray.engine.loading import (
     check_transformer,
     fetch,
@@ -46,7 +43,7 @@ from flux_ray.engine.loading import (
 )
 from flux_ray.errors import BadReference
 from flux_ray.parallel.lora import lora_deltas
-from flux_ray.request import Mask, RgbImage
+from flux_ray.request import Mask, RgbImage, first_step
 from flux_ray.weights.source import IMAGE_PARTS, WeightSource
 
 # The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
@@ -160,11 +157,13 @@ class Flux2:
 
     @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """Return an image of pure noise with its schedule.
+        """Return an image of pure noise with its schedule, or one that has some steps done.
 
-        The noise is made by a CPU generator: a GPU's generator gives other numbers for the seed.
+        With a `strength` below 1, the first steps are left out, and the image to inpaint is mixed
+        with as much noise as they would have left. The noise is made by a CPU generator: a GPU's
+        generator gives other numbers for the seed.
         """
-        latents, latent_ids = self.pipeline.prepare_latents(
+        noise, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
             height=canvas.height,
@@ -173,16 +172,20 @@ class Flux2:
             device=self.device,
             generator=torch.Generator().manual_seed(seed),
         )
-        scheduler = self.schedule(num_tokens=latents.shape[1], num_steps=canvas.num_steps)
-        return ImageState(
+        scheduler = self.schedule(num_tokens=noise.shape[1], num_steps=canvas.num_steps)
+        state = ImageState(
             canvas,
             conditioning,
-            latents,
+            noise,
             scheduler.timesteps,
             scheduler.sigmas,
             self.step_inputs(conditioning, canvas, latent_ids),
-            noise=None if conditioning.edit is None else latents,
         )
+        if conditioning.edit is None:
+            return state
+        step = first_step(canvas.num_steps, canvas.strength)
+        state = replace(state, step=step, noise=noise)
+        return replace(state, latents=noised_image(state, step))
 
     def step_inputs(
         self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor

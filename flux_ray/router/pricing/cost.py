@@ -261,7 +261,7 @@ def work_of(request: ImageRequest) -> RequestShape:
         request.tier,
         request.width,
         request.height,
-        request.num_steps,
+        request.num_steps_made,
         tuple(reference_pixels(*size, limit) for size in request.reference_sizes),
         request.num_images,
         is_masked=request.mask is not None,
