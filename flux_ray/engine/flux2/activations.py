@@ -6,7 +6,6 @@ keep its scores. Tests hold it to within 10 % of what the modules allocate on th
 
 from typing import Any
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS
 from flux_ray.engine.api import Forward
 from flux_ray.parallel.sequence import num_padded
 
@@ -43,26 +42,6 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
     tables = (forward.num_text + forward.num_image) * 2 * sum(config.axes_dims_rope) * FP32
     width = config.num_attention_heads * config.attention_head_dim
     return int(tokens * width * units * forward.size + tables) + inputs
-
-
-def decode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of decoding an image; `size` is the bytes per number.
-
-    They are three maps with the channels of the last upsampling. Above 1 MP the maps are those of
-    one tile, and the image is held twice, as tiles and joined.
-    """
-    channels = (vae.decoder_block_out_channels or vae.block_out_channels)[1]
-    whole = min(pixels, MAX_WHOLE_PIXELS)
-    joined = 2 * 3 * pixels if pixels > whole else 0
-    return int((3 * channels * whole + joined) * size)
-
-
-def encode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of encoding one reference: five maps with the first layer's channels.
-
-    References are encoded one by one, so that their number does not matter.
-    """
-    return int(5 * vae.block_out_channels[0] * pixels * size)
 
 
 def prompt_bytes(

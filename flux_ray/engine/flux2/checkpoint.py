@@ -41,13 +41,3 @@ def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, P
     folder = fetch(source, CONFIGS)
     kind.check_index(load_config(folder, "model_index.json"), weights)
     return source, folder
-
-
-def check_class(index: dict[str, Any], pipeline: type[DiffusionPipeline], weights: str) -> None:
-    """Raise ValueError unless the checkpoint was saved from this pipeline class.
-
-    The checkpoint of another pipeline may load and then generate wrong images without any error.
-    """
-    name = index.get("_class_name")
-    if name != pipeline.__name__:
-        raise ValueError(f"weights {weights!r} are for {name}, not {pipeline.__name__}")
