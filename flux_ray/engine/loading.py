@@ -6,7 +6,7 @@ are built without the layers that no family reads.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,12 @@ def load_transformer(
     folder: Path,
     placement: Placement,
     deltas: tuple[Delta, ...] = (),
+    change: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Load this rank's part of a diffusers transformer, `deltas` (LoRAs) added to its weights.
 
     With sequence ranks its forward takes and returns all tokens, and works on this rank's share.
+    Before that, `change` may replace the attention that each of them computes for its heads.
     """
     component = folder / "transformer"
     config = model_class.load_config(component)
@@ -96,6 +98,8 @@ def load_transformer(
     transformer = load_sharded(
         lambda: model_class.from_config(config), model_class._tp_plan, recipe
     )
+    if change is not None:
+        change(transformer)
     split_sequence(transformer, mesh.sequence)
     return transformer
 
@@ -104,11 +108,18 @@ def load_transformer(
 APART = ("transformer", "text_encoder", "tokenizer")
 
 
-def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
-    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank."""
+def load_pipeline(
+    folder: Path,
+    placement: Placement,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+) -> DiffusionPipeline:
+    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank.
+
+    It is of the checkpoint's own class, unless another one with the same parts is given.
+    """
     index = load_config(folder, "model_index.json")
     absent: dict[str, Any] = {name: None for name in index if name.startswith(APART)}
-    pipeline = DiffusionPipeline.from_pretrained(
+    pipeline = pipeline_class.from_pretrained(
         folder,
         **absent,
         dtype=placement.torch_dtype,
@@ -118,13 +129,22 @@ def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
     return pipeline.to(placement.device)
 
 
-def load_parts(model_class: Any, source: WeightSource, placement: Placement) -> DiffusionPipeline:
-    """Load a checkpoint's pipeline with this rank's part of the transformer, LoRAs added."""
+def load_parts(
+    model_class: Any,
+    source: WeightSource,
+    placement: Placement,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+    change: Callable[[nn.Module], None] | None = None,
+) -> DiffusionPipeline:
+    """Load a checkpoint's pipeline with this rank's part of the transformer, LoRAs added.
+
+    For `pipeline_class` see `load_pipeline`, for `change` see `load_transformer`.
+    """
     folder = fetch(source, IMAGE_PARTS)
-    pipeline = load_pipeline(folder, placement)
+    pipeline = load_pipeline(folder, placement, pipeline_class)
     check_scheduler(pipeline.scheduler)
     deltas = lora_deltas(placement.loras, type(pipeline), placement.device)
-    transformer = load_transformer(model_class, folder, placement, deltas)
+    transformer = load_transformer(model_class, folder, placement, deltas, change)
     pipeline.register_modules(transformer=transformer)
     return pipeline
 

@@ -21,6 +21,7 @@ class CheckpointKind:
     `text_model`: builds the text model from its folder, with as many layers as are needed.
     `num_tokens`: counts the tokens of the formatted prompt before it is cut.
     `check_index`: raises ValueError if model_index.json is of another kind of checkpoint.
+    `keeps_keys`: the keys and values of references are computed once, and are no tokens of a step.
     """
 
     pipeline: type[DiffusionPipeline]
@@ -29,6 +30,7 @@ class CheckpointKind:
     load_tokenizer: Callable[[Path], Any]
     num_tokens: Callable[[Any, str], int]
     check_index: Callable[[dict[str, Any], str], None]
+    keeps_keys: bool = False
 
 
 def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, Path]:

@@ -6,7 +6,9 @@ Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). Wh
 - Rotary tables are computed once per image.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from diffusers import (
     Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux_ray.catalog import TOKEN_SIDE, Tier
 from flux_ray.engine.api import (
@@ -29,7 +31,7 @@ from flux_ray.engine.api import (
     PromptEmbeds,
     PromptEncoder,
 )
-from flux_ray.engine.flow import step_along, straight_end, transformer_timestep
+from flux_ray.engine.flow import guided, step_along, straight_end, transformer_timestep
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
@@ -61,19 +63,31 @@ class Flux2:
         pipeline.transformer.pos_embed = self.rotary
 
     @classmethod
-    def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
+    def load(cls, weights: str, placement: Placement, tier: Tier) -> Self:
         """Load the adapter of a checkpoint.
 
         Raise ValueError before any weight is read if the checkpoint is of another kind or cannot
         be split and quantized as `placement` says: reading would take minutes.
         """
+        return cls.load_changed(weights, placement, tier, None)
+
+    @classmethod
+    def load_changed(
+        cls,
+        weights: str,
+        placement: Placement,
+        tier: Tier,
+        change: Callable[[nn.Module], None] | None,
+    ) -> Self:
+        """Load the adapter of a checkpoint, with `change` done to the transformer."""
         kind = KINDS[tier.family]
         source, folder = open_checkpoint(kind, weights)
         check_transformer(folder, placement)
         prompts = None
         if placement.text_encoder == "colocated":
             prompts = load_encoder(kind, source, tier, placement)
-        return cls(load_parts(Flux2Transformer2DModel, source, placement), prompts, tier)
+        parts = load_parts(Flux2Transformer2DModel, source, placement, kind.pipeline, change)
+        return cls(parts, prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
         """Encode a prompt with the replica's own text encoder; all its ranks call it together."""
@@ -119,7 +133,8 @@ class Flux2:
         `image` is the first reference, scaled to the size that is generated.
         """
         assert given.references, "a mask without the image that it is of"
-        if image.width * image.height <= self.tier.max_reference_pixels:
+        is_small = image.width * image.height <= self.tier.max_reference_pixels
+        if is_small and "latents" in given.references:
             # `encode` took it in this very size: its tokens are the first of all references.
             num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
             latents = given.references["latents"][:, :num_tokens]
@@ -181,18 +196,23 @@ class Flux2:
         """Compute the transformer's inputs that stay the same for all steps of an image.
 
         `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the
-        text and of the image with its references. `guidance`: fp32 [1]. `latent_ids`: int64
-        [1, tokens, 4], the positions of the image's tokens.
+        text and of the image with its references; `negative_text_rotary` that of a negative prompt.
+        `guidance`: fp32 [1]. `latent_ids`: int64 [1, tokens, 4], the positions of the image's
+        tokens.
         """
         ids = latent_ids
-        if given.references:
+        if "ids" in given.references:
             ids = torch.cat([ids, given.references["ids"]], dim=1)
-        return {
+        fixed = {
             "text_rotary": self.rotary.table(given.prompt.tensors["text_ids"]),
             "image_rotary": self.rotary.table(ids),
             "guidance": torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
             "latent_ids": latent_ids,
         }
+        if given.negative is not None:
+            negative_ids = given.negative.tensors["text_ids"]
+            fixed["negative_text_rotary"] = self.rotary.table(negative_ids)
+        return fixed
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
         """Return a new scheduler that holds the timesteps and sigmas for so many steps.
@@ -221,20 +241,34 @@ class Flux2:
         return replace(after, latents=keep_rest(state, after.latents))
 
     def velocity(self, state: ImageState) -> Tensor:
+        """Return the velocity for the image's tokens, [1, tokens, channels].
+
+        With a negative prompt it is that prompt's prediction, and from there `true_cfg_scale` times
+        the way to the prompt's own (classifier-free guidance): two forwards, one after the other.
+        """
+        given, fixed = state.conditioning, state.fixed
+        velocity = self.predict(state, given.prompt, fixed["text_rotary"])
+        if given.negative is None:
+            return velocity
+        negative = self.predict(state, given.negative, fixed["negative_text_rotary"])
+        return guided(velocity, negative, state.canvas.true_cfg_scale)
+
+    def predict(self, state: ImageState, prompt: PromptEmbeds, text_rotary: Tensor) -> Tensor:
         """Return the transformer's prediction for the image's tokens, [1, tokens, channels].
 
         The references go through the transformer behind the image; their outputs are dropped.
         """
-        given, fixed, latents = state.conditioning, state.fixed, state.latents
-        if given.references:
-            latents = torch.cat([latents, given.references["latents"]], dim=1)
+        fixed, latents, embeds = state.fixed, state.latents, prompt.tensors["embeds"]
+        references = state.conditioning.references
+        if "latents" in references:
+            latents = torch.cat([latents, references["latents"]], dim=1)
         tokens: Tensor = self.pipeline.transformer(
-            hidden_states=latents.to(given.prompt.tensors["embeds"].dtype),
+            hidden_states=latents.to(embeds.dtype),
             timestep=transformer_timestep(state),
             # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed["guidance"],
-            encoder_hidden_states=given.prompt.tensors["embeds"],
-            txt_ids=fixed["text_rotary"],
+            encoder_hidden_states=embeds,
+            txt_ids=text_rotary,
             img_ids=fixed["image_rotary"],
             return_dict=False,
         )[0]
