@@ -62,16 +62,23 @@ def prompt_bytes(
 ) -> int:
     """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks with T5.
 
-    The bias of a rank's heads for each pair of tokens is kept to the end. An MLP holds 2 tensors of
-    the model's width, and 4 of its inner width while it computes its GELU; if torchao quantizes
-    activations, its last product holds 1 + 6.5 instead. For a short time there are also 57 bytes
-    for each pair of tokens, from which the bias is looked up.
+    To the end it keeps the embedded prompt and a bias for each pair of tokens, of the rank's heads.
+    Besides these and a block's input, the peak is one of:
+
+    - attention: the normalised input, query, key, value and result, and the bias once more;
+    - the MLP: what attention returned, that normalised, and 4 tensors of its inner width while it
+      computes its GELU; if torchao quantizes activations, its last product holds 1 + 6.5 instead;
+    - a norm: what attention returned, and twice that in fp32.
     """
     width, inner = config.d_model, config.num_heads * config.d_kv
     bias = config.num_heads * num_text * size / num_ranks
     mlp = (1 + 6.5 if quantizes_activations else 4) * config.d_ff / num_ranks
-    pairs = 57 * num_text + (2 * width + 3 * inner / num_ranks) * size
-    return int(num_text * max(bias + (2 * width + mlp) * size, pairs))
+    peak = max(
+        (width + 4 * inner / num_ranks) * size + bias,
+        (2 * width + mlp) * size,
+        width * (size + 2 * FP32),
+    )
+    return int(num_text * (2 * width * size + bias + peak))
 
 
 def held_bytes(config: Any, num_text: int, num_image: int, size: int) -> int:
