@@ -1,5 +1,7 @@
 """Compute a transformer's rotary tables once per image instead of in every forward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,8 @@ class TableEmbedder(nn.Module):
     @property
     def num_axes(self) -> int:
         """Return how many numbers the id of a position has."""
-        return len(self.embedder.axes_dim)
+        axes: Any = self.embedder.axes_dim
+        return len(axes)
 
     def table(self, ids: Tensor) -> Tensor:
         """Return the cosines and sines for ids [..., tokens, axes]: fp32 [..., tokens, 2 x head].
@@ -28,7 +31,7 @@ class TableEmbedder(nn.Module):
         Tokens are along the same dimension as in the ids, where sequence parallel cuts them.
         """
         table = torch.cat(self.embedder(ids.flatten(0, -2)), dim=-1)
-        return table.unflatten(0, ids.shape[:-1])
+        return table.reshape(*ids.shape[:-1], -1)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each fp32 [tokens, head_dim], for ids or a table of `table`.

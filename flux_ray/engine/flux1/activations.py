@@ -54,7 +54,7 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
     if parts > 1:
         # A rank's part is a view of a padded copy.
         given *= 2
-    return int(units * width * forward.size + (text + image) * table) + given
+    return int(units * width * forward.size + (text + image) * table + given)
 
 
 def prompt_bytes(

@@ -176,7 +176,7 @@ class Flux1:
     def latent_shape(self, canvas: ImageSpec) -> tuple[int, int, int, int]:
         """Return the shape of an image's latents before they are packed."""
         sides = (2 * (side // TOKEN_SIDE) for side in (canvas.height, canvas.width))
-        return (1, self.vae.config.latent_channels, *sides)  # type: ignore[return-value]
+        return (1, self.vae.config.latent_channels, *sides)
 
     def step_inputs(self, given: Conditioning, canvas: ImageSpec) -> dict[str, Tensor]:
         """Compute the transformer's inputs that stay the same for all steps of an image.

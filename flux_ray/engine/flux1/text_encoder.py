@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 from flux_ray.catalog import Tier
 from flux_ray.engine.api import Placement, PromptEmbeds
@@ -72,7 +72,7 @@ def load_prompt_encoder(weights: str, placement: Placement, tier: Tier) -> Flux1
 def load_encoder(source: WeightSource, tier: Tier, placement: Placement) -> Flux1PromptEncoder:
     """Load CLIP whole, this rank's part of T5, and both tokenizers."""
     folder = fetch(source, PROMPT_PARTS)
-    clip = CLIPTextModel.from_pretrained(
+    clip: Any = CLIPTextModel.from_pretrained(
         folder / "text_encoder",
         dtype=placement.torch_dtype,
         use_safetensors=True,
@@ -83,6 +83,6 @@ def load_encoder(source: WeightSource, tier: Tier, placement: Placement) -> Flux
         clip.to(placement.device).eval(),
         CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         load_text_model(model, folder / model.folder, placement),
-        T5TokenizerFast.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+        T5Tokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
         tier.text_length,
     )
