@@ -89,6 +89,9 @@ Published = tuple[Shape, Callable[[int], TextModel]]
 PUBLISHED: dict[str, Published] = {
     "flux-2-klein-4b": (KLEIN_4B_TRANSFORMER, qwen3_4b),
     "flux-2-klein-9b": (KLEIN_9B_TRANSFORMER, qwen3_8b),
+    "flux-2-klein-4b-base": (KLEIN_4B_TRANSFORMER, qwen3_4b),
+    "flux-2-klein-9b-base": (KLEIN_9B_TRANSFORMER, qwen3_8b),
+    "flux-2-klein-9b-kv": (KLEIN_9B_TRANSFORMER, qwen3_8b),
     "flux-2-dev": (DEV_TRANSFORMER, mistral),
     "flux-2-pro": (DEV_TRANSFORMER, mistral),
     "flux-2-max": (DEV_TRANSFORMER, mistral),
@@ -110,6 +113,10 @@ class EmptyFlux2:
         shape = PUBLISHED[tier.name][0] if tier.name in PUBLISHED else None
         config = self.transformer.config
         return shape is not None and all(config[name] == value for name, value in shape.items())
+
+    @property
+    def whole_text_encoder(self) -> None:
+        """FLUX.2 has one text encoder, which is split."""
 
     def num_tokens(self, pixels: int) -> int:
         """Return the image tokens of so many pixels, by the VAE's own factor and patches."""
