@@ -151,8 +151,8 @@ class Adapter(PromptEncoder, Protocol):
     """One loaded model, or one rank's part of it; a rank calls its stages from one thread.
 
     Stages share only the values that they take and return, so that the steps of several images can
-    take turns. `encode_prompt` and `denoise` exchange tensors with the replica's other ranks, so
-    all of them must call the same stages in the same order.
+    take turns. `encode_prompt` and `denoise`, and `encode` of some families, exchange tensors with
+    the replica's other ranks, so all of them must call the same stages in the same order.
     """
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:

@@ -6,7 +6,7 @@ are built without the layers that no family reads.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,12 @@ def load_transformer(
     folder: Path,
     placement: Placement,
     deltas: tuple[Delta, ...] = (),
+    change: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Load this rank's part of the transformer, `deltas` (LoRAs) added to its weights.
 
     With sequence ranks its forward takes and returns all tokens, and works on this rank's share.
+    Before that, `change` may replace the attention that each of them computes for its heads.
     """
     component = folder / "transformer"
     config = model_class.load_config(component)
@@ -84,13 +86,22 @@ def load_transformer(
     transformer = load_sharded(
         lambda: model_class.from_config(config), model_class._tp_plan, recipe
     )
+    if change is not None:
+        change(transformer)
     split_sequence(transformer, mesh.sequence)
     return transformer
 
 
-def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
-    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank."""
-    pipeline = DiffusionPipeline.from_pretrained(
+def load_pipeline(
+    folder: Path,
+    placement: Placement,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+) -> DiffusionPipeline:
+    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank.
+
+    It is of the checkpoint's own class, unless another one with the same parts is given.
+    """
+    pipeline = pipeline_class.from_pretrained(
         folder,
         transformer=None,
         text_encoder=None,

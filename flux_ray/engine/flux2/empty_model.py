@@ -100,13 +100,14 @@ PUBLISHED: dict[str, Published] = {
 
 @dataclass(frozen=True)
 class EmptyFlux2:
-    """The EmptyModel of FLUX.2."""
+    """The EmptyModel of FLUX.2; `keeps_keys` if it keeps keys and values of references."""
 
     transformer: Any
     text_model: TextModel
     text_encoder: Any
     vae: Any
     source: str
+    keeps_keys: bool = False
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
@@ -126,6 +127,8 @@ class EmptyFlux2:
 
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak bytes of a forward on one rank."""
+        if self.keeps_keys:
+            return activations.kept_denoise_bytes(self.transformer.config, forward)
         return activations.denoise_bytes(self.transformer.config, forward)
 
     def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
@@ -170,6 +173,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
             text_model,
             load_config(folder / "vae"),
             source=str(folder),
+            keeps_keys=kind.keeps_keys,
         )
     if tier.name not in PUBLISHED:
         raise ValueError(f"weights {given!r} of tier {tier.name}: no such folder here")
@@ -177,11 +181,22 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
     if not Path(given).is_absolute():
         source_for(given)
     transformer, build_text_model = PUBLISHED[tier.name]
-    return assemble(transformer, build_text_model(num_layers), {}, source="the published shapes")
+    return assemble(
+        transformer,
+        build_text_model(num_layers),
+        {},
+        source="the published shapes",
+        keeps_keys=kind.keeps_keys,
+    )
 
 
 def assemble(
-    transformer: Mapping[str, Any], text_model: TextModel, vae: Mapping[str, Any], *, source: str
+    transformer: Mapping[str, Any],
+    text_model: TextModel,
+    vae: Mapping[str, Any],
+    *,
+    source: str,
+    keeps_keys: bool = False,
 ) -> EmptyFlux2:
     """Build all modules of a model on the meta device, from the configs of its parts."""
 
@@ -194,4 +209,5 @@ def assemble(
         built(text_model.build),
         built(lambda: AutoencoderKLFlux2.from_config(dict(vae))),
         source,
+        keeps_keys,
     )

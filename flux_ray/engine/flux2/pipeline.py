@@ -5,13 +5,11 @@ Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). Wh
 - The caller makes each denoise step, so that the steps of several images can take turns.
 - Rotary tables are computed once per image. The transformer itself would build them from position
   ids in fp64 in every forward, about 150 small operations for values that never change.
-- Inpainting replaces tokens outside of the mask by the image's own after each step, as
-  Flux2KleinInpaintPipeline does. The pipeline also decodes them, which gives nearly the image's
-  pixels; here the pixels outside of the mask are exactly the image's, pasted back at the end.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -19,7 +17,6 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
@@ -34,20 +31,13 @@ from flux_ray.engine.api import (
     PromptEmbeds,
     PromptEncoder,
 )
-from flux_ray.engine.flux2.checkpoint import open_checkpoint
+from flux_ray.engine.flux2.checkpoint import load_parts, open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
-from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
-from flux_ray.engine.loading import (
-    check_transformer,
-    fetch,
-    load_pipeline,
-    load_transformer,
-)
+from flux_ray.engine.inpainting import keep_rest, noised_image, paste_rest, token_weights
+from flux_ray.engine.loading import check_transformer
 from flux_ray.errors import BadReference
-from flux_ray.parallel.lora import lora_deltas
-from flux_ray.request import Mask, RgbImage
-from flux_ray.weights.source import IMAGE_PARTS, WeightSource
+from flux_ray.request import Mask, RgbImage, first_step
 
 # The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
 FULL_TIMESTEP = 1000
@@ -73,19 +63,30 @@ class Flux2:
         pipeline.transformer.pos_embed = self.rotary
 
     @classmethod
-    def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
+    def load(cls, weights: str, placement: Placement, tier: Tier) -> Self:
         """Load the adapter of a checkpoint.
 
         Raise ValueError before any weight is read if the checkpoint is of another kind or cannot
         be split and quantized as `placement` says: reading would take minutes.
         """
+        return cls.load_changed(weights, placement, tier, None)
+
+    @classmethod
+    def load_changed(
+        cls,
+        weights: str,
+        placement: Placement,
+        tier: Tier,
+        change: Callable[[nn.Module], None] | None,
+    ) -> Self:
+        """Load the adapter of a checkpoint, with `change` done to the transformer."""
         kind = KINDS[tier.family]
         source, folder = open_checkpoint(kind, weights)
         check_transformer(folder, placement)
         prompts = None
         if placement.text_encoder == "colocated":
             prompts = load_encoder(kind, source, tier, placement)
-        return cls(load_parts(source, placement), prompts, tier)
+        return cls(load_parts(kind, source, placement, change), prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
         """Encode a prompt with the replica's own text encoder; all its ranks call it together."""
@@ -131,7 +132,8 @@ class Flux2:
         `image` is the first reference, scaled to the size that is generated.
         """
         assert given.references, "a mask without the image that it is of"
-        if image.width * image.height <= self.tier.max_reference_pixels:
+        is_small = image.width * image.height <= self.tier.max_reference_pixels
+        if is_small and "latents" in given.references:
             # `encode` took it in this very size: its tokens are the first of all references.
             num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
             latents = given.references["latents"][:, :num_tokens]
@@ -160,11 +162,13 @@ class Flux2:
 
     @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """Return an image of pure noise with its schedule.
+        """Return an image of pure noise with its schedule, or one that has some steps done.
 
-        The noise is made by a CPU generator: a GPU's generator gives other numbers for the seed.
+        With a `strength` below 1, the first steps are left out, and the image to inpaint is mixed
+        with as much noise as they would have left. The noise is made by a CPU generator: a GPU's
+        generator gives other numbers for the seed.
         """
-        latents, latent_ids = self.pipeline.prepare_latents(
+        noise, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
             height=canvas.height,
@@ -173,16 +177,20 @@ class Flux2:
             device=self.device,
             generator=torch.Generator().manual_seed(seed),
         )
-        scheduler = self.schedule(num_tokens=latents.shape[1], num_steps=canvas.num_steps)
-        return ImageState(
+        scheduler = self.schedule(num_tokens=noise.shape[1], num_steps=canvas.num_steps)
+        state = ImageState(
             canvas,
             conditioning,
-            latents,
+            noise,
             scheduler.timesteps,
             scheduler.sigmas,
             self.step_inputs(conditioning, canvas, latent_ids),
-            noise=None if conditioning.edit is None else latents,
         )
+        if conditioning.edit is None:
+            return state
+        step = first_step(canvas.num_steps, canvas.strength)
+        state = replace(state, step=step, noise=noise)
+        return replace(state, latents=noised_image(state, step))
 
     def step_inputs(
         self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor
@@ -190,18 +198,23 @@ class Flux2:
         """Compute the transformer's inputs that stay the same for all steps of an image.
 
         `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the
-        text and of the image with its references. `guidance`: fp32 [1]. `latent_ids`: int64
-        [1, tokens, 4], the positions of the image's tokens.
+        text and of the image with its references; `negative_text_rotary` that of a negative prompt.
+        `guidance`: fp32 [1]. `latent_ids`: int64 [1, tokens, 4], the positions of the image's
+        tokens.
         """
         ids = latent_ids
-        if given.references:
+        if "ids" in given.references:
             ids = torch.cat([ids, given.references["ids"]], dim=1)
-        return {
+        fixed = {
             "text_rotary": self.rotary.table(given.prompt.tensors["text_ids"]),
             "image_rotary": self.rotary.table(ids),
             "guidance": torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
             "latent_ids": latent_ids,
         }
+        if given.negative is not None:
+            negative_ids = given.negative.tensors["text_ids"]
+            fixed["negative_text_rotary"] = self.rotary.table(negative_ids)
+        return fixed
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
         """Return a new scheduler that holds the timesteps and sigmas for so many steps.
@@ -234,21 +247,35 @@ class Flux2:
         return replace(state, latents=latents, step=state.step + 1, velocity=kept)
 
     def velocity(self, state: ImageState) -> Tensor:
+        """Return the velocity for the image's tokens, [1, tokens, channels].
+
+        With a negative prompt it is that prompt's prediction, and from there `true_cfg_scale` times
+        the way to the prompt's own (classifier-free guidance): two forwards, one after the other.
+        """
+        given, fixed = state.conditioning, state.fixed
+        velocity = self.predict(state, given.prompt, fixed["text_rotary"])
+        if given.negative is None:
+            return velocity
+        negative = self.predict(state, given.negative, fixed["negative_text_rotary"])
+        return negative + state.canvas.true_cfg_scale * (velocity - negative)
+
+    def predict(self, state: ImageState, prompt: PromptEmbeds, text_rotary: Tensor) -> Tensor:
         """Return the transformer's prediction for the image's tokens, [1, tokens, channels].
 
         The references go through the transformer behind the image; their outputs are dropped.
         """
-        given, fixed, latents = state.conditioning, state.fixed, state.latents
-        if given.references:
-            latents = torch.cat([latents, given.references["latents"]], dim=1)
+        fixed, latents, embeds = state.fixed, state.latents, prompt.tensors["embeds"]
+        references = state.conditioning.references
+        if "latents" in references:
+            latents = torch.cat([latents, references["latents"]], dim=1)
         timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
         tokens: Tensor = self.pipeline.transformer(
-            hidden_states=latents.to(given.prompt.tensors["embeds"].dtype),
+            hidden_states=latents.to(embeds.dtype),
             timestep=timestep / FULL_TIMESTEP,
             # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed["guidance"],
-            encoder_hidden_states=given.prompt.tensors["embeds"],
-            txt_ids=fixed["text_rotary"],
+            encoder_hidden_states=embeds,
+            txt_ids=text_rotary,
             img_ids=fixed["image_rotary"],
             return_dict=False,
         )[0]
@@ -340,26 +367,3 @@ class TableEmbedder(nn.Module):
             return cosines, sines
         cosines, sines = ids.chunk(2, dim=-1)
         return cosines, sines
-
-
-def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
-    """Load the checkpoint's pipeline with this rank's part of the transformer, LoRAs added."""
-    folder = fetch(source, IMAGE_PARTS)
-    pipeline = load_pipeline(folder, placement)
-    check_scheduler(pipeline.scheduler)
-    deltas = lora_deltas(placement.loras, type(pipeline), placement.device)
-    transformer = load_transformer(Flux2Transformer2DModel, folder, placement, deltas)
-    pipeline.register_modules(transformer=transformer)
-    return pipeline
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError unless the checkpoint's scheduler makes Euler steps without added noise.
-
-    `Flux2.denoise` makes no other steps, and would generate wrong images without any error.
-    """
-    if (
-        not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        or scheduler.config.stochastic_sampling
-    ):
-        raise ValueError(f"the FLUX.2 adapter cannot step {type(scheduler).__name__}")

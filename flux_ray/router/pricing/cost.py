@@ -149,8 +149,7 @@ def work_of(request: ImageRequest) -> RequestShape:
         request.tier,
         request.width,
         request.height,
-        # Those that are made: an edit that begins with less noise leaves some out.
-        request.num_denoise_steps // request.num_images,
+        request.num_steps_made,
         tuple(filter(None, added)),
         request.num_images,
         is_masked=request.mask is not None,

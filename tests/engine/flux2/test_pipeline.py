@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipel
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.api import Conditioning, ImageSpec, Placement
 from flux_ray.engine.flux2 import pipeline as flux2
-from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
+from flux_ray.engine.flux2.checkpoint import check_scheduler
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
 from tests.engine.generation import finish, generate, generate_with_pipeline, reference
