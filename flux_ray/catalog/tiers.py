@@ -244,7 +244,6 @@ KLEIN_9B_KV = replace(
     KLEIN_9B,
     name="flux-2-klein-9b-kv",
     family="flux2-klein-kv",
-    takes_strength=False,
     hub_id="black-forest-labs/FLUX.2-klein-9b-kv@a6dfb36eca3a3906eb2fd460795adfb844e5fcce",
 )
 DEV = Tier(

@@ -14,6 +14,7 @@ from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWo
 from flux_ray.catalog.tiers import TIERS, tier_for
 from flux_ray.engine.api import EmptyModel, ImageSpec
 from flux_ray.engine.encoding_cache import CachedEncoder
+from flux_ray.engine.flux2.klein_kv import ReferenceKeys
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import encoder_axis
 from flux_ray.engine.registry import empty_model
@@ -107,6 +108,27 @@ def test_a_step_of_what_is_alike_computes_what_its_row_says(name: str) -> None:
     model = empty_model(tier_for(name), HUB)
     counted = count(lambda: forward(model.transformer, num_text, 64))
     assert counted == (work.product_flops(num_text + 64), work.attention_flops(num_text + 64))
+
+
+def test_references_that_are_kept_compute_what_the_row_says() -> None:
+    """Alone once, without any text; then each step attends to their keys and values."""
+    name, num_text, num_image, num_kept = "flux-2-klein-9b-kv", 512, 32, 4096
+    work = WORKLOADS[name].transformer
+    transformer = empty_model(tier_for(name), HUB).transformer
+    keys = ReferenceKeys()
+    keys.install(transformer)
+    with keys.recorded() as kept:
+        products, attention = count(lambda: forward(transformer, 0, num_kept))
+    assert attention == work.attention_flops(num_kept)
+    # The row has the text's embedding in it, which is not computed here.
+    assert 0.999 < products / work.product_flops(num_kept) < 1
+    with keys.inserted(kept, num_text):
+        counted = count(lambda: forward(transformer, num_text, num_image))
+    num_tokens = num_text + num_image
+    assert counted == (
+        work.product_flops(num_tokens),
+        work.attention_flops(num_tokens, num_kept),
+    )
 
 
 def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyModel) -> None:

@@ -102,7 +102,9 @@ class RequestShape:
     def is_encoded_apart(self) -> bool:
         """Whether an image is encoded in the size of what is generated, as no reference is."""
         tier = tier_for(self.tier)
-        is_other = tier.reference_tokens is not None or self.pixels > tier.max_reference_pixels
+        # A reference has other latents than the image where it is scaled, or none that are kept.
+        is_other = tier.reference_tokens is not None or WORKLOADS[self.tier].keeps_references
+        is_other = is_other or self.pixels > tier.max_reference_pixels
         return self.has_control or (self.is_masked and is_other)
 
     @property

@@ -332,6 +332,14 @@ def test_a_kontext_under_a_mask_encodes_its_image_twice() -> None:
     assert masked.num_tokens == plain.num_tokens
 
 
+def test_a_klein_that_keeps_no_latents_encodes_an_image_under_a_mask_once_more() -> None:
+    image, mask = RgbImage(1024, 512, b""), Mask(1024, 512, b"")
+    for tier, more in (("flux-2-klein-9b", 0), ("flux-2-klein-9b-kv", 1024 * 512)):
+        plain = work_of(request(tier=tier, references=(image,)))
+        masked = work_of(request(tier=tier, references=(image,), mask=mask))
+        assert masked.encoded_pixels == plain.encoded_pixels + more
+
+
 def test_references_that_are_kept_cost_attention_and_no_products() -> None:
     """Klein KV: each step reads their keys and values, which are computed with the encoding."""
     pixels = (1024 * 1024,) * 3
