@@ -7,7 +7,6 @@ keep its scores. Tests hold it to within 10 % of what the modules allocate on th
 from dataclasses import replace
 from typing import Any
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS
 from flux_ray.engine.api import Forward
 from flux_ray.parallel.sequence import num_padded
 
@@ -58,7 +57,7 @@ def kept_bytes(config: Any, forward: Forward) -> int:
     width = config.num_attention_heads * config.attention_head_dim
     num_layers = config.num_layers + config.num_single_layers
     whole = 2 * num_layers * forward.num_reference * width * forward.size
-    return whole // forward.parallel.num_ranks
+    return int(whole // forward.parallel.num_ranks)
 
 
 def kept_denoise_bytes(config: Any, forward: Forward) -> int:
@@ -73,26 +72,6 @@ def kept_denoise_bytes(config: Any, forward: Forward) -> int:
         alone = replace(forward, num_text=0, num_image=forward.num_reference)
         peak = max(peak, denoise_bytes(config, alone))
     return peak + kept_bytes(config, forward)
-
-
-def decode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of decoding an image; `size` is the bytes per number.
-
-    They are three maps with the channels of the last upsampling. Above 1 MP the maps are those of
-    one tile, and the image is held twice, as tiles and joined.
-    """
-    channels = (vae.decoder_block_out_channels or vae.block_out_channels)[1]
-    whole = min(pixels, MAX_WHOLE_PIXELS)
-    joined = 2 * 3 * pixels if pixels > whole else 0
-    return int((3 * channels * whole + joined) * size)
-
-
-def encode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of encoding one reference: five maps with the first layer's channels.
-
-    References are encoded one by one, so that their number does not matter.
-    """
-    return int(5 * vae.block_out_channels[0] * pixels * size)
 
 
 def prompt_bytes(

@@ -5,17 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2Transformer2DModel,
-)
-from torch import nn
+from diffusers import DiffusionPipeline
 
-from flux_ray.engine.api import Placement, TextModel
-from flux_ray.engine.loading import fetch, load_config, load_pipeline, load_transformer
-from flux_ray.parallel.lora import lora_deltas
-from flux_ray.weights.source import CONFIGS, IMAGE_PARTS, WeightSource, source_for
+from flux_ray.engine.api import TextModel
+from flux_ray.engine.loading import fetch, load_config
+from flux_ray.weights.source import CONFIGS, WeightSource, source_for
 
 
 @dataclass(frozen=True)
@@ -49,44 +43,3 @@ def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, P
     folder = fetch(source, CONFIGS)
     kind.check_index(load_config(folder, "model_index.json"), weights)
     return source, folder
-
-
-def check_class(index: dict[str, Any], pipeline: type[DiffusionPipeline], weights: str) -> None:
-    """Raise ValueError unless the checkpoint was saved from this pipeline class.
-
-    The checkpoint of another pipeline may load and then generate wrong images without any error.
-    """
-    name = index.get("_class_name")
-    if name != pipeline.__name__:
-        raise ValueError(f"weights {weights!r} are for {name}, not {pipeline.__name__}")
-
-
-def load_parts(
-    kind: CheckpointKind,
-    source: WeightSource,
-    placement: Placement,
-    change: Callable[[nn.Module], None] | None,
-) -> DiffusionPipeline:
-    """Load the checkpoint's pipeline with this rank's part of the transformer, LoRAs added.
-
-    `change` is done to the transformer before it splits its tokens over sequence ranks.
-    """
-    folder = fetch(source, IMAGE_PARTS)
-    pipeline = load_pipeline(folder, placement, kind.pipeline)
-    check_scheduler(pipeline.scheduler)
-    deltas = lora_deltas(placement.loras, kind.pipeline, placement.device)
-    transformer = load_transformer(Flux2Transformer2DModel, folder, placement, deltas, change)
-    pipeline.register_modules(transformer=transformer)
-    return pipeline
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError unless the checkpoint's scheduler makes Euler steps without added noise.
-
-    The adapter makes no other steps, and would generate wrong images without any error.
-    """
-    if (
-        not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        or scheduler.config.stochastic_sampling
-    ):
-        raise ValueError(f"the FLUX.2 adapter cannot step {type(scheduler).__name__}")

@@ -19,6 +19,7 @@ from flux_ray.engine.flux2 import activations
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS
 from flux_ray.engine.loading import first_layers, load_config
+from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.load import build_empty
 from flux_ray.weights.source import source_for, weights_of
 
@@ -108,6 +109,7 @@ class EmptyFlux2:
     vae: Any
     source: str
     keeps_keys: bool = False
+    whole_text_encoder: Any = None
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
@@ -137,11 +139,11 @@ class EmptyFlux2:
 
     def decode_bytes(self, pixels: int, size: int) -> int:
         """Return the peak bytes of decoding an image."""
-        return activations.decode_bytes(self.vae.config, pixels, size)
+        return decode_bytes(self.vae.config, pixels, size)
 
     def encode_bytes(self, pixels: int, size: int) -> int:
         """Return the peak bytes of encoding one reference."""
-        return activations.encode_bytes(self.vae.config, pixels, size)
+        return encode_bytes(self.vae.config, pixels, size)
 
     def prompt_bytes(
         self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False

@@ -12,8 +12,8 @@ from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from flux_ray.engine.api import TextModel
-from flux_ray.engine.flux2.checkpoint import CheckpointKind, check_class
-from flux_ray.engine.loading import first_layers
+from flux_ray.engine.flux2.checkpoint import CheckpointKind
+from flux_ray.engine.loading import check_class, first_layers
 
 
 def qwen3(folder: Path, num_layers: int) -> TextModel:

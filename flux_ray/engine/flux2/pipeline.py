@@ -3,8 +3,7 @@
 Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). What is different:
 
 - The caller makes each denoise step, so that the steps of several images can take turns.
-- Rotary tables are computed once per image. The transformer itself would build them from position
-  ids in fp64 in every forward, about 150 small operations for values that never change.
+- Rotary tables are computed once per image.
 """
 
 from collections.abc import Callable
@@ -17,11 +16,12 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Transformer2DModel,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS, TOKEN_SIDE, Tier
+from flux_ray.catalog import TOKEN_SIDE, Tier
 from flux_ray.engine.api import (
     Conditioning,
     ImageSpec,
@@ -31,16 +31,16 @@ from flux_ray.engine.api import (
     PromptEmbeds,
     PromptEncoder,
 )
-from flux_ray.engine.flux2.checkpoint import load_parts, open_checkpoint
+from flux_ray.engine.flow import guided, step_along, straight_end, transformer_timestep
+from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.inpainting import keep_rest, noised_image, paste_rest, token_weights
-from flux_ray.engine.loading import check_transformer
+from flux_ray.engine.loading import check_transformer, load_parts
+from flux_ray.engine.rotary import TableEmbedder
+from flux_ray.engine.vae import raster_of, tiles_above
 from flux_ray.errors import BadReference
 from flux_ray.request import Mask, RgbImage, first_step
-
-# The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
-FULL_TIMESTEP = 1000
 
 
 class Flux2:
@@ -86,7 +86,8 @@ class Flux2:
         prompts = None
         if placement.text_encoder == "colocated":
             prompts = load_encoder(kind, source, tier, placement)
-        return cls(load_parts(kind, source, placement, change), prompts, tier)
+        parts = load_parts(Flux2Transformer2DModel, source, placement, kind.pipeline, change)
+        return cls(parts, prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
         """Encode a prompt with the replica's own text encoder; all its ranks call it together."""
@@ -146,17 +147,14 @@ class Flux2:
     def large_latents(self, image: RgbImage) -> Tensor:
         """Encode an image above `max_reference_pixels`: [1, tokens, channels] in the VAE's dtype.
 
-        Above 1 MP the VAE works in tiles; whole, four megapixels would take several GiB.
+        Above 1 MP the VAE works in tiles.
         """
         vae = self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image_for(image))
-        vae.use_tiling = image.width * image.height > MAX_WHOLE_PIXELS
-        try:
+        with tiles_above(vae, image.width, image.height):
             latents, _ = self.pipeline.prepare_image_latents(
                 [pixels], batch_size=1, generator=None, device=self.device, dtype=vae.dtype
             )
-        finally:
-            vae.use_tiling = False
         packed: Tensor = latents
         return packed
 
@@ -237,14 +235,10 @@ class Flux2:
 
         When inpainting, tokens outside of the mask are then replaced by the image's own.
         """
-        velocity = self.velocity(state)
-        dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
-        # In fp32, as in diffusers' scheduler: in bf16, small differences would be rounded away.
-        latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
-        if state.conditioning.edit is not None:
-            latents = keep_rest(state, latents)
-        kept = velocity if state.canvas.has_previews else None
-        return replace(state, latents=latents, step=state.step + 1, velocity=kept)
+        after = step_along(state, self.velocity(state))
+        if state.conditioning.edit is None:
+            return after
+        return replace(after, latents=keep_rest(state, after.latents))
 
     def velocity(self, state: ImageState) -> Tensor:
         """Return the velocity for the image's tokens, [1, tokens, channels].
@@ -257,7 +251,7 @@ class Flux2:
         if given.negative is None:
             return velocity
         negative = self.predict(state, given.negative, fixed["negative_text_rotary"])
-        return negative + state.canvas.true_cfg_scale * (velocity - negative)
+        return guided(velocity, negative, state.canvas.true_cfg_scale)
 
     def predict(self, state: ImageState, prompt: PromptEmbeds, text_rotary: Tensor) -> Tensor:
         """Return the transformer's prediction for the image's tokens, [1, tokens, channels].
@@ -268,10 +262,9 @@ class Flux2:
         references = state.conditioning.references
         if "latents" in references:
             latents = torch.cat([latents, references["latents"]], dim=1)
-        timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
         tokens: Tensor = self.pipeline.transformer(
             hidden_states=latents.to(embeds.dtype),
-            timestep=timestep / FULL_TIMESTEP,
+            timestep=transformer_timestep(state),
             # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed["guidance"],
             encoder_hidden_states=embeds,
@@ -283,13 +276,8 @@ class Flux2:
 
     @torch.inference_mode()
     def preview(self, state: ImageState) -> RgbImage:
-        """Return an estimate of the finished image, by going on with the last step's velocity.
-
-        The paths of a flow are nearly straight, so a single long step comes close to the end.
-        """
-        assert state.velocity is not None, "a preview that the canvas does not speak of"
-        latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
-        return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
+        """Return an estimate of the finished image, by going on with the last step's velocity."""
+        return self.decode(straight_end(state))
 
     @torch.inference_mode()
     def decode(self, state: ImageState) -> RgbImage:
@@ -304,12 +292,8 @@ class Flux2:
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
         latents = pipeline._unpatchify_latents(latents)
-        # Never leave tiling on: the VAE also encodes references, and tiles change their latents.
-        vae.use_tiling = state.canvas.width * state.canvas.height > MAX_WHOLE_PIXELS
-        try:
+        with tiles_above(vae, state.canvas.width, state.canvas.height):
             pixels = vae.decode(latents, return_dict=False)[0]
-        finally:
-            vae.use_tiling = False
         raster = raster_of(pipeline.image_processor.postprocess(pixels, output_type="pt")[0])
         edit = state.conditioning.edit
         return raster if edit is None else raster_for(paste_rest(edit, image_for(raster)))
@@ -326,44 +310,3 @@ def unpack_latents(state: ImageState) -> Tensor:
         state.latents, state.fixed["latent_ids"], rows, columns
     )
     return unpacked
-
-
-def raster_of(pixels: Tensor) -> RgbImage:
-    """Return pixels [3, height, width], floats from 0 to 1, as an image of 8 bits a channel.
-
-    The result is what diffusers computes on the CPU, bit for bit: in fp32, halves rounded to even.
-    Doing it on the device copies a quarter of the bytes and leaves the CPU nothing to compute.
-    """
-    eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
-    height, width, _ = eight_bit.shape
-    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
-
-
-class TableEmbedder(nn.Module):
-    """A replacement for a transformer's `pos_embed`: it takes position ids, or a finished table.
-
-    Ids are integers and tables are floats, which tells them apart. It takes ids so that the
-    diffusers pipeline that owns the transformer still works when it is called by itself.
-    """
-
-    def __init__(self, embedder: nn.Module) -> None:
-        super().__init__()
-        self.embedder = embedder
-
-    def table(self, ids: Tensor) -> Tensor:
-        """Return the cosines and sines for ids [1, tokens, 4] as fp32 [1, tokens, 2 x head_dim].
-
-        Tokens are along the same dimension as in the ids, where sequence parallel cuts them.
-        """
-        return torch.cat(self.embedder(ids[0]), dim=-1).unsqueeze(0)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each fp32 [tokens, head_dim], for ids or a table of `table`.
-
-        `ids` is [tokens, 4] or [tokens, 2 x head_dim]: the transformer drops the batch first.
-        """
-        if not ids.is_floating_point():
-            cosines, sines = self.embedder(ids)
-            return cosines, sines
-        cosines, sines = ids.chunk(2, dim=-1)
-        return cosines, sines

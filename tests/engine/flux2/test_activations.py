@@ -10,9 +10,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from flux_ray.config.tier import Parallel
 from flux_ray.engine.api import Forward
 from flux_ray.engine.flux2.activations import (
-    decode_bytes,
     denoise_bytes,
-    encode_bytes,
     kept_bytes,
     kept_denoise_bytes,
     prompt_bytes,
@@ -24,6 +22,7 @@ from flux_ray.engine.flux2.empty_model import (
     qwen3_4b,
 )
 from flux_ray.engine.flux2.klein_kv import ReferenceKeys
+from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import build_empty, finish_linears, place
 from flux_ray.parallel.mesh import Axis

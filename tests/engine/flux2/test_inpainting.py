@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
+from flux_ray.engine import vae
 from flux_ray.engine.api import Forward, ImageSpec, Placement
 from flux_ray.engine.encoding_cache import CachedEncoder
-from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.activations import denoise_bytes
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.images import image_for, raster_for
@@ -316,7 +316,7 @@ def test_an_edit_of_the_generated_size_knows_its_image(klein_adapter: Flux2) -> 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Tier:
     """64 x 64 pixels stand for a megapixel: for references, and for what is coded whole."""
-    monkeypatch.setattr(flux2, "MAX_WHOLE_PIXELS", 64 * 64)
+    monkeypatch.setattr(vae, "MAX_WHOLE_PIXELS", 64 * 64)
     return replace(tier_for("flux-2-dev"), max_reference_pixels=64 * 64)
 
 
