@@ -117,10 +117,6 @@ class EmptyFlux2:
         config = self.transformer.config
         return shape is not None and all(config[name] == value for name, value in shape.items())
 
-    @property
-    def whole_text_encoder(self) -> None:
-        """FLUX.2 has one text encoder, which is split."""
-
     def num_tokens(self, pixels: int) -> int:
         """Return the image tokens of so many pixels, by the VAE's own factor and patches."""
         vae = self.vae.config
