@@ -7,7 +7,6 @@ OpenAI's, such as seeds and warnings, come after OpenAI's own.
 
 import base64
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -164,13 +163,8 @@ def usage_for(request: ImageRequest) -> TokenUsage:
 
 
 def reference_tokens(width: int, height: int, tier: Tier) -> int:
-    """Return the tokens of a reference of that size in pixels, as the model encodes it.
-
-    A reference above the tier's `max_reference_pixels` is scaled down to it, each side rounded
-    down.
-    """
-    scale = min(1.0, math.sqrt(tier.max_reference_pixels / (width * height)))
-    return num_patches(int(width * scale), int(height * scale), tier)
+    """Return the tokens that a reference of that size in pixels adds, as the model encodes it."""
+    return tier.pixels_added_by(width, height) // tier.size_multiple**2
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:
