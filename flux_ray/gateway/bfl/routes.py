@@ -182,7 +182,7 @@ class Bfl:
         prepared = await self.submitter.take(
             http,
             target,
-            lambda tier: job_request_for(sent, name, tier, self.limits, images),
+            lambda tier: job_request_for(sent, name, tier, self.limits, images, target.served),
         )
         request = await self.jobs.choose(prepared)
         read = sum(each.width * each.height for each in images.references) / 1e6

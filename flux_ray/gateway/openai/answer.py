@@ -308,7 +308,10 @@ class EventWriter:
             id=request.request_id,
             model=request.tier,
             seed=image.seed,
-            warnings=[*warnings_of(self._fields, generated), *self._prepared.notes_on(generated)],
+            warnings=[
+                *warnings_of(self._fields, request, generated),
+                *self._prepared.notes_on(generated),
+            ],
             times=self._times_of(generated) if isinstance(generated, ImageResult) else None,
         )
 
