@@ -23,13 +23,18 @@ from flux_ray.config import (
     Lora,
     Parallel,
     TierArgs,
+    TierUpsampling,
     Uploads,
+    Upsampling,
     Webhooks,
 )
 
 DOCS = Path(__file__).parent
 ARGS = {
-    "The gateway": (GatewayArgs, Alias, KeyClass, Limits, Uploads, Fetching, Webhooks, JobArgs),
+    "The gateway": (
+        *(GatewayArgs, Alias, KeyClass, Limits, Uploads, Fetching, Webhooks, JobArgs),
+        *(Upsampling, TierUpsampling),
+    ),
     "A tier": (TierArgs, Parallel, Autoscaling, Lora),
 }
 # What begins the description of one or more keys in a docstring.

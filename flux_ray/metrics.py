@@ -89,6 +89,17 @@ REFUSED = Metric(
     labels=("tier", "reason"),
 )
 RETRIES = Metric("flux_retries", "Requests that were sent to a second replica: the first failed.")
+UPSAMPLED = Metric(
+    "flux_upsampled_prompts",
+    "Prompts that were to be upsampled, by what became of them: done, cached; used as they were "
+    "sent as the LLM was late, busy or failed, or was skipped after failures in a row.",
+    labels=("tier", "key_class", "outcome"),
+)
+UPSAMPLING_SECONDS = Metric(
+    "flux_upsampling_seconds",
+    "Seconds that a request waited for its prompt to be upsampled, whatever came of it.",
+    buckets=SECONDS,
+)
 LIMITED = Metric(
     "flux_limited",
     "Requests that were more than their key may have, by the limit: max_concurrent, "

@@ -136,7 +136,14 @@ class FakeTurns:
 
     async def places(self, retry: Retry) -> tuple[Place, ...]:
         return tuple(
-            Place(offer.ticket_id, offer.tier, f"replica {number}", each.fingerprint, offer.seed)
+            Place(
+                offer.ticket_id,
+                offer.tier,
+                f"replica {number}",
+                each.fingerprint,
+                offer.seed,
+                each.prompt,
+            )
             for number, offer in enumerate(self.submissions, 1)
             if (each := offer.retry) is not None and each.name == retry.name
             if each.is_lasting or offer.ticket_id not in self.done
@@ -185,6 +192,7 @@ class FakeBill:
         self.refusals: list[tuple[str, str]] = []
         self.retries: list[str] = []
         self.promises: list[tuple[str, str, bool]] = []
+        self.upsampled: list[tuple[str, str, str]] = []
 
     def wait(self, tier: str, seconds: float) -> None:
         self.spent.append(("waited", seconds))
@@ -204,6 +212,9 @@ class FakeBill:
 
     def retry(self, tier: str) -> None:
         self.retries.append(tier)
+
+    def upsample(self, tier: str, key_class: str, outcome: str, seconds: float) -> None:
+        self.upsampled.append((tier, key_class, outcome))
 
     def settle(self, tier: str, key_class: str, *, is_kept: bool) -> None:
         self.promises.append((tier, key_class, is_kept))

@@ -108,6 +108,18 @@ def test_requests_are_counted_by_what_became_of_them(sums: Counter[str]) -> None
     }
 
 
+def test_prompts_are_counted_by_what_became_of_them(sums: Counter[str]) -> None:
+    bill = RouterMetrics()
+    for outcome in ("done", "cached", "done", "skipped", "late"):
+        bill.upsample("tiny", "gold", outcome, 0.0)
+    assert sums == {
+        "flux_upsampled_prompts tiny gold done": 2,
+        "flux_upsampled_prompts tiny gold cached": 1,
+        "flux_upsampled_prompts tiny gold skipped": 1,
+        "flux_upsampled_prompts tiny gold late": 1,
+    }
+
+
 def test_a_replica_shows_what_it_is_and_counts_what_it_was_given(sums: Counter[str]) -> None:
     meter = ReplicaMetrics("tiny")
     meter.show(12.5, "fp8", "h100-80gb")

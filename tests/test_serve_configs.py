@@ -24,7 +24,7 @@ PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
 def applications_in(text: str) -> dict[str, tuple[str, Args]]:
-    """By name: the import path and the typed args."""
+    """Return import path and typed args by name, without applications that are not ours."""
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
     return {
         application.name: (
@@ -32,6 +32,7 @@ def applications_in(text: str) -> dict[str, tuple[str, Args]]:
             BUILDERS[application.import_path].model_validate(application.args),
         )
         for application in schema.applications
+        if application.import_path in BUILDERS
     }
 
 

@@ -292,6 +292,15 @@ WRONG = (
         ),
     ),
     Panel(
+        "Prompts to upsample",
+        37,
+        "A second, by what became of them; late, busy, failed, skipped: used as they were sent.",
+        (
+            (per_second("flux_upsampled_prompts", "outcome"), "{{outcome}}"),
+            (quantile(0.95, "flux_upsampling_seconds"), "{{tier}} seconds, p95"),
+        ),
+    ),
+    Panel(
         "Memory of gateways",
         29,
         "Share of what a gateway may hold; at 1 requests are refused.",

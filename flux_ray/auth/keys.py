@@ -57,6 +57,7 @@ class KeyClass(Kept):
     `weight`: a caller's share of a tier that is short of replicas.
     `licenses`: those of the tiers that the callers may use; all, if it is left out.
     `tiers`: the tiers that the callers may use; all, if it is left out.
+    `upsampling`: whether prompts of the callers may be upsampled, where the gateway does that.
     `max_concurrent`: requests of one caller at once, over all gateways.
     `requests_per_minute`: requests of one caller in any 60 seconds, over all gateways.
     `gpu_seconds_per_day`: GPU seconds of one caller in a day of UTC, over all gateways.
@@ -67,6 +68,7 @@ class KeyClass(Kept):
     weight: float = Field(1.0, gt=0)
     licenses: tuple[str, ...] | None = Field(None, min_length=1)
     tiers: tuple[str, ...] | None = Field(None, min_length=1)
+    upsampling: bool = True
     max_concurrent: int | None = Field(None, ge=1)
     requests_per_minute: int | None = Field(None, ge=1)
     gpu_seconds_per_day: float | None = Field(None, gt=0)

@@ -163,6 +163,27 @@ def judge_compiler(compiler: str | None, needs_gpu: bool) -> Diagnosis:
     return Diagnosis(what, "warning", said)
 
 
+Heard = Literal["no answer", "refused", "no list", "other models", "has it", "no key file"]
+
+
+def judge_upsampler(url: str, model: str, heard: Heard) -> Diagnosis:
+    """Judge the LLM that upsamples prompts; without it they are used as they were sent."""
+    said: dict[Heard, tuple[State, str]] = {
+        "has it": ("ok", f"answers, and has {model}"),
+        "no list": ("ok", f"answers, but does not list its models: whether it has {model} is open"),
+        "other models": ("problem", f"answers, but has no model {model}; correct the name"),
+        "refused": ("problem", "refuses the key; correct what is in upsampling.api_key_file"),
+        "no key file": ("problem", "upsampling.api_key_file cannot be read; put it on every node"),
+        "no answer": (
+            "warning",
+            "does not answer, so that prompts will be used as sent; start it, or correct the URL"
+            " (one that this file deploys answers when it is up)",
+        ),
+    }
+    state, words = said[heard]
+    return Diagnosis("upsampler", state, f"{url} {words}")
+
+
 def judge_disk(free_bytes: int, missing_bytes: int, place: str) -> Diagnosis:
     """Judge whether weights that are not there yet have room on the disk."""
     what, free = "disk", f"{free_bytes / GB:.0f} GB free at {place}"

@@ -119,7 +119,7 @@ def examine_gpus(tiers: list[TierArgs]) -> Iterator[Diagnosis]:
 
 
 def examine_machine(config: dict[str, Any], applications: list[NamedArgs]) -> Iterator[Diagnosis]:
-    """Yield what can be said of ports, limits, authentication, tracing and the job database."""
+    """Yield what can be said of ports, limits, tracing, the job database and the upsampler."""
     options = config.get("http_options") or {}
     port, host = int(options.get("port", DEFAULT_PORT)), str(options.get("host", DEFAULT_HOST))
     is_taken = probes.is_port_taken(host, port)
@@ -134,6 +134,20 @@ def examine_machine(config: dict[str, Any], applications: list[NamedArgs]) -> It
     path = job_file(gateways)
     sessions = [] if path is None else probes.sessions_with(path)
     yield diagnosis.judge_job_file(None if path is None else str(path), sessions)
+    yield from examine_upsamplers(gateways)
+
+
+def examine_upsamplers(gateways: list[GatewayArgs]) -> Iterator[Diagnosis]:
+    """Yield what can be said of each LLM that upsamples prompts, and of each of its models."""
+    for args in gateways:
+        upsampling = args.upsampling
+        if upsampling is None:
+            continue
+        of_tiers = filter(None, map(upsampling.of_tier, args.tiers))
+        for model in dict.fromkeys(each.model for each in of_tiers):
+            assert model is not None
+            heard = probes.ask_upsampler(upsampling, model)
+            yield diagnosis.judge_upsampler(upsampling.url, model, heard)
 
 
 def job_file(gateways: list[GatewayArgs]) -> Path | None:

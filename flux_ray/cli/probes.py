@@ -20,8 +20,8 @@ from typing import Any
 import httpx
 
 from flux_ray.catalog import WORKLOADS
-from flux_ray.cli.diagnosis import Found
-from flux_ray.config import ALL_ADDRESSES, WEIGHT_FILES
+from flux_ray.cli.diagnosis import Found, Heard
+from flux_ray.config import ALL_ADDRESSES, WEIGHT_FILES, Upsampling
 from flux_ray.weights.source import HUB_ID
 
 HUB = "https://huggingface.co"
@@ -100,6 +100,33 @@ def answers_as_serve(port: int) -> bool:
             return client.get(f"http://127.0.0.1:{port}/-/healthz").status_code in (200, 503)
     except httpx.HTTPError:
         return False
+
+
+def ask_upsampler(
+    upsampling: Upsampling, model: str, transport: httpx.BaseTransport | None = None
+) -> Heard:
+    """Return what an LLM's server says of itself, and whether it has that model."""
+    headers = {}
+    if upsampling.api_key_file is not None:
+        try:
+            key = upsampling.api_key_file.read_text().strip()
+            headers["authorization"] = f"Bearer {key}"
+        except (OSError, UnicodeDecodeError):
+            return "no key file"
+    try:
+        with httpx.Client(timeout=5.0, trust_env=False, transport=transport) as client:
+            answer = client.get(f"{upsampling.url.rstrip('/')}/models", headers=headers)
+    except (httpx.HTTPError, UnicodeEncodeError):
+        return "no answer"
+    if answer.status_code in (401, 403):
+        return "refused"
+    if answer.status_code >= 500:
+        return "no answer"
+    try:
+        names = {each["id"] for each in answer.json()["data"]}
+    except (ValueError, KeyError, TypeError):
+        return "no list"
+    return "has it" if model in names else "other models"
 
 
 def shared_memory_bytes() -> int | None:

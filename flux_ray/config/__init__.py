@@ -47,6 +47,7 @@ from flux_ray.config.tier import (
     tracing_ratio,
     use_gpu,
 )
+from flux_ray.config.upsampling import TierUpsampling, Upsampling
 
 __all__ = [
     "ALL_ADDRESSES",
@@ -72,7 +73,9 @@ __all__ = [
     "Parallel",
     "Quantization",
     "TierArgs",
+    "TierUpsampling",
     "Uploads",
+    "Upsampling",
     "Webhooks",
     "applications_of",
     "check_addresses",

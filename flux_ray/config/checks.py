@@ -96,11 +96,13 @@ def read_args(
     """Return the typed application, or None and why its args would be refused.
 
     `allow_others`: let applications that are not flux-ray's pass, with args that nobody checks.
+    Ray's own pass anyway, such as an LLM of `ray.serve.llm`.
     """
     name, import_path = str(application.get("name")), str(application.get("import_path"))
     route = application.get("route_prefix", "/")
     if import_path not in BUILDERS:
-        if allow_others and not import_path.startswith("flux_ray."):
+        is_known = import_path.startswith("ray.serve.")
+        if is_known or (allow_others and not import_path.startswith("flux_ray.")):
             return NamedArgs(name, route, None), []
         known = ", ".join(BUILDERS)
         text = f"application {name}: import_path {import_path} is none of {known}"
@@ -282,6 +284,11 @@ def check_paths(applications: Sequence[NamedArgs], is_here: bool) -> Iterator[Fi
         keys_file = gateway.args.keys_file
         if keys_file is not None and not keys_file.is_file():
             yield absent(f"application {gateway.name}: args.keys_file: {keys_file}", is_here)
+        upsampling = gateway.args.upsampling
+        secret = None if upsampling is None else upsampling.api_key_file
+        if secret is not None and not secret.is_file():
+            key = f"application {gateway.name}: args.upsampling.api_key_file: {secret}"
+            yield absent(key, is_here)
 
 
 def missing_weights(name: str, folder: Path, is_here: bool) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from flux_ray.auth import KeyClass
 from flux_ray.catalog import TIERS, speed_for, tier_for
 from flux_ray.config.tier import Args, Seconds
+from flux_ray.config.upsampling import Upsampling
 
 
 class JobArgs(Args):
@@ -224,6 +225,8 @@ class GatewayArgs(Args):
     `uploads`: how fast bodies have to come in, and how many at once.
     `fetch`: which URLs the gateway reads images from.
     `webhooks`: which URLs it posts the ends of jobs to.
+    `upsampling`: the LLM that makes prompts more detailed, for requests that ask for it; none, if
+    it is left out.
     """
 
     tiers: tuple[str, ...] = Field(min_length=1)
@@ -247,6 +250,7 @@ class GatewayArgs(Args):
     uploads: Uploads = Uploads()
     fetch: Fetching = Fetching()
     webhooks: Webhooks = Webhooks()
+    upsampling: Upsampling | None = None
 
     @property
     def num_spare_places(self) -> int:
@@ -279,12 +283,14 @@ class GatewayArgs(Args):
 
     @model_validator(mode="after")
     def check_tiers(self) -> "GatewayArgs":
-        """Raise unless all tiers and the GPU are known, and deadlines are of served tiers."""
+        """Raise unless all tiers and the GPU are known, and settings are of served tiers."""
         for name in self.tiers:
             tier_for(name)
         speed_for(self.card)
         for name in self.deadlines.keys() - set(self.tiers):
             raise ValueError(f"deadlines.{name}: {name} is not among tiers")
+        if self.upsampling is not None:
+            self.upsampling.check(self.tiers, self.request_timeout_s)
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ from flux_ray.gateway.models import Models
 from flux_ray.gateway.openai.routes import OpenAIImages
 from flux_ray.gateway.playground.pages import PageRoutes
 from flux_ray.gateway.results import KeptImages, OwnResultsFirst, ResultRoutes
+from flux_ray.gateway.upsampling.rewriting import PromptRewriter
 from flux_ray.jobs.service import JobService
 from flux_ray.router.router import Router
 
@@ -182,22 +183,22 @@ def add_routes(
 ) -> None:
     """Add the routes of all dialects, guarded by `guards`, and the routes that need no key."""
     kept = None
+    rewriter = PromptRewriter(router, args)
     of_jobs: list[Dialect] = []
     # The error handlers read these to tell which dialect a path belongs to.
-    api.state.names = names_of(args)
-    api.state.public_url = args.public_url
+    api.state.names, api.state.public_url = names_of(args), args.public_url
     api.state.bfl_paths = frozenset()
     if job_service is not None and args.public_url is not None:
         fetcher = OwnResultsFirst(fetcher, job_service, args.public_url)
         kept = KeptImages(job_service, args.public_url)
         # No guards: whoever has a signed URL may read the image.
         api.include_router(ResultRoutes(job_service, args.public_url).routes())
-        bfl = Bfl(router, args, job_service, args.public_url, fetcher)
+        bfl = Bfl(router, args, job_service, args.public_url, fetcher, rewriter)
         of_jobs.append(bfl)
         api.state.bfl_paths = bfl.paths
     dialects: list[Dialect] = [
-        OpenAIImages(router, args, fetcher, kept),
-        HuggingFace(router, args, fetcher),
+        OpenAIImages(router, args, fetcher, kept, rewriter),
+        HuggingFace(router, args, fetcher, rewriter),
         Models(args, router.is_deployed),
         *of_jobs,
     ]

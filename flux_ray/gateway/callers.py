@@ -182,11 +182,17 @@ def idempotency_key_of(http: Request) -> str | None:
 
 
 async def retry_of(
-    http: Request, model: str, request: ImageRequest, seed: int | None
+    http: Request,
+    model: str,
+    request: ImageRequest,
+    seed: int | None,
+    *,
+    is_upsampled: bool = False,
 ) -> Retry | None:
     """Return the name by which a repeat of this request is recognised, or None if it has none.
 
-    `seed` is the one that the client sent. An idempotency key counts for good. An `x-request-id`
+    `seed` is the one that the client sent, and so is the request's prompt: `is_upsampled` says
+    whether it will get another. An idempotency key counts for good. An `x-request-id`
     counts only until the request is answered, and together with all that it asks: clients that
     number requests for their logs may use one number for several requests.
     """
@@ -198,6 +204,8 @@ async def retry_of(
         return None
     # Hashing large images takes a while.
     fingerprint = await asyncio.to_thread(fingerprint_of, model, request, seed)
+    if is_upsampled:
+        fingerprint = digest_of(fingerprint, "upsampled")
     if key is not None:
         return Retry(digest_of(name_of(http), IDEMPOTENCY_KEY, key), fingerprint)
     name = digest_of(name_of(http), HEADER, str(number), fingerprint)

@@ -4,6 +4,7 @@ Its fields become those of OpenAI's routes, so that the same checks hold for bot
 """
 
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -42,6 +43,7 @@ from flux_ray.gateway.openai.references import (
 )
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.submit import PreparedRequest, Submitter
+from flux_ray.gateway.upsampling.rewriting import PromptRewriter, Rewriting
 from flux_ray.request import ImageFormat
 from flux_ray.router.router import Router
 
@@ -59,6 +61,9 @@ NOT_HERE = {"model", "response_format", "stream"}
 OPTIONS = "options"
 # Proxies and clients refuse longer headers.
 MAX_HEADER_CHARS = 4096
+REVISED_PROMPT = "x-flux-revised-prompt"
+# What stays as it is in that header: visible ASCII and spaces, but for the sign of the encoding.
+PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class TargetSize(BaseModel):
@@ -99,8 +104,14 @@ class Inputs(BaseModel):
 class HuggingFace:
     """The one route; `InferenceClient(model=f"{gateway}/models/tiny")` talks to it."""
 
-    def __init__(self, router: Router, args: GatewayArgs, fetcher: Fetcher) -> None:
-        self.submitter = Submitter(router, args)
+    def __init__(
+        self,
+        router: Router,
+        args: GatewayArgs,
+        fetcher: Fetcher,
+        rewriter: PromptRewriter | None = None,
+    ) -> None:
+        self.submitter = Submitter(router, args, rewriter)
         self.limits = args.limits
         self.fetcher = fetcher
 
@@ -127,6 +138,9 @@ class HuggingFace:
         warnings = [*warnings_of(fields, generated, result), *prepared.notes_on(result)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(generated.seed)}
         headers |= self.submitter.limit_headers(prepared)
+        headers |= headers_of(prepared.rewriting, result.tier)
+        if prepared.rewriting.prompt_on(result.tier) and REVISED_PROMPT not in headers:
+            warnings.append("the upsampled prompt is too long for a header")
         if warnings:
             # Field names that the client made up may be among them, and a header must be ASCII.
             text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
@@ -149,7 +163,9 @@ class HuggingFace:
         )
         # The images are decoded and counted by themselves from here on.
         forget_body(request)
-        return fields, await self.submitter.named(request, prepared, fields.seed)
+        return fields, await self.submitter.complete(
+            request, prepared, fields.seed, fields.upsampling
+        )
 
     async def images_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
         """Return the decoded images: the one to edit, its mask, and a control image, if sent."""
@@ -163,6 +179,22 @@ class HuggingFace:
             self.fetcher,
             decode_painted_mask,
         )
+
+
+def headers_of(rewriting: Rewriting, tier: str) -> dict[str, str]:
+    """Return the headers of a prompt that was to be upsampled: its seconds, and its new words.
+
+    A header must be ASCII, so other characters and `%` are percent-encoded as in URLs, and read
+    back by any decoder of those. Words that are longer than a header may be are left out: half of
+    them would not generate the image again.
+    """
+    headers = {}
+    if rewriting.seconds is not None:
+        headers["server-timing"] = f"upsample;dur={1000 * rewriting.seconds:.1f}"
+    if (prompt := rewriting.prompt_on(tier)) is not None:
+        written = quote(prompt, safe=PLAIN)
+        headers |= {REVISED_PROMPT: written} if len(written) <= MAX_HEADER_CHARS else {}
+    return headers
 
 
 def body_schema() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from flux_ray.gateway.callers import allowance_of, class_name_of, name_of
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.gateway.model_names import UNLIMITED
 from flux_ray.gateway.submit import PreparedRequest
+from flux_ray.gateway.upsampling.rewriting import Rewriting
 from flux_ray.jobs.images import is_job_id
 from flux_ray.jobs.job import Idempotency, Job, JobSubmission, ListPlace, State, Webhook
 from flux_ray.jobs.service import JobService
@@ -73,6 +74,17 @@ def num_pixel_bytes(request: ImageRequest) -> int:
 
 # The field of a job's memo with the class of the key under which it was accepted.
 KEY_CLASS = "key_class"
+
+# Those with the seconds that upsampling its prompt took, if that was tried, and its price.
+UPSAMPLING_S, UPSAMPLING_GPU_S = "upsampling_s", "upsampling_gpu_s"
+
+
+def memo_of(rewriting: Rewriting) -> dict[str, Any]:
+    """Return what a job's memo keeps of the upsampling of its prompt, which its row has already."""
+    if rewriting.seconds is None:
+        return {}
+    return {UPSAMPLING_S: round(rewriting.seconds, 4), UPSAMPLING_GPU_S: rewriting.gpu_s}
+
 
 # A job may wait this share of its time for a replica; the rest is for generating. A job that gets
 # no replica in time stays queued, but one whose time ends while it is generated has lost its work.
@@ -142,6 +154,7 @@ class JobGenerator:
             deadline_s=self.args.request_timeout_s * QUEUE_SHARE,
             allowance=allowance,
             key_class=name,
+            spent_gpu_s=job.memo.get(UPSAMPLING_GPU_S, 0.0),
             is_job=True,
         )
 

@@ -24,6 +24,7 @@ SHOWN_HEADERS = (
     "retry-after",
     "server-timing",
     "x-flux-model",
+    "x-flux-revised-prompt",
     "x-flux-seed",
     "x-flux-warnings",
     "x-ratelimit-limit",

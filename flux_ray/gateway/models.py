@@ -19,6 +19,8 @@ class Model(BaseModel):
     `scales_sizes`: sizes outside the sides given here are generated at the default area and scaled.
     `takes_guidance`: whether the caller's guidance has an effect, else `default_guidance` is fixed.
     `max_images`, `max_prompt_chars`: this gateway's own limits of a request.
+    `prompt_upsampling`: whether an LLM makes prompts more detailed: `never`, `asked` (for requests
+    that ask for it) or `default` (for all that do not refuse it). A key may have no part in it.
     `is_default`: this model serves requests that name none.
     `deployed`: whether one of its tiers is deployed; until then its requests are answered 503.
     """
@@ -43,6 +45,7 @@ class Model(BaseModel):
     max_pixels: int
     size_multiple: int
     scales_sizes: bool
+    prompt_upsampling: Literal["never", "asked", "default"]
     is_default: bool
     deployed: bool
 
@@ -104,6 +107,14 @@ class Models:
             max_pixels=tier.max_pixels,
             size_multiple=tier.size_multiple,
             scales_sizes=tier.scales_sizes,
+            prompt_upsampling=self._upsampling_of(tier.name),
             is_default=target.name == self._default,
             deployed=any(self.is_deployed(each.name) for each in target.tiers),
         )
+
+    def _upsampling_of(self, tier: str) -> Literal["never", "asked", "default"]:
+        upsampling = self.args.upsampling
+        settings = None if upsampling is None else upsampling.of_tier(tier)
+        if settings is None:
+            return "never"
+        return "default" if settings.by_default else "asked"

@@ -5,7 +5,7 @@ earlier run if the client repeats it, and then generates or streams the images.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +19,12 @@ from flux_ray.gateway.errors import limit_headers
 from flux_ray.gateway.fields.sizes import size_notes
 from flux_ray.gateway.images.masks import fitted
 from flux_ray.gateway.model_names import ResolvedModel, requests_for, target_for
+from flux_ray.gateway.upsampling.rewriting import (
+    NOT_REWRITTEN,
+    PromptRewriter,
+    Rewriting,
+    UpsamplingWish,
+)
 from flux_ray.request import (
     EventStream,
     Finished,
@@ -41,6 +47,7 @@ class PreparedRequest(NamedTuple):
 
     `notes` tell the caller which parts of its images could not be used. `places`: the replicas
     that generate its images already, or did, if the client sent the same request before.
+    `rewriting`: what became of its prompt.
     """
 
     target: ResolvedModel
@@ -48,6 +55,7 @@ class PreparedRequest(NamedTuple):
     caller: Caller
     notes: tuple[str, ...] = ()
     places: tuple[Place, ...] = ()
+    rewriting: Rewriting = NOT_REWRITTEN
 
     def request_of(self, generated: ImageResult | Preview | Finished) -> ImageRequest:
         """Return the form of the request for the tier that generated these images."""
@@ -58,15 +66,22 @@ class PreparedRequest(NamedTuple):
 
         Those about fields that have no effect are the dialect's to add.
         """
-        return [*size_notes(self.request_of(generated)), *self.notes]
+        notes = size_notes(self.request_of(generated))
+        return [*notes, *self.rewriting.notes_on(generated.tier), *self.notes]
 
 
 class Submitter:
-    """The way from the dialects to the router; a gateway has one, used from its event loop."""
+    """The way from the dialects to the router, used from the gateway's event loop.
 
-    def __init__(self, router: Router, args: GatewayArgs) -> None:
+    `rewriter`: upsamples prompts; all dialects of a gateway share one.
+    """
+
+    def __init__(
+        self, router: Router, args: GatewayArgs, rewriter: PromptRewriter | None = None
+    ) -> None:
         self.router = router
         self.args = args
+        self._rewriter = rewriter or PromptRewriter(router, args)
         self._callers = Callers(args)
 
     def target_of(self, http: Request, model: str | None) -> ResolvedModel:
@@ -108,15 +123,55 @@ class Submitter:
         )
         return prepared
 
-    async def named(
+    async def complete(
+        self, http: Request, prepared: PreparedRequest, seed: int | None, wish: UpsamplingWish
+    ) -> PreparedRequest:
+        """Return `prepared` with its seed and words: new ones, or those of when it was sent before.
+
+        `seed` is the one that the client sent, or None; `wish`, whether it wants its prompt
+        upsampled. Raise KeyReused if the idempotency key came before with another request.
+        """
+        plan = self.plan_upsampling(http, prepared.requests, wish)
+        prepared = prepared._replace(rewriting=plan)
+        named = await self._named(http, prepared, seed)
+        if not plan.tiers or named.places:
+            return named
+        requests, caller = prepared.requests, prepared.caller
+        rewriting = await self._rewriter.run(plan, requests, caller)
+        if named.caller.retry is not None:
+            # The client may have sent it again meanwhile, and its other run may have its turn.
+            named = await self._named(http, prepared, seed)
+            if named.places:
+                return named
+        return named._replace(
+            requests=[rewriting.rewritten(each) for each in named.requests],
+            caller=rewriting.charged(named.caller),
+            rewriting=rewriting,
+        )
+
+    def plan_upsampling(
+        self, http: Request, requests: Sequence[ImageRequest], wish: UpsamplingWish
+    ) -> Rewriting:
+        """Return for which tiers the caller's prompt is to be upsampled."""
+        is_allowed = self._callers.class_of(http).upsampling
+        tiers = [request.tier for request in requests]
+        return self._rewriter.plan(tiers, wish, is_allowed=is_allowed)
+
+    async def upsample(
+        self, http: Request, request: ImageRequest, caller: Caller, wish: UpsamplingWish
+    ) -> Rewriting:
+        """Upsample the prompt of a request whose tier is chosen, if that is wanted."""
+        plan = self.plan_upsampling(http, [request], wish)
+        return await self._rewriter.run(plan, [request], caller)
+
+    async def _named(
         self, http: Request, prepared: PreparedRequest, seed: int | None
     ) -> PreparedRequest:
-        """Return `prepared` with its earlier places and seed, if the client sent it before.
-
-        `seed` is the one that the client sent, or None. Raise KeyReused if the idempotency key
-        came before with another request.
-        """
-        retry = await retry_of(http, prepared.target.name, prepared.requests[0], seed)
+        """Return `prepared` with its earlier places, seed and words, if it was sent before."""
+        plan = prepared.rewriting
+        retry = await retry_of(
+            http, prepared.target.name, prepared.requests[0], seed, is_upsampled=bool(plan.tiers)
+        )
         if retry is None:
             return prepared
         caller = replace(prepared.caller, retry=retry)
@@ -134,7 +189,17 @@ class Submitter:
         requests = prepared.requests
         if seed is not None:
             requests = [replace(each, seed=seed) for each in requests]
-        return prepared._replace(requests=requests, caller=caller, places=places)
+        prepared = prepared._replace(requests=requests, caller=caller, places=places)
+        return prepared if not places else self._recalled(prepared, places[0].prompt)
+
+    def _recalled(self, prepared: PreparedRequest, prompt: str) -> PreparedRequest:
+        """Return a request that was sent before with the words that it had then."""
+        rewriting = self._rewriter.recall(prepared.rewriting, prompt)
+        return prepared._replace(
+            requests=[rewriting.rewritten(each) for each in prepared.requests],
+            caller=rewriting.charged(prepared.caller),
+            rewriting=rewriting,
+        )
 
     async def generate(self, prepared: PreparedRequest) -> ImageResult:
         """Return the images: those of an earlier run of this request if a replica has them still.

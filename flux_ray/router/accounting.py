@@ -36,6 +36,9 @@ class RequestMetrics(Protocol):
     def retry(self, tier: str) -> None:
         """Count a request that is sent to a second replica, because the first one failed."""
 
+    def upsample(self, tier: str, key_class: str, outcome: str, seconds: float) -> None:
+        """Count a prompt that was to be upsampled, and how long its request waited for that."""
+
     def settle(self, tier: str, key_class: str, *, is_kept: bool) -> None:
         """Count a request that had its images by its deadline, or had not."""
 

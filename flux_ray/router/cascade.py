@@ -22,7 +22,8 @@ def cascade(
     """
 
     async def generate(on_event: OnEvent) -> ImageResult:
-        early = asyncio.create_task(router.generate(preview, caller))
+        # What was spent on both of them is charged once.
+        early = asyncio.create_task(router.generate(preview, replace(caller, spent_gpu_s=0.0)))
         late = asyncio.create_task(router.generate(final, replace(caller, on_event=on_event)))
         try:
             await asyncio.wait((early, late), return_when=asyncio.FIRST_COMPLETED)

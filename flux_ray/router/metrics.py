@@ -25,6 +25,8 @@ from flux_ray.metrics import (
     REFUSED,
     REPLICA_GPUS,
     RETRIES,
+    UPSAMPLED,
+    UPSAMPLING_SECONDS,
     WEBHOOKS,
 )
 from flux_ray.router.pricing import Observation
@@ -44,6 +46,8 @@ class RouterMetrics:
         self._queued = counter(QUEUE_SECONDS_SPENT)
         self._spent = counter(GPU_SECONDS_SPENT)
         self._round_trips = histogram(LEDGER_SECONDS)
+        self._upsampled = counter(UPSAMPLED)
+        self._upsampling = histogram(UPSAMPLING_SECONDS)
 
     def enter(self, tier: str, gpu_seconds: float) -> None:
         """Count the price of an admitted request, in GPU seconds."""
@@ -79,6 +83,13 @@ class RouterMetrics:
         """Count a request that had its images by its deadline, or had not."""
         outcome = "kept" if is_kept else "missed"
         self._promises.inc(1, {"tier": tier, "key_class": key_class, "outcome": outcome})
+
+    def upsample(self, tier: str, key_class: str, outcome: str, seconds: float) -> None:
+        """Count a prompt that was to be upsampled, and how long its request waited for that."""
+        self._upsampled.inc(1, {"tier": tier, "key_class": key_class, "outcome": outcome})
+        # From the cache, or without a call, it takes no time.
+        if outcome not in ("cached", "skipped"):
+            self._upsampling.observe(seconds, {"tier": tier})
 
     def hear(self, seconds: float) -> None:
         """Count how long the ledger took to answer a report."""

@@ -31,6 +31,8 @@ class Caller:
     `deadline_s`: seconds within which it has to be done; it is refused as soon as that cannot be
     met. None stands for the tier's own. `may_spill`: another tier of an alias will do.
     `allowance`: the limits of the key over all gateways, `key_class` the name of its class.
+    `spent_s`: seconds of its time that were over before the router saw it, and `spent_gpu_s` the
+    GPU seconds that it cost until then: its prompt was upsampled.
     `is_job`: no client waits for it. `traceparent`: the span of the request that submitted it, in
     whose trace it is; empty if there is none.
     `retry`: the name under which the request is found when it is sent again, if it has one.
@@ -43,6 +45,8 @@ class Caller:
     may_spill: bool = False
     allowance: QuotaLimits = UNLIMITED
     key_class: str = NO_CLASS
+    spent_s: float = 0.0
+    spent_gpu_s: float = 0.0
     is_job: bool = False
     traceparent: str = ""
     retry: Retry | None = None
@@ -53,7 +57,10 @@ ANYONE = Caller()
 
 
 class Quote(NamedTuple):
-    """A request with its price: `cost` in replica seconds, and `gpu_seconds` on all its GPUs."""
+    """A request with its price: `cost` in replica seconds, and `gpu_seconds` on all its GPUs.
+
+    The latter has what was spent on it before, too.
+    """
 
     request: ImageRequest
     cost: Cost
@@ -75,10 +82,10 @@ class Quote(NamedTuple):
         return Use(self.gpu_seconds, self.request.megapixels)
 
 
-def quote_for(request: ImageRequest, prices: CostModel) -> Quote:
-    """Price a request by what is known now of its tier."""
+def quote_for(request: ImageRequest, prices: CostModel, spent_gpu_s: float = 0.0) -> Quote:
+    """Price a request by what is known now of its tier; `spent_gpu_s` was spent on it before."""
     cost = prices.price(request)
-    return Quote(request, cost, prices.on_all_cards(request.tier, cost.total_s))
+    return Quote(request, cost, prices.on_all_cards(request.tier, cost.total_s) + spent_gpu_s)
 
 
 def submission_for(

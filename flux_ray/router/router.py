@@ -119,7 +119,7 @@ class Terms:
     def deadline_s(self, request: ImageRequest, caller: Caller) -> float:
         """Return within how many seconds this request has to be done."""
         wanted_s = caller.deadline_s or self.deadlines.get(request.tier, self.request_timeout_s)
-        return min(wanted_s, self.request_timeout_s)
+        return min(wanted_s, self.request_timeout_s) - caller.spent_s
 
 
 def entry_of(quote: Quote, caller: Caller) -> UsageEntry:
@@ -174,7 +174,8 @@ class Router:
     async def generate(self, request: ImageRequest, caller: Caller = ANYONE) -> ImageResult:
         """Generate images; if a replica dies, a second one makes the same ones from the seed."""
         self._record(request, caller)
-        quote, deadline_s = quote_for(request, self.prices), self.terms.deadline_s(request, caller)
+        quote = quote_for(request, self.prices, caller.spent_gpu_s)
+        deadline_s = self.terms.deadline_s(request, caller)
         with promised(self.metrics, caller, deadline_s) as try_tier:
             try_tier(quote.tier)
             return await self._generate(quote, caller, deadline_s)
@@ -255,7 +256,7 @@ class Router:
         Raise RateLimited or QuotaTooSmall if it is over its key's limits.
         """
         if self.quotas is not None:
-            entry = entry_of(quote_for(request, self.prices), caller)
+            entry = entry_of(quote_for(request, self.prices, caller.spent_gpu_s), caller)
             within_s = self.terms.deadline_s(request, caller)
             async with self.quotas.entered(entry, caller.allowance, within_s):
                 pass
@@ -288,7 +289,7 @@ class Router:
     async def _candidates(
         self, requests: Sequence[ImageRequest], caller: Caller
     ) -> list[TierCandidate]:
-        quotes = [quote_for(request, self.prices) for request in requests]
+        quotes = [quote_for(request, self.prices, caller.spent_gpu_s) for request in requests]
         # Without what replicas have cached: a forecast is of the queue, not of one replica.
         submissions = tuple(
             submission_for(quote, 0, self.terms.deadline_s(quote.request, caller), caller)
@@ -303,10 +304,11 @@ class Router:
     async def _generate(self, quote: Quote, caller: Caller, deadline_s: float) -> ImageResult:
         timeout_s = self.terms.request_timeout_s
         late = DeadlinePassed(f"the request was not done after {timeout_s:g} seconds")
+        timeout_s -= caller.spent_s
         with traced(quote, caller) as span:
             async with within(timeout_s, late), self._reserved(quote, caller) as reservation:
                 result = await self._generate_with_retry(quote, caller, deadline_s, reservation)
-                gpu_seconds = self.gpu_seconds_of(result)
+                gpu_seconds = self.gpu_seconds_of(result) + caller.spent_gpu_s
                 reservation.finish(gpu_seconds)
                 self.metrics.spend(quote.tier, gpu_seconds, caller.key_class)
                 span.set_attribute("flux.gpu_s", gpu_seconds)
@@ -334,7 +336,7 @@ class Router:
             was_killed = isinstance(error, KilledForMemory)
         # It was admitted once, and is not refused now for what was no fault of its client: so it
         # has all the time that any request may take. It waits before those that came later.
-        left_s = self.terms.request_timeout_s - (time.monotonic() - began)
+        left_s = self.terms.request_timeout_s - caller.spent_s - (time.monotonic() - began)
         try:
             return await self._attempt(quote, 2, left_s, caller, reservation)
         except KilledForMemory as error:
@@ -387,4 +389,5 @@ class Router:
     def _record(self, request: ImageRequest, caller: Caller) -> None:
         if self.records is not None:
             deadline_s = caller.deadline_s or self.terms.deadlines.get(request.tier)
-            self.records.record(request, time.time(), deadline_s, caller.key)
+            left_s = None if deadline_s is None else deadline_s - caller.spent_s
+            self.records.record(request, time.time(), left_s, caller.key)

@@ -1,9 +1,9 @@
 """Trace requests with OpenTelemetry: spans around the waits and the work of gateways and replicas.
 
 Serve makes spans of its own in proxies, gateways and replicas once it is told of `otlp`, below.
-Ours lie between them: `request_span` in the proxy, `generate` and `ledger wait` in the gateway, and
-one for each stage in the replica (`StageSpans`). Nothing here loads more than OpenTelemetry's API
-until `otlp` is called; without it all spans are empty and cost microseconds.
+Ours lie between them: `request_span` in the proxy, `upsample`, `generate` and `ledger wait` in the
+gateway, and one for each stage in the replica (`StageSpans`). Nothing here loads more than
+OpenTelemetry's API until `otlp` is called; without it all spans are empty and cost microseconds.
 
 Attributes say what a request costs, never what it asks for: no span holds a prompt.
 """
@@ -29,6 +29,7 @@ TRACEPARENT = "traceparent"
 UNSAMPLED = f"00-{1:032x}-{1:016x}-00"
 
 REQUEST, GENERATE, LEDGER_WAIT = "request", "generate", "ledger wait"
+UPSAMPLE = "upsample"
 REPLICA_QUEUE = "replica queue"
 # Spans that may begin a trace. The second is Serve's, in proxies that were not told of ours. All
 # other spans without a parent belong to probes, to what processes tell each other, or to requests

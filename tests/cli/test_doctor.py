@@ -30,11 +30,13 @@ from flux_ray.cli.diagnosis import (
     judge_port,
     judge_shared_memory,
     judge_tracing,
+    judge_upsampler,
     judge_versions,
     judge_weights,
 )
 from flux_ray.cli.doctor import show
 from flux_ray.cli.main import app
+from flux_ray.config import GatewayArgs, Upsampling
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
 GB = 10**9
@@ -137,6 +139,60 @@ def test_what_the_hub_says_of_weights(
 
     assert hub(answer, tmp_path, HF_TOKEN=token).find(HUB_ID) == found
     assert judge_weights("tiny", HUB_ID, found).state == REMEDIES[found][0]
+
+
+LLM_URL = "http://llm.invalid/v1/"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "heard", "state"),
+    [
+        (200, {"data": [{"id": "other"}, {"id": "scribe"}]}, "has it", "ok"),
+        (200, {"data": [{"id": "other"}]}, "other models", "problem"),
+        (200, {"data": [1]}, "no list", "ok"),
+        (404, {}, "no list", "ok"),
+        (401, {}, "refused", "problem"),
+        (503, {}, "no answer", "warning"),
+    ],
+)
+def test_the_llm_that_upsamples_prompts(
+    tmp_path: Path, status: int, body: dict[str, Any], heard: str, state: str
+) -> None:
+    (tmp_path / "key").write_text("s3cret\n")
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert str(request.url) == "http://llm.invalid/v1/models"
+        assert request.headers["authorization"] == "Bearer s3cret"
+        return httpx.Response(status, json=body)
+
+    upsampling = Upsampling(url=LLM_URL, model="scribe", api_key_file=tmp_path / "key")
+    found = probes.ask_upsampler(upsampling, "scribe", httpx.MockTransport(answer))
+    assert found == heard
+    judged = judge_upsampler(LLM_URL, "scribe", found)
+    assert judged.state == state
+    assert "s3cret" not in judged.said
+
+
+def test_an_llm_without_its_key_or_its_server(tmp_path: Path) -> None:
+    absent = Upsampling(url=LLM_URL, model="scribe", api_key_file=tmp_path / "key")
+    assert probes.ask_upsampler(absent, "scribe") == "no key file"
+    assert judge_upsampler(LLM_URL, "scribe", "no key file").state == "problem"
+    closed = Upsampling(url="http://127.0.0.1:1/v1", model="scribe")
+    assert probes.ask_upsampler(closed, "scribe") == "no answer"
+
+
+def test_the_llm_of_a_config_is_looked_for(tmp_path: Path) -> None:
+    own = {"model": "own"}
+    args = GatewayArgs.model_validate(
+        {
+            "tiers": ["tiny", "tiny-tp2"],
+            "upsampling": {"url": "http://127.0.0.1:1/v1", "model": "scribe"}
+            | {"tiers": {"tiny": own}},
+        }
+    )
+    [found] = doctor_module.examine_upsamplers([args, GatewayArgs(tiers=("tiny",))])
+    assert (found.what, found.state) == ("upsampler", "warning")
+    assert "127.0.0.1:1" in found.said
 
 
 def test_a_hub_that_is_silent_or_forbidden(tmp_path: Path) -> None:

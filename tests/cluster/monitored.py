@@ -106,6 +106,8 @@ def monitored(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], dic
             "webhook_retries_s": [],
         },
         "webhooks": {"networks": ["127.0.0.0/8"], "ports": [closed_port()]},
+        # Nobody is there, and prompts are used as they were sent.
+        "upsampling": {"url": f"http://127.0.0.1:{closed_port()}/v1", "model": "none"},
     }
     config["applications"].append(keyed)
     return config, secrets
@@ -146,11 +148,12 @@ class Callers:
         return httpx.post(f"{self.url}/v1/tiny", json=body, headers=headers).status_code
 
     def come_once(self) -> None:
-        """Ask for images, hand in a job, and meet refusals, a missing tier and a limit."""
+        """Ask for images, hand in a job, and meet refusals, a limit, no tier and no upsampler."""
         assert self.generate() == self.generate(model="tiny-tp2") == 200
         assert self.many(12, deadline_s=1.0) >= {429}, "so many cannot be done in a second"
         assert self.generate(model="flux-2-dev") == 503
         assert self.hand_in_a_job() == 200
+        assert self.generate(prompt_upsampling=True) == 200
         self.generate("free")
         assert self.generate("free") == 429
 

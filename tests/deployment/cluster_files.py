@@ -39,11 +39,12 @@ def num_bytes(text: str) -> float:
 
 
 def args_in(text: str) -> dict[str, Args]:
-    """Return the typed args of each application of a Serve config file, by its name."""
+    """Return the typed args of each application of ours in a Serve config file, by its name."""
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
     return {
         application.name: BUILDERS[application.import_path].model_validate(application.args)
         for application in schema.applications
+        if application.import_path in BUILDERS
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 from pydantic_core import to_json
 
+from flux_ray.gateway.jobs import UPSAMPLING_S
 from flux_ray.jobs.job import Job
 from flux_ray.jobs.job import Status as JobStatus
 
@@ -174,6 +175,8 @@ def details_of(job: Job) -> dict[str, Any]:
         "served_model": job.tier,
         "warnings": [*job.memo["warnings"], *generated],
     }
+    if (seconds := job.memo.get(UPSAMPLING_S)) is not None:
+        details[UPSAMPLING_S] = seconds
     if job.metadata:
         details["metadata"] = job.metadata
     if job.status == "cancelled":

@@ -25,6 +25,7 @@ from flux_ray.gateway.openai.fields import (
     bad_request,
     with_texts,
 )
+from flux_ray.gateway.upsampling.rewriting import UpsamplingWish
 
 # Our names on OpenAI's routes, and BFL's for the same fields.
 RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -35,7 +36,6 @@ OURS = "not BFL's: as on `/v1/images/generations`"
 IMAGE = "base64, with or without a data prefix, or a URL"
 # Fields without effect and their values that need no warning: they ask for what is done anyway.
 IDLE: dict[str, tuple[Any, ...]] = {
-    "prompt_upsampling": (False,),
     "raw": (False,),
     "disable_pup": (False, True),
     "version": ("latest",),
@@ -68,7 +68,9 @@ class BflFields(BaseModel):
     strength: Number | None = Field(None, description=OURS)
     allow_truncation: bool | None = Field(None, description=OURS)
     safety_tolerance: Whole | None = Field(None, ge=0, le=7, description="has no effect")
-    prompt_upsampling: bool | None = Field(None, description="has no effect")
+    prompt_upsampling: bool | None = Field(
+        None, description="have an LLM make the prompt more detailed"
+    )
     raw: bool | None = Field(None, description="has no effect")
     output_format: Format | None = None
     webhook_url: str | None = Field(
@@ -85,6 +87,13 @@ class BflFields(BaseModel):
     def named(self, field: str) -> str:
         """Return the name by which the caller sent a field."""
         return self._names.get(field, field)
+
+    @property
+    def upsampling(self) -> UpsamplingWish:
+        """Return whether the caller wants its prompt upsampled; `disable_pup` is a no."""
+        if self.prompt_upsampling is None and self.others.get("disable_pup") is True:
+            return UpsamplingWish(False, self.named("disable_pup"))
+        return UpsamplingWish(self.prompt_upsampling, self.named("prompt_upsampling"))
 
     @property
     def others(self) -> dict[str, Any]:

@@ -31,11 +31,12 @@ from flux_ray.gateway.bfl.request import images_of, job_request_for, job_warning
 from flux_ray.gateway.callers import SPILL
 from flux_ray.gateway.errors import COMFY, GENERATE, BflFailure, path_of
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.jobs import PARAMETER, JobGenerator, JobSubmitter, idempotency_of
+from flux_ray.gateway.jobs import PARAMETER, JobGenerator, JobSubmitter, idempotency_of, memo_of
 from flux_ray.gateway.model_names import names_of
 from flux_ray.gateway.openai.routes import JSON, content_type_of
 from flux_ray.gateway.results import preview_url_of, sample_url_of, urls_for
 from flux_ray.gateway.submit import Submitter
+from flux_ray.gateway.upsampling.rewriting import PromptRewriter
 from flux_ray.gateway.webhooks import Poster, webhook_of
 from flux_ray.jobs.census import ShowCensus
 from flux_ray.jobs.job import Idempotency, Job, State, Webhook
@@ -100,8 +101,9 @@ class Bfl:
         job_service: JobService,
         public_url: str,
         fetcher: Fetcher,
+        rewriter: PromptRewriter | None = None,
     ) -> None:
-        self.submitter = Submitter(router, args)
+        self.submitter = Submitter(router, args, rewriter)
         self.job_service = job_service
         self.jobs = JobSubmitter(router, job_service)
         self.fetcher = fetcher
@@ -185,17 +187,22 @@ class Bfl:
             lambda tier: job_request_for(sent, name, tier, self.limits, images, target.served),
         )
         request = await self.jobs.choose(prepared)
+        # Before the job is stored: whoever runs it, however often, finds the same words.
+        rewriting = await self.submitter.upsample(http, request, prepared.caller, sent.upsampling)
+        request = rewriting.rewritten(request)
+        prepared = prepared._replace(caller=rewriting.charged(prepared.caller))
         read = sum(each.width * each.height for each in images.references) / 1e6
         tier = tier_for(request.tier)
         memo = {
-            "cost": round(self.submitter.router.gpu_seconds(request), 4),
+            "cost": round(self.submitter.router.gpu_seconds(request) + rewriting.gpu_s, 4),
             "input_mp": round(read, 2),
             "output_mp": round(request.megapixels, 2),
             "warnings": (
                 *job_warnings_for(sent, name, request, tier, images.references),
+                *rewriting.notes_on(request.tier),
                 *images.notes,
             ),
-        }
+        } | memo_of(rewriting)
         metadata = sent.metadata or {}
         return await self.jobs.accept(http, prepared, request, memo, named, webhook, metadata)
 

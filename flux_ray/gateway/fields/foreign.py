@@ -43,6 +43,8 @@ SAME: dict[str, tuple[str, ...]] = {
         "seed": "random_seed noise_seed manual_seed",
         "output_format": "format image_format output_type file_format output_mime_type mime_type",
         "output_compression": "output_quality jpeg_quality",
+        "prompt_upsampling": "enhance_prompt prompt_enhancement prompt_enhance expand_prompt"
+        " prompt_expansion enable_prompt_expansion prompt_extend upsample_prompt rewrite_prompt",
     }.items()
 }
 # Names of references; `image2` and `image_2` are ordered by their numbers.
@@ -108,9 +110,9 @@ DISTANCE_REASON = "it means different things on different servers: send strength
 SILENT = frozenset({"safety_identifier"})
 NO_EFFECT = DISTANCES | names_in(
     "bot_task complexity disable_safety_checker enable_safety_checker enable_teacache"
-    " enhance_prompt flow_shift frame_count frame_duration_ms generator_device go_fast"
+    " flow_shift frame_count frame_duration_ms generator_device go_fast"
     " image_prompt_strength input_fidelity layers max_sequence_length moderation"
-    " perf_dump_path profile prompt_upsampling return_stage_metrics safety_checker"
+    " perf_dump_path profile return_stage_metrics safety_checker"
     " safety_tolerance sampler sampler_name scheduler style svg sync_mode system_prompt"
     " task_type upscaling_model_path vae_use_slicing vae_use_tiling canny_low_threshold"
     " canny_high_threshold"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic_core import from_json
 
 from flux_ray.errors import BadRequest
-from flux_ray.gateway.fields.foreign import EXTRA_BODY, SAME, plain_name
+from flux_ray.gateway.fields.foreign import EXTRA_BODY, SAME, is_nothing, plain_name
 
 MAX_JSON_VALUES = 100_000
 # Some editors and PowerShell write a byte order mark before the text; in UTF-8 it means nothing.
@@ -283,6 +283,13 @@ def format_meant(value: Any) -> dict[str, Any]:
     return {"output_format": "jpeg" if word in ("jpg", "pjpeg") else word}
 
 
+def upsampling_meant(value: Any) -> dict[str, Any]:
+    """Translate `auto`, which leaves it to us, and the words for no."""
+    if isinstance(value, str) and value.lower() == "auto":
+        return {}
+    return {"prompt_upsampling": False if is_nothing(value) else value}
+
+
 # The order matters: a resolution may turn out to be a size, and a size to be a shape.
 TRANSLATIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "resolution": resolution_meant,
@@ -290,4 +297,5 @@ TRANSLATIONS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "aspect_ratio": ratio_meant,
     "seed": seed_meant,
     "output_format": format_meant,
+    "prompt_upsampling": upsampling_meant,
 }

@@ -23,6 +23,7 @@ from flux_ray.gateway.errors import ErrorEvent, failure_of
 from flux_ray.gateway.http import HEADERS, MEDIA_TYPE, event_text, kept_alive
 from flux_ray.gateway.openai.fields import ImageFields, warnings_of
 from flux_ray.gateway.submit import PreparedRequest, Submitter
+from flux_ray.gateway.upsampling.rewriting import NOT_REWRITTEN, Rewriting
 from flux_ray.request import (
     EventStream,
     Finished,
@@ -43,11 +44,16 @@ NO_IMAGE = b'"b64_json":""'
 
 
 class AnsweredImage(BaseModel):
-    """One image, as base64 or as a URL; with this seed, the same request generates it again."""
+    """One image, as base64 or as a URL; with this seed, the same request generates it again.
+
+    `revised_prompt`: the words that it was generated from, if the caller's were upsampled. Sent
+    without `prompt_upsampling`, they generate it again.
+    """
 
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    revised_prompt: str | None = None
 
 
 class InputDetails(BaseModel):
@@ -85,15 +91,16 @@ def answer_for(
     warnings: list[str],
     started_s: float,
     urls: tuple[str, ...] | None = None,
+    rewriting: Rewriting = NOT_REWRITTEN,
 ) -> Response:
     """Return the plain answer: its JSON body, and headers with seed, model and timing.
 
     `started_s`: when the request arrived, in seconds of the monotonic clock. `urls`: one for each
-    image, if the caller asked for URLs instead of base64.
+    image, if the caller asked for URLs instead of base64. `rewriting`: what became of its prompt.
     """
     answer = Answer(
         created=int(time.time()),
-        data=images_of(result, urls),
+        data=images_of(result, urls, rewriting.prompt_on(result.tier)),
         output_format=request.encoding.format,
         size="{}x{}".format(*request.output_size),
         usage=usage_for(request),
@@ -104,7 +111,7 @@ def answer_for(
     headers = {
         "x-flux-seed": str(request.seed),
         "x-flux-model": result.tier,
-        "server-timing": server_timing(result, started_s),
+        "server-timing": server_timing(result, started_s, rewriting.seconds),
     }
     body = answer.model_dump_json(exclude_none=True).encode()
     if urls is None:
@@ -112,19 +119,27 @@ def answer_for(
     return Response(body, media_type="application/json", headers=headers)
 
 
-def images_of(result: ImageResult, urls: tuple[str, ...] | None) -> list[AnsweredImage]:
+def images_of(
+    result: ImageResult, urls: tuple[str, ...] | None, revised_prompt: str | None
+) -> list[AnsweredImage]:
     """Return the images with their URLs, or with an empty base64 that `with_images` replaces."""
-    if urls is not None:
-        pairs = zip(urls, result.images, strict=True)
-        return [AnsweredImage(url=url, seed=image.seed) for url, image in pairs]
-    return [AnsweredImage(b64_json="", seed=image.seed) for image in result.images]
+    if urls is None:
+        return [
+            AnsweredImage(b64_json="", seed=image.seed, revised_prompt=revised_prompt)
+            for image in result.images
+        ]
+    return [
+        AnsweredImage(url=url, seed=image.seed, revised_prompt=revised_prompt)
+        for url, image in zip(urls, result.images, strict=True)
+    ]
 
 
 def with_images(body: bytes, result: ImageResult) -> bytes:
     """Return the JSON `body` with the images' base64 in the empty places that are left for it.
 
     Pydantic copies and scans megabytes of text three times, which takes longer than base64 itself.
-    No text of a client comes before `data`, so the first empty places are those of the images.
+    No text of a client comes before `data`, and within it JSON escapes the quotes of a prompt, so
+    the first empty places are those of the images.
     """
     before, *after = body.split(NO_IMAGE, len(result.images))
     parts = [before]
@@ -163,12 +178,13 @@ def num_patches(width: int, height: int, tier: Tier) -> int:
     return (width // tier.size_multiple) * (height // tier.size_multiple)
 
 
-def server_timing(result: ImageResult, started_s: float) -> str:
+def server_timing(result: ImageResult, started_s: float, upsample_s: float | None = None) -> str:
     """Return a Server-Timing header, which browsers show: the stages in milliseconds.
 
     `total` is measured in this gateway, from the arrival of the request, and covers the others.
     """
-    stages_s = {
+    upsampling_s = {} if upsample_s is None else {"upsample": upsample_s}
+    stages_s = upsampling_s | {
         "queue": result.times.queue_s,
         "encode": result.times.encode_s,
         "denoise": result.times.denoise_s,
@@ -183,8 +199,12 @@ Kind = Literal["image_generation", "image_edit"]
 
 
 class Times(BaseModel):
-    """Seconds of each stage of a request with all its images, and the GPU seconds that it took."""
+    """Seconds of each stage of a request with all its images, and the GPU seconds that it took.
 
+    `upsample_s`: those of an LLM with the prompt, if it was to be upsampled.
+    """
+
+    upsample_s: float | None = None
     queue_s: float
     encode_s: float
     denoise_s: float
@@ -212,6 +232,7 @@ class StreamEvent(BaseModel):
     id: str
     model: str
     seed: int
+    revised_prompt: str | None = None
     warnings: list[str] = []
     times: Times | None = None
 
@@ -308,6 +329,7 @@ class EventWriter:
             id=request.request_id,
             model=request.tier,
             seed=image.seed,
+            revised_prompt=self._prepared.rewriting.prompt_on(request.tier),
             warnings=[
                 *warnings_of(self._fields, request, generated),
                 *self._prepared.notes_on(generated),
@@ -320,7 +342,10 @@ class EventWriter:
             name: round(getattr(result.times, name), 4)
             for name in ("queue_s", "encode_s", "denoise_s", "decode_s", "file_s")
         }
-        return Times(**seconds, gpu_s=round(self._gpu_seconds_of(result), 4))
+        rewriting = self._prepared.rewriting
+        gpu_s = self._gpu_seconds_of(result) + rewriting.gpu_s
+        upsample_s = None if rewriting.seconds is None else round(rewriting.seconds, 4)
+        return Times(**seconds, upsample_s=upsample_s, gpu_s=round(gpu_s, 4))
 
 
 def words_for(news: QueuePosition | Progress) -> str:

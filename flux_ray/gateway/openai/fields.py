@@ -30,6 +30,7 @@ from flux_ray.gateway.fields.foreign import (
 from flux_ray.gateway.fields.sent import heed, parse_object
 from flux_ray.gateway.fields.sizes import side_of
 from flux_ray.gateway.heeded import heeds
+from flux_ray.gateway.upsampling.rewriting import UpsamplingWish
 from flux_ray.request import Finished, ImageRequest, ImageResult, Preview
 
 # The largest seed of torch, and of clients that choose one at random.
@@ -109,6 +110,9 @@ class ImageFields(BaseModel):
         None,
         description="`low`, `medium`, `high` and so on: steps, on tiers that are not distilled",
     )
+    prompt_upsampling: bool | None = Field(
+        None, description="have an LLM make the prompt more detailed; also `enhance_prompt`"
+    )
     user: str | None = None
     _names: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -140,6 +144,11 @@ class ImageFields(BaseModel):
     def named(self, field: str) -> str:
         """Return the name by which the caller sent a field."""
         return self._names.get(field, field)
+
+    @property
+    def upsampling(self) -> UpsamplingWish:
+        """Return whether the caller wants its prompt upsampled."""
+        return UpsamplingWish(self.prompt_upsampling, self.named("prompt_upsampling"))
 
 
 def parse_json(body: bytes) -> ImageFields:

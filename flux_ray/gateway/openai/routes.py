@@ -30,6 +30,7 @@ from flux_ray.gateway.openai.references import (
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.results import KeptImages
 from flux_ray.gateway.submit import PreparedRequest, Submitter
+from flux_ray.gateway.upsampling.rewriting import PromptRewriter
 from flux_ray.router.router import Router
 
 JSON = "application/json"
@@ -54,9 +55,14 @@ class OpenAIImages:
     """
 
     def __init__(
-        self, router: Router, args: GatewayArgs, fetcher: Fetcher, kept: KeptImages | None
+        self,
+        router: Router,
+        args: GatewayArgs,
+        fetcher: Fetcher,
+        kept: KeptImages | None,
+        rewriter: PromptRewriter | None = None,
     ) -> None:
-        self.submitter = Submitter(router, args)
+        self.submitter = Submitter(router, args, rewriter)
         self.limits = args.limits
         self.fetcher = fetcher
         self.kept = kept
@@ -145,18 +151,19 @@ class OpenAIImages:
     ) -> PreparedRequest:
         """Read the images, and prepare the request for each tier that can do it."""
         images = await self.read_images(fields, target, sources)
-        prepared = await self.submitter.take(
+        return await self.submitter.take(
             http,
             target,
             lambda tier: request_for(fields, tier, self.limits, images, target.served),
             images.notes,
         )
-        return await self.submitter.named(http, prepared, fields.seed)
 
     async def generate(
         self, http: Request, fields: ImageFields, prepared: PreparedRequest, started_s: float
     ) -> Response:
         """Generate the images of a prepared request, and answer whole or as a stream."""
+        # Not before the body is forgotten: an LLM may take seconds.
+        prepared = await self.submitter.complete(http, prepared, fields.seed, fields.upsampling)
         if fields.stream:
             is_edit = http.scope["path"].endswith("edits")
             kind: Kind = "image_edit" if is_edit else "image_generation"
@@ -169,7 +176,7 @@ class OpenAIImages:
         urls = None
         if self.kept is not None and wants_url(fields):
             urls = await self.kept.urls_of(prepared.caller.key, generated, result)
-        answer = answer_for(generated, result, warnings, started_s, urls)
+        answer = answer_for(generated, result, warnings, started_s, urls, prepared.rewriting)
         answer.headers.update(self.submitter.limit_headers(prepared))
         return answer
 

@@ -299,8 +299,8 @@ class Ledger:
     def _place(self, ticket_id: str, replica: str) -> None:
         submission = self._sessions[self._owner[ticket_id]].submissions[ticket_id]
         if (retry := submission.retry) is not None:
-            place = Place(ticket_id, submission.tier, replica, retry.fingerprint, submission.seed)
-            self._places.assign(retry, place)
+            asked = (retry.fingerprint, submission.seed, retry.prompt)
+            self._places.assign(retry, Place(ticket_id, submission.tier, replica, *asked))
 
     def _reject(self, ticket_id: str, rejection: Rejection, now: float) -> None:
         # Its client may have left after the queue had chosen it to be refused.

@@ -14,8 +14,9 @@ from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, Usag
 
 # A client that comes again does so within seconds; replicas keep the images no longer either.
 KEPT_S = 300.0
-# Some hundred bytes each.
+# Some hundred bytes each, without the prompts that were upsampled, which are counted by themselves.
 MAX_KEPT = 20_000
+MAX_KEPT_CHARS = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Retry:
     """The name under which a request is found when its client sends it again.
 
     No other caller can say the same `name`. `fingerprint` is a digest of all that it asks for.
-    `is_lasting`: it is found after it has been answered, too, else only before.
+    `is_lasting`: it is found after it has been answered, too, else only before. `prompt`: its words
+    as they were upsampled, for no LLM says the same twice; empty if they are as the caller's.
     """
 
     name: str
     fingerprint: str
     is_lasting: bool = True
+    prompt: str = field(default="", repr=False)
 
     @property
     def run(self) -> str:
@@ -37,13 +40,14 @@ class Retry:
 
 
 class Place(NamedTuple):
-    """A replica that was assigned a request, with its ticket and seed."""
+    """A replica that was assigned a request, with its ticket, its seed and its `Retry.prompt`."""
 
     ticket_id: str
     tier: str
     replica: str
     fingerprint: str
     seed: int
+    prompt: str = ""
 
 
 class Places:
@@ -59,12 +63,16 @@ class Places:
         self._live: dict[str, Retry] = {}
         # By ticket: until when its place is kept, and its name. The first to go is the first one.
         self._kept: dict[str, tuple[float, str]] = {}
+        self._num_chars = 0
 
     def assign(self, retry: Retry, place: Place) -> None:
         """Note that a replica has it from now on."""
         self._kept.pop(place.ticket_id, None)
         self._live[place.ticket_id] = retry
-        self._places.setdefault(retry.name, {})[place.ticket_id] = place
+        places = self._places.setdefault(retry.name, {})
+        old = places.get(place.ticket_id)
+        self._num_chars += len(place.prompt) - (0 if old is None else len(old.prompt))
+        places[place.ticket_id] = place
 
     def end(self, ticket_id: str, now: float, *, is_done: bool) -> None:
         """End a request, as its gateway reports; an unknown ticket is ignored."""
@@ -96,14 +104,15 @@ class Places:
         while self._kept:
             ticket_id = next(iter(self._kept))
             until, name = self._kept[ticket_id]
-            if until > now and len(self._kept) <= MAX_KEPT:
+            is_full = len(self._kept) > MAX_KEPT or self._num_chars > MAX_KEPT_CHARS
+            if until > now and not is_full:
                 return
             del self._kept[ticket_id]
             self._drop(ticket_id, name)
 
     def _drop(self, ticket_id: str, name: str) -> None:
         places = self._places[name]
-        del places[ticket_id]
+        self._num_chars -= len(places.pop(ticket_id).prompt)
         if not places:
             del self._places[name]
 

@@ -1,0 +1,1 @@
+"""Prompt upsampling: have an LLM turn a caller's short prompt into a detailed one."""
