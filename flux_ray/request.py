@@ -6,6 +6,7 @@ assigned. `EventStream` is what every layer from replica to gateway yields: even
 """
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class ImageRequest:
     start. `num_previews`: how many previews to send of each image. `negative_prompt`: what to steer
     away from by `true_cfg_scale`, with a second forward in each step; None for one forward.
     `follows_reference`: the only reference has edges or depths that the image follows, and is
-    scaled to its size.
+    scaled to its size. `allow_truncation`: a prompt that is JSON may be cut, as all others are.
     """
 
     request_id: str
@@ -92,6 +93,7 @@ class ImageRequest:
     true_cfg_scale: float = 1.0
     strength: float = 1.0
     follows_reference: bool = False
+    allow_truncation: bool = False
 
     @property
     def preview_steps(self) -> tuple[int, ...]:
@@ -127,6 +129,17 @@ class ImageRequest:
         return (
             (self.prompt,) if self.negative_prompt is None else (self.prompt, self.negative_prompt)
         )
+
+    @property
+    def has_json(self) -> bool:
+        """Return whether the prompt is a JSON object or array."""
+        if not self.prompt.lstrip().startswith(("{", "[")):
+            return False
+        try:
+            json.loads(self.prompt)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     @property
     def num_forwards(self) -> int:

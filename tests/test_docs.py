@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from flux_ray.catalog import TIERS
 from flux_ray.cli.main import app
+from flux_ray.gateway.fields.foreign import CONTROLS, IMAGES, MASKS, SAME
+from flux_ray.gateway.heeded import heeds
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -64,3 +67,33 @@ def test_commands_exist(page: Path) -> None:
 def test_what_is_made_from_the_code_is_as_the_code_is(name: str) -> None:
     """`python docs/reference.py` writes them."""
     assert (DOCS / name).read_text() == REFERENCE["PAGES"][name]()
+
+
+# The rows of the table in docs/api.md that lists all models that heed a field.
+LISTED = ("negative_prompt", "true_cfg_scale", "strength", "control_image")
+
+
+def heeded_by() -> dict[str, tuple[str, str]]:
+    """Return the second and third column of the table of fields, by field."""
+    text = (DOCS / "api.md").read_text()
+    _, table = text.split("### Fields that only some models heed", 1)
+    rows = re.findall(r"^\| `(\w+)`[^|]* \| ([^|]*) \| ([^|]*) \|$", table, re.M)
+    return {field: (names, tiers) for field, names, tiers in rows}
+
+
+def test_the_table_of_fields_names_the_models_that_heed_each() -> None:
+    told, before = heeded_by(), ""
+    for field in LISTED:
+        _, tiers = told[field]
+        if tiers.startswith("these, and"):
+            tiers += before
+        named, before = set(re.findall(r"`([\w-]+)`", tiers)), tiers
+        # Until the rows of a field are there, the table is ahead of them.
+        for tier in TIERS if any(heeds(tier, field) for tier in TIERS) else ():
+            assert (tier.name in named) == heeds(tier, field), (field, tier.name)
+
+
+def test_the_table_of_fields_has_names_that_are_read() -> None:
+    for field, (names, _) in heeded_by().items():
+        known = {*SAME.get(field, ()), "guidance_scale"} | IMAGES | MASKS | CONTROLS
+        assert set(re.findall(r"`(\w+)`", names)) <= known

@@ -44,6 +44,7 @@ WHOLE = replace(
     true_cfg_scale=4.5,
     strength=0.8,
     follows_reference=True,
+    allow_truncation=True,
 )
 RESULT = ImageResult(
     "id", "tiny", (GeneratedImage(b"png", 7),), StageTimes(0.1, 0.2, 0.3, 0.4), ("cut",), "laid out"

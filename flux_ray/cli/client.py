@@ -32,10 +32,11 @@ KeyFile = Annotated[
 
 @dataclass(frozen=True)
 class Attached:
-    """The files that go with a request: reference images, and a mask of the first one."""
+    """The files that go with a request: references, a mask of the first, or a control image."""
 
     images: tuple[Path, ...] = ()
     mask: Path | None = None
+    control: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,15 @@ def request_for(
     client: httpx.Client, fields: dict[str, Any], attached: Attached, stack: ExitStack
 ) -> httpx.Request:
     """Return the request; `stack` closes the files that it reads."""
-    if not attached.images:
+    if not attached.images and attached.control is None:
         return client.build_request("POST", "/v1/images/generations", json=fields)
     files = [
         ("image[]", (f"image{number}", stack.enter_context(path.open("rb"))))
         for number, path in enumerate(attached.images)
     ]
-    if attached.mask is not None:
-        files.append(("mask", ("mask", stack.enter_context(attached.mask.open("rb")))))
+    for name, path in (("mask", attached.mask), ("control_image", attached.control)):
+        if path is not None:
+            files.append((name, (name, stack.enter_context(path.open("rb")))))
     texts = {name: as_text(value) for name, value in fields.items()}
     return client.build_request("POST", "/v1/images/edits", data=texts, files=files)
 

@@ -61,6 +61,27 @@ MaskFile = Annotated[
         help="Generate only where this is white, or transparent; needs --image.",
     ),
 ]
+ControlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--control-image",
+        exists=True,
+        dir_okay=False,
+        help="Edges or depths to follow, on tiers that take them; in place of --image.",
+    ),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(help="What to steer away from, on tiers that take it; each step costs double."),
+]
+TrueCfgScale = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="How far to steer away from the negative prompt, above 1."),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="How much of the image is lost under --mask; by default all."),
+]
 NumImages = Annotated[int, typer.Option("-n", "--n", min=1, help="How many images.")]
 Quality = Annotated[
     Literal["low", "medium", "high"] | None,
@@ -83,6 +104,10 @@ def generate(
     output: Output = Path("out.png"),
     image: Images = None,
     mask: MaskFile = None,
+    control_image: ControlFile = None,
+    negative_prompt: NegativePrompt = None,
+    true_cfg_scale: TrueCfgScale = None,
+    strength: Strength = None,
     url: Url = DEFAULT_URL,
     tier: Annotated[str | None, typer.Option(help="One of `flux-ray tiers`.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT")] = None,
@@ -101,24 +126,35 @@ def generate(
 
     Example: flux-ray generate "make the circle green" --image circle.png -o green.png
     """
-    if mask is not None and not image:
-        raise typer.BadParameter("--mask needs the image that it is for: --image")
-    # Checked first: the cluster must not generate images that could then not be saved.
+    attached = attached_of(image or (), mask, control_image)
     paths = paths_for(output, num_images)
     if not force:
         check_free(paths, previews)
     fields: dict[str, Any] = {"prompt": prompt, "output_format": output_format_for(output)}
     fields |= {"model": tier, "size": size, "steps": steps, "quality": quality, "seed": seed}
-    sent = {name: value for name, value in fields.items() if value is not None} | {"n": num_images}
-    attached = Attached(tuple(image or ()), mask)
+    fields |= {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale}
+    fields |= {"strength": strength, "n": num_images}
+    sent = {name: value for name, value in fields.items() if value is not None}
     if stream or previews:
         save_stream(url, sent, attached, key_file, paths, previews)
     else:
         save_answer(url, sent, attached, key_file, paths)
 
 
+def attached_of(images: Sequence[Path], mask: Path | None, control: Path | None) -> Attached:
+    """Return the files to send; BadParameter for those that do not go together."""
+    if mask is not None and not images:
+        raise typer.BadParameter("--mask needs the image that it is for: --image")
+    if control is not None and images:
+        raise typer.BadParameter("--control-image comes without --image")
+    return Attached(tuple(images), mask, control)
+
+
 def check_free(paths: Sequence[Path], num_previews: int) -> None:
-    """End the command if a file is there that an image or a preview would overwrite."""
+    """End the command if a file is there that an image or a preview would overwrite.
+
+    The cluster must not generate images that could then not be saved.
+    """
     kept = [each for path in paths for each in preview_paths(path, num_previews)]
     if taken := [str(path) for path in [*paths, *kept] if path.exists()]:
         fail(f"there is already {', '.join(taken)}: choose another --output, or say --force")

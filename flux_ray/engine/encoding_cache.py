@@ -8,6 +8,7 @@ from torch import Tensor
 from flux_ray.engine.api import Adapter, Conditioning, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.packing import unpack
+from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest, RgbImage, name_of_prompt
 from flux_ray.resizing import fit_image, fit_mask
 from flux_ray.stages import EncodedPrompt
@@ -46,12 +47,14 @@ class CachedEncoder:
 
         `encoded` has the request's `prompts` if a shared text encoder has encoded them already.
         That encoder has a cache of its own, so such prompts are not stored here a second time.
+        Raise BadRequest for JSON that is too long and may not be cut.
         """
         if encoded:
             prompts = [(unpack(each, self._device), each.is_cached) for each in encoded]
         else:
             prompts = [self._prompt(words) for words in request.prompts]
         (prompt, is_known), *negative = prompts
+        check_whole(request, prompt)
         given, is_known = self._references(request, prompt, is_known)
         if negative:
             given = replace(given, negative=negative[0][0])
@@ -93,3 +96,17 @@ class CachedEncoder:
         made = self._adapter.encode(prompt, references)
         self._cache.put(name, References(made.references))
         return made, is_known
+
+
+def check_whole(request: ImageRequest, prompt: PromptEmbeds) -> None:
+    """Raise BadRequest if the request's prompt was cut, is JSON, and may not be cut.
+
+    Half of a JSON prompt asks for another image: what it names last, such as text or colours, would
+    be missing.
+    """
+    if prompt.warnings and request.has_json and not request.allow_truncation:
+        raise BadRequest(
+            f"a prompt that is JSON is not cut unless allow_truncation is true:"
+            f" {' '.join(prompt.warnings)}",
+            "prompt",
+        )

@@ -15,17 +15,16 @@ from flux_ray.config import GatewayArgs
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.callers import PARAMETER, PARAMETERS
 from flux_ray.gateway.errors import HUB, HubFailure
-from flux_ray.gateway.fields.foreign import is_image_name, is_mask_name
+from flux_ray.gateway.fields.foreign import (
+    is_control_name,
+    is_image_name,
+    is_mask_name,
+)
 from flux_ray.gateway.fields.sent import SentFields, heed, parse_object
 from flux_ray.gateway.http import forget_body, read_body
 from flux_ray.gateway.images.fetch import Fetcher
-from flux_ray.gateway.images.sources import (
-    ImageSource,
-    ImageSources,
-    RequestImages,
-    is_image,
-    read_images,
-)
+from flux_ray.gateway.images.masks import decode_painted_mask
+from flux_ray.gateway.images.sources import ImageSource, RequestImages, is_image, read_images
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.fields import (
     ImageFields,
@@ -35,7 +34,13 @@ from flux_ray.gateway.openai.fields import (
     fields_schema,
     warnings_of,
 )
-from flux_ray.gateway.openai.references import is_image_or_mask_name
+from flux_ray.gateway.openai.references import (
+    CONTROL_NAMES,
+    MASK_NAMES,
+    checked,
+    is_image_part,
+    named_in,
+)
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.gateway.submit import PreparedRequest, Submitter
 from flux_ray.gateway.upsampling.rewriting import PromptRewriter, Rewriting
@@ -130,7 +135,7 @@ class HuggingFace:
         fields, prepared = await self.read(request, model)
         result = await self.submitter.generate(prepared)
         generated = prepared.request_of(result)
-        warnings = [*warnings_of(fields, result), *prepared.notes_on(result)]
+        warnings = [*warnings_of(fields, generated, result), *prepared.notes_on(result)]
         headers = {"x-flux-model": result.tier, "x-flux-seed": str(generated.seed)}
         headers |= self.submitter.limit_headers(prepared)
         headers |= headers_of(prepared.rewriting, result.tier)
@@ -153,7 +158,7 @@ class HuggingFace:
         prepared = await self.submitter.take(
             request,
             target,
-            lambda tier: request_for(fields, tier, self.limits, images.references),
+            lambda tier: request_for(fields, tier, self.limits, images, target.served),
             images.notes,
         )
         # The images are decoded and counted by themselves from here on.
@@ -163,13 +168,17 @@ class HuggingFace:
         )
 
     async def images_of(self, sent: Inputs, target: ResolvedModel) -> RequestImages:
-        """Return the image to edit, decoded, if there is one."""
-        if sent.wish.prompt is None:
-            return RequestImages()
-        if not target.max_references:
-            raise BadReference(f"{target.name} takes no images", "inputs")
-        sources = ImageSources([ImageSource("inputs", sent.inputs)])
-        return await read_images(sources, target, self.limits, self.fetcher)
+        """Return the decoded images: the one to edit, its mask, and a control image, if sent."""
+        extra = sent.wish.model_extra or {}
+        references = [] if sent.wish.prompt is None else [ImageSource("inputs", sent.inputs)]
+        masks, controls = (named_in(extra, kind) for kind in (is_mask_name, is_control_name))
+        return await read_images(
+            checked(target, iter(references), masks, controls),
+            target,
+            self.limits,
+            self.fetcher,
+            decode_painted_mask,
+        )
 
 
 def headers_of(rewriting: Rewriting, tier: str) -> dict[str, str]:
@@ -189,7 +198,7 @@ def headers_of(rewriting: Rewriting, tier: str) -> dict[str, str]:
 
 
 def body_schema() -> dict[str, Any]:
-    """Return the body's JSON schema for OpenAPI, without references."""
+    """Return the body's JSON schema for OpenAPI; the image to edit is in `inputs`."""
     schema = Inputs.model_json_schema()
     parts = schema.pop("$defs")
     parameters = parts["Parameters"]
@@ -198,6 +207,8 @@ def body_schema() -> dict[str, Any]:
         name: each for name, each in fields if name not in NOT_HERE | {"n", "num_images"}
     }
     parameters["properties"]["target_size"] = parts["TargetSize"]
+    texts = {"description": "base64, with or without a data prefix, or a URL"}
+    parameters["properties"] |= dict.fromkeys((*MASK_NAMES, *CONTROL_NAMES), texts)
     schema["properties"]["parameters"] = {"anyOf": [parameters, {"type": "null"}]}
     return schema
 
@@ -250,8 +261,6 @@ def check_images(sent: Inputs) -> None:
     for name, each in (sent.wish.model_extra or {}).items():
         if each == {} or (isinstance(each, list) and not any(each)):
             continue
-        if is_mask_name(name):
-            raise BadRequest(f"{name} is not for this route", name)
         if is_image_name(name):
             message = "an image is sent as inputs, and its words as parameters.prompt"
             raise BadReference(message, name)
@@ -264,7 +273,7 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
     extra: dict[str, Any] = {
         name: each
         for name, each in (sent.wish.model_extra or {}).items()
-        if not is_image_or_mask_name(name)
+        if not is_image_part(name)
     }
     for name in NOT_HERE & extra.keys():
         raise BadRequest(f"{name} is not for this route", name)

@@ -8,6 +8,7 @@ from flux_ray.auth import KeyClass
 from flux_ray.catalog import Tier, tier_for
 from flux_ray.config import Alias, GatewayArgs
 from flux_ray.errors import BadRequest, LicenseForbids, TierForbidden, UnknownTier
+from flux_ray.gateway.heeded import check_heeded
 from flux_ray.request import ImageRequest
 from flux_ray.router.router import always
 
@@ -15,16 +16,37 @@ UNLIMITED = KeyClass()
 
 
 class ResolvedModel(NamedTuple):
-    """A model as a client names it, and the tiers that may serve it, best first."""
+    """A model as a client names it, and the tiers that may serve it, best first.
+
+    `served`: all tiers of this gateway that the caller's key may use, to tell it of others.
+    """
 
     name: str
     alias: Alias
     tiers: tuple[Tier, ...]
+    served: tuple[Tier, ...] = ()
 
     @property
     def max_references(self) -> int:
         """Return how many references the tier takes that takes most."""
         return max(tier.max_references for tier in self.tiers)
+
+    @property
+    def requires_mask(self) -> bool:
+        """Return whether all of its tiers generate only a part of an image."""
+        return all(tier.requires_mask for tier in self.tiers)
+
+    @property
+    def requires_control(self) -> bool:
+        """Return whether all of its tiers follow a control image."""
+        return all(tier.takes_control for tier in self.tiers)
+
+    def check_heeded(self, field: str, called: str | None = None) -> None:
+        """Raise BadRequest unless one of its tiers heeds the field, which the caller `called` so.
+
+        The error names the tiers here that do.
+        """
+        check_heeded(field, self.tiers, self.served, called)
 
 
 def target_for(
@@ -57,7 +79,8 @@ def target_for(
         raise TierForbidden(f"this key may not use {name}", "model")
     if not usable:
         raise LicenseForbids(f"this key may not use {name}: its licence is another", "model")
-    return ResolvedModel(name, alias, usable)
+    served = tuple(tier_for(tier) for tier in args.tiers if key_class.may_use(tier))
+    return ResolvedModel(name, alias, usable, served)
 
 
 def unknown(name: str, names: tuple[str, ...]) -> UnknownTier:

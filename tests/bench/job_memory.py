@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import Limits
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
+from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from tests.jobs.memory_gauge import Load, large_jpeg, measure
@@ -37,10 +38,9 @@ def travel_bytes(tier_name: str) -> tuple[int, int]:
     whole = whole_image(decode(data, limits, "image 1"), max_pixels)
     scaled = decode_reference(data, limits, "image 1", max_pixels)
     before, after = (
-        len(pickle.dumps(request_for(fields, tier, limits, (each,)), pickle.HIGHEST_PROTOCOL))
-        for each in (whole, scaled)
+        request_for(fields, tier, limits, RequestImages((each,))) for each in (whole, scaled)
     )
-    return before, after
+    return len(pickle.dumps(before, protocol=5)), len(pickle.dumps(after, protocol=5))
 
 
 def main() -> None:

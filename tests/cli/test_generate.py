@@ -1,11 +1,14 @@
 """`flux-ray generate`: masks, streams and previews, against a gateway whose replicas are fakes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from flux_ray.catalog import tiers
+from flux_ray.catalog.tiers import TINY
 from flux_ray.cli.client import parse_events
 from flux_ray.cli.main import app
 from flux_ray.errors import TierUnavailable
@@ -33,6 +36,43 @@ def test_a_mask_needs_its_image(tmp_path: Path) -> None:
     result = invoke("green", "--mask", mask)
     assert result.exit_code == 2
     assert "--image" in result.output
+
+
+def test_a_control_image(
+    url: str, handles: Any, make_image: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth = replace(TINY, max_references=0, takes_mask=False, takes_control=True)
+    monkeypatch.setitem(tiers._BY_NAME, "tiny", depth)
+    edges, output = tmp_path / "edges.png", tmp_path / "out.png"
+    edges.write_bytes(make_image(96, 80))
+    result = invoke("a ring", "--control-image", edges, "-o", output, "--url", url)
+    assert result.exit_code == 0, result.output
+    [request] = handles.requests
+    assert request.follows_reference
+    result = invoke("a ring", "--control-image", edges, "--image", edges, "--url", url)
+    assert (result.exit_code, "--image" in result.output) == (2, True)
+
+
+def test_a_negative_prompt_and_a_strength(
+    url: str, handles: Any, make_image: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, image = tmp_path / "out.png", tmp_path / "image.png"
+    arguments = ("a ring", "-o", output, "--force", "--url", url)
+    steered = ("--negative-prompt", "a dot", "--true-cfg-scale", 2.5)
+    result = invoke(*arguments, *steered)
+    assert (result.exit_code, "negative_prompt: tiny does not heed it" in result.stderr) == (
+        1,
+        True,
+    )
+    row = replace(TINY, takes_negative=True, takes_strength=True)
+    monkeypatch.setitem(tiers._BY_NAME, "tiny", row)
+    image.write_bytes(make_image(96, 80, mode="L", color=255))
+    edit = ("--image", image, "--mask", image, "--strength", 0.6)
+    result = invoke(*arguments, *steered, *edit)
+    assert result.exit_code == 0, result.output
+    [request] = handles.requests
+    assert (request.negative_prompt, request.true_cfg_scale) == ("a dot", 2.5)
+    assert request.strength == 0.6
 
 
 def test_a_stream_saves_each_image_as_it_comes(url: str, tmp_path: Path) -> None:
@@ -93,7 +133,14 @@ def test_a_file_that_cannot_be_written(url: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--quality", "best"), ("--previews", 4), ("--steps", 0), ("--seed", -1), ("--n", 0)],
+    [
+        ("--quality", "best"),
+        ("--previews", 4),
+        ("--steps", 0),
+        ("--seed", -1),
+        ("--n", 0),
+        ("--strength", 2),
+    ],
 )
 def test_wrong_options(arguments: tuple[object, ...]) -> None:
     assert invoke("a ring", *arguments).exit_code == 2

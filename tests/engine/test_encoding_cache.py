@@ -8,7 +8,8 @@ import torch
 from flux_ray.engine.api import Conditioning, ImageSpec, PromptEmbeds
 from flux_ray.engine.cache import Cache
 from flux_ray.engine.encoding_cache import CachedEncoder
-from flux_ray.engine.packing import packed
+from flux_ray.engine.packing import pack, packed
+from flux_ray.errors import BadRequest
 from flux_ray.request import ImageRequest, RgbImage
 from flux_ray.stages import EncodedPrompt
 
@@ -138,3 +139,41 @@ def test_an_image_of_what_is_known_is_the_same_to_the_bit(klein_adapter, shades)
     if shades:
         assert torch.equal(again.references["latents"], fresh.references["latents"])
         assert torch.equal(again.references["ids"], fresh.references["ids"])
+
+
+CUT = "the prompt has 90 tokens, and only the first 48 were heeded"
+
+
+class CuttingAdapter(CountingAdapter):
+    """Cuts every prompt."""
+
+    def encode_prompt(self, prompt: str) -> PromptEmbeds:
+        return replace(super().encode_prompt(prompt), warnings=(CUT,))
+
+
+@pytest.mark.parametrize("is_encoded", [False, True])
+@pytest.mark.parametrize("prompt", ['{"scene": "a ring"}', ' [{"id": 1}]\n'])
+def test_json_is_not_cut_unless_the_caller_allows_it(prompt, is_encoded):
+    adapter = CuttingAdapter()
+    encoded = (pack(adapter.encode_prompt(prompt)),) if is_encoded else ()
+    encoding = CachedEncoder(adapter, 10_000, "cpu")
+    # Once more, as the prompt is cached then.
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="allow_truncation is true: the prompt has 90") as no:
+            encoding.encode(request(prompt, 1), encoded)
+        assert no.value.field == "prompt"
+    assert adapter.num_references == 0, "refused before anything else is encoded"
+    allowed = replace(request(prompt), allow_truncation=True)
+    given, _ = encoding.encode(allowed, encoded)
+    assert given.warnings == (CUT,)
+
+
+@pytest.mark.parametrize("prompt", ["a ring", "{a ring}", "[a] ring", "7", '"a"', "[" * 9999])
+def test_words_that_are_too_long_are_cut_with_a_warning(prompt):
+    given, _ = CachedEncoder(CuttingAdapter(), 10_000, "cpu").encode(request(prompt), ())
+    assert given.warnings == (CUT,)
+
+
+def test_json_that_is_short_enough_passes():
+    given, _ = CachedEncoder(CountingAdapter(), 10_000, "cpu").encode(request('{"a": 1}'), ())
+    assert given.warnings == ()

@@ -17,6 +17,7 @@ from tests.fuzz.mutations import FUZZ, mutated, within_budget
 pytestmark = pytest.mark.slow
 
 NAMES = sorted({*ImageFields.model_fields, *BflFields.model_fields})
+NAMES += ["control_image", "image_prompt"]
 NAMES += ["image", "images", "image[]", "mask", "input_image", "inputs", "parameters", "steps"]
 NAMES += ["target_size", "extra_body", "strength", "num_images", "webhook_url", "prompt"]
 WORDS = ["auto", "64x64", "1e999", "png", "url", "tiny", "best", "16:9", "1 MP", "data:,", "\0", ""]

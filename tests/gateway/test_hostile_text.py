@@ -189,6 +189,7 @@ NUMBERS = ["1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 4000, "1e400", "1e308"
 NUMBERS += ["0." + "0" * 5000 + "1", '"' + "9" * 4000 + '"', '"1e400"', '"nan"', '"\u0661"', '"²"']
 NUMERIC = "n size width height aspect_ratio resolution megapixels seed steps guidance image_size"
 NUMERIC += " output_compression partial_images quality strength safety_tolerance target_size"
+NUMERIC += " true_cfg_scale denoising_strength"
 
 
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/tiny", "/models/tiny"])

@@ -50,7 +50,14 @@ async def test_what_was_lost_is_generated_again_and_is_the_same(client, handles,
 
 @pytest.mark.parametrize(
     "other",
-    [{"prompt": "a star"}, {"n": 2}, {"size": "64x64"}, {"seed": 7}, {"output_format": "jpeg"}],
+    [
+        {"prompt": "a star"},
+        {"n": 2},
+        {"size": "64x64"},
+        {"seed": 7},
+        {"output_format": "jpeg"},
+        {"allow_truncation": True},
+    ],
 )
 async def test_a_key_of_another_request_is_refused(client, handles, other):
     await client.post(PATH, json=REQUEST, headers=NAMED)

@@ -11,8 +11,7 @@ from flux_ray.gateway.fields.foreign import (
     REFUSED,
     SILENT,
     check_served,
-    is_image_name,
-    is_mask_name,
+    has_pixels,
     is_nothing,
 )
 from flux_ray.gateway.fields.sent import heed, parse_object
@@ -21,6 +20,7 @@ from flux_ray.gateway.openai.fields import (
     MAX_SEED,
     Format,
     Guidance,
+    Number,
     Whole,
     bad_request,
     with_texts,
@@ -32,6 +32,7 @@ RENAMED = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 MIN_SIDE = 64
 # BFL's documented limit, 4 MP.
 MAX_PIXELS = 4 * 1024 * 1024
+OURS = "not BFL's: as on `/v1/images/generations`"
 IMAGE = "base64, with or without a data prefix, or a URL"
 # Fields without effect and their values that need no warning: they ask for what is done anyway.
 IDLE: dict[str, tuple[Any, ...]] = {
@@ -39,7 +40,7 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "disable_pup": (False, True),
     "version": ("latest",),
 }
-NO_EFFECT_HERE = NO_EFFECT | IDLE.keys() | {"grounding", "finetune_strength", "negative_prompt"}
+NO_EFFECT_HERE = NO_EFFECT | IDLE.keys() | {"grounding", "finetune_strength"}
 
 # OpenAI's limits for metadata; BFL has none of its own.
 MetadataName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -62,6 +63,10 @@ class BflFields(BaseModel):
     resolution: str | None = Field(None, description="`1k`, `2k` and so on, where there are none")
     steps: Whole | None = Field(None, ge=1)
     guidance: Guidance | None = None
+    negative_prompt: str | None = Field(None, description=OURS)
+    true_cfg_scale: Guidance | None = Field(None, description=OURS)
+    strength: Number | None = Field(None, description=OURS)
+    allow_truncation: bool | None = Field(None, description=OURS)
     safety_tolerance: Whole | None = Field(None, ge=0, le=7, description="has no effect")
     prompt_upsampling: bool | None = Field(
         None, description="have an LLM make the prompt more detailed"
@@ -100,9 +105,7 @@ class BflFields(BaseModel):
         """Return the sent names that no API in `gateway/fields/foreign.py` has."""
         known = NO_EFFECT_HERE | SILENT | REFUSED.keys()
         return sorted(
-            self.named(name)
-            for name in self.others.keys() - known
-            if not is_image_name(name) and not is_mask_name(name)
+            self.named(name) for name in self.others.keys() - known if not has_pixels(name)
         )
 
     @property
@@ -162,6 +165,11 @@ def fields_schema() -> dict[str, Any]:
     schema["properties"] = with_texts(schema["properties"])
     images = ("input_image", *(f"input_image_{number}" for number in range(2, 9)), "images", "mask")
     schema["properties"] |= {name: {"description": f"{IMAGE}; or a list"} for name in images}
+    schema["properties"]["image_prompt"] = {"description": f"a reference, {IMAGE}"}
+    schema["properties"] |= {
+        "control_image": {"description": f"edges or depths, {IMAGE}; none are computed from it"},
+        "preprocessed_image": {"description": f"the same, {IMAGE}"},
+    }
     schema["properties"]["mask"] = {
         "description": "of the first image, white where it is generated; or `image` has an alpha"
     }

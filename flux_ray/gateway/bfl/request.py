@@ -4,6 +4,7 @@ It goes by way of OpenAI's fields, so that their checks and warnings hold here t
 the size, whose rules are BFL's, and the image to fill, whose alpha channel may be its mask.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,15 +22,22 @@ from flux_ray.gateway.fields.sizes import (
     size_notes,
     sized,
 )
+from flux_ray.gateway.heeded import heeds
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask, decode_with_alpha
-from flux_ray.gateway.images.sources import RequestImages, read_images, read_with_alpha
+from flux_ray.gateway.images.sources import RequestImages, read_images
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.fields import MAX_NAMED_FIELDS, ImageFields, warnings_for
 from flux_ray.gateway.openai.references import sources_in_json
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageFormat, ImageRequest
+
+CONTROL, PREPROCESSED = "control_image", "preprocessed_image"
+TAKEN_AS_IT_IS = (
+    "the control image was taken for edges or depths: none are computed from a photograph here."
+    f" Send them as {PREPROCESSED}"
+)
 
 
 async def images_of(
@@ -37,13 +45,20 @@ async def images_of(
 ) -> RequestImages:
     """Read and decode the images of a request. Raises BadReference, BadRequest.
 
-    If `image` is sent without a mask, its alpha channel is the mask, as in BFL's API.
+    If `image` is sent without a mask, its alpha channel is the mask, and `preprocessed_image` is
+    taken before `control_image`, both as in BFL's API. BFL makes edges or depths of a
+    `control_image`; here it must show them already, which a note says.
     """
-    to_fill = {} if sent.image is None else {"image": sent.image}
-    taken = sources_in_json(to_fill | sent.others, target)
-    if sent.image is None or taken.mask is not None or not taken.references:
-        return await read_images(taken, target, limits, fetcher, decode_painted_mask)
-    return await read_with_alpha(taken, target, limits, fetcher, decode_with_alpha)
+    sources = {} if sent.image is None else {"image": sent.image}
+    sources |= sent.others
+    if sources.get(PREPROCESSED):
+        sources.pop(CONTROL, None)
+    taken = sources_in_json(sources, target)
+    read_erased = None if sent.image is None else decode_with_alpha
+    images = await read_images(taken, target, limits, fetcher, decode_painted_mask, read_erased)
+    if not taken.is_control or taken.references[0].param == PREPROCESSED:
+        return images
+    return images._replace(notes=(*images.notes, TAKEN_AS_IT_IS))
 
 
 # Every job gets previews, for clients that poll it; but with few steps the image itself is there as
@@ -53,13 +68,32 @@ MIN_PREVIEWED_STEPS = 8
 
 
 def job_request_for(
-    sent: BflFields, name: str, tier: Tier, limits: Limits, images: RequestImages
+    sent: BflFields,
+    name: str,
+    tier: Tier,
+    limits: Limits,
+    images: RequestImages,
+    served: Collection[Tier] = (),
 ) -> ImageRequest:
-    """Return the complete request; the default format depends on `name`, the route's model."""
+    """Return the complete request; the default format depends on `name`, the route's model.
+
+    Errors about a field that the tier does not heed name those of `served` that do.
+    """
     fields = openai_fields(sent, name, tier, images.references)
-    request = request_for(fields, tier, limits, images.references, images.mask)
+    request = request_for(fields, tier, limits, images, served)
     is_long = request.num_steps >= MIN_PREVIEWED_STEPS
     return replace(request, num_previews=NUM_PREVIEWS if is_long else 0)
+
+
+# Fields that have the same names on OpenAI's routes.
+SAME_THERE = (
+    "prompt",
+    "seed",
+    "negative_prompt",
+    "true_cfg_scale",
+    "strength",
+    "allow_truncation",
+)
 
 
 def openai_fields(
@@ -67,19 +101,17 @@ def openai_fields(
 ) -> ImageFields:
     """Return the fields as OpenAI's routes have them, with the size already chosen."""
     width, height = size_for(sent, tier, references)
-    wish: dict[str, Any] = {
-        "prompt": sent.prompt,
-        "seed": sent.seed,
+    wish: dict[str, Any] = {field: getattr(sent, field) for field in SAME_THERE} | {
         "width": width,
         "height": height,
         # Clients send a number of steps for the BFL model that they know, such as 28. A distilled
         # tier would then take seven times as long, for no better image.
-        "num_inference_steps": sent.steps if tier.is_guided else None,
+        "num_inference_steps": sent.steps if heeds(tier, "guidance_scale") else None,
         "guidance_scale": sent.guidance,
         "output_format": sent.output_format or default_format(name),
     }
     names = {"num_inference_steps": sent.named("steps"), "guidance_scale": sent.named("guidance")}
-    names |= {field: sent.named(field) for field in ("prompt", "seed", "width", "height")}
+    names |= {field: sent.named(field) for field in (*SAME_THERE, "width", "height")}
     return ImageFields.of(wish, names)
 
 
@@ -146,8 +178,8 @@ def job_warnings_for(
     references: tuple[SentImage, ...] = (),
 ) -> tuple[str, ...]:
     """Return a warning for each thing that the caller sent and does not get."""
-    warnings = warnings_for(openai_fields(sent, name, tier, references), tier)
-    if sent.steps is not None and not tier.is_guided:
+    warnings = warnings_for(openai_fields(sent, name, tier, references), request)
+    if sent.steps is not None and not heeds(tier, "guidance_scale"):
         warnings.append(f"{sent.named('steps')} has no effect on {tier.name}")
     warnings += [f"{field} has no effect on {tier.name}" for field in sent.asked_in_vain]
     warnings += size_notes(request)

@@ -184,7 +184,7 @@ class Bfl:
         prepared = await self.submitter.take(
             http,
             target,
-            lambda tier: job_request_for(sent, name, tier, self.limits, images),
+            lambda tier: job_request_for(sent, name, tier, self.limits, images, target.served),
         )
         request = await self.jobs.choose(prepared)
         # Before the job is stored: whoever runs it, however often, finds the same words.

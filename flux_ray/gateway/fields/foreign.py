@@ -1,7 +1,8 @@
 """List what other servers call their fields; each dialect takes its part of this one table.
 
 A field that decides what is in the image, its shape, or how many there are takes effect under every
-name whose meaning is clear (`SAME`, `IMAGES`, `MASKS`), else it is refused by name (`REFUSED`).
+name whose meaning is clear (`SAME`, `IMAGES`, `MASKS`, `CONTROLS`), else it is refused by name
+(`REFUSED`).
 Fields that tune how a model gets there, safety flags and bookkeeping are ignored, and named in
 warnings (`NO_EFFECT`).
 """
@@ -30,6 +31,10 @@ SAME: dict[str, tuple[str, ...]] = {
         "num_inference_steps": "steps step inference_steps num_steps sampling_steps sample_steps",
         "guidance_scale": "guidance cfg_scale cfg distilled_guidance",
         "negative_prompt": "negative",
+        "true_cfg_scale": "true_cfg true_guidance_scale",
+        # 1 replaces all of the image under the mask. Where 1 means to keep it: DISTANCES.
+        "strength": "prompt_strength denoising_strength denoise denoise_strength",
+        "allow_truncation": "",
         "size": "image_size dimensions output_size",
         "width": "image_width output_width w",
         "height": "image_height output_height h",
@@ -50,19 +55,21 @@ IMAGES = names_in(
     " reference_image_urls reference_url reference_urls references ref_image ref_image_url"
     " ref_image_urls ref_url init_image init_images init_image_url source_image source_images"
     " source_image_url source_url image_file image_files image_data image_base64 image_b64"
-    " base64_image img img_url imgs file files file_url"
+    " base64_image img img_url imgs file files file_url image_prompt image_prompts image_prompt_url"
 )
 MASKS = names_in(
     "mask mask_image mask_url mask_image_url image_mask mask_img mask_file mask_data"
     " mask_base64 mask_b64 inpaint_mask inpainting_mask"
 )
+# Names of the edges or depths that an image is to follow.
+CONTROLS = names_in(
+    "control_image control_images control_image_url control_lora_image_url preprocessed_image"
+    " preprocessed_image_url canny_image depth_image edge_image"
+)
 # Names that ask for what is not served, and what to do instead.
 _REASONS = {
-    "control_image control_images control_image_url control_net controlnet controlnets controls"
-    " control_mode preprocessed_image canny_image depth_image edge_image": "control images are not"
-    " served",
-    "image_prompt image_prompts image_prompt_url": "images as prompts are not served: send image"
-    " (on BFL's routes input_image)",
+    "control_net controlnet controlnets controls control_mode": "ControlNets are not served: send"
+    " control_image to a model that takes one",
     "style_image style_images style_image_url style_reference style_reference_images face_image"
     " subject_reference character_reference character_reference_images pose_image redux_image"
     " ip_adapter ip_adapters ip_adapter_image ip_adapter_images markup": "images of a style, a face"
@@ -93,21 +100,22 @@ _REASONS = {
     "file_id file_ids": "files are not kept here: send the image itself",
 }
 REFUSED = {name: reason for names, reason in _REASONS.items() for name in names.split()}
-# How strongly to edit an image: 1 is the same as none, and without an image none has a meaning.
-STRENGTHS = names_in(
-    "strength prompt_strength denoising_strength denoise denoise_strength image_strength"
-    " img_strength image_weight image_guidance_scale init_image_strength"
+# How near to stay to an image, where more is nearer, or is counted in a way of its own. 1 is the
+# same as none, and without an image none has a meaning.
+DISTANCES = names_in(
+    "image_strength img_strength image_weight image_guidance_scale init_image_strength"
 )
-STRENGTH_REASON = "how near the answer stays to the image cannot be set here: say it in the prompt"
+DISTANCE_REASON = "it means different things on different servers: send strength, beside a mask"
 # These never change an image; clients send them for the operator's sake, so nobody is warned.
 SILENT = frozenset({"safety_identifier"})
-NO_EFFECT = STRENGTHS | names_in(
+NO_EFFECT = DISTANCES | names_in(
     "bot_task complexity disable_safety_checker enable_safety_checker enable_teacache"
     " flow_shift frame_count frame_duration_ms generator_device go_fast"
     " image_prompt_strength input_fidelity layers max_sequence_length moderation"
     " perf_dump_path profile return_stage_metrics safety_checker"
     " safety_tolerance sampler sampler_name scheduler style svg sync_mode system_prompt"
-    " task_type true_cfg_scale upscaling_model_path vae_use_slicing vae_use_tiling"
+    " task_type upscaling_model_path vae_use_slicing vae_use_tiling canny_low_threshold"
+    " canny_high_threshold"
 )
 EXTRA_BODY = "extra_body"
 # Values by which a refused or ineffective field asks for nothing.
@@ -119,7 +127,7 @@ _IMAGE_WORDS = names_in(
 MAX_NAME_CHARS = 80
 MAX_LOOKED_AT = 50
 OURS = {other: ours for ours, others in SAME.items() for other in others}
-_KNOWN = frozenset({*SAME, *OURS, *REFUSED, EXTRA_BODY}) | IMAGES | MASKS | NO_EFFECT | SILENT
+_KNOWN = frozenset({*SAME, *OURS, *REFUSED, EXTRA_BODY}) | NO_EFFECT | SILENT
 _NUMBER = re.compile(r"_?([0-9]{1,2})$")
 _LISTED = re.compile(r"\[[0-9]{0,3}\]$")
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -135,7 +143,7 @@ def plain_name(name: str) -> str:
     if len(name) > MAX_NAME_CHARS:
         return name
     plain = snake(name)
-    return plain if plain in _KNOWN or is_image_name(plain) or is_mask_name(plain) else name
+    return plain if plain in _KNOWN or has_pixels(plain) else name
 
 
 def is_image_name(name: str) -> bool:
@@ -147,6 +155,16 @@ def is_image_name(name: str) -> bool:
 def is_mask_name(name: str) -> bool:
     """Return whether a mask is sent under that name."""
     return len(name) <= MAX_NAME_CHARS and _LISTED.sub("", name) in MASKS
+
+
+def is_control_name(name: str) -> bool:
+    """Return whether a control image is sent under that name."""
+    return len(name) <= MAX_NAME_CHARS and _LISTED.sub("", name) in CONTROLS
+
+
+def has_pixels(name: str) -> bool:
+    """Return whether a reference, a mask or a control image is sent under that name."""
+    return is_image_name(name) or is_mask_name(name) or is_control_name(name)
 
 
 def number_of(name: str) -> int:
@@ -197,12 +215,11 @@ def check_served(
 
 def refusal_of(name: str, value: Any, *, has_images: bool) -> str | None:
     """Return why a field that would change the image is refused, or None if it may be sent."""
-    if name in STRENGTHS:
+    if name in DISTANCES:
         is_whole = isinstance(value, str | int | float) and str(value).strip() in ("1", "1.0")
-        return STRENGTH_REASON if has_images and not is_whole else None
+        return DISTANCE_REASON if has_images and not is_whole else None
     if name in REFUSED:
         return None if is_nothing(value) else REFUSED[name]
-    is_known = name in _KNOWN or is_image_name(name) or is_mask_name(name)
-    if not is_known and holds_image(name, value):
+    if name not in _KNOWN and not has_pixels(name) and holds_image(name, value):
         return "no image is read from this field: send it as image"
     return None

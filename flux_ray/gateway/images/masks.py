@@ -75,27 +75,23 @@ def counted_mask(mask: Mask, limits: Limits) -> Mask:
 
 
 async def fitted(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """Return the request with its mask and the masked image in the size that is generated.
+    """Return the request with an image under a mask, or a control image, in its own size.
 
     A rank would scale them to the same pixels. Raise Overloaded.
     """
-    if request.mask is None:
+    if not request.fits_reference:
         return request
     # Before images that are still to be decoded, as this request needs nothing else any more.
     return await DECODERS.run(FIRST, lambda: fit(request, limits))
 
 
 def fit(request: ImageRequest, limits: Limits) -> ImageRequest:
-    """Return the request with mask and first image scaled, where they have another size."""
-    size, mask, (image, *others) = (
-        (request.width, request.height),
-        request.mask,
-        request.references,
-    )
-    assert mask is not None, "a request without a mask is not fitted"
+    """Return the request with first image and mask scaled, where they have another size."""
+    size, mask = (request.width, request.height), request.mask
+    image, *others = request.references
     if (image.width, image.height) != size:
         image = counted(fit_image(image, size), limits)
-    if (mask.width, mask.height) != size:
+    if mask is not None and (mask.width, mask.height) != size:
         mask = counted_mask(fit_mask(mask, size), limits)
     return replace(request, references=(image, *others), mask=mask)
 

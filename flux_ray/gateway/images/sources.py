@@ -24,7 +24,7 @@ from flux_ray.gateway.images.decode import (
 )
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.file_formats import DECODERS, timed
-from flux_ray.gateway.images.masks import decode_mask
+from flux_ray.gateway.images.masks import decode_erased, decode_mask
 from flux_ray.gateway.images.normalize import with_notes
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.request import Mask, RgbImage
@@ -55,22 +55,31 @@ class ImageSource(NamedTuple):
 
 
 class ImageSources(NamedTuple):
-    """All images of a request: references in order, and a mask for the first of them."""
+    """All images of a request: references in order, and a mask for the first of them.
+
+    `is_control`: the only reference is a control image.
+    """
 
     references: list[ImageSource]
     mask: ImageSource | None = None
+    is_control: bool = False
 
 
 class RequestImages(NamedTuple):
     """The decoded images of a request.
 
     `references` are scaled as the tiers take them. `notes` tell the caller what of the images could
-    not be used.
+    not be used. `is_control`: the only reference is a control image.
     """
 
     references: tuple[SentImage, ...] = ()
     mask: Mask | None = None
     notes: tuple[str, ...] = ()
+    is_control: bool = False
+
+
+# Decodes an image together with a mask from its alpha channel, if that is one.
+DecodeErased = Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]]
 
 
 async def read_images(
@@ -79,38 +88,33 @@ async def read_images(
     limits: Limits,
     fetcher: Fetcher,
     read_mask: Callable[[bytes, Limits, str], Mask] = decode_mask,
+    read_erased: DecodeErased | None = None,
 ) -> RequestImages:
     """Return the decoded images of a request. Raise BadReference or Overloaded.
 
-    They are read one at a time, so that only one is in memory undecoded and unscaled. With a mask,
-    the first image is not scaled, as its size is only known later. `read_mask` decodes the mask by
-    the dialect's rule.
+    They are read one at a time, so that only one is in memory undecoded and unscaled. An image
+    under a mask and a control image are not scaled, as their size is only known later. `read_mask`
+    decodes the mask by the dialect's rule. Without a mask, `read_erased` decodes the first image if
+    that may have one in its alpha channel; it always may where the tiers require a mask.
     """
     reader = reader_for(target, limits, fetcher)
-    if sources.mask is None:
+    if read_erased is None and target.requires_mask:
+        read_erased = decode_erased
+    is_whole = sources.mask is not None or sources.is_control or read_erased is not None
+    if not sources.references or not is_whole:
         references = await reader.read_references(sources.references)
         return RequestImages(references, None, tuple(reader.notes))
     first, *others = sources.references
-    image = whole_image(await reader.read(first, "image 1", decode), reader.max_pixels)
-    references = (image, *await reader.read_references(others, first=2))
-    mask = await reader.read(sources.mask, "mask", read_mask)
-    return RequestImages(references, mask, tuple(reader.notes))
-
-
-async def read_with_alpha(
-    sources: ImageSources,
-    target: ResolvedModel,
-    limits: Limits,
-    fetcher: Fetcher,
-    decode_first: Callable[[bytes, Limits, str], tuple[RgbImage, Mask | None]],
-) -> RequestImages:
-    """Return the decoded images, with the first one's alpha channel as mask, if it is one."""
-    reader = reader_for(target, limits, fetcher)
-    first, *others = sources.references
-    raster, mask = await reader.read(first, "image 1", decode_first)
+    mask, is_control = None, sources.is_control
+    if sources.mask is None and read_erased is not None and not is_control:
+        raster, mask = await reader.read(first, "image 1", read_erased)
+    else:
+        raster = await reader.read(first, "control image" if is_control else "image 1", decode)
     image = whole_image(raster, reader.max_pixels)
     references = (image, *await reader.read_references(others, first=2))
-    return RequestImages(references, mask, tuple(reader.notes))
+    if sources.mask is not None:
+        mask = await reader.read(sources.mask, "mask", read_mask)
+    return RequestImages(references, mask, tuple(reader.notes), is_control)
 
 
 def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":

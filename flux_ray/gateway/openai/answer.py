@@ -324,7 +324,10 @@ class EventWriter:
             model=request.tier,
             seed=image.seed,
             revised_prompt=self._prepared.rewriting.prompt_on(request.tier),
-            warnings=[*warnings_of(self._fields, generated), *self._prepared.notes_on(generated)],
+            warnings=[
+                *warnings_of(self._fields, request, generated),
+                *self._prepared.notes_on(generated),
+            ],
             times=self._times_of(generated) if isinstance(generated, ImageResult) else None,
         )
 

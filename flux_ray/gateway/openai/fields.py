@@ -24,14 +24,14 @@ from flux_ray.gateway.fields.foreign import (
     REFUSED,
     SILENT,
     check_served,
-    is_image_name,
-    is_mask_name,
+    has_pixels,
     is_nothing,
 )
 from flux_ray.gateway.fields.sent import heed, parse_object
 from flux_ray.gateway.fields.sizes import side_of
+from flux_ray.gateway.heeded import heeds
 from flux_ray.gateway.upsampling.rewriting import UpsamplingWish
-from flux_ray.request import Finished, ImageResult, Preview
+from flux_ray.request import Finished, ImageRequest, ImageResult, Preview
 
 # The largest seed of torch, and of clients that choose one at random.
 MAX_SEED = 2**64 - 1
@@ -71,7 +71,25 @@ class ImageFields(BaseModel):
     )
     num_inference_steps: Steps | None = Field(None, description="or `steps`, or `step`")
     guidance_scale: Guidance | None = Field(None, description="or `guidance`, or `cfg_scale`")
-    negative_prompt: str | None = None
+    negative_prompt: str | None = Field(
+        None,
+        description="what to steer away from, at twice the price of a step",
+        examples=["cars, people"],
+    )
+    true_cfg_scale: Guidance | None = Field(
+        None,
+        description="how far from `negative_prompt`, above 1; 4 if absent beside one",
+        examples=[4.0],
+    )
+    strength: Number | None = Field(
+        None,
+        description="above 0, to 1: how much of the image is replaced by noise under a mask, by"
+        " default all; or `denoising_strength`",
+        examples=[0.6],
+    )
+    allow_truncation: bool | None = Field(
+        None, description="cut a prompt that is JSON where the model stops reading"
+    )
     response_format: Literal["b64_json", "url"] | None = Field(
         None, description="`url` where the gateway keeps images"
     )
@@ -205,17 +223,22 @@ def with_texts(properties: dict[str, Any]) -> dict[str, Any]:
 MAX_NAMED_FIELDS = 20
 
 
-def warnings_of(fields: ImageFields, generated: ImageResult | Preview | Finished) -> list[str]:
-    """Return all warnings of an answer: those about the fields, then those of the replica."""
+def warnings_of(
+    fields: ImageFields, request: ImageRequest, generated: ImageResult | Preview | Finished
+) -> list[str]:
+    """Return all warnings of an answer: those about the fields, then those of the replica.
+
+    `request` is what was made of the fields for the tier that generated the answer.
+    """
     said = generated.warnings if isinstance(generated, ImageResult) else ()
-    return [*warnings_for(fields, tier_for(generated.tier)), *said]
+    return [*warnings_for(fields, request), *said]
 
 
-def warnings_for(fields: ImageFields, tier: Tier) -> list[str]:
-    """Return a warning for each field without effect on this tier, by the caller's names."""
-    extra = fields.model_extra or {}
+def warnings_for(fields: ImageFields, request: ImageRequest) -> list[str]:
+    """Return a warning for each field without effect on this request, by the caller's names."""
+    extra, tier = fields.model_extra or {}, tier_for(request.tier)
     idle = [name for name in sorted(extra.keys() & NO_EFFECT) if not is_nothing(extra[name])]
-    names = [fields.named(name) for name in [*unheeded(fields, tier), *idle]]
+    names = [fields.named(name) for name in [*unheeded(fields, tier, request), *idle]]
     warnings = [f"{name} has no effect on {tier.name}" for name in names]
     if fields.stream and fields.response_format == "url":
         warnings.append("response_format has no effect on a stream")
@@ -240,18 +263,22 @@ def unknown_warnings(fields: ImageFields) -> list[str]:
     unknown = sorted(
         fields.named(name)
         for name in (fields.model_extra or {}).keys() - known
-        if not is_image_name(name) and not is_mask_name(name)
+        if not has_pixels(name)
     )
     return [f"unknown field {name[:80]!r} was ignored" for name in unknown[:MAX_NAMED_FIELDS]]
 
 
-def unheeded(fields: ImageFields, tier: Tier) -> list[str]:
+def unheeded(fields: ImageFields, tier: Tier, request: ImageRequest) -> list[str]:
     """Return the sent fields that have no effect on this tier or beside the other fields."""
     names = []
-    if fields.guidance_scale is not None and not tier.is_guided:
+    if fields.guidance_scale is not None and not heeds(tier, "guidance_scale"):
         names.append("guidance_scale")
-    if fields.negative_prompt:
-        names.append("negative_prompt")
+    if request.negative_prompt is None:
+        # One of the two has no effect without the other.
+        names += ["negative_prompt"] if (fields.negative_prompt or "").strip() else []
+        names += ["true_cfg_scale"] if (fields.true_cfg_scale or 0) > 1 else []
+    if fields.strength not in (None, 1) and request.mask is None:
+        names.append("strength")
     is_preset = tier.steps_at(fields.quality) is not None and fields.num_inference_steps is None
     if fields.quality not in (None, "auto") and not is_preset:
         names.append("quality")

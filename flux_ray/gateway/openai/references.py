@@ -7,6 +7,7 @@ before any is decoded. `open_form` reads a form, and refuses one that was cut of
 import io
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -17,20 +18,26 @@ from starlette.requests import Request
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest, WrongContentType
 from flux_ray.gateway.fields.foreign import (
+    has_pixels,
+    is_control_name,
     is_image_name,
     is_mask_name,
     number_of,
     plain_name,
 )
+from flux_ray.gateway.fields.sent import WORDS
 from flux_ray.gateway.images.sources import ImageSource, ImageSources
 from flux_ray.gateway.model_names import ResolvedModel
 
 # Of the names that gateway/fields/foreign.py knows, those that OpenAPI shows.
 REFERENCE_NAMES = ("image", "images", "url", "ref_images", "reference_image", "image_url")
 MASK_NAMES = ("mask", "mask_image")
+CONTROL_NAMES = ("control_image", "preprocessed_image")
 # How an image may be wrapped: OpenAI's images are {"image_url": ...}, its chat's {"url": ...}.
 WRAPPERS = ("image_url", "url", "b64_json", "image", "data", "base64")
 MAX_DEPTH = 4
+# The kinds of images in a request, by their names.
+KINDS = (is_image_name, is_mask_name, is_control_name)
 
 
 def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSources:
@@ -38,18 +45,18 @@ def sources_in_json(fields: Mapping[str, Any], target: ResolvedModel) -> ImageSo
 
     Raises BadReference, BadRequest.
     """
-
-    def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
-        names = sorted(filter(is_wanted, fields), key=number_of)
-        return (source for name in names for source in unwrapped(name, fields[name]))
-
-    return checked(of(is_image_name), of(is_mask_name), target)
+    return checked(target, *(named_in(fields, is_kind) for is_kind in KINDS))
 
 
-def is_image_or_mask_name(name: str) -> bool:
-    """Return whether a form's part of that name is a reference or a mask."""
-    name = plain_name(name)
-    return is_image_name(name) or is_mask_name(name)
+def named_in(fields: Mapping[str, Any], is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
+    """Yield the images of the fields whose names are wanted, in the order of `sources_in_json`."""
+    for name in sorted(filter(is_wanted, fields), key=number_of):
+        yield from unwrapped(name, fields[name])
+
+
+def is_image_part(name: str) -> bool:
+    """Return whether a form's part of that name is an image or a mask."""
+    return has_pixels(plain_name(name))
 
 
 def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
@@ -58,7 +65,7 @@ def take_sources(fields: dict[str, Any], target: ResolvedModel) -> ImageSources:
     The fields live until the answer: the encoded images would take memory all that time.
     """
     sources = sources_in_json(fields, target)
-    for name in [each for each in fields if is_image_name(each) or is_mask_name(each)]:
+    for name in list(filter(has_pixels, fields)):
         del fields[name]
     return sources
 
@@ -75,7 +82,7 @@ def sources_in_form(form: FormData, target: ResolvedModel) -> ImageSources:
         wanted.sort(key=lambda part: number_of(part[0]))
         return (ImageSource(name, value) for name, value in wanted)
 
-    return checked(of(is_image_name), of(is_mask_name), target)
+    return checked(target, *map(of, KINDS))
 
 
 def is_unfilled(value: UploadFile | str) -> bool:
@@ -103,21 +110,40 @@ def unwrapped(field: str, value: Any, depth: int = MAX_DEPTH) -> Iterator[ImageS
 
 
 def checked(
-    references: Iterator[ImageSource], masks: Iterator[ImageSource], target: ResolvedModel
+    target: ResolvedModel,
+    references: Iterator[ImageSource],
+    masks: Iterator[ImageSource],
+    controls: Iterator[ImageSource],
 ) -> ImageSources:
-    """Return the sources; raise unless there is at most one mask, and none without an image."""
-    sources = ImageSources(counted(references, target), next(masks, None))
-    if sources.mask is not None and next(masks, None) is not None:
-        raise BadRequest("there can be one mask only", sources.mask.param)
-    if sources.mask is not None and not sources.references:
-        raise BadRequest("a mask comes with the image that it is of", sources.mask.param)
-    return sources
+    """Return the sources. Raise BadReference or BadRequest for what no request may have.
+
+    That is more than one mask or control image, a mask without an image, a control image with
+    others, and a kind of image that none of the tiers heeds. To tiers that take nothing else, a
+    control image may be sent under the name of any image.
+    """
+    if target.requires_control:
+        references, controls = iter(()), chain(controls, references)
+    taken, mask, control = counted(references, target), next(masks, None), next(controls, None)
+    for kind, source, more in (("mask", mask, masks), ("control_image", control, controls)):
+        if source is None:
+            continue
+        target.check_heeded(kind, source.param)
+        if next(more, None) is not None:
+            raise BadRequest(f"there can be one {kind.replace('_', ' ')} only", source.param)
+    if mask is not None and not taken:
+        raise BadRequest("a mask comes with the image that it is of", mask.param)
+    if control is None:
+        return ImageSources(taken, mask)
+    if taken:
+        raise BadRequest("a control image comes without other images", control.param)
+    return ImageSources([control], is_control=True)
 
 
 def counted(sources: Iterator[ImageSource], target: ResolvedModel) -> list[ImageSource]:
     """Return the sources; raise BadReference if they are more than any of the tiers takes."""
     taken: list[ImageSource] = []
     for source in sources:
+        target.check_heeded("image", source.param)
         if len(taken) == target.max_references:
             message = f"{target.name} takes at most {target.max_references} images"
             raise BadReference(message, source.param)
@@ -142,7 +168,7 @@ class WholeFormParser(MultiPartParser):
     def on_part_end(self) -> None:
         """Keep the bytes of an image: decoded as text they would be damaged."""
         part = self._current_part
-        if part.file is None and is_image_or_mask_name(part.field_name) and is_binary(part.data):
+        if part.file is None and is_image_part(part.field_name) and is_binary(part.data):
             file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
             self.items.append((part.field_name, file))
             return
@@ -221,7 +247,7 @@ def text_parts(form: FormData) -> dict[str, str]:
     """Return the non-empty text parts by name. Raises BadRequest if a name comes twice."""
     parts: dict[str, str] = {}
     for name, value in form.multi_items():
-        if is_image_or_mask_name(name) or (is_unfilled(value) and name != "prompt"):
+        if is_image_part(name) or (is_unfilled(value) and name not in WORDS):
             continue
         if isinstance(value, UploadFile):
             raise BadRequest(f"{name[:80]} is no image that is read here", name[:80])

@@ -2,6 +2,8 @@
 
 import secrets
 import uuid
+from collections.abc import Collection
+from typing import NamedTuple
 
 from flux_ray.catalog import Tier
 from flux_ray.config import Limits
@@ -16,38 +18,36 @@ from flux_ray.gateway.fields.sizes import (
     side_of,
     size_like,
 )
+from flux_ray.gateway.heeded import check_heeded, heeds
 from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
+from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.openai.fields import MAX_SEED, ImageFields
 from flux_ray.request import Encoding, ImageRequest, Mask
 
 # Random seeds are below this, so that JavaScript clients read them exactly: it can up to 2**53.
 GENERATED_SEEDS = 2**32
+# The `true_cfg_scale` of a negative prompt that comes without one. At diffusers' own default for
+# FLUX.1, 1, the prompt would have no effect; this is that of its other pipelines with both fields.
+NEGATIVE_SCALE = 4.0
 
 
 def request_for(
     fields: ImageFields,
     tier: Tier,
     limits: Limits,
-    references: tuple[SentImage, ...],
-    mask: Mask | None = None,
+    images: RequestImages,
+    served: Collection[Tier] = (),
 ) -> ImageRequest:
-    """Return the complete request for a tier, under a new id. Raises BadRequest, BadReference."""
-    if len(fields.prompt) > limits.max_prompt_chars:
-        message = f"prompt is longer than {limits.max_prompt_chars} characters"
-        raise BadRequest(message, fields.named("prompt"))
-    num_images = fields.n or 1
-    if num_images > limits.max_images:
-        name = fields.named("n")
-        raise BadRequest(f"{name} must be 1 to {limits.max_images}", name)
-    if len(references) > tier.max_references:
-        raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
-    if mask is not None:
-        check_mask(mask, references, tier)
-    asked = size_for(fields, tier, references)
+    """Return the complete request for a tier, under a new id. Raises BadRequest, BadReference.
+
+    Errors about a field that the tier does not heed name those of `served` that do.
+    """
+    check_limits(fields, limits)
+    check_images(images, tier, served)
+    asked = size_for(fields, tier, images.references)
     width, height = generated_size(*asked, tier)
-    if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
-        # The masked image is a reference too, scaled to that size.
-        raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
+    if images.mask is not None:
+        check_masked_size(width, height)
     return ImageRequest(
         request_id=uuid.uuid4().hex,  # Not the client's: two clients may send the same one.
         tier=tier.name,
@@ -55,14 +55,51 @@ def request_for(
         width=width,
         height=height,
         num_steps=steps_for(fields, tier),
-        guidance=guidance_for(fields, tier),
-        seed=seed_for(fields, num_images),
-        num_images=num_images,
-        references=tuple(each.raster_for(tier.max_reference_pixels) for each in references),
+        seed=seed_for(fields),
+        num_images=fields.n or 1,
+        references=tuple(each.raster_for(tier.max_reference_pixels) for each in images.references),
         encoding=encoding_for(fields, None if asked == (width, height) else asked),
-        mask=mask,
+        mask=images.mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
+        strength=strength_for(fields, tier, images, served),
+        follows_reference=images.is_control,
+        allow_truncation=bool(fields.allow_truncation),
+        **steering_for(fields, tier, served)._asdict(),
     )
+
+
+def check_limits(fields: ImageFields, limits: Limits) -> None:
+    """Raise BadRequest for longer prompts, or more images, than this gateway allows."""
+    for field, words in (("prompt", fields.prompt), ("negative_prompt", fields.negative_prompt)):
+        if len(words or "") > limits.max_prompt_chars:
+            message = f"{field} is longer than {limits.max_prompt_chars} characters"
+            raise BadRequest(message, fields.named(field))
+    if (fields.n or 1) > limits.max_images:
+        name = fields.named("n")
+        raise BadRequest(f"{name} must be 1 to {limits.max_images}", name)
+
+
+def check_images(images: RequestImages, tier: Tier, served: Collection[Tier]) -> None:
+    """Raise BadRequest unless the tier can do with these images, and has all that it needs."""
+    if images.is_control:
+        check_heeded("control_image", (tier,), served)
+    elif tier.takes_control:
+        raise BadRequest(
+            f"control_image is required: {tier.name} follows the edges or depths that it shows",
+            "control_image",
+        )
+    elif len(images.references) > tier.max_references:
+        check_heeded("image", (tier,), served)
+        raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
+    if images.mask is not None:
+        check_mask(images.mask, images.references, tier)
+    elif tier.requires_mask:
+        missing = "mask" if images.references else "image"
+        raise BadRequest(
+            f"{missing} is required: {tier.name} generates a part of an image, so send the image,"
+            " and a mask that is white in that part",
+            missing,
+        )
 
 
 def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
@@ -74,6 +111,12 @@ def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> Non
     size, needed = (f"{each.width}x{each.height}" for each in (mask, references[0]))
     if size != needed:
         raise BadRequest(f"mask is {size} but must match the image, {needed}", "mask")
+
+
+def check_masked_size(width: int, height: int) -> None:
+    """Raise BadRequest for a size that no reference may have: the masked image is scaled to it."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
 
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:
@@ -132,21 +175,86 @@ def steps_for(fields: ImageFields, tier: Tier) -> int:
     return num_steps
 
 
-def guidance_for(fields: ImageFields, tier: Tier) -> float:
-    """Return the guidance: the caller's only on a tier where it has an effect."""
-    if fields.guidance_scale is None or not tier.is_guided:
-        return tier.guidance
-    return fields.guidance_scale
+class Steering(NamedTuple):
+    """How a request is steered, by its own fields: what to steer away from, and how far."""
+
+    guidance: float
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
-def seed_for(fields: ImageFields, num_images: int) -> int:
+def steering_for(fields: ImageFields, tier: Tier, served: Collection[Tier]) -> Steering:
+    """Return the caller's guidance and negative prompt, where the tier heeds them.
+
+    A tier whose own scale is above 1 is always steered, by `guidance_scale`, and away from the
+    empty prompt. Raises BadRequest for a negative prompt, or a scale above 1, that is not heeded.
+    """
+    negative, scale = fields.negative_prompt, fields.true_cfg_scale
+    if negative is not None and not negative.strip():
+        # Many clients always send an empty one. It steers only together with a scale.
+        negative = "" if scale is not None and heeds(tier, "negative_prompt") else None
+    for field, is_sent in (("negative_prompt", negative), ("true_cfg_scale", (scale or 0) > 1)):
+        if is_sent:
+            check_heeded(field, (tier,), served, fields.named(field))
+    if tier.true_cfg_scale > 1:
+        return steered(tier.guidance, negative or "", cfg_scale_for(fields, tier))
+    guidance = fields.guidance_scale if tier.is_guided else None
+    if guidance is None:
+        guidance = tier.guidance
+    return steered(guidance, negative, NEGATIVE_SCALE if scale is None else scale)
+
+
+def steered(guidance: float, negative: str | None, scale: float) -> Steering:
+    """Return these values; without a negative prompt if it would have no effect."""
+    if negative is None or scale <= 1:
+        return Steering(guidance)
+    return Steering(guidance, negative, scale)
+
+
+def cfg_scale_for(fields: ImageFields, tier: Tier) -> float:
+    """Return the scale of a tier that is always steered: `guidance_scale` and `true_cfg_scale`.
+
+    Raises BadRequest if they disagree.
+    """
+    sent = [each for each in (fields.guidance_scale, fields.true_cfg_scale) if each is not None]
+    if len(set(sent)) > 1:
+        names = [fields.named(name) for name in ("guidance_scale", "true_cfg_scale")]
+        message = f"{' and '.join(names)} disagree: on {tier.name} they are the same"
+        raise BadRequest(message, names[1])
+    return sent[0] if sent else tier.true_cfg_scale
+
+
+def strength_for(
+    fields: ImageFields, tier: Tier, images: RequestImages, served: Collection[Tier]
+) -> float:
+    """Return how much of the image under the mask is replaced by noise at the start: 1 is all.
+
+    Raises BadRequest where it would not be heeded; without an image it has no meaning.
+    """
+    strength = fields.strength
+    if strength is None or strength == 1 or images.is_control or not images.references:
+        return 1.0
+    name = fields.named("strength")
+    check_heeded("strength", (tier,), served, name)
+    if images.mask is None:
+        raise BadRequest(
+            f"{name}: it is heeded only under a mask; without one, say in the prompt how near the"
+            " answer stays to the image",
+            name,
+        )
+    if not 0 < strength <= 1:
+        raise BadRequest(f"{name} must be above 0, and at most 1", name)
+    return strength
+
+
+def seed_for(fields: ImageFields) -> int:
     """Return the first image's seed, random if not sent; the others count up from it.
 
     Raises BadRequest if the last image's would be too large.
     """
     if fields.seed is None:
         return secrets.randbelow(GENERATED_SEEDS)
-    if fields.seed + num_images - 1 > MAX_SEED:
+    if fields.seed + (fields.n or 1) - 1 > MAX_SEED:
         raise BadRequest(f"seed + n - 1 must be at most {MAX_SEED}", "seed")
     return fields.seed
 

@@ -14,16 +14,12 @@ from flux_ray.gateway.errors import Envelope
 from flux_ray.gateway.http import MEDIA_TYPE, forget_body, read_body
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_erased
-from flux_ray.gateway.images.sources import (
-    ImageSources,
-    RequestImages,
-    read_images,
-    read_with_alpha,
-)
+from flux_ray.gateway.images.sources import ImageSources, RequestImages, read_images
 from flux_ray.gateway.model_names import ResolvedModel
 from flux_ray.gateway.openai.answer import Answer, Kind, answer_for, stream
 from flux_ray.gateway.openai.fields import ImageFields, fields_schema, parse_json, warnings_of
 from flux_ray.gateway.openai.references import (
+    CONTROL_NAMES,
     MASK_NAMES,
     REFERENCE_NAMES,
     open_form,
@@ -144,11 +140,11 @@ class OpenAIImages:
         self, fields: ImageFields, target: ResolvedModel, sources: ImageSources
     ) -> RequestImages:
         """Read and decode the images within this gateway's limits."""
-        limits, fetcher = self.limits, self.fetcher
-        is_alone = sources.mask is None and bool(sources.references)
-        if is_alone and (fields.model or "").startswith(ALPHA_MODELS):
-            return await read_with_alpha(sources, target, limits, fetcher, decode_erased)
-        return await read_images(sources, target, limits, fetcher)
+        has_alpha = (fields.model or "").startswith(ALPHA_MODELS)
+        read_erased = decode_erased if has_alpha else None
+        return await read_images(
+            sources, target, self.limits, self.fetcher, read_erased=read_erased
+        )
 
     async def prepare(
         self, http: Request, fields: ImageFields, target: ResolvedModel, sources: ImageSources
@@ -158,7 +154,7 @@ class OpenAIImages:
         return await self.submitter.take(
             http,
             target,
-            lambda tier: request_for(fields, tier, self.limits, images.references, images.mask),
+            lambda tier: request_for(fields, tier, self.limits, images, target.served),
             images.notes,
         )
 
@@ -175,8 +171,8 @@ class OpenAIImages:
             streamed.headers.update(self.submitter.limit_headers(prepared))
             return streamed
         result = await self.submitter.generate(prepared)
-        warnings = [*warnings_of(fields, result), *prepared.notes_on(result)]
         generated = prepared.request_of(result)
+        warnings = [*warnings_of(fields, generated, result), *prepared.notes_on(result)]
         urls = None
         if self.kept is not None and wants_url(fields):
             urls = await self.kept.urls_of(prepared.caller.key, generated, result)
@@ -216,15 +212,21 @@ def body_schema(*content_types: str) -> dict[str, Any]:
         " transparent pixels, or white ones where none is transparent; the rest stays. `mask_image`"
         " is the same"
     }
+    control = {
+        "description": "edges or depths that the image follows, for models that take them: base64"
+        " or a URL, or a file. Nothing is computed from a photograph"
+    }
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     content = {}
     for content_type in content_types:
         schema = fields_schema()
         schema["properties"] |= {name: texts for name in REFERENCE_NAMES}
         schema["properties"] |= dict.fromkeys(MASK_NAMES, mask)
+        schema["properties"] |= dict.fromkeys(CONTROL_NAMES, control)
         if content_type == FORM:
             schema["properties"] |= {"image": files, "image[]": files}
         if FORM in content_types:
-            schema["anyOf"] = [{"required": [name]} for name in REFERENCE_NAMES]
+            names = (*REFERENCE_NAMES, *CONTROL_NAMES)
+            schema["anyOf"] = [{"required": [name]} for name in names]
         content[content_type] = {"schema": schema}
     return {"requestBody": {"required": True, "content": content}}

@@ -2,12 +2,15 @@
 
 import asyncio
 import base64
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from flux_ray.catalog import tiers
+from flux_ray.catalog.tiers import TINY
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import Overloaded, ReplicaFailed
 from flux_ray.gateway.api import build_api
@@ -283,6 +286,42 @@ async def test_what_is_to_be_filled_is_said(client, make_image):
     answer = await submit(client, image=base64.b64encode(make_image(96, 80)).decode())
     assert answer.status_code == 422
     assert "mask is required" in answer.json()["message"]
+
+
+@pytest.mark.parametrize("names", [("control_image",), ("control_image", "preprocessed_image")])
+async def test_a_job_follows_its_control_image(client, handles, make_image, monkeypatch, names):
+    """The job is stored in between, with its image apart."""
+    depth = replace(TINY, max_references=0, takes_mask=False, takes_control=True)
+    monkeypatch.setitem(tiers._BY_NAME, "tiny", depth)
+    colors = ("red", "blue")[: len(names)]
+    images = {
+        name: base64.b64encode(make_image(192, 128, color=color)).decode()
+        for name, color in zip(names, colors, strict=True)
+    }
+    # As BFL's clients send them.
+    sent = images | {"canny_low_threshold": 50, "steps": 50, "guidance": 30.0, "width": 96}
+    told = (await submit(client, height=64, **sent)).json()
+    assert (await poll(client, told["id"]))["status"] == "Ready"
+    [request] = handles.requests
+    assert request.follows_reference
+    [control] = request.references
+    assert (control.width, control.height) == (request.width, request.height) == (96, 64)
+    last = {"red": b"\xff\0\0", "blue": b"\0\0\xff"}[colors[-1]]
+    assert control.rgb[:3] == last
+    warnings = told["details"]["warnings"]
+    assert any("none are computed" in each for each in warnings) == (len(names) == 1)
+    assert "canny_low_threshold has no effect on tiny" in warnings
+
+
+async def test_a_job_is_steered(client, handles, monkeypatch):
+    monkeypatch.setitem(tiers._BY_NAME, "tiny", replace(TINY, takes_negative=True))
+    fields = {"negative_prompt": " a dot", "true_cfg_scale": 2, "allow_truncation": True}
+    told = (await submit(client, **fields)).json()
+    await poll(client, told["id"])
+    [request] = handles.requests
+    assert (request.negative_prompt, request.true_cfg_scale) == (" a dot", 2.0)
+    assert request.allow_truncation
+    assert told["details"]["warnings"] == []
 
 
 async def test_other_errors_have_bfls_shape(client):

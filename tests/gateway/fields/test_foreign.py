@@ -6,12 +6,18 @@ import json
 import pytest
 
 from flux_ray.catalog.tiers import TINY, tier_for
+from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.bfl.request import size_for
-from flux_ray.gateway.fields.foreign import IMAGES, MASKS, OURS, REFUSED, STRENGTHS
+from flux_ray.gateway.fields.foreign import CONTROLS, DISTANCES, IMAGES, MASKS, OURS, REFUSED
 from flux_ray.gateway.fields.sent import heed
+from flux_ray.gateway.images.sources import RequestImages
+from flux_ray.gateway.model_names import target_for
 from flux_ray.gateway.openai.fields import ImageFields, warnings_for
+from flux_ray.gateway.openai.references import sources_in_json
+from flux_ray.gateway.openai.request import request_for
+from tests.conftest import LIMITS
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -115,7 +121,8 @@ async def test_a_ratio_in_a_form_is_heeded(client, handles, make_image):
 
 async def test_what_is_finer_than_the_tier_generates_is_said(client, handles):
     sent = PROMPT | {"resolution": "4K"}
-    [warning] = warnings_for(ImageFields.read(sent), tier_for("flux-2-klein-4b"))
+    fields, tier = ImageFields.read(sent), tier_for("flux-2-klein-4b")
+    [warning] = warnings_for(fields, request_for(fields, tier, LIMITS, RequestImages()))
     assert "resolution is more than flux-2-klein-4b draws" in warning
     answer = await client.post(GENERATIONS, json=PROMPT | {"resolution": "2K"})
     [request] = handles.requests
@@ -144,6 +151,8 @@ async def test_a_number_of_images_is_heeded_or_refused(client, handles, name):
     "fields",
     [
         {"control_image": "aGk="},
+        {"canny_image": "aGk="},
+        {"controlnet": "x"},
         {"loras": [{"path": "x"}]},
         {"picture": "https://a.test/b.png"},
         {"anything": "data:image/png;base64,aGk="},
@@ -174,7 +183,9 @@ async def test_what_is_not_clear_or_not_served_is_refused_by_name(client, handle
 
 def check_as_bfl(fields) -> None:
     """All of BFL's checks, of which some are made when the tier is known."""
-    size_for(parse_body(body_of(fields)), TINY, ())
+    sent = parse_body(body_of(fields))
+    sources_in_json(sent.others, target_for("tiny", GatewayArgs(tiers=("tiny",))))
+    size_for(sent, TINY, ())
 
 
 def body_of(fields) -> bytes:
@@ -190,8 +201,8 @@ def test_every_refused_name_is_refused_unless_it_asks_for_nothing(name):
         ImageFields.read(PROMPT | {name: nothing})
 
 
-@pytest.mark.parametrize("name", sorted(STRENGTHS))
-def test_strength_is_refused_where_there_is_an_image_to_be_near_to(name):
+@pytest.mark.parametrize("name", sorted(DISTANCES))
+def test_a_distance_is_refused_where_there_is_an_image_to_be_near_to(name):
     ImageFields.read(PROMPT | {name: 0.5})
     ImageFields.read(PROMPT | {name: 1.0, "image": "x"})
     with pytest.raises(BadRequest, match=f"^{name}: "):
@@ -199,7 +210,7 @@ def test_strength_is_refused_where_there_is_an_image_to_be_near_to(name):
 
 
 def test_no_name_means_two_things():
-    tables = [set(OURS), set(IMAGES), set(MASKS), set(REFUSED), set(STRENGTHS)]
+    tables = [set(OURS), set(IMAGES), set(MASKS), set(CONTROLS), set(REFUSED), set(DISTANCES)]
     assert len(set().union(*tables)) == sum(map(len, tables))
 
 

@@ -13,6 +13,7 @@ from flux_ray.config.gateway import Alias, Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.images.decode import whole_image
 from flux_ray.gateway.images.masks import decode_mask, mask_from_alpha, mask_from_luma
+from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.model_names import ResolvedModel, requests_for
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
@@ -222,7 +223,7 @@ MASK = Mask(*SIZE, LEFT.tobytes())
 
 
 def build(tier, references=(IMAGE,)):
-    return request_for(FIELDS, tier, LIMITS, references, MASK)
+    return request_for(FIELDS, tier, LIMITS, RequestImages(references, MASK))
 
 
 def test_a_tier_that_takes_no_masks_says_so():
@@ -239,11 +240,11 @@ def test_a_size_that_the_model_would_refuse_of_a_reference():
     image = whole_image(RgbImage(1040, 130, b""), [KLEIN.max_reference_pixels])
     mask = Mask(1040, 130, b"")
     with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
-        request_for(FIELDS, KLEIN, LIMITS, (image,), mask)
+        request_for(FIELDS, KLEIN, LIMITS, RequestImages((image,), mask))
     assert caught.value.field == "size"
     asked = FIELDS.model_copy(update={"size": "1024x128"})
-    assert request_for(asked, KLEIN, LIMITS, (image,), mask).width == 1024
-    assert request_for(FIELDS, KLEIN, LIMITS, (image,)).width == 1040
+    assert request_for(asked, KLEIN, LIMITS, RequestImages((image,), mask)).width == 1024
+    assert request_for(FIELDS, KLEIN, LIMITS, RequestImages((image,))).width == 1040
 
 
 def test_an_alias_goes_on_to_a_tier_that_takes_them():

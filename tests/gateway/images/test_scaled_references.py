@@ -17,6 +17,7 @@ from flux_ray.engine.images import image_for, raster_for
 from flux_ray.gateway.images import decode as references
 from flux_ray.gateway.images import file_formats
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
+from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.openai.fields import ImageFields
 from flux_ray.gateway.openai.request import request_for
 from flux_ray.request import ImageRequest, RgbImage
@@ -85,7 +86,9 @@ def test_price_and_size_are_those_of_what_was_sent(tier):
     data, fields = noisy(1300, 900), ImageFields(prompt="a ring", seed=1)
     whole = whole_image(decode(data, LIMITS, "image 1"), MAX_PIXELS)
     scaled = decode_reference(data, LIMITS, "image 1", MAX_PIXELS)
-    before, after = (request_for(fields, tier, LIMITS, (each,)) for each in (whole, scaled))
+    before, after = (
+        request_for(fields, tier, LIMITS, RequestImages((each,))) for each in (whole, scaled)
+    )
     assert (before.width, before.height) == (after.width, after.height)
     assert work_of(before) == work_of(after)
     assert len(after.references[0].rgb) <= 3 * tier.max_reference_pixels
