@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from flux_ray.catalog.canvas import Canvas, canvas_for
+from flux_ray.catalog.flops import reference_pixels
 from flux_ray.errors import UnknownTier
 
 EMBEDDED = "embedded"
@@ -50,10 +52,37 @@ class Tier:
     reference_tokens: int | None = None
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
+    # A reference that is alone is kept whole, up to so many pixels, on a canvas of whole tokens.
+    max_lone_reference_pixels: int | None = None
     weights: str | None = None
     hub_id: str | None = None
     owner: str = "black-forest-labs"
     quality_steps: tuple[tuple[str, int], ...] = ()
+
+    def reference_limit(self, num_references: int) -> int:
+        """Return to how many pixels each of so many references is scaled down."""
+        alone = self.max_lone_reference_pixels if num_references == 1 else None
+        return self.max_reference_pixels if alone is None else alone
+
+    def canvas_of(self, width: int, height: int) -> Canvas | None:
+        """Return the canvas of a lone reference of this size; None if the tier does not keep it."""
+        if self.max_lone_reference_pixels is None:
+            return None
+        return canvas_for(
+            width,
+            height,
+            multiple=self.size_multiple,
+            max_pixels=self.max_lone_reference_pixels,
+            min_side=self.min_side,
+            max_side=self.max_side,
+        )
+
+    def pixels_added_by(self, width: int, height: int, *, is_alone: bool = False) -> int:
+        """Return the pixels whose tokens a reference of this size adds to those of the image."""
+        canvas = self.canvas_of(width, height) if is_alone else None
+        if canvas is not None:
+            return canvas.pixels
+        return reference_pixels(width, height, self.max_reference_pixels)
 
     def steps_at(self, quality: str | None) -> int | None:
         """Return the steps for an OpenAI `quality`, or None if this tier ignores it."""

@@ -7,7 +7,6 @@ OpenAI's, such as seeds and warnings, come after OpenAI's own.
 
 import base64
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
@@ -136,7 +135,9 @@ def with_images(body: bytes, result: ImageResult) -> bytes:
 def usage_for(request: ImageRequest) -> TokenUsage:
     """Return how many tokens the transformer takes and makes for a request."""
     tier = tier_for(request.tier)
-    image_tokens = sum(reference_tokens(*size, tier) for size in request.reference_sizes)
+    sizes = request.reference_sizes
+    pixels = [tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes]
+    image_tokens = sum(pixels) // tier.size_multiple**2
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
     details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
@@ -146,16 +147,6 @@ def usage_for(request: ImageRequest) -> TokenUsage:
         total_tokens=input_tokens + output_tokens,
         input_tokens_details=details,
     )
-
-
-def reference_tokens(width: int, height: int, tier: Tier) -> int:
-    """Return the tokens of a reference of that size in pixels, as the model encodes it.
-
-    A reference above the tier's `max_reference_pixels` is scaled down to it, each side rounded
-    down.
-    """
-    scale = min(1.0, math.sqrt(tier.max_reference_pixels / (width * height)))
-    return num_patches(int(width * scale), int(height * scale), tier)
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:

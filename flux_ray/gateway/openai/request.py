@@ -2,6 +2,7 @@
 
 import secrets
 import uuid
+from dataclasses import replace
 
 from flux_ray.catalog import Tier
 from flux_ray.config import Limits
@@ -10,6 +11,7 @@ from flux_ray.gateway.fields.sizes import (
     check_size,
     fitted,
     generated_size,
+    lone_canvas,
     parse_size,
     ratio_of,
     shape_in,
@@ -43,11 +45,14 @@ def request_for(
         raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
     if mask is not None:
         check_mask(mask, references, tier)
-    asked = size_for(fields, tier, references)
+    canvas = None if fields.has_size or mask is not None else lone_canvas(references, tier)
+    asked = (canvas.width, canvas.height) if canvas else size_for(fields, tier, references)
     width, height = generated_size(*asked, tier)
     if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
         # The masked image is a reference too, scaled to that size.
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
+    encoding = encoding_for(fields, None if asked == (width, height) else asked)
+    limit = tier.reference_limit(len(references))
     return ImageRequest(
         request_id=uuid.uuid4().hex,  # Not the client's: two clients may send the same one.
         tier=tier.name,
@@ -58,8 +63,8 @@ def request_for(
         guidance=guidance_for(fields, tier),
         seed=seed_for(fields, num_images),
         num_images=num_images,
-        references=tuple(each.raster_for(tier.max_reference_pixels) for each in references),
-        encoding=encoding_for(fields, None if asked == (width, height) else asked),
+        references=tuple(each.raster_for(limit) for each in references),
+        encoding=replace(encoding, cropped_to=canvas.crop) if canvas else encoding,
         mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )

@@ -14,7 +14,6 @@ from flux_ray.catalog import (
     TOKEN_SIDE,
     WORKLOADS,
     Speed,
-    reference_pixels,
     speed_for,
     tier_for,
 )
@@ -256,13 +255,13 @@ class Cost:
 
 def work_of(request: ImageRequest) -> RequestShape:
     """Return the shape of a request, its references scaled down to what the tier takes."""
-    limit = tier_for(request.tier).max_reference_pixels
+    tier, sizes = tier_for(request.tier), request.reference_sizes
     return RequestShape(
         request.tier,
         request.width,
         request.height,
         request.num_steps,
-        tuple(reference_pixels(*size, limit) for size in request.reference_sizes),
+        tuple(tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes),
         request.num_images,
         is_masked=request.mask is not None,
         num_previews=len(request.preview_steps),
