@@ -1,5 +1,6 @@
 """The tiers: one row for each, with the defaults and limits that clients and engines rely on."""
 
+import math
 from dataclasses import dataclass, replace
 
 from flux_ray.catalog.canvas import Canvas, canvas_for
@@ -7,6 +8,10 @@ from flux_ray.catalog.flops import reference_pixels
 from flux_ray.errors import UnknownTier
 
 EMBEDDED = "embedded"
+# Of a prompt that only its tokenizer could count: UTF-8 bytes of a token, and tokens of the chat
+# template around it. Both are assumed.
+BYTES_PER_TOKEN = 4
+TEMPLATE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,22 @@ class Tier:
     reference_tokens: int | None = None
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
+    # Prompts are padded to multiples of so many tokens, instead of all to the text length.
+    text_multiple: int | None = None
     # A reference that is alone is kept whole, up to so many pixels, on a canvas of whole tokens.
     max_lone_reference_pixels: int | None = None
     weights: str | None = None
     hub_id: str | None = None
     owner: str = "black-forest-labs"
     quality_steps: tuple[tuple[str, int], ...] = ()
+
+    def text_tokens(self, prompt: str) -> int:
+        """Return to how many tokens a prompt is padded, estimated where its length decides it."""
+        if self.text_multiple is None:
+            return self.text_length
+        num_tokens = TEMPLATE_TOKENS + len(prompt.encode()) / BYTES_PER_TOKEN
+        num_padded = math.ceil(num_tokens / self.text_multiple) * self.text_multiple
+        return min(num_padded, self.text_length)
 
     def reference_limit(self, num_references: int) -> int:
         """Return to how many pixels each of so many references is scaled down."""

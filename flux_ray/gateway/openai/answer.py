@@ -139,7 +139,7 @@ def usage_for(request: ImageRequest) -> TokenUsage:
     pixels = [tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes]
     image_tokens = sum(pixels) // tier.size_multiple**2
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
-    details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
+    details = InputDetails(text_tokens=tier.text_tokens(request.prompt), image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
     return TokenUsage(
         input_tokens=input_tokens,

@@ -199,8 +199,9 @@ class RequestShape:
 
     `references` has the pixels of each reference image, in the size in which the model takes it.
     `is_masked`: only a part of the first reference is generated. `num_previews` counts those of
-    each image. Guidance is left out, because every tier is distilled and a step is one forward
-    pass. Files are left out, because they are made while the ranks do something else.
+    each image. `num_text`: the tokens of its padded prompt, or None for the tier's whole text
+    length. Guidance is left out, because every tier is distilled and a step is one forward pass.
+    Files are left out, because they are made while the ranks do something else.
     """
 
     tier: str
@@ -211,6 +212,12 @@ class RequestShape:
     num_images: int = 1
     is_masked: bool = False
     num_previews: int = 0
+    num_text: int | None = None
+
+    @property
+    def text_length(self) -> int:
+        """The number of tokens of its padded prompt."""
+        return tier_for(self.tier).text_length if self.num_text is None else self.num_text
 
     @property
     def num_decoded(self) -> int:
@@ -236,7 +243,7 @@ class RequestShape:
     def num_tokens(self) -> int:
         """The number of tokens of text, image and references that each step computes."""
         tokens = (self.pixels + sum(self.references)) // TOKEN_SIDE**2
-        return tier_for(self.tier).text_length + tokens
+        return self.text_length + tokens
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,7 @@ def work_of(request: ImageRequest) -> RequestShape:
         request.num_images,
         is_masked=request.mask is not None,
         num_previews=len(request.preview_steps),
+        num_text=None if tier.text_multiple is None else tier.text_tokens(request.prompt),
     )
 
 
@@ -314,11 +322,11 @@ def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float
 
 def prompt_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
     """Return the seconds of the prompt in the text encoder, shared or in the ranks."""
-    model, length = WORKLOADS[work.tier].text_encoder, tier_for(work.tier).text_length
+    model, length = WORKLOADS[work.tier].text_encoder, work.text_length
     split = Split(encoder_ranks(layout, model.num_heads), 1, layout.encoder_quantization)
     seconds = roofline.products_s(
         model.product_flops(length),
-        model.attention_flops,
+        model.attention_flops * (length / tier_for(work.tier).text_length) ** 2,
         split,
         num_weights=model.num_block_weights,
     )
