@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import NamedTuple
 
 logger = logging.getLogger("ray.serve")
@@ -55,6 +56,11 @@ class Liveness:
         _, present_s = self._heard.get(name, (0.0, math.inf))
         if present_s > limit_s:
             self._heard[name] = self._awake_s, limit_s
+
+    def silence_s(self, name: str) -> float:
+        """Return for how long it has been silent, 0 if it does not count."""
+        at_s, _ = self._heard.get(name, (self._awake_s, 0.0))
+        return self._awake_s - at_s
 
     def forget(self, name: str) -> None:
         """Stop counting the silence of `name`."""
@@ -105,9 +111,17 @@ class Watch:
         """Return the names of those that hang, each once; call this every `LOOK_S`."""
         silent = self._liveness.look(self._clock())
         for name in silent:
-            self._asking[name].cancel()
-            self._liveness.forget(name)
+            self.leave(name)
         return silent
+
+    def silence_s(self, name: str) -> float:
+        """Return for how long it has been silent, as of the last call of `hung`."""
+        return self._liveness.silence_s(name)
+
+    def leave(self, name: str) -> None:
+        """Ask a process no more, since it is ended."""
+        self._asking[name].cancel()
+        self._liveness.forget(name)
 
     async def _ask(self, name: str, ask: Ask) -> None:
         while True:
@@ -121,3 +135,24 @@ class Watch:
             logger.info("%s is asked for signs of life no more: %s", name, asked.exception())
         self._asking.pop(name, None)
         self._liveness.forget(name)
+
+
+def stands_still(pid: int, over_s: float) -> bool:
+    """Look at a process of this machine for so long: return whether it computes nothing at all.
+
+    One that waits for a disk may only be slow. Without Linux's /proc nobody is said to stand still.
+    """
+    before = used_by(pid)
+    time.sleep(over_s)
+    return before is not None and used_by(pid) == before
+
+
+def used_by(pid: int) -> str | None:
+    """Return what a stopped or sleeping process has used of its processors; None for any other."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # Behind the program's name, which is in brackets and may contain anything.
+    fields = told.rpartition(")")[2].split()
+    return " ".join(fields[11:13]) if fields[0] in "TtS" else None

@@ -99,12 +99,12 @@ class ImageRequest:
     def preview_steps(self) -> tuple[int, ...]:
         """Return the numbers of denoise steps after which an image is previewed, evenly spread.
 
-        The last step is never among them. There are fewer than `num_previews` if `num_steps` is
-        too small for so many.
+        The last step is never among them. There are fewer than `num_previews` if an image has too
+        few steps for so many.
         """
-        share = self.num_steps / (self.num_previews + 1)
+        share = self.num_steps_made / (self.num_previews + 1)
         steps = {round(number * share) for number in range(1, self.num_previews + 1)}
-        return tuple(sorted(steps - {0, self.num_steps}))
+        return tuple(sorted(steps - {0, self.num_steps_made}))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -114,7 +114,14 @@ class ImageRequest:
     @property
     def num_denoise_steps(self) -> int:
         """Return the number of denoise steps of all its images together."""
-        return self.num_steps * self.num_images
+        return self.num_steps_made * self.num_images
+
+    @property
+    def num_steps_made(self) -> int:
+        """Return the denoise steps of each image: all, but for those that `strength` leaves out."""
+        if self.mask is None:
+            return self.num_steps
+        return self.num_steps - first_step(self.num_steps, self.strength)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -169,6 +176,14 @@ class ImageRequest:
     def megapixels(self) -> float:
         """Return the generated megapixels of all its images together."""
         return self.width * self.height * self.num_images / 1e6
+
+
+def first_step(num_steps: int, strength: float) -> int:
+    """Return how many steps of a schedule are left out at the start for a `strength` below 1.
+
+    The last step is never left out. It is rounded as diffusers does it.
+    """
+    return min(int(num_steps - num_steps * strength), num_steps - 1)
 
 
 def name_of_prompt(words: str) -> str:

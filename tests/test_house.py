@@ -60,7 +60,8 @@ MAY_IMPORT_BESIDE = {
     "router/quotas": set(),
     "router/ledger": {"pricing", "queue", "quotas", "background", "handover"},
     "router/autoscaling": {"ledger"},
-    "engine/flux2": {"api", "images", "inpainting", "loading"},
+    "engine/flux1": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
+    "engine/flux2": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
 }
 # Rooms that load neither Ray nor torch: whoever is outside takes names from the room, not from a
 # file of it.
@@ -89,6 +90,7 @@ MAY_NOT_IMPORT = {
 RAY_HANDS = {
     "router/autoscaling/policy.py",
     "router/dispatch.py",
+    "router/ledger/hung_processes.py",
     "router/ledger/remote.py",
     "router/ledger/actor.py",
     "router/readiness.py",

@@ -1,13 +1,18 @@
 """Who is missed: those that were heard once, and only for time in which the watcher was awake."""
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ray import liveness
-from flux_ray.liveness import Liveness, NextSign, Watch
+from flux_ray.liveness import Liveness, NextSign, Watch, stands_still
 
 LIMIT_S = 10.0
 
@@ -182,3 +187,39 @@ async def test_only_such_an_answer_counts_and_no_other_number(
     await asyncio.sleep(0.05)
     assert [watch.hung() for _ in range(hung_after_s)] == [[]] * hung_after_s
     assert await hung_in(watch, 2) == ["one"]
+
+
+def test_silence_counts_from_the_last_sign_and_only_of_who_counts():
+    signs = Liveness(LIMIT_S, look_s=1.0)
+    signs.look(0.0)
+    signs.hear("one")
+    look_every_second(signs, 0.0, 5)
+    assert (signs.silence_s("one"), signs.silence_s("another")) == (4.0, 0.0)
+    signs.hear("one")
+    assert signs.silence_s("one") == 0.0
+
+
+BUSY, ASLEEP = "while True: pass", "import time; time.sleep(1000)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("program", "is_stopped", "expected"),
+    [(BUSY, False, False), (BUSY, True, True), (ASLEEP, False, True), (ASLEEP, True, True)],
+    ids=["busy", "busy and stopped", "waiting for good", "waiting and stopped"],
+)
+def test_what_stands_still_is_told_from_what_is_busy(
+    program: str, is_stopped: bool, expected: bool
+) -> None:
+    process = subprocess.Popen([sys.executable, "-S", "-c", program])
+    try:
+        # It has to be through with starting.
+        time.sleep(0.5)
+        if is_stopped:
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(0.2)
+        assert stands_still(process.pid, 0.3) is expected
+    finally:
+        process.kill()
+        process.wait()
+    assert not stands_still(process.pid, 0.0), "it is gone"

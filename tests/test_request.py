@@ -56,6 +56,21 @@ def test_progress_is_a_share_of_all_steps():
     assert Progress(3, REQUEST.num_denoise_steps).share == 3 / 12
 
 
+@pytest.mark.parametrize(("strength", "num_made"), [(1.0, 10), (0.8, 8), (0.25, 3), (0.01, 1)])
+def test_strength_leaves_out_steps_of_an_edit(strength: float, num_made: int) -> None:
+    """Its previews are among the steps that are made."""
+    image, mask = RgbImage(64, 64, bytes(64 * 64 * 3)), Mask(64, 64, bytes(64 * 64))
+    edit = dataclasses.replace(
+        REQUEST, num_steps=10, references=(image,), mask=mask, strength=strength
+    )
+    assert edit.num_steps_made == num_made
+    assert edit.num_denoise_steps == num_made * edit.num_images
+    previewed = dataclasses.replace(edit, num_previews=3)
+    assert all(step < num_made for step in previewed.preview_steps)
+    plain = dataclasses.replace(edit, mask=None)
+    assert plain.num_steps_made == 10, "without an image to start from"
+
+
 def test_a_request_is_frozen_and_survives_a_process_border():
     assert pickle.loads(pickle.dumps(REQUEST)) == REQUEST
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -151,8 +151,8 @@ class Adapter(PromptEncoder, Protocol):
     """One loaded model, or one rank's part of it; a rank calls its stages from one thread.
 
     Stages share only the values that they take and return, so that the steps of several images can
-    take turns. `encode_prompt` and `denoise` exchange tensors with the replica's other ranks, so
-    all of them must call the same stages in the same order.
+    take turns. `encode_prompt` and `denoise`, and `encode` of some families, exchange tensors with
+    the replica's other ranks, so all of them must call the same stages in the same order.
     """
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
@@ -191,7 +191,8 @@ class Forward:
     """One forward of the transformer, as far as its memory depends on it.
 
     `num_text` and `num_image` count the tokens of the whole request, before they are split over
-    ranks; `size` is the bytes per number. `quantizes_activations`: products are made on FP8 units.
+    ranks; `num_reference` of the latter are those of references. `size` is the bytes per number.
+    `quantizes_activations`: products are made on FP8 units.
     """
 
     num_text: int
@@ -199,6 +200,7 @@ class Forward:
     parallel: Parallel
     size: int
     quantizes_activations: bool = False
+    num_reference: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,21 +209,23 @@ class TextModel:
 
     `plan`: the tensor-parallel style of each parameter, as in transformers. `num_heads`: how many
     heads can be spread over ranks; with grouped queries, the heads of keys and values. `embedding`:
-    the parameter by whose name the prefix of the checkpoint's names is found.
+    the parameter by whose name the prefix of the checkpoint's names is found. `folder`: the
+    checkpoint's component.
     """
 
     build: Callable[[], nn.Module]
     plan: Mapping[str, Any]
     num_heads: int
     embedding: str = "embed_tokens.weight"
+    folder: str = "text_encoder"
 
 
 class EmptyModel(Protocol):
     """A tier's modules on the meta device, from which the planner counts bytes.
 
-    `source` tells the user where the shapes are from. The methods return the peak bytes of a stage
-    besides the weights, in eager mode on a device without libraries of its own; `size` is the bytes
-    per number.
+    `whole_text_encoder`: a second text encoder that every rank holds whole, or None. `source` tells
+    the user where the shapes are from. The methods return the peak bytes of a stage besides the
+    weights, in eager mode on a device without libraries of its own; `size` is the bytes per number.
     """
 
     @property
@@ -230,6 +234,8 @@ class EmptyModel(Protocol):
     def text_model(self) -> TextModel: ...
     @property
     def text_encoder(self) -> Any: ...
+    @property
+    def whole_text_encoder(self) -> Any: ...
     @property
     def vae(self) -> Any: ...
     @property

@@ -1,7 +1,18 @@
-"""Inpainting: which tokens of an image a mask leaves as they are, and its pixels pasted back.
+"""Inpainting: generate what a mask marks, and keep the rest of an image.
 
 The families share it: their latents differ, but all are [1, tokens, channels], row by row, and an
 `InpaintInput` has `latents`, those of the image, and `weights`, how much of each token is new.
+
+As in Flux2KleinInpaintPipeline, an image begins as the given one mixed with noise, and after each
+step the tokens outside of the mask become the given image's again. On purpose it differs where that
+pipeline loses something of the image or of the mask:
+
+- The pipeline decodes the kept tokens, which gives nearly the image's pixels. Here the pixels
+  outside of the mask are exactly the image's, pasted back at the end (`paste_rest`).
+- It ignores a mask that marks no token's middle. Here every mask has an effect (`token_weights`).
+- It scales an image above 1 MP down, and generates that size. Here the size is the caller's; only
+  the reference that the transformer sees of the image is smaller.
+- It refuses a `strength` so small that no step is left. Here the last step is always made.
 """
 
 import torch
@@ -34,15 +45,24 @@ def token_weights(mask: Mask, latents: Tensor) -> Tensor:
 def keep_rest(state: ImageState, latents: Tensor) -> Tensor:
     """Return the latents after a step, with those of the image outside of the mask.
 
-    `latents` and the result are [1, tokens, channels]. The image's latents are mixed with the
-    initial noise to the noise level after this step; clean ones would not fit their neighbours.
+    `latents` and the result are [1, tokens, channels].
     """
     edit = state.conditioning.edit
-    assert edit is not None and state.noise is not None, "no image to keep anything of"
-    sigma = state.sigmas[state.step + 1].to(latents.device, latents.dtype)
-    kept = sigma * state.noise + (1.0 - sigma) * edit.tensors["latents"]
+    assert edit is not None, "no image to keep anything of"
+    kept = noised_image(state, state.step + 1)
     weights = edit.tensors["weights"]
     return (1 - weights) * kept + weights * latents
+
+
+def noised_image(state: ImageState, step: int) -> Tensor:
+    """Return the latents of the image to inpaint, mixed with the initial noise as before `step`.
+
+    Clean ones would not fit their neighbours. They have the dtype of the noise.
+    """
+    edit, noise = state.conditioning.edit, state.noise
+    assert edit is not None and noise is not None, "no image to inpaint"
+    sigma = state.sigmas[step].to(noise.device, noise.dtype)
+    return sigma * noise + (1.0 - sigma) * edit.tensors["latents"]
 
 
 def paste_rest(edit: InpaintInput, generated: Image.Image) -> Image.Image:

@@ -6,11 +6,11 @@ are built without the layers that no family reads.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, Flux2Transformer2DModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from torch import nn
@@ -19,13 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from flux_ray.config import Quantization, check_heads
 from flux_ray.engine.api import Placement, TextModel
+from flux_ray.engine.flow import check_scheduler
 from flux_ray.parallel.checkpoint import Checkpoint, open_component
 from flux_ray.parallel.load import Delta, LoadSpec, load_sharded
+from flux_ray.parallel.lora import lora_deltas
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import check_quantization
 from flux_ray.parallel.sequence import split_sequence
 from flux_ray.weights import download
-from flux_ray.weights.source import WeightSource
+from flux_ray.weights.source import IMAGE_PARTS, WeightSource
 
 
 def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
@@ -50,6 +52,16 @@ def load_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
+def check_class(index: dict[str, Any], pipeline: type[DiffusionPipeline], weights: str) -> None:
+    """Raise ValueError unless the checkpoint was saved from this pipeline class.
+
+    The checkpoint of another pipeline may load and then generate wrong images without any error.
+    """
+    name = index.get("_class_name")
+    if name != pipeline.__name__:
+        raise ValueError(f"weights {weights!r} are for {name}, not {pipeline.__name__}")
+
+
 def check_transformer(folder: Path, placement: Placement) -> None:
     """Raise ValueError if the transformer cannot be split and quantized as `placement` says.
 
@@ -61,14 +73,16 @@ def check_transformer(folder: Path, placement: Placement) -> None:
 
 
 def load_transformer(
-    model_class: type[Flux2Transformer2DModel],
+    model_class: Any,
     folder: Path,
     placement: Placement,
     deltas: tuple[Delta, ...] = (),
+    change: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Load this rank's part of the transformer, `deltas` (LoRAs) added to its weights.
+    """Load this rank's part of a diffusers transformer, `deltas` (LoRAs) added to its weights.
 
     With sequence ranks its forward takes and returns all tokens, and works on this rank's share.
+    Before that, `change` may replace the attention that each of them computes for its heads.
     """
     component = folder / "transformer"
     config = model_class.load_config(component)
@@ -84,22 +98,55 @@ def load_transformer(
     transformer = load_sharded(
         lambda: model_class.from_config(config), model_class._tp_plan, recipe
     )
+    if change is not None:
+        change(transformer)
     split_sequence(transformer, mesh.sequence)
     return transformer
 
 
-def load_pipeline(folder: Path, placement: Placement) -> DiffusionPipeline:
-    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank."""
-    pipeline = DiffusionPipeline.from_pretrained(
+# Components of a pipeline that are loaded elsewhere, or not at all where they are shared.
+APART = ("transformer", "text_encoder", "tokenizer")
+
+
+def load_pipeline(
+    folder: Path,
+    placement: Placement,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+) -> DiffusionPipeline:
+    """Load diffusers' pipeline with only its VAE and scheduler, whole on every rank.
+
+    It is of the checkpoint's own class, unless another one with the same parts is given.
+    """
+    index = load_config(folder, "model_index.json")
+    absent: dict[str, Any] = {name: None for name in index if name.startswith(APART)}
+    pipeline = pipeline_class.from_pretrained(
         folder,
-        transformer=None,
-        text_encoder=None,
-        tokenizer=None,
+        **absent,
         dtype=placement.torch_dtype,
         use_safetensors=True,
         local_files_only=True,
     )
     return pipeline.to(placement.device)
+
+
+def load_parts(
+    model_class: Any,
+    source: WeightSource,
+    placement: Placement,
+    pipeline_class: type[DiffusionPipeline] = DiffusionPipeline,
+    change: Callable[[nn.Module], None] | None = None,
+) -> DiffusionPipeline:
+    """Load a checkpoint's pipeline with this rank's part of the transformer, LoRAs added.
+
+    For `pipeline_class` see `load_pipeline`, for `change` see `load_transformer`.
+    """
+    folder = fetch(source, IMAGE_PARTS)
+    pipeline = load_pipeline(folder, placement, pipeline_class)
+    check_scheduler(pipeline.scheduler)
+    deltas = lora_deltas(placement.loras, type(pipeline), placement.device)
+    transformer = load_transformer(model_class, folder, placement, deltas, change)
+    pipeline.register_modules(transformer=transformer)
+    return pipeline
 
 
 # How to split T5 (version 1.1, with gates), since transformers has no plan for it. The position
@@ -141,8 +188,12 @@ def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: in
 
 
 def t5(folder: Path) -> TextModel:
-    """Return FLUX.1's T5 encoder with all of its layers."""
-    config = T5Config.from_pretrained(folder)
+    """Return FLUX.1's T5 encoder with all of its layers, from the config in `folder`."""
+    return t5_of(T5Config.from_pretrained(folder))
+
+
+def t5_of(config: T5Config) -> TextModel:
+    """Return a T5 encoder of the shape that `config` says."""
 
     def build() -> PreTrainedModel:
         model = T5EncoderModel(config)
@@ -152,7 +203,7 @@ def t5(folder: Path) -> TextModel:
         model.get_submodule(T5_BIAS).bias = None  # type: ignore[assignment]
         return model
 
-    return TextModel(build, T5_PLAN, config.num_heads, embedding="shared.weight")
+    return TextModel(build, T5_PLAN, config.num_heads, "shared.weight", folder="text_encoder_2")
 
 
 def encoder_axis(num_heads: int, mesh: Mesh, quantization: Quantization | None = None) -> Axis:

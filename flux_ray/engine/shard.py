@@ -76,7 +76,7 @@ def write_shards(
     # Only a folder that is whole gets the name.
     partial = to.with_name(f"{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    copy_rest(folder, partial)
+    copy_rest(folder, partial, {component.name for component in components})
     for component in components:
         for rank in range(component.num_ranks):
             path = write_rank(component, rank, folder, partial)
@@ -121,13 +121,13 @@ def components_of(
         sizes = (parallel.num_ranks, parallel.tensor, parallel.sequence)
         mesh = Mesh(*(Axis(0, size) for size in sizes))
     text_model = model.text_model
-    prefix = prefix_in(Checkpoint(folder / "text_encoder"), text_model.embedding)
+    prefix = prefix_in(Checkpoint(folder / text_model.folder), text_model.embedding)
     num_ranks = encoder_axis(text_model.num_heads, mesh).size
     components = [
         Component(
             "transformer", model.transformer, type(model.transformer)._tp_plan, parallel.tensor
         ),
-        Component("text_encoder", model.text_encoder, text_model.plan, num_ranks, prefix),
+        Component(text_model.folder, model.text_encoder, text_model.plan, num_ranks, prefix),
     ]
     for component in components:
         # What cannot be divided is found here.
@@ -152,9 +152,9 @@ def write_rank(component: Component, rank: int, folder: Path, to: Path) -> Path:
     return path
 
 
-def copy_rest(folder: Path, to: Path) -> None:
-    """Copy what no rank splits: configs, tokenizer, scheduler and VAE."""
-    split = ("transformer/*.safetensors*", "text_encoder/*.safetensors*")
+def copy_rest(folder: Path, to: Path, components: set[str]) -> None:
+    """Copy what no rank splits: configs, tokenizers, scheduler, VAE, and a small text encoder."""
+    split = tuple(f"{name}/*.safetensors*" for name in components)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         # In a folder of a pull, `.cache` has the hub's own files.

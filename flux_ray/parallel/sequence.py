@@ -57,7 +57,7 @@ def real_tokens(num_text: int, num_image: int, num_ranks: int) -> Tensor | None:
     streams = []
     for num_tokens in (num_text, num_image):
         padded = num_padded(num_tokens, num_ranks)
-        streams.append((torch.arange(padded) < num_tokens).view(num_ranks, -1))
+        streams.append((torch.arange(padded) < num_tokens).view(num_ranks, padded // num_ranks))
     is_real = torch.cat(streams, 1).flatten()
     return None if bool(is_real.all()) else is_real.nonzero().flatten()
 
@@ -150,36 +150,52 @@ IDS = ("img_ids", "txt_ids")
 def split_sequence(model: nn.Module, axis: Axis) -> None:
     """Make a diffusers transformer with joint attention split its tokens over `axis`.
 
-    The attention processors remain diffusers' own code; only the `dispatch_attention_fn` that they
-    call is replaced. So this works for any family and copies nothing. Raise ValueError if the model
-    has no attention processors.
+    Raise ValueError if the model has no attention processors.
     """
     if axis.size == 1:
         return
-    ulysses: Ulysses | None = None
-    for module in model.modules():
-        processor = getattr(module, "processor", None)
-        if processor is None:
-            continue
-        stock = type(processor).__call__
-        ulysses = ulysses or Ulysses(axis, stock.__globals__["dispatch_attention_fn"])
-        module.processor = with_attention(processor, stock, ulysses.attend)
-    if ulysses is None:
-        raise ValueError(f"{type(model).__name__} has no attention processors to split")
+    ulysses = Ulysses(axis, attention_of(model))
+    replace_attention(model, ulysses.attend)
     model.register_forward_pre_hook(ulysses.enter, with_kwargs=True)
     model.register_forward_hook(ulysses.leave)
 
 
-def with_attention(processor: Any, stock: Any, attend: Attention) -> Any:
+def attention_of(model: nn.Module) -> Attention:
+    """Return the attention function that the blocks of a diffusers transformer call."""
+    processor = attention_modules(model)[0].processor
+    attention: Attention = type(processor).__call__.__globals__["dispatch_attention_fn"]
+    return attention
+
+
+def replace_attention(model: nn.Module, attend: Attention) -> None:
+    """Make all blocks of a diffusers transformer call `attend` for their attention.
+
+    The attention processors remain diffusers' own code; only the `dispatch_attention_fn` that they
+    call is replaced. So this works for any family and copies nothing.
+    """
+    for module in attention_modules(model):
+        module.processor = with_attention(module.processor, attend)
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Return the modules with attention processors; raise ValueError if there are none."""
+    modules = [each for each in model.modules() if getattr(each, "processor", None) is not None]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no attention processors")
+    return modules
+
+
+def with_attention(processor: Any, attend: Attention) -> Any:
     """Return a processor that differs from `processor` only in the attention function it calls.
 
-    `stock` is the `__call__` of its class. It is rebuilt with other globals, because patching the
-    module would change every model of the process, those without sequence parallel too.
+    The `__call__` of its class is rebuilt with other globals, because patching the module would
+    change every model of the process, those without sequence parallel too.
     """
+    kind = type(processor)
+    stock: Any = kind.__call__
     names = stock.__globals__ | {"dispatch_attention_fn": attend}
     call = types.FunctionType(
         stock.__code__, names, stock.__name__, stock.__defaults__, stock.__closure__
     )
     call.__kwdefaults__ = stock.__kwdefaults__
-    kind = type(processor)
     return type(kind.__name__, (kind,), {"__call__": call})()

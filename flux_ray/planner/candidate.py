@@ -171,8 +171,11 @@ class Candidate:
 
     def num_image_tokens(self, demand: ActivationDemand) -> int:
         """Return the tokens of the image and its references, each at the tier's maximum."""
-        references = demand.num_references * self.tier.max_reference_pixels
-        return self.model.num_tokens(demand.pixels + references)
+        return self.model.num_tokens(demand.pixels) + self.num_reference_tokens(demand)
+
+    def num_reference_tokens(self, demand: ActivationDemand) -> int:
+        """Return the tokens of the references alone."""
+        return self.model.num_tokens(demand.num_references * self.tier.max_reference_pixels)
 
     def denoise_peak(self, demand: ActivationDemand) -> int:
         """Return the peak bytes of one denoise step; the images of a replica step one at a time."""
@@ -184,6 +187,7 @@ class Candidate:
             parallel=self.args.parallel,
             size=self.dtype.itemsize,
             quantizes_activations=self.uses_fp8_units(quantization),
+            num_reference=self.num_reference_tokens(demand),
         )
         unpacked = self.unpacked(module, module._tp_plan, axis, quantization)
         return self.model.denoise_bytes(forward) + unpacked
@@ -230,8 +234,10 @@ class Candidate:
 
     def held(self, demand: ActivationDemand) -> int:
         """Return the bytes of all requests between their steps, and of the encoding cache."""
+        # With guidance by a second forward, the prompt to steer away from is as long.
+        num_prompts = 2 if self.tier.takes_negative or self.tier.true_cfg_scale > 1 else 1
         each = self.model.held_bytes(
-            self.tier.text_length,
+            num_prompts * self.tier.text_length,
             self.num_image_tokens(demand),
             self.dtype.itemsize,
         )

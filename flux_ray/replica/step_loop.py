@@ -36,7 +36,7 @@ def stages_of(request: ImageRequest) -> Iterator[str]:
     yield "encode"
     for _ in request.seeds:
         yield "prepare"
-        for number in range(1, request.num_steps + 1):
+        for number in range(1, request.num_steps_made + 1):
             yield "denoise"
             if number in request.preview_steps:
                 yield "preview"

@@ -168,7 +168,7 @@ class RemainingTime:
     def _priced_s(self, num_done: int) -> float:
         """Return the price of the steps, images and previews that are still to be made."""
         request = self._request
-        num_before, step = divmod(num_done - 1, request.num_steps)
+        num_before, step = divmod(num_done - 1, request.num_steps_made)
         num_shown = sum(each < step + 1 for each in request.preview_steps)
         num_decoded = num_before * (1 + len(request.preview_steps)) + num_shown
         num_to_decode = request.num_images * (1 + len(request.preview_steps)) - num_decoded

@@ -23,6 +23,7 @@ from flux_ray.weights.hub import (
     endpoint_of,
     is_complete,
     plain_errors,
+    seems_complete,
     snapshot_of,
     storage_of,
 )
@@ -112,8 +113,9 @@ def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
     """Return a local folder that has the files of the source that match the patterns.
 
     They are downloaded if they are not on disk, once for all processes of the machine; progress is
-    logged every minute. A source that is a folder, or pinned and whole, asks nobody. Raise
-    WeightsUnavailable, in seconds, if the files cannot be had or do not fit.
+    logged every minute. A source that is a folder, or pinned and whole, asks nobody; one that only
+    seems whole is taken if the hub cannot be asked. Raise WeightsUnavailable, in seconds, if the
+    files cannot be had or do not fit.
     """
     patterns = tuple(patterns)
     if source.revision is None:
@@ -123,7 +125,13 @@ def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
     with log_progress(str(source)) as progress, one_of_machine(source):
         if is_complete(source, patterns):
             return snapshot_of(source)
-        plan = plan_download(source, patterns)
+        try:
+            plan = plan_download(source, patterns)
+        except WeightsUnavailable as error:
+            if not seems_complete(source, patterns):
+                raise
+            logger.warning("%s is taken from this machine, as it seems whole: %s", source, error)
+            return snapshot_of(source)
         check_room(source.location, plan)
         progress.start(plan.num_missing_bytes)
         return download(source, patterns, progress.add)

@@ -109,6 +109,41 @@ def is_complete(source: WeightSource, patterns: Iterable[str], folder: Path | No
     return all((snapshot / file.path).is_file() for file in used_files(files, patterns))
 
 
+def seems_complete(source: WeightSource, patterns: Iterable[str]) -> bool:
+    """Return whether a pinned commit seems whole by its own lists: of components, and of shards.
+
+    For folders that an older huggingface_hub filled, which kept no list of the commit's files.
+    """
+    patterns, snapshot = tuple(patterns), snapshot_of(source)
+    if not source.is_pinned:
+        return False
+    folders = [pattern.partition("/")[0] for pattern in patterns if "/" in pattern]
+    try:
+        index = json.loads((snapshot / "model_index.json").read_text())
+        names = [name for name, kind in index.items() if is_component(kind)]
+        parts = [snapshot / name for name in names if is_used(name, folders)]
+        return bool(parts) and all(is_part_complete(part, patterns) for part in parts)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def is_component(kind: object) -> bool:
+    """Return whether a value of model_index.json, [library, class], is of a component."""
+    return isinstance(kind, list) and all(isinstance(each, str) for each in kind)
+
+
+def is_part_complete(part: Path, patterns: tuple[str, ...]) -> bool:
+    """Return whether a component's folder has its files, and all weights if they are asked for."""
+    if not is_used(f"{part.name}/model.safetensors", patterns):
+        return part.is_dir() and any(part.iterdir())
+    shards = [path.name for path in part.glob("*.safetensors")]
+    for listed in part.glob("*.safetensors.index.json"):
+        shards = list(json.loads(listed.read_text())["weight_map"].values())
+    # The config is there too: without it there are no shapes for the weights.
+    names = ["config.json", *shards]
+    return bool(shards) and all((part / name).is_file() for name in names)
+
+
 def endpoint_of(endpoint: str | None) -> str:
     """Return the hub's address: the one given, or else of HF_ENDPOINT, or the public one."""
     return (endpoint or constants.ENDPOINT).rstrip("/")

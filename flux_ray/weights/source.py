@@ -22,7 +22,12 @@ CONFIGS = (*INDEXES, "*/*.json")
 IMAGE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
 PROMPT_PARTS = (
     "text_encoder/*.safetensors",
-    *(f"tokenizer/*.{ending}" for ending in ("txt", "jinja", "model")),
+    "text_encoder_2/*.safetensors",
+    *(
+        f"{folder}/*.{ending}"
+        for folder in ("tokenizer", "tokenizer_2")
+        for ending in ("txt", "jinja", "model")
+    ),
 )
 ALL_PARTS = (*CONFIGS, *IMAGE_PARTS, *PROMPT_PARTS)
 

@@ -20,8 +20,9 @@ from tests.cluster.conftest import PATIENCE_S, ROOT, free_port
 MONITORING = ROOT / "cluster" / "monitoring"
 CLASSES = {"gold": {"weight": 4.0}, "free": {"requests_per_minute": 1}}
 PREFIX = "/monitored"
-# So often that a test sees what a fleet sees in minutes.
-SCRAPE_S = 2
+# So often that a test sees what a fleet sees in minutes. It is the time limit of a scrape, too, and
+# a Ray that has run many tests on a busy machine takes more than two seconds to answer.
+SCRAPE_S = 5
 
 
 class Prometheus:
@@ -37,6 +38,11 @@ class Prometheus:
         assert answer.status_code == 200, f"{query}: {answer.text}"
         found: list[dict[str, Any]] = answer.json()["data"]["result"]
         return found
+
+    def scrape_errors(self) -> list[str]:
+        """Return why targets were last scraped in vain."""
+        targets = self._client.get("/api/v1/targets").json()["data"]["activeTargets"]
+        return [each["lastError"] for each in targets if each["lastError"]]
 
 
 @contextmanager

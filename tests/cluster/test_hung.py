@@ -19,8 +19,6 @@ from tests.cluster.conftest import PATIENCE_S, deploy
 from tests.cluster.groups import group_with
 
 LIMIT_S = 15
-# Serve's controller is given half a minute, and Ray takes some seconds to kill it.
-CONTROLLER_LIMIT_S = 40
 
 
 @pytest.fixture
@@ -37,7 +35,7 @@ def test_a_stopped_process_is_ended_and_replaced(asking: Clients, kind: str) -> 
     print(f"\n{HEADER}\n{casualty}")
     _, alive = psutil.wait_procs(ranks, timeout=PATIENCE_S)
     assert not alive, "nothing of its group keeps a card"
-    assert casualty.gone_s < (CONTROLLER_LIMIT_S if kind == "controller" else LIMIT_S)
+    assert casualty.gone_s < LIMIT_S
     # Requests that were on their way through the killed gateway have failed.
     assert casualty.num_failed <= (2 if kind == "gateway" else 0)
 

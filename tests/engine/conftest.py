@@ -8,6 +8,7 @@ import torch
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.engine.api import Placement
 from flux_ray.engine.flux2.pipeline import Flux2
+from tests.engine.kleins import BASE, DISTILLED, KV, save_klein
 from tests.engine.small_dev import save_small_dev
 
 torch.set_num_threads(1)
@@ -19,6 +20,15 @@ def small_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small_dev")
     save_small_dev(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def kleins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the embedded checkpoint as each kind of klein, by their families."""
+    return {
+        tier.family: save_klein(tier, tmp_path_factory.mktemp(tier.family))
+        for tier in (DISTILLED, BASE, KV)
+    }
 
 
 @pytest.fixture(scope="session")

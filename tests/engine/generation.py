@@ -1,6 +1,7 @@
 """The same image drawn by a diffusers pipeline and by an adapter, and what to draw it from."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,23 @@ def generate_with_pipeline(
     references: tuple[RgbImage, ...],
     **options: Any,
 ) -> tuple[Tensor, RgbImage]:
-    """The last latents and the image."""
+    """The last latents and the image; an option that is None is not given to the pipeline."""
     last: dict[str, Tensor] = {}
 
     def remember(_: object, step: int, timestep: object, tensors: dict) -> dict:
         last.update(tensors)
         return {}
 
+    options = {"guidance_scale": canvas.guidance} | options
     images = pipeline(
         prompt=prompt,
         image=[image_for(raster) for raster in references] or None,
         width=canvas.width,
         height=canvas.height,
         num_inference_steps=canvas.num_steps,
-        guidance_scale=canvas.guidance,
         generator=torch.Generator().manual_seed(SEED),
         callback_on_step_end=remember,
-        **options,
+        **{name: option for name, option in options.items() if option is not None},
     ).images
     return last["latents"], raster_for(images[0])
 
@@ -64,21 +65,24 @@ def generate(
     canvas: ImageSpec,
     references: tuple[RgbImage, ...],
     mask: Mask | None = None,
+    negative: str | None = None,
 ) -> tuple[Tensor, RgbImage]:
     """The last latents and the image; a mask is of the first reference."""
     conditioning = adapter.encode(adapter.encode_prompt(prompt), references)
+    if negative is not None:
+        conditioning = replace(conditioning, negative=adapter.encode_prompt(negative))
     if mask is not None:
         conditioning = adapter.edit(conditioning, references[0], mask)
     state = finish(adapter, adapter.prepare(conditioning, canvas, SEED))
     return state.latents, adapter.decode(state)
 
 
-def save_lora(file: Path) -> None:
+def save_lora(file: Path, width: int = 64) -> None:
     """An adapter of rank 2 for a layer of each kind in the small transformers, as trainers save."""
     dice = torch.Generator().manual_seed(3)
     sizes = {
-        "transformer_blocks.0.attn.to_q": (64, 64),
-        "single_transformer_blocks.1.attn.to_out": (64, 256),
+        "transformer_blocks.0.attn.to_q": (width, width),
+        "single_transformer_blocks.1.attn.to_out": (width, 4 * width),
     }
     tensors = {}
     for name, (num_out, num_in) in sizes.items():

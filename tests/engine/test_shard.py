@@ -20,6 +20,8 @@ from flux_ray.tiny import CHECKPOINT
 from flux_ray.weights.shards import MANIFEST, read_manifest
 from flux_ray.weights.source import WeightsUnavailable
 from flux_ray.weights.start import parts_of_ranks, prepare_weights
+from tests.engine.flux1.conftest import tier_of
+from tests.engine.small_flux1 import save_small_flux1
 
 TINY = tier_for("tiny-tp2")
 
@@ -114,3 +116,28 @@ def test_a_manifest_of_a_later_version_says_so(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({"format_version": 2}))
     with pytest.raises(WeightsUnavailable, match="not as this version of flux-ray writes it"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_flux1_has_rank_files_of_t5_and_clip_whole(tmp_path: Path, rank: int) -> None:
+    whole_folder = tmp_path / "dev"
+    save_small_flux1(whole_folder, "dev")
+    tier, to = tier_of("dev"), tmp_path / "split"
+    manifest = write_shards(
+        tier, str(whole_folder), Parallel(tensor=2), "colocated", to, lambda _: None
+    )
+    assert manifest.num_ranks == {"transformer": 2, "text_encoder_2": 2}
+    assert len(list((to / "text_encoder").glob("*.safetensors"))) == 1
+
+    def tensors(weights: Path) -> dict[str, torch.Tensor]:
+        adapter = load_adapter(tier, str(weights), placed(rank))
+        parts = (adapter.pipeline.transformer, adapter.prompts.t5, adapter.prompts.clip)
+        return {
+            f"{number}.{name}": tensor
+            for number, module in enumerate(parts)
+            for name, tensor in saved_tensors(module)
+        }
+
+    whole, split = tensors(whole_folder), tensors(to)
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole)

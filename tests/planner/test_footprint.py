@@ -46,6 +46,27 @@ def test_tokens_are_those_of_the_image_and_its_references() -> None:
     assert dev.num_image_tokens(largest_demand(dev.tier)) == 16384 + 6 * 4096
 
 
+def test_klein_kv_keeps_keys_and_values_of_its_references_and_no_tokens_of_them() -> None:
+    """Of four references at 1 MP half a MB for each token, split over the ranks."""
+    plain = candidate("flux-2-klein-9b")
+    tier = replace(plain.tier, family="flux2-klein-kv")
+    keeping = replace(plain, tier=tier, model=empty_model(tier, HUB))
+    alone, all_four = (ActivationDemand(1024 * 1024, number) for number in (0, 4))
+    assert keeping.denoise_peak(alone) == plain.denoise_peak(alone)
+    kept = 2 * 32 * 4 * 4096 * 4096 * 2
+    assert 8.5 * GB < kept < 8.7 * GB
+    assert kept < keeping.denoise_peak(all_four) < kept + plain.denoise_peak(all_four)
+    two = replace(keeping, args=keeping.args.model_copy(update={"parallel": Parallel(tensor=2)}))
+    assert kept // 2 < two.denoise_peak(all_four) < kept
+
+
+def test_a_second_prompt_is_held_where_guidance_has_one() -> None:
+    plain = candidate("flux-2-klein-9b", max_ongoing_requests=3)
+    guided = replace(plain, tier=replace(plain.tier, true_cfg_scale=4.0))
+    demand = default_demand(plain.tier)
+    assert guided.held(demand) - plain.held(demand) == 3 * 512 * 12288 * 2
+
+
 DEV_RANKS = {1: 32_223_281_152, 2: 16_519_806_976, 4: 8_668_069_888, 8: 4_742_201_344}
 
 

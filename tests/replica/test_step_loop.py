@@ -16,6 +16,7 @@ from flux_ray.request import (
     GeneratedImage,
     ImageRequest,
     ImageResult,
+    Mask,
     Preview,
     Progress,
     RanksDone,
@@ -135,6 +136,17 @@ async def test_one_request_goes_through_its_stages(ranks: FakeRanks, loop: StepL
     assert result.times.is_cached
     stages = ["encode", "prepare", "denoise", "denoise", "denoise", "decode"]
     assert (ranks.stages(1), ranks.num_calls) == (stages, len(stages))
+
+
+async def test_steps_that_strength_leaves_out_are_not_asked_for(
+    ranks: FakeRanks, loop: StepLoop
+) -> None:
+    image, mask = RgbImage(64, 64, bytes(64 * 64 * 3)), Mask(64, 64, bytes(64 * 64))
+    edit = replace(REQUEST, references=(image,), mask=mask, strength=0.5)
+    heard: list[RequestEvent] = []
+    await last_of(loop.stream(edit), heard.append)
+    assert ranks.stages(1) == ["encode", "prepare", "denoise", "denoise", "decode"]
+    assert heard == [Progress(1, 2), Progress(2, 2), RanksDone()]
 
 
 async def test_short_stages_go_together(ranks: FakeRanks, loop: StepLoop) -> None:

@@ -1,5 +1,6 @@
 """Weights come from the hub once for each machine, and what prevents it is said in a sentence."""
 
+import json
 import logging
 import socket
 import threading
@@ -11,8 +12,15 @@ from huggingface_hub import constants
 
 from flux_ray.weights import download as module
 from flux_ray.weights.download import DownloadProgress, fetch, log_progress, plan_download
-from flux_ray.weights.hub import is_complete
-from flux_ray.weights.source import ALL_PARTS, CONFIGS, WeightSource, WeightsUnavailable
+from flux_ray.weights.hub import is_complete, snapshot_of
+from flux_ray.weights.source import (
+    ALL_PARTS,
+    CONFIGS,
+    IMAGE_PARTS,
+    PROMPT_PARTS,
+    WeightSource,
+    WeightsUnavailable,
+)
 from tests.fake_hub import COMMIT, REPOSITORY, FakeHub, use_hub
 from tests.weights.conftest import FILES, LARGE, USED
 
@@ -115,6 +123,51 @@ def test_offline_is_offline(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(WeightsUnavailable, match="HF_HUB_OFFLINE"):
         fetch(SOURCE, ALL_PARTS)
     assert hub.requests == []
+
+
+WHOLE = {
+    "model_index.json": {
+        "_class_name": "Flux2KleinPipeline",
+        "is_distilled": True,
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "text_encoder": ["transformers", "Qwen3Model"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "feature_extractor": [None, None],
+    },
+    "transformer/config.json": {},
+    "transformer/one.safetensors.index.json": {
+        "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}
+    },
+    "transformer/1.safetensors": {},
+    "transformer/2.safetensors": {},
+    "text_encoder/config.json": {},
+    "text_encoder/model.safetensors": {},
+    "tokenizer/vocab.json": {},
+}
+
+
+SHARDS = "transformer/one.safetensors.index.json"
+
+
+@pytest.mark.parametrize("absent", [None, *sorted(WHOLE.keys() - {SHARDS})])
+def test_an_older_cache_is_taken_without_the_hub_if_it_seems_whole(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, absent: str | None
+) -> None:
+    with socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))
+        use_hub(monkeypatch, f"http://127.0.0.1:{refusing.getsockname()[1]}", cache)
+        for name, content in WHOLE.items():
+            path = snapshot_of(SOURCE) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name != absent:
+                path.write_text(json.dumps(content))
+        if absent is None:
+            assert fetch(SOURCE, ALL_PARTS) == snapshot_of(SOURCE)
+            for parts in (CONFIGS, IMAGE_PARTS, PROMPT_PARTS):
+                assert fetch(SOURCE, parts) == snapshot_of(SOURCE)
+        else:
+            with pytest.raises(WeightsUnavailable, match="reach"):
+                fetch(SOURCE, ALL_PARTS)
 
 
 def test_of_many_ranks_one_downloads(hub: FakeHub) -> None:

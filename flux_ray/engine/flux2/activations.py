@@ -4,17 +4,19 @@ The estimate counts the tensors that are alive at once in eager mode, with atten
 keep its scores. Tests hold it to within 10 % of what the modules allocate on the meta device.
 """
 
+from dataclasses import replace
 from typing import Any
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS
 from flux_ray.engine.api import Forward
 from flux_ray.parallel.sequence import num_padded
 
 FP32 = 4
 
 
-def denoise_bytes(config: Any, forward: Forward) -> int:
+def denoise_bytes(config: Any, forward: Forward, num_inserted: int = 0) -> int:
     """Return the peak bytes of a forward on one rank; `config` is the transformer's.
+
+    Attention also sees the keys and values of `num_inserted` tokens that are not in the forward.
 
     They are counted in units of one tensor [this rank's tokens, width]:
 
@@ -23,6 +25,8 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
       gated MLP (mlp_ratio), and attention and MLP joined (mlp_ratio + 1).
     - Ulysses holds 14 besides the projection: query and key (2), all three stacked, sent and
       received (3 x 3), and the result on its way back (3).
+    - Inside attention these 14, or without Ulysses query, key and result (3), stand beside the
+      projection and the keys and values to which others were added.
     - A double block holds 8, all whole.
     - torchao converts activations to FP8 through fp32, which takes 6.5 times their size: in a
       single block the joined tensor, in a double block one unit, when 5 others are alive.
@@ -35,6 +39,9 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
     whole = 8.0
     if parts > 1:
         split = max(split, 17 + 2 * ratio)
+    if num_inserted:
+        inserted = 2 * num_inserted / parts / tokens
+        split = max(split, (17 if parts > 1 else 8) + 2 * ratio + inserted)
     if forward.quantizes_activations:
         split, whole = max(split, joined + 6.5 * (ratio + 1)), 12.0
     units = max(3 + split / forward.parallel.tensor, whole)
@@ -45,24 +52,26 @@ def denoise_bytes(config: Any, forward: Forward) -> int:
     return int(tokens * width * units * forward.size + tables) + inputs
 
 
-def decode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of decoding an image; `size` is the bytes per number.
+def kept_bytes(config: Any, forward: Forward) -> int:
+    """Return the bytes of the references' keys and values in all layers that a rank keeps."""
+    width = config.num_attention_heads * config.attention_head_dim
+    num_layers = config.num_layers + config.num_single_layers
+    whole = 2 * num_layers * forward.num_reference * width * forward.size
+    return int(whole // forward.parallel.num_ranks)
 
-    They are three maps with the channels of the last upsampling. Above 1 MP the maps are those of
-    one tile, and the image is held twice, as tiles and joined.
+
+def kept_denoise_bytes(config: Any, forward: Forward) -> int:
+    """Return the peak bytes on one rank of a klein KV, which keeps its references' keys and values.
+
+    The peak is that of the forward of all references alone, or of a step of an image without them.
+    What is kept of the current request is added; no other request is on the ranks.
     """
-    channels = (vae.decoder_block_out_channels or vae.block_out_channels)[1]
-    whole = min(pixels, MAX_WHOLE_PIXELS)
-    joined = 2 * 3 * pixels if pixels > whole else 0
-    return int((3 * channels * whole + joined) * size)
-
-
-def encode_bytes(vae: Any, pixels: int, size: int) -> int:
-    """Return the peak bytes of encoding one reference: five maps with the first layer's channels.
-
-    References are encoded one by one, so that their number does not matter.
-    """
-    return int(5 * vae.block_out_channels[0] * pixels * size)
+    num_own = forward.num_image - forward.num_reference
+    peak = denoise_bytes(config, replace(forward, num_image=num_own), forward.num_reference)
+    if forward.num_reference:
+        alone = replace(forward, num_text=0, num_image=forward.num_reference)
+        peak = max(peak, denoise_bytes(config, alone))
+    return peak + kept_bytes(config, forward)
 
 
 def prompt_bytes(

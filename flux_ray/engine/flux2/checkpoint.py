@@ -21,6 +21,7 @@ class CheckpointKind:
     `text_model`: builds the text model from its folder, with as many layers as are needed.
     `num_tokens`: counts the tokens of the formatted prompt before it is cut.
     `check_index`: raises ValueError if model_index.json is of another kind of checkpoint.
+    `keeps_keys`: the keys and values of references are computed once, and are no tokens of a step.
     """
 
     pipeline: type[DiffusionPipeline]
@@ -29,6 +30,7 @@ class CheckpointKind:
     load_tokenizer: Callable[[Path], Any]
     num_tokens: Callable[[Any, str], int]
     check_index: Callable[[dict[str, Any], str], None]
+    keeps_keys: bool = False
 
 
 def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, Path]:
@@ -41,13 +43,3 @@ def open_checkpoint(kind: CheckpointKind, weights: str) -> tuple[WeightSource, P
     folder = fetch(source, CONFIGS)
     kind.check_index(load_config(folder, "model_index.json"), weights)
     return source, folder
-
-
-def check_class(index: dict[str, Any], pipeline: type[DiffusionPipeline], weights: str) -> None:
-    """Raise ValueError unless the checkpoint was saved from this pipeline class.
-
-    The checkpoint of another pipeline may load and then generate wrong images without any error.
-    """
-    name = index.get("_class_name")
-    if name != pipeline.__name__:
-        raise ValueError(f"weights {weights!r} are for {name}, not {pipeline.__name__}")

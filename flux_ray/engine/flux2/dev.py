@@ -11,8 +11,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import SYSTEM_MESSAGE, format_inpu
 from transformers import AutoTokenizer, Mistral3Config, MistralModel
 
 from flux_ray.engine.api import TextModel
-from flux_ray.engine.flux2.checkpoint import CheckpointKind, check_class
-from flux_ray.engine.loading import first_layers
+from flux_ray.engine.flux2.checkpoint import CheckpointKind
+from flux_ray.engine.loading import check_class, first_layers
 
 
 def mistral3(folder: Path, num_layers: int) -> TextModel:

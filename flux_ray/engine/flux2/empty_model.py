@@ -19,6 +19,7 @@ from flux_ray.engine.flux2 import activations
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS
 from flux_ray.engine.loading import first_layers, load_config
+from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.load import build_empty
 from flux_ray.weights.source import source_for, weights_of
 
@@ -89,6 +90,9 @@ Published = tuple[Shape, Callable[[int], TextModel]]
 PUBLISHED: dict[str, Published] = {
     "flux-2-klein-4b": (KLEIN_4B_TRANSFORMER, qwen3_4b),
     "flux-2-klein-9b": (KLEIN_9B_TRANSFORMER, qwen3_8b),
+    "flux-2-klein-4b-base": (KLEIN_4B_TRANSFORMER, qwen3_4b),
+    "flux-2-klein-9b-base": (KLEIN_9B_TRANSFORMER, qwen3_8b),
+    "flux-2-klein-9b-kv": (KLEIN_9B_TRANSFORMER, qwen3_8b),
     "flux-2-dev": (DEV_TRANSFORMER, mistral),
     "flux-2-pro": (DEV_TRANSFORMER, mistral),
     "flux-2-max": (DEV_TRANSFORMER, mistral),
@@ -97,13 +101,15 @@ PUBLISHED: dict[str, Published] = {
 
 @dataclass(frozen=True)
 class EmptyFlux2:
-    """The EmptyModel of FLUX.2."""
+    """The EmptyModel of FLUX.2; `keeps_keys` if it keeps keys and values of references."""
 
     transformer: Any
     text_model: TextModel
     text_encoder: Any
     vae: Any
     source: str
+    keeps_keys: bool = False
+    whole_text_encoder: Any = None
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
@@ -119,6 +125,8 @@ class EmptyFlux2:
 
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak bytes of a forward on one rank."""
+        if self.keeps_keys:
+            return activations.kept_denoise_bytes(self.transformer.config, forward)
         return activations.denoise_bytes(self.transformer.config, forward)
 
     def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
@@ -127,11 +135,11 @@ class EmptyFlux2:
 
     def decode_bytes(self, pixels: int, size: int) -> int:
         """Return the peak bytes of decoding an image."""
-        return activations.decode_bytes(self.vae.config, pixels, size)
+        return decode_bytes(self.vae.config, pixels, size)
 
     def encode_bytes(self, pixels: int, size: int) -> int:
         """Return the peak bytes of encoding one reference."""
-        return activations.encode_bytes(self.vae.config, pixels, size)
+        return encode_bytes(self.vae.config, pixels, size)
 
     def prompt_bytes(
         self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
@@ -163,6 +171,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
             text_model,
             load_config(folder / "vae"),
             source=str(folder),
+            keeps_keys=kind.keeps_keys,
         )
     if tier.name not in PUBLISHED:
         raise ValueError(f"weights {given!r} of tier {tier.name}: no such folder here")
@@ -170,11 +179,22 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
     if not Path(given).is_absolute():
         source_for(given)
     transformer, build_text_model = PUBLISHED[tier.name]
-    return assemble(transformer, build_text_model(num_layers), {}, source="the published shapes")
+    return assemble(
+        transformer,
+        build_text_model(num_layers),
+        {},
+        source="the published shapes",
+        keeps_keys=kind.keeps_keys,
+    )
 
 
 def assemble(
-    transformer: Mapping[str, Any], text_model: TextModel, vae: Mapping[str, Any], *, source: str
+    transformer: Mapping[str, Any],
+    text_model: TextModel,
+    vae: Mapping[str, Any],
+    *,
+    source: str,
+    keeps_keys: bool = False,
 ) -> EmptyFlux2:
     """Build all modules of a model on the meta device, from the configs of its parts."""
 
@@ -187,4 +207,5 @@ def assemble(
         built(text_model.build),
         built(lambda: AutoencoderKLFlux2.from_config(dict(vae))),
         source,
+        keeps_keys,
     )

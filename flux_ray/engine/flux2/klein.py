@@ -1,14 +1,19 @@
-"""FLUX.2 klein, step-distilled: how a prompt is given to Qwen3, as in Flux2KleinPipeline."""
+"""FLUX.2 klein: how a prompt is given to Qwen3, as in Flux2KleinPipeline, and which klein it is.
 
+The step-distilled klein, its base model and klein KV have the same parts. Each generates poor
+images, without any error, if it is stepped as another one, so that the index must name it.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
 
 from flux_ray.engine.api import TextModel
-from flux_ray.engine.flux2.checkpoint import CheckpointKind, check_class
-from flux_ray.engine.loading import first_layers
+from flux_ray.engine.flux2.checkpoint import CheckpointKind
+from flux_ray.engine.loading import check_class, first_layers
 
 
 def qwen3(folder: Path, num_layers: int) -> TextModel:
@@ -34,14 +39,30 @@ def num_tokens(tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(text)["input_ids"])
 
 
-def check_index(index: dict[str, Any], weights: str) -> None:
+def check_distilled(index: dict[str, Any], weights: str) -> None:
     """Raise ValueError unless the checkpoint is a step-distilled klein."""
     check_class(index, Flux2KleinPipeline, weights)
     if not index.get("is_distilled"):
         raise ValueError(
-            f"weights {weights!r} are not step-distilled: they need classifier-free guidance,"
-            " which the klein adapter does not do"
+            f"weights {weights!r} are not step-distilled (is_distilled in model_index.json): they"
+            " need classifier-free guidance; serve them as a tier of klein base"
         )
+
+
+def check_base(index: dict[str, Any], weights: str) -> None:
+    """Raise ValueError unless the checkpoint is a klein base model, not step-distilled."""
+    check_class(index, Flux2KleinPipeline, weights)
+    if index.get("is_distilled"):
+        raise ValueError(
+            f"weights {weights!r} are step-distilled (is_distilled in model_index.json):"
+            " classifier-free guidance would spoil their images; serve them as a tier of klein,"
+            " not of klein base"
+        )
+
+
+def check_kv(index: dict[str, Any], weights: str) -> None:
+    """Raise ValueError unless the checkpoint is a klein KV, whose index has no `is_distilled`."""
+    check_class(index, Flux2KleinKVPipeline, weights)
 
 
 KLEIN = CheckpointKind(
@@ -50,5 +71,9 @@ KLEIN = CheckpointKind(
     text_model=qwen3,
     load_tokenizer=load_tokenizer,
     num_tokens=num_tokens,
-    check_index=check_index,
+    check_index=check_distilled,
 )
+KLEIN_BASE = replace(KLEIN, check_index=check_base)
+# Its own pipeline is not used: that one changes the transformer as soon as it is made, so that it
+# cannot be made without one. What is used of klein's is the same.
+KLEIN_KV = replace(KLEIN, check_index=check_kv, keeps_keys=True)

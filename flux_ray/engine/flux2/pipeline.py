@@ -3,15 +3,12 @@
 Images are equal to those of the pipelines, bit for bit (tests/engine/flux2). What is different:
 
 - The caller makes each denoise step, so that the steps of several images can take turns.
-- Rotary tables are computed once per image. The transformer itself would build them from position
-  ids in fp64 in every forward, about 150 small operations for values that never change.
-- Inpainting replaces tokens outside of the mask by the image's own after each step, as
-  Flux2KleinInpaintPipeline does. The pipeline also decodes them, which gives nearly the image's
-  pixels; here the pixels outside of the mask are exactly the image's, pasted back at the end.
+- Rotary tables are computed once per image.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,7 +21,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from flux_ray.catalog import MAX_WHOLE_PIXELS, TOKEN_SIDE, Tier
+from flux_ray.catalog import TOKEN_SIDE, Tier
 from flux_ray.engine.api import (
     Conditioning,
     ImageSpec,
@@ -34,23 +31,16 @@ from flux_ray.engine.api import (
     PromptEmbeds,
     PromptEncoder,
 )
+from flux_ray.engine.flow import guided, step_along, straight_end, transformer_timestep
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS, load_encoder
 from flux_ray.engine.images import image_for, raster_for
-from flux_ray.engine.inpainting import keep_rest, paste_rest, token_weights
-from flux_ray.engine.loading import (
-    check_transformer,
-    fetch,
-    load_pipeline,
-    load_transformer,
-)
+from flux_ray.engine.inpainting import keep_rest, noised_image, paste_rest, token_weights
+from flux_ray.engine.loading import check_transformer, load_parts
+from flux_ray.engine.rotary import TableEmbedder
+from flux_ray.engine.vae import raster_of, tiles_above
 from flux_ray.errors import BadReference
-from flux_ray.parallel.lora import lora_deltas
-from flux_ray.request import Mask, RgbImage
-from flux_ray.weights.source import IMAGE_PARTS, WeightSource
-
-# The scheduler's timesteps end here, and the transformer takes them from 0 to 1.
-FULL_TIMESTEP = 1000
+from flux_ray.request import Mask, RgbImage, first_step
 
 
 class Flux2:
@@ -73,19 +63,31 @@ class Flux2:
         pipeline.transformer.pos_embed = self.rotary
 
     @classmethod
-    def load(cls, weights: str, placement: Placement, tier: Tier) -> "Flux2":
+    def load(cls, weights: str, placement: Placement, tier: Tier) -> Self:
         """Load the adapter of a checkpoint.
 
         Raise ValueError before any weight is read if the checkpoint is of another kind or cannot
         be split and quantized as `placement` says: reading would take minutes.
         """
+        return cls.load_changed(weights, placement, tier, None)
+
+    @classmethod
+    def load_changed(
+        cls,
+        weights: str,
+        placement: Placement,
+        tier: Tier,
+        change: Callable[[nn.Module], None] | None,
+    ) -> Self:
+        """Load the adapter of a checkpoint, with `change` done to the transformer."""
         kind = KINDS[tier.family]
         source, folder = open_checkpoint(kind, weights)
         check_transformer(folder, placement)
         prompts = None
         if placement.text_encoder == "colocated":
             prompts = load_encoder(kind, source, tier, placement)
-        return cls(load_parts(source, placement), prompts, tier)
+        parts = load_parts(Flux2Transformer2DModel, source, placement, kind.pipeline, change)
+        return cls(parts, prompts, tier)
 
     def encode_prompt(self, prompt: str) -> PromptEmbeds:
         """Encode a prompt with the replica's own text encoder; all its ranks call it together."""
@@ -131,7 +133,8 @@ class Flux2:
         `image` is the first reference, scaled to the size that is generated.
         """
         assert given.references, "a mask without the image that it is of"
-        if image.width * image.height <= self.tier.max_reference_pixels:
+        is_small = image.width * image.height <= self.tier.max_reference_pixels
+        if is_small and "latents" in given.references:
             # `encode` took it in this very size: its tokens are the first of all references.
             num_tokens = image.width // TOKEN_SIDE * (image.height // TOKEN_SIDE)
             latents = given.references["latents"][:, :num_tokens]
@@ -144,27 +147,26 @@ class Flux2:
     def large_latents(self, image: RgbImage) -> Tensor:
         """Encode an image above `max_reference_pixels`: [1, tokens, channels] in the VAE's dtype.
 
-        Above 1 MP the VAE works in tiles; whole, four megapixels would take several GiB.
+        Above 1 MP the VAE works in tiles.
         """
         vae = self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image_for(image))
-        vae.use_tiling = image.width * image.height > MAX_WHOLE_PIXELS
-        try:
+        with tiles_above(vae, image.width, image.height):
             latents, _ = self.pipeline.prepare_image_latents(
                 [pixels], batch_size=1, generator=None, device=self.device, dtype=vae.dtype
             )
-        finally:
-            vae.use_tiling = False
         packed: Tensor = latents
         return packed
 
     @torch.inference_mode()
     def prepare(self, conditioning: Conditioning, canvas: ImageSpec, seed: int) -> ImageState:
-        """Return an image of pure noise with its schedule.
+        """Return an image of pure noise with its schedule, or one that has some steps done.
 
-        The noise is made by a CPU generator: a GPU's generator gives other numbers for the seed.
+        With a `strength` below 1, the first steps are left out, and the image to inpaint is mixed
+        with as much noise as they would have left. The noise is made by a CPU generator: a GPU's
+        generator gives other numbers for the seed.
         """
-        latents, latent_ids = self.pipeline.prepare_latents(
+        noise, latent_ids = self.pipeline.prepare_latents(
             batch_size=1,
             num_latents_channels=self.pipeline.transformer.config.in_channels // 4,
             height=canvas.height,
@@ -173,16 +175,20 @@ class Flux2:
             device=self.device,
             generator=torch.Generator().manual_seed(seed),
         )
-        scheduler = self.schedule(num_tokens=latents.shape[1], num_steps=canvas.num_steps)
-        return ImageState(
+        scheduler = self.schedule(num_tokens=noise.shape[1], num_steps=canvas.num_steps)
+        state = ImageState(
             canvas,
             conditioning,
-            latents,
+            noise,
             scheduler.timesteps,
             scheduler.sigmas,
             self.step_inputs(conditioning, canvas, latent_ids),
-            noise=None if conditioning.edit is None else latents,
         )
+        if conditioning.edit is None:
+            return state
+        step = first_step(canvas.num_steps, canvas.strength)
+        state = replace(state, step=step, noise=noise)
+        return replace(state, latents=noised_image(state, step))
 
     def step_inputs(
         self, given: Conditioning, canvas: ImageSpec, latent_ids: Tensor
@@ -190,18 +196,23 @@ class Flux2:
         """Compute the transformer's inputs that stay the same for all steps of an image.
 
         `text_rotary` and `image_rotary`: fp32 [1, tokens, 2 x head_dim], the rotary tables of the
-        text and of the image with its references. `guidance`: fp32 [1]. `latent_ids`: int64
-        [1, tokens, 4], the positions of the image's tokens.
+        text and of the image with its references; `negative_text_rotary` that of a negative prompt.
+        `guidance`: fp32 [1]. `latent_ids`: int64 [1, tokens, 4], the positions of the image's
+        tokens.
         """
         ids = latent_ids
-        if given.references:
+        if "ids" in given.references:
             ids = torch.cat([ids, given.references["ids"]], dim=1)
-        return {
+        fixed = {
             "text_rotary": self.rotary.table(given.prompt.tensors["text_ids"]),
             "image_rotary": self.rotary.table(ids),
             "guidance": torch.full([1], canvas.guidance, dtype=torch.float32, device=self.device),
             "latent_ids": latent_ids,
         }
+        if given.negative is not None:
+            negative_ids = given.negative.tensors["text_ids"]
+            fixed["negative_text_rotary"] = self.rotary.table(negative_ids)
+        return fixed
 
     def schedule(self, *, num_tokens: int, num_steps: int) -> FlowMatchEulerDiscreteScheduler:
         """Return a new scheduler that holds the timesteps and sigmas for so many steps.
@@ -224,31 +235,40 @@ class Flux2:
 
         When inpainting, tokens outside of the mask are then replaced by the image's own.
         """
-        velocity = self.velocity(state)
-        dt = state.sigmas[state.step + 1] - state.sigmas[state.step]
-        # In fp32, as in diffusers' scheduler: in bf16, small differences would be rounded away.
-        latents = (state.latents.to(torch.float32) + dt * velocity).to(velocity.dtype)
-        if state.conditioning.edit is not None:
-            latents = keep_rest(state, latents)
-        kept = velocity if state.canvas.has_previews else None
-        return replace(state, latents=latents, step=state.step + 1, velocity=kept)
+        after = step_along(state, self.velocity(state))
+        if state.conditioning.edit is None:
+            return after
+        return replace(after, latents=keep_rest(state, after.latents))
 
     def velocity(self, state: ImageState) -> Tensor:
+        """Return the velocity for the image's tokens, [1, tokens, channels].
+
+        With a negative prompt it is that prompt's prediction, and from there `true_cfg_scale` times
+        the way to the prompt's own (classifier-free guidance): two forwards, one after the other.
+        """
+        given, fixed = state.conditioning, state.fixed
+        velocity = self.predict(state, given.prompt, fixed["text_rotary"])
+        if given.negative is None:
+            return velocity
+        negative = self.predict(state, given.negative, fixed["negative_text_rotary"])
+        return guided(velocity, negative, state.canvas.true_cfg_scale)
+
+    def predict(self, state: ImageState, prompt: PromptEmbeds, text_rotary: Tensor) -> Tensor:
         """Return the transformer's prediction for the image's tokens, [1, tokens, channels].
 
         The references go through the transformer behind the image; their outputs are dropped.
         """
-        given, fixed, latents = state.conditioning, state.fixed, state.latents
-        if given.references:
-            latents = torch.cat([latents, given.references["latents"]], dim=1)
-        timestep = state.timesteps[state.step].expand(1).to(state.latents.dtype)
+        fixed, latents, embeds = state.fixed, state.latents, prompt.tensors["embeds"]
+        references = state.conditioning.references
+        if "latents" in references:
+            latents = torch.cat([latents, references["latents"]], dim=1)
         tokens: Tensor = self.pipeline.transformer(
-            hidden_states=latents.to(given.prompt.tensors["embeds"].dtype),
-            timestep=timestep / FULL_TIMESTEP,
+            hidden_states=latents.to(embeds.dtype),
+            timestep=transformer_timestep(state),
             # A model that was distilled without guidance has no embedding for it and ignores it.
             guidance=fixed["guidance"],
-            encoder_hidden_states=given.prompt.tensors["embeds"],
-            txt_ids=fixed["text_rotary"],
+            encoder_hidden_states=embeds,
+            txt_ids=text_rotary,
             img_ids=fixed["image_rotary"],
             return_dict=False,
         )[0]
@@ -256,13 +276,8 @@ class Flux2:
 
     @torch.inference_mode()
     def preview(self, state: ImageState) -> RgbImage:
-        """Return an estimate of the finished image, by going on with the last step's velocity.
-
-        The paths of a flow are nearly straight, so a single long step comes close to the end.
-        """
-        assert state.velocity is not None, "a preview that the canvas does not speak of"
-        latents = state.latents.to(torch.float32) - state.sigmas[state.step] * state.velocity
-        return self.decode(replace(state, latents=latents.to(state.latents.dtype)))
+        """Return an estimate of the finished image, by going on with the last step's velocity."""
+        return self.decode(straight_end(state))
 
     @torch.inference_mode()
     def decode(self, state: ImageState) -> RgbImage:
@@ -277,12 +292,8 @@ class Flux2:
         variance = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
         latents = latents * torch.sqrt(variance).to(latents.device, latents.dtype) + mean
         latents = pipeline._unpatchify_latents(latents)
-        # Never leave tiling on: the VAE also encodes references, and tiles change their latents.
-        vae.use_tiling = state.canvas.width * state.canvas.height > MAX_WHOLE_PIXELS
-        try:
+        with tiles_above(vae, state.canvas.width, state.canvas.height):
             pixels = vae.decode(latents, return_dict=False)[0]
-        finally:
-            vae.use_tiling = False
         raster = raster_of(pipeline.image_processor.postprocess(pixels, output_type="pt")[0])
         edit = state.conditioning.edit
         return raster if edit is None else raster_for(paste_rest(edit, image_for(raster)))
@@ -299,67 +310,3 @@ def unpack_latents(state: ImageState) -> Tensor:
         state.latents, state.fixed["latent_ids"], rows, columns
     )
     return unpacked
-
-
-def raster_of(pixels: Tensor) -> RgbImage:
-    """Return pixels [3, height, width], floats from 0 to 1, as an image of 8 bits a channel.
-
-    The result is what diffusers computes on the CPU, bit for bit: in fp32, halves rounded to even.
-    Doing it on the device copies a quarter of the bytes and leaves the CPU nothing to compute.
-    """
-    eight_bit = pixels.permute(1, 2, 0).float().mul(255).round().to(torch.uint8)
-    height, width, _ = eight_bit.shape
-    return RgbImage(width, height, eight_bit.contiguous().cpu().numpy().tobytes())
-
-
-class TableEmbedder(nn.Module):
-    """A replacement for a transformer's `pos_embed`: it takes position ids, or a finished table.
-
-    Ids are integers and tables are floats, which tells them apart. It takes ids so that the
-    diffusers pipeline that owns the transformer still works when it is called by itself.
-    """
-
-    def __init__(self, embedder: nn.Module) -> None:
-        super().__init__()
-        self.embedder = embedder
-
-    def table(self, ids: Tensor) -> Tensor:
-        """Return the cosines and sines for ids [1, tokens, 4] as fp32 [1, tokens, 2 x head_dim].
-
-        Tokens are along the same dimension as in the ids, where sequence parallel cuts them.
-        """
-        return torch.cat(self.embedder(ids[0]), dim=-1).unsqueeze(0)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each fp32 [tokens, head_dim], for ids or a table of `table`.
-
-        `ids` is [tokens, 4] or [tokens, 2 x head_dim]: the transformer drops the batch first.
-        """
-        if not ids.is_floating_point():
-            cosines, sines = self.embedder(ids)
-            return cosines, sines
-        cosines, sines = ids.chunk(2, dim=-1)
-        return cosines, sines
-
-
-def load_parts(source: WeightSource, placement: Placement) -> DiffusionPipeline:
-    """Load the checkpoint's pipeline with this rank's part of the transformer, LoRAs added."""
-    folder = fetch(source, IMAGE_PARTS)
-    pipeline = load_pipeline(folder, placement)
-    check_scheduler(pipeline.scheduler)
-    deltas = lora_deltas(placement.loras, type(pipeline), placement.device)
-    transformer = load_transformer(Flux2Transformer2DModel, folder, placement, deltas)
-    pipeline.register_modules(transformer=transformer)
-    return pipeline
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Raise ValueError unless the checkpoint's scheduler makes Euler steps without added noise.
-
-    `Flux2.denoise` makes no other steps, and would generate wrong images without any error.
-    """
-    if (
-        not isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        or scheduler.config.stochastic_sampling
-    ):
-        raise ValueError(f"the FLUX.2 adapter cannot step {type(scheduler).__name__}")

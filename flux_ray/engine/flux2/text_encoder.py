@@ -8,11 +8,16 @@ from flux_ray.catalog import Tier
 from flux_ray.engine.api import Placement, PromptEmbeds
 from flux_ray.engine.flux2.checkpoint import CheckpointKind, open_checkpoint
 from flux_ray.engine.flux2.dev import DEV
-from flux_ray.engine.flux2.klein import KLEIN
+from flux_ray.engine.flux2.klein import KLEIN, KLEIN_BASE, KLEIN_KV
 from flux_ray.engine.loading import fetch, load_text_model
 from flux_ray.weights.source import PROMPT_PARTS, WeightSource
 
-KINDS = {"flux2-klein": KLEIN, "flux2-dev": DEV}
+KINDS = {
+    "flux2-klein": KLEIN,
+    "flux2-klein-base": KLEIN_BASE,
+    "flux2-klein-kv": KLEIN_KV,
+    "flux2-dev": DEV,
+}
 
 
 class Flux2PromptEncoder:

@@ -267,7 +267,7 @@ def work_of(request: ImageRequest) -> RequestShape:
         request.tier,
         request.width,
         request.height,
-        request.num_steps,
+        request.num_steps_made,
         tuple(tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes),
         request.num_images,
         is_masked=request.mask is not None,

@@ -10,9 +10,9 @@ from torchao.quantization.quantize_.common import KernelPreference
 from flux_ray.config.tier import Parallel
 from flux_ray.engine.api import Forward
 from flux_ray.engine.flux2.activations import (
-    decode_bytes,
     denoise_bytes,
-    encode_bytes,
+    kept_bytes,
+    kept_denoise_bytes,
     prompt_bytes,
 )
 from flux_ray.engine.flux2.empty_model import (
@@ -21,6 +21,8 @@ from flux_ray.engine.flux2.empty_model import (
     mistral,
     qwen3_4b,
 )
+from flux_ray.engine.flux2.klein_kv import ReferenceKeys
+from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.checkpoint import shards_for
 from flux_ray.parallel.load import build_empty, finish_linears, place
 from flux_ray.parallel.mesh import Axis
@@ -45,7 +47,9 @@ def in_bf16(module: nn.Module) -> nn.Module:
     return module
 
 
-def rank_of(shape: dict, parallel: Parallel) -> Flux2Transformer2DModel:
+def rank_of(
+    shape: dict, parallel: Parallel, keys: ReferenceKeys | None = None
+) -> Flux2Transformer2DModel:
     """One rank's part of a transformer of that shape, with fewer blocks: the peak is one's."""
     few = {"num_layers": 2, "num_single_layers": 2}
     model = build_empty(lambda: Flux2Transformer2DModel(**(shape | few)))
@@ -56,19 +60,23 @@ def rank_of(shape: dict, parallel: Parallel) -> Flux2Transformer2DModel:
         local = shards[name].local_shape(whole, tensor) if name in shards else whole
         place(model, name, empty(*local))
     finish_linears(model, shards, tensor)
+    if keys is not None:
+        keys.install(model)
     split_sequence(model, Axis(0, parallel.sequence))
     return model
 
 
-def measured_forward(model: Flux2Transformer2DModel, num_image: int) -> int:
+def measured_forward(
+    model: Flux2Transformer2DModel, num_image: int, num_text: int = NUM_TEXT
+) -> int:
     def forward() -> None:
         model(
             hidden_states=empty(1, num_image, 128),
-            encoder_hidden_states=empty(1, NUM_TEXT, model.config.joint_attention_dim),
+            encoder_hidden_states=empty(1, num_text, model.config.joint_attention_dim),
             timestep=empty(1),
             guidance=empty(1, dtype=torch.float32),
             img_ids=empty(1, num_image, 4, dtype=torch.int64),
-            txt_ids=empty(1, NUM_TEXT, 4, dtype=torch.int64),
+            txt_ids=empty(1, num_text, 4, dtype=torch.int64),
             return_dict=False,
         )
 
@@ -87,6 +95,25 @@ def test_a_step_takes_what_the_model_says(
     model = rank_of(SHAPES[name], parallel)
     said = denoise_bytes(model.config, Forward(NUM_TEXT, num_image, parallel, 2))
     assert said == pytest.approx(measured_forward(model, num_image), rel=WITHIN_A_TENTH)
+
+
+@pytest.mark.parametrize(("num_image", "num_reference"), [(4096, 16384), (16384, 4096)])
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_a_step_of_klein_kv_takes_what_the_model_says(
+    tensor: int, sequence: int, num_image: int, num_reference: int
+) -> None:
+    """Or the forward that computes keys and values, at the end of which all of them are there."""
+    parallel, keys = Parallel(tensor=tensor, sequence=sequence), ReferenceKeys()
+    model = rank_of(KLEIN_4B_TRANSFORMER, parallel, keys)
+    with keys.recorded() as kept:
+        measured = measured_forward(model, num_reference, num_text=0)
+    num_bytes = sum(tensor.nbytes for tensor in kept.values())
+    with keys.inserted(kept, NUM_TEXT):
+        measured = max(measured, measured_forward(model, num_image) + num_bytes)
+    num_all = num_image + num_reference
+    forward = Forward(NUM_TEXT, num_all, parallel, 2, num_reference=num_reference)
+    assert kept_bytes(model.config, forward) == num_bytes
+    assert kept_denoise_bytes(model.config, forward) == pytest.approx(measured, rel=WITHIN_A_TENTH)
 
 
 @pytest.mark.parametrize(

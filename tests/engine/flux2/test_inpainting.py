@@ -13,15 +13,15 @@ from torch import Tensor
 
 from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.config.tier import Parallel
+from flux_ray.engine import vae
 from flux_ray.engine.api import Forward, ImageSpec, Placement
 from flux_ray.engine.encoding_cache import CachedEncoder
-from flux_ray.engine.flux2 import pipeline as flux2
 from flux_ray.engine.flux2.activations import denoise_bytes
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.images import image_for, raster_for
 from flux_ray.engine.inpainting import token_weights
 from flux_ray.parallel.load import build_empty
-from flux_ray.request import ImageRequest, Mask, RgbImage
+from flux_ray.request import ImageRequest, Mask, RgbImage, first_step
 from flux_ray.resizing import fit_mask, mask_image
 from flux_ray.tiny import CHECKPOINT
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
@@ -64,9 +64,19 @@ def request(
 def generate(adapter: Flux2, asked: ImageRequest) -> tuple[Tensor, RgbImage]:
     """As a rank does: the last latents and the image."""
     conditioning, _ = CachedEncoder(adapter, 2**20, "cpu").encode(asked, ())
-    canvas = ImageSpec(asked.width, asked.height, asked.num_steps, asked.guidance)
-    state = finish(adapter, adapter.prepare(conditioning, canvas, asked.seed))
+    state = finish(adapter, adapter.prepare(conditioning, canvas_of(asked), asked.seed))
     return state.latents, adapter.decode(state)
+
+
+def canvas_of(asked: ImageRequest) -> ImageSpec:
+    return ImageSpec(
+        asked.width,
+        asked.height,
+        asked.num_steps,
+        asked.guidance,
+        true_cfg_scale=asked.true_cfg_scale,
+        strength=asked.strength,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +106,9 @@ def generate_with_pipeline(
         image=image,
         mask_image=mask_image(asked.mask),
         image_reference=others or None,
-        strength=1.0,
+        strength=asked.strength,
         num_inference_steps=asked.num_steps,
-        guidance_scale=1.0,
+        guidance_scale=asked.true_cfg_scale,
         generator=torch.Generator().manual_seed(SEED),
         callback_on_step_end=remember,
         max_sequence_length=TINY.text_length,
@@ -125,6 +135,20 @@ CASES = {
         (reference(128, 128, 1),), mask_of(128, 128, (0, 0, 128, 128)), (128, 128)
     ),
 }
+CIRCLE = CASES["a circle"]
+CASES |= {
+    "strength 0.8": replace(CIRCLE, num_steps=5, strength=0.8),
+    "strength 0.5, and another reference": replace(CASES["another reference"], strength=0.5),
+    "strength for one step": replace(CIRCLE, num_steps=4, strength=0.1),
+    "guided": replace(CIRCLE, negative_prompt="", true_cfg_scale=4.0),
+    "guided, another reference, strength 0.8": replace(
+        CASES["another reference"],
+        num_steps=5,
+        negative_prompt="",
+        true_cfg_scale=4.0,
+        strength=0.8,
+    ),
+}
 
 
 @pytest.mark.parametrize("asked", CASES.values(), ids=CASES)
@@ -133,10 +157,37 @@ def test_equals_the_pipeline_bit_for_bit(
 ) -> None:
     """Inside of the mask: outside the pipeline decodes what is the image here."""
     latents, image = generate(klein_adapter, asked)
+    if asked.negative_prompt is not None:
+        pipeline = Flux2KleinInpaintPipeline(**pipeline.components, is_distilled=False)
+        pipeline.set_progress_bar_config(disable=True)
     expected_latents, expected_image = generate_with_pipeline(pipeline, asked)
     assert torch.equal(latents, expected_latents)
     inside = marked(fit_mask(asked.mask, (asked.width, asked.height)))
     assert (pixels_of(image)[inside] == pixels_of(expected_image)[inside]).all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 28, 50])
+def test_strength_leaves_out_the_steps_that_diffusers_does(
+    pipeline: Flux2KleinInpaintPipeline, num_steps: int
+) -> None:
+    pipeline.scheduler.set_timesteps(num_steps, mu=1.0)
+    for strength in (0.1, 0.29, 0.3, 0.5, 0.57, 0.58, 0.7, 0.8, 0.9, 0.99, 1.0):
+        timesteps, _ = pipeline.get_timesteps(num_steps, strength, "cpu")
+        assert num_steps - first_step(num_steps, strength) == len(timesteps)
+    assert first_step(num_steps, 1e-30) == num_steps - 1, "the last step is always made"
+
+
+def test_less_strength_leaves_more_of_the_image(klein_adapter: Flux2) -> None:
+    """All of it is marked, so that what is left came by the noise alone."""
+    asked = request((scene(),), mask_of(128, 128, (0, 0, 128, 128)), (128, 128))
+    asked = replace(asked, prompt="a green star on a white background")
+    changed = []
+    for strength in (1.0, 0.75, 0.5, 0.25):
+        after = generate(klein_adapter, replace(asked, strength=strength))[1]
+        difference = pixels_of(after).astype(int) - pixels_of(scene()).astype(int)
+        changed.append(abs(difference).mean())
+    assert changed == sorted(changed, reverse=True)
+    assert changed[-1] < 0.5 * changed[0]
 
 
 def test_a_mask_of_all_changes_nothing(klein_adapter: Flux2) -> None:
@@ -190,11 +241,12 @@ def test_only_what_is_marked_changes(klein_adapter: Flux2) -> None:
     assert (both[~right] != before[~right]).any()
 
 
-def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2) -> None:
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_preview_shows_the_rest_as_it_is(klein_adapter: Flux2, strength: float) -> None:
     image, mask = reference(128, 128, 1), circle_mask(128, 128, 40)
-    asked = request((image,), mask, (128, 128))
+    asked = replace(request((image,), mask, (128, 128)), strength=strength)
     conditioning, _ = CachedEncoder(klein_adapter, 2**20, "cpu").encode(asked, ())
-    canvas = ImageSpec(128, 128, asked.num_steps, asked.guidance, has_previews=True)
+    canvas = replace(canvas_of(asked), has_previews=True)
     state = klein_adapter.denoise(klein_adapter.prepare(conditioning, canvas, asked.seed))
     preview = pixels_of(klein_adapter.preview(state))
     changed = (preview != pixels_of(image)).any(axis=2)
@@ -264,7 +316,7 @@ def test_an_edit_of_the_generated_size_knows_its_image(klein_adapter: Flux2) -> 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> Tier:
     """64 x 64 pixels stand for a megapixel: for references, and for what is coded whole."""
-    monkeypatch.setattr(flux2, "MAX_WHOLE_PIXELS", 64 * 64)
+    monkeypatch.setattr(vae, "MAX_WHOLE_PIXELS", 64 * 64)
     return replace(tier_for("flux-2-dev"), max_reference_pixels=64 * 64)
 
 

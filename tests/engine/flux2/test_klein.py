@@ -1,32 +1,68 @@
-"""The step loop draws what Flux2KleinPipeline draws: the same bits in fp32."""
+"""The step loop draws what the pipelines of the kinds of klein draw: the same bits in fp32."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
-from flux_ray.catalog.tiers import tier_for
-from flux_ray.engine.api import ImageSpec, Placement
-from flux_ray.engine.flux2.klein import check_index
+from flux_ray.catalog.tiers import Tier
+from flux_ray.engine.api import Adapter, ImageSpec, Placement
+from flux_ray.engine.flux2.klein import check_base, check_distilled, check_kv
 from flux_ray.engine.flux2.pipeline import Flux2
+from flux_ray.engine.registry import load_adapter
 from flux_ray.request import RgbImage
 from flux_ray.tiny import CHECKPOINT
 from tests.engine.generation import generate, generate_with_pipeline, reference
+from tests.engine.kleins import BASE, KLEINS, KV, PIPELINES, index_of, negative_of
 
 PROMPT = "a red circle on a blue background"
 SQUARE = ImageSpec(128, 128, num_steps=4)
-TINY = tier_for("tiny")
+
+
+@pytest.fixture(scope="module", params=KLEINS.values(), ids=KLEINS)
+def tier(request: pytest.FixtureRequest) -> Tier:
+    tier: Tier = request.param
+    return tier
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Flux2KleinPipeline:
+def pipeline(tier: Tier) -> DiffusionPipeline:
     """diffusers' own, loaded apart from the adapter's."""
-    pipeline = Flux2KleinPipeline.from_pretrained(
-        CHECKPOINT, dtype=torch.float32, local_files_only=True
+    kind = PIPELINES[tier.family]
+    options = {"is_distilled": False} if tier.family == BASE.family else {}
+    pipeline = kind.from_pretrained(
+        CHECKPOINT, dtype=torch.float32, local_files_only=True, **options
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+Generate = Callable[..., tuple[Tensor, RgbImage]]
+
+
+@pytest.fixture(scope="module")
+def generate_here(tier: Tier, kleins: dict[str, Path]) -> Generate:
+    """`generate` with an adapter of the tier and its guidance."""
+
+    @cache
+    def adapter_of(text_length: int) -> Adapter:
+        padded = replace(tier, text_length=text_length, max_reference_pixels=1024 * 1024)
+        return load_adapter(padded, str(kleins[tier.family]), Placement("float32", "cpu"))
+
+    def generate_with(
+        text_length: int, canvas: ImageSpec, references: tuple[RgbImage, ...]
+    ) -> tuple[Tensor, RgbImage]:
+        adapter = adapter_of(text_length)
+        assert isinstance(adapter, Flux2)
+        canvas = replace(canvas, true_cfg_scale=tier.true_cfg_scale)
+        return generate(adapter, PROMPT, canvas, references, negative=negative_of(tier))
+
+    return generate_with
 
 
 CASES = {
@@ -43,16 +79,22 @@ CASES = {
 
 @pytest.mark.parametrize(("canvas", "text_length", "references"), CASES.values(), ids=CASES)
 def test_equals_the_pipeline_bit_for_bit(
-    pipeline: Flux2KleinPipeline,
+    tier: Tier,
+    pipeline: DiffusionPipeline,
+    generate_here: Generate,
     canvas: ImageSpec,
     text_length: int,
     references: tuple[RgbImage, ...],
 ) -> None:
-    tier = replace(TINY, text_length=text_length, max_reference_pixels=1024 * 1024)
-    adapter = Flux2.load("embedded", Placement("float32", "cpu"), tier)
-    latents, image = generate(adapter, PROMPT, canvas, references)
+    latents, image = generate_here(text_length, canvas, references)
+    takes_guidance = tier.family != KV.family
     expected_latents, expected_image = generate_with_pipeline(
-        pipeline, PROMPT, canvas, references, max_sequence_length=text_length
+        pipeline,
+        PROMPT,
+        canvas,
+        references,
+        max_sequence_length=text_length,
+        guidance_scale=tier.true_cfg_scale if takes_guidance else None,
     )
     assert torch.equal(latents, expected_latents)
     assert image == expected_image
@@ -67,17 +109,39 @@ def test_guidance_changes_nothing_for_a_distilled_model(klein_adapter: Flux2) ->
     assert torch.equal(plain[0], guided[0])
 
 
-@pytest.mark.parametrize(
-    ("index", "why"),
-    [
-        ({"_class_name": "Flux2Pipeline"}, "for Flux2Pipeline, not Flux2KleinPipeline"),
-        ({"_class_name": "Flux2KleinPipeline", "is_distilled": False}, "not step-distilled"),
-        ({"_class_name": "Flux2KleinPipeline"}, "not step-distilled"),
-    ],
-)
-def test_only_distilled_klein_is_loaded(index: dict[str, object], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        check_index(index, "some/where@main")
+CHECKS = {"distilled": check_distilled, "base": check_base, "KV": check_kv}
+REFUSED = {
+    ("distilled", "base"): "not step-distilled .* serve them as a tier of klein base",
+    ("distilled", "KV"): "for Flux2KleinKVPipeline, not Flux2KleinPipeline",
+    ("base", "distilled"): "are step-distilled .* as a tier of klein, not of klein base",
+    ("base", "KV"): "for Flux2KleinKVPipeline, not Flux2KleinPipeline",
+    ("KV", "distilled"): "for Flux2KleinPipeline, not Flux2KleinKVPipeline",
+    ("KV", "base"): "for Flux2KleinPipeline, not Flux2KleinKVPipeline",
+}
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+@pytest.mark.parametrize("given", CHECKS)
+def test_each_kind_takes_only_its_own_weights(kind: str, given: str) -> None:
+    index = index_of(KLEINS[given])
+    if kind == given:
+        CHECKS[kind](index, "some/where@main")
+        return
+    with pytest.raises(ValueError, match=REFUSED[kind, given]):
+        CHECKS[kind](index, "some/where@main")
+
+
+@pytest.mark.parametrize("check", [check_distilled, check_base, check_kv])
+def test_another_family_is_refused(check: Callable[[dict[str, object], str], None]) -> None:
+    with pytest.raises(ValueError, match="for Flux2Pipeline, not Flux2Klein"):
+        check({"_class_name": "Flux2Pipeline"}, "some/where@main")
+
+
+def test_an_index_that_does_not_say_is_taken_for_a_base_model_as_diffusers_does() -> None:
+    index = {"_class_name": "Flux2KleinPipeline"}
+    check_base(index, "some/where@main")
+    with pytest.raises(ValueError, match="not step-distilled"):
+        check_distilled(index, "some/where@main")
 
 
 def test_a_prompt_that_is_cut_is_told(klein_adapter: Flux2) -> None:

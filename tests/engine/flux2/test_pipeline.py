@@ -9,9 +9,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, Flux2Pipeline
 
 from flux_ray.catalog.tiers import tier_for
+from flux_ray.engine import vae
 from flux_ray.engine.api import Conditioning, ImageSpec, Placement
-from flux_ray.engine.flux2 import pipeline as flux2
-from flux_ray.engine.flux2.pipeline import Flux2, check_scheduler
+from flux_ray.engine.flow import check_scheduler
+from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.errors import BadReference
 from flux_ray.request import RgbImage
 from tests.engine.generation import finish, generate, generate_with_pipeline, reference
@@ -90,7 +91,7 @@ def test_a_large_reference_is_scaled_to_what_the_tier_has_seen(klein_adapter: Fl
 @pytest.fixture
 def few_pixels_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 x 64 pixels stand for a megapixel: as large as a tile of the small VAE."""
-    monkeypatch.setattr(flux2, "MAX_WHOLE_PIXELS", 64 * 64)
+    monkeypatch.setattr(vae, "MAX_WHOLE_PIXELS", 64 * 64)
 
 
 @pytest.mark.usefixtures("few_pixels_whole")
@@ -122,7 +123,7 @@ def test_a_reference_is_encoded_whole_after_an_image_in_tiles(small_dev: Path) -
 
 
 def test_an_image_of_up_to_a_megapixel_is_decoded_whole() -> None:
-    assert flux2.MAX_WHOLE_PIXELS == 1024 * 1024
+    assert vae.MAX_WHOLE_PIXELS == 1024 * 1024
 
 
 @pytest.mark.parametrize(

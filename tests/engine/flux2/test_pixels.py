@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from flux_ray.engine.flux2.pipeline import raster_of
 from flux_ray.engine.images import raster_for
+from flux_ray.engine.vae import raster_of
 
 PROCESSOR = VaeImageProcessor()
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog.tiers import Tier, tier_for
 from flux_ray.engine.api import ImageSpec, Placement
+from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.packing import pack, unpack
-from flux_ray.engine.registry import load_prompt_encoder
+from flux_ray.engine.registry import load_adapter, load_prompt_encoder
+from flux_ray.request import ImageRequest
 from flux_ray.tiny import CHECKPOINT
-from tests.engine.generation import finish
+from tests.engine.generation import finish, reference
+from tests.engine.kleins import KLEINS, negative_of
 
 PROMPT = "a red circle on a blue background"
 TINY = tier_for("tiny")
@@ -35,16 +38,28 @@ def test_a_prompt_crosses_a_process_border_bit_for_bit(
     assert arrived.warnings == prompt.warnings != ()
 
 
-def test_a_shared_encoder_leads_to_the_same_image(klein_adapter: Flux2) -> None:
-    encoder = load_prompt_encoder(TINY, None, LAPTOP)
-    generator = Flux2.load("embedded", Placement("float32", "cpu", text_encoder="shared"), TINY)
+@pytest.mark.parametrize("tier", KLEINS.values(), ids=KLEINS)
+def test_a_shared_encoder_leads_to_the_same_image(
+    klein_adapter: Flux2, kleins: dict[str, Path], tier: Tier
+) -> None:
+    weights = str(kleins[tier.family])
+    encoder = load_prompt_encoder(tier, weights, LAPTOP)
+    generator = load_adapter(tier, weights, replace(LAPTOP, text_encoder="shared"))
+    assert isinstance(generator, Flux2)
     assert generator.prompts is None
+    negative = negative_of(tier)
+    asked = ImageRequest(
+        *("id", tier.name, PROMPT, 64, 64, 2, 1.0, 1),
+        references=(reference(64, 64, 1),),
+        negative_prompt=negative,
+    )
+    canvas = ImageSpec(64, 64, 2, true_cfg_scale=tier.true_cfg_scale)
     images = []
-    for prompt in (
-        klein_adapter.encode_prompt(PROMPT),
-        unpack(pack(encoder.encode_prompt(PROMPT)), "cpu"),
-    ):
-        state = generator.prepare(generator.encode(prompt, ()), ImageSpec(64, 64, 2), seed=1)
+    for encode in (klein_adapter.encode_prompt, encoder.encode_prompt):
+        prompts = tuple(pack(encode(words)) for words in asked.prompts)
+        given, _ = CachedEncoder(generator, 0, "cpu").encode(asked, prompts)
+        assert (given.negative is None) == (negative is None)
+        state = generator.prepare(given, canvas, seed=1)
         images.append(generator.decode(finish(generator, state)))
     assert images[0] == images[1]
 

@@ -8,8 +8,8 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from flux_ray import liveness
 from flux_ray.router import handover
-from flux_ray.router.ledger import remote as hung
-from flux_ray.router.ledger.remote import AskedReplica, HungProcesses, our_replicas
+from flux_ray.router.ledger import hung_processes as hung
+from flux_ray.router.ledger.hung_processes import AskedReplica, HungProcesses, our_replicas
 
 GATEWAY = "SERVE_REPLICA::gateway#gateway#aaaa"
 LEADER = "SERVE_REPLICA::tiny#tiny#bbbb"
@@ -129,8 +129,30 @@ class FakeCounter:
         """Nor does it complain."""
 
 
+class Looks:
+    """Looks at processes; of each it says that it is busy, unless it is among `still`."""
+
+    def __init__(self) -> None:
+        self.still: set[FakeReplica] = set()
+        self.num_looks = 0
+        self.seconds = 0.0
+
+    async def is_still_at(self, actor: FakeReplica, thread: object) -> bool:
+        self.num_looks += 1
+        await asyncio.sleep(self.seconds)
+        return actor in self.still
+
+
 @pytest.fixture
-async def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
+    looks = Looks()
+    monkeypatch.setattr(hung, "is_still_at", looks.is_still_at)
+    monkeypatch.setattr(hung, "SUSPECT_S", 0.05)
+    return looks
+
+
+@pytest.fixture
+async def cluster(monkeypatch: pytest.MonkeyPatch, looks: Looks) -> Cluster:
     cluster = Cluster({GATEWAY: FakeReplica(), LEADER: FakeReplica(), ENCODER: FakeReplica()})
     monkeypatch.setattr(hung.ray.util, "list_named_actors", cluster.list_named_actors)
     monkeypatch.setattr(hung.ray, "get_actor", cluster.get_actor)
@@ -241,4 +263,57 @@ async def test_while_rays_head_is_away_nobody_is_missed(
         await asyncio.sleep(0.6)
         assert cluster.killed == []
     await until(lambda: cluster.killed == [LEADER])
+    watching.cancel()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is ended for silence alone."""
+    for limit in ("HUNG_S", "LOADING_HUNG_S", "CONTROLLER_HUNG_S"):
+        monkeypatch.setattr(hung, limit, 1000.0)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_one_that_stands_still_is_killed_before_its_time(
+    cluster: Cluster, looks: Looks
+) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    controller = cluster.actors[hung.CONTROLLER] = FakeReplica()
+    await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
+    leader = cluster.actors[LEADER]
+    looks.still = {controller, leader}
+    assert looks.num_looks == 0, "who answers is not looked at"
+    for each in cluster.actors.values():
+        each.stop()
+    await until(lambda: len(cluster.killed) == 2)
+    seen = looks.num_looks
+    await until(lambda: looks.num_looks > seen + 4)
+    assert set(cluster.killed) == {hung.CONTROLLER, LEADER}, "the others are busy"
+    watching.cancel()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_one_that_answers_while_it_is_looked_at_lives(cluster: Cluster, looks: Looks) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    leader = cluster.actors[LEADER]
+    await until(lambda: leader.num_checked > 2)
+    looks.seconds, looks.still = 0.3, {leader}
+    leader.stop()
+    await until(lambda: looks.num_looks == 1)
+    leader._goes_on.set()
+    await asyncio.sleep(0.6)
+    assert cluster.killed == []
+    watching.cancel()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_one_that_loads_may_wait_for_its_disk(cluster: Cluster, looks: Looks) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    new = "SERVE_REPLICA::tiny#tiny#ffff"
+    replica = cluster.actors[new] = FakeReplica(has_begun=False)
+    await until(lambda: replica.num_asked > 2)
+    looks.still = {replica}
+    replica.stop()
+    await asyncio.sleep(0.4)
+    assert (looks.num_looks, cluster.killed) == (0, [])
     watching.cancel()

@@ -221,6 +221,8 @@ def test_work_is_what_of_a_request_makes_it_long() -> None:
     assert work_of(asked).num_tokens == 512 + 64 * 32
     assert work_of(request(num_previews=3)).num_previews == 3
     assert work_of(request(num_previews=3, num_steps=2)).num_previews == 1, "as many as are made"
+    edit = request(references=(RgbImage(64, 64, b""),), mask=Mask(64, 64, b""), strength=0.25)
+    assert work_of(edit).num_steps == 7
 
 
 def test_words_seed_and_guidance_cost_nothing() -> None:

@@ -1,0 +1,257 @@
+"""End gateways, leaders, text encoders and Serve's controller when they hang.
+
+`HungProcesses` runs beside the ledger in its process. Serve would stop replicas gracefully, which a
+stopped process does not hear: it would keep its GPUs for all of its `drain_timeout_s`. Nobody else
+would miss the controller, without which no dead replica is replaced.
+
+Who has been silent for a few seconds is looked at on its node, and ended if it stands still. One
+that is busy has longer.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import ray
+from ray._private.state import state as ray_state
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flux_ray.catalog import TIERS
+from flux_ray.liveness import ASK_S, LOOK_S, NextSign, Watch, stands_still
+from flux_ray.meter import counter
+from flux_ray.metrics import HUNG
+from flux_ray.router import handover
+
+logger = logging.getLogger("ray.serve")
+
+# Longer than a leader takes to find out that it is one of its ranks that hangs. After a kill Serve
+# orders a successor at once; Ray waits five seconds more before it sends SIGKILL.
+HUNG_S = 9.0
+# A replica that is loading may not answer for long: importing libraries holds up its event loop.
+LOADING_HUNG_S = 60.0
+# Serve's controller does much of its work without a pause, ten seconds of it in a large cluster. A
+# restart costs no request, but replicas that are still loading begin anew.
+CONTROLLER_HUNG_S = 30.0
+# Who has been silent for this long is looked at: for `STILL_S`, and with the start of a process for
+# it no longer than `LOOKING_S`.
+SUSPECT_S = 4.0
+STILL_S = 2.0
+LOOKING_S = 10.0
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+PREFIX = "SERVE_REPLICA::"
+SERVE_NAMESPACE = "serve"
+TIER_NAMES = frozenset(tier.name for tier in TIERS)
+
+
+class ReplicaName(NamedTuple):
+    """The parts of the name that Serve gives to a replica's actor."""
+
+    application: str
+    deployment: str
+    unique_id: str
+
+    @property
+    def is_ours(self) -> bool:
+        """Return whether it is flux-ray's: Serve may run other people's applications too."""
+        return self.deployment == "gateway" or self.application in TIER_NAMES
+
+
+def replica_name(actor: str) -> ReplicaName | None:
+    """Take an actor's name apart; return None if it is not that of a Serve replica."""
+    parts = actor.removeprefix(PREFIX).split("#")
+    return ReplicaName(*parts) if actor.startswith(PREFIX) and len(parts) == 3 else None
+
+
+def our_replicas(actors: Iterable[str]) -> dict[str, ReplicaName]:
+    """Return which of these named actors are flux-ray's replicas, by the actor's name."""
+    names = {actor: replica_name(actor) for actor in actors}
+    return {actor: name for actor, name in names.items() if name is not None and name.is_ours}
+
+
+class AskedReplica:
+    """A replica's actor that is asked for signs of life, in the way that Serve asks it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self._has_begun = False
+
+    async def give_sign(self) -> NextSign | None:
+        """Return once its event loop has answered. Raise RayActorError if it is dead."""
+        while True:
+            try:
+                # While it loads its weights, a check would fail, and Serve would log that.
+                self._has_begun = self._has_begun or await self.actor.was_initialized.remote()
+                if not self._has_begun:
+                    return NextSign(LOADING_HUNG_S)
+                await self.actor.check_health.remote()
+                return None
+            except ActorUnavailableError:
+                # The connection is broken for now, which is no sign of life: ask again.
+                pass
+            except RayTaskError:
+                # It answers that it is unhealthy, so it does not hang: Serve will replace it.
+                return None
+            await asyncio.sleep(ASK_S)
+
+    def expected_within_s(self, name: str) -> float | None:
+        """Return within how many seconds it has to answer, None as long as it need not.
+
+        That counts without a first answer: it may hang since before this process asked.
+        """
+        return HUNG_S if is_up(name) else None
+
+    def is_loading(self, name: str) -> bool:
+        """Return whether it may be silent because it is loading, although it does not compute."""
+        return not (self._has_begun or is_up(name))
+
+    def kill(self) -> None:
+        """Kill the process; Serve starts another replica. Blocks while Ray's head is away."""
+        ray.kill(self.actor)
+
+
+class AskedController:
+    """Serve's controller, asked for signs of life as AskedReplica is."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    async def give_sign(self) -> NextSign:
+        """Return once it has answered. Raise RayActorError when Serve has been shut down."""
+        while True:
+            try:
+                await self.actor.check_alive.remote()
+                return NextSign(CONTROLLER_HUNG_S)
+            except ActorUnavailableError:
+                await asyncio.sleep(ASK_S)
+
+    def expected_within_s(self, name: str) -> float | None:
+        """Return within how many seconds it has to answer: it is never absent for longer."""
+        return LOADING_HUNG_S
+
+    def is_loading(self, name: str) -> bool:
+        """Return False: it waits for nothing."""
+        return False
+
+    def kill(self) -> None:
+        """Kill the process; Ray starts it again, and it reads its state from its checkpoint."""
+        ray.kill(self.actor, no_restart=False)
+
+
+class HungProcesses:
+    """A watch over all gateways, leaders, text encoders and the controller: it kills who hangs."""
+
+    def __init__(self) -> None:
+        self._watch = Watch(HUNG_S)
+        self._asked: dict[str, AskedReplica | AskedController] = {}
+        self._killed = counter(HUNG)
+        # A thread of its own: its calls block while Ray's head is away, and would take up all the
+        # threads that others need.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hung")
+        self._looks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Watch for ever. While Ray's head is away nobody is missed: no kill would arrive."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                found = await loop.run_in_executor(self._thread, self._find)
+            except RayError as error:
+                logger.info("processes are not watched for now: %s", error)
+            else:
+                self._follow(found)
+                for actor in self._watch.hung():
+                    self._end(actor)
+                self._look_at_silent()
+            await asyncio.sleep(LOOK_S)
+
+    def _find(self) -> dict[str, Any]:
+        """Return the handles of actors that are not watched yet, by name. Blocks."""
+        listed: Any = ray.util.list_named_actors(all_namespaces=True)
+        names = [each["name"] for each in listed if each["namespace"] == SERVE_NAMESPACE]
+        found = {}
+        ours = our_replicas(names).keys() | ({CONTROLLER} & set(names))
+        for actor in ours - self._watch.names:
+            try:
+                found[actor] = ray.get_actor(actor, namespace=SERVE_NAMESPACE)
+            except ValueError:
+                logger.debug("%s is gone already", actor)
+        return found
+
+    def _follow(self, found: dict[str, Any]) -> None:
+        for actor, handle in found.items():
+            asked = (AskedController if actor == CONTROLLER else AskedReplica)(handle)
+            self._watch.follow(actor, asked.give_sign)
+            self._asked[actor] = asked
+        for actor in self._asked.keys() - self._watch.names:
+            del self._asked[actor]
+        for actor, asked in self._asked.items():
+            within_s = asked.expected_within_s(actor)
+            if within_s is not None:
+                self._watch.expect(actor, within_s)
+
+    def _look_at_silent(self) -> None:
+        """Start a look at each process that has been silent for a while, and is not looked at."""
+        for actor in self._asked.keys() & self._watch.names - self._looks.keys():
+            if self._is_suspect(actor):
+                self._looks[actor] = asyncio.create_task(self._look_at(actor))
+                self._looks[actor].add_done_callback(partial(self._end_look, actor))
+
+    def _end_look(self, actor: str, look: "asyncio.Task[None]") -> None:
+        del self._looks[actor]
+
+    def _is_suspect(self, actor: str) -> bool:
+        is_silent = self._watch.silence_s(actor) > SUSPECT_S
+        return is_silent and not self._asked[actor].is_loading(actor)
+
+    async def _look_at(self, actor: str) -> None:
+        """End a process if it stands still. Nothing happens if it cannot be looked at in time."""
+        try:
+            async with asyncio.timeout(LOOKING_S):
+                is_still = await is_still_at(self._asked[actor].actor, self._thread)
+        except (RayError, TimeoutError) as error:
+            logger.info("%s is silent, and cannot be looked at: %s", actor, error)
+            return
+        # It may have answered meanwhile, or have been ended.
+        if is_still and actor in self._watch.names and self._is_suspect(actor):
+            self._watch.leave(actor)
+            self._end(actor)
+
+    def _end(self, actor: str) -> None:
+        logger.error("%s hangs, and is ended", actor)
+        name = replica_name(actor)
+        self._killed.inc(1, {"process": "controller" if name is None else name.deployment})
+        self._thread.submit(self._asked[actor].kill)
+
+
+def is_up(actor: str) -> bool:
+    """Return whether Serve says that this replica of a tier runs.
+
+    Its silence counts from then on, even without a first answer: it may hang since before this
+    process asked.
+    """
+    name = our_replicas([actor])[actor]
+    return name.unique_id in handover.REACHABLE.get(name.application, ())
+
+
+async def is_still_at(actor: Any, thread: ThreadPoolExecutor) -> bool:
+    """Return whether the actor's process stands still, as seen on its node for seconds.
+
+    `thread`: asks Ray's head where the process is.
+    """
+    loop, actor_id = asyncio.get_running_loop(), actor._actor_id.hex()
+    known: Any = await loop.run_in_executor(thread, ray_state.actor_table, actor_id)
+    if known.get("State") != "ALIVE":
+        return False
+    node = NodeAffinitySchedulingStrategy(known["Address"]["NodeID"], soft=False)
+    looking = ray.remote(stands_still).options(num_cpus=0, max_retries=0, scheduling_strategy=node)
+    is_still: bool = await looking.remote(known["Pid"], STILL_S)
+    return is_still
+
+
+async def watch_processes() -> None:
+    """Kill processes that hang, for as long as this process lives."""
+    await HungProcesses().run()
