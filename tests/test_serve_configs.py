@@ -88,6 +88,19 @@ def test_one_card_of_24_gb_is_enough_for_one_gpu() -> None:
         assert make_plan(list(tiers.values()), card, 1).fits
 
 
+def test_two_cards_of_24_gb_are_enough_for_flux_1_or_one_without_a_shared_text_encoder() -> None:
+    """As its own comments say; and on one of 40 GB nothing has to be quantized."""
+    [dev] = tiers_in(text_of("flux-1.yaml")).values()
+    one = {"text_encoder": "colocated"}
+    for card, count, changes in (
+        ("rtx4090-24gb", 2, {}),
+        ("rtx4090-24gb", 1, one | {"encoder_quantization": "fp8"}),
+        ("a100-40gb", 2, {"quantization": None}),
+    ):
+        plan = make_plan([dev.model_copy(update=changes)], card, count)
+        assert plan.fits and plan.num_gpus == count
+
+
 def fleets() -> dict[str, tuple[str, int]]:
     """The file as it is, and with the operator's tiers, with its number of cards."""
     text = text_of("fleet.yaml")

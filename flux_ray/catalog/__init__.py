@@ -3,12 +3,12 @@
 Each is a table in code, with one row for each tier or GPU.
 """
 
+from flux_ray.catalog.bfl_names import stand_ins_for
 from flux_ray.catalog.canvas import Canvas
 from flux_ray.catalog.flops import (
     MAX_WHOLE_PIXELS,
     TOKEN_SIDE,
     WORKLOADS,
-    reference_pixels,
     scaled_size,
 )
 from flux_ray.catalog.gpus import CARDS, PROCESSOR, SPEEDS, Gpu, Speed, card_for, card_of, speed_for
@@ -29,8 +29,8 @@ __all__ = [
     "Tier",
     "card_for",
     "card_of",
-    "reference_pixels",
     "scaled_size",
     "speed_for",
+    "stand_ins_for",
     "tier_for",
 ]

@@ -6,7 +6,7 @@ multiplication and an addition are two FLOPs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # An image token is 16 x 16 pixels: the VAE's 8, and patches of 2.
 TOKEN_SIDE = 16
@@ -45,20 +45,30 @@ class TransformerWork:
         """Return the FLOPs of the linear layers, for all tokens of text, image and references."""
         return self.fixed_flops + self.token_flops * num_tokens
 
-    def attention_flops(self, num_tokens: int) -> int:
-        """Return the FLOPs of attention: two products of tokens x tokens x width in each block."""
-        return 4 * self.width * self.num_blocks * num_tokens**2
+    def attention_flops(self, num_tokens: int, num_kept: int = 0) -> int:
+        """Return the FLOPs of attention: two products of tokens x tokens x width in each block.
+
+        The tokens attend to each other, and to `num_kept` more whose keys and values are kept.
+        """
+        return 4 * self.width * self.num_blocks * num_tokens * (num_tokens + num_kept)
 
 
 @dataclass(frozen=True)
 class TextEncoderWork:
-    """The work for one padded prompt, in the layers that are used; heads are key-value heads."""
+    """The work for one padded prompt, in the layers that are used; heads are key-value heads.
+
+    `whole_flops` and `num_whole_weights` are those of a second, small encoder, which has
+    `num_whole_layers` and is never split over ranks.
+    """
 
     width: int
     num_layers: int
     num_heads: int
     num_block_weights: int
     attention_flops: int
+    whole_flops: int = 0
+    num_whole_weights: int = 0
+    num_whole_layers: int = 0
 
     def product_flops(self, num_tokens: int) -> int:
         """Return the FLOPs of the linear layers: every weight once for each token."""
@@ -97,11 +107,12 @@ class VaeWork:
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of a tier's three models."""
+    """The work of a tier's models; one that `keeps_references` computes them once for all steps."""
 
     transformer: TransformerWork
     text_encoder: TextEncoderWork
     vae: VaeWork
+    keeps_references: bool = False
 
 
 def tiles_of(width: int, height: int) -> tuple[int, ...]:
@@ -133,6 +144,37 @@ def scaled_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
     return int(width * scale), int(height * scale)
 
 
+_FLUX1_VAE = VaeWork(4_132_096, 9_462_784, 0.5)
+
+
+def flux1(
+    token_flops: int, fixed_flops: int, num_other_weights: int, *, text_length: int = 512
+) -> Workload:
+    """Return the work of a FLUX.1, whose variants differ in what they read and write.
+
+    Its modulations are 3.2 billion weights that are neither quantized nor split. T5 is the text
+    encoder, and CLIP the second one, with its 77 tokens.
+    """
+    return Workload(
+        TransformerWork(3072, 19, 38, 8_606_711_808, num_other_weights, fixed_flops, token_flops),
+        TextEncoderWork(
+            width=4096,
+            num_layers=24,
+            num_heads=64,
+            num_block_weights=4_630_511_616,
+            attention_flops=24 * 4 * 4096 * text_length**2,
+            whole_flops=13_298_503_680,
+            num_whole_weights=123_060_480,
+            num_whole_layers=12,
+        ),
+        _FLUX1_VAE,
+    )
+
+
+_FLUX1_DEV = flux1(12_910_854_144, 19_039_518_720, 3_294_696_512)
+_FLUX1_SCHNELL = flux1(12_910_854_144, 12_777_947_136, 3_284_466_752, text_length=256)
+_FLUX1_FILL = flux1(12_912_820_224, 18_032_885_760, 3_295_679_552)
+_FLUX1_CONTROL = flux1(12_911_247_360, 18_838_192_128, 3_294_893_120)
 _FLUX2_VAE = VaeWork(4_136_832, 9_465_120, 0.5)
 _TINY = Workload(
     TransformerWork(128, 2, 6, 2_129_920, 336_512, 2_179_072, 3_424_256, head_size=32),
@@ -158,8 +200,19 @@ _DEV = Workload(
 WORKLOADS = {
     "tiny": _TINY,
     "tiny-tp2": _TINY,
+    "flux-1-dev": _FLUX1_DEV,
+    "flux-1-krea-dev": _FLUX1_DEV,
+    "flux-1-pro": _FLUX1_DEV,
+    "flux-1-kontext-dev": _FLUX1_DEV,
+    "flux-1-schnell": _FLUX1_SCHNELL,
+    "flux-1-fill-dev": _FLUX1_FILL,
+    "flux-1-depth-dev": _FLUX1_CONTROL,
+    "flux-1-canny-dev": _FLUX1_CONTROL,
     "flux-2-klein-4b": _KLEIN_4B,
+    "flux-2-klein-4b-base": _KLEIN_4B,
     "flux-2-klein-9b": _KLEIN_9B,
+    "flux-2-klein-9b-base": _KLEIN_9B,
+    "flux-2-klein-9b-kv": replace(_KLEIN_9B, keeps_references=True),
     "flux-2-dev": _DEV,
     "flux-2-pro": _DEV,
     "flux-2-max": _DEV,

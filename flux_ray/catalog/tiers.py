@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from flux_ray.catalog.canvas import Canvas, canvas_for
-from flux_ray.catalog.flops import reference_pixels
+from flux_ray.catalog.flops import TOKEN_SIDE, reference_pixels
 from flux_ray.errors import UnknownTier
 
 EMBEDDED = "embedded"
@@ -20,18 +20,21 @@ class Tier:
 
     `text_length` is the padded prompt length in tokens. Sizes are in pixels; both sides are
     multiples of `size_multiple`. `weights` is `embedded`, or None if the operator names them in the
-    tier's args; `hub_id` is where they are published, at the revision that was tested, for `flux-
-    ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a caller's has
-    no effect. The model scales down references above `max_reference_pixels`. A tier that
-    `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes` takes
-    sizes outside its limits: it generates near its default area and scales the image.
+    tier's args; `hub_id` is where they are published, at the revision that was tested, for
+    `flux-ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a
+    caller's has no effect. The model scales down references above `max_reference_pixels`. A tier
+    that `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes`
+    takes sizes outside its limits: it generates near its default area and scales the image.
     `quality_steps` are the numbers of steps for OpenAI's words for quality, on tiers where they
-    make a difference. A tier that `takes_negative` steers away from a caller's negative prompt. One
-    with a `true_cfg_scale` above 1 always does, from an empty one if need be, and a caller's
-    guidance is this scale. A tier that `takes_strength` can start an edit from a part of its noise.
-    One that `takes_control` generates only after a control image, and one that `requires_mask` only
-    what a mask shows. Each reference has `reference_tokens` if the model scales all to about one
-    size.
+    make a difference.
+
+    A tier that `takes_negative` steers away from a caller's negative prompt, by classifier-free
+    guidance of `true_cfg_scale`. If this is above 1 the tier always does so, if only with an empty
+    prompt, and a caller's guidance is this scale. One that `takes_strength` can begin an edit with
+    less than pure noise. One that `takes_control` follows the edges or depths of a control image,
+    without which it cannot work; one that `requires_mask` works only on what a mask shows. If the
+    model scales all references to about one size, each is `reference_tokens`; 0 means that they add
+    channels to the image's tokens instead.
     """
 
     name: str
@@ -92,16 +95,36 @@ class Tier:
             max_side=self.max_side,
         )
 
+    @property
+    def num_forwards(self) -> int:
+        """Return the forwards of each step, where the caller has no negative prompt."""
+        return 1 + (self.true_cfg_scale > 1)
+
+    @property
+    def added_pixels(self) -> int:
+        """Return the pixels whose tokens the largest reference adds to those of the image."""
+        if self.reference_tokens is None:
+            return self.max_reference_pixels
+        return self.reference_tokens * TOKEN_SIDE**2
+
     def pixels_added_by(self, width: int, height: int, *, is_alone: bool = False) -> int:
         """Return the pixels whose tokens a reference of this size adds to those of the image."""
         canvas = self.canvas_of(width, height) if is_alone else None
         if canvas is not None:
             return canvas.pixels
-        return reference_pixels(width, height, self.max_reference_pixels)
+        if self.reference_tokens is None:
+            return reference_pixels(width, height, self.max_reference_pixels)
+        return self.added_pixels
 
     def steps_at(self, quality: str | None) -> int | None:
         """Return the steps for an OpenAI `quality`, or None if this tier ignores it."""
         return dict(self.quality_steps).get(quality or "")
+
+
+def qualities(low: int, medium: int, high: int) -> tuple[tuple[str, int], ...]:
+    """Return the steps for OpenAI's words; those above `high` never take fewer steps than it."""
+    steps = {"low": low, "medium": medium, "standard": medium}
+    return tuple((steps | dict.fromkeys(("high", "hd", "xhigh", "max"), high)).items())
 
 
 TINY = Tier(
@@ -119,10 +142,101 @@ TINY = Tier(
     max_pixels=192 * 192,
     max_reference_pixels=192 * 192,
     takes_mask=True,
+    takes_strength=True,
     # Most clients have a fixed list of sizes, of which the smallest is 512x512.
     scales_sizes=True,
     weights=EMBEDDED,
     owner="flux-ray",
+)
+# FLUX.1 was trained on up to two megapixels. Its limits are wider than those of BFL's own API.
+FLUX_1_DEV = Tier(
+    name="flux-1-dev",
+    family="flux1",
+    license="flux-non-commercial",
+    num_steps=28,
+    guidance=3.5,
+    is_guided=True,
+    takes_negative=True,
+    max_references=0,
+    text_length=512,
+    default_side=1024,
+    min_side=64,
+    max_side=2048,
+    max_pixels=2 * 1024 * 1024,
+    hub_id="black-forest-labs/FLUX.1-dev@3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+    quality_steps=qualities(low=16, medium=28, high=50),
+)
+FLUX_1_KREA_DEV = replace(
+    FLUX_1_DEV,
+    name="flux-1-krea-dev",
+    guidance=4.5,
+    hub_id="black-forest-labs/FLUX.1-Krea-dev@8162a9c7b05a641be098422bf2fcf335615c2f28",
+)
+# It has no embedding for a guidance, and was trained on prompts of half the length.
+FLUX_1_SCHNELL = replace(
+    FLUX_1_DEV,
+    name="flux-1-schnell",
+    license="apache-2.0",
+    num_steps=4,
+    guidance=0.0,
+    is_guided=False,
+    text_length=256,
+    hub_id="black-forest-labs/FLUX.1-schnell@741f7c3ce8b383c54771c7003378a50191e9efe9",
+    quality_steps=(),
+)
+# The weights are not public: they come from the operator.
+FLUX_1_PRO = replace(
+    FLUX_1_DEV, name="flux-1-pro", license="proprietary", guidance=3.0, hub_id=None
+)
+FLUX_1_KONTEXT_DEV = replace(
+    FLUX_1_DEV,
+    name="flux-1-kontext-dev",
+    family="flux1-kontext",
+    guidance=2.5,
+    takes_mask=True,
+    takes_strength=True,
+    max_references=1,
+    # Whatever its size, a reference is scaled to one of 17 sizes around a megapixel. This is the
+    # largest, 1328x800. Only what is far above it is scaled down before.
+    reference_tokens=4150,
+    max_reference_pixels=4 * 1024 * 1024,
+    hub_id="black-forest-labs/FLUX.1-Kontext-dev@24e9dedc4ef646698dc8eb4e18ae2cec3c9fea0d",
+)
+FLUX_1_FILL_DEV = replace(
+    FLUX_1_DEV,
+    name="flux-1-fill-dev",
+    family="flux1-fill",
+    num_steps=50,
+    guidance=30.0,
+    takes_negative=False,
+    takes_mask=True,
+    requires_mask=True,
+    max_references=1,
+    # The image to fill is joined to the channels of the noise, and adds no tokens.
+    reference_tokens=0,
+    max_reference_pixels=2 * 1024 * 1024,
+    hub_id="black-forest-labs/FLUX.1-Fill-dev@358293da0354175698b67ec8299acf928313a78a",
+    quality_steps=qualities(low=20, medium=28, high=50),
+)
+# The control image is joined to the channels of the noise too.
+FLUX_1_DEPTH_DEV = replace(
+    FLUX_1_FILL_DEV,
+    name="flux-1-depth-dev",
+    family="flux1-control",
+    num_steps=30,
+    guidance=10.0,
+    takes_mask=False,
+    requires_mask=False,
+    max_references=0,
+    takes_control=True,
+    hub_id="black-forest-labs/FLUX.1-Depth-dev@fb5e9b1bae41b8c8adcea4ea2a87b74dd298f07a",
+)
+FLUX_1_CANNY_DEV = replace(
+    FLUX_1_DEPTH_DEV,
+    name="flux-1-canny-dev",
+    num_steps=50,
+    guidance=30.0,
+    hub_id="black-forest-labs/FLUX.1-Canny-dev@27c3d8bdc17509b47cf4fd9ba25ab1c7508a69a2",
 )
 KLEIN_4B = Tier(
     name="flux-2-klein-4b",
@@ -137,6 +251,7 @@ KLEIN_4B = Tier(
     max_side=4096,
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
+    takes_strength=True,
     hub_id="black-forest-labs/FLUX.2-klein-4B@e7b7dc27f91deacad38e78976d1f2b499d76a294",
 )
 KLEIN_9B = replace(
@@ -144,6 +259,31 @@ KLEIN_9B = replace(
     name="flux-2-klein-9b",
     license="flux-non-commercial",
     hub_id="black-forest-labs/FLUX.2-klein-9B@92196c8e11f7b6cf2b7493e037d8c5345c559216",
+)
+# Not distilled: two forwards in each step, with and without the prompt.
+KLEIN_4B_BASE = replace(
+    KLEIN_4B,
+    name="flux-2-klein-4b-base",
+    family="flux2-klein-base",
+    num_steps=50,
+    guidance=4.0,
+    true_cfg_scale=4.0,
+    is_guided=True,
+    hub_id="black-forest-labs/FLUX.2-klein-base-4B@a3b4f4849157f664bdbc776fd7453c2783562f4d",
+    quality_steps=qualities(low=20, medium=28, high=50),
+)
+KLEIN_9B_BASE = replace(
+    KLEIN_4B_BASE,
+    name="flux-2-klein-9b-base",
+    license=KLEIN_9B.license,
+    hub_id="black-forest-labs/FLUX.2-klein-base-9B@32773329fbe7e81a90ef971740e8ba4b0364ecf3",
+)
+# Computes the attention's keys and values of the references once, and not in each step.
+KLEIN_9B_KV = replace(
+    KLEIN_9B,
+    name="flux-2-klein-9b-kv",
+    family="flux2-klein-kv",
+    hub_id="black-forest-labs/FLUX.2-klein-9b-kv@a6dfb36eca3a3906eb2fd460795adfb844e5fcce",
 )
 DEV = Tier(
     name="flux-2-dev",
@@ -160,25 +300,29 @@ DEV = Tier(
     max_pixels=4 * 1024 * 1024,
     takes_mask=True,
     hub_id="black-forest-labs/FLUX.2-dev@26afe3a78bb242c0a8bb181dcc8937bb16e5c66c",
-    # 28 steps are the usual compromise. `high` and above are never fewer than the default.
-    quality_steps=(
-        ("low", 20),
-        ("medium", 28),
-        ("standard", 28),
-        ("high", 50),
-        ("hd", 50),
-        ("xhigh", 50),
-        ("max", 50),
-    ),
+    # 28 steps are the usual compromise.
+    quality_steps=qualities(low=20, medium=28, high=50),
 )
 # The weights of pro and max are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8, hub_id=None)
 
+# The best last: `auto` is the last one that can do what is asked for.
 TIERS = (
     TINY,
     # The same model split over two ranks, so that a laptop runs the code of the 32B tiers.
     replace(TINY, name="tiny-tp2"),
+    FLUX_1_SCHNELL,
+    FLUX_1_CANNY_DEV,
+    FLUX_1_DEPTH_DEV,
+    FLUX_1_FILL_DEV,
+    FLUX_1_KONTEXT_DEV,
+    FLUX_1_DEV,
+    FLUX_1_KREA_DEV,
+    FLUX_1_PRO,
+    KLEIN_4B_BASE,
     KLEIN_4B,
+    KLEIN_9B_BASE,
+    KLEIN_9B_KV,
     KLEIN_9B,
     DEV,
     PRO,

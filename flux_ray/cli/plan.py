@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GB = 10**9
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+# The share of whole parameters from which on a plan says so. Of FLUX.2 it is a fortieth.
+WORTH_SAYING = 0.1
 COLUMNS = ("transf.", "encoder", "VAE", "activ.", "comm.", "runtime", "total", "card", "default")
 NOTES = """\
 GB = 10^9 bytes. Weights are counted from the model's shapes, to the byte. Activations are those of
@@ -119,7 +121,20 @@ def layout_lines(tier: "TierPlan") -> list[str]:
         lines.append(f"  or {changed or 'without NVLink, slowly'}: {layout_text(layout)}")
     if tier.fastest is not None:
         lines.append(f"  for less latency: {layout_text(tier.fastest)}")
-    return lines
+    return [*lines, *whole_lines(tier)]
+
+
+def whole_lines(tier: "TierPlan") -> list[str]:
+    """Return a line if tensor ranks are in question, and would share too few of the parameters."""
+    layouts = [layout for layout in (tier.cheapest, tier.fastest) if layout is not None]
+    degrees = [tier.tensor, *(layout.tensor for layout in (*layouts, *tier.alternatives))]
+    if max(degrees) == 1 or tier.num_whole_parameters < WORTH_SAYING * tier.num_parameters:
+        return []
+    whole, every = (number / 1e9 for number in (tier.num_whole_parameters, tier.num_parameters))
+    return [
+        f"  tensor ranks share less than they seem to: {whole:.1f} of its {every:.1f} billion"
+        " parameters are whole on each, so that twice the ranks do not halve its bytes"
+    ]
 
 
 def layout_text(layout: "PlacementOption | None") -> str:

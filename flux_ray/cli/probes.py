@@ -49,7 +49,8 @@ except Exception as error:
     print(f"{type(error).__name__}: {error}")
 """
 COMPILERS = ("cc", "gcc", "clang")
-# The hub has all layers of a text encoder and its embedding, and the replicas load fewer.
+# The hub has all layers of a text encoder and its embedding, and the replicas load fewer. Only of
+# FLUX.1's two text encoders they load all.
 DOWNLOADED_SHARE = 1.2
 
 
@@ -227,9 +228,11 @@ def clock_offset_s(date: str, now: datetime) -> float | None:
 
 def download_bytes(tier: str) -> int:
     """Return about how many bytes a tier's weights are on the hub, in bfloat16."""
-    work = WORKLOADS[tier]
-    transformer = work.transformer.num_block_weights + work.transformer.num_other_weights
-    return int(2 * DOWNLOADED_SHARE * (transformer + work.text_encoder.num_block_weights))
+    model, encoder = WORKLOADS[tier].transformer, WORKLOADS[tier].text_encoder
+    num_weights = model.num_block_weights + model.num_other_weights + encoder.num_block_weights
+    if encoder.num_whole_weights:
+        return 2 * (num_weights + encoder.num_whole_weights)
+    return int(2 * DOWNLOADED_SHARE * num_weights)
 
 
 def database_path(database: str) -> Path | None:

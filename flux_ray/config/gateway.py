@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from flux_ray.auth import KeyClass
-from flux_ray.catalog import TIERS, speed_for, tier_for
+from flux_ray.catalog import TIERS, speed_for, stand_ins_for, tier_for
 from flux_ray.config.tier import Args, Seconds
 
 
@@ -198,6 +198,8 @@ class GatewayArgs(Args):
 
     `tiers`: the tiers that are served, by their names in the catalogue.
     `aliases`: what else clients may ask for, by name.
+    `bfl_names`: whether BFL's model names (`flux-dev`, `flux-kontext-pro` and so on) are aliases of
+    the served tiers that do the same work. Those in `aliases` come before them.
     `default_tier`: a tier or an alias, for requests that name no model.
     `card`: the GPU by which tiers are priced until one of their replicas has reported its own, or
     if that one is not in `catalog.gpus`.
@@ -228,6 +230,7 @@ class GatewayArgs(Args):
 
     tiers: tuple[str, ...] = Field(min_length=1)
     aliases: dict[str, Alias] = Field(default_factory=dict)
+    bfl_names: bool = False
     default_tier: str | None = None
     card: str = "h100-80gb"
     deadlines: dict[str, Seconds] = Field(default_factory=dict)
@@ -247,6 +250,16 @@ class GatewayArgs(Args):
     uploads: Uploads = Uploads()
     fetch: Fetching = Fetching()
     webhooks: Webhooks = Webhooks()
+
+    @model_validator(mode="before")
+    @classmethod
+    def add_bfl_names(cls, values: Any) -> Any:
+        """Add BFL's names to the aliases if `bfl_names` is set."""
+        if not isinstance(values, dict) or values.get("bfl_names") is not True:
+            return values
+        tiers, aliases = values.get("tiers") or (), values.get("aliases") or {}
+        named = {name: {"tiers": found} for name, found in stand_ins_for(tiers).items()}
+        return values | {"aliases": named | dict(aliases)}
 
     @property
     def num_spare_places(self) -> int:

@@ -18,6 +18,11 @@ class Model(BaseModel):
     `tiers`: those that may serve it, best first; the other fields are the best one's.
     `scales_sizes`: sizes outside the sides given here are generated at the default area and scaled.
     `takes_guidance`: whether the caller's guidance has an effect, else `default_guidance` is fixed.
+    `takes_negative`: whether it takes a `negative_prompt`, and a `true_cfg_scale` for it.
+    `default_true_cfg_scale`: above 1 each step has two forwards, and the guidance is this scale.
+    `takes_mask`, `requires_mask`: whether it can generate a part of an image, or only that.
+    `takes_strength`: whether an edit under a mask can begin with less than pure noise.
+    `takes_control`: whether it needs a `control_image`, whose edges or depths it follows.
     `max_images`, `max_prompt_chars`: this gateway's own limits of a request.
     `is_default`: this model serves requests that name none.
     `deployed`: whether one of its tiers is deployed; until then its requests are answered 503.
@@ -34,10 +39,15 @@ class Model(BaseModel):
     max_steps: int
     takes_guidance: bool
     default_guidance: float
+    takes_negative: bool
+    default_true_cfg_scale: float
     max_images: int
     max_prompt_chars: int
     max_references: int
     takes_mask: bool
+    requires_mask: bool
+    takes_strength: bool
+    takes_control: bool
     min_side: int
     max_side: int
     max_pixels: int
@@ -95,10 +105,15 @@ class Models:
             max_steps=tier.max_steps,
             takes_guidance=tier.is_guided,
             default_guidance=tier.guidance,
+            takes_negative=tier.takes_negative,
+            default_true_cfg_scale=tier.true_cfg_scale,
             max_images=self.args.limits.max_images,
             max_prompt_chars=self.args.limits.max_prompt_chars,
             max_references=tier.max_references,
             takes_mask=tier.takes_mask,
+            requires_mask=tier.requires_mask,
+            takes_strength=tier.takes_strength,
+            takes_control=tier.takes_control,
             min_side=tier.min_side,
             max_side=tier.max_side,
             max_pixels=tier.max_pixels,

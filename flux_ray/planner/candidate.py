@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flux_ray.catalog import Gpu, Tier
+from flux_ray.catalog import MAX_WHOLE_PIXELS, Gpu, Tier
 from flux_ray.config import Quantization, TierArgs, check_heads
 from flux_ray.engine.api import DTYPES, EmptyModel, Forward
 from flux_ray.engine.loading import encoder_axis
@@ -35,20 +35,29 @@ CARD_CONVOLUTIONS = 1.6
 
 @dataclass(frozen=True)
 class ActivationDemand:
-    """The size of a request: the pixels of an image, and the number of reference images."""
+    """The size of a request: the pixels of an image, and the number of reference images.
+
+    `encodes_image`: the VAE also encodes an image of that size, to edit or to follow it.
+    """
 
     pixels: int
     num_references: int
+    encodes_image: bool = False
 
 
 def largest_demand(tier: Tier) -> ActivationDemand:
     """Return the largest request that the tier allows."""
-    return ActivationDemand(tier.max_pixels, tier.max_references)
+    encodes_image = tier.takes_mask or tier.takes_control
+    return ActivationDemand(tier.max_pixels, tier.max_references, encodes_image)
 
 
 def default_demand(tier: Tier) -> ActivationDemand:
-    """Return the request of a client that names no size: the default one, without references."""
-    return ActivationDemand(tier.default_side**2, 0)
+    """Return the request of a client that names no size: the default one, without references.
+
+    It has an image only on a tier that cannot work without one.
+    """
+    needs_image = tier.requires_mask or tier.takes_control
+    return ActivationDemand(tier.default_side**2, int(tier.requires_mask), needs_image)
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,27 @@ class Candidate:
         module, axis = self.model.transformer, Axis(0, self.args.parallel.tensor)
         return weight_bytes(module, module._tp_plan, axis, self.dtype, self.args.quantization)
 
+    def num_parameters(self) -> tuple[int, int]:
+        """Return the parameters of the transformer: all, and those that tensor ranks do not share.
+
+        Each tensor rank has the latter whole, however many ranks there are.
+        """
+        module = self.model.transformer
+        sizes = {name: tensor.numel() for name, tensor in saved_tensors(module)}
+        shared = shards_for(module, module._tp_plan, 2)
+        return sum(sizes.values()), sum(sizes[name] for name in sizes.keys() - shared.keys())
+
     def encoder_bytes(self, num_ranks: int) -> int:
-        """Return the bytes of the text encoder on each of `num_ranks` ranks that split it."""
+        """Return the bytes of the text encoders on each of `num_ranks` ranks that split the first.
+
+        A second one is whole on each of them.
+        """
         module, plan = self.model.text_encoder, self.model.text_model.plan
         quantization = self.args.encoder_quantization
-        return weight_bytes(module, plan, Axis(0, num_ranks), self.dtype, quantization)
+        num_bytes = weight_bytes(module, plan, Axis(0, num_ranks), self.dtype, quantization)
+        if (whole := self.model.whole_text_encoder) is not None:
+            num_bytes += weight_bytes(whole, {}, Axis(), self.dtype)
+        return num_bytes
 
     def num_encoder_ranks(self) -> int:
         """Return how many ranks of the replica split its text encoder, chosen as the loader does.
@@ -175,7 +200,7 @@ class Candidate:
 
     def num_reference_tokens(self, demand: ActivationDemand) -> int:
         """Return the tokens of the references alone."""
-        return self.model.num_tokens(demand.num_references * self.tier.max_reference_pixels)
+        return self.model.num_tokens(demand.num_references * self.tier.added_pixels)
 
     def denoise_peak(self, demand: ActivationDemand) -> int:
         """Return the peak bytes of one denoise step; the images of a replica step one at a time."""
@@ -210,12 +235,14 @@ class Candidate:
         return unpacked_bytes(module, plan, axis, quantization)
 
     def vae_peak(self, demand: ActivationDemand) -> int:
-        """Return the peak bytes of the VAE: decoding the image or encoding a reference.
+        """Return the peak bytes of the VAE: decoding the image, encoding it or a reference.
 
-        Encoding an image to inpaint takes no more than a tile of 1 MP, like a reference.
+        Encoding an image takes no more than a tile of 1 MP.
         """
         size = self.dtype.itemsize
-        pixels = self.tier.max_reference_pixels if demand.num_references else 0
+        pixels = self.tier.added_pixels if demand.num_references else 0
+        if demand.encodes_image:
+            pixels = max(pixels, min(demand.pixels, MAX_WHOLE_PIXELS))
         decode = self.model.decode_bytes(demand.pixels, size)
         peak = max(decode, self.model.encode_bytes(pixels, size))
         return peak if self.card is None else int(peak * CARD_CONVOLUTIONS)

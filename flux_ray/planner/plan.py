@@ -81,7 +81,8 @@ class GpuPlan:
 class TierPlan:
     """One tier of the config, and how else it could be placed.
 
-    `num_gpus` counts the GPUs of all its replicas and of a shared text encoder, 0 on CPUs.
+    `num_gpus` counts the GPUs of all its replicas and of a shared text encoder, 0 on CPUs. Of the
+    transformer's `num_parameters` each tensor rank has `num_whole_parameters` whole.
     """
 
     tier: str
@@ -97,6 +98,8 @@ class TierPlan:
     largest: ActivationDemand
     cards: tuple[GpuPlan, ...]
     num_gpus: int
+    num_parameters: int
+    num_whole_parameters: int
     fits: bool
     cheapest: PlacementOption | None
     alternatives: tuple[PlacementOption, ...]
@@ -142,6 +145,7 @@ def plan_tier(args: TierArgs, card: Gpu, count: int) -> TierPlan:
         cards = card_plans(candidate)
     except (OSError, ValueError) as error:
         raise ValueError(f"tier {args.tier}: {error}") from error
+    num_parameters, num_whole = candidate.num_parameters()
     chosen = cheapest(candidate, count) if on_cuda else None
     is_shared = args.text_encoder == "shared"
     return TierPlan(
@@ -158,6 +162,8 @@ def plan_tier(args: TierArgs, card: Gpu, count: int) -> TierPlan:
         largest=largest_demand(tier),
         cards=cards,
         num_gpus=args.num_replicas * args.parallel.num_ranks + is_shared if on_cuda else 0,
+        num_parameters=num_parameters,
+        num_whole_parameters=num_whole,
         fits=all(planned.fits for planned in cards),
         cheapest=chosen,
         alternatives=alternatives(candidate, count) if on_cuda else (),

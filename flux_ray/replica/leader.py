@@ -49,7 +49,9 @@ from flux_ray.request import (
     Finished,
     ImageRequest,
     ImageResult,
+    Mask,
     RequestEvent,
+    RgbImage,
     last_of,
 )
 from flux_ray.weights.start import parts_of_ranks, prepare_weights, too_slow
@@ -233,16 +235,26 @@ def end_with(ranks: Sequence[ActorHandle[Any]], pids: Sequence[int]) -> None:
 
 
 def warm_up_request(tier: Tier) -> ImageRequest:
-    """Return the shortest request that runs every stage at the tier's default size: one step."""
+    """Return the shortest request that runs every stage at the tier's default size: one step.
+
+    It has a black image where the tier cannot work without one, under a mask where it needs that.
+    """
+    side = tier.default_side
+    needs_image = tier.requires_mask or tier.takes_control
     return ImageRequest(
         request_id="warm-up",
         tier=tier.name,
         prompt="warm-up",
-        width=tier.default_side,
-        height=tier.default_side,
+        width=side,
+        height=side,
         num_steps=1,
         guidance=tier.guidance,
         seed=0,
+        references=(RgbImage(side, side, bytes(3 * side**2)),) if needs_image else (),
+        mask=Mask(side, side, b"\xff" * side**2) if tier.requires_mask else None,
+        negative_prompt="" if tier.true_cfg_scale > 1 else None,
+        true_cfg_scale=tier.true_cfg_scale,
+        follows_reference=tier.takes_control,
     )
 
 

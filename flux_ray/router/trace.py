@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 NUMBERS = ("at_s", "deadline_s")
 # The integer fields, with the least value that makes sense.
-LEAST = {"width": 1, "height": 1, "steps": 1, "references": 0, "images": 1}
+LEAST = {"width": 1, "height": 1, "steps": 1, "references": 0, "images": 1, "forwards": 1}
 KEYS = frozenset({*NUMBERS, *LEAST, "tier", "key"})
 MAX_BYTES = 256 * 2**20
 MAX_WAITING = 10_000
@@ -39,7 +39,7 @@ class TracedRequest:
     """An entry of a trace: what decides a request's cost, and when it arrived.
 
     `at_s`: seconds since the trace began. `deadline_s`: seconds after that; None is the tier's own.
-    `key`: any text that tells callers apart, for fairness.
+    `key`: any text that tells callers apart, for fairness. `forwards`: those of each step.
     """
 
     at_s: float
@@ -51,6 +51,7 @@ class TracedRequest:
     images: int = 1
     deadline_s: float | None = None
     key: str = ""
+    forwards: int = 1
 
 
 def traced(
@@ -67,6 +68,7 @@ def traced(
         images=request.num_images,
         deadline_s=deadline_s,
         key=key,
+        forwards=request.num_forwards,
     )
 
 
@@ -110,6 +112,7 @@ def entry_of(fields: dict[str, Any]) -> TracedRequest:
         images=count_in(fields, "images", 1),
         deadline_s=deadline_s,
         key=text_in(fields, "key") if "key" in fields else "",
+        forwards=count_in(fields, "forwards", tier.num_forwards),
     )
 
 

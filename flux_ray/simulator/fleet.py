@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from flux_ray.catalog import PROCESSOR, tier_for
+from flux_ray.catalog import PROCESSOR
 from flux_ray.config import TierArgs
 from flux_ray.router.autoscaling.gpu_budget import (
     Budgeted,
@@ -24,7 +24,7 @@ from flux_ray.router.autoscaling.gpu_budget import (
     share_gpus,
 )
 from flux_ray.router.autoscaling.scaler import Scaler, Scaling, ScalingRules
-from flux_ray.router.pricing import ReplicaSpec, RequestShape, price
+from flux_ray.router.pricing import ReplicaSpec, price, work_at
 from flux_ray.router.queue import TierQueue
 from flux_ray.router.trace import BadTrace, TracedRequest
 from flux_ray.simulator.outcome import Arrival, Outcome, ReplicaOutage, ReplicaPool, check_pools
@@ -218,16 +218,10 @@ def mean_cost_s(tier: str, layout: ReplicaSpec) -> float:
 
 def cost_s(entry: TracedRequest, layout: ReplicaSpec) -> float:
     """Return the replica seconds of a request, with references as large as the model uses."""
-    reference_pixels = tier_for(entry.tier).max_reference_pixels
-    work = RequestShape(
-        entry.tier,
-        entry.width,
-        entry.height,
-        entry.steps,
-        (reference_pixels,) * entry.references,
-        entry.images,
+    work = work_at(
+        entry.tier, entry.width, entry.height, entry.steps, entry.references, entry.images
     )
-    return price(work, layout).total_s
+    return price(replace(work, num_forwards=entry.forwards), layout).total_s
 
 
 def priced(

@@ -265,10 +265,12 @@ def request_at(at_s: float, tier: Tier, rng: random.Random) -> TracedRequest:
         steps=steps,
         references=min(references, tier.max_references),
         key=rng.choices(KEYS, KEY_WEIGHTS)[0],
+        forwards=tier.num_forwards,
     )
 
 
 def side_for(tier: Tier, shape: Shape) -> int:
     """Return the side in pixels: a multiple of `size_multiple`, within the tier's bounds."""
     wanted = round(tier.default_side * shape.side / tier.size_multiple) * tier.size_multiple
-    return min(max(wanted, tier.min_side), tier.max_side)
+    largest = math.isqrt(tier.max_pixels) // tier.size_multiple * tier.size_multiple
+    return min(max(wanted, tier.min_side), tier.max_side, largest)

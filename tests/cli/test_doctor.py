@@ -195,6 +195,7 @@ def test_how_much_is_downloaded() -> None:
     """The hub has 16 GB of klein-4b, 113 of dev."""
     assert probes.download_bytes("flux-2-klein-4b") == pytest.approx(16 * GB, rel=0.05)
     assert probes.download_bytes("flux-2-dev") == pytest.approx(113 * GB, rel=0.05)
+    assert probes.download_bytes("flux-1-fill-dev") == pytest.approx(33.9 * GB, rel=0.05)
 
 
 def test_who_has_the_job_database_open(tmp_path: Path) -> None:

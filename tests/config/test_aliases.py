@@ -96,3 +96,26 @@ def test_a_class_uses_its_tiers_of_its_licences():
     assert named.may_use("flux-2-dev")
     assert not named.may_use("flux-2-klein-4b")
     assert not KeyClass(tiers=("flux-2-dev",), licenses=("apache-2.0",)).may_use("flux-2-dev")
+
+
+FLUX_1 = ["flux-1-dev", "flux-1-kontext-dev", "flux-1-fill-dev", "flux-1-canny-dev"]
+
+
+def test_bfls_names_are_aliases_only_where_the_operator_says_so():
+    named = {"tiers": FLUX_1}
+    assert GatewayArgs.model_validate(named).aliases == {}
+    served = GatewayArgs.model_validate(named | {"bfl_names": True})
+    assert served.alias_for("flux-dev").tiers == ("flux-1-dev",)
+    assert served.alias_for("flux-pro-1.1").tiers == ("flux-1-dev",)
+    assert served.alias_for("flux-kontext-pro").tiers == ("flux-1-kontext-dev",)
+    assert served.alias_for("flux-pro-1.0-fill").tiers == ("flux-1-fill-dev",)
+    assert served.alias_for("flux-pro-1.0-canny").tiers == ("flux-1-canny-dev",)
+    assert served.alias_for("flux-pro-1.0-depth") is None, "no tier here does that"
+    assert GatewayArgs.model_validate(served.model_dump()) == served
+
+
+def test_the_operators_own_alias_comes_before_bfls():
+    own = {"flux-pro-1.1": "flux-1-fill-dev", "mine": "flux-dev"}
+    served = GatewayArgs.model_validate({"tiers": FLUX_1, "aliases": own, "bfl_names": True})
+    assert served.alias_for("flux-pro-1.1").tiers == ("flux-1-fill-dev",)
+    assert served.alias_for("mine").tiers == ("flux-1-dev",)

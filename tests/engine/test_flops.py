@@ -1,22 +1,25 @@
 """What stages compute, counted again on the meta device: equal to the rows, FLOP by FLOP."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5EncoderModel
 
 from flux_ray.catalog.flops import MAX_WHOLE_PIXELS, TILE_SIDE, WORKLOADS, VaeWork, reference_pixels
 from flux_ray.catalog.tiers import TIERS, tier_for
-from flux_ray.engine.api import ImageSpec
+from flux_ray.engine.api import EmptyModel, ImageSpec
 from flux_ray.engine.encoding_cache import CachedEncoder
-from flux_ray.engine.flux2.empty_model import EmptyFlux2, empty_model
+from flux_ray.engine.flux2.klein_kv import ReferenceKeys
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.loading import encoder_axis
+from flux_ray.engine.registry import empty_model
 from flux_ray.parallel.checkpoint import shards_for
-from flux_ray.parallel.load import build_empty, saved_tensors
+from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import is_quantized
 from flux_ray.request import ImageRequest, Mask
@@ -25,7 +28,10 @@ from tests.engine.generation import reference
 
 ATTENTION = "aten.bmm"
 # The others are these under other names.
-DIFFERENT = ("tiny", "flux-2-klein-4b", "flux-2-klein-9b", "flux-2-dev")
+DIFFERENT = ("tiny", "flux-1-dev", "flux-2-klein-4b", "flux-2-klein-9b", "flux-2-dev")
+# As one of these but for what the transformer reads and writes, or how many tokens it is given.
+ALIKE = ("flux-1-schnell", "flux-1-fill-dev", "flux-1-depth-dev", "flux-2-klein-9b-kv")
+HUB = "owner/name@revision"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,29 +53,33 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(name: str) -> EmptyFlux2:
+def model(name: str) -> EmptyModel:
     tier = tier_for(name)
-    return empty_model(tier, tier.weights or "owner/name@revision")
+    return empty_model(tier, tier.weights or HUB)
 
 
 def forward(transformer: nn.Module, num_text: int, num_image: int) -> None:
     config = transformer.config
-    transformer(
-        hidden_states=empty(1, num_image, config.in_channels),
-        encoder_hidden_states=empty(1, num_text, config.joint_attention_dim),
-        timestep=empty(1),
-        guidance=empty(1),
-        img_ids=empty(1, num_image, 4, dtype=torch.int64),
-        txt_ids=empty(1, num_text, 4, dtype=torch.int64),
-        return_dict=False,
-    )
+    inputs = {
+        "hidden_states": empty(1, num_image, config.in_channels),
+        "encoder_hidden_states": empty(1, num_text, config.joint_attention_dim),
+        "timestep": empty(1),
+        "guidance": empty(1) if config.guidance_embeds else None,
+    }
+    if isinstance(transformer, FluxTransformer2DModel):
+        inputs["pooled_projections"] = empty(1, config.pooled_projection_dim)
+        ids = {"img_ids": empty(num_image, 3), "txt_ids": empty(num_text, 3)}
+    else:
+        sizes = {"img_ids": num_image, "txt_ids": num_text}
+        ids = {name: empty(1, size, 4, dtype=torch.int64) for name, size in sizes.items()}
+    transformer(**inputs, **ids, return_dict=False)
 
 
 def test_every_tier_has_a_row_of_its_own_size() -> None:
     assert set(WORKLOADS) == {tier.name for tier in TIERS}
     for tier in TIERS:
         if tier.weights is None:
-            model = empty_model(tier, "owner/name@revision")
+            model = empty_model(tier, HUB)
             work = WORKLOADS[tier.name].transformer
             assert num_weights(model.transformer) == (
                 work.num_block_weights,
@@ -85,14 +95,43 @@ def num_weights(module: nn.Module) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("num_image", [16, 1024, 4096, 16384])
-def test_a_step_computes_what_the_row_says(name: str, model: EmptyFlux2, num_image: int) -> None:
+def test_a_step_computes_what_the_row_says(name: str, model: EmptyModel, num_image: int) -> None:
     work, num_text = WORKLOADS[name].transformer, tier_for(name).text_length
     num_tokens = num_text + num_image
     counted = count(lambda: forward(model.transformer, num_text, num_image))
     assert counted == (work.product_flops(num_tokens), work.attention_flops(num_tokens))
 
 
-def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyFlux2) -> None:
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_step_of_what_is_alike_computes_what_its_row_says(name: str) -> None:
+    work, num_text = WORKLOADS[name].transformer, tier_for(name).text_length
+    model = empty_model(tier_for(name), HUB)
+    counted = count(lambda: forward(model.transformer, num_text, 64))
+    assert counted == (work.product_flops(num_text + 64), work.attention_flops(num_text + 64))
+
+
+def test_references_that_are_kept_compute_what_the_row_says() -> None:
+    """Alone once, without any text; then each step attends to their keys and values."""
+    name, num_text, num_image, num_kept = "flux-2-klein-9b-kv", 512, 32, 4096
+    work = WORKLOADS[name].transformer
+    transformer = empty_model(tier_for(name), HUB).transformer
+    keys = ReferenceKeys()
+    keys.install(transformer)
+    with keys.recorded() as kept:
+        products, attention = count(lambda: forward(transformer, 0, num_kept))
+    assert attention == work.attention_flops(num_kept)
+    # The row has the text's embedding in it, which is not computed here.
+    assert 0.999 < products / work.product_flops(num_kept) < 1
+    with keys.inserted(kept, num_text):
+        counted = count(lambda: forward(transformer, num_text, num_image))
+    num_tokens = num_text + num_image
+    assert counted == (
+        work.product_flops(num_tokens),
+        work.attention_flops(num_tokens, num_kept),
+    )
+
+
+def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyModel) -> None:
     """A sum after every layer that is split along its input, two exchanges around an attention."""
     work, transformer = WORKLOADS[name].transformer, model.transformer
     shards = shards_for(transformer, transformer._tp_plan, 2)
@@ -104,25 +143,45 @@ def test_ranks_exchange_as_often_as_the_row_says(name: str, model: EmptyFlux2) -
     assert work.width == config.num_attention_heads * config.attention_head_dim
 
 
-def test_a_prompt_computes_what_the_row_says(name: str, model: EmptyFlux2) -> None:
+def encoding_inputs(model: EmptyModel, length: int) -> dict[str, object]:
+    """T5 attends to everything; the others are told to what."""
+    inputs: dict[str, object] = {"input_ids": empty(1, length, dtype=torch.int64)}
+    if isinstance(model.text_encoder, T5EncoderModel):
+        return inputs
+    # Four dimensions: a mask of tokens would be looked at, and these have no values.
+    mask = empty(1, 1, length, length)
+    return inputs | {"attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+
+
+def test_a_prompt_computes_what_the_row_says(name: str, model: EmptyModel) -> None:
     work, length = WORKLOADS[name].text_encoder, tier_for(name).text_length
-    counted = count(
-        lambda: model.text_encoder(
-            input_ids=empty(1, length, dtype=torch.int64),
-            # Four dimensions: a mask of tokens would be looked at, and these have no values.
-            attention_mask=empty(1, 1, length, length),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-    )
+    counted = count(lambda: model.text_encoder(**encoding_inputs(model, length)))
     assert counted == (work.product_flops(length), work.attention_flops)
 
 
-def test_the_text_encoder_is_as_large_as_the_row_says(name: str, model: EmptyFlux2) -> None:
+def test_the_text_encoder_is_as_large_as_the_row_says(name: str, model: EmptyModel) -> None:
     work, config = WORKLOADS[name].text_encoder, model.text_encoder.config
     assert (work.width, work.num_layers) == (config.hidden_size, config.num_hidden_layers)
     assert work.num_block_weights == num_weights(model.text_encoder)[0]
     assert work.num_heads == model.text_model.num_heads
+
+
+def test_the_second_text_encoder_computes_what_the_row_says(name: str, model: EmptyModel) -> None:
+    """FLUX.1's CLIP, with all of its 77 tokens."""
+    work, clip = WORKLOADS[name].text_encoder, model.whole_text_encoder
+    if clip is None:
+        assert (work.whole_flops, work.num_whole_weights, work.num_whole_layers) == (0, 0, 0)
+        return
+    words = empty(1, clip.config.max_position_embeddings, dtype=torch.int64)
+    assert sum(count(lambda: clip(input_ids=words))) == work.whole_flops
+    assert sum(num_weights(clip)) == work.num_whole_weights
+    assert work.num_whole_layers == clip.config.num_hidden_layers
+
+
+def test_a_shorter_prompt_of_schnell_is_what_its_row_says() -> None:
+    dev, schnell = (WORKLOADS[name].text_encoder for name in ("flux-1-dev", "flux-1-schnell"))
+    assert tier_for("flux-1-dev").text_length == 2 * tier_for("flux-1-schnell").text_length
+    assert dev == replace(schnell, attention_flops=4 * schnell.attention_flops)
 
 
 def count_decoding(vae: nn.Module, width: int, height: int) -> int:
@@ -132,20 +191,21 @@ def count_decoding(vae: nn.Module, width: int, height: int) -> int:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 80), (1024, 1024)])
 def test_decoding_computes_what_the_row_says(
-    name: str, model: EmptyFlux2, width: int, height: int
+    name: str, model: EmptyModel, width: int, height: int
 ) -> None:
     counted = count_decoding(model.vae, width, height)
     assert counted == WORKLOADS[name].vae.decode_flops(width, height)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1040, 1024), (2048, 1040), (4096, 512)])
-def test_tiles_compute_what_the_row_says(width: int, height: int) -> None:
+@pytest.mark.parametrize("name", ["flux-1-dev", "flux-2-dev"])
+def test_tiles_compute_what_the_row_says(name: str, width: int, height: int) -> None:
     """Above a megapixel, as the engine does; the embedded model never gets there."""
-    vae = build_empty(AutoencoderKLFlux2)
+    vae = empty_model(tier_for(name), HUB).vae
     vae.use_tiling = True
     assert vae.tile_sample_min_size == TILE_SIDE
     assert tier_for("tiny").max_pixels < MAX_WHOLE_PIXELS
-    work = WORKLOADS["flux-2-dev"].vae
+    work = WORKLOADS[name].vae
     assert count_decoding(vae, width, height) == work.decode_flops(width, height)
     encoding = count(lambda: vae.encode(empty(1, 3, height, width)))
     assert sum(encoding) == work.edit_flops(width, height)
@@ -153,7 +213,7 @@ def test_tiles_compute_what_the_row_says(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 80), (1024, 1024)])
 def test_encoding_a_reference_computes_what_the_row_says(
-    name: str, model: EmptyFlux2, width: int, height: int
+    name: str, model: EmptyModel, width: int, height: int
 ) -> None:
     counted = count(lambda: model.vae.encode(empty(1, 3, height, width)))
     assert sum(counted) == WORKLOADS[name].vae.encode_flops(width * height)

@@ -12,6 +12,10 @@ def offered(tier: Tier) -> set[str]:
         "references": tier.max_references > 0,
         "mask": tier.takes_mask,
         "guidance": tier.is_guided,
+        "negative_prompt": tier.takes_negative,
+        "true_cfg_scale": tier.takes_negative or tier.true_cfg_scale > 1,
+        "strength": tier.takes_strength,
+        "control_image": tier.takes_control,
     }
     return {name for name, is_offered in rows.items() if is_offered}
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from flux_ray.catalog import TIERS, Tier
 from flux_ray.config import TierArgs
 from flux_ray.errors import NotKept, ProtocolMismatch
 from flux_ray.replica import leader as module
-from flux_ray.replica.leader import Leader, RunningRequests
+from flux_ray.replica.leader import Leader, RunningRequests, warm_up_request
 from flux_ray.request import (
     PROTOCOL,
     EventStream,
@@ -132,3 +133,14 @@ async def test_a_download_counts_as_loading(monkeypatch: pytest.MonkeyPatch) -> 
             await load(args)
     finally:
         is_over.set()
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
+def test_a_warm_up_has_what_the_tier_cannot_work_without(tier: Tier) -> None:
+    asked = warm_up_request(tier)
+    assert asked.num_forwards == tier.num_forwards
+    assert (asked.mask is not None) == tier.requires_mask
+    assert asked.follows_reference == tier.takes_control
+    needs_image = tier.requires_mask or tier.takes_control
+    assert asked.reference_sizes == ((tier.default_side, tier.default_side),) * needs_image
+    assert all(len(each.rgb) == 3 * each.width * each.height for each in asked.references)

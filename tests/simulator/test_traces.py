@@ -4,11 +4,14 @@ import itertools
 import json
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 
-from flux_ray.catalog.tiers import tier_for
+from flux_ray.catalog.tiers import TIERS, tier_for
+from flux_ray.router.pricing import ReplicaSpec
 from flux_ray.router.trace import BadTrace, TracedRequest, parse_line
+from flux_ray.simulator.fleet import cost_s
 from flux_ray.simulator.traffic import (
     Traffic,
     bursty,
@@ -38,6 +41,26 @@ def test_as_it_was_written(tmp_path):
 def test_what_is_not_said_is_the_tiers_default():
     entry = parse_line('{"at_s": 3, "tier": "flux-2-klein-4b"}')
     assert entry == TracedRequest(3.0, "flux-2-klein-4b", 1024, 1024, 4, 0, 1, None, "")
+
+
+def test_a_request_that_steers_away_from_a_prompt_costs_two_forwards(tmp_path):
+    """If a trace says nothing of it, as old ones, it is what the tier always does."""
+    assert parse_line('{"at_s": 0, "tier": "flux-1-dev"}').forwards == 1
+    assert parse_line('{"at_s": 0, "tier": "flux-2-klein-4b-base"}').forwards == 2
+    one = parse_line('{"at_s": 0, "tier": "flux-1-dev"}')
+    two = replace(one, forwards=2)
+    write_trace(tmp_path / "trace.jsonl", [two])
+    assert list(read_trace(tmp_path / "trace.jsonl")) == [two]
+    layout = ReplicaSpec("h100-80gb")
+    assert 1.8 < cost_s(two, layout) / cost_s(one, layout) < 2
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
+def test_generated_requests_are_within_the_tiers_limits(tier):
+    for entry in sample_of(tier.name, 50):
+        assert entry.width * entry.height <= tier.max_pixels
+        assert tier.min_side <= entry.width <= tier.max_side
+        assert entry.forwards == tier.num_forwards
 
 
 GOOD = {"at_s": 1, "tier": "tiny"}

@@ -109,13 +109,16 @@ class EmptyFlux2:
     vae: Any
     source: str
     keeps_keys: bool = False
-    whole_text_encoder: Any = None
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
         shape = PUBLISHED[tier.name][0] if tier.name in PUBLISHED else None
         config = self.transformer.config
         return shape is not None and all(config[name] == value for name, value in shape.items())
+
+    @property
+    def whole_text_encoder(self) -> None:
+        """FLUX.2 has one text encoder, which is split."""
 
     def num_tokens(self, pixels: int) -> int:
         """Return the image tokens of so many pixels, by the VAE's own factor and patches."""

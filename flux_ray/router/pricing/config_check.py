@@ -5,10 +5,11 @@ A replica that is taken away gets the time of its longest possible request (`dra
 """
 
 import math
+from dataclasses import replace
 
 from flux_ray.catalog import tier_for
 from flux_ray.config import GatewayArgs, Limits, TierArgs
-from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
+from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price, work_at
 
 
 def check_possible(args: GatewayArgs) -> None:
@@ -57,9 +58,8 @@ def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: st
 def default_s(tier: str, layout: ReplicaSpec) -> float:
     """Return the replica seconds of a tier's default image in this layout."""
     row = tier_for(tier)
-    return price(
-        RequestShape(tier, row.default_side, row.default_side, row.num_steps), layout
-    ).total_s
+    side = row.default_side
+    return price(work_at(tier, side, side, row.num_steps), layout).total_s
 
 
 # A replica's GPU is known only when the replica is up, but this is needed earlier. Gateways price
@@ -86,7 +86,7 @@ def drain_timeout_s(args: TierArgs) -> float:
 
 
 def longest_work(tier: str) -> RequestShape:
-    """Return the longest request to wait for: most and largest images, most references.
+    """Return the longest request to wait for: most and largest images, references and forwards.
 
     It has the tier's own number of steps. More steps make no distilled tier better, and one image
     with more of them takes about as long as this. A request that asks for more of everything is
@@ -94,5 +94,6 @@ def longest_work(tier: str) -> RequestShape:
     """
     row = tier_for(tier)
     side = math.isqrt(row.max_pixels)
-    references = (row.max_reference_pixels,) * row.max_references
-    return RequestShape(tier, side, side, row.num_steps, references, Limits().max_images)
+    num_images = Limits().max_images
+    work = work_at(tier, side, side, row.num_steps, row.max_references, num_images)
+    return replace(work, num_forwards=2, num_prompts=2) if row.takes_negative else work

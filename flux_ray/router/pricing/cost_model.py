@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from flux_ray.errors import TierUnavailable
-from flux_ray.request import ImageRequest, StageTimes
+from flux_ray.request import ImageRequest, StageTimes, name_of_prompt
 from flux_ray.router.pricing.cost import (
     Cost,
     ReplicaSpec,
@@ -323,12 +323,15 @@ def is_time(seconds: float) -> bool:
 
 
 def affinity_of(request: ImageRequest, prices: CostModel) -> tuple[tuple[str, float], ...]:
-    """Return what a replica may have cached: hashes of the prompt and of the references.
+    """Return what a replica may have cached: hashes of the prompts and of the references.
 
-    Each comes with the replica seconds that it saves.
+    Each comes with the replica seconds that it saves. An empty prompt to steer away from is not
+    among them: every replica has that one.
     """
     prompt_s, references_s = prices.encode_parts_s(request)
     names = [(request.prompt_name, prompt_s)]
+    if request.negative_prompt:
+        names.append((name_of_prompt(request.negative_prompt), prompt_s))
     if request.references:
         names.append((request.references_name, references_s))
     return tuple((name, saved_s) for name, saved_s in names if saved_s > 0)

@@ -15,25 +15,6 @@ def num_parameters(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "transformer", "text_encoder"),
-    [
-        ("flux-2-klein-4b", 3_875_544_576, 3_114_088_192),
-        ("flux-2-klein-9b", 9_078_581_248, 5_831_883_520),
-        ("flux-2-dev", 32_223_281_152, 17_343_754_240),
-        ("flux-2-pro", 32_223_281_152, 17_343_754_240),
-        ("flux-2-max", 32_223_281_152, 17_343_754_240),
-    ],
-)
-def test_the_real_models_have_the_published_number_of_parameters(
-    name: str, transformer: int, text_encoder: int
-) -> None:
-    model = empty_model(tier_for(name), HUB)
-    assert num_parameters(model.transformer) == transformer
-    assert num_parameters(model.text_encoder) == text_encoder
-    assert num_parameters(model.vae) == 84_046_115
-
-
 def test_nothing_of_a_model_is_in_memory() -> None:
     model = empty_model(tier_for("flux-2-dev"), HUB)
     for module in (model.transformer, model.text_encoder, model.vae):
@@ -42,7 +23,8 @@ def test_nothing_of_a_model_is_in_memory() -> None:
 
 def test_every_tier_can_be_planned() -> None:
     for tier in TIERS:
-        assert isinstance(empty_model(tier, tier.weights or HUB), EmptyFlux2)
+        if tier.family.startswith("flux2"):
+            assert isinstance(empty_model(tier, tier.weights or HUB), EmptyFlux2)
 
 
 def test_a_folder_is_planned_by_its_own_configs(small_dev: Path) -> None:

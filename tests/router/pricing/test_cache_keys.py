@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flux_ray.request import ImageRequest, RgbImage, StageTimes
-from flux_ray.router.pricing.cost import ReplicaSpec
+from flux_ray.router.pricing.cost import ReplicaSpec, price, work_of
 from flux_ray.router.pricing.cost_model import CostModel, affinity_of
 from flux_ray.router.queue.entry import QueuedRequest
 from flux_ray.router.queue.tier_queue import TierQueue
@@ -38,6 +38,24 @@ def test_what_is_saved_is_the_price_of_encoding():
         learned.learn(EDIT, times)
     saved_s = sum(seconds for _, seconds in affinity_of(EDIT, learned))
     assert saved_s == pytest.approx(2 * before.encode_s)
+
+
+def test_a_prompt_to_steer_away_from_is_known_too_unless_every_replica_has_it():
+    model = CostModel({"flux-1-dev": ReplicaSpec("h100-80gb")})
+    asked = replace(ASKED, tier="flux-1-dev", negative_prompt="a disc", true_cfg_scale=2.0)
+    (prompt, saved_s), negative = affinity_of(asked, model)
+    assert negative == affinity_of(replace(asked, prompt="a disc"), model)[0]
+    assert prompt != negative[0] and saved_s == negative[1] > 0
+    noise_s = price(work_of(asked), ReplicaSpec("h100-80gb")).encode_s - 2 * saved_s
+    assert noise_s == pytest.approx(0.2e-3)
+    assert affinity_of(replace(asked, negative_prompt=""), model) == ((prompt, saved_s),)
+
+
+def test_a_control_image_is_known_by_its_pixels():
+    model = CostModel({"flux-1-canny-dev": ReplicaSpec("h100-80gb")})
+    asked = replace(ASKED, tier="flux-1-canny-dev", references=(RED,), follows_reference=True)
+    saved_s = sum(seconds for _, seconds in affinity_of(asked, model))
+    assert saved_s == pytest.approx(model.price(asked).encode_s)
 
 
 def test_a_shared_encoder_knows_prompts_for_all_and_no_cache_knows_nothing():

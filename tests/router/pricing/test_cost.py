@@ -7,13 +7,23 @@ from dataclasses import replace
 
 import pytest
 
+from flux_ray.catalog.flops import WORKLOADS
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
-from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, encoder_ranks, price, work_of
+from flux_ray.router.pricing.cost import (
+    ReplicaSpec,
+    RequestShape,
+    encode_parts_s,
+    encoder_ranks,
+    price,
+    work_at,
+    work_of,
+)
 
 WITHIN = 0.01
+FLUX_1_WEIGHTS = {"blocks": 8_606_711_808, "whole": 3_294_696_512}
 # Tensor x sequence ranks of a table's columns.
 SPLITS = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8))
 TABLE = {
@@ -263,3 +273,107 @@ def test_a_large_image_under_a_mask_is_encoded_once_more() -> None:
 def test_an_unknown_tier_has_no_work() -> None:
     with pytest.raises(UnknownTier):
         work_of(request(tier="flux-3"))
+
+
+@pytest.mark.parametrize("sequence", [1, 4])
+def test_steering_away_from_a_prompt_doubles_every_step_and_nothing_else(sequence: int) -> None:
+    layout = ReplicaSpec("h100-80gb", sequence=sequence)
+    asked = request(tier="flux-1-dev", height=1024)
+    one, two = work_of(asked), work_of(replace(asked, negative_prompt="a ring"))
+    plain, steered = price(one, layout), price(two, layout)
+    assert steered.denoise_s == 2 * plain.denoise_s
+    assert steered.decode_s == plain.decode_s
+    # A second prompt is encoded too. An empty one is the same for all requests, and cached.
+    words_s, _ = encode_parts_s(one, layout)
+    assert steered.encode_s - plain.encode_s == pytest.approx(words_s)
+    empty = price(work_of(replace(asked, negative_prompt="")), layout)
+    assert (empty.denoise_s, empty.encode_s) == (steered.denoise_s, plain.encode_s)
+
+
+def test_a_base_model_takes_two_forwards_without_being_asked() -> None:
+    base, klein = (work_at(f"flux-2-klein-4b{end}", 1024, 1024, 4) for end in ("-base", ""))
+    assert price(base, H100).denoise_s == 2 * price(klein, H100).denoise_s
+
+
+@pytest.mark.parametrize("size", [(200, 120), (1024, 1024), (4000, 3000)])
+def test_kontexts_reference_costs_the_same_whatever_its_size(size: tuple[int, int]) -> None:
+    work = work_of(request(tier="flux-1-kontext-dev", references=(RgbImage(*size, b""),)))
+    assert work.num_tokens == 512 + 64 * 32 + 4150
+    largest = replace(work, references=(4150 * 256,))
+    assert price(work, H100) == price(largest, H100)
+    assert price(work, H100).denoise_s > 2 * price(replace(work, references=()), H100).denoise_s
+
+
+def test_an_image_to_fill_or_to_follow_costs_its_encoding_and_no_tokens() -> None:
+    image, mask = RgbImage(1024, 512, b""), Mask(1024, 512, b"")
+    plain = work_of(request(tier="flux-1-fill-dev"))
+    filled = work_of(request(tier="flux-1-fill-dev", references=(image,), mask=mask))
+    assert filled.num_tokens == plain.num_tokens == 512 + 64 * 32
+    assert filled.encoded_pixels == 1024 * 512
+    extra_s = price(filled, H100).encode_s - price(plain, H100).encode_s
+    followed = work_of(
+        request(tier="flux-1-canny-dev", references=(image,), follows_reference=True)
+    )
+    assert followed.num_tokens == plain.num_tokens
+    assert followed.encoded_pixels == 1024 * 512
+    words_s, _ = encode_parts_s(followed, H100)
+    # With the noise of the image, which is a launch.
+    assert price(followed, H100).encode_s == pytest.approx(words_s + extra_s + 0.2e-3)
+    # 0.5 MP of VAE at 0.62 of 989 TFLOP/s.
+    assert extra_s == pytest.approx((4_132_096 * 2**19 + 2**37) / (0.62 * 989e12), rel=0.01)
+
+
+def test_a_kontext_under_a_mask_encodes_its_image_twice() -> None:
+    """As a reference about a megapixel large, and as what is kept, as large as it is."""
+    image, mask = RgbImage(512, 512, b""), Mask(512, 512, b"")
+    asked = request(tier="flux-1-kontext-dev", width=512, references=(image,))
+    plain, masked = work_of(asked), work_of(replace(asked, mask=mask))
+    assert masked.encoded_pixels == plain.encoded_pixels + 512 * 512
+    assert masked.num_tokens == plain.num_tokens
+
+
+def test_a_klein_that_keeps_no_latents_encodes_an_image_under_a_mask_once_more() -> None:
+    image, mask = RgbImage(1024, 512, b""), Mask(1024, 512, b"")
+    for tier, more in (("flux-2-klein-9b", 0), ("flux-2-klein-9b-kv", 1024 * 512)):
+        plain = work_of(request(tier=tier, references=(image,)))
+        masked = work_of(request(tier=tier, references=(image,), mask=mask))
+        assert masked.encoded_pixels == plain.encoded_pixels + more
+
+
+def test_references_that_are_kept_cost_attention_and_no_products() -> None:
+    """Klein KV: each step reads their keys and values, which are computed with the encoding."""
+    pixels = (1024 * 1024,) * 3
+    kv = RequestShape("flux-2-klein-9b-kv", 1024, 1024, 4, pixels)
+    plain = replace(kv, tier="flux-2-klein-9b")
+    alone = replace(kv, references=())
+    assert (kv.num_tokens, kv.num_kept_tokens) == (512 + 4096, 3 * 4096)
+    assert plain.num_tokens == 512 + 4 * 4096
+    work, flops_s = WORKLOADS["flux-2-klein-9b-kv"].transformer, 0.62 * 989e12
+    read = 4 * work.width * work.num_blocks * 4608 * 3 * 4096
+    step_s = (price(kv, H100).denoise_s - price(alone, H100).denoise_s) / 4
+    assert step_s == pytest.approx(read / flops_s, rel=0.001)
+    # Once: all of a forward of the references alone.
+    once = work.product_flops(3 * 4096) + work.attention_flops(3 * 4096)
+    once_s = price(kv, H100).encode_s - price(plain, H100).encode_s
+    assert once_s == pytest.approx(once / flops_s, rel=0.001)
+    assert price(kv, H100).total_s < 0.6 * price(plain, H100).total_s
+
+
+def test_schnell_reads_half_the_words() -> None:
+    dev, schnell = (RequestShape(f"flux-1-{name}", 1024, 1024, 4) for name in ("dev", "schnell"))
+    assert dev.num_tokens - schnell.num_tokens == 256
+    assert price(schnell, H100).encode_s < price(dev, H100).encode_s
+
+
+def test_flux_1_takes_what_was_measured_by_others() -> None:
+    """153.6 ms a step of dev at a megapixel on an H100 (xDiT), 127.6 on an H200 (SGLang)."""
+    assert 110 < step_ms(RequestShape("flux-1-dev", 1024, 1024, 1), H100) < 155
+
+
+def test_tensor_ranks_of_flux_1_each_read_all_of_its_modulations() -> None:
+    """Small images wait for the weights: the 3.3 billion whole ones take as long on eight."""
+    small = RequestShape("flux-1-dev", 64, 64, 1)
+    one, eight = (step_ms(small, ReplicaSpec("l4-24gb", tensor)) for tensor in (1, 8))
+    read_ms = {name: 2 * size / (0.8 * 300e9) * 1e3 for name, size in FLUX_1_WEIGHTS.items()}
+    assert one == pytest.approx(sum(read_ms.values()), rel=0.01)
+    assert eight > read_ms["whole"] + read_ms["blocks"] / 8

@@ -8,7 +8,7 @@ from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.gateway import Limits
 from flux_ray.config.tier import TierArgs
 from flux_ray.router.pricing.config_check import MAX_S, MIN_S, drain_timeout_s, longest_work
-from flux_ray.router.pricing.cost import ReplicaSpec, RequestShape, price
+from flux_ray.router.pricing.cost import ReplicaSpec, price, work_at
 
 NAMES = [tier.name for tier in TIERS]
 
@@ -51,7 +51,13 @@ def test_no_request_of_the_tiers_own_steps_takes_longer(
     tier, share: float, num_images: int, references: int
 ) -> None:
     side = max(tier.min_side, int((tier.max_pixels * share) ** 0.5))
-    sizes = (tier.max_reference_pixels,) * min(references, tier.max_references)
-    work = RequestShape(tier.name, side, side, tier.num_steps, sizes, num_images)
+    num_references = min(references, tier.max_references)
+    work = work_at(tier.name, side, side, tier.num_steps, num_references, num_images)
     layout = ReplicaSpec("h100-80gb")
     assert price(work, layout).total_s <= price(longest_work(tier.name), layout).total_s
+
+
+def test_the_longest_request_steers_away_from_a_prompt_where_that_may_be_sent() -> None:
+    assert longest_work("flux-1-dev").num_forwards == 2
+    assert longest_work("flux-1-fill-dev").num_forwards == 1
+    assert longest_work("flux-2-klein-4b-base").num_forwards == 2
