@@ -305,6 +305,36 @@ DEV = Tier(
 )
 # The weights of pro and max are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8, hub_id=None)
+# The longest prompt that its upsampler writes, 3,584 tokens, and the chat template around it.
+FLUX_3_KLEIN = Tier(
+    name="flux-3-klein",
+    family="flux3-klein",
+    license="flux-kommunity",
+    num_steps=16,
+    guidance=1.0,
+    max_references=10,
+    text_length=3600,
+    text_multiple=80,
+    default_side=1024,
+    min_side=64,
+    max_side=4096,
+    max_pixels=4 * 1024 * 1024,
+    max_lone_reference_pixels=4 * 1024 * 1024,
+    hub_id="black-forest-labs/flux-3-image-klein@8454017f9ebaada30c998fccd9f67a80c7580f68",
+)
+# Not distilled: two forwards in each step. Which of its published revisions to pin is not known.
+FLUX_3_KLEIN_BASE = replace(
+    FLUX_3_KLEIN,
+    name="flux-3-klein-base",
+    family="flux3-klein-base",
+    num_steps=50,
+    guidance=3.5,
+    true_cfg_scale=3.5,
+    is_guided=True,
+    takes_negative=True,
+    hub_id=None,
+    quality_steps=qualities(low=20, medium=28, high=50),
+)
 
 # The best last: `auto` is the last one that can do what is asked for.
 TIERS = (
@@ -324,6 +354,8 @@ TIERS = (
     KLEIN_9B_BASE,
     KLEIN_9B_KV,
     KLEIN_9B,
+    FLUX_3_KLEIN_BASE,
+    FLUX_3_KLEIN,
     DEV,
     PRO,
     replace(PRO, name="flux-2-max"),
