@@ -160,6 +160,10 @@ TERMS = {
     "flux-non-commercial": (
         "no commercial use without a licence from Black Forest Labs; the hub asks you to accept it"
     ),
+    "flux-kommunity": (
+        "non-commercial use, and commercial use of its images by those whom the licence calls"
+        " qualifying users; the hub asks you to accept it"
+    ),
     "proprietary": "not public: from Black Forest Labs, by contract",
 }
 

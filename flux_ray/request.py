@@ -55,12 +55,14 @@ class Encoding:
     """How the pixels of an image become a file; `quality` (0..100) is for jpeg and webp only.
 
     `scaled_to`: the width and height in pixels to scale it to first, or None to keep the size in
-    which it was generated.
+    which it was generated. `cropped_to`: left, top, right and bottom in pixels of the part to keep,
+    of an image that was generated on a larger canvas.
     """
 
     format: ImageFormat = "png"
     quality: int = 95
     scaled_to: tuple[int, int] | None = None
+    cropped_to: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,9 @@ class ImageRequest:
     @property
     def output_size(self) -> tuple[int, int]:
         """Return width and height in pixels of the image files that the caller gets."""
+        if self.encoding.cropped_to is not None:
+            left, top, right, bottom = self.encoding.cropped_to
+            return right - left, bottom - top
         return self.encoding.scaled_to or (self.width, self.height)
 
     @property

@@ -62,6 +62,7 @@ MAY_IMPORT_BESIDE = {
     "router/autoscaling": {"ledger"},
     "engine/flux1": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
     "engine/flux2": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
+    "engine/flux3": {"api", "flow", "images", "loading", "rotary", "vae"},
 }
 # Rooms that load neither Ray nor torch: whoever is outside takes names from the room, not from a
 # file of it.

@@ -4,6 +4,7 @@ Each is a table in code, with one row for each tier or GPU.
 """
 
 from flux_ray.catalog.bfl_names import stand_ins_for
+from flux_ray.catalog.canvas import Canvas
 from flux_ray.catalog.flops import (
     MAX_WHOLE_PIXELS,
     TOKEN_SIDE,
@@ -22,6 +23,7 @@ __all__ = [
     "TIERS",
     "TOKEN_SIDE",
     "WORKLOADS",
+    "Canvas",
     "Gpu",
     "Speed",
     "Tier",

@@ -196,6 +196,19 @@ _DEV = Workload(
     TextEncoderWork(5120, 30, 8, 16_672_358_400, 128_849_018_880),
     _FLUX2_VAE,
 )
+# Of its blocks, 5 are for each kind of token by itself: text and image are as a double block here.
+_FLUX3_ENCODER = TextEncoderWork(2560, 32, 8, 3_229_614_080, 6_794_772_480_000)
+_FLUX3_KLEIN = Workload(
+    TransformerWork(3072, 5, 28, 5_275_385_856, 273_296_128, 311_488_413_696, 8_249_671_680),
+    _FLUX3_ENCODER,
+    _FLUX2_VAE,
+)
+# It has no embedding for the timestep that a step jumps to.
+_FLUX3_BASE = Workload(
+    TransformerWork(3072, 5, 28, 5_275_385_856, 263_072_512, 311_467_966_464, 8_249_671_680),
+    _FLUX3_ENCODER,
+    _FLUX2_VAE,
+)
 # The weights of pro and max are not public: they are priced as dev, whose size they have.
 WORKLOADS = {
     "tiny": _TINY,
@@ -216,4 +229,6 @@ WORKLOADS = {
     "flux-2-dev": _DEV,
     "flux-2-pro": _DEV,
     "flux-2-max": _DEV,
+    "flux-3-klein": _FLUX3_KLEIN,
+    "flux-3-klein-base": _FLUX3_BASE,
 }

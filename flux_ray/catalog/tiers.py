@@ -1,11 +1,17 @@
 """The tiers: one row for each, with the defaults and limits that clients and engines rely on."""
 
+import math
 from dataclasses import dataclass, replace
 
+from flux_ray.catalog.canvas import Canvas, canvas_for
 from flux_ray.catalog.flops import TOKEN_SIDE, reference_pixels
 from flux_ray.errors import UnknownTier
 
 EMBEDDED = "embedded"
+# Of a prompt that only its tokenizer could count: UTF-8 bytes of a token, and tokens of the chat
+# template around it. Both are assumed.
+BYTES_PER_TOKEN = 4
+TEMPLATE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,40 @@ class Tier:
     reference_tokens: int | None = None
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
+    # Prompts are padded to multiples of so many tokens, instead of all to the text length.
+    text_multiple: int | None = None
+    # A reference that is alone is kept whole, up to so many pixels, on a canvas of whole tokens.
+    max_lone_reference_pixels: int | None = None
     weights: str | None = None
     hub_id: str | None = None
     owner: str = "black-forest-labs"
     quality_steps: tuple[tuple[str, int], ...] = ()
+
+    def text_tokens(self, prompt: str) -> int:
+        """Return to how many tokens a prompt is padded, estimated where its length decides it."""
+        if self.text_multiple is None:
+            return self.text_length
+        num_tokens = TEMPLATE_TOKENS + len(prompt.encode()) / BYTES_PER_TOKEN
+        num_padded = math.ceil(num_tokens / self.text_multiple) * self.text_multiple
+        return min(num_padded, self.text_length)
+
+    def reference_limit(self, num_references: int) -> int:
+        """Return to how many pixels each of so many references is scaled down."""
+        alone = self.max_lone_reference_pixels if num_references == 1 else None
+        return self.max_reference_pixels if alone is None else alone
+
+    def canvas_of(self, width: int, height: int) -> Canvas | None:
+        """Return the canvas of a lone reference of this size; None if the tier does not keep it."""
+        if self.max_lone_reference_pixels is None:
+            return None
+        return canvas_for(
+            width,
+            height,
+            multiple=self.size_multiple,
+            max_pixels=self.max_lone_reference_pixels,
+            min_side=self.min_side,
+            max_side=self.max_side,
+        )
 
     @property
     def num_forwards(self) -> int:
@@ -71,8 +107,11 @@ class Tier:
             return self.max_reference_pixels
         return self.reference_tokens * TOKEN_SIDE**2
 
-    def pixels_added_by(self, width: int, height: int) -> int:
+    def pixels_added_by(self, width: int, height: int, *, is_alone: bool = False) -> int:
         """Return the pixels whose tokens a reference of this size adds to those of the image."""
+        canvas = self.canvas_of(width, height) if is_alone else None
+        if canvas is not None:
+            return canvas.pixels
         if self.reference_tokens is None:
             return reference_pixels(width, height, self.max_reference_pixels)
         return self.added_pixels
@@ -266,6 +305,36 @@ DEV = Tier(
 )
 # The weights of pro and max are not public: they come from the operator.
 PRO = replace(DEV, name="flux-2-pro", license="proprietary", max_references=8, hub_id=None)
+# The longest prompt that its upsampler writes, 3,584 tokens, and the chat template around it.
+FLUX_3_KLEIN = Tier(
+    name="flux-3-klein",
+    family="flux3-klein",
+    license="flux-kommunity",
+    num_steps=16,
+    guidance=1.0,
+    max_references=10,
+    text_length=3600,
+    text_multiple=80,
+    default_side=1024,
+    min_side=64,
+    max_side=4096,
+    max_pixels=4 * 1024 * 1024,
+    max_lone_reference_pixels=4 * 1024 * 1024,
+    hub_id="black-forest-labs/flux-3-image-klein@8454017f9ebaada30c998fccd9f67a80c7580f68",
+)
+# Not distilled: two forwards in each step. Which of its published revisions to pin is not known.
+FLUX_3_KLEIN_BASE = replace(
+    FLUX_3_KLEIN,
+    name="flux-3-klein-base",
+    family="flux3-klein-base",
+    num_steps=50,
+    guidance=3.5,
+    true_cfg_scale=3.5,
+    is_guided=True,
+    takes_negative=True,
+    hub_id=None,
+    quality_steps=qualities(low=20, medium=28, high=50),
+)
 
 # The best last: `auto` is the last one that can do what is asked for.
 TIERS = (
@@ -285,6 +354,8 @@ TIERS = (
     KLEIN_9B_BASE,
     KLEIN_9B_KV,
     KLEIN_9B,
+    FLUX_3_KLEIN_BASE,
+    FLUX_3_KLEIN,
     DEV,
     PRO,
     replace(PRO, name="flux-2-max"),

@@ -22,10 +22,12 @@ FILTER_UP = 2
 
 
 def encode_image(raster: RgbImage, encoding: Encoding) -> bytes:
-    """Return the image as a PNG, JPEG or WebP file, resized first if `encoding.scaled_to` is set.
+    """Return the image as a PNG, JPEG or WebP file, cropped or resized first if `encoding` says so.
 
     Leaders call it in threads: Pillow and ISA-L release the GIL while they compress.
     """
+    if encoding.cropped_to is not None:
+        raster = raster_for(image_for(raster).crop(encoding.cropped_to))
     size = encoding.scaled_to
     if size is not None and size != (raster.width, raster.height):
         raster = scaled(raster, size)

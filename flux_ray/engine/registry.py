@@ -1,11 +1,11 @@
 """The model families that can be served, and the way from a tier to what its family provides."""
 
 from flux_ray.catalog import Tier
-from flux_ray.engine import flux1, flux2
+from flux_ray.engine import flux1, flux2, flux3
 from flux_ray.engine.api import Adapter, EmptyModel, FamilySpec, Placement, PromptEncoder
 from flux_ray.weights.source import weights_of
 
-FAMILIES: dict[str, FamilySpec] = {**flux1.FAMILIES, **flux2.FAMILIES}
+FAMILIES: dict[str, FamilySpec] = {**flux1.FAMILIES, **flux2.FAMILIES, **flux3.FAMILIES}
 
 
 def family_of(tier: Tier) -> FamilySpec:

@@ -7,12 +7,13 @@ are the same layer with fewer rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from flux_ray.config import Quantization
@@ -84,7 +85,8 @@ def load_sharded(
         # One after the other: a rank never holds two unquantized weights, which might not fit, and
         # all ranks exchange the scales in the same order.
         for name, shape in shapes.items():
-            place(model, name, read_local(name, shape, shards.get(name), recipe))
+            own = replace(recipe, dtype=dtype_of(model, name, recipe.dtype))
+            place(model, name, read_local(name, shape, shards.get(name), own))
     finish_linears(model, shards, recipe.axis)
     settle_four_bit(model, recipe.dtype)
     model.to(recipe.device).eval()
@@ -118,9 +120,18 @@ def plan_storage(
     for name, tensor in saved_tensors(model):
         shard = shards.get(name)
         shape = tensor.shape if shard is None else shard.local_shape(tensor.shape, axis)
-        own_dtype = dtype if tensor.is_floating_point() else tensor.dtype
+        own_dtype = dtype_of(model, name, dtype) if tensor.is_floating_point() else tensor.dtype
         planned[name] = stored_as(name, shape, own_dtype, quantization)
     return planned
+
+
+def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a parameter: the model's, unless diffusers keeps this one in fp32.
+
+    FLUX.3 normalises queries and keys in fp32, with weights that have to be fp32 too.
+    """
+    kept = model._keep_in_fp32_modules if isinstance(model, ModelMixin) else None
+    return torch.float32 if kept and not set(kept).isdisjoint(name.split(".")) else dtype
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

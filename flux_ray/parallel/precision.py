@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from flux_ray.config import Quantization
 from flux_ray.parallel.mesh import Axis
 
-BLOCK = re.compile(r"(^|\.)(\w*transformer_blocks|layers|block)\.\d+\.")
+# FLUX.3 has blocks for each kind of token (`mode_blocks.image.0`), besides the joint ones.
+BLOCK = re.compile(r"(^|\.)(\w*transformer_blocks|\w*mode_blocks(\.\w+)?|layers|block)\.\d+\.")
 # Not quantized though inside the blocks: FLUX.1's modulation (`norm1.linear`), T5's position bias.
 KEPT = ("norm", "relative_attention_bias")
 STORAGE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}

@@ -14,9 +14,11 @@ from flux_ray.tiny import CHECKPOINT
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# The index in the top folder of a checkpoint, in diffusers' layout of pipelines or of modular ones.
+INDEXES = ("model_index.json", "modular_model_index.json")
 # Which files of a checkpoint to download, as hub patterns. Not the top folder, which has the
 # weights a second time, and no `*.bin`, which may run code when it is loaded.
-CONFIGS = ("model_index.json", "*/*.json")
+CONFIGS = (*INDEXES, "*/*.json")
 IMAGE_PARTS = ("transformer/*.safetensors", "vae/*.safetensors")
 PROMPT_PARTS = (
     "text_encoder/*.safetensors",

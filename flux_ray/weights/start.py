@@ -13,6 +13,7 @@ from flux_ray.weights.source import (
     CONFIGS,
     HUB_ID,
     IMAGE_PARTS,
+    INDEXES,
     PROMPT_PARTS,
     WeightSource,
     WeightsUnavailable,
@@ -61,10 +62,10 @@ def check_there(tier: Tier, weights: str, args: TierArgs) -> None:
         )
     # What is neither a folder nor a hub id is refused here.
     source_for(weights)
-    if not (folder / "model_index.json").is_file():
+    if not any((folder / name).is_file() for name in INDEXES):
         raise WeightsUnavailable(
-            f"the folder {folder} has no model_index.json, so it is no checkpoint in the layout of"
-            f" diffusers: name another one{or_pull(tier)}"
+            f"the folder {folder} has no {' or '.join(INDEXES)}, so it is no checkpoint in the"
+            f" layout of diffusers: name another one{or_pull(tier)}"
         )
     manifest = read_manifest(folder)
     if manifest is not None:

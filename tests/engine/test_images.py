@@ -28,6 +28,12 @@ def test_png_loses_nothing() -> None:
     assert raster_for(image) == RASTER
 
 
+def test_the_part_to_keep_is_cropped_before_it_is_a_file() -> None:
+    image = Image.open(io.BytesIO(encode_image(RASTER, Encoding("png", cropped_to=(3, 2, 43, 31)))))
+    assert raster_for(image) == raster_for(image_for(RASTER).crop((3, 2, 43, 31)))
+    assert image.size == (40, 29)
+
+
 def test_quality_counts() -> None:
     low, high = (encode_image(RASTER, Encoding("jpeg", quality)) for quality in (10, 95))
     assert len(low) < len(high)

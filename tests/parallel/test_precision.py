@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+from diffusers import Flux2Transformer2DModel, Flux3Transformer2DModel, FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao.quantization import (
@@ -100,11 +100,12 @@ def block_linears(model: nn.Module) -> set[str]:
                 "single_transformer_blocks.0.norm.linear.weight",
             },
         ),
+        (lambda: Flux3Transformer2DModel(num_layers=1, num_single_layers=1), set()),
         (lambda: Qwen3Model(Qwen3Config(**TEXT, **HEADS)), set()),
         (lambda: MistralModel(MistralConfig(**TEXT, **HEADS)), set()),
         (lambda: T5EncoderModel(T5Config(d_model=32, d_ff=64, num_layers=2, num_heads=4)), set()),
     ],
-    ids=["flux2", "flux1", "qwen3", "mistral", "t5"],
+    ids=["flux2", "flux1", "flux3", "qwen3", "mistral", "t5"],
 )
 def test_only_the_linear_weights_of_blocks_are_quantized(
     model: Callable[[], nn.Module], kept: set[str]
@@ -317,6 +318,21 @@ def test_ranks_agree_once_for_each_weight_whose_rows_they_share(
     """Two double blocks with four such weights, two single ones with one."""
     first, second = run_ranks(Parallel(tensor=2), agreements, transformer_folder("flux2"))
     assert first == second == [(128, 1)] * 10
+
+
+def test_what_diffusers_keeps_in_fp32_is_planned_and_loaded_so(tmp_path: Path) -> None:
+    """FLUX.3's norms of queries and keys, whatever the rest of it is."""
+    small = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 4, 4)}
+    config = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 8, **small}
+    Flux3Transformer2DModel(**config).save_pretrained(tmp_path)
+    recipe = LoadSpec(Checkpoint(tmp_path), Axis(), torch.bfloat16)
+    loaded = load_sharded(lambda: Flux3Transformer2DModel(**config), {}, recipe)
+    theirs = Flux3Transformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in saved_tensors(loaded)}
+    assert dtypes == {name: tensor.dtype for name, tensor in theirs.named_parameters()}
+    assert {"bfloat16", "float32"} == {str(dtype)[6:] for dtype in dtypes.values()}
+    planned = plan_storage(loaded, {}, Axis(), torch.bfloat16, None)
+    assert {name: stored.dtype for name, stored in planned.items()} == dtypes
 
 
 @pytest.mark.parametrize("quantization", [None, "fp8"])

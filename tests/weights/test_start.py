@@ -64,6 +64,12 @@ def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
     assert f"the folder {tmp_path} has no model_index.json" in message(args_of(str(tmp_path)))
 
 
+@pytest.mark.parametrize("index", ["model_index.json", "modular_model_index.json"])
+def test_a_folder_of_either_layout_is_a_checkpoint(tmp_path: Path, index: str) -> None:
+    (tmp_path / index).write_text("{}")
+    prepare_weights(args_of(str(tmp_path)), ())
+
+
 def test_what_is_neither_folder_nor_hub_id() -> None:
     assert "neither an existing folder nor a hub id" in message(args_of("FLUX.2-dev"))
 

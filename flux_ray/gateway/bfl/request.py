@@ -15,6 +15,7 @@ from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.fields import MAX_PIXELS, MIN_SIDE, BflFields
 from flux_ray.gateway.fields.sizes import (
     fitted,
+    lone_canvas,
     ratio_of,
     shape_in,
     side_of,
@@ -101,9 +102,12 @@ def openai_fields(
 ) -> ImageFields:
     """Return the fields as OpenAI's routes have them, with the size already chosen."""
     width, height = size_for(sent, tier, references)
+    is_free = not (sent.width or sent.height or sent.aspect_ratio or sent.resolution)
+    # What is generated on the reference's canvas is cropped back to it, unless a size is given.
+    keeps_canvas = is_free and lone_canvas(references, tier) is not None
     wish: dict[str, Any] = {field: getattr(sent, field) for field in SAME_THERE} | {
-        "width": width,
-        "height": height,
+        "width": None if keeps_canvas else width,
+        "height": None if keeps_canvas else height,
         # Clients send a number of steps for the BFL model that they know, such as 28. A distilled
         # tier would then take seven times as long, for no better image.
         "num_inference_steps": sent.steps if heeds(tier, "guidance_scale") else None,

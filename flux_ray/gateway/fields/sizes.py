@@ -6,8 +6,9 @@ scaled to the one asked for.
 
 import math
 import re
+from collections.abc import Sequence
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog import Canvas, Tier
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.images.decode import SentImage
 from flux_ray.request import ImageRequest
@@ -108,6 +109,17 @@ def check_size(width: int, height: int, tier: Tier, fields: tuple[str, str]) -> 
 def size_like(reference: SentImage, tier: Tier) -> tuple[int, int]:
     """Return the reference's size, fitted into what the tier generates."""
     return fitted(reference.width, reference.height, tier)
+
+
+def lone_canvas(references: Sequence[SentImage], tier: Tier) -> Canvas | None:
+    """Return the canvas on which the tier keeps a reference whole; None unless it is the only one.
+
+    If no size is asked for, the image is generated on it, and cropped back to the reference.
+    """
+    if len(references) != 1:
+        return None
+    raster = references[0].raster_for(tier.reference_limit(1))
+    return tier.canvas_of(raster.width, raster.height)
 
 
 def fitted(width: float, height: float, tier: Tier) -> tuple[int, int]:

@@ -120,7 +120,7 @@ async def read_images(
 def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":
     """Return a reader for one request; its time to fetch URLs begins now."""
     now_s = asyncio.get_running_loop().time()
-    max_pixels = {tier.max_reference_pixels for tier in target.tiers}
+    max_pixels = {tier.reference_limit(num) for tier in target.tiers for num in (1, 2)}
     until_s = now_s + fetcher.fetching.timeout_s
     return ImageReader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
 

@@ -150,9 +150,11 @@ def with_images(body: bytes, result: ImageResult) -> bytes:
 def usage_for(request: ImageRequest) -> TokenUsage:
     """Return how many tokens the transformer takes and makes for a request."""
     tier = tier_for(request.tier)
-    image_tokens = sum(reference_tokens(*size, tier) for size in request.reference_sizes)
+    sizes = request.reference_sizes
+    pixels = [tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes]
+    image_tokens = sum(pixels) // tier.size_multiple**2
     output_tokens = request.num_images * num_patches(request.width, request.height, tier)
-    details = InputDetails(text_tokens=tier.text_length, image_tokens=image_tokens)
+    details = InputDetails(text_tokens=tier.text_tokens(request.prompt), image_tokens=image_tokens)
     input_tokens = details.text_tokens + details.image_tokens
     return TokenUsage(
         input_tokens=input_tokens,
@@ -160,11 +162,6 @@ def usage_for(request: ImageRequest) -> TokenUsage:
         total_tokens=input_tokens + output_tokens,
         input_tokens_details=details,
     )
-
-
-def reference_tokens(width: int, height: int, tier: Tier) -> int:
-    """Return the tokens that a reference of that size in pixels adds, as the model encodes it."""
-    return tier.pixels_added_by(width, height) // tier.size_multiple**2
 
 
 def num_patches(width: int, height: int, tier: Tier) -> int:

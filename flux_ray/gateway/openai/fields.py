@@ -141,6 +141,12 @@ class ImageFields(BaseModel):
         fields._names.update(names)
         return fields
 
+    @property
+    def has_size(self) -> bool:
+        """Return whether the caller says anything of the size of the images."""
+        wishes = (self.width, self.height, self.aspect_ratio, self.resolution)
+        return self.size not in (None, "auto") or any(wish is not None for wish in wishes)
+
     def named(self, field: str) -> str:
         """Return the name by which the caller sent a field."""
         return self._names.get(field, field)

@@ -3,6 +3,7 @@
 import secrets
 import uuid
 from collections.abc import Collection
+from dataclasses import replace
 from typing import NamedTuple
 
 from flux_ray.catalog import Tier
@@ -12,6 +13,7 @@ from flux_ray.gateway.fields.sizes import (
     check_size,
     fitted,
     generated_size,
+    lone_canvas,
     parse_size,
     ratio_of,
     shape_in,
@@ -44,10 +46,12 @@ def request_for(
     """
     check_limits(fields, limits)
     check_images(images, tier, served)
-    asked = size_for(fields, tier, images.references)
+    asked, crop = asked_size(fields, tier, images)
     width, height = generated_size(*asked, tier)
     if images.mask is not None:
         check_masked_size(width, height)
+    encoding = encoding_for(fields, None if asked == (width, height) else asked)
+    limit = tier.reference_limit(len(images.references))
     return ImageRequest(
         request_id=uuid.uuid4().hex,  # Not the client's: two clients may send the same one.
         tier=tier.name,
@@ -57,8 +61,8 @@ def request_for(
         num_steps=steps_for(fields, tier),
         seed=seed_for(fields),
         num_images=fields.n or 1,
-        references=tuple(each.raster_for(tier.max_reference_pixels) for each in images.references),
-        encoding=encoding_for(fields, None if asked == (width, height) else asked),
+        references=tuple(each.raster_for(limit) for each in images.references),
+        encoding=replace(encoding, cropped_to=crop),
         mask=images.mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
         strength=strength_for(fields, tier, images, served),
@@ -117,6 +121,24 @@ def check_masked_size(width: int, height: int) -> None:
     """Raise BadRequest for a size that no reference may have: the masked image is scaled to it."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
+
+
+Size = tuple[int, int]
+Box = tuple[int, int, int, int]
+
+
+def asked_size(fields: ImageFields, tier: Tier, images: RequestImages) -> tuple[Size, Box | None]:
+    """Return the width and height to generate, and the box to crop the image to, None for all of it.
+
+    Without a size, the image has the canvas that a tier lays around a lone reference. Raises
+    BadRequest if the fields for a size disagree.
+    """
+    canvas = None
+    if not (fields.has_size or images.mask is not None or images.is_control):
+        canvas = lone_canvas(images.references, tier)
+    if canvas is None:
+        return size_for(fields, tier, images.references), None
+    return (canvas.width, canvas.height), canvas.crop
 
 
 def size_for(fields: ImageFields, tier: Tier, references: tuple[SentImage, ...]) -> tuple[int, int]:

@@ -72,8 +72,9 @@ class RequestShape:
     `is_masked`: only a part of the first reference is generated; `has_control`: it is followed as a
     whole. `num_previews` counts those of each image. `num_forwards` are those of each step: two to
     steer away from a second prompt, which makes two of `num_prompts` unless it is empty, since an
-    empty one is encoded only once for all requests. Guidance by an embedding costs nothing. Files
-    are left out, because they are made while the ranks do something else.
+    empty one is encoded only once for all requests. `num_text`: the tokens of the padded prompt, or
+    None for the tier's whole text length. Guidance by an embedding costs nothing. Files are left
+    out, because they are made while the ranks do something else.
     """
 
     tier: str
@@ -87,6 +88,12 @@ class RequestShape:
     has_control: bool = False
     num_forwards: int = 1
     num_prompts: int = 1
+    num_text: int | None = None
+
+    @property
+    def text_length(self) -> int:
+        """The number of tokens of its padded prompt."""
+        return tier_for(self.tier).text_length if self.num_text is None else self.num_text
 
     @property
     def num_decoded(self) -> int:
@@ -115,8 +122,8 @@ class RequestShape:
     @property
     def num_tokens(self) -> int:
         """The number of tokens of text, image and references that each forward computes."""
-        length, tokens = tier_for(self.tier).text_length, self.pixels // TOKEN_SIDE**2
-        return length + tokens + self.num_reference_tokens - self.num_kept_tokens
+        tokens = self.text_length + self.pixels // TOKEN_SIDE**2
+        return tokens + self.num_reference_tokens - self.num_kept_tokens
 
     @property
     def num_reference_tokens(self) -> int:
@@ -145,8 +152,8 @@ class Cost:
 
 def work_of(request: ImageRequest) -> RequestShape:
     """Return the shape of a request, its references scaled to what the tier takes."""
-    tier = tier_for(request.tier)
-    added = (tier.pixels_added_by(*size) for size in request.reference_sizes)
+    tier, sizes = tier_for(request.tier), request.reference_sizes
+    added = (tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes)
     return RequestShape(
         request.tier,
         request.width,
@@ -159,6 +166,7 @@ def work_of(request: ImageRequest) -> RequestShape:
         has_control=request.follows_reference,
         num_forwards=request.num_forwards,
         num_prompts=1 + bool(request.negative_prompt),
+        num_text=None if tier.text_multiple is None else tier.text_tokens(request.prompt),
     )
 
 
@@ -240,11 +248,11 @@ def forward_s(
 
 def prompt_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
     """Return the seconds of the prompt in the text encoder, shared or in the ranks."""
-    model, length = WORKLOADS[work.tier].text_encoder, tier_for(work.tier).text_length
+    model, length = WORKLOADS[work.tier].text_encoder, work.text_length
     split = Split(encoder_ranks(layout, model.num_heads), 1, layout.encoder_quantization)
     seconds = roofline.products_s(
         model.product_flops(length),
-        model.attention_flops,
+        model.attention_flops * (length / tier_for(work.tier).text_length) ** 2,
         split,
         num_weights=model.num_block_weights,
     )

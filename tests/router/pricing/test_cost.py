@@ -270,6 +270,19 @@ def test_a_large_image_under_a_mask_is_encoded_once_more() -> None:
     assert 6 < extra_s / (plain.encode_s - words_s) < 9
 
 
+def test_a_prompt_that_is_padded_to_its_own_length_is_priced_by_it() -> None:
+    """FLUX.3 pads to multiples of 80 tokens; how many it has is estimated from its bytes."""
+    prompts = ("a ring", "a ring " * 100, "a ring " * 10_000)
+    works = [work_of(request(tier="flux-3-klein", prompt=prompt)) for prompt in prompts]
+    assert [work.text_length for work in works] == [80, 240, 3600]
+    assert [work.num_tokens - work.text_length for work in works] == [works[0].pixels // 256] * 3
+    costs = [price(work, H100) for work in works]
+    assert costs[0].denoise_s < costs[1].denoise_s < costs[2].denoise_s
+    assert costs[0].encode_s < costs[1].encode_s < costs[2].encode_s
+    assert costs[2] == price(replace(works[2], num_text=None), H100)
+    assert work_of(request(prompt="a ring " * 10_000)).num_text is None
+
+
 def test_an_unknown_tier_has_no_work() -> None:
     with pytest.raises(UnknownTier):
         work_of(request(tier="flux-3"))

@@ -1,0 +1,50 @@
+"""The canvas on which a model keeps a lone reference whole, instead of cutting it to whole tokens.
+
+The image is generated on the same canvas, and cropped back to where the reference is on it.
+"""
+
+import math
+from dataclasses import dataclass
+
+# How much smaller a reference is tried if its canvas is too large, as diffusers does it.
+SHRINK = 0.995
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A canvas of whole tokens: its size, and the part of it that a reference takes, in pixels.
+
+    `box`: left, top, right and bottom of that part. The reference is in the middle.
+    """
+
+    width: int
+    height: int
+    box: tuple[int, int, int, int]
+
+    @property
+    def pixels(self) -> int:
+        """Return the number of pixels of the whole canvas."""
+        return self.width * self.height
+
+    @property
+    def crop(self) -> tuple[int, int, int, int] | None:
+        """Return the box to which an image is cropped back; None if it takes the whole canvas."""
+        return None if self.box == (0, 0, self.width, self.height) else self.box
+
+
+def canvas_for(
+    width: int, height: int, *, multiple: int, max_pixels: int, min_side: int, max_side: int
+) -> Canvas:
+    """Return the canvas for a reference of this size, scaled down until its canvas fits.
+
+    Sides of the canvas are multiples of `multiple`. Exactly as in diffusers' Flux3ImageProcessor.
+    """
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)), max_side / max(width, height))
+    while True:
+        fitted = [max(1, round(side * scale)) for side in (width, height)]
+        sides = [min(max_side, max(min_side, -(-side // multiple) * multiple)) for side in fitted]
+        if sides[0] * sides[1] <= max_pixels:
+            break
+        scale *= SHRINK
+    left, top = ((side - inner) // 2 for side, inner in zip(sides, fitted, strict=True))
+    return Canvas(sides[0], sides[1], (left, top, left + fitted[0], top + fitted[1]))
