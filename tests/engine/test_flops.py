@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ ELSEWHERE = ("flux-3-klein", "flux-3-klein-base")
 HUB = "owner/name@revision"
 
 
+@cache
+def published(name: str) -> EmptyModel:
+    """A tier's modules, which take seconds to build: nothing here changes them for good."""
+    return empty_model(tier_for(name), HUB)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -57,7 +64,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(name: str) -> EmptyModel:
     tier = tier_for(name)
-    return empty_model(tier, tier.weights or HUB)
+    return empty_model(tier, tier.weights) if tier.weights else published(name)
 
 
 def forward(transformer: nn.Module, num_text: int, num_image: int) -> None:
@@ -81,7 +88,7 @@ def test_every_tier_has_a_row_of_its_own_size() -> None:
     assert set(WORKLOADS) == {tier.name for tier in TIERS}
     for tier in TIERS:
         if tier.weights is None:
-            model = empty_model(tier, HUB)
+            model = published(tier.name)
             work = WORKLOADS[tier.name].transformer
             assert num_weights(model.transformer) == (
                 work.num_block_weights,
@@ -107,8 +114,7 @@ def test_a_step_computes_what_the_row_says(name: str, model: EmptyModel, num_ima
 @pytest.mark.parametrize("name", ALIKE)
 def test_a_step_of_what_is_alike_computes_what_its_row_says(name: str) -> None:
     work, num_text = WORKLOADS[name].transformer, tier_for(name).text_length
-    model = empty_model(tier_for(name), HUB)
-    counted = count(lambda: forward(model.transformer, num_text, 64))
+    counted = count(lambda: forward(published(name).transformer, num_text, 64))
     assert counted == (work.product_flops(num_text + 64), work.attention_flops(num_text + 64))
 
 
@@ -201,10 +207,12 @@ def test_decoding_computes_what_the_row_says(
 
 @pytest.mark.parametrize(("width", "height"), [(1040, 1024), (2048, 1040), (4096, 512)])
 @pytest.mark.parametrize("name", ["flux-1-dev", "flux-2-dev"])
-def test_tiles_compute_what_the_row_says(name: str, width: int, height: int) -> None:
+def test_tiles_compute_what_the_row_says(
+    monkeypatch: pytest.MonkeyPatch, name: str, width: int, height: int
+) -> None:
     """Above a megapixel, as the engine does; the embedded model never gets there."""
-    vae = empty_model(tier_for(name), HUB).vae
-    vae.use_tiling = True
+    vae = published(name).vae
+    monkeypatch.setattr(vae, "use_tiling", True)
     assert vae.tile_sample_min_size == TILE_SIDE
     assert tier_for("tiny").max_pixels < MAX_WHOLE_PIXELS
     work = WORKLOADS[name].vae

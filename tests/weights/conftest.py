@@ -19,7 +19,7 @@ FILES = {
     "text_encoder/model.safetensors": os.urandom(100_000),
     "tokenizer/merges.txt": b"a b",
     # FLUX.1 has a second text encoder, in two files.
-    "text_encoder_2/model.safetensors.index.json": b"{}",
+    "text_encoder_2/model.safetensors.index.json": b'{"weight_map": {}}',
     "text_encoder_2/model-00001-of-00002.safetensors": os.urandom(50_000),
     "text_encoder_2/model-00002-of-00002.safetensors": os.urandom(50_000),
     "text_encoder_2/flax_model.msgpack": b"unused",

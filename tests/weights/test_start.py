@@ -47,7 +47,7 @@ def test_each_process_of_a_shared_text_encoder_fetches_its_own(hub: FakeHub) -> 
     args = args_of(str(SOURCE), text_encoder="shared")
     prepare_weights(args, parts_of_ranks(args))
     assert not is_complete(SOURCE, PROMPT_PARTS)
-    encoders = re.compile(r"(text_encoder|tokenizer)(_2)?/.*\.(safetensors|model|txt) ?")
+    encoders = re.compile(r"(text_encoder|tokenizer)(_2)?/.*\.(safetensors|model|txt)$")
     assert not any(encoders.search(request) for request in hub.requests)
     prepare_weights(args, ENCODER_PARTS)
     assert is_complete(SOURCE, ALL_PARTS)
