@@ -2,9 +2,8 @@
 
 import secrets
 import uuid
-from dataclasses import replace
 
-from flux_ray.catalog import Tier
+from flux_ray.catalog import Canvas, Tier
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference, BadRequest
 from flux_ray.gateway.fields.sizes import (
@@ -20,7 +19,7 @@ from flux_ray.gateway.fields.sizes import (
 )
 from flux_ray.gateway.images.decode import MAX_ASPECT, SentImage
 from flux_ray.gateway.openai.fields import MAX_SEED, ImageFields
-from flux_ray.request import Encoding, ImageRequest, Mask
+from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
 
 # Random seeds are below this, so that JavaScript clients read them exactly: it can up to 2**53.
 GENERATED_SEEDS = 2**32
@@ -51,8 +50,6 @@ def request_for(
     if mask is not None and max(width, height) > MAX_ASPECT * min(width, height):
         # The masked image is a reference too, scaled to that size.
         raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
-    encoding = encoding_for(fields, None if asked == (width, height) else asked)
-    limit = tier.reference_limit(len(references))
     return ImageRequest(
         request_id=uuid.uuid4().hex,  # Not the client's: two clients may send the same one.
         tier=tier.name,
@@ -63,11 +60,17 @@ def request_for(
         guidance=guidance_for(fields, tier),
         seed=seed_for(fields, num_images),
         num_images=num_images,
-        references=tuple(each.raster_for(limit) for each in references),
-        encoding=replace(encoding, cropped_to=canvas.crop) if canvas else encoding,
+        references=rasters_for(references, tier),
+        encoding=encoding_for(fields, None if asked == (width, height) else asked, canvas),
         mask=mask,
         num_previews=(fields.partial_images or 0) if fields.stream else 0,
     )
+
+
+def rasters_for(references: tuple[SentImage, ...], tier: Tier) -> tuple[RgbImage, ...]:
+    """Return the references, scaled down to what the tier takes of so many."""
+    limit = tier.reference_limit(len(references))
+    return tuple(each.raster_for(limit) for each in references)
 
 
 def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
@@ -156,12 +159,15 @@ def seed_for(fields: ImageFields, num_images: int) -> int:
     return fields.seed
 
 
-def encoding_for(fields: ImageFields, scaled_to: tuple[int, int] | None) -> Encoding:
-    """Return the file format, PNG by default, and the size to which images are scaled."""
+def encoding_for(
+    fields: ImageFields, scaled_to: tuple[int, int] | None, canvas: Canvas | None
+) -> Encoding:
+    """Return the file format, PNG by default, and how images are scaled, or cropped of a canvas."""
     default = Encoding()
     quality = fields.output_compression
     return Encoding(
         format=fields.output_format or default.format,
         quality=default.quality if quality is None else quality,
         scaled_to=scaled_to,
+        cropped_to=None if canvas is None else canvas.crop,
     )
