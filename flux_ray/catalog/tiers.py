@@ -101,6 +101,11 @@ class Tier:
         return 1 + (self.true_cfg_scale > 1)
 
     @property
+    def masks_only(self) -> bool:
+        """Return whether it takes an image for nothing but to generate a part of it."""
+        return self.takes_mask and self.reference_tokens == 0
+
+    @property
     def added_pixels(self) -> int:
         """Return the pixels whose tokens the largest reference adds to those of the image."""
         if self.reference_tokens is None:
@@ -157,7 +162,12 @@ FLUX_1_DEV = Tier(
     guidance=3.5,
     is_guided=True,
     takes_negative=True,
-    max_references=0,
+    takes_mask=True,
+    takes_strength=True,
+    # Only the image that a mask is of, which adds no tokens.
+    max_references=1,
+    reference_tokens=0,
+    max_reference_pixels=2 * 1024 * 1024,
     text_length=512,
     default_side=1024,
     min_side=64,
@@ -193,9 +203,6 @@ FLUX_1_KONTEXT_DEV = replace(
     name="flux-1-kontext-dev",
     family="flux1-kontext",
     guidance=2.5,
-    takes_mask=True,
-    takes_strength=True,
-    max_references=1,
     # Whatever its size, a reference is scaled to one of 17 sizes around a megapixel. This is the
     # largest, 1328x800. Only what is far above it is scaled down before.
     reference_tokens=4150,
@@ -209,16 +216,12 @@ FLUX_1_FILL_DEV = replace(
     num_steps=50,
     guidance=30.0,
     takes_negative=False,
-    takes_mask=True,
+    takes_strength=False,
     requires_mask=True,
-    max_references=1,
-    # The image to fill is joined to the channels of the noise, and adds no tokens.
-    reference_tokens=0,
-    max_reference_pixels=2 * 1024 * 1024,
     hub_id="black-forest-labs/FLUX.1-Fill-dev@358293da0354175698b67ec8299acf928313a78a",
     quality_steps=qualities(low=20, medium=28, high=50),
 )
-# The control image is joined to the channels of the noise too.
+# The control image is joined to the channels of the noise, as the image to fill is.
 FLUX_1_DEPTH_DEV = replace(
     FLUX_1_FILL_DEV,
     name="flux-1-depth-dev",

@@ -9,6 +9,8 @@ HUB = "owner/name@revision"
 FLUX_1, FLUX_2 = 83_819_683, 84_046_115
 T5, QWEN3_4B, QWEN3_8B, MISTRAL = 4_762_310_656, 3_114_088_192, 5_831_883_520, 17_343_754_240
 CLIP = 123_060_480
+# The first 32 layers of Qwen3-VL-4B, without its eyes.
+QWEN3_VL = 3_618_742_272
 
 
 def num_parameters(module) -> int:
@@ -34,6 +36,8 @@ def num_parameters(module) -> int:
         ("flux-2-dev", 32_223_281_152, MISTRAL, 0, FLUX_2),
         ("flux-2-pro", 32_223_281_152, MISTRAL, 0, FLUX_2),
         ("flux-2-max", 32_223_281_152, MISTRAL, 0, FLUX_2),
+        ("flux-3-klein", 5_548_681_984, QWEN3_VL, 0, FLUX_2),
+        ("flux-3-klein-base", 5_538_458_368, QWEN3_VL, 0, FLUX_2),
     ],
 )
 def test_the_real_models_have_the_published_number_of_parameters(

@@ -9,7 +9,7 @@ from flux_ray.engine.registry import FAMILIES, family_of
 def offered(tier: Tier) -> set[str]:
     """The fields of a request that the tier's row lets change the image."""
     rows = {
-        "references": tier.max_references > 0,
+        "references": tier.max_references > 0 and not tier.masks_only,
         "mask": tier.takes_mask,
         "guidance": tier.is_guided,
         "negative_prompt": tier.takes_negative,

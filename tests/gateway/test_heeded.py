@@ -32,6 +32,7 @@ PROMPT = {"prompt": "a ring"}
 SIZE = (96, 80)
 # Rows like those of FLUX.1 dev, of its Fill and Depth models, and of klein's base model.
 DEV = replace(TINY, is_guided=True, guidance=3.5, takes_negative=True, max_references=0)
+MASKED = replace(DEV, max_references=1, reference_tokens=0)
 FILL = replace(TINY, max_references=1, requires_mask=True, takes_strength=False)
 DEPTH = replace(TINY, max_references=0, takes_mask=False, takes_control=True)
 BASE = replace(TINY, is_guided=True, guidance=4.0, true_cfg_scale=4.0, takes_strength=True)
@@ -146,6 +147,8 @@ async def test_what_has_no_effect_alone_is_named(client, serve, row, fields, war
         (BASE, {"image": "RED", "mask": "LEFT", "strength": 1.5}, "strength", "above 0"),
         (FILL, {}, "image", "image is required: tiny generates a part"),
         (FILL, {"image": "RED"}, "mask", "mask is required: tiny generates a part"),
+        (MASKED, {"image": "RED"}, "mask", "takes an image only to generate a part"),
+        (MASKED, {"image_prompt": "RED"}, "mask", "takes an image only to generate a part"),
         (DEPTH, {}, "control_image", "control_image is required"),
         (DEPTH, {"control_image": ["RED", "RED"]}, "control_image", "one control image only"),
         (DEPTH, {"control_image": "RED", "image": "RED"}, "control_image", "image only"),

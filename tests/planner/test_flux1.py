@@ -10,8 +10,10 @@ from rich.console import Console
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from flux_ray.catalog.tiers import tier_for
 from flux_ray.cli.plan import layout_lines, print_plan
 from flux_ray.config.tier import Parallel, TierArgs
+from flux_ray.planner.candidate import default_demand
 from flux_ray.planner.plan import Plan, TierPlan, make_plan
 
 GB = 10**9
@@ -168,7 +170,8 @@ def test_a_fill_needs_room_for_its_image_at_any_size() -> None:
         assert planned(name).largest.encodes_image
     assert planned("flux-1-fill-dev").largest.num_references == 1
     assert planned("flux-1-canny-dev").largest.num_references == 0
-    assert not planned("flux-1-dev").largest.encodes_image
+    assert planned("flux-1-dev").largest.encodes_image, "under a mask"
+    assert not default_demand(tier_for("flux-1-dev")).encodes_image
 
 
 def test_kept_references_take_memory_in_place_of_longer_steps() -> None:

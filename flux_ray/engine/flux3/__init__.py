@@ -21,7 +21,7 @@ FAMILIES = {
         load=Flux3.load,
         load_prompt_encoder=load_prompt_encoder,
         empty_model=empty_model,
-        heeds=frozenset({"references", "negative_prompt", "true_cfg_scale"}),
+        heeds=frozenset({"references", "guidance", "negative_prompt", "true_cfg_scale"}),
         is_for_one_gpu=True,
     ),
 }

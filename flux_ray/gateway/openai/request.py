@@ -104,6 +104,10 @@ def check_images(images: RequestImages, tier: Tier, served: Collection[Tier]) ->
             " and a mask that is white in that part",
             missing,
         )
+    elif images.references and tier.masks_only:
+        raise BadRequest(
+            f"mask is required: {tier.name} takes an image only to generate a part of it", "mask"
+        )
 
 
 def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
@@ -128,7 +132,7 @@ Box = tuple[int, int, int, int]
 
 
 def asked_size(fields: ImageFields, tier: Tier, images: RequestImages) -> tuple[Size, Box | None]:
-    """Return the width and height to generate, and the box to crop the image to, None for all of it.
+    """Return the width and height to generate, and the box to crop the image to, None for all.
 
     Without a size, the image has the canvas that a tier lays around a lone reference. Raises
     BadRequest if the fields for a size disagree.

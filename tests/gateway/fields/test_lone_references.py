@@ -28,7 +28,7 @@ def sent(width: int, height: int) -> SentImage:
 
 def asked(*references: SentImage, tier: str = TIER.name, **fields: Any) -> ImageRequest:
     wish = ImageFields.of({"prompt": "a ring"} | fields, {})
-    return request_for(wish, tier_for(tier), Limits(), references)
+    return request_for(wish, tier_for(tier), Limits(), RequestImages(references))
 
 
 def asked_of_bfl(*references: SentImage, **fields: Any) -> ImageRequest:

@@ -278,7 +278,8 @@ def test_a_prompt_that_is_padded_to_its_own_length_is_priced_by_it() -> None:
     assert [work.num_tokens - work.text_length for work in works] == [works[0].pixels // 256] * 3
     costs = [price(work, H100) for work in works]
     assert costs[0].denoise_s < costs[1].denoise_s < costs[2].denoise_s
-    assert costs[0].encode_s < costs[1].encode_s < costs[2].encode_s
+    # A short prompt takes as long as it takes to read the weights.
+    assert costs[0].encode_s == costs[1].encode_s < costs[2].encode_s
     assert costs[2] == price(replace(works[2], num_text=None), H100)
     assert work_of(request(prompt="a ring " * 10_000)).num_text is None
 
