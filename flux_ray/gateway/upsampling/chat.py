@@ -80,7 +80,7 @@ class ChatClient:
         self._url = f"{upsampling.url.rstrip('/')}/chat/completions"
         # The caller of `ask` limits its time. Redirects would carry the key elsewhere.
         self._client = httpx.AsyncClient(
-            timeout=None,
+            timeout=httpx.Timeout(None),
             follow_redirects=False,
             trust_env=False,
             headers={"user-agent": f"flux-ray/{__version__}", "accept-encoding": "identity"},
