@@ -60,9 +60,27 @@ MAY_IMPORT_BESIDE = {
     "router/quotas": set(),
     "router/ledger": {"pricing", "queue", "quotas", "background", "handover"},
     "router/autoscaling": {"ledger"},
-    "engine/flux1": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
-    "engine/flux2": {"api", "flow", "images", "inpainting", "loading", "rotary", "vae"},
-    "engine/flux3": {"api", "flow", "images", "loading", "rotary", "vae"},
+    "engine/flux1": {
+        "api",
+        "empty_model",
+        "flow",
+        "images",
+        "inpainting",
+        "loading",
+        "rotary",
+        "vae",
+    },
+    "engine/flux2": {
+        "api",
+        "empty_model",
+        "flow",
+        "images",
+        "inpainting",
+        "loading",
+        "rotary",
+        "vae",
+    },
+    "engine/flux3": {"api", "empty_model", "flow", "images", "loading", "rotary", "vae"},
 }
 # Rooms that load neither Ray nor torch: whoever is outside takes names from the room, not from a
 # file of it.

@@ -14,10 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config
 
 from flux_ray.catalog import EMBEDDED, Tier
 from flux_ray.engine.api import Forward, TextModel
+from flux_ray.engine.empty_model import EmptyParts
 from flux_ray.engine.flux1 import activations
 from flux_ray.engine.flux1.checkpoint import open_checkpoint
 from flux_ray.engine.loading import load_config, t5, t5_of
-from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.load import build_empty
 from flux_ray.weights.source import source_for, weights_of
 
@@ -78,25 +78,13 @@ VAE: Shape = {
 
 
 @dataclass(frozen=True)
-class EmptyFlux1:
+class EmptyFlux1(EmptyParts):
     """The EmptyModel of FLUX.1; `text_encoder` is T5, and every rank also holds CLIP whole."""
-
-    transformer: Any
-    text_model: TextModel
-    text_encoder: Any
-    whole_text_encoder: Any
-    vae: Any
-    source: str
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
         shape, config = PUBLISHED.get(tier.name), self.transformer.config
         return shape is not None and all(config[name] == value for name, value in shape.items())
-
-    def num_tokens(self, pixels: int) -> int:
-        """Return the image tokens of so many pixels, by the VAE's own factor and patches of 2."""
-        side = 2 ** len(self.vae.config.block_out_channels)
-        return pixels // int(side) ** 2
 
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak bytes of a forward on one rank."""
@@ -105,14 +93,6 @@ class EmptyFlux1:
     def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
         """Return the bytes that a request holds while it waits for its next step."""
         return activations.held_bytes(self.transformer.config, num_text, num_image, size)
-
-    def decode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of decoding an image."""
-        return decode_bytes(self.vae.config, pixels, size)
-
-    def encode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of encoding one reference."""
-        return encode_bytes(self.vae.config, pixels, size)
 
     def prompt_bytes(
         self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
@@ -170,7 +150,7 @@ def assemble(
         build_empty(lambda: FluxTransformer2DModel.from_config(dict(transformer))),
         text_model,
         build_empty(text_model.build),
-        build_empty(lambda: CLIPTextModel(clip)),
         build_empty(lambda: AutoencoderKL.from_config(dict(vae))),
         source,
+        whole_text_encoder=build_empty(lambda: CLIPTextModel(clip)),
     )

@@ -74,21 +74,6 @@ def kept_denoise_bytes(config: Any, forward: Forward) -> int:
     return peak + kept_bytes(config, forward)
 
 
-def prompt_bytes(
-    config: Any, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
-) -> int:
-    """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks.
-
-    The hidden states of all layers are kept to the end, and the last MLP holds three tensors of its
-    inner width. If torchao quantizes activations, the MLP's last product holds 1 + 6.5 instead.
-    """
-    kept = (config.num_hidden_layers + 2) * config.hidden_size
-    units = 1 + 6.5 if quantizes_activations else 3
-    inner = units * config.intermediate_size / num_ranks
-    # 1 % more for ids, cosines and sines, as measured.
-    return int(1.01 * num_text * (kept + inner) * size)
-
-
 def held_bytes(config: Any, num_text: int, num_image: int, size: int) -> int:
     """Return the bytes that a request holds while it waits for its next step: prompt and latents.
 

@@ -15,11 +15,11 @@ from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
 from flux_ray.catalog import EMBEDDED, Tier
 from flux_ray.engine.api import Forward, TextModel
+from flux_ray.engine.empty_model import EmptyParts, decoder_prompt_bytes
 from flux_ray.engine.flux2 import activations
 from flux_ray.engine.flux2.checkpoint import open_checkpoint
 from flux_ray.engine.flux2.text_encoder import KINDS
 from flux_ray.engine.loading import first_layers, load_config
-from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.load import build_empty
 from flux_ray.weights.source import source_for, weights_of
 
@@ -100,28 +100,16 @@ PUBLISHED: dict[str, Published] = {
 
 
 @dataclass(frozen=True)
-class EmptyFlux2:
+class EmptyFlux2(EmptyParts):
     """The EmptyModel of FLUX.2; `keeps_keys` if it keeps keys and values of references."""
 
-    transformer: Any
-    text_model: TextModel
-    text_encoder: Any
-    vae: Any
-    source: str
     keeps_keys: bool = False
-    whole_text_encoder: Any = None
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
         shape = PUBLISHED[tier.name][0] if tier.name in PUBLISHED else None
         config = self.transformer.config
         return shape is not None and all(config[name] == value for name, value in shape.items())
-
-    def num_tokens(self, pixels: int) -> int:
-        """Return the image tokens of so many pixels, by the VAE's own factor and patches."""
-        vae = self.vae.config
-        side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
-        return pixels // int(side) ** 2
 
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak bytes of a forward on one rank."""
@@ -133,19 +121,11 @@ class EmptyFlux2:
         """Return the bytes that a request holds while it waits for its next step."""
         return activations.held_bytes(self.transformer.config, num_text, num_image, size)
 
-    def decode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of decoding an image."""
-        return decode_bytes(self.vae.config, pixels, size)
-
-    def encode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of encoding one reference."""
-        return encode_bytes(self.vae.config, pixels, size)
-
     def prompt_bytes(
         self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
     ) -> int:
         """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks."""
-        return activations.prompt_bytes(
+        return decoder_prompt_bytes(
             self.text_encoder.config,
             num_text,
             num_ranks,
@@ -207,5 +187,5 @@ def assemble(
         built(text_model.build),
         built(lambda: AutoencoderKLFlux2.from_config(dict(vae))),
         source,
-        keeps_keys,
+        keeps_keys=keeps_keys,
     )

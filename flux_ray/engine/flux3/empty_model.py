@@ -14,12 +14,12 @@ from transformers import Qwen3VLTextConfig
 
 from flux_ray.catalog import Tier
 from flux_ray.engine.api import Forward, TextModel
+from flux_ray.engine.empty_model import EmptyParts, decoder_prompt_bytes
 from flux_ray.engine.flux3 import activations
 from flux_ray.engine.flux3.checkpoint import KINDS, open_checkpoint
 from flux_ray.engine.flux3.text_encoder import language_model, qwen3_vl
 from flux_ray.engine.flux3.transformer import Flux3Transformer, check_sequence
 from flux_ray.engine.loading import load_config
-from flux_ray.engine.vae import decode_bytes, encode_bytes
 from flux_ray.parallel.load import build_empty
 from flux_ray.weights.source import source_for, weights_of
 
@@ -54,26 +54,13 @@ QWEN3_VL_4B: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class EmptyFlux3:
+class EmptyFlux3(EmptyParts):
     """The EmptyModel of FLUX.3."""
-
-    transformer: Any
-    text_model: TextModel
-    text_encoder: Any
-    vae: Any
-    source: str
-    whole_text_encoder: Any = None
 
     def is_published(self, tier: Tier) -> bool:
         """Return whether the transformer has the shape that was published for the tier."""
         config = self.transformer.config
         return all(config[name] == value for name, value in PUBLISHED[tier.name].items())
-
-    def num_tokens(self, pixels: int) -> int:
-        """Return the image tokens of so many pixels, by the VAE's own factor and patches."""
-        vae = self.vae.config
-        side = 2 ** (len(vae.block_out_channels) - 1) * vae.patch_size[0]
-        return pixels // int(side) ** 2
 
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak bytes of a forward on one rank; raise ValueError for sequence ranks."""
@@ -84,19 +71,11 @@ class EmptyFlux3:
         """Return the bytes that a request holds while it waits for its next step."""
         return activations.held_bytes(self.transformer.config, num_text, num_image, size)
 
-    def decode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of decoding an image."""
-        return decode_bytes(self.vae.config, pixels, size)
-
-    def encode_bytes(self, pixels: int, size: int) -> int:
-        """Return the peak bytes of encoding one reference."""
-        return encode_bytes(self.vae.config, pixels, size)
-
     def prompt_bytes(
         self, num_text: int, num_ranks: int, size: int, *, quantizes_activations: bool = False
     ) -> int:
         """Return the peak bytes of encoding one prompt on one of `num_ranks` ranks."""
-        return activations.prompt_bytes(
+        return decoder_prompt_bytes(
             self.text_encoder.config,
             num_text,
             num_ranks,

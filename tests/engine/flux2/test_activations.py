@@ -9,11 +9,11 @@ from torchao.quantization.quantize_.common import KernelPreference
 
 from flux_ray.config.tier import Parallel
 from flux_ray.engine.api import Forward
+from flux_ray.engine.empty_model import decoder_prompt_bytes
 from flux_ray.engine.flux2.activations import (
     denoise_bytes,
     kept_bytes,
     kept_denoise_bytes,
-    prompt_bytes,
 )
 from flux_ray.engine.flux2.empty_model import (
     DEV_TRANSFORMER,
@@ -179,7 +179,9 @@ def test_a_prompt_takes_what_the_model_says(text_model, num_layers: int) -> None
             use_cache=False,
         )
     )
-    assert prompt_bytes(model.config, NUM_TEXT, 1, 2) == pytest.approx(measured, rel=WITHIN_A_TENTH)
+    assert decoder_prompt_bytes(model.config, NUM_TEXT, 1, 2) == pytest.approx(
+        measured, rel=WITHIN_A_TENTH
+    )
 
 
 def test_making_fp8_of_activations_takes_six_and_a_half_of_them() -> None:
