@@ -43,6 +43,8 @@ serve: export RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S ?= 3
 # On a busy machine one takes longer to start than three times the five seconds after which Serve
 # would give up, and `serve run` with it.
 serve: export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
+# A node counts as dead after five checks in vain, and what was on it is started elsewhere.
+serve: export RAY_health_check_period_ms ?= 1000
 # With an arena a thread, ranks on processors fetch their memory from the system again and again.
 serve: export MALLOC_ARENA_MAX ?= 1
 serve: $(VENV)/serve.stamp

@@ -13,6 +13,7 @@ Takes a dict of `root` and `component`.
 - { name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: "0.25" }
 - { name: RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S, value: "3" }
 - { name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S, value: "60" }
+- { name: RAY_health_check_period_ms, value: "1000" }
 - { name: MALLOC_ARENA_MAX, value: "1" }
 - { name: FORWARDED_ALLOW_IPS, value: {{ .root.Values.trustedProxies | quote }} }
 # At SIGTERM Ray drains its node once more, which would take 30 seconds: a worker is drained already by its preStop,
