@@ -217,6 +217,16 @@ def test_the_command_starts_without_torch():
     assert not (TENSORS | {"ray"}) & set(loaded)
 
 
+def test_only_the_client_makes_control_images():
+    """So that no server needs OpenCV."""
+    making = ("cv2", "flux_ray.engine.control")
+    assert {
+        str(path.relative_to(PACKAGE))
+        for path in SOURCES
+        if any(f"{name}.".startswith(f"{each}.") for name in imports_of(path) for each in making)
+    } == {"engine/control.py", "cli/generate.py"}
+
+
 def test_names_say_what_is_inside():
     names = {path.stem for path in PACKAGE.rglob("*") if path.suffix in ("", ".py")}
     assert not names & FORBIDDEN_NAMES

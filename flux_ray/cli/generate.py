@@ -1,7 +1,9 @@
 """`flux-ray generate`: generate an image of a prompt, or edit images, on a running cluster."""
 
 import base64
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,11 +34,16 @@ def preview_paths(path: Path, num_previews: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-preview-{index}") for index in range(num_previews)]
 
 
-def save(path: Path, b64: str) -> None:
-    """Write one image, given in base64; make its folder if it is missing."""
+def control_path(path: Path) -> Path:
+    """Return the path of a control image that is made: `out-control.png`, also for `out.jpg`."""
+    return path.with_name(f"{path.stem}-control.png")
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write one image; make its folder if it is missing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(b64))
+        path.write_bytes(data)
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror}")
 
@@ -68,6 +75,14 @@ ControlFile = Annotated[
         exists=True,
         dir_okay=False,
         help="Edges or depths to follow, on tiers that take them; in place of --image.",
+    ),
+]
+MakeControl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="canny|depth:MODEL",
+        help="--control-image is a photograph: send its edges, or the depths that a model of"
+        " transformers estimates, a folder or a name on the hub. Saved as out-control.png.",
     ),
 ]
 NegativePrompt = Annotated[
@@ -105,6 +120,7 @@ def generate(
     image: Images = None,
     mask: MaskFile = None,
     control_image: ControlFile = None,
+    make_control: MakeControl = None,
     negative_prompt: NegativePrompt = None,
     true_cfg_scale: TrueCfgScale = None,
     strength: Strength = None,
@@ -126,27 +142,32 @@ def generate(
 
     Example: flux-ray generate "make the circle green" --image circle.png -o green.png
     """
-    attached = attached_of(image or (), mask, control_image)
-    paths = paths_for(output, num_images)
+    attached = attached_of(image or (), mask, control_image, make_control)
+    paths, made = paths_for(output, num_images), control_path(output)
     if not force:
-        check_free(paths, previews)
+        check_free(paths if make_control is None else [*paths, made], previews)
+    if make_control is not None:
+        attached = make_control_image(attached, make_control, size, made)
     fields: dict[str, Any] = {"prompt": prompt, "output_format": output_format_for(output)}
     fields |= {"model": tier, "size": size, "steps": steps, "quality": quality, "seed": seed}
     fields |= {"negative_prompt": negative_prompt, "true_cfg_scale": true_cfg_scale}
     fields |= {"strength": strength, "n": num_images}
     sent = {name: value for name, value in fields.items() if value is not None}
-    if stream or previews:
-        save_stream(url, sent, attached, key_file, paths, previews)
-    else:
-        save_answer(url, sent, attached, key_file, paths)
+    save_images(url, sent, attached, key_file, paths, previews if stream or previews else None)
 
 
-def attached_of(images: Sequence[Path], mask: Path | None, control: Path | None) -> Attached:
+def attached_of(
+    images: Sequence[Path], mask: Path | None, control: Path | None, make_control: str | None
+) -> Attached:
     """Return the files to send; BadParameter for those that do not go together."""
     if mask is not None and not images:
         raise typer.BadParameter("--mask needs the image that it is for: --image")
     if control is not None and images:
         raise typer.BadParameter("--control-image comes without --image")
+    if make_control is not None and control is None:
+        raise typer.BadParameter("--make-control needs the photograph: --control-image")
+    if make_control is not None and not re.fullmatch("canny|depth:.+", make_control):
+        raise typer.BadParameter(f"--make-control is canny or depth:MODEL, not {make_control!r}")
     return Attached(tuple(images), mask, control)
 
 
@@ -160,6 +181,42 @@ def check_free(paths: Sequence[Path], num_previews: int) -> None:
         fail(f"there is already {', '.join(taken)}: choose another --output, or say --force")
 
 
+def make_control_image(attached: Attached, how: str, size: str | None, path: Path) -> Attached:
+    """Save what a photograph shows for the tier to follow; return `attached` with that instead.
+
+    `how`: canny or depth:MODEL. `size` is the one asked for, of which the server knows what it may
+    be. End the command if it cannot be made.
+    """
+    # Pillow, and for depths torch, are of no use to the other commands.
+    from flux_ray.engine.control import control_image
+
+    assert attached.control is not None, "checked by attached_of"
+    numbers = re.fullmatch(r"(\d{2,4})x(\d{2,4})", size or "")
+    fitting = None if numbers is None else (int(numbers[1]), int(numbers[2]))
+    kind, _, model = how.partition(":")
+    try:
+        save(path, control_image(attached.control, fitting, model or None))
+    except ValueError as error:
+        fail(str(error))
+    typer.echo(f"{path}  {kind}")
+    return replace(attached, control=path)
+
+
+def save_images(
+    url: str,
+    fields: dict[str, Any],
+    attached: Attached,
+    key_file: Path | None,
+    paths: Sequence[Path],
+    num_previews: int | None,
+) -> None:
+    """Ask for images and save them, as a stream with so many previews of each unless it is None."""
+    if num_previews is None:
+        save_answer(url, fields, attached, key_file, paths)
+    else:
+        save_stream(url, fields, attached, key_file, paths, num_previews)
+
+
 def save_answer(
     url: str,
     fields: dict[str, Any],
@@ -171,7 +228,7 @@ def save_answer(
     answer, taken_s = call(url, fields, attached, key_file)
     say_warnings(answer["warnings"])
     for path, answered in zip(paths, answer["data"], strict=True):
-        save(path, answered["b64_json"])
+        save(path, base64.b64decode(answered["b64_json"]))
         typer.echo(f"{path}  seed {answered['seed']}  {taken_s:.2f} s")
 
 
@@ -193,11 +250,11 @@ def save_stream(
         if event.is_preview and waiting and shown < num_previews:
             # The previews of an image come before it, and the images one after the other.
             path, shown = preview_paths(waiting[0], num_previews)[shown], shown + 1
-            save(path, event.fields["b64_json"])
+            save(path, base64.b64decode(event.fields["b64_json"]))
             typer.echo(f"{path}  preview")
         elif event.is_image and waiting:
             path, shown = waiting.pop(0), 0
-            save(path, event.fields["b64_json"])
+            save(path, base64.b64decode(event.fields["b64_json"]))
             typer.echo(f"{path}  seed {event.fields['seed']}  {event.at_s:.2f} s")
     say_warnings(sorted(said))
     if waiting:

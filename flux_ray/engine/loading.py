@@ -13,8 +13,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, T5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 from transformers.utils import logging as transformers_logging
 
 from flux_ray.config import Quantization, check_heads
@@ -187,6 +188,20 @@ def first_layers(model_class: type[PreTrainedModel], config: Any, num_layers: in
     return TextModel(build, config.base_model_tp_plan, config.num_key_value_heads)
 
 
+class T5FeedForward(T5DenseGatedActDense):
+    """T5's MLP whose weights may be of 4 bits.
+
+    transformers casts the activations to the dtype in which `wo` is stored. Of NF4 that is uint8,
+    which leaves nothing of them.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the MLP's output, [..., width] in the dtype of the hidden states."""
+        gated = self.act(self.wi_0(hidden_states)) * self.wi_1(hidden_states)
+        output: Tensor = self.wo(gated)
+        return output
+
+
 def t5(folder: Path) -> TextModel:
     """Return FLUX.1's T5 encoder with all of its layers, from the config in `folder`."""
     return t5_of(T5Config.from_pretrained(folder))
@@ -199,6 +214,9 @@ def t5_of(config: T5Config) -> TextModel:
         model = T5EncoderModel(config)
         # One module under two names: the checkpoint has its weight only once.
         model.encoder.embed_tokens = model.shared
+        for module in model.modules():
+            if type(module) is T5DenseGatedActDense:
+                module.__class__ = T5FeedForward
         # diffusers asks every module of a plan for its bias, and an embedding has none.
         model.get_submodule(T5_BIAS).bias = None  # type: ignore[assignment]
         return model

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ from flux_ray.parallel.mesh import Axis, Mesh
 from tests.bench.split_models import (
     DEV_DEPTH,
     DEV_INPUTS,
-    MID_INPUTS,
+    FORWARDS,
     TEXT_LAYERS,
     num_split_linears,
-    text_states,
 )
 from tests.gauges import Collectives, PeakMemory, counted_reading
-from tests.parallel.peers import TEXT_WAYS, WAYS, import_deepspeed
+from tests.parallel.peers import T5_WAYS, TEXT_WAYS, WAYS, import_deepspeed
 
+# How each model can be split, by the folder of its checkpoint.
+WAYS_OF: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
+    "mid": WAYS,
+    "text": TEXT_WAYS,
+    "t5": T5_WAYS,
+}
 NUM_HOST_ROUNDS = 30
 Seconds = tuple[float, float]
 
@@ -70,11 +76,11 @@ def measure_host(_: Mesh, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_split(way: str, folder: Path, mesh: Mesh) -> nn.Module:
-    """Load the transformer or the text encoder in that folder."""
-    if folder.name == "text":
-        with redirect_stdout(None):
-            return TEXT_WAYS[way](folder, mesh, max(TEXT_LAYERS))
-    return WAYS[way](folder, mesh)
+    """Load the transformer or a text encoder in that folder."""
+    num_layers = (max(TEXT_LAYERS),) if folder.name == "text" else ()
+    # DeepSpeed prints what it read of a model.
+    with redirect_stdout(None):
+        return WAYS_OF[folder.name][way](folder, mesh, *num_layers)
 
 
 def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]:
@@ -86,7 +92,7 @@ def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]
         import_deepspeed()
         figures["import"]["import_s"] = time.perf_counter() - began
     models = []
-    for name in ("mid", "text") if way in TEXT_WAYS else ("mid",):
+    for name in [model for model, ways in WAYS_OF.items() if way in ways]:
         with counted_reading() as sizes, PeakMemory() as memory:
             began = time.perf_counter()
             models.append(load_split(way, root / name, mesh))
@@ -94,6 +100,7 @@ def measure_loads(mesh: Mesh, way: str, root: Path) -> dict[str, dict[str, Any]]
         figures[name] = {
             "load_s": load_s,
             "read_bytes": sum(sizes),
+            "held_bytes": sum(parameter.nbytes for parameter in models[-1].parameters()),
             "peak_anonymous_bytes": memory.anonymous,
             "peak_resident_bytes": memory.resident,
         }
@@ -112,14 +119,12 @@ def measure_forwards(
     groups = [dist.new_group([rank]) for rank in range(mesh.world.size)]
     alone = Axis(0, 1, groups[mesh.world.rank])
     calls: dict[str, Callable[[], list[Tensor]]] = {}
-    for way in WAYS:
-        split = load_split(way, root / "mid", mesh)
-        calls[f"mid.{way}.tp2"] = lambda m=split: [m(**MID_INPUTS).sample]
-        whole = load_split(way, root / "mid", Mesh(alone, alone))
-        calls[f"mid.{way}.tp1"] = lambda m=whole: [m(**MID_INPUTS).sample]
-    for way in TEXT_WAYS:
-        text = load_split(way, root / "text", mesh)
-        calls[f"text.{way}.tp2"] = lambda m=text: text_states(m)
+    for name, way in [(model, way) for model in expected for way in WAYS_OF[model]]:
+        split = load_split(way, root / name, mesh)
+        calls[f"{name}.{way}.tp2"] = partial(FORWARDS[name], split)
+        if name == "mid":
+            whole = load_split(way, root / name, Mesh(alone, alone))
+            calls[f"{name}.{way}.tp1"] = partial(FORWARDS[name], whole)
     expected_of = {name: expected[name.split(".")[0]] for name in calls}
     return {
         "first": {name: look(call, expected_of[name]) for name, call in calls.items()},

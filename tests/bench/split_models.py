@@ -1,12 +1,15 @@
 """The models that are split: random weights, their inputs, and the outputs to expect."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
+
+from flux_ray.engine.loading import T5_BIAS
 
 # 300,419,072 parameters, half as wide as klein-4b.
 MID = {
@@ -42,6 +45,17 @@ TEXT = {
     "tie_word_embeddings": False,
 }
 TEXT_LAYERS = (3, 6, 9)
+# 91,245,696 parameters: T5 1.1 of its size "base" with fewer words. FLUX.1's is of the size "XXL".
+T5 = {
+    "vocab_size": 8192,
+    "d_model": 768,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 12,
+    "num_heads": 12,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
 
 
 def inputs_for(config: dict[str, Any], num_image: int, num_text: int) -> dict[str, Any]:
@@ -70,6 +84,14 @@ def text_states(model: Any) -> list[Tensor]:
     """Return the hidden states of a forward that become the prompt's embedding."""
     states = model(**TEXT_INPUTS).hidden_states
     return [states[layer] for layer in TEXT_LAYERS]
+
+
+# What the outputs of each model are, by the folder of its checkpoint.
+FORWARDS: dict[str, Callable[[Any], list[Tensor]]] = {
+    "mid": lambda model: [model(**MID_INPUTS).sample],
+    "text": text_states,
+    "t5": lambda model: [model(TEXT_INPUTS["input_ids"]).last_hidden_state],
+}
 
 
 def num_split_linears(config: dict[str, Any]) -> int:
@@ -105,4 +127,14 @@ def save_models(root: Path) -> dict[str, list[Tensor]]:
     model.save_pretrained(root / "mid", max_shard_size="400MB")
     text = Qwen3Model(Qwen3Config(**TEXT)).eval()
     text.save_pretrained(root / "text")
-    return {"mid": [model(**MID_INPUTS).sample], "text": text_states(text)}
+    models = {"mid": model, "text": text, "t5": save_t5(root / "t5")}
+    return {name: FORWARDS[name](each) for name, each in models.items()}
+
+
+def save_t5(folder: Path) -> T5EncoderModel:
+    """Write T5's checkpoint, and return the model."""
+    t5 = T5EncoderModel(T5Config(**T5)).eval()
+    # It begins so small that it would not show which heads it is of.
+    torch.nn.init.normal_(t5.get_submodule(T5_BIAS).weight)
+    t5.save_pretrained(folder)
+    return t5

@@ -29,7 +29,7 @@ from tests.bench.split_models import (
     num_row_parallel,
     save_models,
 )
-from tests.parallel.peers import TEXT_WAYS, WAYS
+from tests.parallel.peers import T5_WAYS, TEXT_WAYS, WAYS
 from tests.ranks import Ranks
 
 NUM_ROUNDS = 9
@@ -71,6 +71,7 @@ TEXT_ROWS = {
     "collective_bytes": "their bytes",
     "peak_anonymous_bytes": "peak anonymous bytes of a rank at load",
     "peak_resident_bytes": "peak resident bytes at load, with mapped files",
+    "held_bytes": "bytes of weights that a rank holds",
     "read_bytes": "bytes that a rank takes from the files",
     "load_s": "seconds to load",
 }
@@ -140,20 +141,25 @@ def way_figures(way: str, host: dict[str, Any], loads: Answers, answers: Answers
     }
 
 
-def measure(root: Path) -> tuple[Figures, Figures]:
-    """Measure all ways; return the figures of the transformer and those of the text encoder."""
+def text_figures(model: str, loads: Answers, answers: Answers, way: str) -> dict[str, Any]:
+    """Return all figures of a way to split a text encoder."""
+    return (
+        worst(loads, model)
+        | forward_figures(answers, f"{model}.{way}.tp2")
+        | {"ratio_to_ours": ratio_to_ours(answers, model, way)}
+    )
+
+
+def measure(root: Path) -> tuple[Figures, Figures, Figures]:
+    """Measure all ways; return the figures of the transformer, those of Qwen3, and of T5."""
     expected = save_models(root)
     host = run_apart(Parallel(), measure_host, root / "dev_depth")[0]
     loads = {way: run_apart(TWO, measure_loads, way, root) for way in WAYS}
     answers = run_apart(TWO, measure_forwards, root, expected, NUM_ROUNDS)
     return (
         {way: way_figures(way, host[way], loads[way], answers) for way in WAYS},
-        {
-            way: worst(loads[way], "text")
-            | forward_figures(answers, f"text.{way}.tp2")
-            | {"ratio_to_ours": ratio_to_ours(answers, "text", way)}
-            for way in TEXT_WAYS
-        },
+        {way: text_figures("text", loads[way], answers, way) for way in TEXT_WAYS},
+        {way: text_figures("t5", loads[way], answers, way) for way in T5_WAYS},
     )
 
 
@@ -168,7 +174,7 @@ def show(title: str, figures: Figures, rows: dict[str, str]) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        ways, text = measure(Path(folder))
+        ways, text, t5 = measure(Path(folder))
     show("transformer of 300 M parameters, 256 tokens", ways, ROWS | DETAILS)
     least = {
         "dev_depth": (num_row_parallel(DEV_DEPTH), least_bytes(DEV_DEPTH, DEV_INPUTS)),
@@ -176,10 +182,11 @@ def main() -> None:
     }
     for model, (num_collectives, num_bytes) in least.items():
         print(f"  the least for {model}: {num_collectives} collectives of {num_bytes:,} bytes")
-    show("text encoder, 9 of 12 layers of 197 M parameters", text, TEXT_ROWS)
+    show("Qwen3, 9 of 12 layers of 197 M parameters", text, TEXT_ROWS)
+    show("T5, 91 M parameters", t5, TEXT_ROWS)
     line = {way: {key: ways[way][key] for key in ROWS} for way in ways}
     details = {way: {key: ways[way][key] for key in (*DETAILS, "kinds")} for way in ways}
-    print(json.dumps(line | {"details": details, "least": least, "text_encoder": text}))
+    print(json.dumps(line | {"details": details, "least": least, "text_encoder": text, "t5": t5}))
 
 
 if __name__ == "__main__":

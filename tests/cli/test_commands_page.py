@@ -63,7 +63,7 @@ def test_the_examples_of_a_section_can_be_typed(
 ) -> None:
     """Files that an example reads are made empty beside those of the repository."""
     (tmp_path / "serve").symlink_to(ROOT / "serve")
-    for file in ("circle.png", "mask.png", "edges.png", "traces"):
+    for file in ("circle.png", "mask.png", "edges.png", "house.jpg", "traces"):
         (tmp_path / file).touch()
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^flux-ray .+", SECTIONS[name], re.M)

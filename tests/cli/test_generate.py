@@ -11,6 +11,7 @@ from flux_ray.catalog import tiers
 from flux_ray.catalog.tiers import TINY
 from flux_ray.cli.client import parse_events
 from flux_ray.cli.main import app
+from flux_ray.engine import control
 from flux_ray.errors import TierUnavailable
 
 
@@ -51,6 +52,49 @@ def test_a_control_image(
     assert request.follows_reference
     result = invoke("a ring", "--control-image", edges, "--image", edges, "--url", url)
     assert (result.exit_code, "--image" in result.output) == (2, True)
+
+
+def test_a_control_image_is_made_of_a_photograph(
+    url: str, handles: Any, make_image: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent, and kept to be looked at; whoever has one of that name keeps it."""
+    follows = replace(TINY, max_references=0, takes_mask=False, takes_control=True)
+    monkeypatch.setitem(tiers._BY_NAME, "tiny", follows)
+    asked: list[tuple[Any, ...]] = []
+
+    def made(*arguments: Any) -> bytes:
+        asked.append(arguments)
+        return bytes(make_image(64, 64))
+
+    monkeypatch.setattr(control, "control_image", made)
+    photo, output = tmp_path / "photo.jpg", tmp_path / "out.webp"
+    photo.touch()
+    arguments = ("a ring", "--control-image", photo, "-o", output, "--url", url)
+    result = invoke(*arguments, "--make-control", "canny")
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "out-control.png"
+    assert result.stdout.splitlines()[0] == f"{kept}  canny"
+    [request] = handles.requests
+    assert (request.follows_reference, request.width, request.height) == (True, 64, 64)
+    output.unlink()
+    again = (*arguments, "--size", "96x64", "--make-control", "depth:org/model")
+    result = invoke(*again)
+    assert (result.exit_code, f"there is already {kept}" in result.stderr) == (1, True)
+    assert invoke(*again, "--force").exit_code == 0
+    assert asked == [(photo, None, None), (photo, (96, 64), "org/model")]
+    assert kept.read_bytes() == make_image(64, 64)
+
+
+def test_a_control_image_that_cannot_be_made(url: str, handles: Any, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.touch()
+    arguments = ("a ring", "-o", tmp_path / "out.png", "--url", url)
+    made = ("--control-image", photo, "--make-control")
+    result = invoke(*arguments, *made, "canny")
+    assert (result.exit_code, f"{photo} is no image" in result.stderr) == (1, True)
+    for wrong in ((*made, "sketch"), (*made, "depth:"), ("--make-control", "canny")):
+        assert invoke(*arguments, *wrong).exit_code == 2
+    assert handles.requests == []
 
 
 def test_a_negative_prompt_and_a_strength(

@@ -17,11 +17,12 @@ from diffusers import Flux2Transformer2DModel, TensorParallelConfig
 from diffusers.models._modeling_parallel import ParallelConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import Qwen3Model
+from transformers import Qwen3Model, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Block
 
 from flux_ray.engine.api import Placement
 from flux_ray.engine.flux2.klein import qwen3
-from flux_ray.engine.loading import load_text_model
+from flux_ray.engine.loading import load_text_model, t5
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Mesh
@@ -147,21 +148,45 @@ def load_text_ours(folder: Path, mesh: Mesh, num_layers: int) -> nn.Module:
 
 
 def load_text_deepspeed(folder: Path, mesh: Mesh, num_layers: int) -> nn.Module:
-    """DeepSpeed: AutoTP by its own reading of the model, which transformers loaded.
+    """DeepSpeed: AutoTP by its own reading of the model, which transformers loaded."""
+    model = Qwen3Model.from_pretrained(folder, num_hidden_layers=num_layers)
+    model.norm = nn.Identity()
+    return auto_tp(model, mesh)
+
+
+def auto_tp(model: nn.Module, mesh: Mesh, **options: Any) -> nn.Module:
+    """Split a model of transformers by DeepSpeed's AutoTP.
 
     In a world larger than its group it needs `mpu` and `tp_group`: with `tp_size` alone it takes
     the first ranks and hangs, with `mpu` alone it splits nothing (0.19.8, both tried).
     """
-    deepspeed = import_deepspeed()
-    model = Qwen3Model.from_pretrained(folder, num_hidden_layers=num_layers)
-    model.norm = nn.Identity()
-    axis = mesh.tensor
+    deepspeed, axis = import_deepspeed(), mesh.tensor
     place = SimpleNamespace(get_model_parallel_group=lambda: axis.group)
     split = {"tp_size": axis.size, "tp_grain_size": 1, "mpu": place, "tp_group": axis.group}
-    return deepspeed.init_inference(model, tensor_parallel=split, dtype=torch.float32).module
+    engine = deepspeed.init_inference(model, tensor_parallel=split, dtype=torch.float32, **options)
+    return engine.module
 
 
 TEXT_WAYS: dict[str, Callable[[Path, Mesh, int], nn.Module]] = {
     "ours": load_text_ours,
     "deepspeed": load_text_deepspeed,
+}
+
+
+def load_t5_ours(folder: Path, mesh: Mesh) -> nn.Module:
+    """flux-ray: what the engine does for FLUX.1's T5, for which transformers has no plan."""
+    return load_text_model(t5(folder), folder, Placement("float32", "cpu", mesh))
+
+
+def load_t5_deepspeed(folder: Path, mesh: Mesh) -> nn.Module:
+    """DeepSpeed: AutoTP with the policy for T5 of its own tutorial."""
+    model = T5EncoderModel.from_pretrained(folder).eval()
+    return auto_tp(
+        model, mesh, injection_policy={T5Block: ("SelfAttention.o", "DenseReluDense.wo")}
+    )
+
+
+T5_WAYS: dict[str, Callable[[Path, Mesh], nn.Module]] = {
+    "ours": load_t5_ours,
+    "deepspeed": load_t5_deepspeed,
 }
