@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, TypeVar
 
 # The version of the values that gateways, the ledger, replicas and job rows tell each other. Raise
 # it once for each release that changes one of them: code of two versions runs side by side while a
@@ -48,6 +48,11 @@ class Mask:
     width: int
     height: int
     marks: bytes
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Return the SHA-256 of size and marks, computed once and kept."""
+        return sha256(b"%dx%d " % (self.width, self.height) + self.marks).digest()
 
 
 @dataclass(frozen=True)
@@ -325,12 +330,14 @@ class DeferredRequest(ImageRequest):
     load: Load = field(kw_only=True, compare=False, repr=False)
 
 
-def outline_of(width: int, height: int, digest: bytes) -> RgbImage:
-    """Return an image without pixels that has the digest of the one it stands for.
+Outline = TypeVar("Outline", bound=RgbImage | Mask)
+
+
+def outline_of(outline: Outline, digest: bytes) -> Outline:
+    """Return an image or mask without pixels, with the digest of the one it stands for.
 
     `references_name` is therefore the same for both, and the router finds their cached encoding.
     """
-    outline = RgbImage(width, height, b"")
     # The cached property is read from here; it would otherwise hash the pixels that are missing.
     outline.__dict__["digest"] = digest
     return outline

@@ -12,6 +12,9 @@ import helm_python
 FOLDER = Path(__file__).parent
 MANIFESTS = FOLDER / "manifests"
 NAME = "flux-ray"
+# Of an address that stands for the reader's own. The chart refuses it; these manifests have it, and
+# gateways refuse it.
+STANDS_FOR = ".invalid"
 HEAD = "# Made from the chart by cluster/kuberay/render.py: change that one.\n"
 # Helm's word about itself, which is not true of these.
 HELMS = ("helm.sh/", "app.kubernetes.io/managed-by:", "# Downloading them again takes hours")
@@ -23,9 +26,11 @@ MONITORED = ("podmonitor", "prometheusrule", "dashboards")
 def rendered(values: dict[str, Any]) -> dict[str, str]:
     """Return the manifests by the name of their template, without those that are empty."""
     helm_python.disable_logging()
+    fleet = (FOLDER / "chart" / "files" / "fleet.yaml").read_text()
+    values = values | {"serve": {"config": fleet.replace(STANDS_FOR, ".put-back")}}
     files = helm_python.Chart.load(FOLDER / "chart").render(values, name=NAME)
     return {
-        Path(path).stem: without_helm(text)
+        Path(path).stem: without_helm(text.replace(".put-back", STANDS_FOR))
         for path, text in files.items()
         if path.endswith(".yaml") and text.strip()
     }

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flux_ray.weights.source import HubUnreachable, WeightsUnavailable
+
 State = Literal["ok", "warning", "problem"]
 GB = 10**9
 # NCCL and gloo exchange tensors of the ranks of one node in shared memory.
@@ -231,24 +233,16 @@ def minor(name: str, version: str) -> str:
     return ".".join(re.findall(r"\d+", version)[:2])
 
 
-Found = Literal["here", "gated", "no token", "missing", "unreachable", "to download"]
-REMEDIES: dict[Found, tuple[State, str]] = {
-    "here": ("ok", "on this machine"),
-    "to download": ("ok", "not here yet; each node downloads it at its first start"),
-    "gated": (
-        "problem",
-        "its licence has to be accepted: open its page on the hub as the owner of HF_TOKEN",
-    ),
-    "no token": ("problem", "gated, and there is no HF_TOKEN: make one on the hub and set it"),
-    "missing": ("problem", "there is no such repository or revision; correct args.weights"),
-    "unreachable": (
-        "warning",
-        "not here, and the hub cannot be reached; allow it, or copy the weights to every node",
-    ),
-}
-
-
-def judge_weights(tier: str, weights: str, found: Found) -> Diagnosis:
-    """Judge whether a tier's weights are here, or can be fetched."""
-    state, said = REMEDIES[found]
-    return Diagnosis(f"weights of {tier}", state, f"{weights}: {said}")
+def judge_weights(
+    tier: str, weights: str, num_bytes: int, refused: WeightsUnavailable | None = None
+) -> Diagnosis:
+    """Judge a tier's weights: `num_bytes` are to be downloaded, which may be `refused`."""
+    what = f"weights of {tier}"
+    if refused is not None:
+        # Another node may have them, or reach the hub.
+        state: State = "warning" if isinstance(refused, HubUnreachable) else "problem"
+        return Diagnosis(what, state, str(refused))
+    if num_bytes:
+        said = f"{num_bytes / GB:.3g} GB not here yet; each node downloads them at its first start"
+        return Diagnosis(what, "ok", f"{weights}: {said}")
+    return Diagnosis(what, "ok", f"{weights}: on this machine")

@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ from flux_ray.config import (
     gateways_among,
     tiers_among,
 )
+from flux_ray.weights.source import ALL_PARTS, WeightsUnavailable
+from flux_ray.weights.start import missing_bytes
 
 COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 TRACING = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
@@ -160,16 +163,26 @@ def job_file(gateways: list[GatewayArgs]) -> Path | None:
 
 def examine_weights(tiers: list[TierArgs]) -> Iterator[Diagnosis]:
     """Yield what can be said of each tier's weights, the disk for them, and the clock."""
-    home = Path.home()
-    hub, missing_bytes = probes.Hub(environment(), home), 0
+    # Only here: what asks the hub takes long to import.
+    from huggingface_hub import constants
+
+    from flux_ray.weights.download import free_bytes
+    from flux_ray.weights.hub import hub_date
+
+    cache, sum_bytes = Path(constants.HF_HUB_CACHE), 0
     for args in tiers:
         if args.weights is not None and args.weights != EMBEDDED:
-            found = hub.find(args.weights)
-            missing_bytes += 0 if found == "here" else probes.download_bytes(args.tier)
-            yield diagnosis.judge_weights(args.tier, args.weights, found)
-    cache = probes.hub_cache(environment(), home)
-    yield diagnosis.judge_disk(probes.free_bytes(cache), missing_bytes, str(cache))
-    yield diagnosis.judge_clock(hub.ask_time())
+            num_bytes, refused = 0, None
+            try:
+                num_bytes = missing_bytes(args, ALL_PARTS)
+            except WeightsUnavailable as error:
+                refused = error
+            sum_bytes += num_bytes
+            yield diagnosis.judge_weights(args.tier, args.weights, num_bytes, refused)
+    yield diagnosis.judge_disk(free_bytes(cache), sum_bytes, str(cache))
+    date = hub_date()
+    ahead_s = None if date is None else probes.clock_offset_s(date, datetime.now(UTC))
+    yield diagnosis.judge_clock(ahead_s)
 
 
 def examine_cluster(address: str, token_file: Path | None) -> Iterator[Diagnosis]:

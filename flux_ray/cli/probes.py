@@ -1,4 +1,4 @@
-"""Measure what `flux-ray doctor` judges: torch and driver, ports, weights, clocks, open files.
+"""Measure what `flux-ray doctor` judges: torch and driver, ports, clocks, open files.
 
 torch and a tracing exporter are imported in processes of their own, since that takes seconds and
 may fail in any way. Nothing here changes anything.
@@ -11,21 +11,17 @@ import shutil
 import socket
 import subprocess  # nosec B404
 import sys
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from flux_ray.catalog import WORKLOADS
-from flux_ray.cli.diagnosis import Found, Heard
-from flux_ray.config import ALL_ADDRESSES, WEIGHT_FILES, Upsampling
-from flux_ray.weights.source import HUB_ID
+from flux_ray.cli.diagnosis import Heard
+from flux_ray.config import ALL_ADDRESSES, Upsampling
 
-HUB = "https://huggingface.co"
-HUB_TIMEOUT_S = 10.0
 PROGRAM_TIMEOUT_S = 300.0
 TORCH_PROBE = """
 import json, torch
@@ -49,9 +45,6 @@ except Exception as error:
     print(f"{type(error).__name__}: {error}")
 """
 COMPILERS = ("cc", "gcc", "clang")
-# The hub has all layers of a text encoder and its embedding, and the replicas load fewer. Only of
-# FLUX.1's two text encoders they load all.
-DOWNLOADED_SHARE = 1.2
 
 
 def output_of(command: Sequence[str]) -> str | None:
@@ -138,12 +131,6 @@ def shared_memory_bytes() -> int | None:
         return None
 
 
-def free_bytes(place: Path) -> int:
-    """Return the free bytes of the disk that has, or will have, this folder."""
-    there = next(each for each in (place, *place.parents) if each.exists())
-    return shutil.disk_usage(there).free
-
-
 def compiler() -> str | None:
     """Return the path of a C compiler, or None without one."""
     return next((found for name in COMPILERS if (found := shutil.which(name))), None)
@@ -154,112 +141,12 @@ def open_files_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def hub_cache(variables: Mapping[str, str], home: Path) -> Path:
-    """Return the folder in which the hub's files are kept, as huggingface_hub finds it."""
-    if named := variables.get("HF_HUB_CACHE"):
-        return Path(named).expanduser()
-    if named := variables.get("HF_HOME"):
-        return Path(named).expanduser() / "hub"
-    return home / ".cache" / "huggingface" / "hub"
-
-
-def hub_token(variables: Mapping[str, str], home: Path) -> str | None:
-    """Return the hub's token, as huggingface_hub finds it, or None without one."""
-    if token := variables.get("HF_TOKEN", "").strip():
-        return token
-    cache = Path(variables.get("HF_HOME", home / ".cache" / "huggingface")).expanduser()
-    path = Path(variables.get("HF_TOKEN_PATH", cache / "token")).expanduser()
-    try:
-        return path.read_text().strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def is_cached(cache: Path, repository: str, revision: str) -> bool:
-    """Return whether the weights of that revision are in the cache."""
-    folder = cache / f"models--{repository.replace('/', '--')}"
-    reference = folder / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = folder / "snapshots" / commit
-    return all(any(snapshot.glob(pattern)) for pattern in WEIGHT_FILES)
-
-
-class Hub:
-    """Asks the hub whether weights could be fetched, without fetching them.
-
-    `offset_s`: after an answer, how far this machine's clock is ahead of the hub's.
-    """
-
-    def __init__(
-        self,
-        variables: Mapping[str, str],
-        home: Path,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        self._cache = hub_cache(variables, home)
-        self._token = hub_token(variables, home)
-        self._is_offline = variables.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes")
-        self.endpoint = variables.get("HF_ENDPOINT", HUB).rstrip("/")
-        self._client = httpx.Client(timeout=HUB_TIMEOUT_S, transport=transport)
-        self.offset_s: float | None = None
-
-    def find(self, weights: str) -> Found:
-        """Return where weights are: a folder, or a hub id with its revision."""
-        match = HUB_ID.fullmatch(weights)
-        if match is None:
-            return "here" if Path(weights).is_dir() else "missing"
-        repository, revision = match["repository"], match["revision"]
-        if is_cached(self._cache, repository, revision):
-            return "here"
-        if self._is_offline:
-            return "unreachable"
-        response = self._head(f"/{repository}/resolve/{revision}/model_index.json", self._token)
-        return "unreachable" if response is None else found_by(response, self._token is not None)
-
-    def ask_time(self) -> float | None:
-        """Return how far this clock is ahead of the hub's, in seconds; None if it is silent."""
-        if self.offset_s is None and not self._is_offline:
-            self._head("/", None)
-        return self.offset_s
-
-    def _head(self, path: str, token: str | None) -> httpx.Response | None:
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        try:
-            response = self._client.head(self.endpoint + path, headers=headers)
-        except (httpx.HTTPError, httpx.InvalidURL):
-            return None
-        if "date" in response.headers:
-            self.offset_s = clock_offset_s(response.headers["date"], datetime.now(UTC))
-        return response
-
-
-def found_by(response: httpx.Response, has_token: bool) -> Found:
-    """Return what the hub's answer says of weights; a code in its header tells 401 from 401."""
-    code = response.headers.get("x-error-code", "")
-    if code == "GatedRepo" or (response.status_code in (401, 403) and code != "RepoNotFound"):
-        return "gated" if has_token else "no token"
-    if code in ("RepoNotFound", "RevisionNotFound"):
-        return "missing"
-    if response.status_code < 400 or code == "EntryNotFound":
-        return "to download"
-    return "missing" if response.status_code == 404 else "unreachable"
-
-
 def clock_offset_s(date: str, now: datetime) -> float | None:
     """Return how far `now` is ahead of the time in an HTTP Date header; None if it is no time."""
     try:
         return (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return None
-
-
-def download_bytes(tier: str) -> int:
-    """Return about how many bytes a tier's weights are on the hub, in bfloat16."""
-    model, encoder = WORKLOADS[tier].transformer, WORKLOADS[tier].text_encoder
-    num_weights = model.num_block_weights + model.num_other_weights + encoder.num_block_weights
-    if encoder.num_whole_weights:
-        return 2 * (num_weights + encoder.num_whole_weights)
-    return int(2 * DOWNLOADED_SHARE * num_weights)
 
 
 def database_path(database: str) -> Path | None:

@@ -21,6 +21,7 @@ class Model(BaseModel):
     `takes_negative`: whether it takes a `negative_prompt`, and a `true_cfg_scale` for it.
     `default_true_cfg_scale`: above 1 each step has two forwards, and the guidance is this scale.
     `takes_mask`, `requires_mask`: whether it can generate a part of an image, or only that.
+    `masks_only`: whether it takes an image for nothing but to generate a part of it.
     `takes_strength`: whether an edit under a mask can begin with less than pure noise.
     `takes_control`: whether it needs a `control_image`, whose edges or depths it follows.
     `max_images`, `max_prompt_chars`: this gateway's own limits of a request.
@@ -48,6 +49,7 @@ class Model(BaseModel):
     max_references: int
     takes_mask: bool
     requires_mask: bool
+    masks_only: bool
     takes_strength: bool
     takes_control: bool
     min_side: int
@@ -115,6 +117,7 @@ class Models:
             max_references=tier.max_references,
             takes_mask=tier.takes_mask,
             requires_mask=tier.requires_mask,
+            masks_only=tier.masks_only,
             takes_strength=tier.takes_strength,
             takes_control=tier.takes_control,
             min_side=tier.min_side,

@@ -19,7 +19,7 @@ REQUEST = TypeAdapter(ImageRequest)
 ReadImage = Callable[[dict[str, Any]], RgbImage | Mask]
 BLOB = "blob"
 MASK = "mask"
-# The key of a reference image's digest, by which encodings of it are cached.
+# The key of the digest of an image, by which encodings of it are cached, or of a mask.
 DIGEST = "digest"
 
 
@@ -59,7 +59,7 @@ def packed(value: Any, images: list[bytes]) -> Any:
     Images are found by their type, so that fields that are added later need no change here.
     """
     if isinstance(value, RgbImage):
-        return set_apart(value.rgb, value, images) | {DIGEST: value.digest.hex()}
+        return set_apart(value.rgb, value, images)
     if isinstance(value, Mask):
         return set_apart(value.marks, value, images) | {"kind": MASK}
     if is_dataclass(value):
@@ -72,7 +72,8 @@ def packed(value: Any, images: list[bytes]) -> Any:
 def set_apart(pixels: bytes, image: RgbImage | Mask, images: list[bytes]) -> dict[str, Any]:
     """Append the pixels to `images`, and return what stands for them in the row."""
     images.append(pixels)
-    return {BLOB: len(images) - 1, "width": image.width, "height": image.height}
+    size = {"width": image.width, "height": image.height}
+    return {BLOB: len(images) - 1, DIGEST: image.digest.hex()} | size
 
 
 def num_blobs(row: Any) -> int:
@@ -123,17 +124,14 @@ def unpacked(value: Any, read: ReadImage) -> Any:
 
 def outline(row: dict[str, Any], request_id: str) -> RgbImage | Mask:
     """Return the image or mask of a row without pixels, but with the digest of them."""
-    if row.get("kind") == MASK:
-        return Mask(row["width"], row["height"], b"")
     # Older rows have no digest: a made-up one shares no cached encoding with other requests.
     digest = row.get(DIGEST) or sha256(f"{request_id} {row[BLOB]}".encode()).hexdigest()
-    return outline_of(row["width"], row["height"], bytes.fromhex(digest))
+    return outline_of(kind_of(row)(row["width"], row["height"], b""), bytes.fromhex(digest))
 
 
 def size_of(row: dict[str, Any]) -> int:
     """Return how many bytes the pixels of an image or a mask have."""
-    # Images have no `kind`: rows that were written before there were masks have none either.
-    num_bytes: int = row["width"] * row["height"] * (1 if row.get("kind") == MASK else 3)
+    num_bytes: int = row["width"] * row["height"] * (1 if kind_of(row) is Mask else 3)
     return num_bytes
 
 
@@ -150,13 +148,16 @@ def image_of(row: dict[str, Any], blob: bytes) -> RgbImage | Mask:
         raise ValueError("a stored reference image is damaged") from error
     if len(pixels) != num_bytes:
         raise ValueError("a stored reference image has another size")
-    if row.get("kind") == MASK:
-        return Mask(row["width"], row["height"], pixels)
-    raster = RgbImage(row["width"], row["height"], pixels)
+    image = kind_of(row)(row["width"], row["height"], pixels)
     # Computed here, in a thread, and not where the request is used: it is kept with the pixels.
-    if row.get(DIGEST, raster.digest.hex()) != raster.digest.hex():
+    if row.get(DIGEST, image.digest.hex()) != image.digest.hex():
         raise ValueError("a stored reference image is another one")
-    return raster
+    return image
+
+
+def kind_of(row: dict[str, Any]) -> type[RgbImage] | type[Mask]:
+    """Return the type of an image in a row: `kind` is only in masks' objects."""
+    return Mask if row.get("kind") == MASK else RgbImage
 
 
 # All keys that the object of an image may have in a row.

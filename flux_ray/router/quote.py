@@ -8,12 +8,21 @@ of it what the ledger is told. `Caller` says until when it is wanted, with what 
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from opentelemetry.trace import Span
 
-from flux_ray.request import ImageRequest, OnEvent, Progress, RanksDone, RequestEvent
+from flux_ray.request import (
+    ImageRequest,
+    Mask,
+    OnEvent,
+    Progress,
+    RanksDone,
+    RequestEvent,
+    RgbImage,
+)
 from flux_ray.router.ledger.messages import Retry, SubmitRequest
 from flux_ray.router.pricing import Cost, CostModel
 from flux_ray.router.quotas import UNLIMITED, QuotaLimits, Use
@@ -109,7 +118,7 @@ def submission_for(
         affinity,
         has_deadline=caller.deadline_s is not None and not caller.is_job,
         is_job=caller.is_job,
-        work=work_of(request),
+        work=work_of(request, keeps_seed=caller.is_job),
         retry=caller.retry,
         seed=request.seed,
     )
@@ -132,13 +141,31 @@ def traced(quote: Quote, caller: Caller) -> AbstractContextManager[Span]:
     return span(GENERATE, attributes, caller.traceparent)
 
 
-def work_of(request: ImageRequest) -> str:
+def work_of(request: ImageRequest, *, keeps_seed: bool = False) -> str:
     """Return a name for the work, by which a request is recognized when it comes again.
 
-    The seed is not in it: if the caller gave none, it is another one each time.
+    It is a digest of all fields but its id, so that no other request has it. `keeps_seed`: it comes
+    again with its seed, as a job does; else that is left out, too: if the caller gave none, it is
+    another one each time.
     """
-    size = f"{request.width}x{request.height}x{request.num_images}"
-    return f"{request.prompt_name} {size} {request.num_steps} {len(request.references)}"
+    left_out = {"request_id"} if keeps_seed else {"request_id", "seed"}
+    asked = [
+        (each.name, comparable(getattr(request, each.name)))
+        for each in fields(ImageRequest)
+        if each.name not in left_out
+    ]
+    return sha256(repr(asked).encode()).hexdigest()
+
+
+def comparable(value: object) -> object:
+    """Return a field's value with digests for all pixels in it, which waiting jobs have too."""
+    if isinstance(value, (RgbImage, Mask)):
+        return value.digest
+    if isinstance(value, tuple):
+        return tuple(map(comparable, value))
+    if is_dataclass(value):
+        return [(each.name, comparable(getattr(value, each.name))) for each in fields(value)]
+    return value
 
 
 # A shorter request is over before the ledger could use its progress, and following costs a little.

@@ -123,18 +123,29 @@ def fetch(source: WeightSource, patterns: Iterable[str]) -> Path:
     if is_complete(source, patterns):
         return snapshot_of(source)
     with log_progress(str(source)) as progress, one_of_machine(source):
-        if is_complete(source, patterns):
-            return snapshot_of(source)
-        try:
-            plan = plan_download(source, patterns)
-        except WeightsUnavailable as error:
-            if not seems_complete(source, patterns):
-                raise
-            logger.warning("%s is taken from this machine, as it seems whole: %s", source, error)
+        plan = plan_fetch(source, patterns)
+        if plan is None:
             return snapshot_of(source)
         check_room(source.location, plan)
         progress.start(plan.num_missing_bytes)
         return download(source, patterns, progress.add)
+
+
+def plan_fetch(source: WeightSource, patterns: Iterable[str]) -> DownloadPlan | None:
+    """Return what `fetch` would download of a hub's source, or None if it would ask for nothing.
+
+    Raise WeightsUnavailable as it would.
+    """
+    patterns = tuple(patterns)
+    if is_complete(source, patterns):
+        return None
+    try:
+        return plan_download(source, patterns)
+    except WeightsUnavailable as error:
+        if not seems_complete(source, patterns):
+            raise
+        logger.warning("%s is taken from this machine, as it seems whole: %s", source, error)
+        return None
 
 
 def check_room(name: str, plan: DownloadPlan, folder: Path | None = None) -> None:

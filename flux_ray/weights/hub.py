@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from flux_ray.weights.source import WeightSource, WeightsUnavailable
+from flux_ray.weights.source import HubUnreachable, WeightSource, WeightsUnavailable
 
 # How long the hub has to answer at all.
 REACH_S = 10.0
@@ -158,6 +158,16 @@ def check_reachable(source: WeightSource, endpoint: str | None = None) -> None:
         get_session().head(f"{endpoint_of(endpoint)}/", timeout=REACH_S)
 
 
+def hub_date(endpoint: str | None = None) -> str | None:
+    """Return the time by the hub's clock as an HTTP date, or None if it does not answer."""
+    try:
+        answer = get_session().head(f"{endpoint_of(endpoint)}/", timeout=REACH_S)
+    except (httpx2.HTTPError, OSError):
+        return None
+    date: str | None = answer.headers.get("date")
+    return date
+
+
 @contextmanager
 def plain_errors(source: WeightSource, endpoint: str | None = None) -> Iterator[None]:
     """Turn whatever the hub or the network raises into a WeightsUnavailable of one sentence."""
@@ -165,9 +175,22 @@ def plain_errors(source: WeightSource, endpoint: str | None = None) -> Iterator[
         yield
     except DryRunError as error:
         # Its own words leave out the reason.
-        raise WeightsUnavailable(reason_of(error.__cause__ or error, source, endpoint)) from None
+        raise plain(error.__cause__ or error, source, endpoint) from None
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise WeightsUnavailable(reason_of(error, source, endpoint)) from None
+        raise plain(error, source, endpoint) from None
+
+
+def plain(error: BaseException, source: WeightSource, endpoint: str | None) -> WeightsUnavailable:
+    """Return the error of one sentence for one of the hub or the network."""
+    kind = HubUnreachable if is_silence(error) else WeightsUnavailable
+    return kind(reason_of(error, source, endpoint))
+
+
+def is_silence(error: BaseException) -> bool:
+    """Return whether the hub was not asked, did not answer, or failed."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, ConnectionError))
 
 
 def reason_of(error: BaseException, source: WeightSource, endpoint: str | None) -> str:
@@ -187,7 +210,7 @@ def reason_of(error: BaseException, source: WeightSource, endpoint: str | None) 
         return f"{name} is not whole on this disk, and HF_HUB_OFFLINE forbids to download it"
     if isinstance(error, HfHubHTTPError):
         return f"{hub} answered {error.response.status_code} for {name}: try again later"
-    if isinstance(error, (httpx2.HTTPError, LocalEntryNotFoundError, ConnectionError)):
+    if is_silence(error):
         return (
             f"{hub} cannot be reached for {name} ({type(error).__name__}): check the network, or"
             " set HF_ENDPOINT to a mirror"

@@ -36,6 +36,10 @@ class WeightsUnavailable(ValueError):
     """Weights that cannot be had as the configuration stands; the message says what to do."""
 
 
+class HubUnreachable(WeightsUnavailable):
+    """Weights that are not on this machine, of a hub that it cannot ask: another one may."""
+
+
 @dataclass(frozen=True)
 class WeightSource:
     """The place of a checkpoint: a hub repository if there is a revision, else a local folder."""

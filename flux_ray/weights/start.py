@@ -4,6 +4,8 @@ The leader of a replica, each rank and a shared text encoder call this first. Wh
 `serve status` shows last, so that it names the tier, the weights and the command that helps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flux_ray.catalog import EMBEDDED, Tier, tier_for
@@ -37,18 +39,35 @@ def prepare_weights(args: TierArgs, parts: tuple[str, ...]) -> None:
     If all is here it only looks at names. Else it first makes sure that the download can succeed:
     its error comes in seconds. One process of the machine downloads, the others wait for it.
     """
-    tier = tier_for(args.tier)
-    weights = weights_of(tier, args.weights)
-    try:
-        check_there(tier, weights, args)
-        source = source_for(weights)
+    with said_of_tier(args) as source:
         if source.revision is not None:
             # Only here: every process of the cluster imports this file, and few ask the hub.
             from flux_ray.weights.download import fetch
 
             fetch(source, parts)
+
+
+def missing_bytes(args: TierArgs, parts: tuple[str, ...]) -> int:
+    """Return how many bytes `prepare_weights` would download; raise as it would."""
+    with said_of_tier(args) as source:
+        if source.revision is None:
+            return 0
+        from flux_ray.weights.download import plan_fetch
+
+        plan = plan_fetch(source, parts)
+        return 0 if plan is None else plan.num_missing_bytes
+
+
+@contextmanager
+def said_of_tier(args: TierArgs) -> Iterator[WeightSource]:
+    """Yield the source of a tier's weights; name tier and remedy in each WeightsUnavailable."""
+    tier = tier_for(args.tier)
+    weights = weights_of(tier, args.weights)
+    try:
+        check_there(tier, weights, args)
+        yield source_for(weights)
     except WeightsUnavailable as error:
-        raise WeightsUnavailable(f"tier {tier.name}: {error}{then_pull(tier, weights)}") from None
+        raise type(error)(f"tier {tier.name}: {error}{then_pull(tier, weights)}") from None
 
 
 def check_there(tier: Tier, weights: str, args: TierArgs) -> None:

@@ -3,21 +3,21 @@
 import json
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import yaml
+from huggingface_hub import constants
 from rich.console import Console
 from typer.testing import CliRunner
 
 from flux_ray.cli import doctor as doctor_module
 from flux_ray.cli import probes
 from flux_ray.cli.diagnosis import (
-    REMEDIES,
     Diagnosis,
     judge_auth,
     judge_clock,
@@ -32,11 +32,14 @@ from flux_ray.cli.diagnosis import (
     judge_tracing,
     judge_upsampler,
     judge_versions,
-    judge_weights,
 )
 from flux_ray.cli.doctor import show
 from flux_ray.cli.main import app
-from flux_ray.config import GatewayArgs, Upsampling
+from flux_ray.config import GatewayArgs, TierArgs, Upsampling
+from flux_ray.weights.download import fetch
+from flux_ray.weights.hub import hub_date
+from flux_ray.weights.source import ALL_PARTS, source_for
+from tests.fake_hub import COMMIT, REPOSITORY, FakeHub, serve_hub, use_hub
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
 GB = 10**9
@@ -107,38 +110,76 @@ def test_what_is_judged(diagnosis: Diagnosis, state: str, said: str) -> None:
         assert len(diagnosis.said) > 20, "it says what to do"
 
 
-HUB_ID = "owner/name@abc"
-ENVIRONMENT = {"HF_ENDPOINT": "http://hub", "HF_TOKEN": "secret"}
+WEIGHTS = f"{REPOSITORY}@{COMMIT}"
+SHARD = "transformer/model.safetensors"
 
 
-def hub(answer: Any, home: Path, **variables: str) -> probes.Hub:
-    return probes.Hub(ENVIRONMENT | variables, home, httpx.MockTransport(answer))
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serve_hub({"model_index.json": b"{}", SHARD: bytes(3_000_000)}) as hub:
+        use_hub(monkeypatch, hub.address, cache)
+        yield hub
+
+
+def said_of_weights(weights: str) -> tuple[Diagnosis, Diagnosis]:
+    """Return what is said of a tier's weights, and of the disk for them."""
+    args = TierArgs(tier="flux-2-klein-4b", weights=weights)
+    found, disk, _ = doctor_module.examine_weights([args])
+    assert found.what == "weights of flux-2-klein-4b"
+    return found, disk
+
+
+def test_weights_that_are_to_be_downloaded_and_are_here(hub: FakeHub, cache: Path) -> None:
+    found, disk = said_of_weights(WEIGHTS)
+    assert (found.state, found.said) == (
+        "ok",
+        f"{WEIGHTS}: 0.003 GB not here yet; each node downloads them at its first start",
+    )
+    assert "0 GB of weights" in disk.said and str(cache) in disk.said
+    assert not [path for path in cache.rglob("*") if path.is_file()], "it changes nothing"
+    fetch(source_for(WEIGHTS), ALL_PARTS)
+    hub.requests.clear()
+    found, disk = said_of_weights(WEIGHTS)
+    assert (found.state, found.said) == ("ok", f"{WEIGHTS}: on this machine")
+    assert "GB of weights" not in disk.said
+    assert hub.requests == ["HEAD /"], "for the time"
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "token", "found"),
+    ("weights", "said"),
     [
-        (200, "", "secret", "to download"),
-        (302, "", "secret", "to download"),
-        (403, "GatedRepo", "secret", "gated"),
-        (401, "GatedRepo", "", "no token"),
-        (401, "RepoNotFound", "secret", "missing"),
-        (404, "RevisionNotFound", "secret", "missing"),
-        (404, "EntryNotFound", "secret", "to download"),
-        (404, "", "secret", "missing"),
-        (500, "", "secret", "unreachable"),
+        (WEIGHTS, "is gated: accept its licence at"),
+        (f"owner/none@{COMMIT}", "shows no repository owner/none"),
+        ("/no/folder", "has no folder /no/folder"),
     ],
 )
-def test_what_the_hub_says_of_weights(
-    status: int, code: str, token: str, found: str, tmp_path: Path
-) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        assert request.url == "http://hub/owner/name/resolve/abc/model_index.json"
-        assert request.headers.get("authorization") == (f"Bearer {token}" if token else None)
-        return httpx.Response(status, headers={"x-error-code": code} if code else {})
+def test_weights_that_cannot_be_had(hub: FakeHub, weights: str, said: str) -> None:
+    """As a start says it, with the command that tries it again."""
+    hub.is_gated = True
+    found, _ = said_of_weights(weights)
+    assert found.state == "problem"
+    assert said in found.said
+    assert "flux-ray weights pull" in found.said
 
-    assert hub(answer, tmp_path, HF_TOKEN=token).find(HUB_ID) == found
-    assert judge_weights("tiny", HUB_ID, found).state == REMEDIES[found][0]
+
+def test_a_hub_that_is_forbidden_or_silent(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found, _ = said_of_weights(WEIGHTS)
+    assert found.state == "warning"
+    assert "HF_HUB_OFFLINE forbids" in found.said
+    assert hub.requests == []
+    use_hub(monkeypatch, "http://127.0.0.1:1", cache)
+    found, _ = said_of_weights(WEIGHTS)
+    assert found.state == "warning"
+    assert "http://127.0.0.1:1 cannot be reached" in found.said
+    assert hub_date() is None
 
 
 LLM_URL = "http://llm.invalid/v1/"
@@ -195,63 +236,12 @@ def test_the_llm_of_a_config_is_looked_for(tmp_path: Path) -> None:
     assert "127.0.0.1:1" in found.said
 
 
-def test_a_hub_that_is_silent_or_forbidden(tmp_path: Path) -> None:
-    def refuse(request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("refused")
-
-    def never(request: httpx.Request) -> httpx.Response:
-        raise AssertionError("it was asked")
-
-    assert hub(refuse, tmp_path).find(HUB_ID) == "unreachable"
-    assert hub(refuse, tmp_path).ask_time() is None
-    assert hub(never, tmp_path, HF_HUB_OFFLINE="1").find(HUB_ID) == "unreachable"
-    assert hub(never, tmp_path, HF_HUB_OFFLINE="1").ask_time() is None
-
-
-def test_weights_that_are_here(tmp_path: Path) -> None:
-    cache = tmp_path / "hub"
-    folder = cache / "models--owner--name"
-    for part in ("transformer", "vae", "text_encoder"):
-        assert not probes.is_cached(cache, "owner/name", "abc")
-        (folder / "snapshots" / "abc" / part).mkdir(parents=True)
-        (folder / "snapshots" / "abc" / part / "model.safetensors").touch()
-    assert probes.is_cached(cache, "owner/name", "abc")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
-    assert probes.is_cached(cache, "owner/name", "main")
-    never = hub(None, tmp_path, HF_HOME=str(tmp_path))
-    assert never.find(HUB_ID) == "here"
-    assert never.find(str(tmp_path)) == "here"
-    assert never.find(str(tmp_path / "none")) == "missing"
-
-
-def test_the_hubs_token_and_cache_are_found_where_its_library_finds_them(tmp_path: Path) -> None:
-    assert probes.hub_token({}, tmp_path) is None
-    kept = tmp_path / ".cache" / "huggingface" / "token"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("kept\n")
-    assert probes.hub_token({}, tmp_path) == "kept"
-    assert probes.hub_token({"HF_TOKEN": "told"}, tmp_path) == "told"
-    assert probes.hub_token({"HF_HOME": str(tmp_path)}, tmp_path) is None
-    assert probes.hub_cache({}, tmp_path) == kept.parent / "hub"
-    assert probes.hub_cache({"HF_HUB_CACHE": "/c"}, tmp_path) == Path("/c")
-
-
-def test_the_clock_is_the_hubs(tmp_path: Path) -> None:
-    late = datetime.now(UTC) - timedelta(seconds=600)
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, headers={"date": format_datetime(late, usegmt=True)})
-
-    assert hub(answer, tmp_path).ask_time() == pytest.approx(600, abs=5)
-    assert probes.clock_offset_s("no time", datetime.now(UTC)) is None
-
-
-def test_how_much_is_downloaded() -> None:
-    """The hub has 16 GB of klein-4b, 113 of dev."""
-    assert probes.download_bytes("flux-2-klein-4b") == pytest.approx(16 * GB, rel=0.05)
-    assert probes.download_bytes("flux-2-dev") == pytest.approx(113 * GB, rel=0.05)
-    assert probes.download_bytes("flux-1-fill-dev") == pytest.approx(33.9 * GB, rel=0.05)
+def test_the_clock_is_the_hubs(hub: FakeHub) -> None:
+    date = hub_date()
+    assert date is not None
+    later = datetime.now(UTC) + timedelta(seconds=600)
+    assert probes.clock_offset_s(date, later) == pytest.approx(600, abs=5)
+    assert probes.clock_offset_s("no time", later) is None
 
 
 def test_who_has_the_job_database_open(tmp_path: Path) -> None:
@@ -290,7 +280,8 @@ def test_an_exporter_is_imported_in_a_process_of_its_own() -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
     """A machine on which nothing is wrong; its environment can be changed."""
-    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t", "HF_HUB_OFFLINE": "1"}
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(doctor_module, "environment", lambda: variables)
     monkeypatch.setattr(probes, "torch_facts", lambda: torch())
     monkeypatch.setattr(probes, "driver_version", lambda: "580.1")

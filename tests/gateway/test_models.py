@@ -17,6 +17,7 @@ SAME = (
     "takes_negative",
     "takes_mask",
     "requires_mask",
+    "masks_only",
     "takes_strength",
     "takes_control",
     "max_references",

@@ -4,14 +4,15 @@ from typing import Any
 
 import helm_python
 
-from tests.kuberay.conftest import CASES, CHART, values_of
+from tests.kuberay.conftest import CASES, CHART, addressed, values_of
 
 CASE = {path.stem: values_of(path) for path in CASES}
 
 
 def notes(values: dict[str, Any]) -> str:
     helm_python.disable_logging()
-    rendered = helm_python.Chart.load(CHART).render(values, name="flux", namespace="images")
+    chart = helm_python.Chart.load(CHART)
+    rendered = chart.render(addressed(values), name="flux", namespace="images")
     return rendered["flux-ray/templates/NOTES.txt"]
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import helm_python
 import pytest
 import yaml
 from helm_python import HelmRenderError, HelmValuesError
@@ -108,6 +109,37 @@ def test_values_that_do_not_go_together_are_refused(
         render(values)
 
 
+ADDRESSES = {
+    "public_url": "https://flux.invalid",
+    "jobs.database": "postgresql://flux@postgres.invalid/flux",
+    "jobs.results": "s3://flux-results.invalid",
+}
+
+
+def test_an_address_that_only_stands_for_one_is_refused() -> None:
+    """Each key is named, whether the address is the default fleet's or one's own."""
+    helm_python.disable_logging()
+    chart = helm_python.Chart.load(CHART)
+
+    def refusal(args: dict[str, Any]) -> str:
+        with pytest.raises(HelmRenderError) as refused:
+            chart.render({"serve": {"args": {"gateway": args}}})
+        return str(refused.value)
+
+    jobs = {"database": "postgresql://flux@db/flux", "results": "s3://flux-results"}
+    given = {"public_url": "https://flux.example.com", "jobs": jobs}
+    for key, address in ADDRESSES.items():
+        name = key.removeprefix("jobs.")
+        wrong = given | ({"jobs": jobs | {name: address}} if "." in key else {name: address})
+        told = f"serve.args.gateway.{key}: {address} only stands for an address of yours: set it"
+        assert told in refusal(wrong)
+    assert f"{ADDRESSES['public_url']} only stands" in refusal({"jobs": jobs})
+    for url in ("https://flux.example.invalid:8443/a", "HTTPS://FLUX.INVALID"):
+        assert f"public_url: {url} only stands" in refusal(given | {"public_url": url})
+    invalid = {"public_url": "https://flux.invalid.example.com/a.invalid?b=.invalid"}
+    assert chart.render({"serve": {"args": {"gateway": given | invalid}}})
+
+
 def test_a_long_name_is_refused(render: Render) -> None:
     assert render(name="x" * 47)
     with pytest.raises(HelmRenderError, match="48 characters"):
@@ -136,8 +168,13 @@ def test_the_default_fleet_fits_its_cards(render: Render, tmp_path: Path) -> Non
 
 
 def test_the_default_serve_config_is_the_one_of_serve(render: Render) -> None:
+    args = {"gateway": {"public_url": "https://a.b", "jobs": {"database": "postgresql://a/b"}}}
     fleet = yaml.safe_load((ROOT / "serve/fleet.yaml").read_text())
-    assert yaml.safe_load(service_of(render())["serveConfigV2"]) == fleet
+    for application in fleet["applications"]:
+        application["args"] |= args.get(application["name"], {})
+    # Without a config of its own, as `render` would give it one.
+    rendered = render({"serve": {"config": "", "args": args}})
+    assert yaml.safe_load(service_of(rendered)["serveConfigV2"]) == fleet
 
 
 def test_args_replace_those_of_the_file(render: Render) -> None:

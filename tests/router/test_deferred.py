@@ -22,7 +22,7 @@ def deferred(turns):
             return WHOLE
 
         reference = WHOLE.references[0]
-        outline = outline_of(reference.width, reference.height, reference.digest)
+        outline = outline_of(RgbImage(reference.width, reference.height, b""), reference.digest)
         values = {name: getattr(WHOLE, name) for name in ImageRequest.__dataclass_fields__}
         return DeferredRequest(**values | {"references": (outline,)}, load=load)
 

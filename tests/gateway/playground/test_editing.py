@@ -1,6 +1,9 @@
 """References, masks, keys, colours, small screens and the keyboard, in a real browser."""
 
 import io
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import numpy as np
@@ -11,8 +14,12 @@ from playwright.sync_api import Page, expect
 from flux_ray.auth.keys import KeyFile, new_key, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
-from tests.conftest import LIMITS
+from flux_ray.router.pricing.cost import ReplicaSpec
+from flux_ray.router.pricing.cost_model import CostModel
+from flux_ray.router.router import Router, Terms
+from tests.conftest import LIMITS, FakeBill
 from tests.gateway.playground.browser import (
+    color_of,
     done,
     drop,
     generated,
@@ -208,11 +215,164 @@ def test_all_of_it_works_without_a_mouse(page, painters):
     marks = marks_of(painters.requests[0])
     assert marks[64, 64:80].all()
     assert not marks[:40].any()
-    # Everything that can be used has a name for those who do not see it.
-    unnamed = page.evaluate(
+    assert unnamed_in(page) == []
+
+
+def unnamed_in(page: Page) -> list[str]:
+    """Return what can be used and has no name for those who do not see it."""
+    return page.evaluate(
         """() => [...document.querySelectorAll("button, input, select, textarea")]
             .filter(each => !(each.getAttribute("aria-label") || each.labels?.length
                 || each.textContent.trim()))
             .map(each => each.outerHTML)"""
     )
-    assert unnamed == []
+
+
+# Tiers that heed what `tiny` does not.
+HEEDING = ("flux-1-dev", "flux-1-canny-dev", "flux-1-fill-dev", "flux-3-klein-base")
+
+
+@pytest.fixture
+def heeding(painters, queue):
+    """A gateway of tiers that heed more fields, and an LLM that does not answer: its address."""
+    prices = CostModel({tier: ReplicaSpec("h100-80gb") for tier in HEEDING})
+    is_deployed = HEEDING.__contains__
+    router = Router(painters, queue, prices, FakeBill(), Terms(60), is_deployed=is_deployed)
+    asked, by_default = {"flux-1-dev": {}}, {"flux-3-klein-base": {"by_default": True}}
+    llm = {"url": "http://127.0.0.1:1/v1", "model": "scribe", "tiers": asked | by_default}
+    args = GatewayArgs.model_validate(
+        {"tiers": HEEDING, "default_tier": "flux-1-dev", "limits": LIMITS, "upsampling": llm}
+    )
+    with served(build_api(router, args)) as address:
+        yield address
+
+
+def copied(page: Page, button: str) -> tuple[str, str]:
+    """Return the request that the button shows, for curl and for Python."""
+    page.click(button)
+    curl = page.inner_text("#code")
+    page.get_by_role("tab", name="Python").click()
+    python = page.inner_text("#code")
+    page.get_by_role("tab", name="curl").click()
+    page.keyboard.press("Escape")
+    return curl, python
+
+
+def test_what_a_tier_heeds_is_offered_sent_copied_and_recalled(browser, heeding, painters):
+    with page_of(browser) as page:
+        opened(page, heeding)
+        page.click("#more summary")
+        expect(page.locator("#scale-field")).to_be_hidden()
+        page.get_by_label("Negative prompt", exact=True).fill("cars ")
+        page.get_by_label("Scale of the negative prompt").fill("3")
+        page.get_by_label("Let an LLM write it out in detail").check()
+        drop(page, {"red.png": png(RED)})
+        expect(page.locator("#strength-field")).to_be_hidden()
+        # An image without a mask is nothing to this tier, which is said before it is sent.
+        expect(page.locator("#references-need")).to_have_text(
+            "This model needs a mask: paint the part to generate."
+        )
+        page.click("#generate")
+        expect(page.locator(".mask-button")).to_be_focused()
+        expect(page.locator("#status")).to_contain_text("needs a mask")
+        assert painters.requests == []
+        page.keyboard.press("Enter")
+        expect(page.locator("#mask-canvas")).to_be_focused()
+        stroke(page, (0.1, 0.1), (0.4, 0.1))
+        page.click("#mask-done")
+        expect(page.locator("#references-need")).to_have_text("")
+        page.get_by_label("Strength").fill("0.5")
+        generated(page)
+        [request] = painters.requests
+        assert (request.negative_prompt, request.true_cfg_scale) == ("cars", 3)
+        assert (request.strength, request.mask is not None) == (0.5, True)
+        # It was asked for: there is only nobody who does it.
+        expect(page.locator(".warning")).to_contain_text("prompt_upsampling had no effect")
+        curl, python = copied(page, '[data-name="code"]')
+        assert '"negative_prompt": "cars", "true_cfg_scale": 3, "strength": 0.5' in python
+        assert '"prompt_upsampling": True}' in python
+        assert "'strength=0.5'" in curl and "'prompt_upsampling=true'" in curl
+        assert "undefined" not in curl + python
+        page.click("#reset")
+        page.select_option("#model", "flux-1-fill-dev")
+        for field in ("#negative-field", "#upsampling-field", "#strength-field", "#scale-field"):
+            expect(page.locator(field)).to_be_hidden()
+        page.click('[data-name="recall"]')
+        expect(page.locator("#model")).to_have_value("flux-1-dev")
+        shown = {name: page.input_value(f"#{name}") for name in ("negative", "scale", "strength")}
+        assert shown == {"negative": "cars ", "scale": "3", "strength": "0.5"}
+        expect(page.locator("#upsampling")).to_be_checked()
+        expect(page.locator(".mask-button")).to_have_text("Edit mask")
+
+
+def test_a_control_image_is_required_and_is_no_reference(browser, heeding, painters, tmp_path):
+    with page_of(browser) as page:
+        opened(page, heeding)
+        drop(page, {"red.png": png(RED)})
+        page.select_option("#model", "flux-1-canny-dev")
+        expect(page.locator("#references-title")).to_have_text("Control image")
+        # A photograph to edit does not become one by choosing another model.
+        expect(page.locator("#reference-list li")).to_have_count(0)
+        page.click("#generate")
+        expect(page.locator("#references-need")).to_contain_text("needs a control image")
+        expect(page.locator("#add-reference")).to_be_focused()
+        assert painters.requests == []
+        drop(page, {"edges.png": png(BLUE, (96, 64)), "more.png": png(RED)})
+        expect(page.locator("#notice")).to_contain_text("This model takes 1 control image")
+        expect(page.locator("#references-need")).to_have_text("")
+        expect(page.get_by_role("button", name="Remove: control image")).to_be_visible()
+        page.fill("#seed", "12")
+        generated(page)
+        [request] = painters.requests
+        assert request.follows_reference
+        assert [first_pixel(each) for each in request.references] == [BLUE]
+        assert (request.width, request.height) == (96, 64)
+        curl, code = copied(page, "#copy-request")
+        assert 'control_image=@"edges.png"' in curl
+        (tmp_path / "edges.png").write_bytes(png(BLUE, (96, 64)))
+        env = os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=60)
+        assert (tmp_path / "image-12.png").read_bytes() == png(color_of(12), (96, 64))
+        assert painters.requests[1].references == request.references
+        page.select_option("#model", "flux-1-dev")
+        expect(page.get_by_role("button", name="Remove: reference 1")).to_be_visible()
+        page.click('[data-name="recall"]')
+        expect(page.locator("#references-title")).to_have_text("Control image")
+        expect(page.get_by_alt_text("control image: edges.png")).to_be_visible()
+
+
+def test_a_required_mask_is_asked_for_on_a_dark_phone(browser, heeding, painters):
+    narrow = {"width": 360, "height": 740}
+    with page_of(browser, viewport=narrow, color_scheme="dark") as page:
+        opened(page, heeding)
+        page.select_option("#model", "flux-3-klein-base")
+        page.click("#more summary")
+        page.fill("#negative", "people")
+        expect(page.locator("#negative-hint")).to_contain_text("guidance")
+        expect(page.locator("#scale-field")).to_be_hidden()
+        expect(page.locator("#upsampling")).to_be_checked()
+        page.uncheck("#upsampling")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.fill("#width", "64")
+        page.fill("#height", "64")
+        generated(page)
+        assert painters.requests[0].negative_prompt == "people"
+        expect(page.locator(".warning")).to_have_count(0)
+        page.select_option("#model", "flux-1-fill-dev")
+        expect(page.locator("#references-need")).to_have_text(
+            "This model needs an image, and a mask of the part to generate."
+        )
+        page.click("#generate")
+        expect(page.locator("#add-reference")).to_be_focused()
+        drop(page, {"red.png": png(RED)})
+        expect(page.locator("#references-need")).to_contain_text("paint the part")
+        assert unnamed_in(page) == []
+        page.get_by_role("button", name="Remove: reference 1").click()
+        # A transparent part is a mask where one is required.
+        erased = np.full((64, 64, 4), 255, np.uint8)
+        erased[:32, :, 3] = 0
+        drop(page, {"erased.png": as_png(erased)})
+        expect(page.locator("#references-need")).to_have_text("")
+        generated(page)
+        assert marks_of(painters.requests[1])[:32].all()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360

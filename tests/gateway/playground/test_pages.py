@@ -12,6 +12,7 @@ from flux_ray.auth.keys import KeyFile, write_keys
 from flux_ray.config.gateway import GatewayArgs
 from flux_ray.gateway.api import build_api
 from flux_ray.gateway.intake import Intake
+from flux_ray.gateway.openai.request import NEGATIVE_SCALE
 from flux_ray.gateway.playground.pages import FOLDER, PAGES
 from tests.conftest import LIMITS
 
@@ -169,3 +170,7 @@ async def test_models_say_what_the_page_shows(router):
     assert (tiny["takes_guidance"], tiny["default_guidance"]) == (False, 1.0)
     assert (tiny["max_images"], tiny["max_prompt_chars"]) == (4, 1000)
     assert tiny["is_default"]
+
+
+def test_a_negative_prompt_has_the_gateways_scale():
+    assert f"NEGATIVE_SCALE = {NEGATIVE_SCALE:g};" in (FOLDER / "models.js").read_text()

@@ -8,6 +8,7 @@ installed at all, and Serve would tell later, or not.
 {{- end -}}
 {{- $config := include "flux-ray.serveConfig" . | fromYaml -}}
 {{- include "flux-ray.checkHttp" (dict "root" . "config" $config) -}}
+{{- include "flux-ray.checkAddresses" $config -}}
 {{- include "flux-ray.checkEnds" (dict "root" . "config" $config) -}}
 {{- include "flux-ray.checkCards" (dict "root" . "config" $config) -}}
 {{- include "flux-ray.checkUpgrade" . -}}
@@ -30,6 +31,19 @@ installed at all, and Serve would tell later, or not.
 {{- $longest := int ($http.request_timeout_s | default 0) -}}
 {{- if le (int .root.Values.upgrade.deletionDelaySeconds) $longest -}}
 {{- fail (printf "upgrade.deletionDelaySeconds %v must be more than request_timeout_s %d of the Serve config file: an old cluster would be deleted with requests in it" .root.Values.upgrade.deletionDelaySeconds $longest) -}}
+{{- end -}}
+{{- end }}
+
+{{/* The gateways refuse such an address too, but only when all Pods are up: `check_addresses` in flux_ray/config/. */}}
+{{- define "flux-ray.checkAddresses" -}}
+{{- range $application := .applications -}}
+{{- $args := $application.args | default dict -}}
+{{- $jobs := ternary $args.jobs dict (kindIs "map" $args.jobs) -}}
+{{- range $key, $address := dict "public_url" $args.public_url "jobs.database" $jobs.database "jobs.results" $jobs.results -}}
+{{- if regexMatch "(?i)^[a-z][a-z0-9+.-]*://([^/?#]*@)?[^/?#@]*\\.invalid(:[0-9]*)?([/?#]|$)" (toString $address) -}}
+{{- fail (printf "serve.args.%s.%s: %s only stands for an address of yours: set it" $application.name $key $address) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end }}
 

@@ -7,7 +7,7 @@ import { announce, byId, el } from "./dom.js";
 import { Gallery } from "./gallery.js";
 import { MaskPainter, emptyMask } from "./mask.js";
 import { firstModel } from "./models.js";
-import { References, referenceOf } from "./references.js";
+import { References, kindOf, referenceOf } from "./references.js";
 import { bodyOf, fieldsOf, fileName, filesOf, pathOf } from "./request.js";
 import { loadKey, loadSettings, saveKey, saveSettings } from "./settings.js";
 import { Viewer, wordsFor } from "./viewer.js";
@@ -42,7 +42,10 @@ const viewer = new Viewer(gallery, {
   download,
   useAsReference,
   recall,
-  code: (run, seed) => codeDialog.open({ ...run.fields, seed, n: undefined }, run.files, key),
+  code({ fields, files }, seed) {
+    const { n, ...others } = fields;
+    codeDialog.open({ ...others, seed }, files, key);
+  },
   remove,
 });
 const composer = new Composer(settings, references, {
@@ -93,8 +96,9 @@ function showKey() {
 /** Start a request with what the form holds. */
 async function start() {
   if (composer.model === null || running !== null || !composer.check()) return;
-  composer.nextSeed();
   const mask = await references.mask();
+  if (!references.check(mask)) return;
+  composer.nextSeed();
   await begin({ ...settings }, composer.model, [...references.sent], mask);
 }
 
@@ -121,14 +125,14 @@ async function begin(chosen, model, sent, mask) {
 }
 
 function runOf(chosen, model, sent, mask) {
-  const fields = fieldsOf(chosen, model);
+  const fields = fieldsOf(chosen, model, mask !== null);
   // A reference's mask goes on being painted; what was sent stays as it was.
   const kept = sent.map((each) => ({ ...each, mask: { ...emptyMask(), done: [...each.mask.done] } }));
   const run = {
     settings: chosen,
     model,
     fields,
-    files: filesOf(sent, mask),
+    files: filesOf(sent, mask, model),
     references: kept,
     mask,
     size: [chosen.width, chosen.height],
@@ -139,6 +143,7 @@ function runOf(chosen, model, sent, mask) {
     error: null,
     times: null,
     servedBy: null,
+    revised: null,
     warnings: [],
   };
   run.items = Array.from({ length: chosen.n }, (_, index) => ({
@@ -189,6 +194,7 @@ function take(run, event) {
     Object.assign(item, { url, blob: event.blob, tookS: (performance.now() - run.startedMs) / 1000 });
     run.size = event.size.split("x").map(Number);
     run.servedBy = event.model;
+    run.revised = event.revised_prompt ?? null;
     run.warnings = event.warnings ?? [];
     run.times = event.times ?? run.times;
   }
@@ -252,7 +258,7 @@ async function useAsReference(item) {
 
 function recall(item) {
   const { run } = item;
-  references.items = run.references.map((each) => ({ ...each, mask: { ...emptyMask(), done: [...each.mask.done] } }));
+  references.lists[kindOf(run.model)] = run.references.map((each) => ({ ...each, mask: { ...emptyMask(), done: [...each.mask.done] } }));
   composer.hadReferences = run.references.length > 0;
   composer.recall({ ...run.settings, seed: item.seed });
   references.render();
@@ -289,8 +295,9 @@ function listen() {
   });
   byId("copy-request").addEventListener("click", async () => {
     if (composer.model === null) return;
-    const files = filesOf(references.sent, await references.mask());
-    codeDialog.open(fieldsOf(settings, composer.model), files, key);
+    const mask = await references.mask();
+    const files = filesOf(references.sent, mask, composer.model);
+    codeDialog.open(fieldsOf(settings, composer.model, mask !== null), files, key);
   });
   byId("key-button").addEventListener("click", askForKey);
   byId("key-dialog").addEventListener("close", (event) => {

@@ -8,6 +8,7 @@ const PLACEHOLDER = "YOUR_KEY";
 
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 const literal = (value) => JSON.stringify(value);
+const pythonLiteral = (value) => (typeof value === "boolean" ? (value ? "True" : "False") : literal(value));
 const route = (files) => `${baseUrl().replace(/\/v1$/, "")}/${pathOf(files)}`;
 
 /** Return the request for curl, whose answer Python's standard library unpacks. */
@@ -34,18 +35,24 @@ export function asPython(fields, files, key) {
   const { model, prompt, size, n, output_format, ...extra } = fields;
   const known = Object.entries({ model, prompt, size, n, output_format });
   const lines = known.filter(([, value]) => value !== undefined).map(([name, value]) => `    ${name}=${literal(value)},`);
-  const images = files.filter((file) => file.field !== "mask");
+  const more = Object.entries(extra).map(([name, value]) => `${literal(name)}: ${pythonLiteral(value)}`);
+  // The client knows no such file: it goes as text, beside the fields that it does not know either.
+  const control = files.find((file) => file.field === "control_image");
+  if (control !== undefined) {
+    more.push(`"control_image": base64.b64encode(open(${literal(control.name)}, "rb").read()).decode()`);
+  }
+  const images = files.filter((file) => file.field === "image[]");
   if (images.length > 0) {
     const opened = images.map((file) => `open(${literal(file.name)}, "rb")`).join(", ");
     lines.push(`    image=[${opened}],`);
   }
-  if (images.length < files.length) lines.push('    mask=open("mask.png", "rb"),');
-  lines.push(`    extra_body=${literal(extra)},`);
+  if (files.some((file) => file.field === "mask")) lines.push('    mask=open("mask.png", "rb"),');
+  lines.push(`    extra_body={${more.join(", ")}},`);
   return `import base64
 from openai import OpenAI
 
 client = OpenAI(base_url=${literal(baseUrl())}, api_key=${literal(key || "none")})
-answer = client.images.${files.length > 0 ? "edit" : "generate"}(
+answer = client.images.${images.length > 0 ? "edit" : "generate"}(
 ${lines.join("\n")}
 )
 for image in answer.data:

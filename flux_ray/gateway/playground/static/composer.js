@@ -1,8 +1,11 @@
 // The form: it shows what the chosen model can do, keeps the settings, and checks them.
 
 import { announce, byId, el, icon, markField } from "./dom.js";
-import { SHAPES, describe, examplesFor, isAlias, sizeFor, sizeLike, sizeProblem } from "./models.js";
+import { NEGATIVE_SCALE, SHAPES, describe, examplesFor, hasScale, isAlias, sizeFor, sizeLike, sizeProblem } from "./models.js";
 import { randomSeed, saveSettings } from "./settings.js";
+
+// Settings of which each model has its own default.
+const MODELS_OWN = { steps: null, guidance: null, scale: null, strength: null, upsampling: null };
 
 /** The form. `settings` is the object that everybody reads; `references` decide on `match`. */
 export class Composer {
@@ -44,12 +47,14 @@ export class Composer {
     byId("model-note").classList.toggle("warn", !model.deployed);
     settings.prompt ??= examplesFor(model)[0];
     byId("prompt").maxLength = model.max_prompt_chars;
-    if (isOther) settings.steps = settings.guidance = null;
+    byId("negative").maxLength = model.max_prompt_chars;
+    if (isOther) Object.assign(settings, MODELS_OWN);
     const hasSize = settings.width !== null && sizeProblem(model, settings.width, settings.height) === "";
     if (settings.shape !== "match" && !(hasSize && !isOther)) this.#choose(settings.shape);
     settings.n = Math.min(settings.n, model.max_images);
     byId("n").max = model.max_images;
     byId("guidance-field").hidden = !model.takes_guidance;
+    this.#offer(model);
     byId("steps").max = model.max_steps;
     for (const side of ["width", "height"]) {
       Object.assign(byId(side), { min: model.min_side, max: model.max_side, step: model.size_multiple });
@@ -58,6 +63,17 @@ export class Composer {
     this.references.setModel(model);
     this.referencesChanged();
     this.onModel(model);
+  }
+
+  /** Show the inputs of what only some models heed. */
+  #offer(model) {
+    byId("upsampling-field").hidden = model.prompt_upsampling === "never";
+    byId("negative-field").hidden = !model.takes_negative;
+    byId("negative-hint").textContent = hasScale(model)
+      ? "Each step then takes twice as long."
+      : "The guidance says how far to steer away from it.";
+    // What is sent is seen.
+    if (model.takes_negative && this.settings.negative !== "") byId("more").open = true;
   }
 
   /** Take over settings from an image; unknown models leave the model as it is. */
@@ -103,7 +119,7 @@ export class Composer {
     // Not while it is typed in: the cursor would jump to the end.
     if (byId("prompt").value !== settings.prompt) byId("prompt").value = settings.prompt ?? "";
     fitRows(byId("prompt"));
-    for (const name of ["width", "height", "n", "seed", "previews", "format"]) {
+    for (const name of ["width", "height", "n", "seed", "previews", "format", "negative"]) {
       const input = byId(name);
       if (document.activeElement !== input && settings[name] !== null) input.value = settings[name];
     }
@@ -120,8 +136,18 @@ export class Composer {
     const { settings, model } = this;
     byId("steps").value = settings.steps ?? model.default_steps;
     byId("steps-value").textContent = byId("steps").value;
-    byId("guidance").value = settings.guidance ?? model.default_guidance;
-    byId("guidance-value").textContent = byId("guidance").value;
+    const shown = {
+      guidance: model.default_guidance,
+      scale: NEGATIVE_SCALE,
+      strength: 1,
+    };
+    for (const [name, usual] of Object.entries(shown)) {
+      byId(name).value = settings[name] ?? usual;
+      byId(`${name}-value`).textContent = byId(name).value;
+    }
+    byId("upsampling").checked = settings.upsampling ?? model.prompt_upsampling === "default";
+    byId("scale-field").hidden = !hasScale(model) || settings.negative.trim() === "";
+    byId("strength-field").hidden = !model.takes_strength || !this.references.isPainted;
     byId("swap").disabled = settings.width === settings.height;
     for (const input of byId("presets").querySelectorAll("input")) {
       input.checked = input.value === settings.shape;
@@ -225,12 +251,17 @@ export class Composer {
     }
     change("n", "n", (value) => Math.max(1, Math.trunc(Number(value)) || 1));
     change("steps", "steps", Number);
-    change("guidance", "guidance", Number);
+    for (const name of ["guidance", "scale", "strength"]) change(name, name, Number);
+    change("negative", "negative", String);
+    on("upsampling", "change", (event) => {
+      settings.upsampling = event.target.checked;
+      this.show();
+    });
     change("previews", "previews", Number);
     change("format", "format", String);
     this.#listenToSeed();
     on("reset", "click", () => {
-      Object.assign(settings, { steps: null, guidance: null, previews: 2, format: "png", n: 1 });
+      Object.assign(settings, MODELS_OWN, { negative: "", previews: 2, format: "png", n: 1 });
       this.show();
     });
   }

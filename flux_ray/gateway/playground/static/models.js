@@ -35,6 +35,24 @@ export function exampleEdit(model) {
   return EDITS[model.owned_by] ?? EDITS.other;
 }
 
+// The gateway's `true_cfg_scale` of a negative prompt that comes without one.
+export const NEGATIVE_SCALE = 4;
+
+/** Return whether a negative prompt has a scale of its own; else the model's guidance is it. */
+export function hasScale(model) {
+  return model.takes_negative && model.default_true_cfg_scale <= 1;
+}
+
+/** Return what is missing of the images that a model cannot do without, or an empty text. */
+export function missingImage(model, numImages, isMasked) {
+  if (model.takes_control) {
+    return numImages > 0 ? "" : "This model needs a control image: it follows the edges or depths in it.";
+  }
+  if (isMasked || !(model.requires_mask || (model.masks_only && numImages > 0))) return "";
+  if (numImages === 0) return "This model needs an image, and a mask of the part to generate.";
+  return "This model needs a mask: paint the part to generate.";
+}
+
 /** Return whether a model is an alias of one or more tiers. */
 export function isAlias(model) {
   return model.tiers.length !== 1 || model.tiers[0] !== model.id;

@@ -1,26 +1,58 @@
-// The reference images: dropped, pasted or chosen, in an order that prompts count by.
+// The images of a request: references in an order that prompts count by, or a control image.
 
 import { announce, byId, el, icon } from "./dom.js";
 import { emptyMask, layerOf, maskBlob } from "./mask.js";
+import { missingImage } from "./models.js";
 
 const DRAGGED = "application/x-flux-ray-reference";
-const EMPTY = "Drop, paste or choose images to edit";
+// What the section says where a model takes these images.
+const WORDS = {
+  reference: {
+    title: "Reference images",
+    empty: "Drop, paste or choose images to edit",
+    drop: "Drop images to use them as references",
+  },
+  control: {
+    title: "Control image",
+    empty: "Drop, paste or choose edges or depths",
+    drop: "Drop the image of edges or depths to follow",
+  },
+};
+// In so few pixels a transparent part of an image is looked for.
+const LOOK_PX = 64;
 let numMade = 0;
+
+/** Return what a model's images are: references, or one control image. */
+export function kindOf(model) {
+  return model.takes_control ? "control" : "reference";
+}
+
+/** Return whether a part of an image is transparent. */
+function hasHole(bitmap) {
+  const context = new OffscreenCanvas(LOOK_PX, LOOK_PX).getContext("2d");
+  context.drawImage(bitmap, 0, 0, LOOK_PX, LOOK_PX);
+  const { data } = context.getImageData(0, 0, LOOK_PX, LOOK_PX);
+  return data.some((value, at) => at % 4 === 3 && value < 128);
+}
 
 /** Return a reference made of an image file; raise where the browser cannot read it. */
 export async function referenceOf(blob, name) {
   const bitmap = await createImageBitmap(blob);
   const { width, height } = bitmap;
+  const isErased = hasHole(bitmap);
   bitmap.close();
   numMade += 1;
   const url = URL.createObjectURL(blob);
-  return { id: numMade, name, blob, url, width, height, mask: emptyMask() };
+  return { id: numMade, name, blob, url, width, height, isErased, mask: emptyMask() };
 }
 
-/** The list of references. `onChange` is called after each change, `paint` opens the painter. */
+/** The images of either kind, each with its list. `onChange` is called after each change, `paint` opens the painter. */
 export class References {
   constructor({ onChange, onProblem, paint }) {
-    Object.assign(this, { onChange, onProblem, paint, items: [], max: 0, takesMask: false });
+    Object.assign(this, { onChange, onProblem, paint, model: null, max: 0, takesMask: false });
+    // A photograph to edit is no control image: what one model takes, another does not get.
+    this.kind = "reference";
+    this.lists = { reference: [], control: [] };
     this.list = byId("reference-list");
     const files = byId("reference-files");
     byId("add-reference").addEventListener("click", () => files.click());
@@ -39,10 +71,21 @@ export class References {
     });
   }
 
+  get items() {
+    return this.lists[this.kind];
+  }
+
   /** Show what a model takes. References beyond its limit stay, marked as not sent. */
   setModel(model) {
-    this.max = model.max_references;
+    this.model = model;
+    this.kind = kindOf(model);
+    this.max = model.takes_control ? 1 : model.max_references;
     this.takesMask = model.takes_mask;
+    const { title, drop } = WORDS[this.kind];
+    byId("references-title").textContent = title;
+    byId("reference-files").setAttribute("aria-label", title);
+    byId("reference-files").multiple = this.max > 1;
+    byId("dropping").firstElementChild.textContent = drop;
     byId("references").hidden = this.max === 0;
     this.render();
   }
@@ -50,6 +93,30 @@ export class References {
   /** Return those that are sent. */
   get sent() {
     return this.items.slice(0, this.max);
+  }
+
+  /** Return whether the first one has a mask, as far as is known without painting it. */
+  get isPainted() {
+    return this.takesMask && this.sent.length > 0 && this.sent[0].mask.done.length > 0;
+  }
+
+  /** Return whether the model has the images that it needs; else say what is missing, and go there. */
+  check(mask) {
+    this.#showMissing(mask !== null);
+    const told = byId("references-need");
+    if (told.textContent === "") return true;
+    told.className = "problem";
+    announce(told.textContent);
+    (this.list.querySelector(".mask-button") ?? byId("add-reference")).focus();
+    return false;
+  }
+
+  /** Say what is missing. An image with a transparent part has its mask, where one is required. */
+  #showMissing(isMasked) {
+    const isErased = this.model.requires_mask && this.sent.some((each) => each.isErased);
+    const told = byId("references-need");
+    told.className = "hint warn";
+    told.textContent = missingImage(this.model, this.sent.length, isMasked || isErased);
   }
 
   /** Return the mask of the first one as a PNG, or null. */
@@ -66,7 +133,7 @@ export class References {
       }
       try {
         this.items.push(await referenceOf(file, file.name || `pasted-${numMade + 1}.png`));
-        announce(`Reference ${this.items.length} added`);
+        announce(`Added: ${this.#nameOf(this.items.length - 1)}`);
       } catch {
         this.onProblem(`${file.name || "That"} is no image that this browser can read.`);
       }
@@ -76,12 +143,17 @@ export class References {
 
   /** Put these references in place of all. */
   replace(items) {
-    this.items = [...items];
+    this.lists[this.kind] = [...items];
     this.#changed();
   }
 
   #full() {
-    return `This model takes ${this.max} reference${this.max === 1 ? "" : "s"}: remove one first.`;
+    const name = this.kind === "control" ? "control image" : "reference";
+    return `This model takes ${this.max} ${name}${this.max === 1 ? "" : "s"}: remove one first.`;
+  }
+
+  #nameOf(index) {
+    return this.kind === "control" ? "control image" : `reference ${index + 1}`;
   }
 
   #changed() {
@@ -108,13 +180,14 @@ export class References {
     byId("add-reference").hidden = this.items.length >= this.max;
     const isSlim = this.items.length > 0;
     byId("add-reference").classList.toggle("slim", isSlim);
-    byId("add-reference").lastElementChild.textContent = isSlim ? "Add another" : EMPTY;
-    byId("references-hint").textContent = `up to ${this.max}`;
+    byId("add-reference").lastElementChild.textContent = isSlim ? "Add another" : WORDS[this.kind].empty;
+    byId("references-hint").textContent = this.kind === "control" ? "required" : `up to ${this.max}`;
+    this.#showMissing(this.isPainted);
   }
 
   #cardOf(item, index) {
     const isSent = index < this.max;
-    const name = `reference ${index + 1}`;
+    const name = this.#nameOf(index);
     const small = (symbol, label, onclick, className = "") =>
       el("button", { type: "button", className: `mini ${className}`, title: label, "aria-label": `${label}: ${name}`, onclick }, icon(symbol));
     const tools = el("div", { className: "card-tools" });
@@ -125,7 +198,9 @@ export class References {
     tools.append(small("close", "Remove", () => this.#remove(index), "remove"));
     const picture = el("div", { className: "thumb" }, el("img", { src: item.url, alt: `${name}: ${item.name}`, draggable: false }));
     const card = el("li", { className: isSent ? "card" : "card idle", draggable: true }, picture, tools);
-    card.append(el("span", { className: "badge" }, isSent ? String(index + 1) : "not sent"));
+    if (this.max > 1 || !isSent) {
+      card.append(el("span", { className: "badge" }, isSent ? String(index + 1) : "not sent"));
+    }
     if (index === 0 && isSent && this.takesMask) card.append(this.#maskButton(item, picture));
     card.addEventListener("dragstart", (event) => event.dataTransfer.setData(DRAGGED, String(index)));
     card.addEventListener("drop", (event) => {
@@ -147,7 +222,7 @@ export class References {
       this.list.querySelector(".mask-button")?.focus();
     };
     const label = isPainted ? "Edit mask" : "Paint mask";
-    return el("button", { type: "button", className: "mask-button", onclick }, icon("brush"), label);
+    return el("button", { type: "button", className: "mask-button", "aria-describedby": "references-need", onclick }, icon("brush"), label);
   }
 
   #listenToDrops() {

@@ -1,7 +1,9 @@
 // A request as it is sent and as it is copied as code: one place decides on its fields.
 
+import { hasScale } from "./models.js";
+
 /** Return the fields of a request, without those that are the model's defaults. */
-export function fieldsOf(settings, model) {
+export function fieldsOf(settings, model, isMasked) {
   const fields = { model: model.id, prompt: settings.prompt.trim() };
   if (settings.shape !== "match") fields.size = `${settings.width}x${settings.height}`;
   if (settings.n > 1) fields.n = settings.n;
@@ -13,13 +15,26 @@ export function fieldsOf(settings, model) {
   if (isGuided && settings.guidance !== model.default_guidance) {
     fields.guidance_scale = settings.guidance;
   }
+  const negative = settings.negative.trim();
+  if (model.takes_negative && negative !== "") {
+    fields.negative_prompt = negative;
+    if (hasScale(model) && settings.scale !== null) fields.true_cfg_scale = settings.scale;
+  }
+  if (model.takes_strength && isMasked && settings.strength !== null && settings.strength !== 1) {
+    fields.strength = settings.strength;
+  }
+  const isDefault = model.prompt_upsampling === "default";
+  if (model.prompt_upsampling !== "never" && (settings.upsampling ?? isDefault) !== isDefault) {
+    fields.prompt_upsampling = settings.upsampling;
+  }
   if (settings.format !== "png") fields.output_format = settings.format;
   return fields;
 }
 
-/** Return the files of a request: its references, and the mask of the first one, if painted. */
-export function filesOf(references, mask) {
-  const files = references.map((each) => ({ field: "image[]", name: each.name, blob: each.blob }));
+/** Return the files of a request: its images, and the mask of the first one, if painted. */
+export function filesOf(references, mask, model) {
+  const field = model.takes_control ? "control_image" : "image[]";
+  const files = references.map((each) => ({ field, name: each.name, blob: each.blob }));
   if (mask !== null) files.push({ field: "mask", name: "mask.png", blob: mask });
   return files;
 }

@@ -18,6 +18,10 @@ export const DEFAULTS = {
   // null: the model's default.
   steps: null,
   guidance: null,
+  negative: "",
+  scale: null,
+  strength: null,
+  upsampling: null,
   previews: 2,
   format: "png",
   theme: null,

@@ -72,6 +72,7 @@ export class Viewer {
     this.gallery.mark(item, this.other?.item ?? null);
     const parts = [this.other === null ? this.#frame() : this.#comparison()];
     parts.push(el("p", { className: "words" }, item.run.fields.prompt));
+    if (item.run.revised !== null) parts.push(el("p", { className: "words hint" }, `Written out: ${item.run.revised}`));
     if (item.url !== null) parts.push(this.#facts(), this.#buttons());
     else if (item.run.state !== "running") parts.push(this.#buttons());
     for (const warning of item.run.warnings) parts.push(el("p", { className: "warning" }, warning));
@@ -182,7 +183,8 @@ export class Viewer {
   /** Return what to compare with at first: the image that was edited, else the one before. */
   #candidate() {
     const [first] = this.item.run.references;
-    if (first !== undefined) return { url: first.url, label: "Reference", item: null };
+    const label = this.item.run.model.takes_control ? "Control image" : "Reference";
+    if (first !== undefined) return { url: first.url, label, item: null };
     const before = this.gallery.before(this.item);
     return before === null ? null : beforeOf(before);
   }
