@@ -233,6 +233,8 @@ def paste(page: Page, data: bytes) -> None:
 
 def stroke(page: Page, begin: tuple[float, float], end: tuple[float, float]) -> None:
     """Draw a line with the mouse on the mask; places are shares of its width and height."""
+    # The dialog opens only when the browser has decoded the image.
+    page.wait_for_selector("#mask-canvas")
     box = page.locator("#mask-canvas").bounding_box()
     assert box is not None
     (x, y), (to_x, to_y) = (
