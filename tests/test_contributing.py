@@ -68,27 +68,30 @@ def missing_from(title: str, paths: set[Path]) -> set[str]:
 
 
 @cache
-def nodes_of(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text())))
+def words_of(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the string constants of a Python file, and the dotted names that it imports.
 
-
-@cache
-def constants_of(path: Path) -> frozenset[str]:
-    """Return the string constants of a Python file, docstrings among them."""
-    values = (node.value for node in nodes_of(path) if isinstance(node, ast.Constant))
-    return frozenset(value for value in values if isinstance(value, str))
-
-
-@cache
-def imports_of(path: Path) -> set[str]:
-    """Return the dotted names that a Python file imports."""
-    names = set()
-    for node in nodes_of(path):
-        if isinstance(node, ast.ImportFrom):
+    Its syntax tree is not kept: those of all files would be a million objects.
+    """
+    constants, names = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            constants.add(node.value)
+        elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return names
+    return frozenset(constants), frozenset(names)
+
+
+def constants_of(path: Path) -> frozenset[str]:
+    """Return the string constants of a Python file, docstrings among them."""
+    return words_of(path)[0]
+
+
+def imports_of(path: Path) -> frozenset[str]:
+    """Return the dotted names that a Python file imports."""
+    return words_of(path)[1]
 
 
 def imports_from(path: Path, modules: set[str]) -> bool:

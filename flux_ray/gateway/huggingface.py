@@ -3,6 +3,7 @@
 Its fields become those of OpenAI's routes, so that the same checks hold for both.
 """
 
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -197,6 +198,7 @@ def headers_of(rewriting: Rewriting, tier: str) -> dict[str, str]:
     return headers
 
 
+@cache
 def body_schema() -> dict[str, Any]:
     """Return the body's JSON schema for OpenAPI; the image to edit is in `inputs`."""
     schema = Inputs.model_json_schema()

@@ -68,6 +68,8 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     def run(*options: str, **env: str) -> subprocess.Popen[str]:
         code = (
             f"import sys; sys.executable = {str(tmp_path / 'python')!r};"
+            # What stays is not to be waited for as long as a Ray that ends.
+            "from flux_ray.cli import serve; serve.LEFT_S = 1.0;"
             "from flux_ray.cli.main import app; app()"
         )
         return subprocess.Popen(

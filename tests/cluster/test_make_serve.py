@@ -11,10 +11,10 @@ import pytest
 from flux_ray.catalog.tiers import TIERS
 from flux_ray.config.gateway import Limits
 from flux_ray.config.tier import PROXY_CALLBACK, RAY_SETTINGS, READ_WITH_H11
-from tests.cluster.conftest import PATIENCE_S, ROOT
+from tests.cluster.conftest import PATIENCE_S, ROOT, free_port
 
-LARGE_ANSWER = Path(__file__).with_name("large_answer.py")
-OFFERED_UPGRADE = Path(__file__).with_name("offered_upgrade.py")
+THROUGH_PROXY = Path(__file__).with_name("through_proxy.py")
+NUM_BYTES = 16_000_000
 
 
 def words_of_serve(folder: Path, *said: str) -> list[str]:
@@ -61,14 +61,6 @@ def environment_of_serve(folder: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
 
 
-@pytest.mark.slow
-def test_answers_of_many_megabytes_arrive(environment: dict[str, str], port: int) -> None:
-    """Eight images in one answer are so large; gRPC would fail on them with its default limit."""
-    assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
-    run = run_in(environment, LARGE_ANSWER, str(port), "16000000")
-    assert "answered 200 16000000" in run.stdout, run.stderr[-2000:]
-
-
 def test_the_largest_answer_is_within_serves_limit(environment: dict[str, str]) -> None:
     """It has all images that a request may ask for, as large as they get; the limit is near it."""
     largest = max(tier.max_pixels for tier in TIERS) * 3 * Limits().max_images * 4 // 3
@@ -87,24 +79,29 @@ def test_a_dead_proxy_is_noticed_soon(environment: dict[str, str]) -> None:
     assert float(environment["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"]) <= 3
 
 
-def test_a_request_that_offers_to_upgrade_keeps_its_body(
-    environment: dict[str, str], port: int
-) -> None:
-    """Every JDK's HttpClient offers this. Headers without an end are refused."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """Run the script, which starts a Serve of its own in that environment, once for both tests."""
+    environment = environment_of_serve(tmp_path_factory.mktemp("serve"))
     assert environment[PROXY_CALLBACK] == READ_WITH_H11
-    run = run_in(environment, OFFERED_UPGRADE, str(port))
-    assert "upgrade offered: 200 20" in run.stdout, run.stderr[-2000:]
-    assert "endless headers: refused" in run.stdout, run.stderr[-2000:]
-
-
-def run_in(
-    environment: dict[str, str], script: Path, *args: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a script, which starts a Serve of its own, in that environment."""
+    assert environment["RAY_SERVE_PROXY_USE_GRPC"] == "1"
     return subprocess.run(
-        [sys.executable, str(script), *args],
+        [sys.executable, str(THROUGH_PROXY), str(free_port()), str(NUM_BYTES)],
         env=environment | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
     )
+
+
+def test_a_request_that_offers_to_upgrade_keeps_its_body(
+    run: subprocess.CompletedProcess[str],
+) -> None:
+    """Every JDK's HttpClient offers this. Headers without an end are refused."""
+    assert "upgrade offered: 200 20" in run.stdout, run.stderr[-2000:]
+    assert "endless headers: refused" in run.stdout, run.stderr[-2000:]
+
+
+def test_answers_of_many_megabytes_arrive(run: subprocess.CompletedProcess[str]) -> None:
+    """Eight images in one answer are so large; gRPC would fail on them with its default limit."""
+    assert f"large answer: 200 {NUM_BYTES}" in run.stdout, run.stderr[-2000:]

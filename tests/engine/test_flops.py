@@ -49,7 +49,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def count(call: Callable[[], object]) -> tuple[int, int]:
     """FLOPs of linear layers and convolutions, and of attention's products."""
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     attention = counted.pop(ATTENTION, 0)
@@ -103,7 +103,8 @@ def num_weights(module: nn.Module) -> tuple[int, int]:
     return blocks, sum(sizes.values()) - blocks
 
 
-@pytest.mark.parametrize("num_image", [16, 1024, 4096, 16384])
+# Attention's products grow with the square of the tokens: three sizes tell of all others.
+@pytest.mark.parametrize("num_image", [16, 1024, 16384])
 def test_a_step_computes_what_the_row_says(name: str, model: EmptyModel, num_image: int) -> None:
     work, num_text = WORKLOADS[name].transformer, tier_for(name).text_length
     num_tokens = num_text + num_image

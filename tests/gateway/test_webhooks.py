@@ -202,6 +202,7 @@ async def test_the_certificate_is_the_hosts(host):
 
     async with receiving(tls) as receiver:
         poster = Poster(args_for(receiver.port, schemes=("https",)), resolve)
+        poster.guard.trusted = ssl.create_default_context()
         authority.configure_trust(poster.guard.trusted)
         url = f"https://{host}:{receiver.port}/good"
         if host == "home.test":

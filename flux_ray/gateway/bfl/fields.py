@@ -1,6 +1,7 @@
 """The fields of BFL's routes, in one model for all of them: clients mix those of several routes."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
@@ -159,6 +160,7 @@ def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
         names |= {"width": name, "height": name}
 
 
+@cache
 def fields_schema() -> dict[str, Any]:
     """Return the JSON schema of the fields, for OpenAPI."""
     schema = BflFields.model_json_schema()

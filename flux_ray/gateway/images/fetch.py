@@ -10,8 +10,10 @@ import ipaddress
 import logging
 import re
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
 import httpx
@@ -172,14 +174,22 @@ async def read_stream(client: httpx.AsyncClient, url: str, max_bytes: int, name:
     return bytes(data)
 
 
+@cache
+def certificates() -> ssl.SSLContext:
+    """Return the context that trusts the well-known authorities, read once in this process.
+
+    Reading them takes longer than a request.
+    """
+    return httpx.create_ssl_context(trust_env=False)
+
+
 class Guard:
     """Makes HTTP clients for places that strangers name: references and webhooks."""
 
     def __init__(self, fetching: Fetching, resolve: Resolve) -> None:
         self.fetching = fetching
         self.resolve = resolve
-        # Once: reading the certificates takes longer than a request.
-        self.trusted = httpx.create_ssl_context(trust_env=False)
+        self.trusted = certificates()
 
     def client(self, headers: dict[str, str]) -> httpx.AsyncClient:
         """Return a client for one request: one caller's cookies must not reach another's server.

@@ -1,6 +1,7 @@
 """OpenAI's image routes: `/v1/images/generations` and `/v1/images/edits`."""
 
 import time
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter
@@ -204,6 +205,7 @@ def content_type_of(request: Request, *readable: str) -> str:
     return sent
 
 
+@cache
 def body_schema(*content_types: str) -> dict[str, Any]:
     """Return the description of a body for OpenAPI."""
     texts = {"description": "base64, with or without a data prefix, or a URL; or a list of them"}

@@ -35,6 +35,7 @@ async def test_the_certificate_is_the_hosts_not_the_addresses(name):
     authority.issue_cert("images.test", "127.0.0.1").configure_cert(tls)
     async with serving(b"image", tls) as server:
         fetcher = fetcher_for(server.port, ["127.0.0.1"])
+        fetcher.guard.trusted = ssl.create_default_context()
         authority.configure_trust(fetcher.guard.trusted)
         url = f"https://{name}:{server.port}/image"
         if name == "images.test":
