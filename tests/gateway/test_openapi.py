@@ -14,7 +14,7 @@ from tests.conftest import LIMITS, FakeBill, FakeHandles, FakeTurns
 from tests.gateway.fake_desk import FakeDesk
 
 # Of each operation; those of four have something to vary.
-NUM_CASES = 300
+NUM_CASES = 100
 SLOW_SETUP = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
