@@ -22,15 +22,18 @@ class Flux1Kontext(Flux1):
 
     @torch.inference_mode()
     def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
-        """Return the prompt joined with the reference, about 1 MP whatever its own size is.
+        """Return the prompt joined with the reference, scaled to one of Kontext's sizes.
 
+        A tier whose row does not say how many tokens that is keeps the reference's own size.
         `latents`: [1, tokens, channels]; `ids`: fp32 [tokens, 3], the positions.
         """
         if not references:
             return Conditioning(prompt)
         if len(references) > 1:
             raise BadReference("FLUX.1 Kontext takes one reference image", "image")
-        width, height = preferred_size(references[0])
+        width, height = whole_tokens(references[0])
+        if self.tier.reference_tokens is not None:
+            width, height = preferred_size(width, height)
         processor = self.pipeline.image_processor
         image = processor.resize(image_for(references[0]), height, width)
         latents = self.latents(self.moments(processor.preprocess(image, height, width)), None)
@@ -110,10 +113,10 @@ class Flux1Control(Flux1):
         return SeededInputs(self.noise(given, canvas, generator), channels=channels)
 
 
-def preferred_size(reference: RgbImage) -> tuple[int, int]:
-    """Return the width and height, of those that Kontext was trained on, nearest in aspect.
+def whole_tokens(reference: RgbImage) -> tuple[int, int]:
+    """Return the width and height of the tokens that fit into a reference, in pixels.
 
-    Raise BadReference if the image is too small to have one.
+    Raise BadReference if the image is too small for one.
     """
     width, height = (
         side // TOKEN_SIDE * TOKEN_SIDE for side in (reference.width, reference.height)
@@ -122,6 +125,11 @@ def preferred_size(reference: RgbImage) -> tuple[int, int]:
         raise BadReference(
             f"a reference image needs at least {TOKEN_SIDE} x {TOKEN_SIDE} pixels", "image"
         )
+    return width, height
+
+
+def preferred_size(width: int, height: int) -> tuple[int, int]:
+    """Return the width and height, of those that Kontext was trained on, nearest in aspect."""
     sizes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
     _, width, height = min((abs(width / height - w / h), w, h) for w, h in sizes)
     return width, height

@@ -28,6 +28,7 @@ def tier_of(kind: str) -> Tier:
         guidance=3.5,
         is_guided=kind != "schnell",
         max_references=1,
+        reference_tokens=4150 if kind == "kontext" else None,
         text_length=256 if kind == "schnell" else 512,
         default_side=1024,
         min_side=64,

@@ -122,7 +122,7 @@ def kontext_case(
     """Check one reference; the pipeline keeps the size if it is told its area."""
     adapter, image = model.adapter, reference(*size, 1)
     given = adapter.encode(adapter.encode_prompt(PROMPT), (image,))
-    if options:
+    if "negative_prompt" in options:
         given = replace(given, negative=adapter.encode_prompt(options["negative_prompt"]))
         canvas = replace(canvas, true_cfg_scale=options["true_cfg_scale"])
     area = canvas.width * canvas.height
@@ -148,6 +148,15 @@ def test_kontext_with_a_negative_prompt(flux1: Flux1Models) -> None:
     canvas = ImageSpec(128, 96, 2, guidance=2.5)
     options = {"negative_prompt": "green star", "true_cfg_scale": 2.0}
     kontext_case(flux1("kontext"), (120, 200), canvas, **options)
+
+
+@pytest.mark.parametrize("size", [(128, 96), (140, 205)])
+def test_a_reference_keeps_its_size_if_the_tier_has_none(
+    flux1: Flux1Models, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    model = flux1("kontext")
+    monkeypatch.setattr(model.adapter, "tier", replace(model.tier, reference_tokens=None))
+    kontext_case(model, size, ImageSpec(128, 96, 2, guidance=2.5), _auto_resize=False)
 
 
 def test_kontext_without_a_reference(flux1: Flux1Models) -> None:
