@@ -138,13 +138,17 @@ def with_defaults(value: Any) -> Any:
 
 @cache
 def rendered_chart() -> tuple[dict[str, Any], ...]:
-    """Return all objects of the Helm chart with its own values; none while there is no chart."""
+    """Return all objects of the Helm chart with its own values; none while there is no chart.
+
+    Only its addresses are somebody's: the chart refuses its own, which stand for them.
+    """
     if not CHART.exists():
         return ()
     import helm_python
 
     helm_python.disable_logging()
-    files = helm_python.Chart.load(str(CHART)).render({})
+    fleet = (CHART / "files" / "fleet.yaml").read_text().replace(".invalid", ".example.com")
+    files = helm_python.Chart.load(str(CHART)).render({"serve": {"config": fleet}})
     texts = [text for path, text in files.items() if path.endswith(".yaml")]
     return tuple(each for text in texts for each in yaml.safe_load_all(text) if each)
 
