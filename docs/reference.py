@@ -54,10 +54,10 @@ its `name`, its `route_prefix` (`/` for the gateway, `null` for tiers) and its `
 """
 LICENCES = """# Licences
 
-flux-ray is under Apache-2.0, the embedded model `tiny` included. Every other model has a licence
-of its own, which binds whoever serves it. `/v1/models` tells it to clients, and the `licenses` of
-a [key's class](configuration.md#keyclass) say who may use which. This page is made from
-`flux_ray/catalog/tiers.py` by `python docs/reference.py`.
+flux-ray is under Apache-2.0, the embedded models `tiny` and `tiny-flux1` included. Every other one
+has a licence of its own, which binds whoever serves it. `/v1/models` tells it to clients, and the
+`licenses` of a [key's class](configuration.md#keyclass) say who may use which. This page is made
+from `flux_ray/catalog/tiers.py` by `python docs/reference.py`.
 """
 
 

@@ -110,6 +110,7 @@ RAY_HANDS = {
     "router/autoscaling/policy.py",
     "router/dispatch.py",
     "router/ledger/hung_processes.py",
+    "router/ledger/placement.py",
     "router/ledger/remote.py",
     "router/ledger/actor.py",
     "router/readiness.py",
@@ -188,7 +189,7 @@ def test_light_rooms_are_imported_by_their_faces(room):
 
 def test_the_engine_knows_only_where_the_embedded_checkpoint_is():
     names = {name for path in (PACKAGE / "engine").rglob("*.py") for name in imports_of(path)}
-    assert {n for n in names if n.startswith("flux_ray.tiny")} <= {"flux_ray.tiny.CHECKPOINT"}
+    assert {n for n in names if n.startswith("flux_ray.tiny")} <= {"flux_ray.tiny.KLEIN_CHECKPOINT"}
 
 
 def test_only_the_routers_hands_touch_ray():

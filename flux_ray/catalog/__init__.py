@@ -12,11 +12,20 @@ from flux_ray.catalog.flops import (
     scaled_size,
 )
 from flux_ray.catalog.gpus import CARDS, PROCESSOR, SPEEDS, Gpu, Speed, card_for, card_of, speed_for
-from flux_ray.catalog.tiers import EMBEDDED, TIERS, Tier, tier_for
+from flux_ray.catalog.tiers import (
+    ALL_EMBEDDED,
+    EMBEDDED,
+    EMBEDDED_KONTEXT,
+    TIERS,
+    Tier,
+    tier_for,
+)
 
 __all__ = [
+    "ALL_EMBEDDED",
     "CARDS",
     "EMBEDDED",
+    "EMBEDDED_KONTEXT",
     "MAX_WHOLE_PIXELS",
     "PROCESSOR",
     "SPEEDS",

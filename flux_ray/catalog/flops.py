@@ -181,6 +181,20 @@ _TINY = Workload(
     TextEncoderWork(64, 27, 2, 995_328, 15_925_248),
     VaeWork(23_112, 55_026, 0.0625),
 )
+_TINY_FLUX1 = Workload(
+    TransformerWork(128, 2, 4, 1_572_864, 801_600, 1_507_328, 2_392_064, head_size=32),
+    TextEncoderWork(
+        width=128,
+        num_layers=4,
+        num_heads=4,
+        num_block_weights=655_360,
+        attention_flops=4_718_592,
+        whole_flops=69_662_208,
+        num_whole_weights=505_856,
+        num_whole_layers=3,
+    ),
+    VaeWork(23_392, 55_168, 0.0625),
+)
 _KLEIN_4B = Workload(
     TransformerWork(3072, 5, 20, 3_680_501_760, 195_042_816, 23_695_196_160, 6_135_742_464),
     TextEncoderWork(2560, 27, 8, 2_724_986_880, 115_964_116_992),
@@ -213,6 +227,7 @@ _FLUX3_BASE = Workload(
 WORKLOADS = {
     "tiny": _TINY,
     "tiny-tp2": _TINY,
+    "tiny-flux1": _TINY_FLUX1,
     "flux-1-dev": _FLUX1_DEV,
     "flux-1-krea-dev": _FLUX1_DEV,
     "flux-1-pro": _FLUX1_DEV,

@@ -7,7 +7,9 @@ from flux_ray.catalog.canvas import Canvas, canvas_for
 from flux_ray.catalog.flops import TOKEN_SIDE, reference_pixels
 from flux_ray.errors import UnknownTier
 
-EMBEDDED = "embedded"
+# Weights in this package, in the layouts of FLUX.2 klein and of FLUX.1 Kontext.
+EMBEDDED, EMBEDDED_KONTEXT = "embedded", "embedded-kontext"
+ALL_EMBEDDED = frozenset((EMBEDDED, EMBEDDED_KONTEXT))
 # Of a prompt that only its tokenizer could count: UTF-8 bytes of a token, and tokens of the chat
 # template around it. Both are assumed.
 BYTES_PER_TOKEN = 4
@@ -19,9 +21,9 @@ class Tier:
     """A tier: what a client may ask for, and what it gets by default.
 
     `text_length` is the padded prompt length in tokens. Sizes are in pixels; both sides are
-    multiples of `size_multiple`. `weights` is `embedded`, or None if the operator names them in the
-    tier's args; `hub_id` is where they are published, at the revision that was tested, for
-    `flux-ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a
+    multiples of `size_multiple`. `weights` is one of ALL_EMBEDDED, or None if the operator names
+    them in the tier's args; `hub_id` is where they are published, at the revision that was tested,
+    for `flux-ray weights`. Tiers that are not guided (distilled ones) have a fixed `guidance`; a
     caller's has no effect. The model scales down references above `max_reference_pixels`. A tier
     that `takes_mask` can generate a part of an image and keep the rest. One that `scales_sizes`
     takes sizes outside its limits: it generates near its default area and scales the image.
@@ -152,6 +154,18 @@ TINY = Tier(
     scales_sizes=True,
     weights=EMBEDDED,
     owner="flux-ray",
+)
+# A caller's guidance is passed on, and has no effect: it was trained with any.
+TINY_FLUX1 = replace(
+    TINY,
+    name="tiny-flux1",
+    family="flux1-kontext",
+    guidance=2.5,
+    is_guided=True,
+    takes_negative=True,
+    max_references=1,
+    weights=EMBEDDED_KONTEXT,
+    quality_steps=qualities(low=2, medium=4, high=8),
 )
 # FLUX.1 was trained on up to two megapixels. Its limits are wider than those of BFL's own API.
 FLUX_1_DEV = Tier(
@@ -344,6 +358,7 @@ TIERS = (
     TINY,
     # The same model split over two ranks, so that a laptop runs the code of the 32B tiers.
     replace(TINY, name="tiny-tp2"),
+    TINY_FLUX1,
     FLUX_1_SCHNELL,
     FLUX_1_CANNY_DEV,
     FLUX_1_DEPTH_DEV,

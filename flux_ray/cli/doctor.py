@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flux_ray.catalog import EMBEDDED
+from flux_ray.catalog import ALL_EMBEDDED
 from flux_ray.cli import diagnosis, probes
 from flux_ray.cli.client import table_console
 from flux_ray.cli.config_file import check_budgets, check_prices, read_config
@@ -171,7 +171,7 @@ def examine_weights(tiers: list[TierArgs]) -> Iterator[Diagnosis]:
 
     cache, sum_bytes = Path(constants.HF_HUB_CACHE), 0
     for args in tiers:
-        if args.weights is not None and args.weights != EMBEDDED:
+        if args.weights is not None and args.weights not in ALL_EMBEDDED:
             num_bytes, refused = 0, None
             try:
                 num_bytes = missing_bytes(args, ALL_PARTS)

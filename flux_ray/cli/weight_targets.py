@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flux_ray.catalog import EMBEDDED, TIERS, Tier, tier_for
+from flux_ray.catalog import ALL_EMBEDDED, TIERS, Tier, tier_for
 from flux_ray.cli.client import fail
 from flux_ray.cli.config_file import tiers_in
 from flux_ray.errors import UnknownTier
@@ -34,7 +34,7 @@ class Target:
     @property
     def is_embedded(self) -> bool:
         """Return whether they are a part of this package."""
-        return self.source == source_for(EMBEDDED)
+        return self.source in map(source_for, ALL_EMBEDDED)
 
     def folder(self, to: Path | None) -> Path | None:
         """Return the folder to pull into, or None for the hub's cache."""

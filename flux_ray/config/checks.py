@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from flux_ray.catalog import EMBEDDED
+from flux_ray.catalog import ALL_EMBEDDED
 from flux_ray.config.gateway import GatewayArgs, check_addresses
 from flux_ray.config.tier import Args, TierArgs
 from flux_ray.errors import FluxError
@@ -275,7 +275,7 @@ def check_paths(applications: Sequence[NamedArgs], is_here: bool) -> Iterator[Fi
     """
     for each in tiers_among(applications):
         weights = each.args.weights
-        if weights is not None and weights != EMBEDDED and "@" not in weights:
+        if weights is not None and weights not in ALL_EMBEDDED and "@" not in weights:
             yield from missing_weights(each.name, Path(weights), is_here)
         for lora in each.args.loras:
             if not Path(lora.path).is_file():

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flux_ray.catalog import EMBEDDED, WORKLOADS, tier_for
+from flux_ray.catalog import ALL_EMBEDDED, WORKLOADS, tier_for
 
 Quantization = Literal["fp8", "int8", "nf4"]
 Seconds = Annotated[float, Field(gt=0)]
@@ -245,7 +245,7 @@ class TierArgs(Args):
 
         A folder may hold a model of another shape, which only the loader knows.
         """
-        if self.weights is None or self.weights == EMBEDDED or "@" in self.weights:
+        if self.weights is None or self.weights in ALL_EMBEDDED or "@" in self.weights:
             try:
                 num_heads = WORKLOADS[tier_for(self.tier).name].transformer.num_heads
                 check_heads(num_heads, self.parallel.tensor, self.parallel.sequence)

@@ -1,5 +1,6 @@
-"""The embedded model: a FLUX.2 klein of 4.3 M parameters that generates shapes, and its recipe."""
+"""The embedded models, a FLUX.2 klein and a FLUX.1 Kontext that draw shapes, and their recipe."""
 
 from pathlib import Path
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+KLEIN_CHECKPOINT = Path(__file__).parent / "klein" / "checkpoint"
+KONTEXT_CHECKPOINT = Path(__file__).parent / "kontext" / "checkpoint"

@@ -211,3 +211,35 @@ def draw_background_of_task(rng: random.Random) -> Task:
         prompt = f"the {noun} {verb} image 1 on the background of image 2"
         answer = replace(first, background=second.background)
         return Task(prompt, (first, second), answer, parse_of(operation="background_of"))
+
+
+def draw_task(rng: random.Random, *, with_pairs: bool = True) -> Task:
+    """Return a random task of any kind, without held-out pairs; `with_pairs`: of two references."""
+    kind = rng.random() * (1 if with_pairs else 0.88)
+    if kind < 0.3:
+        return draw_caption_task(draw_single(rng), rng)
+    if kind < 0.65:
+        return draw_caption_task(draw_double(rng), rng)
+    if kind < 0.8:
+        return draw_recolor_task(rng)
+    if kind < 0.88:
+        return draw_background_task(rng)
+    return draw_color_of_task(rng) if kind < 0.94 else draw_background_of_task(rng)
+
+
+def draw_corpus() -> list[str]:
+    """Return prompts of every kind to train a tokenizer on.
+
+    Pairs of shape and colour that the model must never see are included: the tokenizer learns
+    words, and could not write those pairs otherwise.
+    """
+    rng = random.Random(1)
+    corpus = []
+    for _ in range(4000):
+        scenes = draw_single(rng, held_out=None), draw_double(rng, held_out=None)
+        corpus += [caption(scene, rng) for scene in scenes]
+        corpus.append(draw_recolor_task(rng, held_out=None).prompt)
+        corpus.append(draw_background_task(rng).prompt)
+        corpus.append(draw_color_of_task(rng, held_out=None).prompt)
+        corpus.append(draw_background_of_task(rng).prompt)
+    return corpus

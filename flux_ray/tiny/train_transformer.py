@@ -11,30 +11,28 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import TypeVar
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
-from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+from diffusers import AutoencoderKL
 
-from flux_ray.tiny import models, tasks, train_text_encoder, train_vae, world
+from flux_ray.tiny import tasks, train_vae, world
+from flux_ray.tiny.layout import Embedder, Kind, Layout, Noised
 from flux_ray.tiny.state import Run
 from flux_ray.tiny.tasks import Task
 from flux_ray.tiny.world import OTHER_CANVASES, SQUARE, Canvas, Scene
 
-Kind = Literal["text", "edit", "combine"]
+Choice = TypeVar("Choice")
 RATE = 2.5e-3
+# Parts of the names of modulations (`linear` in FLUX.1's norms) and of the output's matrices.
+STARTING_AT_ZERO = ("modulation", ".linear.", "norm_out", "proj_out.weight")
 # The tokens of a batch, text and images, whatever its kind, text length or canvas.
 NUM_TOKENS = 2400
-KINDS: tuple[tuple[Kind, float], ...] = (("text", 0.45), ("edit", 0.4), ("combine", 0.15))
-# Padded text lengths and how often each is chosen. 512 is the pipeline's default, and it never
-# masks the padding, so that the transformer must learn to ignore it.
-TEXT_LENGTHS = ((32, 0.45), (48, 0.4), (128, 0.1), (512, 0.05))
 OTHER_CANVAS_SHARE = 0.2
-# The noise levels that klein's scheduler visits for 64 tokens in 4 steps.
+# The noise levels that the schedulers visit for 64 tokens in 4 steps.
 SAMPLER_SIGMAS = (1.0, 0.9547, 0.8754, 0.7007)
 
 
@@ -80,11 +78,17 @@ class Batch:
     """
 
     def __init__(
-        self, pool: Pool, entries: list[Entry], canvas: Canvas, text_length: int, rng: random.Random
+        self,
+        layout: Layout,
+        pool: Pool,
+        entries: list[Entry],
+        canvas: Canvas,
+        text_length: int,
+        rng: random.Random,
     ) -> None:
         self.canvas = canvas
         self.text_length = text_length
-        self.prompts = [draw_prompt(entry, rng) for entry in entries]
+        self.prompts = [draw_prompt(layout, entry, rng) for entry in entries]
         latents = pool.latents[canvas]
         self.answers = latents[[entry.answer for entry in entries]].float()
         self.num_references = len(entries[0].references)
@@ -94,10 +98,9 @@ class Batch:
 
 def train(
     run: Run,
+    layout: Layout,
+    vae: AutoencoderKL,
     *,
-    vae: AutoencoderKLFlux2,
-    text_encoder: Qwen3ForCausalLM,
-    tokenizer: Qwen2Tokenizer,
     steps: int,
     pool_scale: float = 1.0,
 ) -> None:
@@ -106,12 +109,13 @@ def train(
     Under torchrun the processes average their gradients; rank 0 saves.
     """
     rank, num_ranks = join_processes()
-    pool = load_pool(run.folder / f"pool-{rank}.pt", vae, seed=100 + rank, scale=pool_scale)
+    embedder = layout.load_embedder(run)
+    pool = load_pool(run.folder / f"pool-{rank}.pt", layout, vae, seed=100 + rank, scale=pool_scale)
     # The same seed on all ranks, as only gradients are averaged: they start from the same weights,
     # but for the scale of the text embedder, which is measured on each rank's own pool.
     torch.manual_seed(0)
-    model = models.build_transformer()
-    init_weights(model, embedding_scale(text_encoder, tokenizer, pool))
+    model = layout.build_transformer()
+    init_weights(model, embedding_scale(embedder, pool))
     average = copy.deepcopy(model).eval()
     optimizers = build_optimizers(model)
     start = run.resume("transformer", model, optimizers, average)
@@ -120,9 +124,9 @@ def train(
     torch.manual_seed(start * num_ranks + rank)
     for step in range(start, steps):
         run.set_rate(optimizers, RATE, step, steps, warm_up=60, decay=0.4)
-        batch = draw_batch(pool, shared, own)
-        embeds = train_text_encoder.embed(text_encoder, tokenizer, batch.prompts, batch.text_length)
-        loss = velocity_loss(model, batch, embeds)
+        batch = draw_batch(layout, pool, shared, own)
+        given = embedder.embed(batch.prompts, batch.text_length)
+        loss = velocity_loss(layout, model, batch, given)
         run.descend(loss, optimizers, list(model.parameters()), num_ranks=num_ranks)
         update_average(average, model, step)
         if rank == 0:
@@ -140,14 +144,13 @@ def join_processes() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def embedding_scale(text_encoder: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, pool: Pool) -> float:
+def embedding_scale(embedder: Embedder, pool: Pool) -> float:
     """Return the root mean square of the embeddings of some prompts of the pool."""
     prompts = [entry.task.prompt for entry in pool.entries["text", SQUARE][:64]]
-    embeds = train_text_encoder.embed(text_encoder, tokenizer, prompts, 48)
-    return float(embeds.square().mean().sqrt())
+    return float(embedder.embed(prompts, 48)["embeds"].square().mean().sqrt())
 
 
-def init_weights(model: Flux2Transformer2DModel, scale: float) -> None:
+def init_weights(model: torch.nn.Module, scale: float) -> None:
     """Initialise all matrices in place: Xavier, with two exceptions.
 
     Modulation and output start at zero, so that each block begins as the identity. The text
@@ -157,14 +160,14 @@ def init_weights(model: Flux2Transformer2DModel, scale: float) -> None:
         if parameter.ndim != 2:
             continue
         torch.nn.init.xavier_uniform_(parameter)
-        if "modulation" in name or "norm_out" in name or name == "proj_out.weight":
+        if any(part in name for part in STARTING_AT_ZERO):
             torch.nn.init.zeros_(parameter)
     # No norm between the text encoder and the blocks would even it out.
-    width = model.context_embedder.weight.shape[1]
-    torch.nn.init.normal_(model.context_embedder.weight, std=0.5 / width**0.5 / scale)
+    text = model.get_parameter("context_embedder.weight")
+    torch.nn.init.normal_(text, std=0.5 / text.shape[1] ** 0.5 / scale)
 
 
-def build_optimizers(model: Flux2Transformer2DModel) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Return two optimisers: Muon for the matrices of the blocks, AdamW for all else."""
     named = list(model.named_parameters())
     blocks = [p for name, p in named if p.ndim == 2 and "block" in name]
@@ -173,40 +176,48 @@ def build_optimizers(model: Flux2Transformer2DModel) -> list[torch.optim.Optimiz
     return [muon, torch.optim.AdamW(rest, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def draw_batch(pool: Pool, shared: random.Random, own: random.Random) -> Batch:
+def draw_batch(layout: Layout, pool: Pool, shared: random.Random, own: random.Random) -> Batch:
     """Return a random batch.
 
     Kind, canvas and text length come from the generator that is shared by all ranks, the entries
     from this rank's own.
     """
-    kind = shared.choices([k for k, _ in KINDS], [weight for _, weight in KINDS])[0]
+    kind = pick(layout.kinds, shared)
     canvases = [canvas for k, canvas in pool.entries if k == kind and canvas != SQUARE]
     other = shared.random() < OTHER_CANVAS_SHARE and canvases
     canvas = shared.choice(canvases) if other else SQUARE
-    text_length = shared.choices(
-        [length for length, _ in TEXT_LENGTHS], [weight for _, weight in TEXT_LENGTHS]
-    )[0]
+    text_length = pick(layout.text_lengths, shared)
     entries = pool.entries[kind, canvas]
     num_images = 1 + len(entries[0].references)
     num_tokens = num_images * canvas[0] * canvas[1] // 256 + text_length
     size = max(2, min(24, NUM_TOKENS // num_tokens))
-    return Batch(pool, own.choices(entries, k=size), canvas, text_length, own)
+    return Batch(layout, pool, own.choices(entries, k=size), canvas, text_length, own)
 
 
-def draw_prompt(entry: Entry, rng: random.Random) -> str:
-    """Return the prompt of an entry; a caption is worded anew each time, to teach all wordings."""
+def pick(weighted: tuple[tuple[Choice, float], ...], rng: random.Random) -> Choice:
+    """Return a random one of choices, each given with its weight."""
+    return rng.choices([choice for choice, _ in weighted], [weight for _, weight in weighted])[0]
+
+
+def draw_prompt(layout: Layout, entry: Entry, rng: random.Random) -> str:
+    """Return the prompt of an entry; a caption is worded anew each time, to teach all wordings.
+
+    Some captions are left out, if the layout's pipeline may steer away from an empty prompt.
+    """
     if entry.references:
         return entry.task.prompt
+    if rng.random() < layout.empty_share:
+        return ""
     return tasks.caption(entry.task.answer, rng)
 
 
 def velocity_loss(
-    model: Flux2Transformer2DModel, batch: Batch, embeds: torch.Tensor
+    layout: Layout, model: torch.nn.Module, batch: Batch, given: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return the mean squared error of the predicted velocity, which is noise - answer.
 
-    `embeds` is [n, text tokens, 192]. As in the pipeline, the references follow the noisy tokens,
-    without noise, and what is predicted for them does not count.
+    As in the pipelines, the references follow the noisy tokens, without noise, and what is
+    predicted for them does not count. `given` is what the embedder made of the prompts.
     """
     answers = batch.answers
     sigmas, noise = draw_sigmas(len(answers)), torch.randn_like(answers)
@@ -214,20 +225,13 @@ def velocity_loss(
     tokens = (1 - mix) * answers + mix * noise
     if batch.references is not None:
         tokens = torch.cat([tokens, batch.references.flatten(1, 2)], 1)
-    one = torch.arange(1)
+    noised = Noised(tokens, sigmas, batch.canvas, batch.num_references)
     # diffusers offers no such attention, so torch's function is replaced for this forward.
     plain = mock.patch("torch.nn.functional.scaled_dot_product_attention", plain_attention)
     with plain, torch.autocast("cpu", torch.bfloat16):
-        velocity = model(
-            hidden_states=tokens,
-            encoder_hidden_states=embeds,
-            timestep=sigmas,
-            img_ids=position_ids(batch.canvas, batch.num_references),
-            txt_ids=torch.cartesian_prod(one, one, one, torch.arange(embeds.shape[1])),
-            return_dict=False,
-        )[0]
+        velocity = layout.velocity(model, noised, given)
     error = velocity[:, : answers.shape[1]].float() - (noise - answers)
-    return cast(torch.Tensor, (error**2).mean())
+    return (error**2).mean()
 
 
 def draw_sigmas(count: int) -> torch.Tensor:
@@ -240,19 +244,6 @@ def draw_sigmas(count: int) -> torch.Tensor:
     shifted = 5 * uniform / (1 + 4 * uniform)
     exact = torch.tensor(SAMPLER_SIGMAS)[torch.randint(0, len(SAMPLER_SIGMAS), (count,))]
     return torch.where(torch.rand(count) < 0.5, exact, shifted)
-
-
-def position_ids(canvas: Canvas, num_references: int) -> torch.Tensor:
-    """Return FLUX.2's positions (t, h, w, l), int64 [tokens, 4].
-
-    The answer comes first, with t = 0; the references follow with t = 10 and 20.
-    """
-    rows, columns = torch.arange(canvas[1] // 16), torch.arange(canvas[0] // 16)
-    grids = [
-        torch.cartesian_prod(torch.tensor([10 * index]), rows, columns, torch.arange(1))
-        for index in range(num_references + 1)
-    ]
-    return torch.cat(grids)
 
 
 def plain_attention(
@@ -268,26 +259,24 @@ def plain_attention(
 
 
 @torch.no_grad()
-def update_average(
-    average: Flux2Transformer2DModel, model: Flux2Transformer2DModel, step: int
-) -> None:
+def update_average(average: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
     """Update the moving average in place; it is short at first, to forget the random start."""
     decay = min(0.998, (1 + step) / (20 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def load_pool(path: Path, vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
+def load_pool(path: Path, layout: Layout, vae: AutoencoderKL, *, seed: int, scale: float) -> Pool:
     """Return the pool of a process; it is built once, and kept in a file for later starts."""
     if path.exists():
         # Unpickling is safe here: this run wrote the file itself.
         pool: Pool = torch.load(path, weights_only=False)  # nosec B614
         return pool
-    pool = build_pool(vae, seed=seed, scale=scale)
+    pool = build_pool(layout, vae, seed=seed, scale=scale)
     torch.save(pool, path)
     return pool
 
 
-def build_pool(vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
+def build_pool(layout: Layout, vae: AutoencoderKL, *, seed: int, scale: float) -> Pool:
     """Return a pool of random tasks with their images encoded.
 
     `scale` multiplies the number of tasks; tests use a small one.
@@ -301,13 +290,15 @@ def build_pool(vae: AutoencoderKLFlux2, *, seed: int, scale: float) -> Pool:
         return len(scenes[canvas]) - 1
 
     for kind, canvas, task in draw_tasks(rng, scale):
+        if kind not in dict(layout.kinds):
+            continue
         references = tuple(add(canvas, scene) for scene in task.references)
         entries[kind, canvas].append(Entry(task, references, add(canvas, task.answer)))
         for index, scene in zip(references, task.references, strict=True):
             # The image of an edit also serves as an image with a caption.
             caption = tasks.draw_caption_task(scene, rng)
             entries["text", canvas].append(Entry(caption, (), index))
-    latents = {canvas: encode_scenes(vae, drawn) for canvas, drawn in scenes.items()}
+    latents = {canvas: encode_scenes(layout, vae, drawn) for canvas, drawn in scenes.items()}
     return Pool(latents, dict(entries))
 
 
@@ -336,17 +327,9 @@ def draw_canvas_tasks(
         yield "edit", canvas, tasks.draw_background_task(rng, canvas=canvas)
 
 
-def encode_scenes(vae: AutoencoderKLFlux2, scenes: list[Scene]) -> torch.Tensor:
-    """Render and encode scenes of one canvas: normalised tokens, fp16 [scenes, tokens, 32]."""
-    batches = [scenes[i : i + 32] for i in range(0, len(scenes), 32)]
-    return torch.cat([encode_images(vae, [world.render(s) for s in batch]) for batch in batches])
-
-
-def encode_images(vae: AutoencoderKLFlux2, images: list[world.Pixels]) -> torch.Tensor:
-    """Encode images, each uint8 [height, width, 3], as normalised tokens, fp16 [n, tokens, 32]."""
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    patches = train_vae.encode(vae, pixels)
-    mean = vae.bn.running_mean.view(1, -1, 1, 1)
-    sigma = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
-    tokens: torch.Tensor = ((patches - mean) / sigma).flatten(2).transpose(1, 2)
-    return tokens.half()
+def encode_scenes(layout: Layout, vae: AutoencoderKL, scenes: list[Scene]) -> torch.Tensor:
+    """Render and encode scenes of one canvas, fp16 [scenes, tokens, channels], normalised."""
+    pixels = torch.from_numpy(np.stack([world.render(scene) for scene in scenes]))
+    mean, sigma = layout.statistics(vae)
+    patches = (train_vae.encode(vae, pixels.permute(0, 3, 1, 2)) - mean) / sigma
+    return patches.flatten(2).transpose(1, 2).half()

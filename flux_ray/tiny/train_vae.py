@@ -4,28 +4,24 @@ import random
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
+from diffusers import AutoencoderKL
 
-from flux_ray.tiny import models, world
+from flux_ray.tiny import world
+from flux_ray.tiny.layout import Layout
 from flux_ray.tiny.state import Run
 
 POOL_SIZE = 2000
 
 
-def train(run: Run, *, steps: int, pool_size: int = POOL_SIZE) -> None:
+def train(run: Run, layout: Layout, *, steps: int, pool_size: int = POOL_SIZE) -> None:
     """Train encoder and decoder with L1 + MSE + 1e-3 KL, on crops of 64 pixels for the first 60 %.
 
     The statistics that normalise the latents are set at the end, from encoded images.
     """
     # channels_last: 1.3 times as fast as the default layout on a CPU.
-    vae = models.build_vae().to(memory_format=torch.channels_last)
+    vae = layout.build_vae().to(memory_format=torch.channels_last)
     pool = draw_pool(seed=5, size=pool_size)
-    with torch.no_grad():
-        # Start with a narrow posterior: at logvar 0 noise would drown the latents for a long time.
-        # The first 8 outputs are means, the others log variances.
-        vae.quant_conv.bias[8:] = -5.0
-        vae.quant_conv.weight[8:] *= 0.1
-        vae.quant_conv.weight[:8] *= 3
+    layout.narrow_posterior(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=0.0)
     start = run.resume("vae", vae, [optimizer])
     rng = random.Random(start)
@@ -40,7 +36,8 @@ def train(run: Run, *, steps: int, pool_size: int = POOL_SIZE) -> None:
         loss = reconstruction_loss(decoded.float(), images) + 1e-3 * kl
         run.descend(loss, [optimizer], vae.parameters())
         run.report("vae", step, steps, loss.item(), vae, [optimizer])
-    set_batch_norm(vae, pool[:384])
+    vae.eval()
+    layout.set_statistics(vae, pool[:384])
     run.finish("vae", vae)
     # The pools of the transformer stage have latents of an earlier encoder.
     for path in run.folder.glob("pool-*.pt"):
@@ -83,40 +80,32 @@ def draw_batch(pool: torch.Tensor, rng: random.Random, *, crops: bool) -> torch.
 
 
 @torch.no_grad()
-def set_batch_norm(vae: AutoencoderKLFlux2, pool: torch.Tensor) -> None:
-    """Set the mean and variance of the latents, which FLUX.2's VAE keeps in a BatchNorm.
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Encode uint8 [n, 3, h, w] as unnormalised patches, fp32 [n, channels, h / 16, w / 16].
 
-    `pool` is uint8 [n, 3, height, width].
+    All pipelines of FLUX make channels of a patch's 2 x 2 latents in this order.
     """
-    vae.eval()
-    latents = torch.cat([encode(vae, images) for images in torch.split(pool, 32)])
-    vae.bn.running_mean.copy_(latents.mean((0, 2, 3)))
-    vae.bn.running_var.copy_(latents.var((0, 2, 3)))
+    pixels = [batch.float() / 127.5 - 1 for batch in torch.split(images, 32)]
+    modes = [vae.encode(batch).latent_dist.mode() for batch in pixels]
+    return torch.nn.functional.pixel_unshuffle(torch.cat(modes), 2)
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKLFlux2, images: torch.Tensor) -> torch.Tensor:
-    """Encode uint8 [n, 3, h, w] as unnormalised patches, fp32 [n, 32, h / 16, w / 16]."""
-    mode = vae.encode(images.float() / 127.5 - 1).latent_dist.mode()
-    patches: torch.Tensor = Flux2KleinPipeline._patchify_latents(mode)
-    return patches
-
-
-def train_decoder(run: Run, *, steps: int, pool_size: int = POOL_SIZE) -> None:
+def train_decoder(run: Run, layout: Layout, *, steps: int, pool_size: int = POOL_SIZE) -> None:
     """Train only the decoder, on latents with noise of up to 0.25 standard deviations.
 
     The transformer's latents are never exact; without this stage its small errors show as blots.
     Encoder and statistics stay as they are, because the transformer was trained on their latents.
     """
-    vae = models.build_vae().to(memory_format=torch.channels_last)
+    vae = layout.build_vae().to(memory_format=torch.channels_last)
     pool = draw_pool(seed=6, size=pool_size)
     vae.load_state_dict(torch.load(run.folder / "vae.pt", weights_only=True))
     vae.eval().requires_grad_(False)
-    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    names = ("decoder.", "post_quant_conv.")
+    decoder = [p for name, p in vae.named_parameters() if name.startswith(names)]
     for parameter in decoder:
         parameter.requires_grad_(True)
-    sigma = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps).view(1, -1, 1, 1)
-    latents = torch.cat([encode(vae, images) for images in torch.split(pool, 32)])
+    _, sigma = layout.statistics(vae)
+    latents = encode(vae, pool)
     optimizer = torch.optim.AdamW(decoder, lr=6e-4, betas=(0.9, 0.99), weight_decay=0.0)
     start = run.resume("decoder", vae, [optimizer])
     for step in range(start, steps):
@@ -125,7 +114,7 @@ def train_decoder(run: Run, *, steps: int, pool_size: int = POOL_SIZE) -> None:
         images, z = pool[index].float() / 127.5 - 1, latents[index]
         z = z + sigma * torch.randn_like(z) * torch.rand(8, 1, 1, 1) * 0.25
         with torch.autocast("cpu", torch.bfloat16):
-            decoded = vae.decode(Flux2KleinPipeline._unpatchify_latents(z)).sample
+            decoded = vae.decode(torch.nn.functional.pixel_shuffle(z, 2)).sample
         difference = decoded.float() - images
         loss = difference.abs().mean() + 2 * (difference**2).mean()
         run.descend(loss, [optimizer], decoder)

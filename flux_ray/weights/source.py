@@ -1,6 +1,6 @@
 """Say where a tier's weights are, and which files of a checkpoint are used.
 
-Weights are the embedded checkpoint, a folder, or a hub id with its revision. The patterns of files
+Weights are an embedded checkpoint, a folder, or a hub id with its revision. The patterns of files
 are here alone: what a start downloads, what `flux-ray weights pull` downloads and what is verified
 cannot differ.
 """
@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux_ray.catalog import EMBEDDED, Tier
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.catalog import EMBEDDED, EMBEDDED_KONTEXT, Tier
+from flux_ray.tiny import KLEIN_CHECKPOINT, KONTEXT_CHECKPOINT
 
+IN_PACKAGE = {EMBEDDED: str(KLEIN_CHECKPOINT), EMBEDDED_KONTEXT: str(KONTEXT_CHECKPOINT)}
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w.-]+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # The index in the top folder of a checkpoint, in diffusers' layout of pipelines or of modular ones.
@@ -70,8 +71,7 @@ def source_for(weights: str) -> WeightSource:
     Raise WeightsUnavailable, which says what may be written, if it is neither of the possible
     kinds.
     """
-    if weights == EMBEDDED:
-        weights = str(CHECKPOINT)
+    weights = IN_PACKAGE.get(weights, weights)
     if weights and Path(weights).is_dir():
         return WeightSource(weights)
     if match := HUB_ID.fullmatch(weights):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flux_ray.catalog import EMBEDDED, Tier, tier_for
+from flux_ray.catalog import ALL_EMBEDDED, Tier, tier_for
 from flux_ray.config import TierArgs
 from flux_ray.weights.shards import check_parallel, read_manifest
 from flux_ray.weights.source import (
@@ -73,7 +73,7 @@ def said_of_tier(args: TierArgs) -> Iterator[WeightSource]:
 def check_there(tier: Tier, weights: str, args: TierArgs) -> None:
     """Raise WeightsUnavailable if a folder is missing, is no checkpoint, or is split otherwise."""
     folder = Path(weights)
-    if weights == EMBEDDED or (HUB_ID.fullmatch(weights) and not folder.is_dir()):
+    if weights in ALL_EMBEDDED or (HUB_ID.fullmatch(weights) and not folder.is_dir()):
         return
     if not folder.is_dir() and folder.is_absolute():
         raise WeightsUnavailable(

@@ -17,7 +17,7 @@ from flux_ray.engine.flux2.empty_model import EmptyFlux2
 from flux_ray.parallel.checkpoint import Checkpoint, Shard
 from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 
 # What has to stay free on the disk, since other programs write too.
 RESERVE_BYTES = 2 * 10**9
@@ -124,8 +124,8 @@ def save_klein(model: EmptyFlux2, folder: Path, *, device: str, max_bytes: int) 
     check_room(folder.parent, sum(map(file_bytes, (model.transformer, model.text_encoder))))
     folder.mkdir()
     for part in ("scheduler", "tokenizer"):
-        shutil.copytree(CHECKPOINT / part, folder / part)
-    shutil.copy(CHECKPOINT / "model_index.json", folder)
+        shutil.copytree(KLEIN_CHECKPOINT / part, folder / part)
+    shutil.copy(KLEIN_CHECKPOINT / "model_index.json", folder)
     save_transformer(model, folder, device=device, max_bytes=max_bytes)
     text = folder / "text_encoder"
     save_weights(model.text_encoder, text, device=device, max_bytes=max_bytes, prefix=TEXT_PREFIX)

@@ -40,7 +40,7 @@ from flux_ray.engine.loading import first_layers, load_config
 from flux_ray.parallel.load import LoadSpec, load_sharded
 from flux_ray.parallel.mesh import Axis
 from flux_ray.planner.candidate import Candidate
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from tests.bench.gpu_checkpoints import MadeWeights
 from tests.bench.gpu_gauges import Device
 
@@ -117,7 +117,7 @@ def small_text_model(num_layers: int) -> TextModel:
 
 def small(tier_name: str, *, guidance_embeds: bool) -> Subject:
     """Return a model of the embedded one's size, with enough heads for eight ranks."""
-    shape = load_config(CHECKPOINT / "transformer") | {
+    shape = load_config(KLEIN_CHECKPOINT / "transformer") | {
         "num_layers": 1,
         "num_single_layers": 3,
         "num_attention_heads": 8,
@@ -126,7 +126,7 @@ def small(tier_name: str, *, guidance_embeds: bool) -> Subject:
         "guidance_embeds": guidance_embeds,
     }
     tier = replace(tier_for(tier_name), default_side=128, text_length=48)
-    return Subject(tier, shape, small_text_model, load_config(CHECKPOINT / "vae"))
+    return Subject(tier, shape, small_text_model, load_config(KLEIN_CHECKPOINT / "vae"))
 
 
 SMALL = Scale(
@@ -168,7 +168,7 @@ def load_dev(
         lambda: model_class.from_config(subject.transformer), model_class._tp_plan, recipe
     )
     pipeline = Flux2Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(CHECKPOINT / "scheduler"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(KLEIN_CHECKPOINT / "scheduler"),
         vae=AutoencoderKLFlux2.from_config(subject.vae).to(device.kind, BF16).eval(),
         text_encoder=None,
         tokenizer=None,

@@ -33,7 +33,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.engine.api import ImageSpec, Placement
 from flux_ray.engine.registry import load_adapter
 from flux_ray.request import RgbImage
-from flux_ray.tiny import CHECKPOINT, evaluate
+from flux_ray.tiny import KLEIN_CHECKPOINT, evaluate
 from tests.bench.latency_load import images_per_s, tier_of_all_ways
 
 NUM_ROUNDS = 30
@@ -43,7 +43,7 @@ TINY = tier_for("tiny")
 
 
 def generate_with_pipeline() -> Callable[[str, RgbImage | None], np.ndarray]:
-    pipeline = evaluate.load_pipeline(CHECKPOINT)
+    pipeline = evaluate.load_pipeline(KLEIN_CHECKPOINT)
 
     def generate(prompt: str, reference: RgbImage | None) -> np.ndarray:
         image = reference and Image.frombytes("RGB", (128, 128), reference.rgb)

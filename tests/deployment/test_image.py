@@ -26,12 +26,12 @@ BUILD_S = 3000
 SHOW = """
 import importlib.metadata, json, os, pathlib, sys
 import flux_ray, psycopg, ray, s3fs, torch
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 print(json.dumps({
     "uid": os.getuid(),
     "version": flux_ray.__version__,
     "torch": torch.__version__.split("+")[0],
-    "checkpoint": (pathlib.Path(CHECKPOINT) / "model_index.json").exists(),
+    "checkpoint": (pathlib.Path(KLEIN_CHECKPOINT) / "model_index.json").exists(),
     "writable": [path for path in ("/models", "/var/lib/flux-ray", "/opt/flux-ray")
                  if os.access(path, os.W_OK)],
     "environment": dict(os.environ),

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline, Flux2KleinPipeline
 
 from flux_ray.catalog.tiers import Tier, tier_for
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 
 DISTILLED = tier_for("tiny")
 BASE = replace(DISTILLED, family="flux2-klein-base", true_cfg_scale=4.0)
@@ -27,7 +27,7 @@ PIPELINES: dict[str, type[DiffusionPipeline]] = {
 
 def index_of(tier: Tier) -> dict[str, Any]:
     """The model_index.json of a checkpoint of the tier's family."""
-    index = json.loads((CHECKPOINT / "model_index.json").read_text())
+    index = json.loads((KLEIN_CHECKPOINT / "model_index.json").read_text())
     del index["is_distilled"]
     index["_class_name"] = PIPELINES[tier.family].__name__
     if tier.family == KV.family:
@@ -37,7 +37,7 @@ def index_of(tier: Tier) -> dict[str, Any]:
 
 def save_klein(tier: Tier, folder: Path) -> Path:
     """The folder, which has the embedded checkpoint's parts under an index of its own."""
-    for part in CHECKPOINT.iterdir():
+    for part in KLEIN_CHECKPOINT.iterdir():
         (folder / part.name).symlink_to(part)
     (folder / "model_index.json").unlink()
     (folder / "model_index.json").write_text(json.dumps(index_of(tier)))

@@ -29,7 +29,14 @@ from tests.engine.generation import reference
 
 ATTENTION = "aten.bmm"
 # The others are these under other names.
-DIFFERENT = ("tiny", "flux-1-dev", "flux-2-klein-4b", "flux-2-klein-9b", "flux-2-dev")
+DIFFERENT = (
+    "tiny",
+    "tiny-flux1",
+    "flux-1-dev",
+    "flux-2-klein-4b",
+    "flux-2-klein-9b",
+    "flux-2-dev",
+)
 # As one of these but for what the transformer reads and writes, or how many tokens it is given.
 ALIKE = ("flux-1-schnell", "flux-1-fill-dev", "flux-1-depth-dev", "flux-2-klein-9b-kv")
 # Whose blocks are other ones: counted in tests/engine/flux3/test_flops.py.

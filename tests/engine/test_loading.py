@@ -16,7 +16,7 @@ from flux_ray.engine.registry import load_adapter
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.mesh import Axis, Mesh
 from flux_ray.parallel.precision import held_parts
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from flux_ray.weights import download
 from flux_ray.weights.source import CONFIGS, WeightSource, source_for
 
@@ -42,7 +42,7 @@ FILES = [
 
 
 def test_the_three_ways(tmp_path: Path) -> None:
-    assert source_for("embedded") == WeightSource(str(CHECKPOINT))
+    assert source_for("embedded") == WeightSource(str(KLEIN_CHECKPOINT))
     assert source_for(str(tmp_path)) == WeightSource(str(tmp_path))
     assert source_for("owner/name.v2@0123abc") == WeightSource("owner/name.v2", "0123abc")
 
@@ -55,8 +55,8 @@ def test_anything_else_is_refused(weights: str) -> None:
 
 def test_a_folder_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "snapshot_download", lambda *_, **__: pytest.fail("network"))
-    assert fetch(source_for("embedded"), CONFIGS) == CHECKPOINT
-    assert load_config(CHECKPOINT, "model_index.json")["is_distilled"] is True
+    assert fetch(source_for("embedded"), CONFIGS) == KLEIN_CHECKPOINT
+    assert load_config(KLEIN_CHECKPOINT, "model_index.json")["is_distilled"] is True
 
 
 class Hub:
@@ -80,7 +80,7 @@ class Hub:
             return []
         self.revisions.add(revision)
         self.taken += filter_repo_objects(FILES, allow_patterns=allow_patterns)
-        return str(CHECKPOINT)
+        return str(KLEIN_CHECKPOINT)
 
 
 @pytest.fixture

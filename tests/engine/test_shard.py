@@ -16,7 +16,7 @@ from flux_ray.engine.shard import write_shards
 from flux_ray.parallel.checkpoint import Checkpoint, RankCheckpoint
 from flux_ray.parallel.load import saved_tensors
 from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from flux_ray.weights.shards import MANIFEST, read_manifest
 from flux_ray.weights.source import WeightsUnavailable
 from flux_ray.weights.start import parts_of_ranks, prepare_weights
@@ -60,7 +60,7 @@ def test_what_is_loaded_is_equal(shards: Path, rank: int) -> None:
 def test_a_rank_reads_no_byte_that_another_one_holds(shards: Path) -> None:
     for part in ("transformer", "text_encoder"):
         sizes = [path.stat().st_size for path in (shards / part).glob("rank-*-of-2.safetensors")]
-        [whole] = (CHECKPOINT / part).glob("*.safetensors")
+        [whole] = (KLEIN_CHECKPOINT / part).glob("*.safetensors")
         assert len(sizes) == 2 and max(sizes) < 0.75 * whole.stat().st_size
 
 
@@ -73,7 +73,7 @@ def test_the_whole_checkpoint_is_not_in_it(shards: Path) -> None:
         "vae/diffusion_pytorch_model.safetensors",
     }
     with safe_open(shards / "transformer/rank-0-of-2.safetensors", "pt") as file:
-        assert set(file.keys()) == set(Checkpoint(CHECKPOINT / "transformer").files)
+        assert set(file.keys()) == set(Checkpoint(KLEIN_CHECKPOINT / "transformer").files)
 
 
 def test_another_layout_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from flux_ray.engine.loading import encoder_axis, load_text_model, prefix_in, t5
 from flux_ray.parallel.checkpoint import Checkpoint
 from flux_ray.parallel.load import build_empty
 from flux_ray.parallel.mesh import Axis, Mesh
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from tests.ranks import Ranks
 
 NUM_LAYERS = {"qwen3": 27, "mistral3": 30}
@@ -65,7 +65,7 @@ def folders(small_dev: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return {
-        "qwen3": CHECKPOINT / "text_encoder",
+        "qwen3": KLEIN_CHECKPOINT / "text_encoder",
         "mistral3": small_dev / "text_encoder",
         "t5": folder,
     }
@@ -232,7 +232,7 @@ def test_a_prefix_that_is_not_clear_is_refused(names: list[str]) -> None:
 
 def test_an_encoder_with_too_few_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="of 28 layers has no hidden state 30"):
-        qwen3(CHECKPOINT / "text_encoder", 30)
+        qwen3(KLEIN_CHECKPOINT / "text_encoder", 30)
 
 
 @pytest.mark.parametrize(("text_model", "num_layers"), [(mistral, 30), (qwen3_4b, 27)])

@@ -21,7 +21,7 @@ from flux_ray.planner.candidate import (
     largest_demand,
     weight_bytes,
 )
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 
 GB = 10**9
 HUB = "owner/name@revision"
@@ -133,9 +133,9 @@ def test_text_encoders_weigh_what_was_counted_before(
 
 @pytest.mark.parametrize("quantization", [None, "fp8", "int8"])
 def test_the_loader_holds_what_was_planned_to_the_byte(quantization: str | None) -> None:
-    config = Flux2Transformer2DModel.load_config(CHECKPOINT / "transformer")
+    config = Flux2Transformer2DModel.load_config(KLEIN_CHECKPOINT / "transformer")
     recipe = LoadSpec(
-        Checkpoint(CHECKPOINT / "transformer"),
+        Checkpoint(KLEIN_CHECKPOINT / "transformer"),
         Axis(),
         torch.bfloat16,
         quantization=quantization,

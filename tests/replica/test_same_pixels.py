@@ -21,7 +21,7 @@ from flux_ray.replica.transport import RankConnection, RankServer, connect
 from flux_ray.replica.watchdog import StepWatchdog
 from flux_ray.request import Encoding, ImageFormat, ImageRequest, Preview, RequestEvent, last_of
 from flux_ray.stages import StageAnswer
-from flux_ray.tiny import CHECKPOINT, evaluate
+from flux_ray.tiny import KLEIN_CHECKPOINT, evaluate
 
 torch.set_num_threads(1)
 TINY = tier_for("tiny")
@@ -69,7 +69,7 @@ async def loop(rank: RankActor) -> AsyncIterator[StepLoop]:
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    generated = evaluate.load_pipeline(CHECKPOINT)(
+    generated = evaluate.load_pipeline(KLEIN_CHECKPOINT)(
         prompt=REQUEST.prompt,
         width=REQUEST.width,
         height=REQUEST.height,

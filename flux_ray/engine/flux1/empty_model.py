@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config
 
-from flux_ray.catalog import EMBEDDED, Tier
+from flux_ray.catalog import ALL_EMBEDDED, Tier
 from flux_ray.engine.api import Forward, TextModel
 from flux_ray.engine.empty_model import EmptyParts
 from flux_ray.engine.flux1 import activations
@@ -114,7 +114,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux1:
     asked: a plan needs neither network nor licence. Raise ValueError if `weights` can be neither.
     """
     given = weights_of(tier, weights)
-    if given == EMBEDDED or Path(given).is_dir():
+    if given in ALL_EMBEDDED or Path(given).is_dir():
         _, folder = open_checkpoint(tier, given)
         return assemble(
             load_config(folder / "transformer"),

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import nn
 from transformers import MistralConfig, MistralModel, Qwen3Config, Qwen3Model
 
-from flux_ray.catalog import EMBEDDED, Tier
+from flux_ray.catalog import ALL_EMBEDDED, Tier
 from flux_ray.engine.api import Forward, TextModel
 from flux_ray.engine.empty_model import EmptyParts, decoder_prompt_bytes
 from flux_ray.engine.flux2 import activations
@@ -143,7 +143,7 @@ def empty_model(tier: Tier, weights: str | None) -> EmptyFlux2:
     given = weights_of(tier, weights)
     kind = KINDS[tier.family]
     num_layers = max(kind.layers)
-    if given == EMBEDDED or Path(given).is_dir():
+    if given in ALL_EMBEDDED or Path(given).is_dir():
         _, folder = open_checkpoint(kind, given)
         text_model = kind.text_model(folder / "text_encoder", num_layers)
         return assemble(

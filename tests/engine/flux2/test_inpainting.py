@@ -23,7 +23,7 @@ from flux_ray.engine.inpainting import token_weights
 from flux_ray.parallel.load import build_empty
 from flux_ray.request import ImageRequest, Mask, RgbImage, first_step
 from flux_ray.resizing import fit_mask, mask_image
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from flux_ray.tiny.judge import COLOR_INDEX, nearest_colors
 from tests.engine.generation import SEED, finish, reference
 
@@ -83,7 +83,7 @@ def canvas_of(asked: ImageRequest) -> ImageSpec:
 def pipeline() -> Flux2KleinInpaintPipeline:
     """diffusers' own, loaded apart from the adapter's."""
     pipeline = Flux2KleinInpaintPipeline.from_pretrained(
-        CHECKPOINT, dtype=torch.float32, local_files_only=True
+        KLEIN_CHECKPOINT, dtype=torch.float32, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

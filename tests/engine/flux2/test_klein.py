@@ -16,7 +16,7 @@ from flux_ray.engine.flux2.klein import check_base, check_distilled, check_kv
 from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.registry import load_adapter
 from flux_ray.request import RgbImage
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from tests.engine.generation import generate, generate_with_pipeline, reference
 from tests.engine.kleins import BASE, KLEINS, KV, PIPELINES, index_of, negative_of
 
@@ -36,7 +36,7 @@ def pipeline(tier: Tier) -> DiffusionPipeline:
     kind = PIPELINES[tier.family]
     options = {"is_distilled": False} if tier.family == BASE.family else {}
     pipeline = kind.from_pretrained(
-        CHECKPOINT, dtype=torch.float32, local_files_only=True, **options
+        KLEIN_CHECKPOINT, dtype=torch.float32, local_files_only=True, **options
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

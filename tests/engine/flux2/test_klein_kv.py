@@ -16,7 +16,7 @@ from flux_ray.engine.encoding_cache import CachedEncoder
 from flux_ray.engine.flux2.activations import kept_bytes
 from flux_ray.engine.flux2.klein_kv import Flux2KleinKv
 from flux_ray.request import ImageRequest, Mask, RgbImage
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from tests.engine.generation import SEED, finish, generate_with_pipeline, reference
 from tests.engine.kleins import KV
 
@@ -68,7 +68,7 @@ def test_keys_are_kept_for_other_prompts_seeds_and_sizes(adapter: Flux2KleinKv) 
         generate(adapter, encoder, request(RED, 128, 128, 3))
         latents, image = generate(adapter, encoder, asked)
     assert num_tokens == [NUM_REFERENCE, 64, 64, 30, 30]
-    pipeline = Flux2KleinKVPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    pipeline = Flux2KleinKVPipeline.from_pretrained(KLEIN_CHECKPOINT, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     expected = generate_with_pipeline(
         pipeline,

@@ -13,7 +13,7 @@ from flux_ray.engine.flux2.pipeline import Flux2
 from flux_ray.engine.packing import pack, unpack
 from flux_ray.engine.registry import load_adapter, load_prompt_encoder
 from flux_ray.request import ImageRequest
-from flux_ray.tiny import CHECKPOINT
+from flux_ray.tiny import KLEIN_CHECKPOINT
 from tests.engine.generation import finish, reference
 from tests.engine.kleins import KLEINS, negative_of
 
@@ -68,6 +68,6 @@ def test_an_encoder_alone_refuses_another_familys_weights(small_dev: Path) -> No
     with pytest.raises(ValueError, match="for Flux2Pipeline, not Flux2KleinPipeline"):
         load_prompt_encoder(TINY, str(small_dev), LAPTOP)
     with pytest.raises(ValueError, match="for Flux2KleinPipeline, not Flux2Pipeline"):
-        load_prompt_encoder(tier_for("flux-2-dev"), str(CHECKPOINT), LAPTOP)
+        load_prompt_encoder(tier_for("flux-2-dev"), str(KLEIN_CHECKPOINT), LAPTOP)
     with pytest.raises(ValueError, match="tier flux-2-dev needs weights"):
         load_prompt_encoder(tier_for("flux-2-dev"), None, LAPTOP)

@@ -5,12 +5,14 @@ layers whose hidden states 9, 18 and 27 are those that the pipeline reads.
 """
 
 import random
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
-from flux_ray.tiny import models, tasks, world
+from flux_ray.tiny import tasks
+from flux_ray.tiny.klein import models
 from flux_ray.tiny.state import Run
 
 # Eight layers are trained. transformers applies the final norm to the last hidden state; with a
@@ -39,33 +41,19 @@ def train(run: Run, tokenizer: Qwen2Tokenizer, *, steps: int) -> None:
     )
     both = torch.nn.ModuleList([small, heads])
     optimizer = torch.optim.AdamW(both.parameters(), lr=2.5e-3, betas=(0.9, 0.98))
-    start = run.resume("text_encoder", both, [optimizer])
+    start = run.resume("text_encoders", both, [optimizer])
     # Another seed after a stop: the same one would repeat the prompts from the beginning.
     rng = random.Random(11 + start)
     for step in range(start, steps):
         run.set_rate([optimizer], 2.5e-3, step, steps, warm_up=40, decay=0.5)
         length, num_prompts, _ = rng.choices(LENGTHS, [weight for *_, weight in LENGTHS])[0]
-        batch = [draw_task(rng) for _ in range(num_prompts)]
+        batch = [tasks.draw_task(rng) for _ in range(num_prompts)]
         ids, mask = models.tokenize(tokenizer, [task.prompt for task in batch], length)
         parses = torch.tensor([task.parse for task in batch])
         loss = parse_loss(small, heads, ids, mask, parses, sizes)
         run.descend(loss, [optimizer], both.parameters())
-        run.report("text_encoder", step, steps, loss.item(), both, [optimizer])
-    run.finish("text_encoder", small)
-
-
-def draw_task(rng: random.Random) -> tasks.Task:
-    """Return a random task of any kind, without held-out pairs."""
-    kind = rng.random()
-    if kind < 0.3:
-        return tasks.draw_caption_task(world.draw_single(rng), rng)
-    if kind < 0.65:
-        return tasks.draw_caption_task(world.draw_double(rng), rng)
-    if kind < 0.8:
-        return tasks.draw_recolor_task(rng)
-    if kind < 0.88:
-        return tasks.draw_background_task(rng)
-    return tasks.draw_color_of_task(rng) if kind < 0.94 else tasks.draw_background_of_task(rng)
+        run.report("text_encoders", step, steps, loss.item(), both, [optimizer])
+    run.finish("text_encoders", small)
 
 
 def parse_loss(
@@ -117,17 +105,19 @@ def spread(small: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     return big
 
 
-@torch.no_grad()
-def embed(
-    encoder: Qwen3ForCausalLM,
-    tokenizer: Qwen2Tokenizer,
-    prompts: list[str],
-    length: int,
-    layers: tuple[int, ...] = READ_OUT_LAYERS,
-) -> torch.Tensor:
-    """Return prompt embeddings as Flux2KleinPipeline joins them, fp32 [n, length, 192]."""
-    ids, mask = models.tokenize(tokenizer, prompts, length)
-    states = encoder.model(
-        input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
-    ).hidden_states
-    return torch.cat([states[layer] for layer in layers], -1)
+@dataclass(frozen=True)
+class SmallTextEncoder:
+    """The net of nine layers, or with other `layers` to read the spread one, and its tokenizer."""
+
+    small: Qwen3ForCausalLM
+    tokenizer: Qwen2Tokenizer
+    layers: tuple[int, ...] = READ_OUT_LAYERS
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str], length: int) -> dict[str, torch.Tensor]:
+        """Return prompt embeddings as Flux2KleinPipeline joins them, `embeds`: [n, length, 192]."""
+        ids, mask = models.tokenize(self.tokenizer, prompts, length)
+        states = self.small.model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        return {"embeds": torch.cat([states[layer] for layer in self.layers], -1)}

@@ -1,7 +1,6 @@
 """Build the parts of the tiny model: klein's own classes with small dimensions, and a tokenizer."""
 
 import json
-import random
 from pathlib import Path
 
 import torch
@@ -15,8 +14,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from flux_ray.tiny import tasks, world
+from flux_ray.tiny import world
+from flux_ray.tiny.tasks import draw_corpus
 
+LATENT_CHANNELS = 8
 VOCABULARY_SIZE = 448
 HIDDEN_SIZE = 64
 # The hidden states that Flux2KleinPipeline joins into prompt embeddings, with its defaults.
@@ -39,7 +40,7 @@ def build_vae() -> AutoencoderKLFlux2:
     return AutoencoderKLFlux2(
         block_out_channels=(16, 16, 32, 64),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=LATENT_CHANNELS,
         # One group: with groups of two channels the reconstruction stalled.
         norm_num_groups=1,
         sample_size=world.SIDE,
@@ -121,7 +122,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         special_tokens=[],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tokenizer_corpus(), trainer)
+    tokenizer.train_from_iterator(["user\n", "assistant\n"] * 500 + draw_corpus(), trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
     fast = Qwen2Tokenizer(
         vocab=bpe["vocab"],
@@ -137,24 +138,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     fast.chat_template = CHAT_TEMPLATE
     assert len(fast) <= VOCABULARY_SIZE, len(fast)
     return fast
-
-
-def tokenizer_corpus() -> list[str]:
-    """Return prompts of every kind to train the tokenizer on.
-
-    Pairs of shape and colour that the model must never see are included: the tokenizer learns
-    words, and could not write those pairs otherwise.
-    """
-    rng = random.Random(1)
-    corpus = ["user\n", "assistant\n"] * 500
-    for _ in range(4000):
-        scenes = world.draw_single(rng, held_out=None), world.draw_double(rng, held_out=None)
-        corpus += [tasks.caption(scene, rng) for scene in scenes]
-        corpus.append(tasks.draw_recolor_task(rng, held_out=None).prompt)
-        corpus.append(tasks.draw_background_task(rng).prompt)
-        corpus.append(tasks.draw_color_of_task(rng, held_out=None).prompt)
-        corpus.append(tasks.draw_background_of_task(rng).prompt)
-    return corpus
 
 
 def tokenize(
