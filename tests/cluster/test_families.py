@@ -119,7 +119,7 @@ def of_bfl(address: str) -> Client:
         name = BFL_NAMES[model][-1]
         if name is None:
             return of_openai(address).fill(model, image, mask)
-        # Otherwise the client asks for what suits FLUX.1 Fill: a guidance of 60, in 50 steps, as JPEG.
+        # Otherwise the client asks for what suits FLUX.1 Fill, guidance 60 and 50 steps, as JPEG.
         fields = {"guidance": 2.5, "steps": 15, "output_format": "png"}
         fields |= {"image": text(image), "mask": text(mask)}
         return run(name, prompt=TO_GREEN, **fields)

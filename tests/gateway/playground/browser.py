@@ -191,7 +191,9 @@ def opened(page: Page, address: str) -> Page:
 
 def generated(page: Page) -> None:
     """Press the button, and wait for the images."""
-    page.click("#generate")
+    # Until the mask is drawn to be sent, the page still shows that the last request is done.
+    with page.expect_request("**/v1/images/*"):
+        page.click("#generate")
     done(page)
 
 
