@@ -155,7 +155,7 @@ TINY = Tier(
     weights=EMBEDDED,
     owner="flux-ray",
 )
-# A caller's guidance is passed on, and has no effect: it was trained with any.
+# A caller's guidance is passed on. From 1 to 5 it has no effect: it was trained with all of these.
 TINY_FLUX1 = replace(
     TINY,
     name="tiny-flux1",
