@@ -289,8 +289,9 @@ def build_pool(layout: Layout, vae: AutoencoderKL, *, seed: int, scale: float) -
         scenes[canvas].append(scene)
         return len(scenes[canvas]) - 1
 
+    kinds = {kind for kind, _ in layout.kinds}
     for kind, canvas, task in draw_tasks(rng, scale):
-        if kind not in dict(layout.kinds):
+        if kind not in kinds:
             continue
         references = tuple(add(canvas, scene) for scene in task.references)
         entries[kind, canvas].append(Entry(task, references, add(canvas, task.answer)))

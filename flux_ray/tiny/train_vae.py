@@ -85,7 +85,8 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
 
     All pipelines of FLUX make channels of a patch's 2 x 2 latents in this order.
     """
-    pixels = [batch.float() / 127.5 - 1 for batch in torch.split(images, 32)]
+    # A batch at a time: all images at once would be gigabytes in fp32.
+    pixels = (batch.float() / 127.5 - 1 for batch in torch.split(images, 32))
     modes = [vae.encode(batch).latent_dist.mode() for batch in pixels]
     return torch.nn.functional.pixel_unshuffle(torch.cat(modes), 2)
 
