@@ -110,6 +110,7 @@ RAY_HANDS = {
     "router/autoscaling/policy.py",
     "router/dispatch.py",
     "router/ledger/hung_processes.py",
+    "router/ledger/placement.py",
     "router/ledger/remote.py",
     "router/ledger/actor.py",
     "router/readiness.py",

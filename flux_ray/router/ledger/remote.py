@@ -7,7 +7,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,6 +20,7 @@ from flux_ray.request import PROTOCOL
 from flux_ray.router.background import SharedCall
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
 from flux_ray.router.ledger.hung_processes import watch_processes
+from flux_ray.router.ledger.placement import chosen_node, leave_drained_node
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost
 
 logger = logging.getLogger("ray.serve")
@@ -172,23 +173,18 @@ def start_ledger() -> Any:
     """
     remote: Any = ray.remote
     actor = remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(LedgerActor)
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    node = node_for_ledger(nodes, ray.get_runtime_context().get_node_id())
     return actor.options(
         name=NAME,
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         # Soft: it may start anew on another node when this one is gone.
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
-    ).remote(companion=watch_processes)
+        scheduling_strategy=NodeAffinitySchedulingStrategy(chosen_node(), soft=True),
+    ).remote(companion=accompany)
 
 
-def node_for_ledger(nodes: Iterable[Mapping[str, Any]], own: str) -> str:
-    """Return the id of a node that has processors: the caller's own if it has, else the first."""
-    able = [
-        str(node["NodeID"])
-        for node in nodes
-        if node["Alive"] and node.get("Resources", {}).get("CPU", 0) > 0
-    ]
-    return own if own in able or not able else min(able)
+async def accompany() -> None:
+    """Do beside the ledger what the cluster needs done once, until a part of it fails."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(watch_processes())
+        tasks.create_task(leave_drained_node())

@@ -20,7 +20,7 @@ from flux_ray.router.ledger.messages import (
     SubmitRequest,
     UsageReport,
 )
-from flux_ray.router.ledger.remote import RemoteLedger, node_for_ledger
+from flux_ray.router.ledger.remote import RemoteLedger
 from flux_ray.router.ledger.service import LedgerLost
 from flux_ray.router.quotas import LimitExceeded, LimitStatus, QuotaLimits, UsageEntry, Use
 
@@ -259,26 +259,6 @@ async def test_a_ledger_that_does_not_know_a_call_is_as_one_that_does_not_answer
     """Another build of the same protocol started it; who asks has an answer for that."""
     with pytest.raises(LedgerLost, match="of another version"):
         await call(RemoteLedger(Older))
-
-
-def node(name: str, cpus: float | None, *, is_alive: bool = True) -> dict[str, object]:
-    resources = {"memory": 1e9} if cpus is None else {"CPU": cpus}
-    return {"NodeID": name, "Alive": is_alive, "Resources": resources}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ([node("own", 4.0), node("another", 4.0)], "own"),
-        ([node("own", None), node("worker 2", 8.0), node("worker 1", 4.0)], "worker 1"),
-        ([node("own", 0.0), node("dead", 8.0, is_alive=False), node("alive", 1.0)], "alive"),
-        ([node("own", None)], "own"),
-        ([], "own"),
-    ],
-)
-def test_the_ledger_is_beside_processors_where_there_are_any(nodes, expected):
-    """A head that has none to give is left alone, also by the controller, which runs there."""
-    assert node_for_ledger(nodes, "own") == expected
 
 
 async def test_who_comes_again_asks_the_actor():
