@@ -9,10 +9,10 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
+from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -149,9 +149,8 @@ class RemoteLedger:
         """Count an unanswered call, and kill a ledger that hangs: it would not end by itself."""
         self._num_unanswered += 1
         if self._actor is not None and self._num_unanswered >= MAX_UNANSWERED:
-            logger.error("the ledger hangs, and is started anew")
             self._num_unanswered = 0
-            self._thread.submit(partial(ray.kill, self._actor, no_restart=False))
+            self._thread.submit(kill_hung, self._actor)
 
 
 def called(actor: Any, method: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
@@ -163,6 +162,19 @@ def called(actor: Any, method: str, args: tuple[object, ...], kwargs: Mapping[st
         return getattr(actor, method).remote(*args, **kwargs)
     except (AttributeError, TypeError) as error:
         raise LedgerLost(f"{method}: the ledger is of another version: {error}") from error
+
+
+def kill_hung(actor: Any) -> None:
+    """Kill a ledger that hangs, so that Ray starts it anew under the same handle. Blocks.
+
+    One that is still starting answers nothing either. Without this check, gateways on a busy node
+    would end each new ledger before it was up.
+    """
+    if ray_state.actor_table(actor._actor_id.hex()).get("State") != "ALIVE":
+        logger.info("the ledger is starting, and does not answer yet")
+        return
+    logger.error("the ledger hangs, and is started anew")
+    ray.kill(actor, no_restart=False)
 
 
 def start_ledger() -> Any:

@@ -140,6 +140,8 @@ async def test_an_unforeseen_error_between_calls_ends_the_ledger(serve_log):
 class Silent:
     """An actor that answers nothing."""
 
+    _actor_id = b"ledger"
+
     def __getattr__(self, method):
         return self
 
@@ -147,26 +149,59 @@ class Silent:
         await asyncio.Event().wait()
 
 
-async def test_who_waits_for_a_ledger_that_hangs_ends_it(monkeypatch, serve_log):
-    killed = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(
-        remote_ledger.ray, "kill", lambda actor, no_restart: loop.call_soon_threadsafe(killed.set)
-    )
-    line = RemoteLedger(Silent, answer_s=0.05)
-    for _ in range(remote_ledger.MAX_UNANSWERED):
-        assert not killed.is_set()
+@pytest.fixture
+def state(monkeypatch):
+    """The ledger's row in Ray's table of actors."""
+    row = {"State": "ALIVE"}
+    monkeypatch.setattr(remote_ledger.ray_state, "actor_table", lambda actor_id: row)
+    return row
+
+
+@pytest.fixture
+def killed(monkeypatch, state):
+    """The actors that were killed, all to be started anew."""
+    actors = []
+
+    def kill(actor, *, no_restart):
+        assert not no_restart
+        actors.append(actor)
+
+    monkeypatch.setattr(remote_ledger.ray, "kill", kill)
+    return actors
+
+
+async def leave_unanswered(line, number):
+    for _ in range(number):
         with pytest.raises(LedgerLost):
             await line.say("g", GatewayReport())
-    await killed.wait()
-    assert line._actor is not None, "it comes back under the same handle"
 
 
-async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch):
+async def test_who_waits_for_a_ledger_that_hangs_ends_it(killed, serve_log):
+    line = RemoteLedger(Silent, answer_s=0.05)
+    await leave_unanswered(line, remote_ledger.MAX_UNANSWERED - 1)
+    assert killed == []
+    await leave_unanswered(line, 1)
+    line._thread.shutdown()
+    assert killed == [line._actor], "it comes back under the same handle"
+
+
+@pytest.mark.parametrize("starting", ["DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING"])
+async def test_a_ledger_that_is_still_starting_is_not_ended(killed, state, starting):
+    """Ended again and again, as by all gateways of a busy node at once, it would never be up."""
+    state["State"] = starting
+    line = RemoteLedger(Silent, answer_s=0.02)
+    await leave_unanswered(line, 2 * remote_ledger.MAX_UNANSWERED)
+    line._thread.submit(int).result()
+    assert killed == []
+    state["State"] = "ALIVE"
+    await leave_unanswered(line, remote_ledger.MAX_UNANSWERED)
+    line._thread.shutdown()
+    assert killed == [line._actor], "up, and silent still"
+
+
+async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch, killed):
     """As after SIGSTOP and SIGCONT: the answers are there, and not read yet."""
-    killed = []
     monkeypatch.setattr(remote_ledger, "LAG_S", 0.1)
-    monkeypatch.setattr(remote_ledger.ray, "kill", lambda actor, no_restart: killed.append(actor))
     line = RemoteLedger(Silent, answer_s=1.0)
     number = 2 * remote_ledger.MAX_UNANSWERED
     calls = [asyncio.ensure_future(line.say("g", GatewayReport())) for _ in range(number)]
