@@ -5,9 +5,12 @@ its own. Both leave out the time in which the watching process itself stood stil
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import math
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -57,10 +60,10 @@ class Liveness:
         if present_s > limit_s:
             self._heard[name] = self._awake_s, limit_s
 
-    def silence_s(self, name: str) -> float:
-        """Return for how long it has been silent, 0 if it does not count."""
-        at_s, _ = self._heard.get(name, (self._awake_s, 0.0))
-        return self._awake_s - at_s
+    @property
+    def awake_s(self) -> float:
+        """For how long the watcher has been watching, as of its last look."""
+        return self._awake_s
 
     def forget(self, name: str) -> None:
         """Stop counting the silence of `name`."""
@@ -85,6 +88,8 @@ class Watch:
         self._liveness = Liveness(limit_s, LOOK_S)
         self._clock = clock
         self._asking: dict[str, asyncio.Task[None]] = {}
+        # By name: when the question that is not answered yet was asked, as `awake_s`.
+        self._asked_at_s: dict[str, float] = {}
 
     @property
     def names(self) -> frozenset[str]:
@@ -114,18 +119,21 @@ class Watch:
             self.leave(name)
         return silent
 
-    def silence_s(self, name: str) -> float:
-        """Return for how long it has been silent, as of the last call of `hung`."""
-        return self._liveness.silence_s(name)
+    def unanswered_s(self, name: str) -> float:
+        """Return for how long it has not answered a question, as of the last call of `hung`."""
+        awake_s = self._liveness.awake_s
+        return awake_s - self._asked_at_s.get(name, awake_s)
 
     def leave(self, name: str) -> None:
         """Ask a process no more, since it is ended."""
         self._asking[name].cancel()
-        self._liveness.forget(name)
+        self._forget(name)
 
     async def _ask(self, name: str, ask: Ask) -> None:
         while True:
+            self._asked_at_s[name] = self._liveness.awake_s
             answer = await ask()
+            del self._asked_at_s[name]
             limit_s = answer.within_s if isinstance(answer, NextSign) else None
             self._liveness.hear(name, limit_s)
             await asyncio.sleep(ASK_S)
@@ -134,25 +142,38 @@ class Watch:
         if not asked.cancelled():
             logger.info("%s is asked for signs of life no more: %s", name, asked.exception())
         self._asking.pop(name, None)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._asked_at_s.pop(name, None)
         self._liveness.forget(name)
 
 
-def stands_still(pid: int, over_s: float) -> bool:
+def stands_still(pid: int, over_s: float, min_age_s: float = 0.0) -> bool:
     """Look at a process of this machine for so long: return whether it computes nothing at all.
 
-    One that waits for a disk may only be slow. Without Linux's /proc nobody is said to stand still.
+    One that waits for a disk may only be slow, and one that is younger than `min_age_s` is loading.
+    Without Linux's /proc nobody is said to stand still.
     """
-    before = used_by(pid)
+    before = used_by(pid, min_age_s)
     time.sleep(over_s)
     return before is not None and used_by(pid) == before
 
 
-def used_by(pid: int) -> str | None:
-    """Return what a stopped or sleeping process has used of its processors; None for any other."""
+def used_by(pid: int, min_age_s: float = 0.0) -> str | None:
+    """Return what a process has used of its processors; None if it is not stopped or asleep."""
     try:
         told = Path(f"/proc/{pid}/stat").read_text()
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return None
     # Behind the program's name, which is in brackets and may contain anything.
     fields = told.rpartition(")")[2].split()
-    return " ".join(fields[11:13]) if fields[0] in "TtS" else None
+    age_s = up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return " ".join(fields[11:13]) if fields[0] in "TtS" and age_s >= min_age_s else None
+
+
+def end_process(pid: int) -> None:
+    """End a process of this machine by SIGKILL, which it need not hear. Harmless if it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flux_ray import liveness
-from flux_ray.liveness import Liveness, NextSign, Watch, stands_still
+from flux_ray.liveness import Liveness, NextSign, Watch, end_process, stands_still
 
 LIMIT_S = 10.0
 
@@ -189,14 +189,27 @@ async def test_only_such_an_answer_counts_and_no_other_number(
     assert await hung_in(watch, 2) == ["one"]
 
 
-def test_silence_counts_from_the_last_sign_and_only_of_who_counts():
-    signs = Liveness(LIMIT_S, look_s=1.0)
-    signs.look(0.0)
-    signs.hear("one")
-    look_every_second(signs, 0.0, 5)
-    assert (signs.silence_s("one"), signs.silence_s("another")) == (4.0, 0.0)
-    signs.hear("one")
-    assert signs.silence_s("one") == 0.0
+async def test_a_question_is_unanswered_from_when_it_was_asked_until_the_answer(
+    quick: None,
+) -> None:
+    """Also the first one: who has hung for long is known by it as soon as anybody else."""
+    watch, answers = Watch(100.0, Clock()), asyncio.Event()
+
+    async def ask() -> None:
+        await answers.wait()
+
+    watch.follow("one", ask)
+    await asyncio.sleep(0)
+    assert [watch.hung() for _ in range(5)] == [[]] * 5
+    assert (watch.unanswered_s("one"), watch.unanswered_s("another")) == (4.0, 0.0)
+    answers.set()
+    await hung_in(watch, 20)
+    assert watch.unanswered_s("one") < 2.0
+    answers.clear()
+    await hung_in(watch, 20)
+    assert watch.unanswered_s("one") > 10.0
+    watch.leave("one")
+    assert watch.unanswered_s("one") == 0.0
 
 
 BUSY, ASLEEP = "while True: pass", "import time; time.sleep(1000)"
@@ -219,7 +232,13 @@ def test_what_stands_still_is_told_from_what_is_busy(
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(0.2)
         assert stands_still(process.pid, 0.3) is expected
+        assert not stands_still(process.pid, 0.0, min_age_s=60.0), "it may be loading"
+        time.sleep(0.2)
+        assert stands_still(process.pid, 0.0, min_age_s=1.0) is expected
+        end_process(process.pid)
+        assert process.wait() == -signal.SIGKILL
     finally:
         process.kill()
         process.wait()
     assert not stands_still(process.pid, 0.0), "it is gone"
+    end_process(2**31 - 1)  # no process has this id

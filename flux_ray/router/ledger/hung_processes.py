@@ -10,8 +10,9 @@ that is busy has longer.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flux_ray.catalog import TIERS
-from flux_ray.liveness import ASK_S, LOOK_S, NextSign, Watch, stands_still
+from flux_ray.liveness import ASK_S, LOOK_S, NextSign, Watch, end_process, stands_still
 from flux_ray.meter import counter
 from flux_ray.metrics import HUNG
 from flux_ray.router import handover
@@ -29,18 +30,20 @@ from flux_ray.router import handover
 logger = logging.getLogger("ray.serve")
 
 # Longer than a leader takes to find out that it is one of its ranks that hangs. After a kill Serve
-# orders a successor at once; Ray waits five seconds more before it sends SIGKILL.
+# orders a successor at once; Ray waits some seconds more before it sends SIGKILL.
 HUNG_S = 9.0
 # A replica that is loading may not answer for long: importing libraries holds up its event loop.
 LOADING_HUNG_S = 60.0
 # Serve's controller does much of its work without a pause, ten seconds of it in a large cluster. A
 # restart costs no request, but replicas that are still loading begin anew.
 CONTROLLER_HUNG_S = 30.0
-# Who has been silent for this long is looked at: for `STILL_S`, and with the start of a process for
-# it no longer than `LOOKING_S`.
-SUSPECT_S = 4.0
+# Who leaves a question unanswered for so long is looked at: for `STILL_S`, and with the start of a
+# process for it no longer than `LOOKING_S`.
+SUSPECT_S = 2.0
 STILL_S = 2.0
 LOOKING_S = 10.0
+# A gateway of this age has loaded, though it has never answered this ledger.
+GATEWAY_LOADED_S = 20.0
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 PREFIX = "SERVE_REPLICA::"
 SERVE_NAMESPACE = "serve"
@@ -104,9 +107,14 @@ class AskedReplica:
         """
         return HUNG_S if is_up(name) else None
 
-    def is_loading(self, name: str) -> bool:
-        """Return whether it may be silent because it is loading, although it does not compute."""
-        return not (self._has_begun or is_up(name))
+    def idle_from_age_s(self, name: str) -> float | None:
+        """Return from which age on it hangs if it does not compute; None if it may be loading.
+
+        A tier that loads waits for a disk or the network for as long as its weights take.
+        """
+        if self._has_begun or is_up(name):
+            return 0.0
+        return GATEWAY_LOADED_S if is_gateway(name) else None
 
     def kill(self) -> None:
         """Kill the process; Serve starts another replica. Blocks while Ray's head is away."""
@@ -132,13 +140,27 @@ class AskedController:
         """Return within how many seconds it has to answer: it is never absent for longer."""
         return LOADING_HUNG_S
 
-    def is_loading(self, name: str) -> bool:
-        """Return False: it waits for nothing."""
-        return False
+    def idle_from_age_s(self, name: str) -> float:
+        """Return 0: it waits for nothing."""
+        return 0.0
 
     def kill(self) -> None:
         """Kill the process; Ray starts it again, and it reads its state from its checkpoint."""
         ray.kill(self.actor, no_restart=False)
+
+
+@dataclass(frozen=True)
+class RemoteProcess:
+    """A process by its node and its id there."""
+
+    node: str
+    pid: int
+
+    async def beside(self, function: Callable[..., Any], *args: object) -> Any:
+        """Call a function on the process's node, with its id and `args`; return what it returns."""
+        node = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        there = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=node)
+        return await there.remote(self.pid, *args)
 
 
 class HungProcesses:
@@ -204,27 +226,49 @@ class HungProcesses:
         del self._looks[actor]
 
     def _is_suspect(self, actor: str) -> bool:
-        is_silent = self._watch.silence_s(actor) > SUSPECT_S
-        return is_silent and not self._asked[actor].is_loading(actor)
+        is_silent = self._watch.unanswered_s(actor) > SUSPECT_S
+        return is_silent and self._asked[actor].idle_from_age_s(actor) is not None
 
     async def _look_at(self, actor: str) -> None:
         """End a process if it stands still. Nothing happens if it cannot be looked at in time."""
+        asked = self._asked[actor]
+        from_age_s = asked.idle_from_age_s(actor)
         try:
             async with asyncio.timeout(LOOKING_S):
-                is_still = await is_still_at(self._asked[actor].actor, self._thread)
+                process = await find_process(asked.actor, self._thread)
+                is_still = await process.beside(stands_still, STILL_S, from_age_s)
         except (RayError, TimeoutError) as error:
             logger.info("%s is silent, and cannot be looked at: %s", actor, error)
             return
         # It may have answered meanwhile, or have been ended.
         if is_still and actor in self._watch.names and self._is_suspect(actor):
-            self._watch.leave(actor)
-            self._end(actor)
+            await self._end_there(actor, process)
+
+    async def _end_there(self, actor: str, process: RemoteProcess) -> None:
+        """End a process on its node, at once: Ray would first wait for it to end by itself."""
+        kill = self._asked[actor].kill
+        self._watch.leave(actor)
+        self._note_end(actor)
+        try:
+            async with asyncio.timeout(LOOKING_S):
+                await process.beside(end_process)
+        except (RayError, TimeoutError) as error:
+            logger.info("%s cannot be ended on its node: %s", actor, error)
+            self._thread.submit(kill)
 
     def _end(self, actor: str) -> None:
+        self._note_end(actor)
+        self._thread.submit(self._asked[actor].kill)
+
+    def _note_end(self, actor: str) -> None:
         logger.error("%s hangs, and is ended", actor)
         name = replica_name(actor)
         self._killed.inc(1, {"process": "controller" if name is None else name.deployment})
-        self._thread.submit(self._asked[actor].kill)
+
+
+def is_gateway(actor: str) -> bool:
+    """Return whether this replica is a gateway, and not of a tier."""
+    return our_replicas([actor])[actor].deployment == "gateway"
 
 
 def is_up(actor: str) -> bool:
@@ -237,19 +281,13 @@ def is_up(actor: str) -> bool:
     return name.unique_id in handover.REACHABLE.get(name.application, ())
 
 
-async def is_still_at(actor: Any, thread: ThreadPoolExecutor) -> bool:
-    """Return whether the actor's process stands still, as seen on its node for seconds.
-
-    `thread`: asks Ray's head where the process is.
-    """
+async def find_process(actor: Any, thread: ThreadPoolExecutor) -> RemoteProcess:
+    """Return where an actor's process is; `thread` asks Ray's head. Raise RayError if nowhere."""
     loop, actor_id = asyncio.get_running_loop(), actor._actor_id.hex()
     known: Any = await loop.run_in_executor(thread, ray_state.actor_table, actor_id)
     if known.get("State") != "ALIVE":
-        return False
-    node = NodeAffinitySchedulingStrategy(known["Address"]["NodeID"], soft=False)
-    looking = ray.remote(stands_still).options(num_cpus=0, max_retries=0, scheduling_strategy=node)
-    is_still: bool = await looking.remote(known["Pid"], STILL_S)
-    return is_still
+        raise RayError(f"it is {known.get('State')}")
+    return RemoteProcess(known["Address"]["NodeID"], known["Pid"])
 
 
 async def watch_processes() -> None:

@@ -1,6 +1,8 @@
 """Which of Serve's replicas are asked for signs of life, what counts as one, and who is killed."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -134,19 +136,43 @@ class Looks:
 
     def __init__(self) -> None:
         self.still: set[FakeReplica] = set()
+        self.ages_s: dict[FakeReplica, float] = {}
         self.num_looks = 0
         self.seconds = 0.0
+        self.cluster: Cluster
+        self.ended: list[str] = []
+        self.errors: list[Exception] = []
 
-    async def is_still_at(self, actor: FakeReplica, thread: object) -> bool:
-        self.num_looks += 1
-        await asyncio.sleep(self.seconds)
-        return actor in self.still
+    async def find_process(self, actor: FakeReplica, thread: object) -> "FakeProcess":
+        return FakeProcess(self, actor)
+
+
+@dataclass(frozen=True)
+class FakeProcess:
+    """The process of a fake replica."""
+
+    looks: Looks
+    actor: FakeReplica
+
+    async def beside(self, function: Callable[..., Any], *args: Any) -> bool:
+        looks, actor = self.looks, self.actor
+        if function is liveness.stands_still:
+            looks.num_looks += 1
+            await asyncio.sleep(looks.seconds)
+            _, from_age_s = args
+            return actor in looks.still and looks.ages_s.get(actor, 1000.0) >= from_age_s
+        assert function is liveness.end_process
+        if looks.errors:
+            raise looks.errors.pop()
+        looks.cluster.kill(actor)
+        looks.ended.append(looks.cluster.killed[-1])
+        return True
 
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> Looks:
     looks = Looks()
-    monkeypatch.setattr(hung, "is_still_at", looks.is_still_at)
+    monkeypatch.setattr(hung, "find_process", looks.find_process)
     monkeypatch.setattr(hung, "SUSPECT_S", 0.05)
     return looks
 
@@ -158,6 +184,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch, looks: Looks) -> Cluster:
     monkeypatch.setattr(hung.ray, "get_actor", cluster.get_actor)
     monkeypatch.setattr(hung.ray, "kill", cluster.kill)
     monkeypatch.setattr(hung, "counter", lambda metric: FakeCounter())
+    looks.cluster = cluster
     return cluster
 
 
@@ -289,6 +316,38 @@ async def test_one_that_stands_still_is_killed_before_its_time(
     seen = looks.num_looks
     await until(lambda: looks.num_looks > seen + 4)
     assert set(cluster.killed) == {hung.CONTROLLER, LEADER}, "the others are busy"
+    assert set(looks.ended) == set(cluster.killed), "on their nodes, without Ray's wait"
+    watching.cancel()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_one_whose_node_cannot_end_it_is_ended_by_ray(cluster: Cluster, looks: Looks) -> None:
+    watching = asyncio.create_task(HungProcesses().run())
+    leader = cluster.actors[LEADER]
+    await until(lambda: leader.num_checked > 2)
+    looks.errors, looks.still = [hung.RayError("no worker can start")], {leader}
+    leader.stop()
+    await until(lambda: cluster.killed == [LEADER])
+    assert looks.ended == []
+    watching.cancel()
+
+
+@pytest.mark.usefixtures("patient")
+async def test_of_what_hung_before_the_watch_began_an_old_gateway_is_looked_at_at_once(
+    cluster: Cluster, looks: Looks
+) -> None:
+    """A ledger that hung with it is replaced: the next one does not wait once more."""
+    new = "SERVE_REPLICA::gateway#gateway#gggg"
+    cluster.actors[new] = FakeReplica(has_begun=False)
+    looks.still = set(cluster.actors.values())
+    looks.ages_s = {cluster.actors[new]: hung.GATEWAY_LOADED_S - 1}
+    for replica in cluster.actors.values():
+        replica.stop()
+    watching = asyncio.create_task(HungProcesses().run())
+    await until(lambda: looks.ended == [GATEWAY])
+    seen = looks.num_looks
+    await until(lambda: looks.num_looks > seen + 2)
+    assert looks.ended == [GATEWAY], "the new one may be loading, and tiers have no such age"
     watching.cancel()
 
 
