@@ -17,6 +17,7 @@ import yaml
 
 from flux_ray.cli.config_file import check_config
 from flux_ray.cli.serve import ANSI, changed, ready_lines, url_of
+from tests.listening import free_port
 
 ROOT = Path(__file__).parents[2]
 LAPTOP = ROOT / "serve" / "laptop.yaml"
@@ -48,13 +49,6 @@ except KeyboardInterrupt:
     if "slow" in os.environ:
         time.sleep(300)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture
