@@ -148,8 +148,11 @@ def plain_name(name: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Return whether references are sent under that name: `image`, `image[0]`, `image_2`."""
-    # A name may be as long as a body; the pattern is not run on such a one.
-    return len(name) <= MAX_NAME_CHARS and _NUMBER.sub("", _LISTED.sub("", name)) in IMAGES
+    # A name may be as long as a body; the patterns are not run on such a one.
+    if len(name) > MAX_NAME_CHARS:
+        return False
+    plain = _LISTED.sub("", name)
+    return plain in IMAGES or _NUMBER.sub("", plain) in IMAGES
 
 
 def is_mask_name(name: str) -> bool:
@@ -169,7 +172,9 @@ def has_pixels(name: str) -> bool:
 
 def number_of(name: str) -> int:
     """Return a reference's place among the others, from its name; without a number it is 1."""
-    match = _NUMBER.search(_LISTED.sub("", name))
+    plain = _LISTED.sub("", name)
+    # The digits of `image_b64` are no place.
+    match = None if plain in IMAGES else _NUMBER.search(plain)
     return 1 if match is None else int(match[1])
 
 

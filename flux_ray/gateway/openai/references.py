@@ -79,7 +79,7 @@ def sources_in_form(form: FormData, target: ResolvedModel) -> ImageSources:
 
     def of(is_wanted: Callable[[str], bool]) -> Iterator[ImageSource]:
         wanted = [part for part in parts if is_wanted(plain_name(part[0]))]
-        wanted.sort(key=lambda part: number_of(part[0]))
+        wanted.sort(key=lambda part: number_of(plain_name(part[0])))
         return (ImageSource(name, value) for name, value in wanted)
 
     return checked(target, *map(of, KINDS))

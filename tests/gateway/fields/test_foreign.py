@@ -10,7 +10,18 @@ from flux_ray.config.gateway import GatewayArgs
 from flux_ray.errors import BadRequest
 from flux_ray.gateway.bfl.fields import parse_body
 from flux_ray.gateway.bfl.request import size_for
-from flux_ray.gateway.fields.foreign import CONTROLS, DISTANCES, IMAGES, MASKS, OURS, REFUSED
+from flux_ray.gateway.fields.foreign import (
+    CONTROLS,
+    DISTANCES,
+    IMAGES,
+    MASKS,
+    OURS,
+    REFUSED,
+    is_control_name,
+    is_image_name,
+    is_mask_name,
+    number_of,
+)
 from flux_ray.gateway.fields.sent import heed
 from flux_ray.gateway.images.sources import RequestImages
 from flux_ray.gateway.model_names import target_for
@@ -40,6 +51,17 @@ async def test_an_image_under_anothers_name_is_edited(client, handles, red, name
     assert answer.status_code == 200, answer.text
     assert [each.width for each in handles.requests[0].references] == [96]
     assert answer.json()["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "is_kind"),
+    [(IMAGES, is_image_name), (MASKS, is_mask_name), (CONTROLS, is_control_name)],
+)
+def test_every_name_in_the_table_is_read(names, is_kind):
+    """Also those that end in digits, which are not its place among others."""
+    assert {name for name in names if not is_kind(name)} == set()
+    assert all(number_of(name) == 1 for name in IMAGES)
+    assert (is_image_name("image_b64_2"), number_of("image_b64_2")) == (True, 2)
 
 
 @pytest.mark.parametrize("name", ["image_urls", "input_images", "reference_images", "files"])
