@@ -70,6 +70,18 @@ async def test_a_form_is_decoded_as_utf_8_only(client, handles, form, charset):
         assert answer.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("text", "at"), [("ein grüner Kreis".encode("latin-1"), 6), ("grün 🟢".encode()[:-1], 6)]
+)
+async def test_a_text_of_a_form_that_is_not_utf_8_is_refused(client, handles, make_image, text, at):
+    image = part("image", make_image(96, 80), '; filename="a.png"')
+    body = image + part("prompt", text) + b"--xxBxx--"
+    answer = await client.post(EDITS, content=body, headers=FORM)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], handles.requests) == (400, "prompt", [])
+    assert f"prompt: is not UTF-8, at byte {at}" in error["message"]
+
+
 async def test_a_file_that_was_not_chosen_is_as_none(client, handles, make_image):
     kind = '; filename=""\r\nContent-Type: application/octet-stream'
     body = part("prompt", b"make it green") + part("image", make_image(), '; filename="a.png"')

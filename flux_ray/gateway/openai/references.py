@@ -172,6 +172,8 @@ class WholeFormParser(MultiPartParser):
             file = UploadFile(io.BytesIO(part.data), size=len(part.data), filename="unnamed")
             self.items.append((part.field_name, file))
             return
+        if part.file is None:
+            check_utf_8(part.field_name[:80], part.data)
         super().on_part_end()
 
     def close_files(self) -> None:
@@ -182,6 +184,15 @@ class WholeFormParser(MultiPartParser):
     def on_end(self) -> None:
         """Note the closing delimiter, which Starlette does not check."""
         self.is_whole = True
+
+
+def check_utf_8(name: str, text: bytearray) -> None:
+    """Raise BadRequest for a text that is not UTF-8: Starlette would read it as Latin-1."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        message = f"{name}: is not UTF-8, at byte {error.start}: send the form as UTF-8"
+        raise BadRequest(message, name) from None
 
 
 def is_binary(data: bytearray) -> bool:
