@@ -171,6 +171,7 @@ def request_for(
     client: httpx.Client, fields: dict[str, Any], attached: Attached, stack: ExitStack
 ) -> httpx.Request:
     """Return the request; `stack` closes the files that it reads."""
+    check_text(fields)
     if not attached.images and attached.control is None:
         return client.build_request("POST", "/v1/images/generations", json=fields)
     files = [
@@ -182,6 +183,15 @@ def request_for(
             files.append((name, (name, stack.enter_context(path.open("rb")))))
     texts = {name: as_text(value) for name, value in fields.items()}
     return client.build_request("POST", "/v1/images/edits", data=texts, files=files)
+
+
+def check_text(fields: dict[str, Any]) -> None:
+    """End the command if a text is not UTF-8: Python keeps such bytes of a command line."""
+    for name, value in fields.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            fail(f"{name} is not UTF-8: is the terminal set to it?")
 
 
 def as_text(value: Any) -> str:

@@ -225,7 +225,9 @@ def save_answer(
     paths: Sequence[Path],
 ) -> None:
     """Ask for images, and save them when all are done."""
-    answer, taken_s = call(url, fields, attached, key_file)
+    # Some aliases answer by URL unless they are told.
+    asked = {**fields, "response_format": "b64_json"}
+    answer, taken_s = call(url, asked, attached, key_file)
     say_warnings(answer["warnings"])
     for path, answered in zip(paths, answer["data"], strict=True):
         save(path, base64.b64decode(answered["b64_json"]))

@@ -5,14 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
 from flux_ray.catalog import tiers
 from flux_ray.catalog.tiers import TINY
 from flux_ray.cli.client import parse_events
 from flux_ray.cli.main import app
+from flux_ray.config.gateway import GatewayArgs, JobArgs
 from flux_ray.engine import control
 from flux_ray.errors import TierUnavailable
+from flux_ray.gateway.api import build_api
+from tests.gateway.fake_desk import FakeDesk
+
+
+@pytest.fixture
+def api(router: Any, gateway_args: GatewayArgs) -> FastAPI:
+    """Return a gateway that answers by URL under one name, unless it is told."""
+    urls = {"public_url": "http://gateway", "jobs": JobArgs(), "aliases": {"dall-e-2": "tiny"}}
+    args = GatewayArgs.model_validate(gateway_args.model_dump() | urls)
+    return build_api(router, args, job_service=FakeDesk())
 
 
 def invoke(*arguments: object) -> Any:
@@ -29,6 +41,25 @@ def test_a_mask(url: str, handles: Any, make_image: Any, tmp_path: Path) -> None
     [request] = handles.requests
     assert request.mask is not None
     assert output.exists()
+
+
+def test_a_name_that_answers_by_url(url: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    result = invoke("a ring", "--tier", "dall-e-2", "--seed", 5, "-o", output, "--url", url)
+    assert (result.exit_code, output.read_bytes()) == (0, b"image 5"), result.output
+
+
+@pytest.mark.parametrize("has_image", [False, True])
+def test_words_that_are_not_utf_8(
+    url: str, handles: Any, make_image: Any, tmp_path: Path, has_image: bool
+) -> None:
+    """As Python reads the bytes of a Latin-1 terminal."""
+    image = tmp_path / "image.png"
+    image.write_bytes(make_image(96, 80))
+    more = ("--image", image) if has_image else ()
+    result = invoke("caf\udce9", *more, "-o", tmp_path / "out.png", "--url", url)
+    assert (result.exit_code, "prompt is not UTF-8" in result.stderr) == (1, True)
+    assert handles.requests == []
 
 
 def test_a_mask_needs_its_image(tmp_path: Path) -> None:
