@@ -8,6 +8,7 @@ that do not exist, most often because the client's base URL is wrong.
 
 import logging
 import math
+import re
 from typing import Literal, NamedTuple
 
 from fastapi import FastAPI
@@ -145,7 +146,9 @@ async def answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """Answer FastAPI's own validation of paths and queries."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return answer_for(request, BadRequest(first["msg"], str(first["loc"][-1])))
+    field, reason = str(first["loc"][-1]), f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    told = f"{field} is required" if first["type"] == "missing" else f"{field}: {reason}"
+    return answer_for(request, BadRequest(told, field))
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
@@ -169,8 +172,15 @@ def answer_in(dialect: Dialect, error: FluxError) -> JSONResponse:
 def body_of(dialect: Dialect, failure: Failure, as_bfl: BflFailure) -> BaseModel:
     """Return the failure in the dialect's shape."""
     if dialect == "hugging_face":
-        return HubFailure(error=failure.message, error_type=failure.code)
+        return HubFailure(error=naming(failure.message, failure.param), error_type=failure.code)
     return as_bfl if dialect == "bfl" else Envelope(error=failure)
+
+
+def naming(message: str, field: str | None) -> str:
+    """Return the message with the field's name before it, unless it has that already."""
+    if field is None or re.search(rf"(?<!\w){re.escape(field)}(?!\w)", message):
+        return message
+    return f"{field}: {message}"
 
 
 def failure_of(error: FluxError) -> Failure:

@@ -281,14 +281,21 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
         raise BadRequest(f"{name} is not for this route", name)
     if sent.wish.target_size is not None:
         extra |= sent.wish.target_size.model_dump()
-    if sent.wish.prompt is None:
-        # A side that is sent alone means a square, as there is no image whose shape could be kept.
-        sides = [extra[name] for name in ("width", "height") if extra.get(name) is not None]
-        extra |= dict.fromkeys(("width", "height"), sides[0]) if len(sides) == 1 else {}
-    prompt = sent.inputs if sent.wish.prompt is None else sent.wish.prompt
+    prompt = sent.wish.prompt
+    if prompt is None:
+        square(extra, names)
+        prompt, names["prompt"] = sent.inputs, "inputs"
     fields = ImageFields.of({"output_format": output_format} | extra | {"prompt": prompt}, names)
     check_supported(fields, has_images=sent.wish.prompt is not None)
     return fields
+
+
+def square(extra: dict[str, Any], names: dict[str, str]) -> None:
+    """Add the side that is missing: without an image, there is no shape that could be kept."""
+    for sent, missing in (("width", "height"), ("height", "width")):
+        if sent in extra and missing not in extra:
+            extra[missing], names[missing] = extra[sent], names.get(sent, sent)
+            return
 
 
 def format_of(request: Request) -> ImageFormat:

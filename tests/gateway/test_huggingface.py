@@ -61,7 +61,12 @@ async def test_what_has_no_effect_is_said(ask):
 @pytest.mark.parametrize(
     ("inputs", "parameters", "status", "words"),
     [
-        ("", {}, 400, "prompt is empty"),
+        ("", {}, 400, "inputs is empty"),
+        ("a" * 1001, {}, 400, "inputs is longer than 1000 characters"),
+        (PNG, {"prompt": " "}, 400, "prompt is empty"),
+        ("a ring", {"height": "tall"}, 400, "height: input should be a valid integer"),
+        ("a ring", {"image_prompt": "aGk="}, 400, "image_prompt: an image is sent as inputs"),
+        ("a ring", {"image_width": 8, "h": 64}, 400, "image_width: width and height must be"),
         ("a ring", {"width": 100, "height": 8}, 400, "16 to 4096"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
         ("a ring", {"image": "aGk="}, 400, "an image is sent as inputs"),
@@ -74,7 +79,7 @@ async def test_what_has_no_effect_is_said(ask):
         ("a ring", {"control_image": "aGVsbG8="}, 400, "control_image: tiny does not heed it"),
         ("a ring", {"negative_prompt": "a dot"}, 400, "negative_prompt: tiny does not heed it"),
         ("a ring", {"num_inference_steps": 0}, 400, "num_inference_steps"),
-        ("no base64!", {"prompt": "x"}, 400, "image 1 is neither base64 nor a URL"),
+        ("no base64!", {"prompt": "x"}, 400, "inputs: image 1 is neither base64 nor a URL"),
         ("aGVsbG8=", {"prompt": "x"}, 400, "not a PNG, JPEG or WebP"),
         ("A" * 400_000, {"prompt": "x"}, 400, "larger than"),
         ("http://127.0.0.1/x.png", {"prompt": "x"}, 400, "not that of a public"),

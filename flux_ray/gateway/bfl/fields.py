@@ -136,7 +136,8 @@ def parse_body(body: bytes) -> BflFields:
         raise bad_request(error, names) from None
     fields._names.update(names)
     if fields.image is None and not fields.prompt.strip():
-        raise BadRequest("prompt is empty", fields.named("prompt"))
+        name = fields.named("prompt")
+        raise BadRequest(f"{name} is empty", name)
     check_served(fields.others, fields.named, has_images=fields.image is not None)
     return fields
 

@@ -7,6 +7,7 @@ out empty fields, and translates the names and values of other servers.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
@@ -160,7 +161,9 @@ def with_extra_body(sent: Mapping[str, Any]) -> Mapping[str, Any]:
         return sent
     extra = sent[found]
     if isinstance(extra, str) and extra.strip():
-        extra = parse_object(extra.encode())
+        # Its own error would speak of the body.
+        with suppress(BadRequest):
+            extra = parse_object(extra.encode())
     rest = {name: value for name, value in sent.items() if name != found}
     if is_absent(found, extra):
         return rest

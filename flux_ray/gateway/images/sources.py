@@ -69,13 +69,15 @@ class RequestImages(NamedTuple):
     """The decoded images of a request.
 
     `references` are scaled as the tiers take them. `notes` tell the caller what of the images could
-    not be used. `is_control`: the only reference is a control image.
+    not be used. `is_control`: the only reference is a control image. `mask_name`: the field in
+    which the mask was sent.
     """
 
     references: tuple[SentImage, ...] = ()
     mask: Mask | None = None
     notes: tuple[str, ...] = ()
     is_control: bool = False
+    mask_name: str = "mask"
 
 
 # Decodes an image together with a mask from its alpha channel, if that is one.
@@ -112,9 +114,11 @@ async def read_images(
         raster = await reader.read(first, "control image" if is_control else "image 1", decode)
     image = whole_image(raster, reader.max_pixels)
     references = (image, *await reader.read_references(others, first=2))
+    mask_name = "mask"
     if sources.mask is not None:
         mask = await reader.read(sources.mask, "mask", read_mask)
-    return RequestImages(references, mask, tuple(reader.notes), is_control)
+        mask_name = sources.mask.param
+    return RequestImages(references, mask, tuple(reader.notes), is_control, mask_name)
 
 
 def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":

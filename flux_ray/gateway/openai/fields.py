@@ -187,7 +187,8 @@ def bad_request(error: ValidationError, names: Mapping[str, str] | None = None) 
 def check_supported(fields: ImageFields, *, has_images: bool = False) -> None:
     """Raise BadRequest for fields that would change the image and are not supported."""
     if not fields.prompt.strip():
-        raise BadRequest("prompt is empty", fields.named("prompt"))
+        name = fields.named("prompt")
+        raise BadRequest(f"{name} is empty", name)
     if fields.background == "transparent":
         raise BadRequest("transparent backgrounds are not supported", "background")
     check_served(fields.model_extra or {}, fields.named, has_images=has_images)

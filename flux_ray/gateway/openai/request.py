@@ -49,7 +49,7 @@ def request_for(
     asked, crop = asked_size(fields, tier, images)
     width, height = generated_size(*asked, tier)
     if images.mask is not None:
-        check_masked_size(width, height)
+        check_masked_size(width, height, fields)
     encoding = encoding_for(fields, None if asked == (width, height) else asked)
     limit = tier.reference_limit(len(images.references))
     return ImageRequest(
@@ -76,8 +76,8 @@ def check_limits(fields: ImageFields, limits: Limits) -> None:
     """Raise BadRequest for longer prompts, or more images, than this gateway allows."""
     for field, words in (("prompt", fields.prompt), ("negative_prompt", fields.negative_prompt)):
         if len(words or "") > limits.max_prompt_chars:
-            message = f"{field} is longer than {limits.max_prompt_chars} characters"
-            raise BadRequest(message, fields.named(field))
+            name = fields.named(field)
+            raise BadRequest(f"{name} is longer than {limits.max_prompt_chars} characters", name)
     if (fields.n or 1) > limits.max_images:
         name = fields.named("n")
         raise BadRequest(f"{name} must be 1 to {limits.max_images}", name)
@@ -96,7 +96,7 @@ def check_images(images: RequestImages, tier: Tier, served: Collection[Tier]) ->
         check_heeded("image", (tier,), served)
         raise BadReference(f"{tier.name} takes at most {tier.max_references} images", "image")
     if images.mask is not None:
-        check_mask(images.mask, images.references, tier)
+        check_mask(images.mask, images.references, tier, images.mask_name)
     elif tier.requires_mask:
         missing = "mask" if images.references else "image"
         raise BadRequest(
@@ -110,21 +110,25 @@ def check_images(images: RequestImages, tier: Tier, served: Collection[Tier]) ->
         )
 
 
-def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier) -> None:
-    """Raise BadRequest unless the tier takes masks and the first image has the mask's size."""
+def check_mask(mask: Mask, references: tuple[SentImage, ...], tier: Tier, name: str) -> None:
+    """Raise BadRequest unless the tier takes masks and the first image has the mask's size.
+
+    `name`: the field in which the mask was sent.
+    """
     if not tier.takes_mask:
-        raise BadRequest(f"{tier.name} takes no masks", "mask")
+        raise BadRequest(f"{tier.name} takes no masks", name)
     if not references:
-        raise BadRequest("a mask comes with the image that it is of", "mask")
+        raise BadRequest("a mask comes with the image that it is of", name)
     size, needed = (f"{each.width}x{each.height}" for each in (mask, references[0]))
     if size != needed:
-        raise BadRequest(f"mask is {size} but must match the image, {needed}", "mask")
+        raise BadRequest(f"{name} is {size} but must match the image, {needed}", name)
 
 
-def check_masked_size(width: int, height: int) -> None:
+def check_masked_size(width: int, height: int, fields: ImageFields) -> None:
     """Raise BadRequest for a size that no reference may have: the masked image is scaled to it."""
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadRequest(f"under a mask {width}x{height} is too long: choose another size", "size")
+        message = f"under a mask {width}x{height} is too long: choose another size"
+        raise BadRequest(message, fields.named("size" if fields.width is None else "width"))
 
 
 Size = tuple[int, int]
@@ -281,7 +285,8 @@ def seed_for(fields: ImageFields) -> int:
     if fields.seed is None:
         return secrets.randbelow(GENERATED_SEEDS)
     if fields.seed + (fields.n or 1) - 1 > MAX_SEED:
-        raise BadRequest(f"seed + n - 1 must be at most {MAX_SEED}", "seed")
+        seed, number = fields.named("seed"), fields.named("n")
+        raise BadRequest(f"{seed} + {number} - 1 must be at most {MAX_SEED}", seed)
     return fields.seed
 
 

@@ -328,6 +328,9 @@ async def test_other_errors_have_bfls_shape(client):
     missing = await client.get("/v1/get_result")
     assert missing.status_code == 422
     assert missing.json()["detail"][0]["loc"] == ["query", "id"]
+    assert missing.json()["message"] == "id is required"
+    wrong = await client.get("/v1/jobs", params={"limit": "many"})
+    assert wrong.json()["message"].startswith("limit: input should be a valid integer")
     wrong = await client.post("/v1/tiny", content=b"prompt=x")
     assert wrong.status_code == 415
     assert wrong.json().keys() == {"detail", "message"}

@@ -95,8 +95,10 @@ async def test_fields_in_extra_body_are_as_if_beside_it(client, handles, red):
     assert (handles.requests[0].seed, len(handles.requests[0].references)) == (7, 1)
     answer = await client.post(GENERATIONS, json=body | {"seed": 8})
     assert "seed and extra_body.seed disagree" in answer.json()["error"]["message"]
-    answer = await client.post(GENERATIONS, json=PROMPT | {"extra_body": [1]})
-    assert answer.json()["error"]["param"] == "extra_body"
+    for wrong in ([1], "{", "[]", "7", '{"n": 1e}'):
+        answer = await client.post(GENERATIONS, json=PROMPT | {"extra_body": wrong})
+        assert answer.json()["error"]["param"] == "extra_body"
+        assert "must be an object of further fields" in answer.json()["error"]["message"]
 
 
 async def test_a_mask_under_anothers_name_is_heeded(client, handles, make_image):
@@ -105,6 +107,10 @@ async def test_a_mask_under_anothers_name_is_heeded(client, handles, make_image)
     body = PROMPT | {"image_url": whole, "mask_url": mask}
     assert (await client.post(GENERATIONS, json=body)).status_code == 200
     assert set(handles.requests[0].mask.marks) == {255}
+    other = base64.b64encode(make_image(80, 80, color="white")).decode()
+    error = (await client.post(GENERATIONS, json=body | {"mask_url": other})).json()["error"]
+    assert error["param"] == "mask_url"
+    assert error["message"] == "mask_url is 80x80 but must match the image, 96x80"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +258,13 @@ def test_what_is_no_whole_number_is_no_seed_on_any_route(value):
         with pytest.raises(BadRequest) as caught:
             read()
         assert caught.value.field == "seed"
+
+
+async def test_a_seed_without_room_for_all_images_is_named_as_it_was_sent(client):
+    sent = {"random_seed": 2**64 - 1, "num_images": 2}
+    error = (await client.post(GENERATIONS, json=PROMPT | sent)).json()["error"]
+    assert error["param"] == "random_seed"
+    assert error["message"].startswith("random_seed + num_images - 1 must be at most")
 
 
 @pytest.mark.parametrize("value", [-1, -1.0, "-1", None, "", " "])

@@ -242,6 +242,10 @@ def test_a_size_that_the_model_would_refuse_of_a_reference():
     with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
         request_for(FIELDS, KLEIN, LIMITS, RequestImages((image,), mask))
     assert caught.value.field == "size"
+    asked = ImageFields.read({"prompt": "a ring", "image_width": 1040, "h": 128})
+    with pytest.raises(BadRequest, match="1040x128 is too long") as caught:
+        request_for(asked, KLEIN, LIMITS, RequestImages((image,), mask))
+    assert caught.value.field == "image_width"
     asked = FIELDS.model_copy(update={"size": "1024x128"})
     assert request_for(asked, KLEIN, LIMITS, RequestImages((image,), mask)).width == 1024
     assert request_for(FIELDS, KLEIN, LIMITS, RequestImages((image,))).width == 1040
