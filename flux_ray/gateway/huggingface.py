@@ -21,7 +21,7 @@ from flux_ray.gateway.fields.foreign import (
     is_image_name,
     is_mask_name,
 )
-from flux_ray.gateway.fields.sent import SentFields, heed, parse_object
+from flux_ray.gateway.fields.sent import SentFields, heed, parse_object, replace_by
 from flux_ray.gateway.http import forget_body, read_body
 from flux_ray.gateway.images.fetch import Fetcher
 from flux_ray.gateway.images.masks import decode_painted_mask
@@ -280,7 +280,8 @@ def fields_of(sent: Inputs, names: dict[str, str], output_format: ImageFormat) -
     for name in NOT_HERE & extra.keys():
         raise BadRequest(f"{name} is not for this route", name)
     if sent.wish.target_size is not None:
-        extra |= sent.wish.target_size.model_dump()
+        extra["target_size"] = sent.wish.target_size
+        replace_by(extra, names, "target_size", sent.wish.target_size.model_dump())
     prompt = sent.wish.prompt
     if prompt is None:
         square(extra, names)

@@ -8,6 +8,7 @@ from flux_ray.errors import Overloaded
 
 PATH = "/models/tiny"
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(60)).decode()
+SQUARE = {"width": 64, "height": 64}
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ async def test_what_has_no_effect_is_said(ask):
         ("a ring", {"height": "tall"}, 400, "height: input should be a valid integer"),
         ("a ring", {"image_prompt": "aGk="}, 400, "image_prompt: an image is sent as inputs"),
         ("a ring", {"image_width": 8, "h": 64}, 400, "image_width: width and height must be"),
+        ("a ring", {"width": 96, "target_size": SQUARE}, 400, "width and target_size disagree"),
         ("a ring", {"width": 100, "height": 8}, 400, "16 to 4096"),
         ("a ring", {"n": 2}, 400, "n is not for this route"),
         ("a ring", {"image": "aGk="}, 400, "an image is sent as inputs"),

@@ -15,7 +15,7 @@ from flux_ray.gateway.fields.foreign import (
     has_pixels,
     is_nothing,
 )
-from flux_ray.gateway.fields.sent import heed, parse_object
+from flux_ray.gateway.fields.sent import check_same, comparable, heed, parse_object
 from flux_ray.gateway.fields.sizes import parse_size
 from flux_ray.gateway.openai.fields import (
     MAX_SEED,
@@ -151,14 +151,16 @@ def check_one(values: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def spread_size(values: dict[str, Any], names: dict[str, str]) -> None:
-    """Replace OpenAI's `size` by width and height, unless those were sent too."""
+    """Replace OpenAI's `size` by width and height. BadRequest if those were sent and disagree."""
     if "size" not in values:
         return
     name = names.get("size", "size")
-    width, height = parse_size(str(values.pop("size"))[:80], name)
-    if not values.get("width") and not values.get("height"):
-        values |= {"width": width, "height": height}
-        names |= {"width": name, "height": name}
+    sides = parse_size(str(values.pop("size"))[:80], name)
+    for field, pixels in zip(("width", "height"), sides, strict=True):
+        if comparable(values.get(field)) in (None, 0):
+            values[field], names[field] = pixels, name
+        else:
+            check_same(values, field, pixels, (names.get(field, field), name))
 
 
 @cache

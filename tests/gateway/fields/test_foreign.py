@@ -267,6 +267,25 @@ async def test_a_seed_without_room_for_all_images_is_named_as_it_was_sent(client
     assert error["message"].startswith("random_seed + num_images - 1 must be at most")
 
 
+@pytest.mark.parametrize(
+    ("sent", "sides"),
+    [
+        ({"size": "96x64", "width": 64, "height": 64}, None),
+        ({"size": "96x64", "width": 64}, None),
+        ({"size": "96x64", "width": "96"}, (96, 64)),
+        ({"size": "96x64", "width": 0, "height": None}, (96, 64)),
+        ({"size": "96x64", "width": 96, "height": 64.0}, (96, 64)),
+    ],
+)
+def test_a_job_has_one_size(sent, sides):
+    if sides is not None:
+        fields = parse_body(body_of(sent))
+        assert (fields.width, fields.height) == sides
+        return
+    with pytest.raises(BadRequest, match="width and size disagree"):
+        parse_body(body_of(sent))
+
+
 @pytest.mark.parametrize("value", [-1, -1.0, "-1", None, "", " "])
 def test_a_seed_of_minus_one_is_none(value):
     assert ImageFields.read(PROMPT | {"seed": value}).seed is None
