@@ -26,6 +26,7 @@ from flux_ray.gateway.openai.fields import (
     bad_request,
     with_texts,
 )
+from flux_ray.gateway.openai.references import unwrapped
 from flux_ray.gateway.upsampling.rewriting import UpsamplingWish
 
 # Our names on OpenAI's routes, and BFL's for the same fields.
@@ -130,6 +131,9 @@ def parse_body(body: bytes) -> BflFields:
             values[here], names[here] = values.pop(name), names.pop(name, name)
     check_one(values, names)
     spread_size(values, names)
+    if "image" in values and not any(unwrapped("image", values["image"])):
+        # An empty list is as none: there is nothing to fill.
+        del values["image"]
     try:
         fields = BflFields.model_validate(values)
     except ValidationError as error:

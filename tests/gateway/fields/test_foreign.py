@@ -286,6 +286,13 @@ def test_a_job_has_one_size(sent, sides):
         parse_body(body_of(sent))
 
 
+@pytest.mark.parametrize("image", [[], [""], [[], " "]])
+def test_an_empty_list_is_no_image_to_fill(image):
+    assert parse_body(body_of({"image": image})).image is None
+    with pytest.raises(BadRequest, match="prompt is empty"):
+        parse_body(body_of({"image": image, "prompt": ""}))
+
+
 @pytest.mark.parametrize("value", [-1, -1.0, "-1", None, "", " "])
 def test_a_seed_of_minus_one_is_none(value):
     assert ImageFields.read(PROMPT | {"seed": value}).seed is None
