@@ -228,7 +228,7 @@ def save_answer(
     # Some aliases answer by URL unless they are told.
     asked = {**fields, "response_format": "b64_json"}
     answer, taken_s = call(url, asked, attached, key_file)
-    say_warnings(answer["warnings"])
+    say_warnings(answer.get("warnings", []))
     for path, answered in zip(paths, answer["data"], strict=True):
         save(path, base64.b64decode(answered["b64_json"]))
         typer.echo(f"{path}  seed {answered['seed']}  {taken_s:.2f} s")
