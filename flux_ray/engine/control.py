@@ -31,10 +31,20 @@ def control_image(photo: Path, size: tuple[int, int] | None, depth_model: str | 
 
 
 def opened(photo: Path) -> Image.Image:
-    """Return the photograph upright, in RGB; raise ValueError if it is no image."""
+    """Return the photograph upright, in RGB as a server would; raise ValueError if it is no image.
+
+    Transparent parts are put on white: the colours under them are nothing that anybody sees.
+    """
     try:
         with Image.open(photo) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                # Pillow itself would clip 16-bit grey to 255, not scale it.
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            white = Image.new("RGBA", upright.size, "white")
+            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{photo} is no image that can be read: {error}") from error
 

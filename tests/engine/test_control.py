@@ -132,3 +132,18 @@ def test_a_depth_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     photo = photo_of_a_square(tmp_path / "photo.png")
     with pytest.raises(ValueError, match=r"the depth model \S*/nowhere cannot be loaded"):
         control_image(photo, None, str(tmp_path / "nowhere"))
+
+
+def test_transparent_parts_of_a_photograph_are_put_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 64, 4), np.uint8)
+    pixels[:, 32:] = (90, 90, 90, 255)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    grey = np.asarray(opened(tmp_path / "photo.png"))
+    assert (grey[:, :32] == 255).all() and (grey[:, 32:] == 90).all()
+
+
+def test_a_photograph_of_16_bits_is_scaled_to_8(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint16).repeat(64).reshape(256, 64) << 8
+    Image.fromarray(ramp).save(tmp_path / "photo.png")
+    grey = np.asarray(opened(tmp_path / "photo.png"))
+    assert (grey[:, 0] == np.arange(256)[:, None]).all()
