@@ -197,9 +197,11 @@ def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
     """Return the replica seconds of a request on a replica that has nothing else to do."""
     roofline = roofline_of(layout)
     words_s, kept_s = encode_parts_s(work, layout)
+    # Each forward has its prompt, and without a cache an empty one is encoded each time too.
+    num_prompts = work.num_prompts if layout.has_cache else work.num_forwards
     num_forwards = work.num_forwards * work.num_steps * work.num_images
     return Cost(
-        encode_s=words_s * work.num_prompts + kept_s + edit_s(work, roofline),
+        encode_s=words_s * num_prompts + kept_s + edit_s(work, roofline),
         denoise_s=forward_s(work, work.num_tokens, layout, roofline) * num_forwards,
         decode_s=image_s(work, roofline) * work.num_decoded,
     )

@@ -304,6 +304,17 @@ def test_steering_away_from_a_prompt_doubles_every_step_and_nothing_else(sequenc
     assert (empty.denoise_s, empty.encode_s) == (steered.denoise_s, plain.encode_s)
 
 
+@pytest.mark.parametrize("name", ["flux-1-dev", "flux-2-klein-4b-base"])
+def test_without_a_cache_an_empty_negative_prompt_is_encoded_each_time(name: str) -> None:
+    asked = replace(request(tier=name, height=1024), negative_prompt="")
+    kept, encoded = (
+        price(work_of(asked), ReplicaSpec("h100-80gb", has_cache=has_cache))
+        for has_cache in (True, False)
+    )
+    words_s, _ = encode_parts_s(work_of(asked), H100)
+    assert encoded.encode_s - kept.encode_s == pytest.approx(words_s)
+
+
 def test_a_base_model_takes_two_forwards_without_being_asked() -> None:
     base, klein = (work_at(f"flux-2-klein-4b{end}", 1024, 1024, 4) for end in ("-base", ""))
     assert price(base, H100).denoise_s == 2 * price(klein, H100).denoise_s
