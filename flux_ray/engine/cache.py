@@ -32,9 +32,10 @@ class Cache(Generic[Value]):
         """Store a value under a name that is not in the cache, and evict the oldest to fit it.
 
         A value larger than `max_bytes` is not stored: it would evict everything and still not fit.
+        Nor is one of no bytes: finding it would save nothing, and its name counts for nothing here.
         """
         num_bytes = self._bytes_of(value)
-        if num_bytes > self.max_bytes:
+        if not 0 < num_bytes <= self.max_bytes:
             return
         self._values[name] = value
         self.num_bytes += num_bytes

@@ -34,6 +34,13 @@ def test_what_is_larger_than_all_of_it_is_not_kept():
     assert nothing.get("a") is None
 
 
+def test_what_has_no_bytes_is_not_kept():
+    """It could not be evicted: its name would take memory for ever."""
+    cache: Cache[bytes] = Cache(3, len)
+    cache.put("a", b"")
+    assert cache.get("a") is None
+
+
 def request(prompt: str, *shades: int) -> ImageRequest:
     references = tuple(RgbImage(64, 64, bytes([shade]) * (64 * 64 * 3)) for shade in shades)
     return ImageRequest("id", "tiny", prompt, 64, 64, 1, 1.0, seed=7, references=references)
@@ -101,6 +108,18 @@ def test_a_negative_prompt_comes_from_a_shared_encoder_too():
     given, _ = encoding.encode(replace(request("a ring"), negative_prompt="a disc"), tuple(said))
     assert given.negative is not None and given.negative.tensors["embeds"].item() == 2
     assert given.warnings == ("cut", "negative prompt: cut")
+
+
+class MaskAdapter(CountingAdapter):
+    """Takes a reference only as the image to inpaint, as FLUX.1 dev and Fill do."""
+
+    def encode(self, prompt: PromptEmbeds, references: tuple[RgbImage, ...]) -> Conditioning:
+        return Conditioning(prompt)
+
+
+def test_an_image_of_which_nothing_is_kept_is_never_known():
+    encoding = CachedEncoder(MaskAdapter(), 10_000, "cpu")
+    assert [encoding.encode(request(prompt, 1), ())[1] for prompt in "abb"] == [False, False, True]
 
 
 class FittingAdapter(CountingAdapter):
