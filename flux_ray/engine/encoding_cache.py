@@ -45,9 +45,10 @@ class CachedEncoder:
     ) -> tuple[Conditioning, bool]:
         """Return the conditioning of a request, and whether any part of it came from a cache.
 
-        `encoded` has the request's `prompts` if a shared text encoder has encoded them already.
-        That encoder has a cache of its own, so such prompts are not stored here a second time.
-        Raise BadRequest for JSON that is too long and may not be cut.
+        An empty negative prompt does not count: it is in the cache for nearly all requests, and
+        prices leave it out. `encoded` has the request's `prompts` if a shared text encoder has
+        encoded them already. That encoder has a cache of its own, so such prompts are not stored
+        here a second time. Raise BadRequest for JSON that is too long and may not be cut.
         """
         if encoded:
             prompts = [(unpack(each, self._device), each.is_cached) for each in encoded]
@@ -56,8 +57,9 @@ class CachedEncoder:
         (prompt, is_known), *negative = prompts
         check_whole(request, prompt)
         given, is_known = self._references(request, prompt, is_known)
-        if negative:
-            given = replace(given, negative=negative[0][0])
+        for words, was_known in negative:
+            given = replace(given, negative=words)
+            is_known = is_known or (was_known and bool(request.negative_prompt))
         return given, is_known
 
     def forget(self) -> None:

@@ -110,6 +110,23 @@ def test_a_negative_prompt_comes_from_a_shared_encoder_too():
     assert given.warnings == ("cut", "negative prompt: cut")
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_negative_prompt_that_is_known_counts_unless_it_is_empty(is_shared):
+    """Many callers send one with all prompts; the time of one prompt is not that of two."""
+    adapter = CountingAdapter()
+    encoding = CachedEncoder(adapter, 10_000, "cpu")
+    known = []
+    for prompt, negative in (("a", "x"), ("b", "x"), ("c", ""), ("d", ""), ("e", "y")):
+        said = ()
+        if is_shared:
+            was_known = (prompt, negative) in (("b", "x"), ("d", ""))
+            said = tuple(pack(adapter.encode_prompt(each)) for each in (prompt, negative))
+            said = (said[0], replace(said[1], is_cached=was_known))
+        asked = replace(request(prompt), negative_prompt=negative)
+        known.append(encoding.encode(asked, said)[1])
+    assert known == [False, True, False, False, False]
+
+
 class MaskAdapter(CountingAdapter):
     """Takes a reference only as the image to inpaint, as FLUX.1 dev and Fill do."""
 
