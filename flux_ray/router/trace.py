@@ -63,7 +63,8 @@ def traced(
         tier=request.tier,
         width=request.width,
         height=request.height,
-        steps=request.num_steps,
+        # Those that `strength` leaves out cost nothing.
+        steps=request.num_steps_made,
         references=len(request.references),
         images=request.num_images,
         deadline_s=deadline_s,

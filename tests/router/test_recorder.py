@@ -2,11 +2,12 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
-from flux_ray.request import ImageRequest, RgbImage
-from flux_ray.router.trace import Recorder, TracedRequest
+from flux_ray.request import ImageRequest, Mask, RgbImage
+from flux_ray.router.trace import Recorder, TracedRequest, traced
 from flux_ray.simulator.traffic import read_trace
 
 REQUEST = ImageRequest(
@@ -26,6 +27,12 @@ def test_a_recording_is_a_trace(tmp_path):
     ]
     assert "secret" not in path.read_text()
     assert recorder.num_dropped == 0
+
+
+def test_steps_that_are_left_out_are_not_in_it():
+    """Of an edit that begins with a quarter of the noise; the simulator prices what is made."""
+    edit = ImageRequest("id", "flux-1-dev", "", 64, 64, 28, 3.5, 1, mask=Mask(64, 64, b""))
+    assert [traced(each, 0.0).steps for each in (edit, replace(edit, strength=0.25))] == [28, 7]
 
 
 def test_it_goes_on_where_another_stopped(tmp_path):
