@@ -152,9 +152,12 @@ class Submitter:
     def plan_upsampling(
         self, http: Request, requests: Sequence[ImageRequest], wish: UpsamplingWish
     ) -> Rewriting:
-        """Return for which tiers the caller's prompt is to be upsampled."""
+        """Return for which tiers the caller's prompt is to be upsampled.
+
+        An empty one, as a fill may have, has nothing that an LLM could make more detailed.
+        """
         is_allowed = self._callers.class_of(http).upsampling
-        tiers = [request.tier for request in requests]
+        tiers = [request.tier for request in requests if request.prompt.strip()]
         return self._rewriter.plan(tiers, wish, is_allowed=is_allowed)
 
     async def upsample(

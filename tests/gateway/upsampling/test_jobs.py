@@ -1,10 +1,13 @@
 """Jobs of BFL's routes: their words are chosen when they are accepted, and stay."""
 
 import asyncio
+import base64
+import io
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from flux_ray.config import GatewayArgs
 from flux_ray.errors import ReplicaFailed
@@ -72,6 +75,17 @@ async def test_what_clients_always_send_goes_through(submit, client, llm, sent):
     assert told["details"] == {"served_model": "tiny", "warnings": []}
     assert (await end_of(client, told["id"]))["result"]["prompt"] == "a ring"
     assert llm.asked == []
+
+
+async def test_a_fill_without_words_stays_without(submit, client, handles, llm):
+    """The LLM would make words up, or ask for some, and these would be generated."""
+    file = io.BytesIO()
+    Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(file, "PNG")
+    erased = base64.b64encode(file.getvalue()).decode()
+    told = (await submit(prompt="", image=erased, prompt_upsampling=True)).json()
+    assert told["details"]["warnings"] == ["prompt_upsampling has no effect on tiny"]
+    await end_of(client, told["id"])
+    assert (handles.requests[0].prompt, llm.asked) == ("", [])
 
 
 async def test_another_attempt_has_the_same_words(submit, client, handles, llm):
