@@ -7,16 +7,16 @@ image does not depend on which of them scaled its references.
 import numpy as np
 from PIL import Image
 
-from flux_ray.catalog import scaled_size
+from flux_ray.catalog import ReferenceLimit, limited_size
 from flux_ray.request import Mask, RgbImage
 
 # Pixels of a scaled mask from this value on, of 255, count as marked.
 THRESHOLD = 128
 
 
-def scale_down(image: Image.Image, max_pixels: int) -> Image.Image:
-    """Scale an RGB image down to a tier's limit, as Flux2ImageProcessor does, unless it fits."""
-    size = scaled_size(*image.size, max_pixels)
+def scale_down(image: Image.Image, limit: ReferenceLimit) -> Image.Image:
+    """Scale an RGB image down to a tier's limit, as diffusers' processors do, unless it fits."""
+    size = limited_size(*image.size, limit)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 

@@ -4,7 +4,7 @@ Each is a table in code, with one row for each tier or GPU.
 """
 
 from flux_ray.catalog.bfl_names import stand_ins_for
-from flux_ray.catalog.canvas import Canvas
+from flux_ray.catalog.canvas import Canvas, ReferenceLimit, limited_size
 from flux_ray.catalog.flops import (
     MAX_WHOLE_PIXELS,
     TOKEN_SIDE,
@@ -34,10 +34,12 @@ __all__ = [
     "WORKLOADS",
     "Canvas",
     "Gpu",
+    "ReferenceLimit",
     "Speed",
     "Tier",
     "card_for",
     "card_of",
+    "limited_size",
     "scaled_size",
     "speed_for",
     "stand_ins_for",

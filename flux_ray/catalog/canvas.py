@@ -6,6 +6,8 @@ The image is generated on the same canvas, and cropped back to where the referen
 import math
 from dataclasses import dataclass
 
+from flux_ray.catalog.flops import scaled_size
+
 # How much smaller a reference is tried if its canvas is too large, as diffusers does it.
 SHRINK = 0.995
 
@@ -48,3 +50,39 @@ def canvas_for(
         scale *= SHRINK
     left, top = ((side - inner) // 2 for side, inner in zip(sides, fitted, strict=True))
     return Canvas(sides[0], sides[1], (left, top, left + fitted[0], top + fitted[1]))
+
+
+@dataclass(frozen=True)
+class CanvasLimits:
+    """How large the canvas of a lone reference may be: the model scales the reference down for it.
+
+    The sides of a canvas are multiples of `multiple`.
+    """
+
+    multiple: int
+    max_pixels: int
+    min_side: int
+    max_side: int
+
+    def canvas_of(self, width: int, height: int) -> Canvas:
+        """Return the canvas for a reference of this size."""
+        return canvas_for(
+            width,
+            height,
+            multiple=self.multiple,
+            max_pixels=self.max_pixels,
+            min_side=self.min_side,
+            max_side=self.max_side,
+        )
+
+
+# To what a model scales a reference down: to so many pixels, or to its part of a canvas.
+ReferenceLimit = int | CanvasLimits
+
+
+def limited_size(width: int, height: int, limit: ReferenceLimit) -> tuple[int, int]:
+    """Return width and height of a reference as the model scales it down; it never enlarges."""
+    if isinstance(limit, int):
+        return scaled_size(width, height, limit)
+    left, top, right, bottom = limit.canvas_of(width, height).box
+    return right - left, bottom - top

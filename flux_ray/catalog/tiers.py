@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from flux_ray.catalog.canvas import Canvas, canvas_for
+from flux_ray.catalog.canvas import Canvas, CanvasLimits, ReferenceLimit
 from flux_ray.catalog.flops import TOKEN_SIDE, reference_pixels
 from flux_ray.errors import UnknownTier
 
@@ -79,23 +79,23 @@ class Tier:
         num_padded = math.ceil(num_tokens / self.text_multiple) * self.text_multiple
         return min(num_padded, self.text_length)
 
-    def reference_limit(self, num_references: int) -> int:
-        """Return to how many pixels each of so many references is scaled down."""
-        alone = self.max_lone_reference_pixels if num_references == 1 else None
+    @property
+    def canvas_limits(self) -> CanvasLimits | None:
+        """Return the limits of a lone reference's canvas; None if the tier does not keep it."""
+        max_pixels = self.max_lone_reference_pixels
+        if max_pixels is None:
+            return None
+        return CanvasLimits(self.size_multiple, max_pixels, self.min_side, self.max_side)
+
+    def reference_limit(self, num_references: int) -> ReferenceLimit:
+        """Return to what the model scales each of so many references down."""
+        alone = self.canvas_limits if num_references == 1 else None
         return self.max_reference_pixels if alone is None else alone
 
     def canvas_of(self, width: int, height: int) -> Canvas | None:
         """Return the canvas of a lone reference of this size; None if the tier does not keep it."""
-        if self.max_lone_reference_pixels is None:
-            return None
-        return canvas_for(
-            width,
-            height,
-            multiple=self.size_multiple,
-            max_pixels=self.max_lone_reference_pixels,
-            min_side=self.min_side,
-            max_side=self.max_side,
-        )
+        limits = self.canvas_limits
+        return None if limits is None else limits.canvas_of(width, height)
 
     @property
     def num_forwards(self) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from flux_ray.catalog import ReferenceLimit
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.file_formats import (
@@ -69,11 +70,11 @@ class SentImage(NamedTuple):
 
     width: int
     height: int
-    rasters: Mapping[int, RgbImage]
+    rasters: Mapping[ReferenceLimit, RgbImage]
 
-    def raster_for(self, max_pixels: int) -> RgbImage:
-        """Return the image as scaled for a tier that takes up to `max_pixels` a reference."""
-        return self.rasters[max_pixels]
+    def raster_for(self, limit: ReferenceLimit) -> RgbImage:
+        """Return the image as scaled for a tier with that limit of references."""
+        return self.rasters[limit]
 
 
 class Opened(NamedTuple):
@@ -93,33 +94,33 @@ def decode(data: bytes, limits: Limits, name: str) -> RgbImage:
 
 
 def decode_reference(
-    data: bytes, limits: Limits, name: str, max_pixels: Collection[int]
+    data: bytes, limits: Limits, name: str, scales: Collection[ReferenceLimit]
 ) -> SentImage:
-    """Return the image scaled to each number of pixels, exactly as a rank would scale it."""
-    return read(
-        data, limits, name, lambda image: sent_image_from(to_rgb(image), limits, max_pixels)
-    )
+    """Return the image scaled to each of `scales`, exactly as a rank would scale it."""
+    return read(data, limits, name, lambda image: sent_image_from(to_rgb(image), limits, scales))
 
 
-def sent_image_from(rgb: Image.Image, limits: Limits, max_pixels: Collection[int]) -> SentImage:
-    """Return the image scaled to each limit; limits that lead to one size share the pixels."""
-    scaled = {limit: scaled_reference(rgb, limit) for limit in max_pixels}
+def sent_image_from(
+    rgb: Image.Image, limits: Limits, scales: Collection[ReferenceLimit]
+) -> SentImage:
+    """Return the image scaled to each of `scales`; those that lead to one size share the pixels."""
+    scaled = {limit: scaled_reference(rgb, limit) for limit in scales}
     rasters = {image.size: raster_from(image, limits) for image in scaled.values()}
     return SentImage(*rgb.size, {limit: rasters[image.size] for limit, image in scaled.items()})
 
 
-def scaled_reference(rgb: Image.Image, max_pixels: int) -> Image.Image:
+def scaled_reference(rgb: Image.Image, limit: ReferenceLimit) -> Image.Image:
     """Return the image scaled to the limit.
 
     Return it unchanged if rounding to whole pixels made it too small or too long for the model.
     """
-    scaled = scale_down(rgb, max_pixels)
+    scaled = scale_down(rgb, limit)
     return rgb if is_too_small(scaled.size) or is_too_long(scaled.size) else scaled
 
 
-def whole_image(raster: RgbImage, max_pixels: Collection[int]) -> SentImage:
+def whole_image(raster: RgbImage, scales: Collection[ReferenceLimit]) -> SentImage:
     """Return an image under a mask, unscaled: it is later scaled to the size that is generated."""
-    return SentImage(raster.width, raster.height, dict.fromkeys(max_pixels, raster))
+    return SentImage(raster.width, raster.height, dict.fromkeys(scales, raster))
 
 
 def raster_from(rgb: Image.Image, limits: Limits) -> RgbImage:

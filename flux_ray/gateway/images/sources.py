@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.datastructures import UploadFile
 
+from flux_ray.catalog import ReferenceLimit
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference
 from flux_ray.gateway.images.decode import (
@@ -112,7 +113,7 @@ async def read_images(
         raster, mask = await reader.read(first, "image 1", read_erased)
     else:
         raster = await reader.read(first, "control image" if is_control else "image 1", decode)
-    image = whole_image(raster, reader.max_pixels)
+    image = whole_image(raster, reader.scales)
     references = (image, *await reader.read_references(others, first=2))
     mask_name = "mask"
     if sources.mask is not None:
@@ -124,24 +125,24 @@ async def read_images(
 def reader_for(target: ResolvedModel, limits: Limits, fetcher: Fetcher) -> "ImageReader":
     """Return a reader for one request; its time to fetch URLs begins now."""
     now_s = asyncio.get_running_loop().time()
-    max_pixels = {tier.reference_limit(num) for tier in target.tiers for num in (1, 2)}
+    scales = {tier.reference_limit(num) for tier in target.tiers for num in (1, 2)}
     until_s = now_s + fetcher.fetching.timeout_s
-    return ImageReader(limits, fetcher, until_s, max_pixels, DECODERS.next_order(), [])
+    return ImageReader(limits, fetcher, until_s, scales, DECODERS.next_order(), [])
 
 
 @dataclass
 class ImageReader:
     """Reads the images of one request.
 
-    `until_s`: when URLs must have been read, by the loop's clock. `max_pixels`: the numbers of
-    pixels to which the tiers scale references down. `order`: the request's place among those that
-    decode; the lowest comes first. `notes`: what the caller is to be told of the images.
+    `until_s`: when URLs must have been read, by the loop's clock. `scales`: to what
+    the tiers scale references down. `order`: the request's place among those that decode; the
+    lowest comes first. `notes`: what the caller is to be told of the images.
     """
 
     limits: Limits
     fetcher: Fetcher
     until_s: float
-    max_pixels: Collection[int]
+    scales: Collection[ReferenceLimit]
     order: int
     notes: list[str]
 
@@ -149,7 +150,7 @@ class ImageReader:
         self, sources: list[ImageSource], first: int = 1
     ) -> tuple[SentImage, ...]:
         """Return the references; errors number them from `first`."""
-        decode = partial(decode_reference, max_pixels=self.max_pixels)
+        decode = partial(decode_reference, scales=self.scales)
         return tuple(
             [
                 await self.read(source, f"image {number}", decode)

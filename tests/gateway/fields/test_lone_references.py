@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from flux_ray.catalog.canvas import limited_size
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import Limits
 from flux_ray.gateway.bfl.fields import BflFields
@@ -71,6 +72,7 @@ def test_its_price_and_usage_are_those_of_the_canvas() -> None:
 
 
 def test_a_reference_of_four_megapixels_is_taken_whole_if_it_is_alone() -> None:
-    assert TIER.reference_limit(1) == 4 * 1024 * 1024
+    assert limited_size(3000, 3000, TIER.reference_limit(1)) == (2048, 2048)
+    assert limited_size(3000, 3000, TIER.reference_limit(2)) == (1024, 1024)
     assert TIER.pixels_added_by(2000, 2000, is_alone=True) == 2000 * 2000
     assert TIER.pixels_added_by(2000, 2000) == 1024 * 1024

@@ -14,6 +14,7 @@ from flux_ray import request as requests
 from flux_ray.catalog.tiers import tier_for
 from flux_ray.config.gateway import GatewayArgs, Limits
 from flux_ray.engine.images import image_for, raster_for
+from flux_ray.gateway.fields.sizes import lone_canvas
 from flux_ray.gateway.images import decode as references
 from flux_ray.gateway.images import file_formats
 from flux_ray.gateway.images.decode import decode, decode_reference, whole_image
@@ -27,6 +28,7 @@ from flux_ray.router.pricing.cost_model import CostModel, affinity_of
 
 LIMITS = Limits()
 TINY, KLEIN = tier_for("tiny"), tier_for("flux-2-klein-4b")
+FLUX_3 = tier_for("flux-3-klein")
 MAX_PIXELS = {tier.max_reference_pixels for tier in (TINY, KLEIN)}
 EDITS = "/v1/images/edits"
 
@@ -66,6 +68,21 @@ def test_each_tier_gets_the_pixels_that_a_rank_would_make(size, mode):
         assert scaled == as_a_rank_does(whole, limit)
         assert as_a_rank_does(scaled, limit) == scaled, "a rank has nothing left to do"
         assert scaled.width * scaled.height <= limit or scaled == whole
+
+
+@pytest.mark.parametrize("size", [(2600, 1700), (600, 4200), (100, 70)])
+def test_a_lone_reference_is_scaled_once_for_its_canvas(size):
+    """To what diffusers makes of the image that was sent, and a rank of the scaled one."""
+    from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
+
+    data, limit, processor = noisy(*size), FLUX_3.reference_limit(1), Flux3ImageProcessor()
+    sent = decode_reference(data, LIMITS, "image 1", [limit])
+    pixels, crop = processor.preprocess(image_for(sent.raster_for(limit)))
+    expected, expected_crop = processor.preprocess(image_for(decode(data, LIMITS, "image 1")))
+    assert crop == expected_crop and pixels.equal(expected)
+    canvas = lone_canvas((sent,), FLUX_3)
+    assert {"reference_crop": canvas.box} == crop
+    assert (canvas.height, canvas.width) == pixels.shape[-2:]
 
 
 def test_limits_that_change_nothing_share_the_pixels():
