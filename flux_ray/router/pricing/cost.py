@@ -73,8 +73,9 @@ class RequestShape:
     whole. `num_previews` counts those of each image. `num_forwards` are those of each step: two to
     steer away from a second prompt, which makes two of `num_prompts` unless it is empty, since an
     empty one is encoded only once for all requests. `num_text`: the tokens of the padded prompt, or
-    None for the tier's whole text length. Guidance by an embedding costs nothing. Files are left
-    out, because they are made while the ranks do something else.
+    None for the tier's whole text length; `num_away` those of the second prompt, or None for as
+    many. Guidance by an embedding costs nothing. Files are left out, because they are made while
+    the ranks do something else.
     """
 
     tier: str
@@ -89,6 +90,12 @@ class RequestShape:
     num_forwards: int = 1
     num_prompts: int = 1
     num_text: int | None = None
+    num_away: int | None = None
+
+    @property
+    def away(self) -> "RequestShape":
+        """The same with its second prompt in the place of the first."""
+        return self if self.num_away is None else replace(self, num_text=self.num_away)
 
     @property
     def text_length(self) -> int:
@@ -153,6 +160,7 @@ class Cost:
 def work_of(request: ImageRequest) -> RequestShape:
     """Return the shape of a request, its references scaled to what the tier takes."""
     tier, sizes = tier_for(request.tier), request.reference_sizes
+    texts = [None if tier.text_multiple is None else tier.text_tokens(p) for p in request.prompts]
     added = (tier.pixels_added_by(*size, is_alone=len(sizes) == 1) for size in sizes)
     return RequestShape(
         request.tier,
@@ -166,7 +174,8 @@ def work_of(request: ImageRequest) -> RequestShape:
         has_control=request.follows_reference,
         num_forwards=request.num_forwards,
         num_prompts=1 + bool(request.negative_prompt),
-        num_text=None if tier.text_multiple is None else tier.text_tokens(request.prompt),
+        num_text=texts[0],
+        num_away=texts[1] if len(texts) > 1 else None,
     )
 
 
@@ -199,10 +208,10 @@ def price(work: RequestShape, layout: ReplicaSpec) -> Cost:
     words_s, kept_s = encode_parts_s(work, layout)
     # Each forward has its prompt, and without a cache an empty one is encoded each time too.
     num_prompts = work.num_prompts if layout.has_cache else work.num_forwards
-    num_forwards = work.num_forwards * work.num_steps * work.num_images
+    away_s = prompt_s(work.away, layout, roofline) * (num_prompts - 1)
     return Cost(
-        encode_s=words_s * num_prompts + kept_s + edit_s(work, roofline),
-        denoise_s=forward_s(work, work.num_tokens, layout, roofline) * num_forwards,
+        encode_s=words_s + away_s + kept_s + edit_s(work, roofline),
+        denoise_s=step_s(work, layout, roofline) * work.num_steps * work.num_images,
         decode_s=image_s(work, roofline) * work.num_decoded,
     )
 
@@ -222,6 +231,13 @@ def encode_parts_s(work: RequestShape, layout: ReplicaSpec) -> tuple[float, floa
         alone = replace(work, references=())
         seconds += forward_s(alone, work.num_kept_tokens, layout, roofline)
     return prompt_s(work, layout, roofline), seconds
+
+
+def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:
+    """Return the seconds of one step: a forward with the prompt, and those with the second one."""
+    away = work.away
+    away_s = forward_s(away, away.num_tokens, layout, roofline) * (work.num_forwards - 1)
+    return forward_s(work, work.num_tokens, layout, roofline) + away_s
 
 
 def forward_s(

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from flux_ray.errors import TierUnavailable
@@ -331,7 +331,8 @@ def affinity_of(request: ImageRequest, prices: CostModel) -> tuple[tuple[str, fl
     prompt_s, references_s = prices.encode_parts_s(request)
     names = [(request.prompt_name, prompt_s)]
     if request.negative_prompt:
-        names.append((name_of_prompt(request.negative_prompt), prompt_s))
+        away_s, _ = prices.encode_parts_s(replace(request, prompt=request.negative_prompt))
+        names.append((name_of_prompt(request.negative_prompt), away_s))
     if request.references:
         names.append((request.references_name, references_s))
     return tuple((name, saved_s) for name, saved_s in names if saved_s > 0)

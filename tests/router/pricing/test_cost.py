@@ -13,6 +13,7 @@ from flux_ray.config.tier import TierArgs
 from flux_ray.errors import UnknownTier
 from flux_ray.request import Encoding, ImageRequest, Mask, RgbImage
 from flux_ray.router.pricing.cost import (
+    Cost,
     ReplicaSpec,
     RequestShape,
     encode_parts_s,
@@ -282,6 +283,23 @@ def test_a_prompt_that_is_padded_to_its_own_length_is_priced_by_it() -> None:
     assert costs[0].encode_s == costs[1].encode_s < costs[2].encode_s
     assert costs[2] == price(replace(works[2], num_text=None), H100)
     assert work_of(request(prompt="a ring " * 10_000)).num_text is None
+
+
+def test_a_prompt_to_steer_away_from_is_priced_by_its_own_length() -> None:
+    """Each of the two forwards has the text of its own prompt, and each prompt is encoded."""
+    long = "a ring " * 2_000
+    base = request(tier="flux-3-klein-base", width=64, height=64, num_steps=1)
+
+    def cost(prompt: str, negative: str | None) -> Cost:
+        return price(work_of(replace(base, prompt=prompt, negative_prompt=negative)), H100)
+
+    short_s, long_s = (cost(prompt, None).denoise_s for prompt in ("a ring", long))
+    assert long_s > 5 * short_s
+    assert cost("a ring", long).denoise_s == pytest.approx(short_s + long_s)
+    assert cost(long, "a ring").denoise_s == pytest.approx(short_s + long_s)
+    assert cost(long, "").denoise_s == pytest.approx(short_s + long_s)
+    assert cost("a ring", long).encode_s == pytest.approx(cost(long, "a ring").encode_s)
+    assert cost("a ring", long).encode_s > cost(long, "").encode_s
 
 
 def test_an_unknown_tier_has_no_work() -> None:
