@@ -250,6 +250,12 @@ class EmptyModel(Protocol):
     def denoise_bytes(self, forward: Forward) -> int:
         """Return the peak of a forward of the transformer on one rank."""
 
+    def kept_bytes(self, forward: Forward) -> int:
+        """Return what a rank keeps of a request until its image is decoded, steps included.
+
+        `denoise_bytes` has it too.
+        """
+
     def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
         """Return what a request holds while it waits for its next step: prompt and latents."""
 

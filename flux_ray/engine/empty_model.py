@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flux_ray.engine.api import TextModel
+from flux_ray.engine.api import Forward, TextModel
 from flux_ray.engine.vae import decode_bytes, encode_bytes
 
 # FLUX.1's VAE does not say how many latents a side make a token.
@@ -26,6 +26,10 @@ class EmptyParts:
         config = self.vae.config
         side = 2 ** (len(config.block_out_channels) - 1) * config.get("patch_size", PATCHES)[0]
         return pixels // int(side) ** 2
+
+    def kept_bytes(self, forward: Forward) -> int:
+        """Return 0: most families compute nothing of a request that they keep for all its steps."""
+        return 0
 
     def decode_bytes(self, pixels: int, size: int) -> int:
         """Return the peak bytes of decoding an image."""

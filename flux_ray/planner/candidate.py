@@ -114,7 +114,8 @@ class Candidate:
         if self.args.text_encoder == "colocated":
             text_encoder = self.encoder_bytes(self.num_encoder_ranks())
             prompt = self.prompt_peak(self.num_encoder_ranks())
-        peak = max(self.denoise_peak(demand), self.vae_peak(demand), prompt)
+        kept = self.model.kept_bytes(self.forward_of(demand))
+        peak = max(self.denoise_peak(demand), self.vae_peak(demand) + kept, prompt)
         return Footprint(
             transformer=self.transformer_bytes(),
             text_encoder=text_encoder,
@@ -206,16 +207,19 @@ class Candidate:
         """Return the peak bytes of one denoise step; the images of a replica step one at a time."""
         quantization, axis = self.args.quantization, Axis(0, self.args.parallel.tensor)
         module = self.model.transformer
-        forward = Forward(
+        unpacked = self.unpacked(module, module._tp_plan, axis, quantization)
+        return self.model.denoise_bytes(self.forward_of(demand)) + unpacked
+
+    def forward_of(self, demand: ActivationDemand) -> Forward:
+        """Return the forward of one denoise step."""
+        return Forward(
             num_text=self.tier.text_length,
             num_image=self.num_image_tokens(demand),
             parallel=self.args.parallel,
             size=self.dtype.itemsize,
-            quantizes_activations=self.uses_fp8_units(quantization),
+            quantizes_activations=self.uses_fp8_units(self.args.quantization),
             num_reference=self.num_reference_tokens(demand),
         )
-        unpacked = self.unpacked(module, module._tp_plan, axis, quantization)
-        return self.model.denoise_bytes(forward) + unpacked
 
     def uses_fp8_units(self, quantization: Quantization | None) -> bool:
         """Return whether products are computed on FP8 units, so that weights are not unpacked."""

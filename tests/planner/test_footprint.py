@@ -60,6 +60,17 @@ def test_klein_kv_keeps_keys_and_values_of_its_references_and_no_tokens_of_them(
     assert kept // 2 < two.denoise_peak(all_four) < kept
 
 
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_keys_and_values_are_still_there_when_the_image_is_decoded(tensor: int) -> None:
+    """On several ranks a step takes less than the VAE, which each of them has whole."""
+    keeping = candidate("flux-2-klein-9b-kv", parallel=Parallel(tensor=tensor))
+    demand = largest_demand(keeping.tier)
+    kept = 2 * 32 * 4 * 4096 * 4096 * 2 // tensor
+    peak = keeping.rank(demand).activations - keeping.held(demand)
+    assert peak >= kept + keeping.vae_peak(demand)
+    assert (peak == keeping.denoise_peak(demand)) == (tensor == 1)
+
+
 def test_a_second_prompt_is_held_where_guidance_has_one() -> None:
     plain = candidate("flux-2-klein-9b", max_ongoing_requests=3)
     guided = replace(plain, tier=replace(plain.tier, true_cfg_scale=4.0))

@@ -117,6 +117,10 @@ class EmptyFlux2(EmptyParts):
             return activations.kept_denoise_bytes(self.transformer.config, forward)
         return activations.denoise_bytes(self.transformer.config, forward)
 
+    def kept_bytes(self, forward: Forward) -> int:
+        """Return the bytes of the references' keys and values, if it keeps them."""
+        return activations.kept_bytes(self.transformer.config, forward) if self.keeps_keys else 0
+
     def held_bytes(self, num_text: int, num_image: int, size: int) -> int:
         """Return the bytes that a request holds while it waits for its next step."""
         return activations.held_bytes(self.transformer.config, num_text, num_image, size)
