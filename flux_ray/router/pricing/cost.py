@@ -3,7 +3,7 @@
 `CostModel` in `cost_model.py` corrects these estimates by what replicas measure.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from flux_ray.catalog import (
@@ -22,6 +22,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 NUM_VAE_BLOCKS = 5
 # Most traffic has a few shapes. Any bound will do that keeps strange ones from filling memory.
 NUM_REMEMBERED = 4096
+CACHE_BYTES: int = TierArgs.model_fields["cache_bytes"].default
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ReplicaSpec:
     """How one replica of a tier is laid out, as far as prices depend on it.
 
     `card` names the kind of GPU, or is `cpu` for a processor, where each rank has `num_threads`.
+    `cache_bytes` only says what a cache has room for: layouts with caches of two sizes are equal,
+    and what was measured in one holds for the other.
     """
 
     card: str
@@ -40,6 +43,7 @@ class ReplicaSpec:
     is_encoder_shared: bool = False
     num_threads: int = 1
     has_cache: bool = True
+    cache_bytes: int = field(default=CACHE_BYTES, compare=False, repr=False)
 
     @classmethod
     def of(cls, args: TierArgs, card: str) -> "ReplicaSpec":
@@ -56,6 +60,7 @@ class ReplicaSpec:
             args.text_encoder == "shared",
             args.num_threads if card == PROCESSOR else 1,
             args.cache_bytes > 0,
+            args.cache_bytes,
         )
 
     @property
@@ -231,6 +236,16 @@ def encode_parts_s(work: RequestShape, layout: ReplicaSpec) -> tuple[float, floa
         alone = replace(work, references=())
         seconds += forward_s(alone, work.num_kept_tokens, layout, roofline)
     return prompt_s(work, layout, roofline), seconds
+
+
+def kept_bytes(work: RequestShape, layout: ReplicaSpec) -> int:
+    """Return the bytes of the references' keys and values that each rank keeps, if the tier does.
+
+    What other tiers cache of references is latents, which are small.
+    """
+    model = WORKLOADS[work.tier].transformer
+    numbers = 2 * model.num_blocks * work.num_kept_tokens * model.width
+    return numbers * DTYPE_BYTES[layout.dtype] // layout.num_ranks
 
 
 def step_s(work: RequestShape, layout: ReplicaSpec, roofline: Roofline) -> float:

@@ -22,6 +22,7 @@ from flux_ray.router.pricing.cost import (
     ReplicaSpec,
     RequestShape,
     encode_parts_s,
+    kept_bytes,
     price,
     work_of,
 )
@@ -224,6 +225,8 @@ class CostModel:
             return 0.0, 0.0
         ratio = self._learned[work.tier, layout, "encode"].ratio(sizes_of(work)["encode"])
         prompt_s, references_s = encode_parts_s(work, layout)
+        if kept_bytes(work, layout) > layout.cache_bytes:
+            references_s = 0.0
         # A shared text encoder caches the prompt for all replicas, so none is better than another.
         return 0.0 if layout.is_encoder_shared else prompt_s * ratio, references_s * ratio
 

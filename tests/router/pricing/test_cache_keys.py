@@ -64,6 +64,20 @@ def test_a_shared_encoder_knows_prompts_for_all_and_no_cache_knows_nothing():
     assert affinity_of(EDIT, prices(has_cache=False)) == ()
 
 
+def test_keys_and_values_that_no_cache_has_room_for_are_known_to_nobody():
+    """Those of a reference at 1 MP are 2 GiB, and the default cache has 64 MiB."""
+    asked = replace(EDIT, tier="flux-2-klein-9b-kv", references=(RED,))
+    num_bytes = 2**31
+
+    def names(**layout) -> list[str]:
+        model = CostModel({asked.tier: ReplicaSpec("h100-80gb", **layout)})
+        return [name for name, _ in affinity_of(asked, model)]
+
+    assert names() == names(cache_bytes=num_bytes - 1) == [asked.prompt_name]
+    assert names(cache_bytes=num_bytes) == [asked.prompt_name, asked.references_name]
+    assert len(names(cache_bytes=num_bytes // 2, tensor=2)) == 2, "each rank keeps its heads"
+
+
 def test_what_was_known_teaches_no_price_of_encoding():
     learned = prices()
     before = learned.price(ASKED)
