@@ -56,10 +56,10 @@ def check_deadline(key: str, deadline_s: float, tiers: tuple[str, ...], card: st
 
 
 def default_s(tier: str, layout: ReplicaSpec) -> float:
-    """Return the replica seconds of a tier's default image in this layout."""
+    """Return the replica seconds of a tier's default image, of a short prompt, in this layout."""
     row = tier_for(tier)
-    side = row.default_side
-    return price(work_at(tier, side, side, row.num_steps), layout).total_s
+    work = work_at(tier, row.default_side, row.default_side, row.num_steps)
+    return price(replace(work, num_text=row.text_tokens("")), layout).total_s
 
 
 # A replica's GPU is known only when the replica is up, but this is needed earlier. Gateways price
