@@ -36,7 +36,8 @@ class Tier:
     less than pure noise. One that `takes_control` follows the edges or depths of a control image,
     without which it cannot work; one that `requires_mask` works only on what a mask shows. If the
     model scales all references to about one size, each is `reference_tokens`; 0 means that they add
-    channels to the image's tokens instead.
+    channels to the image's tokens instead. Only the ranks of one that `splits_tokens` can share the
+    tokens of an image.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Tier:
     takes_strength: bool = False
     takes_control: bool = False
     reference_tokens: int | None = None
+    splits_tokens: bool = True
     scales_sizes: bool = False
     max_reference_pixels: int = 1024 * 1024
     # Prompts are padded to multiples of so many tokens, instead of all to the text length.
@@ -332,6 +334,7 @@ FLUX_3_KLEIN = Tier(
     max_references=10,
     text_length=3600,
     text_multiple=80,
+    splits_tokens=False,
     default_side=1024,
     min_side=64,
     max_side=4096,

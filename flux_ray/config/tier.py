@@ -240,6 +240,16 @@ class TierArgs(Args):
         return self
 
     @model_validator(mode="after")
+    def check_sequence(self) -> "TierArgs":
+        """Raise ValueError if ranks were to share the tokens of a model that cannot be split so."""
+        if self.parallel.sequence > 1 and not tier_for(self.tier).splits_tokens:
+            raise ValueError(
+                f"tier {self.tier} cannot split its tokens over ranks, and parallel.sequence is"
+                f" {self.parallel.sequence}: set it to 1, and parallel.tensor instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_split(self) -> "TierArgs":
         """Raise ValueError if the ranks would cut a head of the tier's published model.
 

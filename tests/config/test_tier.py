@@ -64,6 +64,14 @@ def test_a_layout_that_makes_no_sense_is_refused(parallel):
         TierArgs(tier="tiny", parallel=parallel)
 
 
+@pytest.mark.parametrize("tier", ["flux-3-klein", "flux-3-klein-base"])
+def test_a_split_of_tokens_that_the_model_does_not_have_is_refused_before_gpus_are_taken(tier):
+    args = {"tier": tier, "weights": "/weights", "parallel": {"tensor": 2, "sequence": 2}}
+    with pytest.raises(ValidationError, match=r"parallel\.sequence is 2: set it to 1, and"):
+        TierArgs.model_validate(args)
+    assert TierArgs.model_validate(args | {"parallel": {"tensor": 2}}).parallel.num_ranks == 2
+
+
 SCALING = {"min_replicas": 2, "max_replicas": 4}
 
 
