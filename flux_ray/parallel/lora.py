@@ -104,9 +104,12 @@ def read_file(path: str) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             noted = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(noted)  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"lora {path} is not a safetensors file: {error}") from error
+    if not tensors:
+        raise ValueError(f"lora {path} has no tensors")
+    return tensors, json.loads(noted)
 
 
 def convert(path: str, raw: Tensors, pipeline_class: Any) -> Tensors:

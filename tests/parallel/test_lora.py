@@ -318,5 +318,8 @@ def test_other_files_are_refused(family: str, folder: Path, tmp_path: Path) -> N
     for name in ("adapter.safetensors", "adapter.bin"):
         with pytest.raises(ValueError, match=rf"{name} is not a safetensors file"):
             fuse(Axis(), family, folder, [Lora(path=str(tmp_path / name))])
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"empty\.safetensors has no tensors"):
+        fuse(Axis(), family, folder, [Lora(path=str(tmp_path / "empty.safetensors"))])
     with pytest.raises(ValueError, match=r"missing\.safetensors is not a file"):
         fuse(Axis(), family, folder, [Lora(path="missing.safetensors")])
