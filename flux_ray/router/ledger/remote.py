@@ -129,7 +129,8 @@ class RemoteLedger:
                 actor = await self._connected()
                 answer = await called(actor, method, args, kwargs)
         except TimeoutError as error:
-            if self._clock() - began_s < timeout_s + LAG_S:
+            # A call that is given less time says nothing: the ledger may only be slow.
+            if self.answer_s <= timeout_s and self._clock() - began_s < timeout_s + LAG_S:
                 self._note_silence()
             raise LedgerLost(f"{method}: no answer within {timeout_s:g} s") from error
         except (RayError, ValueError) as error:
@@ -143,6 +144,8 @@ class RemoteLedger:
         """Return the ledger's handle; while Ray's head is away, all callers wait for one call."""
         if self._actor is None:
             self._actor = await self._starting.result()
+            # What was unanswered until now was so because there was nobody to ask.
+            self._num_unanswered = 0
         return self._actor
 
     def _note_silence(self) -> None:

@@ -178,6 +178,7 @@ async def leave_unanswered(line, number):
 
 async def test_who_waits_for_a_ledger_that_hangs_ends_it(killed, serve_log):
     line = RemoteLedger(Silent, answer_s=0.05)
+    await line._connected()
     await leave_unanswered(line, remote_ledger.MAX_UNANSWERED - 1)
     assert killed == []
     await leave_unanswered(line, 1)
@@ -197,6 +198,34 @@ async def test_a_ledger_that_is_still_starting_is_not_ended(killed, state, start
     await leave_unanswered(line, remote_ledger.MAX_UNANSWERED)
     line._thread.shutdown()
     assert killed == [line._actor], "up, and silent still"
+
+
+async def test_calls_of_less_time_say_nothing_of_a_slow_ledger(killed):
+    """A forecast is given a second: two of them in a slow one would end a ledger that is well."""
+    line = RemoteLedger(Silent, answer_s=2 * remote_ledger.FORECAST_S)
+    asked = [line.places(name) for name in "abc"] + [line.forecast(()) for _ in range(3)]
+    lost = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(each) for each in lost} == {LedgerLost}
+    line._thread.shutdown()
+    assert killed == []
+
+
+async def test_calls_from_before_there_was_a_ledger_do_not_count(killed):
+    there = threading.Event()
+
+    def start():
+        there.wait()
+        return Silent()
+
+    line = RemoteLedger(start, answer_s=0.1)
+    await leave_unanswered(line, remote_ledger.MAX_UNANSWERED)
+    there.set()
+    await leave_unanswered(line, remote_ledger.MAX_UNANSWERED - 1)
+    line._thread.submit(int).result()
+    assert killed == []
+    await leave_unanswered(line, 1)
+    line._thread.shutdown()
+    assert killed == [line._actor]
 
 
 async def test_a_gateway_that_stood_still_itself_ends_no_ledger(monkeypatch, killed):
