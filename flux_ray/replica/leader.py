@@ -357,6 +357,10 @@ class Leader:
         return description
 
     async def check_health(self) -> None:
-        """Return if all ranks answer. Serve calls this and replaces a replica whose check fails."""
+        """Return unless the ranks have failed; Serve replaces a replica whose check fails.
+
+        A rank that hangs is the group's to end. A check that waited for it would look, to those who
+        watch this process, as if this one hung.
+        """
         self._meter.show(self._load_s, self._weights, self._description.card or "cpu")
-        await self._group.ping()
+        self._group.check()

@@ -303,9 +303,10 @@ class RankGroup:
         await asyncio.wait([self._broken], timeout=DEATH_S)
         return self.break_up(f"{name} failed on a rank", error)
 
-    async def ping(self) -> None:
-        """Return once every rank has answered a ping; raise the error of one that is dead."""
-        await asyncio.gather(*(rank.ping() for rank in self._ranks))
+    def check(self) -> None:
+        """Raise ReplicaFailed if the group has ended; its ranks are watched all the time."""
+        if self._broken.done():
+            raise self._failure()
 
     async def _watch(self) -> None:
         lives = [asyncio.ensure_future(rank.live()) for rank in self._ranks]

@@ -87,8 +87,18 @@ class Replica:
 async def test_rank_0_answers_for_all() -> None:
     replica = Replica("image", None, None)
     assert await replica.encode() == "image"
-    await replica.group.ping()
+    replica.group.check()
     assert replica.ended == 0
+
+
+async def test_a_check_of_its_health_waits_for_no_rank() -> None:
+    """A leader that waited for one that hangs would itself be taken for one, and ended."""
+    replica = Replica(None, None)
+    replica.ranks[1].stop()
+    replica.group.check()
+    replica.group.break_up("rank 1 hangs")
+    with pytest.raises(ReplicaFailed, match="rank 1 hangs"):
+        replica.group.check()
 
 
 async def test_a_mistake_that_all_ranks_see_is_the_callers() -> None:
