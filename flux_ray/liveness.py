@@ -124,6 +124,11 @@ class Watch:
         awake_s = self._liveness.awake_s
         return awake_s - self._asked_at_s.get(name, awake_s)
 
+    def stop(self) -> None:
+        """Ask nobody any more."""
+        for name in self.names:
+            self.leave(name)
+
     def leave(self, name: str) -> None:
         """Ask a process no more, since it is ended."""
         self._asking[name].cancel()
@@ -149,31 +154,54 @@ class Watch:
         self._liveness.forget(name)
 
 
-def stands_still(pid: int, over_s: float, min_age_s: float = 0.0) -> bool:
-    """Look at a process of this machine for so long: return whether it computes nothing at all.
+class ProcessStat(NamedTuple):
+    """What a process looks like.
 
-    One that waits for a disk may only be slow, and one that is younger than `min_age_s` is loading.
-    Without Linux's /proc nobody is said to stand still.
+    `began`: when it began, in clock ticks since its machine did. `used`: its processor time.
+    `is_idle`: it is stopped or sleeps.
     """
-    before = used_by(pid, min_age_s)
+
+    began: int
+    used: str
+    is_idle: bool
+
+
+def stands_still(pid: int, over_s: float, min_age_s: float = 0.0) -> int | None:
+    """Look at a process of this machine for so long: return its `began` if it computes nothing.
+
+    Return None if it does. One that waits for a disk may only be slow, and one that is younger than
+    `min_age_s` is loading. Without Linux's /proc nobody is said to stand still.
+    """
+    before = stat_of(pid)
     time.sleep(over_s)
-    return before is not None and used_by(pid) == before
+    if before is None or not before.is_idle or stat_of(pid) != before:
+        return None
+    return before.began if age_s(before) >= min_age_s else None
 
 
-def used_by(pid: int, min_age_s: float = 0.0) -> str | None:
-    """Return what a process has used of its processors; None if it is not stopped or asleep."""
+def stat_of(pid: int) -> ProcessStat | None:
+    """Return what a process looks like now; None if there is none, or no /proc."""
     try:
         told = Path(f"/proc/{pid}/stat").read_text()
-        up_s = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return None
     # Behind the program's name, which is in brackets and may contain anything.
     fields = told.rpartition(")")[2].split()
-    age_s = up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return " ".join(fields[11:13]) if fields[0] in "TtS" and age_s >= min_age_s else None
+    return ProcessStat(int(fields[19]), " ".join(fields[11:13]), fields[0] in "TtS")
 
 
-def end_process(pid: int) -> None:
-    """End a process of this machine by SIGKILL, which it need not hear. Harmless if it is gone."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def age_s(process: ProcessStat) -> float:
+    """Return for how many seconds a process of this machine has lived."""
+    up_s = float(Path("/proc/uptime").read_text().split()[0])
+    return up_s - process.began / os.sysconf("SC_CLK_TCK")
+
+
+def end_process(pid: int, began: int) -> None:
+    """End a process that stands still by SIGKILL, which it need not hear.
+
+    Harmless if it is gone: another process of the same `pid` began at another time.
+    """
+    now = stat_of(pid)
+    if now is not None and now.began == began:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -208,8 +208,10 @@ async def test_a_question_is_unanswered_from_when_it_was_asked_until_the_answer(
     answers.clear()
     await hung_in(watch, 20)
     assert watch.unanswered_s("one") > 10.0
-    watch.leave("one")
-    assert watch.unanswered_s("one") == 0.0
+    watch.stop()
+    assert (watch.unanswered_s("one"), watch.names) == (0.0, frozenset({"one"}))
+    await asyncio.sleep(0.01)
+    assert watch.names == frozenset()
 
 
 BUSY, ASLEEP = "while True: pass", "import time; time.sleep(1000)"
@@ -231,14 +233,31 @@ def test_what_stands_still_is_told_from_what_is_busy(
         if is_stopped:
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(0.2)
-        assert stands_still(process.pid, 0.3) is expected
-        assert not stands_still(process.pid, 0.0, min_age_s=60.0), "it may be loading"
+        began = stands_still(process.pid, 0.3)
+        assert (began is not None) is expected
+        assert stands_still(process.pid, 0.0, min_age_s=60.0) is None, "it may be loading"
         time.sleep(0.2)
-        assert stands_still(process.pid, 0.0, min_age_s=1.0) is expected
-        end_process(process.pid)
+        assert stands_still(process.pid, 0.2, min_age_s=1.0) == began
+    finally:
+        process.kill()
+        process.wait()
+    assert stands_still(process.pid, 0.0) is None, "it is gone"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
+def test_only_the_process_that_was_looked_at_is_ended() -> None:
+    """An order may come late, when another process has the number."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ASLEEP])
+    try:
+        # It has to be through with starting.
+        time.sleep(0.5)
+        began = stands_still(process.pid, 0.1)
+        assert began is not None
+        end_process(process.pid, began - 1)
+        assert process.poll() is None
+        end_process(process.pid, began)
         assert process.wait() == -signal.SIGKILL
     finally:
         process.kill()
         process.wait()
-    assert not stands_still(process.pid, 0.0), "it is gone"
-    end_process(2**31 - 1)  # no process has this id
+    end_process(process.pid, began)

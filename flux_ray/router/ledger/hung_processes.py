@@ -10,7 +10,7 @@ that is busy has longer.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +149,11 @@ class AskedController:
         ray.kill(self.actor, no_restart=False)
 
 
+# Made once: Ray's head keeps a copy of each remote function for as long as it lives.
+LOOK: Any = ray.remote(num_cpus=0, max_retries=0)(stands_still)
+END: Any = ray.remote(num_cpus=0, max_retries=0)(end_process)
+
+
 @dataclass(frozen=True)
 class RemoteProcess:
     """A process by its node and its id there."""
@@ -156,11 +161,14 @@ class RemoteProcess:
     node: str
     pid: int
 
-    async def beside(self, function: Callable[..., Any], *args: object) -> Any:
-        """Call a function on the process's node, with its id and `args`; return what it returns."""
-        node = NodeAffinitySchedulingStrategy(self.node, soft=False)
-        there = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=node)
-        return await there.remote(self.pid, *args)
+    async def beside(self, remote: Any, *args: object, thread: ThreadPoolExecutor) -> Any:
+        """Run LOOK or END on the process's node, with its id and `args`; return what it returns.
+
+        `thread` submits it, which blocks while Ray's head is away.
+        """
+        there = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(self.node, False))
+        submit = partial(there.remote, self.pid, *args)
+        return await (await asyncio.get_running_loop().run_in_executor(thread, submit))
 
 
 class HungProcesses:
@@ -177,6 +185,16 @@ class HungProcesses:
 
     async def run(self) -> None:
         """Watch for ever. While Ray's head is away nobody is missed: no kill would arrive."""
+        try:
+            await self._run()
+        finally:
+            self._watch.stop()
+            for look in self._looks.values():
+                look.cancel()
+            # It may be blocked, and this is the event loop.
+            self._thread.shutdown(wait=False)
+
+    async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -236,22 +254,22 @@ class HungProcesses:
         try:
             async with asyncio.timeout(LOOKING_S):
                 process = await find_process(asked.actor, self._thread)
-                is_still = await process.beside(stands_still, STILL_S, from_age_s)
+                began = await process.beside(LOOK, STILL_S, from_age_s, thread=self._thread)
         except (RayError, TimeoutError) as error:
             logger.info("%s is silent, and cannot be looked at: %s", actor, error)
             return
         # It may have answered meanwhile, or have been ended.
-        if is_still and actor in self._watch.names and self._is_suspect(actor):
-            await self._end_there(actor, process)
+        if began is not None and actor in self._watch.names and self._is_suspect(actor):
+            await self._end_there(actor, process, began)
 
-    async def _end_there(self, actor: str, process: RemoteProcess) -> None:
+    async def _end_there(self, actor: str, process: RemoteProcess, began: int) -> None:
         """End a process on its node, at once: Ray would first wait for it to end by itself."""
         kill = self._asked[actor].kill
         self._watch.leave(actor)
         self._note_end(actor)
         try:
             async with asyncio.timeout(LOOKING_S):
-                await process.beside(end_process)
+                await process.beside(END, began, thread=self._thread)
         except (RayError, TimeoutError) as error:
             logger.info("%s cannot be ended on its node: %s", actor, error)
             self._thread.submit(kill)

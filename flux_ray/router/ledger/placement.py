@@ -63,7 +63,8 @@ async def leave_drained_node(
     """End the ledger once its node is being drained, if there is another one for it."""
     loop = asyncio.get_running_loop()
     # A thread of its own: the call blocks while Ray's head is away.
-    with ThreadPoolExecutor(1, thread_name_prefix="placement") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="placement")
+    try:
         while True:
             try:
                 if await loop.run_in_executor(thread, has_to):
@@ -73,3 +74,6 @@ async def leave_drained_node(
             except RayError as error:
                 logger.info("the ledger cannot ask which nodes are being drained: %s", error)
             await asyncio.sleep(ASK_EVERY_S)
+    finally:
+        # Without waiting: this is the event loop.
+        thread.shutdown(wait=False)

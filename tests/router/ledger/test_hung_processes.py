@@ -1,7 +1,6 @@
 """Which of Serve's replicas are asked for signs of life, what counts as one, and who is killed."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +130,10 @@ class FakeCounter:
         """Nor does it complain."""
 
 
+# When a process began, in ticks.
+BEGAN = 77
+
+
 class Looks:
     """Looks at processes; of each it says that it is busy, unless it is among `still`."""
 
@@ -154,19 +157,20 @@ class FakeProcess:
     looks: Looks
     actor: FakeReplica
 
-    async def beside(self, function: Callable[..., Any], *args: Any) -> bool:
+    async def beside(self, remote: Any, *args: Any, thread: object) -> int | None:
         looks, actor = self.looks, self.actor
-        if function is liveness.stands_still:
+        if remote is hung.LOOK:
             looks.num_looks += 1
             await asyncio.sleep(looks.seconds)
             _, from_age_s = args
-            return actor in looks.still and looks.ages_s.get(actor, 1000.0) >= from_age_s
-        assert function is liveness.end_process
+            is_old = looks.ages_s.get(actor, 1000.0) >= from_age_s
+            return BEGAN if actor in looks.still and is_old else None
+        assert (remote, args) == (hung.END, (BEGAN,))
         if looks.errors:
             raise looks.errors.pop()
         looks.cluster.kill(actor)
         looks.ended.append(looks.cluster.killed[-1])
-        return True
+        return None
 
 
 @pytest.fixture
@@ -318,6 +322,22 @@ async def test_one_that_stands_still_is_killed_before_its_time(
     assert set(cluster.killed) == {hung.CONTROLLER, LEADER}, "the others are busy"
     assert set(looks.ended) == set(cluster.killed), "on their nodes, without Ray's wait"
     watching.cancel()
+
+
+async def test_a_watch_that_begins_again_leaves_nobody_who_asks(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(all_namespaces: bool) -> Any:
+        raise KeyError("name")
+
+    watching = asyncio.create_task(HungProcesses().run())
+    await until(lambda: all(each.num_checked > 2 for each in cluster.actors.values()))
+    monkeypatch.setattr(hung.ray.util, "list_named_actors", unforeseen)
+    with pytest.raises(KeyError):
+        await watching
+    asked = [each.num_checked for each in cluster.actors.values()]
+    await asyncio.sleep(0.1)
+    assert [each.num_checked for each in cluster.actors.values()] == asked
 
 
 @pytest.mark.usefixtures("patient")
