@@ -203,6 +203,36 @@ def test_promtool_agrees(command: tuple[str, ...]) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
 
 
+def test_a_shared_text_encoder_is_no_replica_of_its_tier(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: it comes with Prometheus")
+    [panel] = [panel for panel in all_panels() if panel.title == "Replicas wanted, up"]
+    name = "ray_serve_deployment_replica_healthy"
+    series = [
+        f'{name}{{application="dev", deployment="{deployment}", replica="{replica}"}}'
+        for deployment, replica in (("dev", "a"), ("dev", "b"), ("dev-text-encoder", "c"))
+    ]
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": each, "values": "1x10"} for each in series],
+        "promql_expr_test": [
+            {
+                "expr": filled(panel.queries[1][0], tier="dev"),
+                "eval_time": "5m",
+                "exp_samples": [
+                    {"labels": '{deployment="dev"}', "value": 2},
+                    {"labels": '{deployment="dev-text-encoder"}', "value": 1},
+                ],
+            }
+        ],
+    }
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump({"tests": [test]}))
+    told = subprocess.run([promtool, "test", "rules", path], capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
 def test_grafana_finds_what_is_mounted() -> None:
     provisioning = MONITORING / "grafana" / "provisioning"
     [source] = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())[

@@ -162,12 +162,13 @@ SCALE = (
     Panel(
         "Replicas wanted, up",
         25,
-        "What the scaling policy wants, for tiers that have one, and what Serve has.",
+        "What the scaling policy wants, for tiers that have one, and what Serve has. "
+        "A shared text encoder is a line of its own.",
         (
             (latest("flux_wanted_replicas"), "{{tier}} wanted"),
             (
-                'sum by (application) (ray_serve_deployment_replica_healthy{application=~"$tier"})',
-                "{{application}} up",
+                'sum by (deployment) (ray_serve_deployment_replica_healthy{application=~"$tier"})',
+                "{{deployment}} up",
             ),
         ),
     ),
