@@ -11,8 +11,14 @@ import jsonschema
 import pytest
 
 import flux_ray
-from flux_ray.config.gateway import GatewayArgs
-from tests.deployment.cluster_files import DOCKER, args_in, compose, environment_in
+from flux_ray.config.gateway import GatewayArgs, JobArgs
+from tests.deployment.cluster_files import (
+    DOCKER,
+    args_in,
+    compose,
+    environment_in,
+    environment_of_image,
+)
 
 SCHEMA = json.loads(gzip.decompress(Path(__file__).with_name("compose-spec.json.gz").read_bytes()))
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
@@ -92,6 +98,14 @@ def test_what_is_mounted_is_there(name: str) -> None:
         assert set(volumes) <= mounted
     else:
         assert mounted
+
+
+def test_what_is_kept_by_default_outlives_the_container() -> None:
+    mounted = {mount.split(":")[1] for mount in SERVICES["flux-ray"]["volumes"]}
+    image = environment_of_image()
+    assert {image["HOME"], image["HF_HOME"]} <= mounted
+    jobs = JobArgs()
+    assert jobs.results.startswith("~/") and jobs.database.startswith("sqlite:///~/")
 
 
 def test_what_waits_for_another_waits_for_what_it_needs() -> None:
