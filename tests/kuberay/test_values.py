@@ -140,6 +140,14 @@ def test_an_address_that_only_stands_for_one_is_refused() -> None:
     assert chart.render({"serve": {"args": {"gateway": given | invalid}}})
 
 
+def test_a_host_that_is_left_out_is_serves_default(render: Render) -> None:
+    fleet = yaml.safe_load((CHART / "files/fleet.yaml").read_text().replace(".invalid", ".com"))
+    assert ServeDeploySchema.model_validate(fleet).http_options.host == "0.0.0.0"
+    del fleet["http_options"]["host"]
+    assert ServeDeploySchema.model_validate(fleet).http_options.host == "0.0.0.0"
+    assert render({"serve": {"config": yaml.safe_dump(fleet)}})
+
+
 def test_a_long_name_is_refused(render: Render) -> None:
     assert render(name="x" * 47)
     with pytest.raises(HelmRenderError, match="48 characters"):

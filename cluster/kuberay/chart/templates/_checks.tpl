@@ -19,8 +19,8 @@ installed at all, and Serve would tell later, or not.
 
 {{- define "flux-ray.checkHttp" -}}
 {{- $http := .config.http_options | default dict -}}
-{{- if ne ($http.host | default "127.0.0.1") "0.0.0.0" -}}
-{{- fail (printf "http_options.host of the Serve config file is %s: other Pods reach only 0.0.0.0" ($http.host | default "127.0.0.1, Serve's default,")) -}}
+{{- if ne ($http.host | default "0.0.0.0") "0.0.0.0" -}}
+{{- fail (printf "http_options.host of the Serve config file is %s: other Pods reach only 0.0.0.0" $http.host) -}}
 {{- end -}}
 {{- if ne (int ($http.port | default 8000)) 8000 -}}
 {{- fail (printf "http_options.port of the Serve config file is %v: the Service and the probes expect 8000" $http.port) -}}
