@@ -1,5 +1,6 @@
 """NOTES.txt: what the operator of a new release is told."""
 
+import re
 from typing import Any
 
 import helm_python
@@ -29,6 +30,12 @@ def test_a_head_without_redis_is_named() -> None:
 
 def test_the_service_is_the_one_that_the_operator_makes() -> None:
     assert "port-forward service/flux-serve-svc 8000" in notes({})
+
+
+def test_its_commands_are_of_this_namespace() -> None:
+    commands = re.findall(r"kubectl \S+ \S+", notes({}))
+    assert len(commands) == 3
+    assert set(commands) == {"kubectl -n images"}
 
 
 def test_licences_that_are_not_accepted_are_named() -> None:
