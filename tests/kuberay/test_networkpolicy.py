@@ -102,6 +102,16 @@ def test_only_a_head_with_the_autoscaler_asks_kubernetes(render: Render) -> None
     assert [port["port"] for port in egress["everything"][0]["ports"]] == [443, 6443]
 
 
+def test_the_head_asks_grafana_and_prometheus_where_their_graphs_are_shown(render: Render) -> None:
+    for host in ("grafanaHost", "prometheusHost"):
+        rendered = render({"monitoring": {host: "http://a.monitoring.svc"}})
+        head = named(rendered["networkpolicy.yaml"])["flux-head"]["spec"]
+        assert head["egress"] == [{"to": [PROMETHEUS]}]
+    assert {"to": [PROMETHEUS]} in named(render(CASE["everything"])["networkpolicy.yaml"])[
+        "flux-head"
+    ]["spec"]["egress"]
+
+
 def test_clients_can_be_named(render: Render) -> None:
     worker = named(render(CASE["existing-secrets"])["networkpolicy.yaml"])["flux-workers"]
     first = worker["spec"]["ingress"][0]
