@@ -25,6 +25,7 @@ def test_secrets_are_made_of_their_content(render: Render) -> None:
         "flux-hugging-face": {"token": "hf_made_up"},
         "flux-database": {"password": "a:b 'c'"},
         "flux-object-store": {"access-key-id": "id", "secret-access-key": "secret"},
+        "flux-upsampler": {"key": "sk-made-up"},
         "flux-redis": {"password": "123"},
     }
 
@@ -64,6 +65,22 @@ def test_gateways_read_the_keys_where_they_are_mounted(render: Render) -> None:
     )
     assert gateway_args(service_of(rendered))["keys_file"] == "/etc/flux-ray/keys/keys.yaml"
     assert "keys_file" not in gateway_args(service_of(render()))
+
+
+def test_gateways_read_the_key_of_the_llm_where_it_is_mounted(render: Render) -> None:
+    rendered = render(CASE["existing-secrets"])
+    [group] = groups_of(rendered).values()
+    pod = group["template"]["spec"]
+    assert {"name": "upsampler", "secret": {"secretName": "llm"}} in pod["volumes"]
+    mount = {"name": "upsampler", "mountPath": "/etc/flux-ray/upsampler", "readOnly": True}
+    assert mount in pod["containers"][0]["volumeMounts"]
+    upsampling = gateway_args(service_of(rendered))["upsampling"]
+    given = CASE["existing-secrets"]["serve"]["args"]["gateway"]["upsampling"]
+    assert upsampling == given | {"api_key_file": "/etc/flux-ray/upsampler/key"}
+    own = given | {"api_key_file": "/models/key"}
+    values = CASE["existing-secrets"] | {"serve": {"args": {"gateway": {"upsampling": own}}}}
+    assert gateway_args(service_of(render(values)))["upsampling"] == own
+    assert "upsampling" not in gateway_args(service_of(render(CASE["spare-nodes"])))
 
 
 def test_no_secret_is_in_the_rayservice(render: Render) -> None:

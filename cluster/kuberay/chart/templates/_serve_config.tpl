@@ -1,6 +1,6 @@
 {{/*
 The Serve config file as it is deployed: that of `serve.config`, or serve/fleet.yaml, with `serve.args` put into the
-args of its applications, and the file of API keys into those of gateways where there is one.
+args of its applications, and the files of API keys and of the LLM's key into those of gateways where there are some.
 */}}
 {{- define "flux-ray.serveConfig" -}}
 {{- $text := .Values.serve.config | default (.Files.Get "files/fleet.yaml") -}}
@@ -17,6 +17,9 @@ args of its applications, and the file of API keys into those of gateways where 
 {{- end -}}
 {{- range $key, $value := index $.Values.serve.args $application.name -}}
 {{- $_ := set $args $key $value -}}
+{{- end -}}
+{{- if and (kindIs "map" $args.upsampling) (include "flux-ray.secretName" (dict "root" $ "of" "upsampler")) -}}
+{{- $_ := set $args "upsampling" (merge (dict) $args.upsampling (dict "api_key_file" "/etc/flux-ray/upsampler/key")) -}}
 {{- end -}}
 {{- $_ := set $application "args" $args -}}
 {{- end -}}

@@ -91,6 +91,9 @@ template:
           # The folder, not the file: only then do changes arrive.
           - { name: keys, mountPath: /etc/flux-ray/keys, readOnly: true }
           {{- end }}
+          {{- if include "flux-ray.secretName" (dict "root" $root "of" "upsampler") }}
+          - { name: upsampler, mountPath: /etc/flux-ray/upsampler, readOnly: true }
+          {{- end }}
     volumes:
       {{- include "flux-ray.sharedMemory" .sharedMemory | nindent 6 }}
       {{- include "flux-ray.weightsVolumes" $root | nindent 6 }}
@@ -98,6 +101,10 @@ template:
         configMap: { name: {{ $root.Release.Name }}-files, items: [{ key: drain_node.sh, path: drain_node.sh }] }
       {{- with include "flux-ray.secretName" (dict "root" $root "of" "keys") }}
       - name: keys
+        secret: { secretName: {{ . }} }
+      {{- end }}
+      {{- with include "flux-ray.secretName" (dict "root" $root "of" "upsampler") }}
+      - name: upsampler
         secret: { secretName: {{ . }} }
       {{- end }}
 {{- end }}
