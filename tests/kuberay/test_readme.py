@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kuberay.conftest import CHART, KUBERAY, ROOT, Render
+from tests.kuberay.conftest import CHART, KUBERAY, ROOT, Render, env_of, groups_of, named
 from tests.kuberay.schemas import errors_of
 
 README = (KUBERAY / "README.md").read_text()
@@ -40,12 +40,27 @@ def test_the_paths_that_it_names_exist() -> None:
     assert missing <= {"cluster/docker/"}
 
 
+def example() -> Any:
+    [text] = re.findall(r"^```yaml\n(.*?)^```", README, re.M | re.S)
+    return yaml.safe_load(text)
+
+
 def test_its_example_can_be_installed(render: Render) -> None:
-    [example] = re.findall(r"^```yaml\n(.*?)^```", README, re.M | re.S)
-    rendered = render(yaml.safe_load(example))
+    rendered = render(example())
     assert [
         errors_of(each) for objects in rendered.values() for each in objects if errors_of(each)
     ] == []
+
+
+def test_its_example_reaches_the_database_and_the_store_of_its_jobs(render: Render) -> None:
+    rendered = render(example())
+    everyone = named(rendered["networkpolicy.yaml"])["flux-all"]["spec"]
+    ports = {port["port"] for rule in everyone["egress"] for port in rule.get("ports", [])}
+    assert 5432 in ports
+    [group] = groups_of(rendered).values()
+    assert {"PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= env_of(group).keys()
+    made = set(re.findall(r"create secret generic ([\w-]+)", README))
+    assert made == {secret["existing"] for secret in example()["secrets"].values()}
 
 
 def test_its_numbers_are_the_defaults() -> None:
