@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -273,9 +274,10 @@ def change_keys(path: Path, change: Callable[[KeyFile], KeyFile]) -> KeyFile:
 
 
 def write_keys(path: Path, file: KeyFile) -> None:
-    """Write the keys file, readable only to its owner, in one step.
+    """Write the keys file in one step, with the owner and the mode of the one before.
 
-    Whoever reads it meanwhile finds the old file or the new one, never half of it.
+    A new one is readable only to its owner. Whoever reads it meanwhile finds the old file or the
+    new one, never half of it.
     """
     kept = file.model_dump(mode="json", by_alias=True, exclude_none=True)
     # Replace the target of a link, so that the link itself stays.
@@ -284,6 +286,7 @@ def write_keys(path: Path, file: KeyFile) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w") as new:
+            keep_rights(handle, target)
             new.write(dumped(kept, is_json=path.suffix == ".json"))
             new.flush()
             os.fsync(new.fileno())
@@ -292,6 +295,24 @@ def write_keys(path: Path, file: KeyFile) -> None:
         with suppress(OSError):
             Path(name).unlink()
         raise
+
+
+def keep_rights(handle: int, old: Path) -> None:
+    """Give a new file the owner and the mode of the old one, if there is one.
+
+    Gateways are another user than root, who may change the file: they must be able to read it on.
+    """
+    try:
+        found = old.stat()
+    except FileNotFoundError:
+        return
+    mode = stat.S_IMODE(found.st_mode)
+    try:
+        os.fchown(handle, found.st_uid if os.geteuid() == 0 else -1, found.st_gid)
+    except PermissionError:
+        # It has the caller's group now, which gets no more than everybody has.
+        mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    os.fchmod(handle, mode)
 
 
 def dumped(kept: object, *, is_json: bool) -> str:

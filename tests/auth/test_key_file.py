@@ -1,6 +1,7 @@
 """The keys file on disk."""
 
 import json
+import os
 import threading
 from datetime import UTC, datetime
 
@@ -37,6 +38,32 @@ def test_a_link_is_written_through(tmp_path):
     change_keys(link, lambda file: with_key(file, new_key("alice", None, NOW).key))
     assert link.is_symlink()
     assert len(read_keys(target).keys) == 1
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_the_gateways_user_can_go_on_reading_it(tmp_path, monkeypatch, user):
+    path, owners = tmp_path / "keys.yaml", []
+    write_keys(path, KeyFile())
+    path.chmod(0o640)
+    before = path.stat()
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "fchown", lambda handle, *owner: owners.append(owner))
+    write_keys(path, KeyFile())
+    assert owners == [(before.st_uid if user == 0 else -1, before.st_gid)]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("mode", "kept"), [(0o640, 0o600), (0o644, 0o644), (0o400, 0o400)])
+def test_another_group_than_before_gets_no_more_than_everybody(tmp_path, monkeypatch, mode, kept):
+    def refuse(*owner):
+        raise PermissionError
+
+    path = tmp_path / "keys.yaml"
+    write_keys(path, KeyFile())
+    path.chmod(mode)
+    monkeypatch.setattr(os, "fchown", refuse)
+    write_keys(path, KeyFile())
+    assert path.stat().st_mode & 0o777 == kept
 
 
 def test_a_change_shows_in_the_stamp(tmp_path):
