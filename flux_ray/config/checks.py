@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from flux_ray.auth import read_keys
 from flux_ray.catalog import ALL_EMBEDDED
 from flux_ray.config.gateway import GatewayArgs, check_addresses
 from flux_ray.config.tier import Args, TierArgs
@@ -281,14 +282,30 @@ def check_paths(applications: Sequence[NamedArgs], is_here: bool) -> Iterator[Fi
             if not Path(lora.path).is_file():
                 yield absent(f"application {each.name}: args.loras: {lora.path}", is_here)
     for gateway in gateways_among(applications):
-        keys_file = gateway.args.keys_file
-        if keys_file is not None and not keys_file.is_file():
-            yield absent(f"application {gateway.name}: args.keys_file: {keys_file}", is_here)
+        yield from unusable_keys(gateway, is_here)
         upsampling = gateway.args.upsampling
         secret = None if upsampling is None else upsampling.api_key_file
         if secret is not None and not secret.is_file():
             key = f"application {gateway.name}: args.upsampling.api_key_file: {secret}"
             yield absent(key, is_here)
+
+
+def unusable_keys(gateway: NamedGateway, is_here: bool) -> Iterator[Finding]:
+    """Find that a keys file is not there, or that a gateway could not use it."""
+    keys_file, key = gateway.args.keys_file, f"application {gateway.name}: args.keys_file"
+    if keys_file is None:
+        return
+    try:
+        if keys_file.is_file():
+            read_keys(keys_file).check_classes(gateway.args.key_classes)
+        else:
+            yield absent(f"{key}: {keys_file}", is_here)
+    except (OSError, ValueError) as error:
+        # Permission denied, among others.
+        yield Finding(
+            f"{key}: {error}; correct it, or let the user who runs Ray read it",
+            is_warning=not is_here,
+        )
 
 
 def missing_weights(name: str, folder: Path, is_here: bool) -> Iterator[Finding]:

@@ -1,8 +1,10 @@
 """What is wrong with a config file as a whole is said in one sentence that names the key."""
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -22,6 +24,10 @@ from flux_ray.config.tier import TierArgs
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
 HUB = "owner/name@revision"
+KEY = (
+    f"{{name: a, prefix: fr-00000000, sha256: {'a' * 64}, class: paying,"
+    " created: 2026-11-01T00:00:00Z}"
+)
 
 
 @pytest.fixture
@@ -281,6 +287,36 @@ def test_missing_adapters_and_keys(config: dict[str, Any], tmp_path: Path) -> No
     applications, _ = check_file(config)
     said = [each.text for each in check_paths(applications, is_here=True)]
     assert [text.split(": ")[1] for text in said] == ["args.loras", "args.keys_file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("keys: 3", "keys: Input should be a valid tuple"),
+        (f"keys: [{KEY}]", "fr-00000000 is of the class paying, which is unknown"),
+        (None, "Permission denied"),
+    ],
+)
+@pytest.mark.parametrize("is_here", [True, False])
+def test_keys_that_a_gateway_could_not_use(
+    config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_here: bool,
+    text: str | None,
+    said: str,
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text or "")
+    if text is None:
+        # Root, who may run this, reads any file.
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch.setattr(Path, "read_text", Mock(side_effect=refused))
+    config["applications"][0]["args"]["keys_file"] = str(path)
+    applications, _ = check_file(config)
+    (found,) = check_paths(applications, is_here=is_here)
+    assert found.text.startswith("application gateway: args.keys_file: ") and said in found.text
+    assert found.is_warning != is_here
 
 
 def test_a_hub_id_is_no_path(config: dict[str, Any]) -> None:
