@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import typer
 
-from flux_ray.config import environment
+from flux_ray.config import ClusterNode, environment
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TOKEN_PATH = Path("~/.ray/auth_token")
@@ -38,16 +38,6 @@ TokenFile = Annotated[
 
 class DashboardError(Exception):
     """The dashboard cannot be asked, or refused; the message is a sentence that says what to do."""
-
-
-@dataclass(frozen=True)
-class ClusterNode:
-    """A node that is alive; `accelerator` is Ray's word for its GPUs, such as `H100`."""
-
-    ip: str
-    num_cpus: float
-    num_gpus: int
-    accelerator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +187,7 @@ def node_of(row: Mapping[str, Any]) -> ClusterNode:
         num_cpus=float(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         accelerator=kinds[0] if kinds else None,
+        labels=row.get("labels") or {},
     )
 
 

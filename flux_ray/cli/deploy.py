@@ -23,7 +23,6 @@ from flux_ray.cli.config_file import ConfigFile, check_config, report
 from flux_ray.cli.dashboard import (
     DEFAULT_ADDRESS,
     Address,
-    ClusterNode,
     Dashboard,
     DashboardError,
     TokenFile,
@@ -44,7 +43,14 @@ from flux_ray.cli.deployment import (
     waiting_text,
 )
 from flux_ray.cli.plan import count_bytes, verdict_of
-from flux_ray.config import check_gpus, check_own_addresses, check_paths, least_gpus
+from flux_ray.config import (
+    ClusterNode,
+    check_jobs,
+    check_own_addresses,
+    check_paths,
+    check_room,
+    least_gpus,
+)
 
 POLL_S = 1.0
 # Serve notes a config at once, but an application that it already runs looks done until it has
@@ -71,7 +77,7 @@ Remove = Annotated[
 ]
 MayGrow = Annotated[
     bool,
-    typer.Option("--may-grow", help="Nodes are added on demand: too few GPUs are a warning only."),
+    typer.Option("--may-grow", help="Nodes come later: too few of them are only a warning."),
 ]
 AllowOthers = Annotated[
     bool,
@@ -152,11 +158,15 @@ def check_cluster(
     *,
     may_grow: bool,
 ) -> None:
-    """End the command if the cluster has too few or too small GPUs; warn of what else differs."""
+    """End the command if the file does not suit the nodes; warn of what else differs."""
     compare_versions(dashboard.versions().ray)
     nodes = dashboard.nodes()
-    found = [*check_gpus(file.tiers, [node.num_gpus for node in nodes], may_grow=may_grow)]
-    report(file.path, [*found, *fixed_options(file.config, before)])
+    found = [
+        *check_room(file.applications, nodes, may_grow=may_grow),
+        *check_jobs(file.applications, nodes, may_grow=may_grow),
+        *fixed_options(file.config, before),
+    ]
+    report(file.path, found)
     check_memory(file, gpu or card_among(nodes))
 
 

@@ -327,41 +327,6 @@ def absent(key: str, is_here: bool) -> Finding:
     return Finding(text, is_warning=True)
 
 
-def check_gpus(
-    tiers: Sequence[TierArgs], gpus_by_node: Sequence[int], *, may_grow: bool = False
-) -> Iterator[Finding]:
-    """Find tiers that take more GPUs than the nodes have, together or in one replica.
-
-    `may_grow`: nodes are added on demand, so that too few of them now are only a warning.
-    """
-    total, largest = sum(gpus_by_node), max(gpus_by_node, default=0)
-    needed = sum(map(least_gpus, tiers))
-    for args in tiers:
-        size = args.num_gpus_per_replica
-        if size > largest and args.parallel.num_nodes == 1:
-            yield Finding(
-                f"application {args.tier}: args.parallel: one replica takes {size} GPUs of one"
-                f" node, and no node has more than {largest}; split it over fewer, or add such"
-                " a node",
-                is_warning=may_grow,
-            )
-    if needed > total:
-        parts = ", ".join(f"{args.tier} {least_gpus(args)}" for args in tiers if least_gpus(args))
-        yield Finding(
-            f"args.num_replicas: {needed} GPUs are needed ({parts}), and the cluster has {total};"
-            " lower num_replicas, or add nodes",
-            is_warning=may_grow,
-        )
-
-
-def least_gpus(args: TierArgs) -> int:
-    """Return the GPUs that a tier takes at least: its replicas, and a text encoder they share."""
-    if args.device != "cuda":
-        return 0
-    replicas = args.num_replicas if args.autoscaling is None else args.autoscaling.min_replicas
-    return replicas * args.num_gpus_per_replica + (args.text_encoder == "shared")
-
-
 def check_file(
     config: Mapping[str, Any], *, allow_others: bool = False
 ) -> tuple[list[NamedArgs], list[Finding]]:

@@ -22,7 +22,8 @@ class JobArgs(Args):
     """The settings of durable jobs: where they are kept, and for how long.
 
     `database`: `sqlite:///` and a file, for the gateways of one machine; `postgresql://` for more.
-    `results`: a folder, or a URL for fsspec (`s3://bucket/folder`).
+    `results`: a folder of one machine, or a URL for fsspec: `s3://bucket/folder`, or
+    `file:///folder` for one that all machines mount.
     `results_options`: what fsspec needs for that URL, such as `endpoint_url`.
     `lease_s`: a worker that gives no heartbeat for so long loses its job to another one.
     `keep_s`: how long an ended job and its images can be fetched, and how long a job waits that no

@@ -11,10 +11,10 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from flux_ray.cli import deploy as deploy_module
-from flux_ray.cli.dashboard import ClusterNode, Dashboard, DashboardError, find_token
+from flux_ray.cli.dashboard import Dashboard
 from flux_ray.cli.deploy import card_among, is_kind
-from flux_ray.cli.deployment import Change, cause_of, changes, differing, fixed_options
 from flux_ray.cli.main import app
+from flux_ray.config import ClusterNode
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
 # What Serve 2.60 said of an argument that it did not know, in the middle shortened.
@@ -41,10 +41,8 @@ class FakeCluster:
         self.puts: list[dict[str, Any]] = []
         # The states of each application after a PUT, by look; the last one stays.
         self.coming: dict[str, list[tuple[str, str]]] = {}
-        self.nodes: list[dict[str, Any]] = [{"node_ip": "n", "state": "ALIVE"}]
+        self.nodes: list[dict[str, Any]] = [node(CPU=8.0)]
         self.ray = "2.60.0"
-        self.token: str | None = None
-        self.asked: list[httpx.Request] = []
 
     def run(self, config: dict[str, Any]) -> None:
         """Have Serve run this config already."""
@@ -53,9 +51,6 @@ class FakeCluster:
         }
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.asked.append(request)
-        if self.token and request.headers.get("authorization") != f"Bearer {self.token}":
-            return httpx.Response(401, text="Unauthorized: Missing authentication token")
         if request.method == "PUT":
             self.puts.append(json.loads(request.content))
             self.applications = {
@@ -81,6 +76,12 @@ class FakeCluster:
                 each["status"], each["message"] = states.pop(0) if len(states) > 1 else states[0]
                 if each["status"] == "RUNNING":
                     each["deployments"] = deployments(name)
+
+
+def node(ip: str = "n", **resources: float) -> dict[str, Any]:
+    """A node as the state API of Ray 2.60 lists it."""
+    labels = {"pool": "whole"}
+    return {"node_ip": ip, "state": "ALIVE", "resources_total": resources, "labels": labels}
 
 
 def as_noted(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -166,6 +167,33 @@ def test_paths_of_a_cluster_of_several_machines_are_only_warned_of(
     result = deploy(config, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "/nowhere/keys.yaml is not on this machine" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_cpus": 16}, "args.num_cpus: one replica takes 16 CPUs of one node, and no node has"),
+        ({"node_labels": {"pool": "whoel"}}, "args.node_labels: no node has pool: whoel; correct"),
+    ],
+)
+def test_room_that_nodes_lack(
+    cluster: FakeCluster, config: dict[str, Any], deploy, change: dict[str, Any], said: str
+) -> None:
+    config["applications"][1]["args"] |= change
+    result = deploy(config)
+    assert (result.exit_code, cluster.puts) == (1, [])
+    assert said in result.stderr
+    warned = deploy(config, "--dry-run", "--may-grow")
+    assert (warned.exit_code, said in warned.stderr) == (0, True)
+
+
+def test_jobs_in_a_file_are_of_one_machine(
+    cluster: FakeCluster, config: dict[str, Any], deploy: Callable[..., Result]
+) -> None:
+    cluster.nodes = [node("10.0.0.2", CPU=8.0), node("10.0.0.3", CPU=8.0)]
+    result = deploy(config)
+    assert (result.exit_code, cluster.puts) == (1, [])
+    assert "args.jobs.database: sqlite:///~/.flux-ray/jobs.sqlite3 is of one" in result.stderr
 
 
 def test_a_first_deployment(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
@@ -289,8 +317,8 @@ def test_memory_is_planned_on_the_clusters_gpus(
         "tiers": ["flux-2-klein-4b"],
         "default_tier": "flux-2-klein-4b",
     }
-    resources = {"GPU": 1.0, "CPU": 8.0, "accelerator_type:L4": 1.0}
-    cluster.nodes = [{"node_ip": "n", "state": "ALIVE", "resources_total": resources}]
+    cluster.nodes = [node(**{"GPU": 1.0, "CPU": 8.0, "accelerator_type:L4": 1.0})]
+    resources = cluster.nodes[0]["resources_total"]
     assert deploy(config, "--dry-run").exit_code == 0
     result = deploy(config, "--dry-run", "--gpu", "rtx4060-8gb")
     assert result.exit_code == 1
@@ -305,79 +333,6 @@ def test_no_dashboard(address: str) -> None:
     result = CliRunner().invoke(app, ["deploy", str(LAPTOP), "--address", address])
     assert result.exit_code == 1
     assert "error: nothing answers at http://127.0.0.1:9: start the cluster" in result.stderr
-
-
-def test_a_dashboard_that_wants_a_token(cluster: FakeCluster) -> None:
-    cluster.token = "secret"
-    with Dashboard("http://head", "secret", httpx.MockTransport(cluster)) as dashboard:
-        assert dashboard.details()["applications"] == {}
-    with (
-        Dashboard("http://head", None, httpx.MockTransport(cluster)) as dashboard,
-        pytest.raises(DashboardError, match="asks for the cluster's token"),
-    ):
-        dashboard.details()
-
-
-def test_the_token_is_found_where_ray_finds_it(tmp_path: Path) -> None:
-    named, kept = tmp_path / "named", tmp_path / ".ray" / "auth_token"
-    assert find_token(None, {}, tmp_path) is None
-    kept.parent.mkdir()
-    kept.write_text("kept\n")
-    assert find_token(None, {}, tmp_path) == "kept"
-    named.write_text("named\n")
-    assert find_token(named, {}, tmp_path) == "named"
-    assert find_token(named, {"RAY_AUTH_TOKEN": "told"}, tmp_path) == "told"
-    with pytest.raises(DashboardError, match="cannot be read"):
-        find_token(tmp_path / "none", {}, tmp_path)
-
-
-def test_something_else_answers() -> None:
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>"))
-    with (
-        Dashboard("http://head", None, transport) as dashboard,
-        pytest.raises(DashboardError, match="does not answer as Ray's dashboard does"),
-    ):
-        dashboard.details()
-
-
-@pytest.mark.parametrize(
-    ("message", "cause"),
-    [
-        (TRACE, "nonsense: Extra inputs are not permitted"),
-        ("", ""),
-        ("Deployment 'a' has 1 replicas that\nmay be slow", "Deployment 'a' has 1 replicas that"),
-        (
-            "The deployment failed to start 3 times in a row.\nTraceback (most recent call last):\n"
-            "  File x\nray.exceptions.RayTaskError(ValueError): ray::f()\n"
-            "ValueError: lora a is not a file",
-            "ValueError: lora a is not a file",
-        ),
-        (
-            "x\ntorch.cuda.OutOfMemoryError: CUDA out of memory",
-            "OutOfMemoryError: CUDA out of memory",
-        ),
-    ],
-)
-def test_the_cause_is_taken_out_of_serves_words(message: str, cause: str) -> None:
-    assert cause_of(message) == cause
-
-
-def test_changes_are_found_by_key() -> None:
-    before = {"a": 1, "runtime_env": {"env_vars": {"X": "<redacted>"}}, "b": {"c": [1]}, "e": {}}
-    after = {"a": 2, "runtime_env": {"env_vars": {"X": "1"}}, "b": {"c": [2]}, "f": None}
-    assert list(differing(before, after)) == ["a", "b.c"]
-    running = {"applications": {"old": {"status": "RUNNING"}, "gone": {"status": "DELETING"}}}
-    wanted = {"applications": [{"name": "new"}]}
-    assert changes(wanted, running) == [Change("new", "new"), Change("old", "removed")]
-
-
-def test_the_files_logging_config_is_each_applications() -> None:
-    logging = {"encoding": "JSON"}
-    noted = {"name": "a", "logging_config": logging}
-    running = {"applications": {"a": {"status": "RUNNING", "deployed_app_config": noted}}}
-    wanted = {"logging_config": logging, "applications": [{"name": "a"}]}
-    assert changes(wanted, running) == [Change("a", "unchanged")]
-    assert list(fixed_options({"http_options": {"port": 1}}, running)) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from flux_ray.config.checks import (
     HTTP_KEYS,
     WEIGHT_FILES,
     check_file,
-    check_gpus,
     check_paths,
     tiers_among,
 )
@@ -224,43 +223,6 @@ def test_other_applications_pass_only_if_that_is_said(config: dict[str, Any]) ->
     assert texts(config, allow_others=True) == []
     other["import_path"] = "flux_ray.app:build_gatway"
     assert len(texts(config, allow_others=True)) == 1
-
-
-def tier(name: str = "flux-2-klein-4b", **args: Any) -> TierArgs:
-    return TierArgs.model_validate({"tier": name, "weights": HUB} | args)
-
-
-@pytest.mark.parametrize(
-    ("tiers", "nodes", "said"),
-    [
-        ([tier(num_replicas=2)], [1, 1], []),
-        (
-            [tier(num_replicas=3)],
-            [1, 1],
-            ["3 GPUs are needed (flux-2-klein-4b 3), and"],
-        ),
-        ([tier(text_encoder="shared")], [1], ["2 GPUs are needed"]),
-        ([tier(parallel={"tensor": 2})], [1, 1], ["one replica takes 2 GPUs of one node"]),
-        ([tier(parallel={"tensor": 2, "num_nodes": 2})], [1, 1], []),
-        ([tier(device="cpu", num_replicas=9)], [], []),
-        (
-            [tier(num_replicas=9, autoscaling={"min_replicas": 1, "max_replicas": 9})],
-            [1],
-            [],
-        ),
-        (
-            [tier(), tier("flux-2-dev", parallel={"tensor": 2})],
-            [],
-            ["takes 1 GPUs", "takes 2 GPUs", "(flux-2-klein-4b 1, flux-2-dev 2), and the cluster"],
-        ),
-    ],
-)
-def test_more_gpus_than_there_are(tiers: list[TierArgs], nodes: list[int], said: list[str]) -> None:
-    found = list(check_gpus(tiers, nodes))
-    assert len(found) == len(said)
-    assert all(words in each.text for words, each in zip(said, found, strict=True))
-    assert not any(each.is_warning for each in found)
-    assert all(each.is_warning for each in check_gpus(tiers, nodes, may_grow=True))
 
 
 def test_missing_weights(config: dict[str, Any], tmp_path: Path) -> None:
