@@ -108,7 +108,7 @@ def deploy(
     try:
         with dashboard_at(address, token_file) as dashboard:
             before = dashboard.details()
-            check_places(file, dashboard, address)
+            check_places(file, dashboard, address, may_grow=may_grow)
             check_cluster(file, dashboard, before, gpu, may_grow=may_grow)
             planned = changes(file.config, before)
             say_changes(planned)
@@ -127,9 +127,12 @@ def deploy(
         fail(str(error))
 
 
-def check_places(file: ConfigFile, dashboard: Dashboard, address: str) -> None:
+def check_places(file: ConfigFile, dashboard: Dashboard, address: str, *, may_grow: bool) -> None:
     """End the command if addresses or paths are wrong; paths of other machines are warned of."""
-    is_here = is_local(address) and len(dashboard.nodes()) == 1
+    nodes = dashboard.nodes()
+    # A head without processors has no part of the file on it, though it may be the only node yet.
+    is_lone = len(nodes) == 1 and nodes[0].num_cpus > 0
+    is_here = is_local(address) and is_lone and not may_grow
     own = check_own_addresses(file.applications)
     report(file.path, [*own, *check_paths(file.applications, is_here)])
 

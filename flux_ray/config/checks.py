@@ -316,7 +316,8 @@ def missing_weights(name: str, folder: Path, is_here: bool) -> Iterator[Finding]
         return
     for pattern in WEIGHT_FILES:
         if not any(folder.glob(pattern)):
-            yield Finding(f"{key} has no {pattern}; download the whole checkpoint again")
+            text = f"{key} has no {pattern}; download the whole checkpoint again"
+            yield Finding(text, is_warning=not is_here)
 
 
 def absent(key: str, is_here: bool) -> Finding:

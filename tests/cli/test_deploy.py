@@ -159,13 +159,39 @@ def test_replicas_of_before_are_not_ended_for_a_second_try(
     assert cluster.puts == [config]
 
 
-def test_paths_of_a_cluster_of_several_machines_are_only_warned_of(
+@pytest.mark.parametrize(
+    ("nodes", "options"),
+    [
+        ([node(CPU=8.0), node(CPU=8.0)], []),
+        # A head that has been started anew, and whose workers have not come back yet.
+        ([node()], ["--may-grow"]),
+        ([node(), node(CPU=8.0)], []),
+        ([node(CPU=8.0)], ["--may-grow"]),
+    ],
+)
+def test_paths_of_other_machines_are_only_warned_of(
+    cluster: FakeCluster,
+    config: dict[str, Any],
+    deploy: Callable[..., Result],
+    nodes: list[dict[str, Any]],
+    options: list[str],
+) -> None:
+    cluster.nodes = nodes
+    config["applications"][0]["args"]["keys_file"] = "/nowhere/keys.yaml"
+    config["applications"][1]["args"]["weights"] = "/nowhere/weights"
+    result = deploy(config, "--dry-run", *options)
+    assert result.exit_code == 0, result.output
+    assert "/nowhere/keys.yaml is not on this machine" in result.stderr
+    assert "/nowhere/weights is not on this machine" in result.stderr
+
+
+def test_a_head_without_processors_is_no_place_for_paths(
     cluster: FakeCluster, config: dict[str, Any], deploy: Callable[..., Result]
 ) -> None:
-    cluster.nodes *= 2
+    cluster.nodes = [node()]
     config["applications"][0]["args"]["keys_file"] = "/nowhere/keys.yaml"
     result = deploy(config, "--dry-run")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, "it has no processors for the gateway"
     assert "/nowhere/keys.yaml is not on this machine" in result.stderr
 
 

@@ -234,6 +234,8 @@ def test_missing_weights(config: dict[str, Any], tmp_path: Path) -> None:
     assert not found.is_warning
     (found,) = check_paths(applications, is_here=False)
     assert found.is_warning and "has to be on every node" in found.text
+    weights.mkdir()
+    assert all(each.is_warning for each in check_paths(applications, is_here=False))
     for number, pattern in enumerate(WEIGHT_FILES, 1):
         file = weights / pattern.replace("*", "model")
         file.parent.mkdir(parents=True)
