@@ -56,6 +56,8 @@ POLL_S = 1.0
 # Serve notes a config at once, but an application that it already runs looks done until it has
 # begun to work on it.
 SETTLE_S = 3.0
+# Without --timeout: at least so long, and so much longer than the weights of any tier may take.
+LEAST_TIMEOUT_S, AFTER_LOADING_S = 1800.0, 300.0
 COLORS = {RUNNING: "green", FAILED: "red", UNHEALTHY: "red"}
 KIND_COLORS = {"new": "green", "changed": "yellow", "removed": "red", "unchanged": "dim"}
 
@@ -70,7 +72,13 @@ NoWait = Annotated[
     bool, typer.Option("--no-wait", help="End when Serve has taken the config, as it may be wrong.")
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=1, help="Seconds to wait until all applications run.")
+    float | None,
+    typer.Option(
+        "--timeout",
+        min=1,
+        help="Seconds to wait until all applications run; by default 1800, or 300 more than the"
+        " longest load_timeout_s of CONFIG.",
+    ),
 ]
 Remove = Annotated[
     bool, typer.Option("--remove", help="Remove running applications that CONFIG does not have.")
@@ -91,7 +99,7 @@ def deploy(
     token_file: TokenFile = None,
     dry_run: DryRun = False,
     no_wait: NoWait = False,
-    timeout_s: Timeout = 1800.0,
+    timeout_s: Timeout = None,
     remove: Remove = False,
     gpu: Gpu = None,
     may_grow: MayGrow = False,
@@ -105,6 +113,7 @@ def deploy(
     Example: flux-ray deploy serve/node-8gpu.yaml --dry-run
     """
     file = check_config(config, allow_others=allow_others)
+    timeout_s = timeout_s or longest_start_s(file)
     try:
         with dashboard_at(address, token_file) as dashboard:
             before = dashboard.details()
@@ -118,13 +127,18 @@ def deploy(
                 return
             free_stuck(dashboard, file.config, stuck_applications(planned, before), timeout_s)
             dashboard.put(file.config)
-            kept = [change.name for change in planned if change.kind != "removed"]
             if no_wait:
                 typer.echo("Serve has taken the config; `flux-ray status` shows what becomes of it")
             else:
-                wait(dashboard, kept, timeout_s, before)
+                wait(dashboard, planned, timeout_s, before)
     except DashboardError as error:
         fail(str(error))
+
+
+def longest_start_s(file: ConfigFile) -> float:
+    """Return how long to wait for all applications of a file, if nobody says it."""
+    loads_s = [args.load_timeout_s + AFTER_LOADING_S for args in file.tiers]
+    return max([LEAST_TIMEOUT_S, *loads_s])
 
 
 def check_places(file: ConfigFile, dashboard: Dashboard, address: str, *, may_grow: bool) -> None:
@@ -245,8 +259,11 @@ def check_removals(path: Path, planned: list[Change], *, remove: bool) -> None:
         )
 
 
-def wait(dashboard: Dashboard, names: list[str], timeout_s: float, before: dict[str, Any]) -> None:
+def wait(
+    dashboard: Dashboard, planned: list[Change], timeout_s: float, before: dict[str, Any]
+) -> None:
     """Show the applications until all run; end the command if one fails or the time is over."""
+    names = [change.name for change in planned if change.kind != "removed"]
     started_s = time.monotonic()
     console = table_console()
     live = Live(console=console, refresh_per_second=4) if console.is_terminal else None

@@ -11,10 +11,11 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from flux_ray.cli import deploy as deploy_module
+from flux_ray.cli.config_file import ConfigFile
 from flux_ray.cli.dashboard import Dashboard
-from flux_ray.cli.deploy import card_among, is_kind
+from flux_ray.cli.deploy import card_among, is_kind, longest_start_s
 from flux_ray.cli.main import app
-from flux_ray.config import ClusterNode
+from flux_ray.config import ClusterNode, NamedArgs, TierArgs
 
 LAPTOP = Path(__file__).parents[2] / "serve" / "laptop.yaml"
 # What Serve 2.60 said of an argument that it did not know, in the middle shortened.
@@ -308,6 +309,17 @@ def test_a_deployment_that_takes_too_long(
     result = deploy(config, "--timeout", "1")
     assert result.exit_code == 1
     assert "error: not ready within 1 s: tiny deploying; Serve goes on with it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("loads_s", "waits_s"), [((600, 60), 1800), ((600, 7200), 7500), ((), 1800)]
+)
+def test_it_waits_for_longer_than_weights_may_take(
+    loads_s: tuple[float, ...], waits_s: float
+) -> None:
+    tiers = [TierArgs(tier="tiny", load_timeout_s=each) for each in loads_s]
+    file = ConfigFile(LAPTOP, {}, [NamedArgs(each.tier, None, each) for each in tiers])
+    assert longest_start_s(file) == waits_s
 
 
 def test_it_need_not_wait(cluster: FakeCluster, config: dict[str, Any], deploy) -> None:
