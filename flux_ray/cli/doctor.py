@@ -28,8 +28,6 @@ from flux_ray.cli.dashboard import (
 )
 from flux_ray.cli.diagnosis import Diagnosis
 from flux_ray.config import (
-    DEFAULT_HOST,
-    DEFAULT_PORT,
     GatewayArgs,
     JobArgs,
     NamedArgs,
@@ -39,6 +37,7 @@ from flux_ray.config import (
     check_paths,
     environment,
     gateways_among,
+    read_http_options,
     tiers_among,
 )
 from flux_ray.weights.source import ALL_PARTS, WeightsUnavailable
@@ -123,11 +122,10 @@ def examine_gpus(tiers: list[TierArgs]) -> Iterator[Diagnosis]:
 
 def examine_machine(config: dict[str, Any], applications: list[NamedArgs]) -> Iterator[Diagnosis]:
     """Yield what can be said of ports, limits, tracing, the job database and the upsampler."""
-    options = config.get("http_options") or {}
-    port, host = int(options.get("port", DEFAULT_PORT)), str(options.get("host", DEFAULT_HOST))
-    is_taken = probes.is_port_taken(host, port)
-    is_serve = is_taken and probes.answers_as_serve(port)
-    yield diagnosis.judge_port(port, host, is_taken, is_serve)
+    options, _ = read_http_options(config)
+    is_taken = probes.is_port_taken(options.host, options.port)
+    is_serve = is_taken and probes.answers_as_serve(options.url)
+    yield diagnosis.judge_port(options.port, options.host, is_taken, is_serve)
     yield diagnosis.judge_open_files(probes.open_files_limit())
     variables = environment()
     tracing = (config.get("tracing_config") or {}).get("exporter_import_path")

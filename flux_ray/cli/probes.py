@@ -87,11 +87,19 @@ def is_port_taken(host: str, port: int) -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def answers_as_serve(port: int) -> bool:
-    """Return whether what listens there is a proxy of Serve."""
+def own_client(timeout_s: float) -> httpx.Client:
+    """Return a client for a server on this machine: through no proxy, whatever its certificate.
+
+    That names the host which clients know, not the address at which this machine reaches it.
+    """
+    return httpx.Client(timeout=timeout_s, trust_env=False, verify=False)  # nosec B501
+
+
+def answers_as_serve(url: str) -> bool:
+    """Return whether what answers at that URL of this machine is a proxy of Serve."""
     try:
-        with httpx.Client(timeout=5.0, trust_env=False) as client:
-            return client.get(f"http://127.0.0.1:{port}/-/healthz").status_code in (200, 503)
+        with own_client(5.0) as client:
+            return client.get(f"{url}/-/healthz").status_code in (200, 503)
     except httpx.HTTPError:
         return False
 

@@ -23,13 +23,12 @@ import yaml
 
 from flux_ray.cli.client import fail
 from flux_ray.cli.config_file import check_config, read_config
-from flux_ray.cli.probes import is_port_taken
-from flux_ray.config import ALL_ADDRESSES, DEFAULT_HOST, DEFAULT_PORT, environment_for_ray
+from flux_ray.cli.probes import is_port_taken, own_client
+from flux_ray.config import environment_for_ray, read_http_options
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GATEWAY = "flux_ray.app:build_gateway"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Where this machine reaches a server that listens at all addresses.
-HOST = "127.0.0.1"
 LOOK_S = 0.5
 # A proxy holds probes until there is a gateway; one that is given up is a line in the log.
 PROBE_S = 30.0
@@ -128,19 +127,27 @@ def say(line: str) -> None:
 def changed(
     config: dict[str, Any], host: str | None, port: int | None, public_url: str | None
 ) -> dict[str, Any]:
-    """Return the config with what the command line says instead."""
+    """Return the config with what the command line says instead.
+
+    What is no map, and so wrong, stays as it is for the checks to find.
+    """
     said = {"host": host, "port": port}
-    options = {name: value for name, value in said.items() if value is not None}
-    config = {**config, "http_options": {**(config.get("http_options") or {}), **options}}
+    options = config.get("http_options") or {}
+    if isinstance(options, dict):
+        said = {name: value for name, value in said.items() if value is not None}
+        config = {**config, "http_options": {**options, **said}}
     if public_url is not None:
-        gateway = "flux_ray.app:build_gateway"
-        config["applications"] = [
-            {**each, "args": {**each.get("args", {}), "public_url": public_url}}
-            if each.get("import_path") == gateway
-            else each
-            for each in config["applications"]
-        ]
+        applications = [with_url(each, public_url) for each in config["applications"]]
+        config = {**config, "applications": applications}
     return config
+
+
+def with_url(application: dict[str, Any], public_url: str) -> dict[str, Any]:
+    """Return an application with that public URL, if it is a gateway."""
+    args = application.get("args") or {}
+    if application.get("import_path") != GATEWAY or not isinstance(args, dict):
+        return application
+    return {**application, "args": {**args, "public_url": public_url}}
 
 
 @contextmanager
@@ -153,12 +160,6 @@ def file_of(path: Path, config: dict[str, Any], is_changed: bool) -> Iterator[Pa
         yaml.safe_dump(config, file)
         file.flush()
         yield Path(file.name)
-
-
-def url_of(host: str, port: int) -> str:
-    """Return the URL at which this machine reaches a server that listens there."""
-    reached = HOST if host in ALL_ADDRESSES else host
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
 
 
 def check_port(host: str, port: int) -> None:
@@ -185,8 +186,7 @@ def start(config: Path) -> ServeRun:
 def watch(run: ServeRun, url: str) -> bool:
     """Wait until `/readyz` answers 200, and return True; False if it was stopped or has ended."""
     began_s = told_s = time.monotonic()
-    # No proxy between this process and a server on the same machine.
-    with httpx.Client(trust_env=False, timeout=PROBE_S) as client:
+    with own_client(PROBE_S) as client:
         while run.process.poll() is None and not run.is_stopping:
             reason = reason_of(client, url)
             if reason is None:
@@ -214,7 +214,7 @@ def reason_of(client: httpx.Client, url: str) -> str | None:
 
 def has_page(url: str) -> bool:
     """Return whether the gateway has a page for browsers."""
-    with suppress(httpx.TransportError), httpx.Client(trust_env=False, timeout=5.0) as client:
+    with suppress(httpx.TransportError), own_client(5.0) as client:
         answer = client.get(url)
         return answer.status_code == 200 and "html" in answer.headers.get("content-type", "")
     return False
@@ -259,15 +259,14 @@ def serve(
     """
     values = changed(read_config(config), host, port, public_url)
     check_config(config, is_here=True, allow_others=True, config=values)
-    options = values["http_options"]
-    listens, at = str(options.get("host", DEFAULT_HOST)), int(options.get("port", DEFAULT_PORT))
-    check_port(listens, at)
+    options, _ = read_http_options(values)
+    check_port(options.host, options.port)
     is_changed = (host, port, public_url) != (None, None, None)
     with file_of(config, values, is_changed) as file:
         run = start(file)
-        url = url_of(listens, at)
+        url = options.url
         if watch(run, url):
-            for line in ready_lines(url, listens, run.dashboard, has_page(url)):
+            for line in ready_lines(url, options.host, run.dashboard, has_page(url)):
                 say(line)
         status = run.wait()
     if run.is_stopping:

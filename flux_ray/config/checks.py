@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux_ray.auth import read_keys
 from flux_ray.catalog import ALL_EMBEDDED
@@ -35,6 +35,8 @@ HTTP_KEYS |= {"ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_cer
 # Where Serve listens if http_options do not say.
 DEFAULT_HOST, DEFAULT_PORT = "0.0.0.0", 8000  # nosec B104
 ALL_ADDRESSES = {DEFAULT_HOST, "::", ""}
+# Where this machine reaches a server that listens at all addresses.
+THIS_MACHINE = "127.0.0.1"
 # What a checkpoint's folder must have in it to be a model.
 WEIGHT_FILES = ("transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors")
 
@@ -54,6 +56,24 @@ class NamedArgs:
     name: str
     route_prefix: str | None
     args: Args | None
+
+
+class HttpOptions(BaseModel):
+    """What a file's `http_options` say of where Serve listens; it checks the other keys itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: str = DEFAULT_HOST
+    port: int = Field(DEFAULT_PORT, ge=0, le=65535)
+    request_timeout_s: float | None = None
+    ssl_certfile: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Return the URL at which this machine reaches the server."""
+        reached = THIS_MACHINE if self.host in ALL_ADDRESSES else self.host
+        scheme = "https" if self.ssl_certfile else "http"
+        return f"{scheme}://{f'[{reached}]' if ':' in reached else reached}:{self.port}"
 
 
 class NotServeConfig(ValueError):
@@ -119,10 +139,10 @@ def read_args(
     return NamedArgs(name, route, args), []
 
 
-def said(error: Any, builder: type[BaseModel]) -> str:
-    """Return pydantic's error with its key, and the key that was probably meant."""
+def said(error: Any, builder: type[BaseModel], top: str = "args") -> str:
+    """Return pydantic's error with its key below `top`, and the key that was probably meant."""
     place: tuple[Any, ...] = tuple(error["loc"])
-    key = ".".join(["args", *map(str, place)])
+    key = ".".join([top, *map(str, place)])
     hint = ""
     if error["type"] == "extra_forbidden":
         hint = hint_for(str(place[-1]), fields_at(builder, place[:-1]))
@@ -233,19 +253,29 @@ def check_served(applications: Sequence[NamedArgs]) -> Iterator[Finding]:
             )
 
 
+def read_http_options(config: Mapping[str, Any]) -> tuple[HttpOptions, list[Finding]]:
+    """Return the file's HTTP options; Serve's defaults, and what is wrong, if they are invalid."""
+    try:
+        return HttpOptions.model_validate(config.get("http_options") or {}), []
+    except ValidationError as error:
+        found = [Finding(said(each, HttpOptions, "http_options")) for each in error.errors()]
+        return HttpOptions(), found
+
+
 def check_http(config: Mapping[str, Any], applications: Sequence[NamedArgs]) -> Iterator[Finding]:
     """Find a port that is open to all without keys, and time limits that cut requests off."""
-    options = config.get("http_options") or {}
-    host, gateways = options.get("host", DEFAULT_HOST), gateways_among(applications)
-    for gateway in gateways:
+    options, wrong = read_http_options(config)
+    yield from wrong
+    host, limit_s = options.host, options.request_timeout_s
+    for gateway in gateways_among(applications):
         if host in ALL_ADDRESSES and gateway.args.keys_file is None:
             yield Finding(
                 f"http_options.host {host!r}: everybody who reaches this machine is let in; say"
                 f" 127.0.0.1, or name a keys_file in the args of {gateway.name}",
                 is_warning=True,
             )
-        limit_s, own_s = options.get("request_timeout_s"), gateway.args.request_timeout_s
-        if isinstance(limit_s, int | float) and 0 < limit_s <= own_s:
+        own_s = gateway.args.request_timeout_s
+        if limit_s is not None and 0 < limit_s <= own_s:
             yield Finding(
                 f"http_options.request_timeout_s {limit_s:g} ends requests before {gateway.name}"
                 f" does, after request_timeout_s {own_s:g}; make it larger",

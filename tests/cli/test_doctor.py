@@ -266,7 +266,7 @@ def test_ports() -> None:
         assert not probes.is_port_taken("0.0.0.0", port)
         listener.listen()
         assert probes.is_port_taken("0.0.0.0", port)
-    assert not probes.answers_as_serve(port)
+    assert not probes.answers_as_serve(f"http://127.0.0.1:{port}")
 
 
 def test_an_exporter_is_imported_in_a_process_of_its_own() -> None:
@@ -327,6 +327,17 @@ def test_what_is_wrong_with_the_file_is_the_first_thing(
     first = json.loads(result.stdout)["checks"][0]
     assert (first["what"], first["state"]) == ("serve.yaml", "problem")
     assert "application tiny: args.devise" in first["said"]
+
+
+def test_http_options_that_are_no_map(machine: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("{http_options: 8000, applications: []}")
+    result = invoke(path)
+    assert (result.exit_code, "problem  serve.yaml: http_options: Input" in result.stdout) == (
+        1,
+        True,
+    )
+    assert "port 8000: free at 0.0.0.0" in result.stdout
 
 
 def test_a_terminal_gets_a_table() -> None:

@@ -9,14 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import trustme
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from flux_ray.cli.config_file import check_config
-from flux_ray.cli.serve import ANSI, changed, ready_lines, url_of
+from flux_ray.cli.main import app
+from flux_ray.cli.probes import answers_as_serve
+from flux_ray.cli.serve import ANSI, changed, ready_lines
 from tests.listening import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +29,7 @@ LAPTOP = ROOT / "serve" / "laptop.yaml"
 # In the place of Serve's command: it says what Ray says, answers probes, and ends on SIGINT as
 # `serve run` does, which prints a trace that nobody wants to see.
 SERVE_RUN = """\
-import http.server, os, signal, subprocess, sys, time, yaml
+import http.server, os, signal, ssl, subprocess, sys, time, yaml
 print("\\033[36mINFO\\033[39m View the dashboard at \\033[1mhttp://127.0.0.1:8299 \\033[0m")
 config = yaml.safe_load(open(sys.argv[2]))
 child = subprocess.Popen(["sleep", "300"])
@@ -40,8 +45,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *about):
         pass
 options = config["http_options"]
+server = http.server.HTTPServer((options["host"], options["port"]), Handler)
+if "tls" in os.environ:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(options["ssl_certfile"], options["ssl_keyfile"])
+    server.socket = tls.wrap_socket(server.socket, server_side=True)
 try:
-    http.server.HTTPServer((options["host"], options["port"]), Handler).serve_forever()
+    server.serve_forever()
 except KeyboardInterrupt:
     print("Traceback (most recent call last): KeyboardInterrupt")
     if "stays" not in os.environ:
@@ -59,7 +69,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     serve.write_text(f"#!{sys.executable}\n{SERVE_RUN}")
     serve.chmod(serve.stat().st_mode | stat.S_IXUSR)
 
-    def run(*options: str, **env: str) -> subprocess.Popen[str]:
+    def run(*options: str, config: Path = LAPTOP, **env: str) -> subprocess.Popen[str]:
         code = (
             f"import sys; sys.executable = {str(tmp_path / 'python')!r};"
             # What stays is not to be waited for as long as a Ray that ends.
@@ -67,7 +77,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             "from flux_ray.cli.main import app; app()"
         )
         return subprocess.Popen(
-            [sys.executable, "-c", code, "serve", str(LAPTOP), *options],
+            [sys.executable, "-c", code, "serve", str(config), *options],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"} | env,
             stdout=subprocess.PIPE,
@@ -121,6 +131,26 @@ def test_it_says_when_it_is_ready_and_leaves_nothing(
     assert run.returncode == 0
     assert rest.splitlines()[-1] == "stopped" and "Traceback" not in rest
     assert not is_alive(int(pid))
+
+
+def test_a_server_with_a_certificate_is_asked_by_https(
+    start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    """It is of the name that clients know, and perhaps of an authority of their own."""
+    config, port = yaml.safe_load(LAPTOP.read_text()), free_port()
+    certificate = trustme.CA().issue_cert("flux.example.com")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    config["http_options"] |= {"port": port, "ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem"}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    run = start(config=tmp_path / "serve.yaml", tls="1")
+    text = "\n".join(read_until(run, "Ctrl-C"))
+    assert f"ready: https://127.0.0.1:{port}\n" in text
+    assert f"page       https://127.0.0.1:{port}/" in text
+    assert answers_as_serve(f"https://127.0.0.1:{port}")
+    assert not answers_as_serve(f"http://127.0.0.1:{port}")
+    run.terminate()
+    run.communicate(timeout=60)
 
 
 def test_the_second_signal_does_not_wait(
@@ -185,16 +215,35 @@ def test_what_the_command_line_says_counts() -> None:
     assert tiers == yaml.safe_load(LAPTOP.read_text())["applications"][1:]
 
 
+@pytest.mark.parametrize("args", [None, {}])
+def test_a_public_url_for_a_gateway_without_args(args: dict[str, str] | None) -> None:
+    gateway = {"name": "gateway", "import_path": "flux_ray.app:build_gateway", "args": args}
+    config = changed({"applications": [gateway]}, None, None, "http://gpu:81")
+    assert config["applications"][0]["args"] == {"public_url": "http://gpu:81"}
+
+
 @pytest.mark.parametrize(
-    ("host", "url"),
+    ("config", "said"),
     [
-        ("0.0.0.0", "http://127.0.0.1:80"),
-        ("::1", "http://[::1]:80"),
-        ("10.1.2.3", "http://10.1.2.3:80"),
+        ({"http_options": 8000, "applications": []}, "http_options: Input should be a valid"),
+        ({"http_options": {"port": "x"}, "applications": []}, "http_options.port: Input should be"),
+        (
+            {
+                "applications": [
+                    {"name": "gateway", "import_path": "flux_ray.app:build_gateway", "args": 3}
+                ]
+            },
+            "application gateway: args: Input should be a valid",
+        ),
     ],
 )
-def test_the_address_is_one_that_can_be_opened(host: str, url: str) -> None:
-    assert url_of(host, 80) == url
+def test_what_is_no_map_is_said(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    words = ["serve", str(path), "--host", "127.0.0.1", "--public-url", "http://gpu:81"]
+    result = CliRunner().invoke(app, words)
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+    assert f"error: {path}: {said}" in result.stderr
 
 
 def test_a_server_for_everybody_is_not_said_to_be_for_this_machine() -> None:

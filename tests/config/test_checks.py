@@ -17,6 +17,7 @@ from flux_ray.config.checks import (
     WEIGHT_FILES,
     check_file,
     check_paths,
+    read_http_options,
     tiers_among,
 )
 from flux_ray.config.tier import TierArgs
@@ -197,6 +198,37 @@ def test_serves_default_host_is_all_addresses(config: dict[str, Any]) -> None:
     del config["http_options"]["host"]
     assert HTTPOptionsSchema().host == "0.0.0.0"
     assert "everybody who reaches this machine is let in" in texts(config, warnings=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "::1", "port": 80}, "http://[::1]:80"),
+        ({"host": "10.1.2.3", "port": 80}, "http://10.1.2.3:80"),
+        ({"port": 443, "ssl_certfile": "c", "ssl_keyfile": "k"}, "https://127.0.0.1:443"),
+    ],
+)
+def test_the_address_is_one_that_can_be_opened(options: dict[str, Any], url: str) -> None:
+    found, wrong = read_http_options({"http_options": options})
+    assert (found.url, wrong) == (url, [])
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("http_options", 8000, "http_options: Input should be a valid dictionary"),
+        ("http_options.port", "x", "http_options.port: Input should be a valid integer"),
+        ("http_options.host", 1, "http_options.host: Input should be a valid string"),
+    ],
+)
+def test_http_options_that_serve_would_refuse(
+    config: dict[str, Any], place: str, value: Any, said: str
+) -> None:
+    with pytest.raises(ValueError):
+        ServeDeploySchema.model_validate(changed(config, place, value))
+    (found,) = texts(changed(config, place, value))
+    assert found.startswith(said)
 
 
 @pytest.mark.parametrize(
