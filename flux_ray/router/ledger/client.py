@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 from flux_ray.errors import DeadlineTooShort, FluxError, Overloaded, not_deployed
@@ -25,7 +26,7 @@ from flux_ray.tracing import LEDGER_WAIT, span
 
 logger = logging.getLogger("ray.serve")
 
-# After so long without news, a report names all that this gateway knows.
+# So often, a report names all that this gateway knows.
 BEAT_S = 0.5
 # The end of a request is reported this much later, so that its answer goes to the client first.
 QUIET_S = 0.005
@@ -66,6 +67,8 @@ class LedgerClient:
         self._requests = PendingRequests()
         self._news = asyncio.Event()
         self._heard = Receipt()
+        # When a report next names all that this gateway knows, whether or not there is news.
+        self._beat_at = time.monotonic() + BEAT_S
         self._tasks: list[asyncio.Task[None]] = []
         # Requests that wait for a replica, by ticket: their tier, and where its name will be.
         self._waiting: dict[str, tuple[str, asyncio.Future[str]]] = {}
@@ -177,12 +180,14 @@ class LedgerClient:
     async def _speak(self) -> None:
         """Send one report after the other; repeat what a lost one told."""
         while True:
-            is_beat = not self._requests.has_to_tell_all and await self._wait_for_news()
+            is_beat = self._requests.has_to_tell_all or await self._wait_for_news()
             self._news.clear()
-            report = self._requests.report(
-                time.monotonic(), self._reachable(), self._cold_starts, is_beat=is_beat
-            )
             asked_at = time.monotonic()
+            report = self._requests.report(
+                asked_at, self._reachable(), self._cold_starts, is_beat=is_beat
+            )
+            if is_beat:
+                self._beat_at = asked_at + BEAT_S
             try:
                 reply = await self._ledger.say(self._gateway, report)
             except LedgerLost as error:
@@ -199,12 +204,11 @@ class LedgerClient:
                 self._news.set()
 
     async def _wait_for_news(self) -> bool:
-        """Return True if nothing new came for `BEAT_S`."""
-        try:
-            await asyncio.wait_for(self._news.wait(), BEAT_S)
-        except TimeoutError:
-            return True
-        return False
+        """Wait for news, at most until the next beat; return whether it is time for that."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), self._beat_at - time.monotonic())
+            return time.monotonic() >= self._beat_at
+        return True
 
     async def _listen(self) -> None:
         """Receive the decisions that the replies to reports do not bring."""

@@ -258,6 +258,25 @@ async def test_who_waits_hears_where_and_for_how_long(turns: LedgerClient) -> No
     await asyncio.wait([ahead, waiting])
 
 
+async def test_who_waits_hears_where_though_there_is_news_all_the_time(
+    turns: LedgerClient, line: FakeLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a busy gateway, which always has something to report."""
+    await within(turns.take(offer("x")))
+    speak = line.say
+
+    async def say(gateway: str, statement: GatewayReport) -> ReportReply:
+        turns.progress("x", 0.0)
+        return await speak(gateway, statement)
+
+    monkeypatch.setattr(line, "say", say)
+    heard: asyncio.Queue[RequestEvent] = asyncio.Queue()
+    waiting = asyncio.create_task(turns.take(offer("y"), heard.put_nowait))
+    await within(heard.get())
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
 async def test_a_ledger_that_hangs_breaks_no_deadline(turns: LedgerClient, line: FakeLine) -> None:
     line.is_hanging = True
     with pytest.raises(Overloaded) as caught:
