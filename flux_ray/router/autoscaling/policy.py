@@ -69,7 +69,8 @@ class LedgerPolicy:
         self._gauges = ScalingGauges(tier)
         self._ledger: LedgerService = RemoteLedger()
         self._backlog: Backlog | None = None
-        self._counted_s = 0.0
+        # All work up to the ledger's last answer; None before the first.
+        self._counted_s: float | None = None
         self._is_failing = False
         self._answered_at = self._asked_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
@@ -121,6 +122,8 @@ class LedgerPolicy:
 
     def _new_work_s(self, total_s: float) -> float:
         """Return the work that arrived since the last call; a new ledger counts from zero again."""
-        new_s = total_s - self._counted_s if total_s >= self._counted_s else total_s
-        self._counted_s = total_s
-        return new_s
+        before_s, self._counted_s = self._counted_s, total_s
+        if before_s is None:
+            # It may have arrived days ago: Serve makes a new policy at every deploy.
+            return 0.0
+        return total_s - before_s if total_s >= before_s else total_s

@@ -27,12 +27,13 @@ def a_budget_of_its_own(monkeypatch):
 
 @dataclass
 class Books:
-    """A ledger that says that so much waits."""
+    """A ledger that says that so much waits, and has arrived."""
 
     waiting_s: float
+    arrived_s: float = 0.0
 
     async def backlog(self, tier, cold_start_s):
-        return Backlog(self.waiting_s)
+        return Backlog(self.waiting_s, arrived_s=self.arrived_s)
 
 
 class Deployment:
@@ -126,6 +127,18 @@ def test_after_a_restart_of_the_controller_nobody_takes_what_others_hold():
     klein = Deployment("flux-2-klein-4b", 1e6, gpu_budget=8, target=6)
     assert targets_of(dev, klein, rounds=1) == [1, 6]
     assert targets_of(dev, klein) == [4, 0]
+
+
+def test_a_new_policy_wakes_no_tier_for_what_came_before_it():
+    """Only work that arrives from then on, also if a new ledger has counted less so far."""
+    klein = Deployment("flux-2-klein-4b", 0.0, target=0)
+    books = Books(0.0, arrived_s=1e6)
+    klein.deploy(books)
+    assert targets_of(klein) == [0]
+    for arrived_s in (1e6 + 1.0, 1.0):
+        klein.target, books.arrived_s = 0, arrived_s
+        klein.policy._asked_at = float("-inf")
+        assert targets_of(klein) == [1]
 
 
 def test_a_budget_that_fails_keeps_the_target(monkeypatch):
