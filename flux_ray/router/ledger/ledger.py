@@ -9,7 +9,8 @@ The protocol with gateways, which holds whatever messages are lost, late or doub
   has ended; what the ledger lacks it asks for; what it assigned and nobody heard it tells again.
 - Rejoin: a new ledger is built from such reports: running work comes with its replica, and what an
   earlier ledger's limits let in is not refused. It decides only when all gateways have reported.
-- A gateway that is silent for 5 s is dead, and its requests with it. A replica that Serve no longer
+- A gateway that is silent for 5 s is dead, and its requests with it; what ran by its last report
+  counts for the rest of its price, for its replica goes on with it. A replica that Serve no longer
   names gets no new work; what runs there counts until its gateway says that it ended.
 """
 
@@ -151,17 +152,25 @@ class Ledger:
         return decisions
 
     def forget_silent(self, now: float) -> list[str]:
-        """End the requests of gateways that are dead; return the names of these."""
+        """End what dead gateways waited for or ran; return those of which nothing runs any more."""
         silent = [g for g, a in self._sessions.items() if now - a.heard_at > SILENCE_S]
         for gateway in silent:
             session = self._sessions[gateway]
-            self._places.abandon(session.submissions, now)
-            for ticket_id in list(session.submissions):
+            # What had its turn after the last report was never begun: nobody was there to hear.
+            over = [
+                ticket_id
+                for ticket_id, each in session.submissions.items()
+                if not self._queues[each.tier].still_runs(ticket_id, session.heard_at, now)
+            ]
+            self._places.abandon(over, now)
+            for ticket_id in over:
                 self._end(ticket_id, now)
-            del self._sessions[gateway]
-            for tier in session.replicas:
+            views, session.replicas = session.replicas, {}
+            for tier in views:
                 self._settle_replicas(tier, now)
-        return silent
+            if not session.submissions:
+                del self._sessions[gateway]
+        return [gateway for gateway in silent if gateway not in self._sessions]
 
     def backlog(self, tier: str, now: float) -> Backlog:
         """Return the work of a tier, for its scaling policy."""

@@ -248,6 +248,13 @@ class Slots:
             return None
         return now - slot.begun_at, slot.requests[0].cost_s
 
+    def still_runs(self, ticket_id: str, since: float, now: float) -> bool:
+        """Return whether a request that had begun by `since` takes longer, as far as is known."""
+        slot = self._by_ticket.get(ticket_id)
+        if slot is None or slot.requests[0].ticket_id != ticket_id or slot.begun_at > since:
+            return False
+        return slot.free_at - sum(request.cost_s for request in slot.requests[1:]) > now
+
     def finish(self, ticket_id: str, now: float) -> None:
         """Remove a request that is done or cancelled; ignore an unknown one."""
         slot = self._by_ticket.pop(ticket_id, None)

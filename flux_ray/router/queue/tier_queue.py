@@ -127,6 +127,10 @@ class TierQueue:
         """Return the replica that a request is assigned to; None if it waits or is unknown."""
         return self._slots.replica_of(ticket_id)
 
+    def still_runs(self, ticket_id: str, since: float, now: float) -> bool:
+        """Return whether a request that had begun by `since` takes longer, as far as is known."""
+        return self._slots.still_runs(ticket_id, since, now)
+
     def submit(
         self, request: QueuedRequest, now: float, *, is_new: bool = True
     ) -> Rejection | None:

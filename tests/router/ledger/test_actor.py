@@ -46,7 +46,7 @@ def silence_s(monkeypatch: pytest.MonkeyPatch) -> float:
 
 async def test_a_dead_gateway_is_forgotten_while_others_speak_all_the_time(silence_s):
     actor = new_actor()
-    dead, alive = (SubmitRequest(name, "tiny", 30.0, 600.0) for name in ("dead", "alive"))
+    dead, alive = (SubmitRequest(name, "tiny", 0.5, 600.0) for name in ("dead", "alive"))
     await actor.say("dead", GatewayReport((dead,), replicas=REPLICAS))
     assert (await actor.listen("dead", Receipt()))[1][0].replica == "one"
     end = time.monotonic() + 20 * silence_s
@@ -92,7 +92,8 @@ async def test_the_grant_of_a_gateway_that_was_silent_is_not_lost(silence_s, mon
     """What it heard of its former outbox counts for nothing in the new one."""
     monkeypatch.setattr(ledger_actor, "LISTEN_S", 0.05)
     actor = new_actor()
-    await actor.say("g", GatewayReport((OFFER,), replicas=REPLICAS))
+    short = SubmitRequest("ours", "tiny", 0.1, 600.0)
+    await actor.say("g", GatewayReport((short,), replicas=REPLICAS))
     receipt, _ = await actor.listen("g", Receipt())
     await actor.say("other", GatewayReport(replicas=REPLICAS))
     while "g" in actor._mailboxes:

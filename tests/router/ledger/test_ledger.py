@@ -122,6 +122,35 @@ def test_a_gateway_that_falls_silent_leaves_nothing(ledger):
     assert ledger.backlog("tiny", SILENCE_S + 0.1)[:2] == (0.0, 0.0)
 
 
+def test_what_a_silent_gateway_ran_counts_until_its_price_is_over(ledger):
+    """Its replica goes on with it. What had its turn after the gateway's end was never begun."""
+    ledger.hear("g", GatewayReport(submissions=(offer("mine", 2.0),)), 0.0)
+    late = (offer("long", 60.0, 600.0), offer("unheard", 60.0, 600.0))
+    ledger.hear("h", GatewayReport(submissions=late), 0.0)
+    decisions = ledger.decide(0.0)
+    replicas = granted(decisions["g"] + decisions["h"])
+    ledger.hear("g", GatewayReport(ended=("mine",)), 2.0)
+    assert granted(ledger.decide(2.0)["h"]) == {"unheard": replicas["mine"]}
+    more = (offer("x", 70.0, 600.0), offer("y", 70.0, 600.0))
+    ledger.hear("g", GatewayReport(submissions=more), 5.0)
+    assert ledger.forget_silent(5.1) == []
+    assert granted(ledger.decide(5.1)["g"]) == {"x": replicas["mine"]}
+    ledger.hear("g", GatewayReport(), 60.0)
+    assert ledger.forget_silent(60.1) == ["h"]
+    assert granted(ledger.decide(60.1)["g"]) == {"y": replicas["long"]}
+
+
+def test_a_gateway_that_was_silent_finds_its_requests_where_they_run(ledger):
+    ledger.hear("h", GatewayReport(submissions=(offer("x", 60.0, 600.0),)), 0.0)
+    ledger.decide(0.0)
+    ledger.hear("g", GatewayReport(), 6.0)
+    ledger.forget_silent(6.0)
+    assert ledger.hear("h", GatewayReport(known=frozenset({"x"}), replicas=REPLICAS), 7.0) == ()
+    assert ledger.backlog("tiny", 7.0).running_s == pytest.approx(53.0)
+    ledger.hear("h", GatewayReport(ended=("x",), done=("x",)), 8.0)
+    assert ledger.backlog("tiny", 8.0).running_s == 0.0
+
+
 def test_the_replicas_are_those_that_serve_names_whatever_gateways_see(ledger):
     """A gateway that is new, cut off or stuck takes nothing from the others, and gives nothing."""
     ledger.see_replicas("tiny", ("b",), 0.0)

@@ -116,8 +116,9 @@ def test_the_ledger_knows_where_the_requests_of_a_dead_gateway_are() -> None:
     assert granted(ledger, 0.0) == ["first"]
     found = (Place("first", "tiny", "here", "a ring", 7),)
     assert ledger.places("ours", 0.0) == found
-    assert ledger.forget_silent(SILENCE_S + 1) == ["dead"]
-    assert ledger.places("ours", SILENCE_S + 1) == found
+    for now, forgotten in ((SILENCE_S + 1, []), (31.0, ["dead"])):
+        assert ledger.forget_silent(now) == forgotten
+        assert ledger.places("ours", now) == found
 
 
 def test_a_gateway_that_lives_says_what_became_of_it() -> None:

@@ -201,6 +201,9 @@ class World:
             self.time_out(gateway)
         self.see(self.replicas)
         self.pass_time(int((SILENCE_S + 3 * BEAT_S) / TICK_S))
+        # Not before the price of what they ran is over.
+        while self.ledger._sessions.keys() - self.gateways.keys():
+            self.pass_time(1)
 
     def running(self) -> dict[str, list[Request]]:
         """By replica, what gateways that live believe to run there."""
