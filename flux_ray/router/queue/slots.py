@@ -260,10 +260,12 @@ class Slots:
         slot = self._by_ticket.pop(ticket_id, None)
         if slot is None:
             return
-        if slot.requests[0].ticket_id == ticket_id:
+        place = [request.ticket_id for request in slot.requests].index(ticket_id)
+        leaver = slot.requests.pop(place)
+        free_at = slot.free_at - leaver.cost_s
+        if place == 0:
             slot.begun_at = now
-        slot.requests = [request for request in slot.requests if request.ticket_id != ticket_id]
-        free_at = now + sum(request.cost_s for request in slot.requests)
+            free_at = now + sum(request.cost_s for request in slot.requests)
         if slot.is_leaving:
             slot.free_at = free_at
             if not any(other.requests for other in self._leaving[slot.replica]):

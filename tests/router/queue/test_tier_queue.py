@@ -125,6 +125,16 @@ def test_tickets_are_handed_over_a_little_early_one_at_most() -> None:
     assert cluster.granted == ["a", "b", "c"]
 
 
+def test_what_leaves_before_it_has_begun_does_not_make_the_one_before_it_begin_anew() -> None:
+    cluster = cluster_of(1, lead_s=0.5)
+    cluster.submit(ticket("running", 8.0, 100.0))
+    cluster.submit(ticket("next", 2.0, 100.0))
+    cluster.run_until(7.6)
+    assert cluster.granted == ["running", "next"]
+    cluster.queue.cancel("next", 7.6)
+    assert cluster.queue.running_s(7.6) == pytest.approx(0.4)
+
+
 def test_expected_replicas_are_counted_on_but_not_used() -> None:
     cluster = cluster_of(0)
     cluster.queue.expect_replica("r0", 5.0, 0.0)
