@@ -118,6 +118,7 @@ class LedgerPolicy:
             arrived_s=0.0 if backlog is None else self._new_work_s(backlog.arrived_s),
             min_replicas=context.capacity_adjusted_min_replicas,
             max_replicas=context.capacity_adjusted_max_replicas,
+            is_asked_for=backlog is not None and backlog.is_asked_for,
         )
 
     def _new_work_s(self, total_s: float) -> float:

@@ -125,6 +125,7 @@ class ScalingState:
 
     `current` replicas are up and `starting` ones in their cold start. `arrived_s` arrived since the
     last call, refused requests included. `waiting_s` is None while the ledger has not answered.
+    `is_asked_for`: a request was refused because no replica is up.
     """
 
     now: float
@@ -135,6 +136,7 @@ class ScalingState:
     arrived_s: float
     min_replicas: int
     max_replicas: int
+    is_asked_for: bool = False
 
 
 def target_of(state: ScalingState) -> int:
@@ -213,7 +215,7 @@ class Scaler:
         wanted = self._steady(need, state)
         if self._is_idle(state):
             wanted = 0
-        elif target_of(state) or state.arrived_s or state.waiting_s:
+        elif target_of(state) or state.arrived_s or state.waiting_s or state.is_asked_for:
             # Also if every request was refused: without a replica all of them always would be.
             wanted = max(wanted, 1)
         return min(max(wanted, state.min_replicas), state.max_replicas)
@@ -245,7 +247,7 @@ class Scaler:
         return min(max(target_of(state), least), most)
 
     def _is_idle(self, state: ScalingState) -> bool:
-        if state.arrived_s or state.waiting_s or state.running_s:
+        if state.arrived_s or state.waiting_s or state.running_s or state.is_asked_for:
             self._busy_at = state.now
         return state.now - self._busy_at >= self._rules.idle_s
 

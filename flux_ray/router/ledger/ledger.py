@@ -35,6 +35,9 @@ from flux_ray.router.quotas import LimitStatus, QuotaLedger
 
 # A gateway reports twice a second. One that is silent for so long is dead, and its clients with it.
 SILENCE_S = 5.0
+# A tier counts as asked for so long after a refusal: scaling policies ask twice a second, and some
+# answers may be lost.
+ASKED_FOR_S = 10.0
 # Queue positions are computed no more often than this, however many gateways ask: it costs a pass
 # over the whole queue.
 POSITIONS_S = 1.0
@@ -177,7 +180,12 @@ class Ledger:
         if tier not in self._queues:
             return Backlog()
         queue = self._queues[tier]
-        return Backlog(queue.waiting_s(now), queue.running_s(now), self._arrivals.total_s(tier))
+        return Backlog(
+            queue.waiting_s(now),
+            queue.running_s(now),
+            self._arrivals.total_s(tier),
+            now - queue.turned_away_at <= ASKED_FOR_S,
+        )
 
     def lengths(self, now: float) -> dict[str, tuple[int, float]]:
         """Return how many requests wait, and how many replica seconds of work, by tier."""

@@ -252,8 +252,13 @@ class ReportReply(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """Replica seconds of a tier: waiting, left of what runs, arrived since the ledger began."""
+    """Replica seconds of a tier: waiting, left of what runs, arrived since the ledger began.
+
+    `is_asked_for`: a request was refused a moment ago because no replica is up. It may be work that
+    has arrived before, and counts in none of the three.
+    """
 
     waiting_s: float = 0.0
     running_s: float = 0.0
     arrived_s: float = 0.0
+    is_asked_for: bool = False

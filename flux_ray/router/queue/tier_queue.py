@@ -76,6 +76,8 @@ class TierQueue:
         self._numbers = count()
         # When a request last counted on a first replica while none was up.
         self._hoped_at = -NEVER
+        # When a request was last refused while no replica was up or starting.
+        self.turned_away_at = -NEVER
 
     @property
     def replicas(self) -> frozenset[str]:
@@ -154,6 +156,8 @@ class TierQueue:
             self._enter(new, place)
             self._note_end(new)
             return None
+        if not self._slots.has_any:
+            self.turned_away_at = now
         return Rejection(reason, self._retry_after_s(new, place, now))
 
     def forecast(self, request: QueuedRequest, now: float) -> Forecast:

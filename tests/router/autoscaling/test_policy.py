@@ -31,9 +31,10 @@ class Books:
 
     waiting_s: float
     arrived_s: float = 0.0
+    is_asked_for: bool = False
 
     async def backlog(self, tier, cold_start_s):
-        return Backlog(self.waiting_s, arrived_s=self.arrived_s)
+        return Backlog(self.waiting_s, 0.0, self.arrived_s, self.is_asked_for)
 
 
 class Deployment:
@@ -139,6 +140,12 @@ def test_a_new_policy_wakes_no_tier_for_what_came_before_it():
         klein.target, books.arrived_s = 0, arrived_s
         klein.policy._asked_at = float("-inf")
         assert targets_of(klein) == [1]
+
+
+def test_a_request_that_found_no_replica_wakes_a_tier_though_its_work_is_not_new():
+    klein = Deployment("flux-2-klein-4b", 0.0, target=0)
+    klein.deploy(Books(0.0, arrived_s=7.0, is_asked_for=True))
+    assert targets_of(klein) == [1]
 
 
 def test_a_budget_that_fails_keeps_the_target(monkeypatch):
