@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -198,12 +198,17 @@ class Router:
         candidates = in_order(await self._candidates(requests, caller), alias)
         with promised(self.metrics, caller, candidates[0].deadline_s) as try_tier:
             for candidate in candidates:
-                left_s = candidate.deadline_s - (time.monotonic() - began)
+                elapsed_s = time.monotonic() - began
+                left_s = candidate.deadline_s - elapsed_s
                 if not refusals:
                     self._record(candidate.quote.request, caller)
+                elif left_s <= 0:
+                    continue
                 try_tier(candidate.quote.tier)
+                # All tiers together have the time of one request.
+                later = replace(caller, spent_s=caller.spent_s + elapsed_s)
                 try:
-                    return await self._generate(candidate.quote, caller, left_s)
+                    return await self._generate(candidate.quote, later, left_s)
                 except REFUSALS as error:
                     refusals.append(error)
             timeout_s = self.terms.request_timeout_s

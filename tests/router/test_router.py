@@ -1,7 +1,7 @@
 """Every request has its turn, and one retry when a replica dies; none for anything else."""
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -295,6 +295,32 @@ async def test_who_has_used_up_one_tier_is_served_by_the_next(router, handles):
     router.quotas = FakeTurnstile("tiny-tp2", "tiny")
     with pytest.raises(QuotaSpent):
         await router.generate_by(alias, requests)
+
+
+@pytest.mark.parametrize(("timeout_s", "num_tries"), [(5, 2), (0.04, 1)])
+async def test_all_tiers_of_an_alias_have_the_time_of_one_request(
+    handles, turns, bill, monkeypatch, timeout_s, num_tries
+):
+    """A refusal may come when most of it is over, and then another tier has only the rest."""
+    limits_s = []
+
+    def note(seconds, late):
+        limits_s.append(seconds)
+        return nullcontext()
+
+    async def refuse(offer, on_event, quota):
+        await asyncio.sleep(0.05)
+        raise Overloaded("it gave way")
+
+    monkeypatch.setattr("flux_ray.router.router.within", note)
+    monkeypatch.setattr(turns, "take", refuse)
+    alias = Alias(tiers=("tiny-tp2", "tiny"))
+    prices = CostModel({tier: ReplicaSpec("cpu") for tier in alias.tiers})
+    router = Router(handles, turns, prices, bill, Terms(timeout_s))
+    with pytest.raises(Overloaded):
+        await router.generate_by(alias, [replace(REQUEST, tier=tier) for tier in alias.tiers])
+    assert len(limits_s) == num_tries
+    assert limits_s[-1] <= timeout_s - 0.04 * (num_tries - 1)
 
 
 @pytest.mark.parametrize(
