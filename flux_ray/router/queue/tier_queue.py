@@ -91,9 +91,11 @@ class TierQueue:
 
     def learn_cold_start(self, cold_start_s: float) -> None:
         """Set how long a replica takes to start, from now on."""
-        if cold_start_s != self.cold_start_s:
-            self.cold_start_s = cold_start_s
-            self._slots.hope(None)
+        if self._slots.is_hoping:
+            # Hoped for anew, it would never come: after a deploy, gateways that go by the old
+            # replicas and the policy go on to say different values, by turns.
+            self._slots.hope(self._slots.hoped_for_at + cold_start_s - self.cold_start_s)
+        self.cold_start_s = cold_start_s
 
     def set_replicas(
         self, names: Iterable[str], now: float, draining: Iterable[str] = ()

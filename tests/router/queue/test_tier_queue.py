@@ -156,6 +156,14 @@ def test_without_replicas_one_is_hoped_for() -> None:
     assert cluster.submit(ticket("a", 1.0, 30.0)) is None
 
 
+def test_who_says_what_a_start_takes_by_turns_does_not_put_it_off() -> None:
+    cluster = cluster_of(0, cold_start_s=10.0)
+    assert cluster.submit(ticket("a", 1.0, 90.0)) is None
+    for cluster.now, cold_start_s, left_s in ((2.0, 30.0, 28.0), (4.0, 10.0, 6.0), (6.0, 30.0, 24)):
+        cluster.queue.learn_cold_start(cold_start_s)
+        assert cluster.queue.positions(cluster.now)["a"].expected_s == pytest.approx(left_s + 1.0)
+
+
 def test_a_draining_replica_finishes_and_gets_nothing_new() -> None:
     cluster = cluster_of(2)
     cluster.submit(ticket("a", 4.0, 100.0))
