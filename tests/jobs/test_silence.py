@@ -12,9 +12,17 @@ from sqlalchemy import text
 from flux_ray.jobs.database import Database
 from flux_ray.jobs.job import JobSubmission
 from flux_ray.jobs.serialization import pack
-from flux_ray.jobs.statements import Wanted
+from flux_ray.jobs.statements import (
+    MAX_SILENT,
+    Sign,
+    Wanted,
+    claim_of,
+    next_job,
+    running,
+    sign_of,
+)
 from flux_ray.jobs.store import MAX_GAP, Silence, Store
-from flux_ray.request import ImageRequest
+from flux_ray.request import PROTOCOL, ImageRequest
 from tests.jobs.conftest import KEEP_S, LEASE_S, Clock
 
 
@@ -114,6 +122,18 @@ async def test_two_who_saw_it_lost_take_it_once(gateways, offer, clock):
     claims = await asyncio.gather(mine.claim("a"), other.claim("b"))
     assert sum(lease is not None for lease in claims) == 1
     assert await mine.claim("a") is None
+
+
+@pytest.mark.parametrize(("num_others", "is_named"), [(2 * MAX_SILENT, False), (1500, True)])
+async def test_any_number_may_be_lost_at_once(shared, gateways, offer, num_others, is_named):
+    job = await accept(gateways[0], offer())
+    await gateways[0].claim("lost")
+    [row] = await shared.execute(running())
+    silent = {f"another {number}": Sign(1, 0, 0.0) for number in range(num_others)}
+    silent[job.job_id] = sign_of(row)
+    found = next_job(Wanted(), silent, shared.now, PROTOCOL)
+    claimed = await shared.first(claim_of("other", found, shared.now, LEASE_S))
+    assert (claimed is not None) == is_named
 
 
 async def test_a_worker_of_the_release_before_keeps_its_job_by_the_leases_end(
