@@ -194,8 +194,8 @@ def backlog(tier: str) -> tuple[float, float]:
 
     from flux_ray.router.ledger.remote import start_ledger
 
-    waiting_s, running_s, _ = ray.get(start_ledger().backlog.remote(tier), timeout=PATIENCE_S)
-    return waiting_s, running_s
+    known = ray.get(start_ledger().backlog.remote(tier), timeout=PATIENCE_S)
+    return known.waiting_s, known.running_s
 
 
 # The config that was deployed last.
