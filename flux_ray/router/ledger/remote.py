@@ -4,11 +4,13 @@
 """
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
@@ -19,7 +21,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flux_ray.request import PROTOCOL
 from flux_ray.router.background import SharedCall
 from flux_ray.router.ledger.actor import LISTEN_S, LedgerActor
-from flux_ray.router.ledger.hung_processes import watch_processes
+from flux_ray.router.ledger.hung_processes import (
+    END,
+    LOOK,
+    LOOKING_S,
+    STILL_S,
+    SUSPECT_S,
+    find_process,
+    watch_processes,
+)
 from flux_ray.router.ledger.placement import chosen_node, leave_drained_node
 from flux_ray.router.ledger.service import LEDGER_BACK_S, LedgerLost
 
@@ -69,7 +79,8 @@ class RemoteLedger:
     """Call the ledger's actor, from any process; a `LedgerService`.
 
     The first call anywhere starts the actor. `answer_s`: how long a call waits before LedgerLost.
-    After several calls without an answer the actor is killed, and Ray starts it anew.
+    A process that leaves a call unanswered and stands still is ended, and so is the actor after
+    several calls without an answer; Ray starts it anew.
     """
 
     def __init__(
@@ -84,7 +95,9 @@ class RemoteLedger:
         # When the first of the calls began that have failed since the last answer; None if none.
         self._failing_since_s: float | None = None
         self._actor: Any = None
+        self._num_answers = 0
         self._num_unanswered = 0
+        self._look: asyncio.Task[None] | None = None
         # A thread of its own: its calls block while Ray's head is away, and would take up all the
         # threads that others need.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
@@ -127,7 +140,9 @@ class RemoteLedger:
         try:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
-                answer = await called(actor, method, args, kwargs)
+                # The ledger itself may take its time for what is given more than `answer_s`.
+                with self._suspecting(timeout_s - self.answer_s + SUSPECT_S):
+                    answer = await called(actor, method, args, kwargs)
         except TimeoutError as error:
             # A call that is given less time says nothing: the ledger may only be slow.
             if self.answer_s <= timeout_s and self._clock() - began_s < timeout_s + LAG_S:
@@ -138,6 +153,7 @@ class RemoteLedger:
             self._actor, self._num_unanswered = None, 0
             raise LedgerLost(f"{method}: {error}") from error
         self._num_unanswered = 0
+        self._num_answers += 1
         return answer
 
     async def _connected(self) -> Any:
@@ -147,6 +163,43 @@ class RemoteLedger:
             # What was unanswered until now was so because there was nobody to ask.
             self._num_unanswered = 0
         return self._actor
+
+    @contextmanager
+    def _suspecting(self, after_s: float) -> Iterator[None]:
+        """Look at the ledger's process if the call within is not answered after so long."""
+        loop = asyncio.get_running_loop()
+        timer = (
+            loop.call_later(after_s, self._suspect, loop.time() + after_s) if after_s > 0 else None
+        )
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _suspect(self, due_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        # Who comes late stood still itself, and has not read the answers.
+        if self._look is None and loop.time() < due_s + LAG_S:
+            # In an empty context: otherwise Ray would cancel it with the request that waits.
+            look = self._end_if_still(self._actor)
+            self._look = loop.create_task(look, context=contextvars.Context())
+
+    async def _end_if_still(self, actor: Any) -> None:
+        """End the ledger's process on its node if it stands still there; Ray starts it anew."""
+        num_before = self._num_answers
+        try:
+            async with asyncio.timeout(LOOKING_S):
+                process = await find_process(actor, self._thread)
+                began = await process.beside(LOOK, STILL_S, thread=self._thread)
+                # It may have answered meanwhile.
+                if began is not None and self._num_answers == num_before:
+                    logger.error("the ledger hangs, and is started anew")
+                    await process.beside(END, began, thread=self._thread)
+        except (RayError, TimeoutError) as error:
+            logger.info("the ledger is silent, and cannot be looked at: %s", error)
+        finally:
+            self._look = None
 
     def _note_silence(self) -> None:
         """Count an unanswered call, and kill a ledger that hangs: it would not end by itself."""

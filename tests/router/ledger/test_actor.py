@@ -201,6 +201,52 @@ async def test_a_ledger_that_is_still_starting_is_not_ended(killed, state, start
     assert killed == [line._actor], "up, and silent still"
 
 
+class LookedAt:
+    """The ledger's process, which stands still; `answers` is called while it is looked at."""
+
+    def __init__(self, monkeypatch, answers=None):
+        self.ended = []
+        self.has_ended = asyncio.Event()
+        self.answers = answers
+        monkeypatch.setattr(remote_ledger, "SUSPECT_S", 0.02)
+        monkeypatch.setattr(remote_ledger, "find_process", self.find)
+
+    async def find(self, actor, thread):
+        return self
+
+    async def beside(self, remote, *args, thread):
+        if remote is remote_ledger.END:
+            self.ended.append(args)
+            self.has_ended.set()
+        elif self.answers is not None:
+            await self.answers()
+        return 77
+
+
+async def test_a_ledger_that_stands_still_is_ended_long_before_the_call_is_given_up(monkeypatch):
+    looked_at = LookedAt(monkeypatch)
+    line = RemoteLedger(Silent, answer_s=60.0)
+    saying = asyncio.create_task(line.say("g", GatewayReport()))
+    async with asyncio.timeout(10):
+        await looked_at.has_ended.wait()
+    assert looked_at.ended == [(77,)]
+    saying.cancel()
+
+
+async def test_a_ledger_that_answers_while_it_is_looked_at_lives(monkeypatch):
+    class Slow(Silent):
+        async def remote(self, *args):
+            await asyncio.sleep(0.2)
+            return "reply"
+
+    line = RemoteLedger(Slow, answer_s=60.0)
+    looked_at = LookedAt(monkeypatch, answers=lambda: asyncio.sleep(0.5))
+    assert await line.say("g", GatewayReport()) == "reply"
+    assert line._look is not None
+    await line._look
+    assert (looked_at.ended, line._look) == ([], None)
+
+
 async def test_calls_of_less_time_say_nothing_of_a_slow_ledger(killed):
     """A forecast is given a second: two of them in a slow one would end a ledger that is well."""
     line = RemoteLedger(Silent, answer_s=2 * remote_ledger.FORECAST_S)
