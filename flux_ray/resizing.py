@@ -1,7 +1,8 @@
-"""Scale references and masks to what a tier takes.
+"""Bring references and masks to what a tier takes: 8 bits a channel, over white, scaled.
 
 The gateway scales early, and the ranks scale what is left. Both use these functions, so that an
-image does not depend on which of them scaled its references.
+image does not depend on which of them scaled its references; clients that make control images read
+photographs by them too.
 """
 
 import numpy as np
@@ -12,6 +13,22 @@ from flux_ray.request import Mask, RgbImage
 
 # Pixels of a scaled mask from this value on, of 255, count as marked.
 THRESHOLD = 128
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Return 8 bits a channel. Pillow itself would clip 16-bit grey to 255, not scale it."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return the image in RGB, its transparent parts over white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def scale_down(image: Image.Image, limit: ReferenceLimit) -> Image.Image:

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from flux_ray.catalog import TOKEN_SIDE, scaled_size
 from flux_ray.engine.images import encode_png, raster_for
+from flux_ray.resizing import eight_bits, on_white
 
 MAX_PIXELS = 1024 * 1024
 # Those of BFL's own code for FLUX.1 Canny, of 255: an edge begins above the second, and goes on
@@ -37,14 +38,7 @@ def opened(photo: Path) -> Image.Image:
     """
     try:
         with Image.open(photo) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                # Pillow itself would clip 16-bit grey to 255, not scale it.
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            white = Image.new("RGBA", upright.size, "white")
-            return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+            return on_white(eight_bits(ImageOps.exif_transpose(image)))
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{photo} is no image that can be read: {error}") from error
 

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from flux_ray.catalog import ReferenceLimit
@@ -28,7 +27,7 @@ from flux_ray.gateway.images.file_formats import (
 from flux_ray.gateway.images.normalize import note, to_srgb, turn_upright
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import RgbImage
-from flux_ray.resizing import scale_down
+from flux_ray.resizing import eight_bits, on_white, scale_down
 
 Read = TypeVar("Read")
 
@@ -226,13 +225,6 @@ def upright(image: Image.Image) -> Image.Image:
     return to_srgb(eight_bits(image), profile)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Return 8 bits a channel. Pillow itself would clip 16-bit grey to 255, not scale it."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return the image over white; note for the caller that its transparent parts were filled."""
     if image.has_transparency_data and not is_opaque(image):
@@ -244,12 +236,3 @@ def is_opaque(image: Image.Image) -> bool:
     """Return whether no pixel of the image is transparent."""
     least, _ = image.convert("RGBA").getchannel("A").getextrema()
     return least == 255
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Return the image in RGB, its transparent parts over white."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")

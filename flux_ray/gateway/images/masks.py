@@ -10,11 +10,11 @@ from PIL import Image
 
 from flux_ray.config import Limits
 from flux_ray.errors import BadReference
-from flux_ray.gateway.images.decode import counted, is_opaque, on_white, raster_from, read
+from flux_ray.gateway.images.decode import counted, is_opaque, raster_from, read
 from flux_ray.gateway.images.file_formats import DECODERS, FIRST
 from flux_ray.gateway.memory_budget import MEMORY
 from flux_ray.request import ImageRequest, Mask, RgbImage
-from flux_ray.resizing import fit_image, fit_mask
+from flux_ray.resizing import fit_image, fit_mask, on_white
 
 # Tables for Pillow's `point`: which of the values 0 to 255 mark a pixel.
 MARK_TRANSPARENT = [255] + [0] * 255
