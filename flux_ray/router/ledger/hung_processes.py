@@ -299,13 +299,20 @@ def is_up(actor: str) -> bool:
     return name.unique_id in handover.REACHABLE.get(name.application, ())
 
 
+def locate(actor: Any) -> RemoteProcess | None:
+    """Return where an actor's process is; None if it is starting or dead. Blocks."""
+    known: Any = ray_state.actor_table(actor._actor_id.hex())
+    if known.get("State") != "ALIVE":
+        return None
+    return RemoteProcess(known["Address"]["NodeID"], known["Pid"])
+
+
 async def find_process(actor: Any, thread: ThreadPoolExecutor) -> RemoteProcess:
     """Return where an actor's process is; `thread` asks Ray's head. Raise RayError if nowhere."""
-    loop, actor_id = asyncio.get_running_loop(), actor._actor_id.hex()
-    known: Any = await loop.run_in_executor(thread, ray_state.actor_table, actor_id)
-    if known.get("State") != "ALIVE":
-        raise RayError(f"it is {known.get('State')}")
-    return RemoteProcess(known["Address"]["NodeID"], known["Pid"])
+    process = await asyncio.get_running_loop().run_in_executor(thread, locate, actor)
+    if process is None:
+        raise RayError("it is starting or dead")
+    return process
 
 
 async def watch_processes() -> None:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,6 +27,7 @@ from flux_ray.router.ledger.hung_processes import (
     STILL_S,
     SUSPECT_S,
     find_process,
+    locate,
     watch_processes,
 )
 from flux_ray.router.ledger.placement import chosen_node, leave_drained_node
@@ -141,7 +141,7 @@ class RemoteLedger:
             async with asyncio.timeout(timeout_s):
                 actor = await self._connected()
                 # The ledger itself may take its time for what is given more than `answer_s`.
-                with self._suspecting(timeout_s - self.answer_s + SUSPECT_S):
+                with self._suspecting(max(0.0, timeout_s - self.answer_s) + SUSPECT_S):
                     answer = await called(actor, method, args, kwargs)
         except TimeoutError as error:
             # A call that is given less time says nothing: the ledger may only be slow.
@@ -168,14 +168,11 @@ class RemoteLedger:
     def _suspecting(self, after_s: float) -> Iterator[None]:
         """Look at the ledger's process if the call within is not answered after so long."""
         loop = asyncio.get_running_loop()
-        timer = (
-            loop.call_later(after_s, self._suspect, loop.time() + after_s) if after_s > 0 else None
-        )
+        timer = loop.call_later(after_s, self._suspect, loop.time() + after_s)
         try:
             yield
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def _suspect(self, due_s: float) -> None:
         loop = asyncio.get_running_loop()
@@ -226,7 +223,7 @@ def kill_hung(actor: Any) -> None:
     One that is still starting answers nothing either. Without this check, gateways on a busy node
     would end each new ledger before it was up.
     """
-    if ray_state.actor_table(actor._actor_id.hex()).get("State") != "ALIVE":
+    if locate(actor) is None:
         logger.info("the ledger is starting, and does not answer yet")
         return
     logger.error("the ledger hangs, and is started anew")

@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from flux_ray.router.ledger import actor as ledger_actor
-from flux_ray.router.ledger import ledger
+from flux_ray.router.ledger import hung_processes, ledger
 from flux_ray.router.ledger import remote as remote_ledger
 from flux_ray.router.ledger.actor import LedgerActor
 from flux_ray.router.ledger.messages import (
@@ -153,8 +153,8 @@ class Silent:
 @pytest.fixture
 def state(monkeypatch):
     """The ledger's row in Ray's table of actors."""
-    row = {"State": "ALIVE"}
-    monkeypatch.setattr(remote_ledger.ray_state, "actor_table", lambda actor_id: row)
+    row = {"State": "ALIVE", "Address": {"NodeID": "node"}, "Pid": 1}
+    monkeypatch.setattr(hung_processes.ray_state, "actor_table", lambda actor_id: row)
     return row
 
 
